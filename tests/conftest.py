@@ -1,0 +1,55 @@
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests comes from the Hub
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and pytest-xdist runs the tests side by side
+
+import pytest
+import torch
+
+from samlight_hf import SamLighteningConfig, SamLighteningModel
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+def tiny_config(**vision_config) -> SamLighteningConfig:
+    """8x8 = 64 tokens of 4x4 pixels, 3 layers, 4 heads: the published architecture, small enough for any test."""
+    vision_config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 4,
+        "output_channels": 32,
+        "num_pos_feats": 16,
+        "segment_length": (None, 16, None),
+        "dilation_rate": (2, 1, 4),
+        **vision_config,
+    }
+    return SamLighteningConfig(
+        vision_config=vision_config, mask_decoder_config={"mlp_dim": 64, "iou_head_hidden_dim": 32}
+    )
+
+
+@pytest.fixture
+def config() -> SamLighteningConfig:
+    return tiny_config()
+
+
+@pytest.fixture
+def model(config) -> SamLighteningModel:
+    torch.manual_seed(0)
+    return SamLighteningModel(config).eval()
+
+
+@pytest.fixture
+def pixel_values(config) -> torch.Tensor:
+    size = config.vision_config.image_size
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,191 @@
+"""What save_pretrained leaves, and who can load it: with the package, and with transformers alone."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForMaskGeneration,
+    AutoProcessor,
+    SamImageProcessor,
+    SamProcessor,
+    pipeline,
+)
+
+from samlight_hf import SamLighteningConfig, SamLighteningModel, SamLighteningVisionModel
+
+
+MODELING = Path(sys.modules["samlight_hf.modeling"].__file__).parent
+CODE = {"configuration_sam_lightening.py", "dilated_attention.py", "modeling_sam_lightening.py"}
+COMPLETE = CODE | {"config.json", "model.safetensors", "processor_config.json"}
+
+
+def run_without_the_package(script: str, cache: Path, *arguments) -> str:
+    """Runs a script in a fresh process where samlight_hf cannot be imported; returns stdout, and requires a silent stderr."""
+    preamble = "import sys; sys.modules['samlight_hf'] = None\n"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "TRANSFORMERS_VERBOSITY": "warning"}
+    process = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", preamble + script, *map(str, arguments)],
+        capture_output=True, text=True, env=environment, cwd=cache,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    noise = [line for line in process.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert not [line for line in noise if "it/s]" not in line], process.stderr
+    return process.stdout
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+
+
+def test_folder_is_complete(folder):
+    assert {path.name for path in folder.iterdir()} == COMPLETE
+    for name in CODE:
+        assert (folder / name).read_bytes() == (MODELING / name).read_bytes()
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map == {
+        "AutoConfig": "configuration_sam_lightening.SamLighteningConfig",
+        "AutoModel": "modeling_sam_lightening.SamLighteningModel",
+        "AutoModelForMaskGeneration": "modeling_sam_lightening.SamLighteningModel",
+    }
+
+
+def test_auto_classes_load_it(folder, model, pixel_values):
+    assert type(AutoConfig.from_pretrained(folder)) is SamLighteningConfig
+    for auto_class in (AutoModel, AutoModelForMaskGeneration):
+        loaded = auto_class.from_pretrained(folder)
+        assert type(loaded) is SamLighteningModel
+        assert torch.equal(loaded.get_image_embeddings(pixel_values), model.get_image_embeddings(pixel_values))
+        for name, weight in loaded.state_dict().items():
+            assert torch.equal(weight, model.state_dict()[name]), name
+    processor = AutoProcessor.from_pretrained(folder)
+    assert type(processor) is SamProcessor
+    assert isinstance(AutoImageProcessor.from_pretrained(folder), SamImageProcessor)
+    assert processor.image_processor.size["longest_edge"] == 32
+    assert processor.image_processor.mask_size["longest_edge"] == 32
+    assert type(AutoModel.from_config(model.config)) is SamLighteningModel
+    assert type(AutoModel.from_config(model.config.vision_config)) is SamLighteningVisionModel
+
+
+def test_checkpoint_without_a_processor_still_finds_one(folder):
+    """An old folder, or one whose processor file was lost: the registration names the class."""
+    (folder / "processor_config.json").unlink()
+    image_processor = {"size": {"longest_edge": 32}, "pad_size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
+    assert type(AutoProcessor.from_pretrained(folder)) is SamProcessor
+    assert AutoImageProcessor.from_pretrained(folder).size["longest_edge"] == 32
+
+
+def test_a_processor_of_ones_own_is_kept(model, tmp_path):
+    processor = SamProcessor(SamImageProcessor(size={"longest_edge": 32}, image_mean=[0.5, 0.5, 0.5]))
+    processor.save_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "second")
+    processor.save_pretrained(tmp_path / "second")
+    for order in ("first", "second"):
+        assert AutoProcessor.from_pretrained(tmp_path / order).image_processor.image_mean[0] == 0.5
+
+
+def test_shards(model, tmp_path, pixel_values):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_image_embeddings(pixel_values), model.get_image_embeddings(pixel_values))
+
+
+def test_other_ranks_write_no_processor(model, tmp_path):
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "processor_config.json").exists()
+
+
+def test_vision_model_folder(model, tmp_path, pixel_values):
+    vision_model = SamLighteningVisionModel(model.config.vision_config).eval()
+    vision_model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == COMPLETE
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is SamLighteningVisionModel
+    assert torch.equal(loaded(pixel_values).last_hidden_state, vision_model(pixel_values).last_hidden_state)
+
+
+def test_pipeline(folder, picture):
+    everything = pipeline("mask-generation", model=str(folder), points_per_batch=16)
+    found = everything(picture, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
+    assert found["masks"]
+    assert found["masks"][0].shape == (20, 30)
+
+
+def test_loads_with_remote_code_alone_saves_again_and_loads_again(folder, model, pixel_values, picture, tmp_path):
+    """Every entrance of the mission, in a process where the package cannot be imported; then its own save, loaded the same way."""
+    torch.save(pixel_values, tmp_path / "pixels.pt")
+    picture.save(tmp_path / "picture.png")
+    script = """
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, pipeline
+source, target, pixels, picture, output = sys.argv[1:]
+config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+model = AutoModel.from_pretrained(source, trust_remote_code=True)
+generator = AutoModelForMaskGeneration.from_pretrained(source, trust_remote_code=True)
+assert type(model).__name__ == type(generator).__name__ == "SamLighteningModel", type(model)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+processor = AutoProcessor.from_pretrained(source)
+found = pipeline("mask-generation", model=source, trust_remote_code=True)(
+    picture, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
+assert found["masks"], found
+torch.save(model.get_image_embeddings(torch.load(pixels)), output)
+generator.save_pretrained(target)
+try:
+    import samlight_hf
+except ImportError:
+    print("ran without the package")
+"""
+    saved_again = tmp_path / "again"
+    for source, target in ((folder, saved_again), (saved_again, tmp_path / "third")):
+        arguments = (source, target, tmp_path / "pixels.pt", tmp_path / "picture.png", tmp_path / "output.pt")
+        (cache := tmp_path / f"cache of {source.name}").mkdir()
+        assert run_without_the_package(script, cache, *arguments) == "ran without the package\n"
+        assert torch.equal(torch.load(tmp_path / "output.pt"), model.get_image_embeddings(pixel_values))
+        assert {path.name for path in target.iterdir()} == COMPLETE
+        for name in ("processor_config.json", *CODE):
+            assert (target / name).read_bytes() == (folder / name).read_bytes(), name
+        first, again = (json.loads((where / "config.json").read_text()) for where in (folder, target))
+        assert again["auto_map"] == first["auto_map"]
+        assert again["vision_config"].items() >= first["vision_config"].items()
+
+
+def test_package_and_remote_code_side_by_side(folder, model, pixel_values, tmp_path, monkeypatch):
+    """trust_remote_code=True with the package imported too: two classes of one name, and both work."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path / "cache")
+    remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    for loaded in (remote, AutoModel.from_pretrained(folder, trust_remote_code=False)):
+        assert torch.equal(loaded.get_image_embeddings(pixel_values), model.get_image_embeddings(pixel_values))
+
+
+def test_modeling_is_self_contained():
+    """Each file of modeling/ imports only torch, transformers, huggingface_hub, the standard library and its siblings."""
+    allowed = {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+    for name in CODE:
+        for node in ast.walk(ast.parse((MODELING / name).read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, (name, node.lineno)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module != "flash_attn.cute":
+                assert node.module.split(".")[0] in allowed, (name, node.lineno)
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and f"{node.module}.py" in CODE, (name, node.lineno)
