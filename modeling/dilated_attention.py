@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 DILATED_FLASH_ATTENTION = "dilated_flash_attention"
 
-# torch's own choice puts its built-in flash kernel before cuDNN's, which is the faster one on Hopper (benchmarks/results/).
+# On Hopper cuDNN's kernel is faster than torch's built-in flash (benchmarks/results/), which some releases put first.
 _SDPA_PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -173,18 +173,25 @@ def dense_attention(
 ) -> torch.Tensor:
     """Full attention within each sequence of a batch, (B, L, H, D) x 3 -> (B, L, H, D).
 
-    `backend="auto"` takes the fastest that can run, by a rule that benchmarks/results/ gave on an H100: FlashAttention-4
-    for the forward pass of sequences of 1,024 tokens and more, and otherwise scaled_dot_product_attention, which takes
-    the first that can run of cuDNN, built-in flash, memory-efficient and math. `"sdpa"` leaves the choice to torch. Any
-    other of `BACKENDS` runs that kernel, or raises ValueError with the reason why it cannot.
+    `backend="auto"` takes the fastest that can run: FlashAttention-4 where `_prefers_flash_attention_4`, otherwise
+    scaled_dot_product_attention, which takes the first that can run of cuDNN, built-in flash, memory-efficient and math.
+    `"sdpa"` leaves the choice to torch. Any other of `BACKENDS` runs that kernel, or raises ValueError with the reason
+    why it cannot.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if backend == "auto":
-        if query.shape[1] >= 1024 and why_not("flash_attention_4", query, key, value, dropout) is None:
+        if (
+            _prefers_flash_attention_4(query, key, value)
+            and why_not("flash_attention_4", query, key, value, dropout) is None
+        ):
             backend = "flash_attention_4"
     elif reason := why_not(backend, query, key, value, dropout):
         raise ValueError(f"Attention backend {backend!r} cannot run here: {reason}")
     if backend == "flash_attention_4":
+        if _needs_gradient(query, key, value):
+            flash_attention_4, _ = _load_flash_attention_4()
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            return flash_attention_4(query, key, value, softmax_scale=scaling, deterministic=deterministic)[0]
         return torch.ops.samlight_hf.flash_attention_4(query, key, value, scaling)
 
     query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))  # (B, H, L, D)
@@ -195,6 +202,25 @@ def dense_attention(
         with sdpa_kernel(only, set_priority=True):
             output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     return output.transpose(1, 2)
+
+
+def _prefers_flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """The rule, from benchmarks/results/ on an H100.
+
+    Its forward is the fastest for sequences of 1,024 tokens and more, and so is its backward for any length. But its
+    launch, from Python, takes longer than cuDNN's: that must be paid once (torch.compile, CUDA graphs) or disappear
+    behind the work of other kernels.
+    """
+    batch_size, length, num_heads, head_dim = query.shape
+    training = _needs_gradient(query, key, value)
+    if not query.is_cuda or (length < 1024 and not training):
+        return False
+    flops = (14 if training else 4) * batch_size * num_heads * length**2 * head_dim
+    return flops >= 2e11 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def why_not(
@@ -214,9 +240,9 @@ def why_not(
             return f"it needs a head dimension that is a multiple of 8 up to 128, and this is {query.shape[-1]}."
         if dropout > 0:
             return f"it has no dropout, and dropout={dropout} was asked for."
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            return "it is used for the forward pass alone here. Train with attn_implementation='flash_attention_4'."
-        return _flash_attention_4_missing()
+        if torch.compiler.is_compiling() and _needs_gradient(query, key, value):
+            return "torch.compile cannot trace its backward pass."
+        return _why_not_flash_attention_4()
     can_use = {
         "cudnn": torch.backends.cuda.can_use_cudnn_attention,
         "flash": torch.backends.cuda.can_use_flash_attention,
@@ -227,27 +253,33 @@ def why_not(
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
+def _why_not_flash_attention_4() -> str | None:
+    return _load_flash_attention_4()[1]
+
+
 @functools.cache
-def _flash_attention_4_missing() -> str | None:
-    """Makes FlashAttention-4's forward a torch operator, which torch.compile and CUDA graphs take whole; or says why not."""
+def _load_flash_attention_4():
+    """FlashAttention-4's differentiable function, or why there is none: (function, None) or (None, reason).
+
+    Its forward also becomes a torch operator, which torch.compile takes whole.
+    """
     if torch.cuda.get_device_capability()[0] < 9:
-        return "it needs a GPU of compute capability 9.0 (Hopper) or newer."
+        return None, "it needs a GPU of compute capability 9.0 (Hopper) or newer."
     try:
         from flash_attn.cute import flash_attn_func
     except ImportError as error:
-        return f"flash_attn.cute cannot be imported ({error}). Install it with: pip install 'samlight-hf[flash]'."
+        return None, f"flash_attn.cute cannot be imported ({error}). Install it with: pip install 'samlight-hf[flash]'."
 
     @torch.library.custom_op("samlight_hf::flash_attention_4", mutates_args=())
     def flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        output = flash_attn_func(query, key, value, softmax_scale=scaling)
-        return output[0] if isinstance(output, tuple) else output
+        return flash_attn_func(query, key, value, softmax_scale=scaling)[0]
 
     @flash_attention_4.register_fake
     def _(query, key, value, scaling):
         return torch.empty_like(query, memory_format=torch.contiguous_format)
 
-    return None
+    return flash_attn_func, None
 
 
 def dilated_attention_forward(attention, module, query, key, value, **kwargs):

@@ -1,0 +1,255 @@
+"""Time and memory of the image encoder and of its attention, side by side in one run.
+
+    python examples/benchmark.py --out benchmarks/results/model_h100.json
+
+Part "encoder": SAM-Lightening tiny in every attn_implementation that can run here, eager and compiled, against
+transformers' SAM ViT-H and ViT-B, random weights and inputs. Part "attention": every backend, forward and backward, on
+the groups of one layer, with its error against float64. Part "projection": ways to bring q, k and v into the layout in
+which dilation is free. Times are medians of CUDA events after warm-up; "graph" rows are replays of a CUDA graph, so that
+launches do not count. Peak memory includes weights and inputs. Without a GPU a short list runs on the CPU.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from samlight_hf.modeling.dilated_attention import (
+    BACKENDS,
+    dense_attention,
+    dilated_attention,
+    dilated_attention_reference,
+    why_not,
+)
+from transformers import SamConfig, SamModel, SamVisionConfig
+
+from samlight_hf import SamLighteningConfig, SamLighteningModel
+
+
+VIT_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": (2, 5, 8, 11)}
+VIT_H = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "global_attn_indexes": (7, 15, 23, 31),
+}
+IMPLEMENTATIONS = ["dilated_flash_attention", "sdpa", "eager", *(f"flash_attention_{version}" for version in (2, 3, 4))]
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def time_ms(function, repeats: int = 30, warmup: int = 5) -> float:
+    """Median time of one call, in ms."""
+    for _ in range(warmup if CUDA else 1):
+        function()
+    times = []
+    for _ in range(repeats if CUDA else 3):
+        if CUDA:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def graph_time_ms(function, calls: int = 10) -> float:
+    """Median time of one call, in ms, where `calls` of them are replayed from one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()  # Python's calls are made while capturing, and not on replay
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
+    return time_ms(graph.replay) / calls
+
+
+def measure_encoder(name: str, encoder, batch_size: int, dtype: torch.dtype, **settings) -> dict:
+    pixel_values = torch.randn(batch_size, 3, 1024, 1024, device=DEVICE, dtype=dtype)
+    with torch.inference_mode():
+        encoder(pixel_values)
+        if CUDA:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        milliseconds = time_ms(lambda: encoder(pixel_values))
+    row = {
+        "part": "encoder", "model": name, "dtype": str(dtype).removeprefix("torch."), "batch_size": batch_size,
+        **settings, "ms": milliseconds, "images_per_second": 1e3 * batch_size / milliseconds,
+    }  # fmt: skip
+    if CUDA:
+        row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row
+
+
+def encoder_rows(batch_sizes: list[int]):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    half = torch.bfloat16 if CUDA else torch.float32
+    sams = {"SAM ViT-B": VIT_B, **({"SAM ViT-H": VIT_H} if CUDA else {})}
+    for name, shape in sams.items():
+        for attn_implementation, dtype in (("eager", torch.float32), ("sdpa", half)):
+            vision_config = SamVisionConfig(**shape, attn_implementation=attn_implementation)
+            encoder = SamModel(SamConfig(vision_config=vision_config)).vision_encoder.to(DEVICE, dtype).eval()
+            for batch_size in batch_sizes:
+                yield measure_encoder(
+                    name, encoder, batch_size, dtype, attn_implementation=attn_implementation, mode="eager"
+                )
+            del encoder
+    model = SamLighteningModel(SamLighteningConfig()).to(DEVICE, half).eval()
+    for attn_implementation in IMPLEMENTATIONS:
+        settings = {"attn_implementation": attn_implementation}
+        try:
+            model.set_attn_implementation(attn_implementation)
+        except (ImportError, ValueError) as error:
+            yield {"part": "encoder", "model": "SAM-Lightening tiny", **settings, "cannot_run": str(error)}
+            continue
+        for batch_size in batch_sizes:
+            yield measure_encoder(
+                "SAM-Lightening tiny", model.vision_encoder, batch_size, half, **settings, mode="eager"
+            )
+    model.set_attn_implementation("dilated_flash_attention")
+    for mode in ("default", "reduce-overhead") if CUDA else ("default",):
+        for attn_implementation in ("dilated_flash_attention", "sdpa"):
+            model.set_attn_implementation(attn_implementation)
+            for batch_size in batch_sizes:
+                torch.compiler.reset()
+                compiled = torch.compile(model.vision_encoder, fullgraph=True, mode=mode)
+                settings = {"attn_implementation": attn_implementation, "mode": f"torch.compile, {mode}"}
+                yield measure_encoder("SAM-Lightening tiny", compiled, batch_size, half, **settings)
+
+
+def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((output.double() - reference).norm() / reference.norm()).item()
+
+
+def attention_rows():
+    """One layer's groups: (B*N/w, w/r, r*H, D) of the whole image with r=2, and of the bands of 512 tokens."""
+    functions = {backend: (lambda *t, b=backend: dense_attention(*t, backend=b)) for backend in BACKENDS}
+    for shape in ((1, 2048, 12, 64), (8, 512, 6, 64), (8, 2048, 12, 64), (64, 512, 6, 64), (32, 2048, 12, 64)):
+        tokens = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        direction = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+        doubles = [t[:1].detach().double().requires_grad_() for t in tokens]
+        expected, _ = dilated_attention_reference(*doubles, shape[1])
+        expected_gradients = torch.autograd.grad(expected, doubles, direction[:1].double())
+        flops = 4 * shape[0] * shape[2] * shape[1] ** 2 * shape[3]
+        for name, function in functions.items():
+            row = {"part": "attention", "backend": name, "dtype": "bfloat16", "shape_blhd": list(shape)}
+            with torch.no_grad():
+                reason = why_not(name, *tokens)
+                try:
+                    output = None if reason else function(*tokens)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                if reason:
+                    yield {**row, "direction": "forward", "cannot_run": reason}
+                    continue
+                milliseconds = graph_time_ms(lambda f=function, t=tokens: f(*t))
+                launched = time_ms(lambda f=function, t=tokens: f(*t))
+            error = relative_error(output[:1], expected)
+            yield {
+                **row,
+                "direction": "forward",
+                "ms": milliseconds,
+                "ms_launched_alone": launched,
+                "tflops": flops / milliseconds / 1e9,
+                "error": error,
+            }
+            if reason := why_not(name, *tokens):
+                yield {**row, "direction": "forward and backward", "cannot_run": reason}
+                continue
+
+            def both(function=function, tokens=tokens, direction=direction):
+                return torch.autograd.grad(function(*tokens), tokens, direction)
+
+            errors = [relative_error(g[:1], e) for g, e in zip(both(), expected_gradients, strict=True)]
+            milliseconds = graph_time_ms(both)
+            yield {**row, "direction": "forward and backward", "ms": milliseconds, "gradient_errors_qkv": errors}
+
+
+def projection_rows(batch_sizes: list[int]):
+    """From hidden states to the attention output of the whole image with r=2, three ways to project q, k and v."""
+    num_tokens, num_heads, head_dim, rate = 4096, 6, 64, 2
+    width = num_heads * head_dim
+    layer = torch.nn.Linear(width, 3 * width, device=DEVICE, dtype=torch.bfloat16)
+    batched_weight = layer.weight.view(3, width, width).transpose(1, 2)
+    # Rows of the weight as (head, q/k/v, D): heads of one token, and of the next, then lie at one stride.
+    interleaved = copy.deepcopy(layer)
+    for parameter in interleaved.parameters():
+        parameter.data = parameter.data.view(3, num_heads, head_dim, -1).transpose(0, 1).reshape(parameter.shape)
+
+    def packed(hidden_states):
+        return layer(hidden_states).view(-1, num_tokens, 3, num_heads, head_dim).unbind(2)
+
+    def batched(hidden_states):
+        flat = hidden_states.view(1, -1, width).expand(3, -1, -1)
+        return torch.baddbmm(layer.bias.view(3, 1, width), flat, batched_weight).view(
+            3, -1, num_tokens, num_heads, head_dim
+        )
+
+    def strided(hidden_states):
+        qkv = interleaved(hidden_states).view(-1, num_tokens // rate, rate * num_heads, 3, head_dim)
+        return qkv.unbind(3)
+
+    for batch_size in batch_sizes:
+        hidden_states = torch.randn(batch_size, num_tokens, width, device=DEVICE, dtype=torch.bfloat16)
+        ways = {
+            "one product, q k v packed, copied where dilated": lambda h: dilated_attention(*packed(h), None, rate),
+            "batched product, q k v contiguous": lambda h: dilated_attention(*batched(h), None, rate),
+            "one product, weight rows by head, strided": lambda h: dense_attention(*strided(h)).view(
+                -1, num_tokens, num_heads, head_dim
+            ),
+        }
+        with torch.inference_mode():
+            expected = dilated_attention(*(t.contiguous() for t in packed(hidden_states)), None, rate, backend="sdpa")
+            for name, function in ways.items():
+                row = {"part": "projection", "way": name, "batch_size": batch_size}
+                yield {
+                    **row,
+                    "ms": graph_time_ms(lambda f=function, h=hidden_states: f(h)),
+                    "error": relative_error(function(hidden_states), expected.double()),
+                }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for the raw result")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8] if CUDA else [1])
+    args = parser.parse_args()
+
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "rows": [],
+    }  # fmt: skip
+    parts = [encoder_rows(args.batch_sizes)]
+    if CUDA:
+        result["versions"]["cudnn"] = torch.backends.cudnn.version()
+        parts += [attention_rows(), projection_rows(args.batch_sizes)]
+    for part in parts:
+        for row in part:
+            result["rows"].append(row)
+            print(", ".join(f"{v:.4g}" if isinstance(v, float) else str(v)[:90] for v in row.values()), flush=True)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
