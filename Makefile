@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up .venv themselves; nothing else is needed than Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := $(VENV)/oldest
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-oldest lint format clean
+
+demo: $(VENV)/ready
+	$(VENV)/bin/samlight demo --out outputs/demo
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -n 2 -q
+
+# The oldest transformers that pyproject.toml allows, laid over the environment.
+test-oldest: $(OLDEST)/ready
+	PYTHONPATH=$(abspath $(OLDEST)) $(RUN) -c "import transformers; assert transformers.__version__ == '5.17.0'"
+	PYTHONPATH=$(abspath $(OLDEST)) $(RUN) -m pytest -n 2 -q
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/ready
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info
+
+$(VENV)/ready: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/ready: $(VENV)/ready
+	rm -rf $(OLDEST)
+	$(RUN) -m pip install --quiet --target $(OLDEST) transformers==5.17.0 'huggingface-hub<2'
+	touch $@

@@ -1,0 +1,201 @@
+"""A checkpoint from a folder or the Hub, loaded strictly: all of its weights, and nothing but its weights, or an error."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForMaskGeneration, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
+
+from . import SamLighteningModel  # noqa: F401  registered with the Auto classes where it is imported
+
+
+MODEL_TYPES = ("sam_lightening", "sam")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOADING_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line with what is wrong and what to do."""
+
+
+def load_model(
+    path_or_repo: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model, in eval mode on `device`, and its processor.
+
+    `path_or_repo` is a folder or a Hub name ("org/name"), of a SAM-Lightening or an original SAM. Only safetensors are
+    read, never pickles. `device` is torch's name of one, or "auto": CUDA if there is one, otherwise the CPU.
+
+    Raises:
+        CheckpointError: for missing, unexpected, mismatched, unreadable, NaN or infinite weights, another kind of model,
+            or a processor that does not fit. A model with random weights is never returned.
+        ValueError: for a device or a dtype that cannot be used here.
+    """
+    device, dtype = find_device(device), find_dtype(dtype)
+    source = str(path_or_repo)
+    if Path(source).expanduser().exists():
+        source = str(Path(source).expanduser())
+        _check_folder(Path(source))
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source:
+        raise CheckpointError(f"{source}: no such folder. Give a checkpoint's folder, or a Hub name such as org/name.")
+    with quiet_transformers():
+        try:
+            model, report = AutoModelForMaskGeneration.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            processor = AutoProcessor.from_pretrained(source)
+        except LOADING_ERRORS as error:
+            where = "" if Path(source).exists() else "no such folder here, and from the Hub it "
+            raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error)}") from error
+    _check_model(source, model, report)
+    _check_processor(source, model, processor)
+    return model.to(device).eval(), processor
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; ValueError where it cannot be used on this machine."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={name!r} cannot be used here ({one_line(error)}). Use cpu or auto.") from error
+    if device.type == "meta":
+        raise ValueError("device='meta' holds no weights. Use cpu or auto.")
+    return device
+
+
+def find_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The floating point type of that name; ValueError for another."""
+    dtype = DTYPES.get(name, name)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype={name!r} is not known. Use one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error on one line of at most `limit` characters."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= limit else message[: limit - 3] + "..."
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings and no progress bars of transformers inside: what they would say is checked here, and raised."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _check_folder(folder: Path):
+    """Raises CheckpointError for what can be seen without building a model."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file. Give the checkpoint's folder, with config.json in it.")
+    config = _read_json(folder / "config.json", "Is this a checkpoint's folder?")
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(f"{folder}: model_type={model_type!r}, but this needs one of {', '.join(MODEL_TYPES)}.")
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file}: truncated or damaged ({one_line(error)}). Copy or download it again."
+            ) from error
+    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        raise CheckpointError(
+            f"{folder}: has no processor_config.json. Add the teacher's, or save the model again with save_pretrained."
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; CheckpointError where one of them is not there."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        names = sorted(set(_read_json(index, "Copy or download it again.").get("weight_map", {}).values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: has no {name}, which its index names. Copy or download it again.")
+        return [folder / name for name in names]
+    pickles = sorted(file.name for suffix in ("bin", "pth", "pt", "ckpt") for file in folder.glob(f"*.{suffix}"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: has only pickled weights ({pickles[0]}), which can run code when read and are refused. "
+            "Save the model again with save_pretrained, which writes model.safetensors."
+        )
+    raise CheckpointError(f"{folder}: has no model.safetensors. Copy or download the checkpoint again.")
+
+
+def _read_json(file: Path, fix: str) -> dict:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: has no {file.name}. {fix}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({one_line(error)}). {fix}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds no JSON object. {fix}")
+    return content
+
+
+def _check_model(source: str, model: PreTrainedModel, report: dict):
+    if model.config.model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{source}: model_type={model.config.model_type!r}, but this needs one of {', '.join(MODEL_TYPES)}."
+        )
+    for kind, meaning in (
+        ("mismatched_keys", "have other shapes than config.json says"),
+        ("missing_keys", "are missing"),
+        ("unexpected_keys", "do not belong to this model"),
+    ):
+        keys = [
+            key if isinstance(key, str) else " ".join(map(str, key)) for key in sorted(report.get(kind) or (), key=str)
+        ]
+        if keys:
+            raise CheckpointError(
+                f"{source}: {len(keys)} weights {meaning}, first {keys[0]}. "
+                "Use the config.json that was saved with these weights."
+            )
+    if report.get("error_msgs"):
+        raise CheckpointError(f"{source}: {one_line(ValueError(report['error_msgs']))}")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            fix = "Use another checkpoint."
+            if tensor.dtype == torch.float16:
+                fix = "If it is whole, it is too large for float16: use bfloat16 or float32."
+            raise CheckpointError(f"{source}: NaN or infinite values in {name}. {fix}")
+
+
+def _check_processor(source: str, model: PreTrainedModel, processor: ProcessorMixin):
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None or not hasattr(processor, "post_process_masks"):
+        raise CheckpointError(f"{source}: its processor is a {type(processor).__name__}. It needs a SamProcessor.")
+    image_size = model.config.vision_config.image_size
+    pad_size = image_processor.pad_size
+    for name, value in (
+        ("size.longest_edge", image_processor.size["longest_edge"]),
+        ("pad_size.height", pad_size["height"]),
+        ("pad_size.width", pad_size["width"]),
+    ):
+        if value != image_size:
+            raise CheckpointError(
+                f"{source}: the processor's {name}={value} must equal the model's image_size={image_size}. "
+                "Correct processor_config.json."
+            )

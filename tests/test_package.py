@@ -1,0 +1,76 @@
+"""The package as a user installs and imports it."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "checkpoints" / "sam-lightening-tiny"
+
+
+def run(*arguments, **kwargs) -> str:
+    process = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **kwargs)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+# What anyone who uses SAM through the Auto classes imports anyway (with accelerate and triton, where they are installed).
+THEIRS = "from transformers import AutoModelForMaskGeneration, AutoProcessor, SamImageProcessor, SamModel, SamProcessor"
+
+
+def test_import_brings_in_nothing_that_transformers_sam_does_not():
+    script = f"""
+import sys
+{THEIRS}
+before = set(sys.modules)
+import samlight_hf
+print(sorted(set(sys.modules) - before))
+"""
+    added = ast.literal_eval(run("-c", script))
+    heavy = ("datasets", "accelerate", "triton", "matplotlib", "evaluate", "pycocotools", "flash_attn", "onnx")
+    assert not [name for name in added if name.startswith(heavy)]
+
+
+def test_import_takes_no_longer_than_transformers_sam():
+    """In one fresh process: what `import samlight_hf` adds to transformers' own import."""
+    script = f"""
+import time
+start = time.perf_counter()
+{THEIRS}
+theirs = time.perf_counter()
+import samlight_hf
+print((time.perf_counter() - theirs) / (theirs - start))
+"""
+    assert min(float(run("-c", script)) for _ in range(2)) < 0.1
+
+
+def test_wheel_and_sdist_hold_the_package(tmp_path):
+    run("-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("samlight_hf/__init__.py", "samlight_hf/cli.py", "samlight_hf/modeling/modeling_sam_lightening.py"):
+        assert name in names
+    assert not [name for name in names if name.startswith(("tests", "modeling/", "examples", "checkpoints"))]
+    assert any(name.endswith("LICENSE") for name in names)
+
+    site = tmp_path / "site"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site, sdist)
+    script = "import samlight_hf; print(samlight_hf.__file__); print(samlight_hf.SamLighteningModel.__module__)"
+    where, module = run("-c", script, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}, cwd=tmp_path).split()
+    assert Path(where).is_relative_to(site)
+    assert module == "samlight_hf.modeling.modeling_sam_lightening"
+
+
+def test_bundled_checkpoint_has_this_code():
+    """trust_remote_code=True on the checkpoint runs exactly what the package runs."""
+    modeling = ROOT / "modeling"
+    code = {path.name for path in modeling.glob("*.py")} - {"__init__.py"}
+    assert {path.name for path in CHECKPOINT.glob("*.py")} == code
+    for name in code:
+        assert (CHECKPOINT / name).read_bytes() == (modeling / name).read_bytes(), (
+            f"{CHECKPOINT / name} differs from modeling/{name}: copy it with `cp modeling/[cdm]*.py {CHECKPOINT}`"
+        )

@@ -1,0 +1,156 @@
+"""Pictures of every mode come out as RGB that looks right, and files that are none as one line."""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samlight_hf import pictures
+from samlight_hf.pictures import PictureError, find_pictures, open_picture
+
+
+def refused(path, *words):
+    with pytest.raises(PictureError) as raised:
+        open_picture(path)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in (str(path), *words):
+        assert word in message, message
+
+
+def save(picture, path, **options):
+    picture.save(path, **options)
+    return path
+
+
+def png_of_size(width, height) -> bytes:
+    """The beginning of a PNG that says that it has this size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + b"\0\0\0\x09IDAT"
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"])
+def test_every_mode_gives_rgb(tmp_path, mode):
+    picture = Image.new("L", (5, 3), 200).convert(mode) if mode != "I;16" else Image.new(mode, (5, 3), 200)
+    path = save(picture, tmp_path / "x.tif")
+    opened = open_picture(path)
+    assert (opened.mode, opened.size) == ("RGB", (5, 3))
+
+
+def test_colours_of_cmyk_and_of_palettes(tmp_path):
+    red = Image.new("RGB", (8, 8), (250, 10, 10))
+    for picture, name in ((red.convert("CMYK"), "x.jpg"), (red.quantize(4), "x.gif")):
+        opened = open_picture(save(picture, tmp_path / name))
+        assert np.asarray(opened).reshape(-1, 3).mean(axis=0) == pytest.approx([250, 10, 10], abs=6), picture.mode
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    picture = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    opened = open_picture(save(picture, tmp_path / "x.png"))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 255), (255, 255, 255)]
+    palette = Image.new("P", (1, 1), 0)
+    assert open_picture(save(palette, tmp_path / "p.png", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("levels", [(0, 32768, 65535), (100, 2148, 4195)], ids=["16 bits used", "12 bits used"])
+def test_grey_of_16_bits_is_stretched_not_clipped(tmp_path, levels):
+    path = save(Image.fromarray(np.array([levels], dtype=np.uint16)), tmp_path / "x.png")
+    assert [open_picture(path).getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
+
+
+def test_grey_of_floats_with_holes(tmp_path):
+    path = save(Image.fromarray(np.array([[0.0, np.nan, 2.0]], dtype=np.float32)), tmp_path / "x.tif")
+    assert np.asarray(open_picture(path))[0, :, 0].tolist() == [0, 0, 255]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste("white", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: what is stored at the left is seen at the top
+    opened = open_picture(save(picture, tmp_path / "x.jpg", exif=exif))
+    assert opened.size == (20, 40)
+    assert opened.getpixel((10, 3))[0] > 200
+    assert opened.getpixel((10, 36))[0] < 50
+
+
+def test_small_and_long_pictures(tmp_path):
+    for size in ((1, 1), (20_000, 5)):
+        assert open_picture(save(Image.new("RGB", size), tmp_path / "x.png")).size == size
+
+
+def test_pictures_above_the_limit(tmp_path, monkeypatch):
+    for width, height in ((20_000, 5_001), (20_000, 20_000), (2_000_000, 2_000_000)):
+        path = tmp_path / "x.png"
+        path.write_bytes(png_of_size(width, height))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            refused(path, "100,000,000")
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
+    refused(save(Image.new("RGB", (4, 3)), tmp_path / "small.png"), "4x3", "12 pixels")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tif", "bmp", "webp"])
+def test_truncated_files(tmp_path, suffix):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    path = save(noise, tmp_path / f"x.{suffix}")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    refused(path)
+
+
+def test_files_that_are_no_pictures(tmp_path):
+    path = tmp_path / "x.jpg"
+    refused(path, "no such file")
+    refused(tmp_path, "is a folder")
+    path.write_bytes(b"")
+    refused(path, "empty")
+    path.write_text("Dear diary")
+    refused(path, "not a picture")
+
+
+def test_a_picture_with_broken_exif_still_opens(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, format="JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff")
+    (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
+    assert open_picture(tmp_path / "x.jpg").size == (4, 4)
+
+
+def test_finds_pictures_in_folders_files_and_patterns(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/er/c.Tiff", "notes.txt", ".hidden.png", ".git/d.png", "out/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*paths):
+        found, problems = find_pictures([tmp_path / path for path in paths], exclude=tmp_path / "out")
+        return [os.path.relpath(path, tmp_path) for path in found], len(problems)
+
+    assert names(".") == (["a.png", "b.JPG", "deep/er/c.Tiff"], 0)
+    assert names("*.p*g", "notes.txt") == (["a.png", "notes.txt"], 0)
+    assert names("**/*.Tiff") == (["deep/er/c.Tiff"], 0)
+    assert names("b.JPG", ".", "b.JPG") == (["b.JPG", "a.png", "deep/er/c.Tiff"], 0)
+    assert names("a.png", "nothing*.png", "gone.jpg") == (["a.png"], 2)
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+    path = tmp_path / "x[1].png"
+    path.touch()
+    assert find_pictures([path]) == ([path], [])
+
+
+def test_an_empty_folder_is_a_problem(tmp_path):
+    found, problems = find_pictures([tmp_path])
+    assert not found
+    assert "no pictures" in str(problems[0])
