@@ -10,8 +10,10 @@ launches do not count. Peak memory includes weights and inputs. Without a GPU a 
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
+import importlib.metadata
 import json
 import platform
 import shlex
@@ -46,7 +48,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-def time_ms(function, repeats: int = 30, warmup: int = 5) -> float:
+def time_ms(function, repeats: int = 20, warmup: int = 3) -> float:
     """Median time of one call, in ms."""
     for _ in range(warmup if CUDA else 1):
         function()
@@ -241,6 +243,8 @@ def main():
     parts = [encoder_rows(args.batch_sizes)]
     if CUDA:
         result["versions"]["cudnn"] = torch.backends.cudnn.version()
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            result["versions"]["flash-attn-4"] = importlib.metadata.version("flash-attn-4")
         parts += [attention_rows(), projection_rows(args.batch_sizes)]
     for part in parts:
         for row in part:

@@ -17,6 +17,7 @@ Tensors are (B, N, H, D): batch, tokens, heads, head dimension. Only the functio
 at the end, take its (B, H, N, D).
 """
 
+import contextlib
 import functools
 
 import torch
@@ -27,13 +28,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 DILATED_FLASH_ATTENTION = "dilated_flash_attention"
 
-# On Hopper cuDNN's kernel is faster than torch's built-in flash (benchmarks/results/), which some releases put first.
-_SDPA_PRIORITY = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 BACKENDS = ("auto", "flash_attention_4", "cudnn", "flash", "sdpa")
 
 
@@ -173,10 +167,9 @@ def dense_attention(
 ) -> torch.Tensor:
     """Full attention within each sequence of a batch, (B, L, H, D) x 3 -> (B, L, H, D).
 
-    `backend="auto"` takes the fastest that can run: FlashAttention-4 where `_prefers_flash_attention_4`, otherwise
-    scaled_dot_product_attention, which takes the first that can run of cuDNN, built-in flash, memory-efficient and math.
-    `"sdpa"` leaves the choice to torch. Any other of `BACKENDS` runs that kernel, or raises ValueError with the reason
-    why it cannot.
+    `backend="auto"` takes the fastest that can run: FlashAttention-4 where `_prefers_flash_attention_4`, otherwise what
+    scaled_dot_product_attention chooses, which on Hopper is cuDNN before its built-in flash kernel. `"sdpa"` is that
+    choice alone. Any other of `BACKENDS` runs that kernel, or raises ValueError with the reason why it cannot.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if backend == "auto":
@@ -184,23 +177,20 @@ def dense_attention(
             _prefers_flash_attention_4(query, key, value)
             and why_not("flash_attention_4", query, key, value, dropout) is None
         ):
+            if torch.compiler.is_compiling():  # the choice is made when the compiled code runs or is captured
+                return torch.ops.samlight_hf.dense_attention(query, key, value, scaling)
             backend = "flash_attention_4"
     elif reason := why_not(backend, query, key, value, dropout):
         raise ValueError(f"Attention backend {backend!r} cannot run here: {reason}")
     if backend == "flash_attention_4":
-        if _needs_gradient(query, key, value):
-            flash_attention_4, _ = _load_flash_attention_4()
-            deterministic = torch.are_deterministic_algorithms_enabled()
-            return flash_attention_4(query, key, value, softmax_scale=scaling, deterministic=deterministic)[0]
-        return torch.ops.samlight_hf.flash_attention_4(query, key, value, scaling)
+        flash_attention_4, _ = _load_flash_attention_4()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return flash_attention_4(query, key, value, softmax_scale=scaling, deterministic=deterministic)[0]
 
     query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))  # (B, H, L, D)
-    if backend == "sdpa" or not query.is_cuda:
+    only = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.get(backend)
+    with sdpa_kernel(only) if only else contextlib.nullcontext():
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
-    else:
-        only = {"cudnn": _SDPA_PRIORITY[:1], "flash": _SDPA_PRIORITY[1:2]}.get(backend, _SDPA_PRIORITY)
-        with sdpa_kernel(only, set_priority=True):
-            output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     return output.transpose(1, 2)
 
 
@@ -208,8 +198,8 @@ def _prefers_flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: to
     """The rule, from benchmarks/results/ on an H100.
 
     Its forward is the fastest for sequences of 1,024 tokens and more, and so is its backward for any length. But its
-    launch, from Python, takes longer than cuDNN's: that must be paid once (torch.compile, CUDA graphs) or disappear
-    behind the work of other kernels.
+    launch, from Python, takes longer than cuDNN's: that must be paid once (CUDA graphs) or disappear behind the work of
+    other kernels. torch.compile does not know yet which of the two it will be: it asks again when its code runs.
     """
     batch_size, length, num_heads, head_dim = query.shape
     training = _needs_gradient(query, key, value)
@@ -262,7 +252,7 @@ def _why_not_flash_attention_4() -> str | None:
 def _load_flash_attention_4():
     """FlashAttention-4's differentiable function, or why there is none: (function, None) or (None, reason).
 
-    Its forward also becomes a torch operator, which torch.compile takes whole.
+    With it, `dense_attention`'s forward becomes a torch operator, which torch.compile takes whole.
     """
     if torch.cuda.get_device_capability()[0] < 9:
         return None, "it needs a GPU of compute capability 9.0 (Hopper) or newer."
@@ -271,11 +261,11 @@ def _load_flash_attention_4():
     except ImportError as error:
         return None, f"flash_attn.cute cannot be imported ({error}). Install it with: pip install 'samlight-hf[flash]'."
 
-    @torch.library.custom_op("samlight_hf::flash_attention_4", mutates_args=())
-    def flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        return flash_attn_func(query, key, value, softmax_scale=scaling)[0]
+    @torch.library.custom_op("samlight_hf::dense_attention", mutates_args=())
+    def operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        return dense_attention(query, key, value, scaling).contiguous()
 
-    @flash_attention_4.register_fake
+    @operator.register_fake
     def _(query, key, value, scaling):
         return torch.empty_like(query, memory_format=torch.contiguous_format)
 

@@ -97,19 +97,21 @@ def test_float32_and_odd_heads_fall_back():
         assert relative_error(dilated_attention(*tokens, 512, 2), expected) < 5e-3
 
 
-def test_flash_attention_4_compiles_whole_and_captures():
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_choice_is_made_when_it_runs(mode):
+    """Launched one by one, cuDNN; captured into a CUDA graph, FlashAttention-4."""
     tokens = random_tokens(0)
     if reason := why_not("flash_attention_4", *tokens):
         pytest.skip(reason)
     expected = dilated_attention(*tokens, 2048, 2, backend="sdpa")
-    compiled = torch.compile(
-        lambda q, k, v: dilated_attention(q, k, v, 2048, 2), fullgraph=True, mode="reduce-overhead"
-    )
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, k, v: dilated_attention(q, k, v, 2048, 2), fullgraph=True, mode=mode)
     with torch.no_grad():
         for _ in range(3):
             output = compiled(*tokens)
+        ran = kernels(lambda: compiled(*tokens))
     assert relative_error(output, expected.double()) < 5e-3
-    assert "flashattentionforward" in kernels(lambda: compiled(*tokens))
+    assert ("cudnn" if mode == "default" else "flashattentionforward") in ran
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,277 @@
+"""Configuration of SAM-Lightening (arXiv 2403.09195): SAM's own, with a dilation pattern for each layer of the image encoder."""
+
+from typing import NamedTuple
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.sam.configuration_sam import (
+    SamConfig,
+    SamMaskDecoderConfig,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
+
+
+DILATION_OFFSETS = ("all", "per_head")
+
+# hidden_size, num_hidden_layers, num_attention_heads of the image encoder: 1.0, 1.5 and 8 times tiny's transformer weights.
+PRESETS = {"tiny": (384, 6, 6), "small": (384, 9, 6), "base": (768, 12, 12)}
+
+
+class LayerPattern(NamedTuple):
+    """What one layer of the image encoder attends to; the definition is in `dilated_attention.py`.
+
+    `segment_length` is w, in tokens. `window_size` > 0 says that the segments are SAM's windows of
+    `window_size` x `window_size` tokens, 0 that they are runs of w tokens in raster order.
+    """
+
+    segment_length: int
+    dilation_rate: int
+    dilation_offsets: str
+    window_size: int
+
+
+def alternating_pattern(num_hidden_layers: int, segment_length: int = 512, dilation_rate: int = 2) -> dict[str, tuple]:
+    """Layers alternate between local bands (w=`segment_length`, r=1) and the whole image (w=N, r=`dilation_rate`).
+
+    Dilated layers keep the residue classes of a segment apart; the undilated bands in between mix them. Counted from
+    the last layer, which sees the whole image. The result goes into `SamLighteningVisionConfig(**...)`.
+    """
+    whole_image = [(num_hidden_layers - 1 - layer) % 2 == 0 for layer in range(num_hidden_layers)]
+    return {
+        "segment_length": tuple(None if whole else segment_length for whole in whole_image),
+        "dilation_rate": tuple(dilation_rate if whole else 1 for whole in whole_image),
+    }
+
+
+@strict
+class SamLighteningVisionConfig(SamVisionConfig):
+    r"""
+    Configuration of the SAM-Lightening image encoder. The defaults are the published "tiny" shape: 384 wide, 6 layers,
+    6 heads, 1024 px, 17.3M parameters with the decoder. Arguments that are not listed are those of [`SamVisionConfig`].
+
+    An image has N = (`image_size` / `patch_size`)² tokens in raster order. Token n attends to the tokens of its own
+    segment (n // w) and residue class ((n mod w) mod r).
+
+    Args:
+        segment_length (`int`, `None`, or a tuple with one of these per layer):
+            w, in tokens; `None` is the whole image (w = N). Must divide N. In a windowed layer the segment is the window.
+        dilation_rate (`int`, or a tuple with one per layer):
+            r; 1 is dense attention within the segment. Must divide w. An attention layer costs N·w/r instead of N².
+        dilation_offsets (`str`, or a tuple with one per layer, defaults to `"all"`):
+            `"all"`: every head takes every residue class. `"per_head"` (LongNet): head h takes class h mod r alone, and
+            is zero elsewhere; cost N·w/r². Needs a number of heads that r divides.
+        window_size (`int`, defaults to 0):
+            Side of SAM's square windows, in tokens, for layers that are not in `global_attn_indexes`; 0: no windows.
+        initializer_range (`float`, defaults to 0.02):
+            [`SamVisionConfig`]'s 1e-10 makes a fresh encoder that outputs nothing.
+        scale (`float`, defaults to 1.0):
+            Standard deviation of the random Fourier features that encode point and box coordinates in a fresh model.
+            Published SAM used 1.0; [`SamVisionConfig`] computes `hidden_size // 2`, with which prompts do not train.
+
+    Raises:
+        ValueError: for a combination that no model can have, with both numbers and the fix.
+    """
+
+    model_type = "sam_lightening_vision_model"
+    _auto_class = "AutoConfig"
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    image_size: int = 1024
+    patch_size: int = 16
+    initializer_range: float = 0.02
+    mlp_ratio: float | int = 4.0
+    use_rel_pos: bool = False
+    window_size: int = 0
+    global_attn_indexes: list[int] | tuple[int, ...] = ()
+    scale: float | int = 1.0
+    segment_length: int | list[int | None] | tuple[int | None, ...] | None = (512, None, 512, None, 512, None)
+    dilation_rate: int | list[int] | tuple[int, ...] = (1, 2, 1, 2, 1, 2)
+    dilation_offsets: str | list[str] | tuple[str, ...] = "all"
+
+    def __post_init__(self, **kwargs):
+        scale = self.scale
+        super().__post_init__(**kwargs)
+        self.scale = scale  # SamVisionConfig overwrites it with hidden_size // 2
+        for name in ("segment_length", "dilation_rate", "dilation_offsets", "global_attn_indexes"):
+            if isinstance(getattr(self, name), list):  # as read from JSON
+                setattr(self, name, tuple(getattr(self, name)))
+        self.layer_patterns()
+
+    @property
+    def num_image_tokens(self) -> int:
+        """N, the tokens of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def layer_patterns(self) -> list[LayerPattern]:
+        """The pattern of every layer, checked: raises ValueError for a combination that no model can have.
+
+        The model calls it too, because fields that are assigned after construction are not checked by the config.
+        """
+        for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            _require_positive_int(name, getattr(self, name))
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}."
+            )
+        if self.use_rel_pos:
+            raise ValueError(
+                "use_rel_pos=True is not possible in SAM-Lightening: flash attention kernels take no position bias. "
+                "Use use_rel_pos=False (absolute positions, use_abs_pos=True, remain)."
+            )
+        return [self._layer_pattern(layer, window) for layer, window in enumerate(self._layer_windows())]
+
+    def _layer_windows(self) -> list[int]:
+        """Window size of each layer, 0 where the segments are runs of tokens in raster order."""
+        if isinstance(self.window_size, bool) or self.window_size < 0:
+            raise ValueError(f"window_size={self.window_size!r} must be 0 (no windows) or a positive number of tokens.")
+        if self.window_size == 0:
+            return [0] * self.num_hidden_layers
+        for index in self.global_attn_indexes:
+            if not 0 <= index < self.num_hidden_layers:
+                raise ValueError(
+                    f"global_attn_indexes contains {index}, but num_hidden_layers={self.num_hidden_layers}: "
+                    f"use indexes from 0 to {self.num_hidden_layers - 1}."
+                )
+        return [0 if layer in self.global_attn_indexes else self.window_size for layer in range(self.num_hidden_layers)]
+
+    def _layer_pattern(self, layer: int, window_size: int) -> LayerPattern:
+        segment_length = self._of_layer("segment_length", layer)
+        dilation_rate = self._of_layer("dilation_rate", layer)
+        dilation_offsets = self._of_layer("dilation_offsets", layer)
+
+        num_tokens = window_size**2 if window_size else self.num_image_tokens
+        if segment_length is None:
+            segment_length = num_tokens
+        _require_positive_int("segment_length", segment_length, layer)
+        _require_positive_int("dilation_rate", dilation_rate, layer)
+        if window_size and segment_length != num_tokens:
+            raise ValueError(
+                f"segment_length={segment_length} in layer {layer}: that layer attends in windows, and its segment is the "
+                f"window of {window_size}x{window_size}={num_tokens} tokens. Use segment_length=None there, "
+                f"window_size=0, or put {layer} into global_attn_indexes."
+            )
+        if num_tokens % segment_length:
+            raise ValueError(
+                f"segment_length={segment_length} in layer {layer} must divide the {num_tokens} tokens of "
+                f"image_size={self.image_size} with patch_size={self.patch_size}. Use a divisor, or None for all of them."
+            )
+        if segment_length % dilation_rate:
+            raise ValueError(
+                f"dilation_rate={dilation_rate} in layer {layer} must divide segment_length={segment_length}."
+            )
+        if dilation_offsets not in DILATION_OFFSETS:
+            raise ValueError(
+                f"dilation_offsets={dilation_offsets!r} in layer {layer} must be one of {DILATION_OFFSETS}."
+            )
+        if dilation_offsets == "per_head" and self.num_attention_heads % dilation_rate:
+            raise ValueError(
+                f'dilation_offsets="per_head" in layer {layer} needs dilation_rate={dilation_rate} to divide '
+                f'num_attention_heads={self.num_attention_heads}. Change one of them, or use "all".'
+            )
+        return LayerPattern(segment_length, dilation_rate, dilation_offsets, window_size)
+
+    def _of_layer(self, name: str, layer: int):
+        value = getattr(self, name)
+        if not isinstance(value, (tuple, list)):
+            return value
+        if len(value) != self.num_hidden_layers:
+            raise ValueError(
+                f"{name} has {len(value)} entries for num_hidden_layers={self.num_hidden_layers}. Give one value for all "
+                "layers, or one per layer (alternating_pattern(num_hidden_layers) makes the published ones)."
+            )
+        return value[layer]
+
+
+@strict
+class SamLighteningConfig(SamConfig):
+    r"""
+    Configuration of [`SamLighteningModel`]: a [`SamLighteningVisionConfig`] with SAM's own prompt encoder and mask decoder.
+
+    What the three parts must agree on (image size, patch size, embedding width) is taken from `vision_config` where the
+    other two do not say it; a contradiction raises ValueError. The defaults are the published "tiny" shape.
+
+    Example:
+        ```python
+        >>> config = SamLighteningConfig(vision_config={"image_size": 512, "segment_length": None, "dilation_rate": 4})
+        >>> config.prompt_encoder_config.image_size
+        512
+        >>> SamLighteningConfig.from_preset("base").vision_config.num_hidden_layers
+        12
+        ```
+    """
+
+    model_type = "sam_lightening"
+    _auto_class = "AutoConfig"
+    sub_configs = {
+        "prompt_encoder_config": SamPromptEncoderConfig,
+        "mask_decoder_config": SamMaskDecoderConfig,
+        "vision_config": SamLighteningVisionConfig,
+    }
+    sub_configs_defaults = sub_configs  # the name that newer releases of transformers read
+
+    def __post_init__(self, **kwargs):
+        vision = self.vision_config
+        if vision is None or isinstance(vision, dict):
+            vision = self.vision_config = SamLighteningVisionConfig(**(vision or {}))
+        if self.prompt_encoder_config is None or isinstance(self.prompt_encoder_config, dict):
+            agreed = {
+                "image_size": vision.image_size,
+                "patch_size": vision.patch_size,
+                "hidden_size": vision.output_channels,
+            }
+            given = dict(self.prompt_encoder_config or {})
+            given.pop("image_embedding_size", None)  # derived, and stale where image_size was overridden
+            self.prompt_encoder_config = SamPromptEncoderConfig(**{**agreed, **given})
+        if self.mask_decoder_config is None or isinstance(self.mask_decoder_config, dict):
+            agreed = {"hidden_size": vision.output_channels}
+            self.mask_decoder_config = SamMaskDecoderConfig(**{**agreed, **(self.mask_decoder_config or {})})
+        super().__post_init__(**kwargs)
+        self.check_agreement()
+
+    @classmethod
+    def from_preset(cls, preset: str, **vision_config) -> "SamLighteningConfig":
+        """A published shape: "tiny" (384 x 6 layers), "small" (384 x 9) or "base" (768 x 12), in the alternating pattern.
+
+        Keyword arguments go to `vision_config` and win.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is not known. Use one of {', '.join(PRESETS)}.")
+        hidden_size, num_hidden_layers, num_attention_heads = PRESETS[preset]
+        shape = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            **alternating_pattern(num_hidden_layers),
+        }
+        return cls(vision_config={**shape, **vision_config})
+
+    def check_agreement(self):
+        """Raises ValueError where image encoder, prompt encoder and mask decoder cannot work together.
+
+        The model calls it too, because fields that are assigned after construction are not checked by the config.
+        """
+        vision, prompt, decoder = self.vision_config, self.prompt_encoder_config, self.mask_decoder_config
+        grid_size = vision.image_size // vision.patch_size
+        for name, value, other_name, other_value in (
+            ("prompt_encoder_config.image_size", prompt.image_size, "vision_config.image_size", vision.image_size),
+            ("prompt_encoder_config.patch_size", prompt.patch_size, "vision_config.patch_size", vision.patch_size),
+            ("prompt_encoder_config.image_embedding_size", prompt.image_embedding_size, "image_size // patch_size", grid_size),
+            ("prompt_encoder_config.hidden_size", prompt.hidden_size, "vision_config.output_channels", vision.output_channels),
+            ("prompt_encoder_config.hidden_size", prompt.hidden_size, "2 * vision_config.num_pos_feats", 2 * vision.num_pos_feats),
+            ("mask_decoder_config.hidden_size", decoder.hidden_size, "vision_config.output_channels", vision.output_channels),
+        ):  # fmt: skip
+            if value != other_value:
+                raise ValueError(f"{name}={value} must equal {other_name}={other_value}. Change one of them to agree.")
+
+
+def _require_positive_int(name: str, value, layer: int | None = None):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        where = "" if layer is None else f" in layer {layer}"
+        raise ValueError(f"{name}={value!r}{where} must be a positive integer.")
+
+
+__all__ = ["SamLighteningConfig", "SamLighteningVisionConfig"]

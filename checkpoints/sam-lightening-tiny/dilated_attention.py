@@ -1,0 +1,307 @@
+"""Dilated attention (SAM-Lightening, arXiv 2403.09195, section 2.1): the pattern, its slow reference and its fast path.
+
+**The pattern.** N tokens in raster order, a segment length w that divides N, a dilation rate r that divides w. Token n
+lies in segment n // w and in residue class (n mod w) mod r, and attends to the tokens of its own segment and residue
+class. So every token is a query and every token is a key, in N/w * r independent dense attentions of w/r tokens each.
+With `dilation_offsets="per_head"` (LongNet, arXiv 2307.02486), head h attends among the tokens of residue class h mod r
+alone and is zero for all others.
+
+**The fast path.** Write the row n of a contiguous (N, H*D) matrix as n = (i * w/r + j) * r + rho. The same memory, read
+as (N/w, w/r, r*H, D), is a batch of N/w sequences of w/r tokens with r*H heads: heads and residue classes are one axis,
+and any dense kernel runs on it as it is. `split_groups` is that view.
+
+**The kernel.** `dense_attention` runs the groups: `backend="auto"` on the fastest kernel that can run, a named backend on
+that kernel or not at all, with the reason (`why_not`).
+
+Tensors are (B, N, H, D): batch, tokens, heads, head dimension. Only the functions for transformers' AttentionInterface,
+at the end, take its (B, H, N, D).
+"""
+
+import contextlib
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+
+DILATED_FLASH_ATTENTION = "dilated_flash_attention"
+
+BACKENDS = ("auto", "flash_attention_4", "cudnn", "flash", "sdpa")
+
+
+def split_groups(
+    tokens: torch.Tensor, segment_length: int, dilation_rate: int, dilation_offsets: str = "all"
+) -> torch.Tensor:
+    """(B, N, H, D) -> the groups that attend among themselves: (B*N/w, w/r, r*H, D), or (B*N/w, w/r, H, D) per head.
+
+    A view of contiguous input with `"all"`; a copy of 1/r of it with `"per_head"`.
+    """
+    batch_size, num_tokens, num_heads, head_dim = tokens.shape
+    num_segments = batch_size * (num_tokens // segment_length)
+    group_length = segment_length // dilation_rate
+    if dilation_rate == 1 or dilation_offsets == "all":
+        return tokens.reshape(num_segments, group_length, dilation_rate * num_heads, head_dim)
+    # (segments, w/r, residue class, heads/r, residue class of the head, D): the diagonal is what each head attends to.
+    tokens = tokens.reshape(
+        num_segments, group_length, dilation_rate, num_heads // dilation_rate, dilation_rate, head_dim
+    )
+    own_class = tokens.diagonal(dim1=2, dim2=4)  # (segments, w/r, H/r, D, r)
+    return own_class.transpose(3, 4).reshape(num_segments, group_length, num_heads, head_dim)
+
+
+def merge_groups(
+    groups: torch.Tensor,
+    num_tokens: int,
+    num_heads: int,
+    segment_length: int,
+    dilation_rate: int,
+    dilation_offsets: str = "all",
+) -> torch.Tensor:
+    """The inverse of `split_groups`, (B, N, H, D). Per head, the rows of other residue classes are zero."""
+    head_dim = groups.shape[-1]
+    if dilation_rate > 1 and dilation_offsets == "per_head":
+        num_segments, group_length = groups.shape[:2]
+        own_class = groups.reshape(num_segments, group_length, num_heads // dilation_rate, dilation_rate, head_dim)
+        groups = torch.diag_embed(own_class.transpose(3, 4), dim1=2, dim2=4)
+    return groups.reshape(-1, num_tokens, num_heads, head_dim)
+
+
+def dilated_attention_mask(
+    num_tokens: int,
+    num_heads: int,
+    segment_length: int,
+    dilation_rate: int,
+    dilation_offsets: str = "all",
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """The pattern, token by token from its definition: bool (H, N, N), True where query n of head h may see key m."""
+    token = torch.arange(num_tokens, device=device)
+    segment = token // segment_length
+    residue_class = (token % segment_length) % dilation_rate
+    same_group = (segment[:, None] == segment) & (residue_class[:, None] == residue_class)
+    if dilation_offsets == "all":
+        return same_group.expand(num_heads, -1, -1)
+    head = torch.arange(num_heads, device=device)
+    in_own_class = residue_class == (head % dilation_rate)[:, None]  # (H, N)
+    return same_group & in_own_class[:, :, None] & in_own_class[:, None, :]
+
+
+def dilated_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment_length: int,
+    dilation_rate: int = 1,
+    dilation_offsets: str = "all",
+    scaling: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `dilated_attention` computes, as a masked softmax over all N keys: slow, in any precision, to be believed.
+
+    Returns the output (B, N, H, D) and the attention weights (B, H, N, N).
+    """
+    _, num_tokens, num_heads, head_dim = query.shape
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    mask = dilated_attention_mask(
+        num_tokens, num_heads, segment_length, dilation_rate, dilation_offsets, device=query.device
+    )
+    scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scaling
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1) * mask  # per head, the rows of other residue classes see no key at all
+    return torch.einsum("bhnm,bmhd->bnhd", weights, value), weights
+
+
+def dilated_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment_length: int | None = None,
+    dilation_rate: int = 1,
+    dilation_offsets: str = "all",
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Dilated attention, differentiable. The pattern is described at the top of this file.
+
+    Args:
+        query, key, value: (B, N, H, D) each, float. No copy is made of contiguous ones with `"all"`.
+        segment_length: w, in tokens; divides N. `None` is N.
+        dilation_rate: r; divides w.
+        dilation_offsets: `"all"` or `"per_head"` (r must then divide H).
+        scaling: factor of the scores, 1/sqrt(D) if `None`.
+        backend: one of `BACKENDS`; see `dense_attention`.
+
+    Returns:
+        (B, N, H, D).
+
+    Raises:
+        ValueError: if w does not divide N or r does not divide w, or if the named backend cannot run here.
+    """
+    _, num_tokens, num_heads, _ = query.shape
+    segment_length = num_tokens if segment_length is None else segment_length
+    if num_tokens % segment_length:
+        raise ValueError(f"segment_length={segment_length} must divide the {num_tokens} tokens.")
+    if segment_length % dilation_rate:
+        raise ValueError(f"dilation_rate={dilation_rate} must divide segment_length={segment_length}.")
+    if dilation_offsets not in ("all", "per_head"):
+        raise ValueError(f'dilation_offsets={dilation_offsets!r} must be "all" or "per_head".')
+    if dilation_offsets == "per_head" and num_heads % dilation_rate:
+        raise ValueError(
+            f'dilation_offsets="per_head" needs dilation_rate={dilation_rate} to divide {num_heads} heads.'
+        )
+    pattern = (segment_length, dilation_rate, dilation_offsets)
+    groups = (split_groups(tokens, *pattern) for tokens in (query, key, value))
+    output = dense_attention(*groups, scaling=scaling, dropout=dropout, backend=backend)
+    return merge_groups(output, num_tokens, num_heads, *pattern)
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Full attention within each sequence of a batch, (B, L, H, D) x 3 -> (B, L, H, D).
+
+    `backend="auto"` takes the fastest that can run: FlashAttention-4 where `_prefers_flash_attention_4`, otherwise what
+    scaled_dot_product_attention chooses, which on Hopper is cuDNN before its built-in flash kernel. `"sdpa"` is that
+    choice alone. Any other of `BACKENDS` runs that kernel, or raises ValueError with the reason why it cannot.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if backend == "auto":
+        if (
+            _prefers_flash_attention_4(query, key, value)
+            and why_not("flash_attention_4", query, key, value, dropout) is None
+        ):
+            if torch.compiler.is_compiling():  # the choice is made when the compiled code runs or is captured
+                return torch.ops.samlight_hf.dense_attention(query, key, value, scaling)
+            backend = "flash_attention_4"
+    elif reason := why_not(backend, query, key, value, dropout):
+        raise ValueError(f"Attention backend {backend!r} cannot run here: {reason}")
+    if backend == "flash_attention_4":
+        flash_attention_4, _ = _load_flash_attention_4()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return flash_attention_4(query, key, value, softmax_scale=scaling, deterministic=deterministic)[0]
+
+    query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))  # (B, H, L, D)
+    only = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.get(backend)
+    with sdpa_kernel(only) if only else contextlib.nullcontext():
+        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+    return output.transpose(1, 2)
+
+
+def _prefers_flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """The rule, from benchmarks/results/ on an H100.
+
+    Its forward is the fastest for sequences of 1,024 tokens and more, and so is its backward for any length. But its
+    launch, from Python, takes longer than cuDNN's: that must be paid once (CUDA graphs) or disappear behind the work of
+    other kernels. torch.compile does not know yet which of the two it will be: it asks again when its code runs.
+    """
+    batch_size, length, num_heads, head_dim = query.shape
+    training = _needs_gradient(query, key, value)
+    if not query.is_cuda or (length < 1024 and not training):
+        return False
+    flops = (14 if training else 4) * batch_size * num_heads * length**2 * head_dim
+    return flops >= 2e11 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def why_not(
+    backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
+) -> str | None:
+    """`None` if `backend` can run attention on these tensors, (B, L, H, D), here; otherwise a sentence that says why not."""
+    if backend not in BACKENDS:
+        return f"there is no such backend. Use one of {', '.join(BACKENDS)}."
+    if backend in ("auto", "sdpa"):
+        return None
+    if not query.is_cuda:
+        return f"it needs CUDA tensors, and these are on {query.device.type}."
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, and these are {str(query.dtype).removeprefix('torch.')}."
+    if backend == "flash_attention_4":
+        if query.shape[-1] % 8 or query.shape[-1] > 128:
+            return f"it needs a head dimension that is a multiple of 8 up to 128, and this is {query.shape[-1]}."
+        if dropout > 0:
+            return f"it has no dropout, and dropout={dropout} was asked for."
+        if torch.compiler.is_compiling() and _needs_gradient(query, key, value):
+            return "torch.compile cannot trace its backward pass."
+        return _why_not_flash_attention_4()
+    can_use = {
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+        "flash": torch.backends.cuda.can_use_flash_attention,
+    }
+    heads_first = (tokens.transpose(1, 2) for tokens in (query, key, value))
+    if not can_use[backend](torch.backends.cuda.SDPAParams(*heads_first, None, dropout, False, False), debug=True):
+        return "scaled_dot_product_attention refuses it for these tensors; the warnings above say why."
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
+def _why_not_flash_attention_4() -> str | None:
+    return _load_flash_attention_4()[1]
+
+
+@functools.cache
+def _load_flash_attention_4():
+    """FlashAttention-4's differentiable function, or why there is none: (function, None) or (None, reason).
+
+    With it, `dense_attention`'s forward becomes a torch operator, which torch.compile takes whole.
+    """
+    if torch.cuda.get_device_capability()[0] < 9:
+        return None, "it needs a GPU of compute capability 9.0 (Hopper) or newer."
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError as error:
+        return None, f"flash_attn.cute cannot be imported ({error}). Install it with: pip install 'samlight-hf[flash]'."
+
+    @torch.library.custom_op("samlight_hf::dense_attention", mutates_args=())
+    def operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        return dense_attention(query, key, value, scaling).contiguous()
+
+    @operator.register_fake
+    def _(query, key, value, scaling):
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+    return flash_attn_func, None
+
+
+def dilated_attention_forward(attention, module, query, key, value, **kwargs):
+    """Runs `attention`, any dense function of transformers' AttentionInterface, on the groups of `module`'s pattern.
+
+    (B, H, N, D) x 3 -> output (B, N, H, D), and the attention weights or None. The weights stay per group, as SAM's do
+    per window: (B*N/w, r*H, w/r, w/r), the second axis residue class by residue class, heads within; (B*N/w, H, w/r, w/r)
+    with `"per_head"`. With r=1 and w=N that is the usual (B, H, N, N).
+    """
+    _, num_heads, num_tokens, _ = query.shape
+    pattern = (module.segment_length, module.dilation_rate, module.dilation_offsets)
+    groups = (split_groups(tokens.transpose(1, 2), *pattern).transpose(1, 2) for tokens in (query, key, value))
+    output, weights = attention(module, *groups, attention_mask=None, **kwargs)
+    return merge_groups(output, num_tokens, num_heads, *pattern), weights
+
+
+def _fastest_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    heads_last = (tokens.transpose(1, 2) for tokens in (query, key, value))
+    return dense_attention(*heads_last, scaling=scaling, dropout=dropout), None
+
+
+def dilated_flash_attention_forward(module, query, key, value, attention_mask=None, **kwargs):
+    """`attn_implementation="dilated_flash_attention"`: (B, H, N, D) x 3 -> (B, N, H, D), None.
+
+    Runs the pattern of `module` on the fastest kernel that can run here. A module without a pattern, such as one of the
+    mask decoder, gets transformers' plain "sdpa".
+    """
+    if not hasattr(module, "segment_length"):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None:
+        raise ValueError("Dilated attention takes no attention_mask: every token attends to its own group.")
+    return dilated_attention_forward(_fastest_attention, module, query, key, value, **kwargs)
+
+
+AttentionInterface.register(DILATED_FLASH_ATTENTION, dilated_flash_attention_forward)

@@ -1,0 +1,215 @@
+"""SAM-Lightening (arXiv 2403.09195) in transformers: SAM with a small image encoder that attends by dilated flash attention.
+
+Every class is one of transformers' SAM with what differs; prompt encoder and mask decoder are SAM's own. The parents'
+`__init__` is passed over where it would build SAM's own image encoder.
+"""
+
+import os
+
+import torch
+from torch import nn
+from transformers import SamImageProcessor, SamProcessor
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.sam.modeling_sam import (
+    SamMaskDecoder,
+    SamMLPBlock,
+    SamModel,
+    SamPatchEmbeddings,
+    SamPositionalEmbedding,
+    SamPreTrainedModel,
+    SamPromptEncoder,
+    SamVisionAttention,
+    SamVisionEncoder,
+    SamVisionLayer,
+    SamVisionModel,
+    SamVisionNeck,
+    eager_attention_forward,
+)
+
+from .configuration_sam_lightening import LayerPattern, SamLighteningConfig, SamLighteningVisionConfig
+from .dilated_attention import DILATED_FLASH_ATTENTION, dilated_attention_forward
+
+
+class SamLighteningPatchProjection(nn.Conv2d):
+    """The patch embedding's convolution, whose stride is its kernel size, as one matrix product with the same weights."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        batch_size, num_channels, height, width = pixel_values.shape
+        patch_height, patch_width = self.kernel_size
+        rows, columns = height // patch_height, width // patch_width
+        # (B, C, H, W) -> (B, rows, columns, C * patch_height * patch_width)
+        patches = pixel_values.to(self.weight.dtype).view(
+            batch_size, num_channels, rows, patch_height, columns, patch_width
+        )
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, rows, columns, -1)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class SamLighteningPatchEmbeddings(SamPatchEmbeddings):
+    def __init__(self, config: SamLighteningVisionConfig):
+        super().__init__(config)
+        self.projection = SamLighteningPatchProjection(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+
+class SamLighteningVisionAttention(SamVisionAttention):
+    """Multi-head attention over the groups of one dilation pattern, by any function of transformers' AttentionInterface."""
+
+    def __init__(self, config: SamLighteningVisionConfig, pattern: LayerPattern):
+        super().__init__(config, window_size=pattern.window_size)
+        self.config = config
+        self.segment_length = pattern.segment_length
+        self.dilation_rate = pattern.dilation_rate
+        self.dilation_offsets = pattern.dilation_offsets
+        self.is_causal = False
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, height, width, _ = hidden_states.shape
+        # (B, h, w, 3C) -> 3 x (B, H, N, D), N = h * w
+        query, key, value = (
+            self.qkv(hidden_states)
+            .view(batch_size, height * width, 3, self.num_attention_heads, -1)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        arguments = {"scaling": self.scale, "dropout": self.dropout if self.training else 0.0}
+        if implementation == DILATED_FLASH_ATTENTION:
+            attn_output, attn_weights = attention(self, query, key, value, **arguments)
+        else:  # a dense function, which knows nothing of the pattern
+            attn_output, attn_weights = dilated_attention_forward(attention, self, query, key, value, **arguments)
+        return self.proj(attn_output.reshape(batch_size, height, width, -1)), attn_weights
+
+
+class SamLighteningVisionLayer(SamVisionLayer):
+    def __init__(self, config: SamLighteningVisionConfig, pattern: LayerPattern):
+        GradientCheckpointingLayer.__init__(self)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = SamLighteningVisionAttention(config, pattern)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SamMLPBlock(config)
+        self.window_size = pattern.window_size
+
+
+class SamLighteningPreTrainedModel(SamPreTrainedModel):
+    config: SamLighteningConfig
+    _no_split_modules = ["SamLighteningVisionLayer"]
+    _supports_flash_attn = True
+    _auto_map = None  # what config.json says to trust_remote_code=True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SamLighteningVisionEncoder) and module.pos_embed is not None:
+            init.normal_(module.pos_embed, std=self.config.initializer_range)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        # transformers looks for a flash-attn package wherever "flash" is in the name; ours runs without one.
+        if attn_implementation in (None, DILATED_FLASH_ATTENTION):
+            return DILATED_FLASH_ATTENTION
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """As in transformers, and the folder is complete: weights, config, this code, and a processor unless it has one."""
+        self.config.auto_map = dict(self._auto_map)
+        if is_main_process and not any(
+            os.path.isfile(os.path.join(save_directory, name))
+            for name in ("processor_config.json", "preprocessor_config.json")
+        ):
+            vision_config = getattr(self.config, "vision_config", self.config)
+            image_size, mask_size = vision_config.image_size, 4 * (vision_config.image_size // vision_config.patch_size)
+            SamProcessor(
+                SamImageProcessor(
+                    size={"longest_edge": image_size},
+                    pad_size={"height": image_size, "width": image_size},
+                    mask_size={"longest_edge": mask_size},
+                    mask_pad_size={"height": mask_size, "width": mask_size},
+                )
+            ).save_pretrained(save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+
+class SamLighteningVisionEncoder(SamLighteningPreTrainedModel, SamVisionEncoder):
+    config: SamLighteningVisionConfig
+
+    def __init__(self, config: SamLighteningVisionConfig):
+        SamPreTrainedModel.__init__(self, config)
+        self.image_size = config.image_size
+        self.patch_embed = SamLighteningPatchEmbeddings(config)
+        grid_size = config.image_size // config.patch_size
+        self.pos_embed = (
+            nn.Parameter(torch.zeros(1, grid_size, grid_size, config.hidden_size)) if config.use_abs_pos else None
+        )
+        self.layers = nn.ModuleList(SamLighteningVisionLayer(config, pattern) for pattern in config.layer_patterns())
+        self.neck = SamVisionNeck(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class SamLighteningVisionModel(SamLighteningPreTrainedModel, SamVisionModel):
+    """The image encoder alone: pixel values (B, 3, S, S) -> `last_hidden_state` (B, 256, S/16, S/16), S = `image_size`."""
+
+    config: SamLighteningVisionConfig
+    _auto_class = "AutoModel"
+    _auto_map = {
+        "AutoConfig": "configuration_sam_lightening.SamLighteningVisionConfig",
+        "AutoModel": "modeling_sam_lightening.SamLighteningVisionModel",
+    }
+    # A whole SAM-Lightening checkpoint loads too.
+    _keys_to_ignore_on_load_unexpected = [r"^prompt_encoder\.", r"^mask_decoder\.", r"^shared_image_embedding\."]
+
+    def __init__(self, config: SamLighteningVisionConfig):
+        SamPreTrainedModel.__init__(self, config)
+        self.vision_encoder = SamLighteningVisionEncoder(config)
+        self.post_init()
+
+
+class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
+    """SAM with the SAM-Lightening image encoder; inputs and outputs are those of [`SamModel`].
+
+    Takes `pixel_values` (B, 3, S, S) or `image_embeddings` (B, 256, S/16, S/16), where S = `image_size`, with points, boxes
+    and masks in the frame of the resized picture, as [`SamProcessor`] makes them. Returns `pred_masks`
+    (B, prompts, masks, S/4, S/4), logits that `processor.post_process_masks` brings to the picture's size, and
+    `iou_scores` (B, prompts, masks).
+
+    `attn_implementation` chooses how the image encoder attends, not what it computes: "dilated_flash_attention" (default,
+    the fastest kernel that can run), "sdpa", "eager", or "flash_attention_2", "_3", "_4". The mask decoder's attention
+    is a few tokens against the image, in heads of 16: it runs "eager" with "eager", and "sdpa" otherwise.
+    """
+
+    config: SamLighteningConfig
+    _auto_class = "AutoModel"
+    _auto_map = {
+        "AutoConfig": "configuration_sam_lightening.SamLighteningConfig",
+        "AutoModel": "modeling_sam_lightening.SamLighteningModel",
+        "AutoModelForMaskGeneration": "modeling_sam_lightening.SamLighteningModel",
+    }
+
+    def __init__(self, config: SamLighteningConfig):
+        config.check_agreement()
+        SamPreTrainedModel.__init__(self, config)
+        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
+        self.vision_encoder = SamLighteningVisionEncoder(config.vision_config)
+        self.prompt_encoder = SamPromptEncoder(config)
+        self._set_decoder_attn_implementation()
+        self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
+        self.post_init()
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        """As in transformers; what a string means for the mask decoder is said in the class's docstring."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = {"": attn_implementation, "vision_config": attn_implementation}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if "mask_decoder_config" not in attn_implementation:
+            self._set_decoder_attn_implementation()
+
+    def _set_decoder_attn_implementation(self):
+        implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
+        self.config.mask_decoder_config._attn_implementation = implementation
+
+
+__all__ = ["SamLighteningModel", "SamLighteningPreTrainedModel", "SamLighteningVisionModel"]
