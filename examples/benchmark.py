@@ -5,7 +5,7 @@
 Part "encoder": SAM-Lightening tiny in every attn_implementation that can run here, eager and compiled, against
 transformers' SAM ViT-H and ViT-B, random weights and inputs. Part "attention": every backend, forward and backward, on
 the groups of one layer, with its error against float64. Part "projection": ways to bring q, k and v into the layout in
-which dilation is free. Times are medians of CUDA events after warm-up; "graph" rows are replays of a CUDA graph, so that
+which dilation is free. Part "evaluation" (with --dataset): the box protocol of `samlight evaluate`, end to end. Times are medians of CUDA events after warm-up; "graph" rows are replays of a CUDA graph, so that
 launches do not count. Peak memory includes weights and inputs. Without a GPU a short list runs on the CPU.
 """
 
@@ -19,6 +19,7 @@ import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -227,10 +228,39 @@ def projection_rows(batch_sizes: list[int]):
                 }
 
 
+def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36):
+    """Pictures read, decoded, segmented and scored; the second of two passes, so that warming up does not count."""
+    from samlight_hf.data import load_dataset
+    from samlight_hf.evaluation.evaluator import Journal, evaluate
+    from samlight_hf.evaluation.models import PromptableModel
+    from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
+    from samlight_hf.loading import load_model
+
+    dataset = load_dataset(dataset_path, limit=None if CUDA else 8)
+    work = InstanceProtocols(ProtocolSettings(("box",), ("single",), max_instances=max_instances))
+    for dtype in ("float32", "bfloat16") if CUDA else ("float32",):
+        model = PromptableModel(*load_model(checkpoint, "auto", dtype))
+        for attempt in ("warm-up", "counted"):
+            model.seconds = dict.fromkeys(model.seconds, 0.0)
+            with tempfile.TemporaryDirectory() as folder:
+                journal = Journal(Path(folder), attempt, {})
+                records, _, seconds = evaluate(
+                    model, dataset, work, journal, batch_size=8, num_workers=8 if CUDA else 2
+                )
+        yield {
+            "part": "evaluation", "protocol": "box/single", "dtype": dtype, "pictures": len(dataset),
+            "instances_per_picture": len(records) / len(dataset), "pictures_per_second": len(dataset) / seconds,
+            "seconds_total": seconds, "seconds_model": sum(model.seconds.values()),
+        }  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the raw result")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8] if CUDA else [1])
+    parser.add_argument("--parts", nargs="+", default=["encoder", "attention", "projection", "evaluation"])
+    parser.add_argument("--dataset", help="a tar of SA-1B's layout, for the part evaluation")
+    parser.add_argument("--checkpoint", default="checkpoints/sam-lightening-tiny", help="for the part evaluation")
     args = parser.parse_args()
 
     result = {
@@ -240,14 +270,16 @@ def main():
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "rows": [],
     }  # fmt: skip
-    parts = [encoder_rows(args.batch_sizes)]
+    parts = {"encoder": lambda: encoder_rows(args.batch_sizes)}
     if CUDA:
         result["versions"]["cudnn"] = torch.backends.cudnn.version()
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             result["versions"]["flash-attn-4"] = importlib.metadata.version("flash-attn-4")
-        parts += [attention_rows(), projection_rows(args.batch_sizes)]
-    for part in parts:
-        for row in part:
+        parts |= {"attention": attention_rows, "projection": lambda: projection_rows(args.batch_sizes)}
+    if args.dataset:
+        parts["evaluation"] = lambda: evaluation_rows(args.dataset, args.checkpoint)
+    for name in [name for name in args.parts if name in parts]:
+        for row in parts[name]():
             result["rows"].append(row)
             print(", ".join(f"{v:.4g}" if isinstance(v, float) else str(v)[:90] for v in row.values()), flush=True)
             if args.out:

@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import __version__, segment_command
+from . import __version__, evaluate_command, segment_command
 
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -37,6 +38,12 @@ COMMANDS = (
         "segment the example pictures with the bundled checkpoint (from a clone of the repository)",
         segment_command.add_demo_arguments,
         segment_command.run_demo,
+    ),
+    Command(
+        "evaluate",
+        "mIoU for boxes and clicks, AP, AR and fidelity to a teacher, of several models side by side",
+        evaluate_command.add_evaluate_arguments,
+        evaluate_command.run_evaluate,
     ),
 )
 
@@ -80,10 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         parsed = build_parser().parse_args(arguments)
     except SystemExit as exit_request:  # after --help, and after wrong usage
         return exit_request.code
+    parsed.command_line = shlex.join(["samlight", *arguments])
     return parsed.run(parsed)
 
 

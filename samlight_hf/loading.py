@@ -26,12 +26,15 @@ class CheckpointError(ValueError):
 
 
 def load_model(
-    path_or_repo: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32"
+    path_or_repo: str | Path,
+    device: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    model_types: tuple[str, ...] = MODEL_TYPES,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model, in eval mode on `device`, and its processor.
 
-    `path_or_repo` is a folder or a Hub name ("org/name"), of a SAM-Lightening or an original SAM. Only safetensors are
-    read, never pickles. `device` is torch's name of one, or "auto": CUDA if there is one, otherwise the CPU.
+    `path_or_repo` is a folder or a Hub name ("org/name"), of one of `model_types`: by default a SAM-Lightening or an original
+    SAM, whose processors keep a picture's aspect. Only safetensors are read, never pickles. `device` is torch's name of one, or "auto": CUDA if there is one, otherwise the CPU.
 
     Raises:
         CheckpointError: for missing, unexpected, mismatched, unreadable, NaN or infinite weights, another kind of model,
@@ -42,7 +45,7 @@ def load_model(
     source = str(path_or_repo)
     if Path(source).expanduser().exists():
         source = str(Path(source).expanduser())
-        _check_folder(Path(source))
+        _check_folder(Path(source), model_types)
     elif source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source:
         raise CheckpointError(f"{source}: no such folder. Give a checkpoint's folder, or a Hub name such as org/name.")
     with quiet_transformers():
@@ -54,8 +57,9 @@ def load_model(
         except LOADING_ERRORS as error:
             where = "" if Path(source).exists() else "no such folder here, and from the Hub it "
             raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error)}") from error
-    _check_model(source, model, report)
-    _check_processor(source, model, processor)
+    _check_model(source, model, report, model_types)
+    if model.config.model_type in MODEL_TYPES:
+        _check_processor(source, model, processor)
     return model.to(device).eval(), processor
 
 
@@ -101,14 +105,14 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_folder(folder: Path):
+def _check_folder(folder: Path, model_types: tuple[str, ...]):
     """Raises CheckpointError for what can be seen without building a model."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file. Give the checkpoint's folder, with config.json in it.")
     config = _read_json(folder / "config.json", "Is this a checkpoint's folder?")
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"{folder}: model_type={model_type!r}, but this needs one of {', '.join(MODEL_TYPES)}.")
+    if model_type not in model_types:
+        raise CheckpointError(f"{folder}: model_type={model_type!r}, but this needs one of {', '.join(model_types)}.")
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt"):
@@ -155,10 +159,10 @@ def _read_json(file: Path, fix: str) -> dict:
     return content
 
 
-def _check_model(source: str, model: PreTrainedModel, report: dict):
-    if model.config.model_type not in MODEL_TYPES:
+def _check_model(source: str, model: PreTrainedModel, report: dict, model_types: tuple[str, ...]):
+    if model.config.model_type not in model_types:
         raise CheckpointError(
-            f"{source}: model_type={model.config.model_type!r}, but this needs one of {', '.join(MODEL_TYPES)}."
+            f"{source}: model_type={model.config.model_type!r}, but this needs one of {', '.join(model_types)}."
         )
     for kind, meaning in (
         ("mismatched_keys", "have other shapes than config.json says"),

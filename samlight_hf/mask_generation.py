@@ -76,7 +76,8 @@ def segment_everything(
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must be from 0 to 1.")
     check_picture(processor, picture)
-    pipeline = _HalfPrecisionPipeline(model=model, image_processor=processor.image_processor)
+    # Without a device the pipeline takes the model to the GPU, where there is one.
+    pipeline = _HalfPrecisionPipeline(model=model, image_processor=processor.image_processor, device=model.device)
     output = pipeline(
         picture,
         points_per_crop=points_per_side,

@@ -1,0 +1,189 @@
+"""COCO, LVIS and any JSON of COCO's shape, with its folder of pictures."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from .annotations import annotation_id
+from .dataset import PictureDataset, check_limit
+from .sa1b import Sa1bDataset
+from .samples import SampleError, SkipReason, SkipReport
+
+
+class CocoDataset(PictureDataset):
+    """The pictures of a COCO-shaped JSON, in its order: `images` with `id` and `file_name`, `annotations` with `image_id`.
+
+    Masks are polygons, uncompressed or compressed RLE. Where an image has no `file_name`, as in LVIS v1, the end of its
+    `coco_url` is taken. A picture is looked for in `image_folder` by its whole name, by its last folder and name
+    (`val2017/000000000139.jpg`) and by its name alone. The sample's id is the image id as a string.
+
+    Args:
+        annotation_json: the file.
+        image_folder: the folder of the pictures.
+        limit: only the first so many pictures, without those skipped while indexing.
+
+    Raises:
+        ValueError: for a file that is not there or not of this shape, and where no picture is found.
+    """
+
+    def __init__(self, annotation_json: str | os.PathLike, image_folder: str | os.PathLike, limit: int | None = None):
+        check_limit(limit)
+        self.image_folder = Path(image_folder)
+        if not self.image_folder.is_dir():
+            raise ValueError(f"{image_folder}: no such folder of pictures.")
+        images, annotations = _read_json(Path(annotation_json))
+        self.index_report = SkipReport()
+        self._ids: list[int | str] = []
+        self._files: list[str] = []
+        self._sizes: list[tuple[int, int] | None] = []
+        known, skipped = self._index_images(images, limit)
+        by_image = self._index_annotations(annotations, known, skipped)
+        # One string for each picture: worker processes would copy millions of small objects as they touch them.
+        self._json = [json.dumps(by_image[image_id]) for image_id in self._ids]
+        self._check_not_empty(str(annotation_json))
+
+    @property
+    def ids(self) -> list[int | str]:
+        """The ids of the pictures, as the JSON has them, in order."""
+        return list(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def _index_images(self, images: list, limit: int | None) -> tuple[set, set]:
+        """Fills the index; the ids of all images, and of those that were skipped."""
+        known, skipped = set(), set()
+        for image in images:
+            image_id, name = annotation_id(image), _picture_name(image)
+            if len(self._ids) == limit:  # the ids are still needed: the annotations of these pictures are no orphans
+                known.add(image_id)
+                continue
+            file = None if name is None else self._find_picture(name)
+            if image_id in known:
+                self.index_report.add_picture(SkipReason.DUPLICATE_IMAGE, str(image_id))
+            elif image_id is None or file is None:
+                reason = SkipReason.MALFORMED_IMAGE if image_id is None or name is None else SkipReason.MISSING_PICTURE
+                self.index_report.add_picture(reason, f"{image_id} ({name})")
+                skipped.add(image_id)
+            else:
+                width, height = image.get("width"), image.get("height")
+                self._ids.append(image_id)
+                self._files.append(file)
+                self._sizes.append((width, height) if isinstance(width, int) and isinstance(height, int) else None)
+            if image_id is not None:
+                known.add(image_id)
+        return known, skipped
+
+    def _index_annotations(self, annotations: list, known: set, skipped: set) -> dict[int | str, list]:
+        """The annotations of each indexed picture; ids are checked here, because they are unique in the whole file."""
+        by_image: dict[int | str, list] = {image_id: [] for image_id in self._ids}
+        seen = set()
+        for position, annotation in enumerate(annotations):
+            identifier = annotation_id(annotation)
+            image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+            where = f"annotation {position if identifier is None else identifier}"
+            if identifier is None or not isinstance(image_id, (int, str)):
+                self.index_report.add_instances(SkipReason.MALFORMED_ANNOTATION, where)
+            elif image_id not in known:
+                self.index_report.add_instances(SkipReason.UNKNOWN_PICTURE, f"{where} of picture {image_id}")
+            elif image_id in skipped:
+                self.index_report.add_instances(SkipReason.PICTURE_SKIPPED, f"{where} of picture {image_id}")
+            elif image_id in by_image:
+                if identifier in seen:
+                    self.index_report.add_instances(SkipReason.DUPLICATE_ANNOTATION, where)
+                    continue
+                seen.add(identifier)
+                by_image[image_id].append(annotation)
+        return by_image
+
+    def _find_picture(self, name: str) -> str | None:
+        """The picture's path within the folder."""
+        parts = PurePosixPath(name).parts
+        for end in dict.fromkeys((parts, parts[-2:], parts[-1:])):
+            file = os.path.join(*end)
+            if (self.image_folder / file).is_file():
+                return file
+        return None
+
+    def _sample_id(self, index: int) -> str:
+        return str(self._ids[index])
+
+    def _picture_bytes(self, index: int) -> bytes:
+        try:
+            return (self.image_folder / self._files[index]).read_bytes()
+        except FileNotFoundError as error:
+            raise SampleError(SkipReason.MISSING_PICTURE) from error
+
+    def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
+        return json.loads(self._json[index]), self._sizes[index]
+
+
+def _picture_name(image) -> str | None:
+    """`file_name`, or the part of `coco_url` behind the host, or None."""
+    if not isinstance(image, dict):
+        return None
+    name = image.get("file_name")
+    if name is None and isinstance(url := image.get("coco_url"), str):
+        name = url.partition("://")[2].partition("/")[2]
+    return name if isinstance(name, str) and PurePosixPath(name).name else None
+
+
+def _read_json(path: Path) -> tuple[list, list]:
+    """(images, annotations) of a COCO-shaped JSON."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON, or cut short ({error}).") from error
+    if isinstance(content, list):
+        raise ValueError(f"{path}: a list, as results files are. An annotation file has 'images' and 'annotations'.")
+    lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
+    if not all(isinstance(found, list) for found in lists):
+        raise ValueError(f"{path}: not of COCO's shape, an object with the lists 'images' and 'annotations'.")
+    return lists[0], lists[1]
+
+
+def load_dataset(
+    name_or_path: str | os.PathLike | Sequence[str | os.PathLike],
+    annotations: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
+    limit: int | None = None,
+) -> PictureDataset:
+    """The dataset that the arguments describe.
+
+    - `load_dataset("sa_000000.tar")`, a folder of tars, a pattern or a sequence of these: SA-1B.
+    - `load_dataset("instances_val2017.json", images="val2017")`: COCO, LVIS, or another JSON of this shape.
+    - `load_dataset("val2017", annotations="instances_val2017.json")`: the same, folder first.
+    - `load_dataset("coco" or "lvis", annotations=..., images=...)`, `load_dataset("sa1b", images="*.tar")`: by name.
+
+    Raises:
+        ValueError: where the arguments describe none of these, or from the dataset itself.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        if annotations is not None or images is not None:
+            raise ValueError("Several paths are tars of SA-1B, which take neither annotations nor images.")
+        return Sa1bDataset(name_or_path, limit)
+    name = os.fspath(name_or_path)
+    if name == "sa1b":
+        if images is None or annotations is not None:
+            raise ValueError('"sa1b" needs images=, its tars, and takes no annotations: they are in the tars.')
+        return Sa1bDataset(images, limit)
+    if name in ("coco", "lvis"):
+        if annotations is None or images is None:
+            raise ValueError(f'"{name}" needs annotations=, its JSON, and images=, the folder of its pictures.')
+        return CocoDataset(annotations, images, limit)
+    if name.lower().endswith(".json"):
+        if images is None or annotations is not None:
+            raise ValueError(f"{name}: an annotation JSON needs images=, the folder of its pictures, and nothing else.")
+        return CocoDataset(name, images, limit)
+    if annotations is not None:
+        if images is not None:
+            raise ValueError(f"{name}: give the folder of pictures once, as the first argument or as images=.")
+        return CocoDataset(annotations, name, limit)
+    if images is not None:
+        raise ValueError(f'{name}: images= goes with an annotation JSON or with the names "coco", "lvis" and "sa1b".')
+    if os.path.isdir(name) and not any(entry.name.endswith(".tar") for entry in os.scandir(name)):
+        raise ValueError(f"{name}: a folder without *.tar files. For a folder of pictures, give annotations= too.")
+    return Sa1bDataset(name, limit)

@@ -1,0 +1,114 @@
+"""Random access to pictures with annotations: what all readers share."""
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+from PIL import Image, ImageOps
+
+from .annotations import parse_instances
+from .samples import Sample, SampleError, SkipReason, SkipReport
+
+
+class PictureDataset(ABC):
+    """Random access to samples. Instances hold an index and no open file: they pickle, and threads and forks may share one.
+
+    What cannot be used shows up in two places: `index_report` has what was found while indexing, and `load(i)` returns
+    a report for the picture that it reads. Adding up the first and each of the others once counts everything once,
+    however many processes share the work.
+
+    Attributes:
+        index_report: pictures and instances that were left out when the index was made.
+    """
+
+    index_report: SkipReport
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of indexed pictures; reading may still find some of them bad."""
+
+    @property
+    def num_pictures(self) -> int:
+        """All pictures, with those that were skipped while indexing: the `total` of `SkipReport.too_many`."""
+        return len(self) + self.index_report.num_pictures
+
+    def load(self, index: int) -> tuple[Sample | None, SkipReport]:
+        """The sample, or None where the picture cannot be used, and what was skipped on the way. The same at each call."""
+        index = range(len(self))[index]  # negative ones, and IndexError
+        sample_id, report = self._sample_id(index), SkipReport()
+        annotations = []
+        try:
+            annotations, size = self._annotations(index)
+            image = decode_picture(self._picture_bytes(index), size)
+        except SampleError as error:
+            report.add_picture(error.reason, sample_id)
+            report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
+            return None, report
+        width, height = image.size
+        instances = parse_instances(annotations, sample_id, width, height, report)
+        return Sample(sample_id, image, instances, width, height), report
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample without its bad instances. Raises `SampleError` where the picture itself cannot be used."""
+        sample, report = self.load(index)
+        if sample is None:
+            ((reason, skipped),) = report.pictures.items()
+            raise SampleError(SkipReason(reason), skipped.examples[0])
+        return sample
+
+    def samples(self, report: SkipReport, indices: Iterable[int] | None = None) -> Iterator[Sample]:
+        """The usable samples in order, of all pictures or of `indices`; what is skipped is added to `report`.
+
+        `index_report` is not added: each process that reads a part of the dataset would count it again.
+        """
+        for index in range(len(self)) if indices is None else indices:
+            sample, skipped = self.load(index)
+            report.merge(skipped)
+            if sample is not None:
+                yield sample
+
+    @abstractmethod
+    def _sample_id(self, index: int) -> str: ...
+
+    @abstractmethod
+    def _picture_bytes(self, index: int) -> bytes:
+        """The picture's file. Raises `SampleError`."""
+
+    @abstractmethod
+    def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
+        """The annotations as JSON has them, and (width, height) of the picture if it is said. Raises `SampleError`."""
+
+    def _check_not_empty(self, source: str):
+        if not len(self):
+            reasons = "; ".join(f"{s.count} x {reason}" for reason, s in self.index_report.pictures.items())
+            raise ValueError(f"{source}: no picture that can be used ({reasons or 'there are none'}).")
+
+
+def check_limit(limit: int | None):
+    """Raises ValueError unless `limit` is None or at least 1."""
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit={limit!r} must be None or an integer of at least 1.")
+
+
+def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """A picture file as RGB, pixels as stored: annotations are made in that frame.
+
+    `size` is the (width, height) of the annotations. Where it fits only the picture turned upright by its EXIF
+    orientation, the annotations were made on that, and that is returned.
+
+    Raises:
+        SampleError: for a file that is no picture, damaged or truncated, or of another size.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            if size and picture.size != size:
+                picture = ImageOps.exif_transpose(picture)
+            image = picture.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError
+        raise SampleError(SkipReason.BROKEN_PICTURE) from error
+    if size and image.size != size:
+        raise SampleError(SkipReason.PICTURE_SIZE)
+    return image

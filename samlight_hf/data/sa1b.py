@@ -1,0 +1,147 @@
+"""SA-1B's tars: `NAME.jpg` beside `NAME.json`, masks as COCO RLE."""
+
+import glob
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from .dataset import PictureDataset, check_limit
+from .samples import SampleError, SkipReason, SkipReport
+
+
+PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+
+
+class Sa1bDataset(PictureDataset):
+    """The pictures of SA-1B tars, in the order of the sorted tars and of each tar's members.
+
+    The headers of all tars are read once; afterwards a picture costs two reads at known places of the file. Members
+    may lie in any order within a tar. The sample's id is the member's name without its suffix.
+
+    Args:
+        paths_or_glob: a tar, a folder of tars, a pattern (`*`, `?`, `**`), or a sequence of these. Not compressed.
+        limit: only the first so many pictures, without those skipped while indexing.
+
+    Raises:
+        ValueError: where no tar is found, for one that is damaged, cut short or compressed, and where no picture has
+            its JSON.
+    """
+
+    def __init__(self, paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike], limit: int | None = None):
+        check_limit(limit)
+        self.paths = find_tars(paths_or_glob)
+        self.index_report = SkipReport()
+        names, places, seen = [], [], set()
+        for archive, path in enumerate(self.paths):
+            for name, pictures, jsons in _pairs(path):
+                for _ in range(max(len(pictures), len(jsons)) - (name not in seen)):
+                    self.index_report.add_picture(SkipReason.DUPLICATE_IMAGE, f"{path.name}/{name}")
+                if name in seen:
+                    continue
+                seen.add(name)
+                if not pictures:
+                    self.index_report.add_picture(SkipReason.MISSING_PICTURE, f"{path.name}/{name}")
+                elif not jsons:
+                    self.index_report.add_picture(SkipReason.MISSING_JSON, f"{path.name}/{name}")
+                else:
+                    names.append(name)
+                    places.append((archive, *pictures[0], *jsons[0]))
+                if len(names) == limit:
+                    break
+            if len(names) == limit:
+                break
+        # Arrays, because worker processes would copy millions of small objects page by page as they touch them.
+        self._names = np.array(names, dtype=str)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
+        self._check_not_empty(str(paths_or_glob))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _sample_id(self, index: int) -> str:
+        return str(self._names[index])
+
+    def _picture_bytes(self, index: int) -> bytes:
+        archive, offset, size = self._places[index, :3]
+        return self._read(archive, offset, size)
+
+    def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
+        archive, offset, size = self._places[index, [0, 3, 4]]
+        try:
+            content = json.loads(self._read(archive, offset, size))
+            annotations, image = content["annotations"], content.get("image") or {}
+            width, height = image.get("width"), image.get("height")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SampleError(SkipReason.MALFORMED_JSON) from error
+        if not isinstance(annotations, list):
+            raise SampleError(SkipReason.MALFORMED_JSON)
+        return annotations, (width, height) if isinstance(width, int) and isinstance(height, int) else None
+
+    def _read(self, archive: int, offset: int, size: int) -> bytes:
+        # Opened for each read: no handle that forks and threads would share, and no limit on the number of tars.
+        with open(self.paths[archive], "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    """The tars that a path, a folder, a pattern or a sequence of these names, each once, sorted within each.
+
+    Raises:
+        ValueError: where one of them names no tar.
+    """
+    if isinstance(paths_or_glob, (str, os.PathLike)):
+        paths_or_glob = [paths_or_glob]
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths_or_glob):
+        if path.is_file():
+            tars = [path]
+        elif path.is_dir():
+            tars = sorted(path.glob("*.tar"))
+        else:
+            tars = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+        if not tars:
+            raise ValueError(f"{path}: no tar file here. Give a tar, a folder of *.tar files or a pattern.")
+        for tar in tars:
+            found.setdefault(tar.resolve(), tar)
+    if not found:
+        raise ValueError("No tar file was given.")
+    return list(found.values())
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, list[tuple[int, int]], list[tuple[int, int]]]]:
+    """(name, places of its pictures, places of its JSONs) by first appearance; a place is (offset, size) in bytes."""
+    members: dict[str, tuple[list, list]] = {}
+    for member in _members(path):
+        name = PurePosixPath(member.name)
+        is_json = name.suffix.lower() == ".json"
+        if name.name.startswith("._") or not (is_json or name.suffix.lower() in PICTURE_SUFFIXES):
+            continue  # macOS writes ._NAME.jpg beside NAME.jpg: attributes, no picture
+        places = members.setdefault(str(name.with_suffix("")), ([], []))
+        places[is_json].append((member.offset_data, member.size))
+    for name, (pictures, jsons) in members.items():
+        yield name, pictures, jsons
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The regular files in a tar. Raises ValueError for one that cannot be read to its end."""
+    damaged = ValueError(f"{path}: the tar is damaged or cut short. Copy or download it again.")
+    num_members = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for num_members, member in enumerate(tar, start=1):  # noqa: B007  counts for the handler below
+                if member.isreg() and not member.issparse():
+                    yield member
+            # tarfile takes a header that it cannot read for the end. The end that tar writes is a block of zeros.
+            tar.fileobj.seek(tar.offset)
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    except tarfile.ReadError as error:
+        if num_members:
+            raise damaged from error
+        raise ValueError(f"{path}: no tar, or a compressed one, which has no random access: unpack it.") from error
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise damaged

@@ -1,0 +1,196 @@
+"""What every reader returns: a picture with its instances, and a report of what could not be used."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from PIL import Image
+
+
+# A larger share of skipped pictures than this changes what a number says about the dataset.
+MAX_SKIPPED_SHARE = 0.05
+
+MAX_EXAMPLES = 5
+
+
+class SkipReason(StrEnum):
+    """Why a picture or an instance is left out. The value is what a report prints and what its JSON holds."""
+
+    # of pictures
+    MISSING_PICTURE = "picture file missing"
+    MISSING_JSON = "annotation JSON missing"
+    MALFORMED_JSON = "annotation JSON malformed"
+    MALFORMED_IMAGE = "image entry malformed"
+    BROKEN_PICTURE = "picture damaged or truncated"
+    PICTURE_SIZE = "picture size disagrees with the annotations' image entry"
+    DUPLICATE_IMAGE = "duplicate image id"
+    # of instances
+    UNKNOWN_PICTURE = "annotation of a picture that the JSON does not list"
+    PICTURE_SKIPPED = "annotation of a skipped picture"
+    MALFORMED_ANNOTATION = "annotation malformed"
+    DUPLICATE_ANNOTATION = "duplicate annotation id"
+    NO_MASK = "annotation without a mask"
+    RLE_SIZE = "RLE size disagrees with the picture"
+    MALFORMED_RLE = "RLE malformed"
+    TOO_FEW_POINTS = "polygon with under three points"
+    OUTSIDE = "polygon, box or point outside the picture"
+    ZERO_AREA = "mask of zero area"
+
+
+class SampleError(ValueError):
+    """A picture or an annotation that cannot be used; `reason` says why, `where` names it."""
+
+    def __init__(self, reason: SkipReason, where: str = ""):
+        super().__init__(reason, where)  # both, so that it can be pickled
+        self.reason = reason
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" if self.where else str(self.reason)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One annotated object of a picture of H x W pixels.
+
+    Attributes:
+        id: the annotation's id, an int or a string.
+        rle: the mask as compressed COCO RLE, `{"size": [H, W], "counts": bytes or str}`.
+        bbox_xywh: pixels of the picture, x and y of the upper left corner, as annotated; where the annotation has no box
+            or one without area, the tight box of the mask.
+        area: in square pixels, as annotated; where it is not annotated or not positive, the mask's count of pixels.
+        is_crowd: one mask for many objects, which evaluations leave out unless asked.
+        category_id: None where the dataset has no categories.
+        point_xy: an annotated point of the object in pixels of the picture, or None.
+    """
+
+    id: int | str
+    rle: dict
+    bbox_xywh: tuple[float, float, float, float]
+    area: float
+    is_crowd: bool = False
+    category_id: int | None = None
+    point_xy: tuple[float, float] | None = None
+
+    def mask(self) -> np.ndarray:
+        """The mask, bool (H, W). Like RLE itself it lies in memory column by column (Fortran order)."""
+        from pycocotools import mask as coco_mask
+
+        return coco_mask.decode(self.rle).view(bool)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture, PIL in mode RGB, of `width` x `height` pixels, with its instances in the order of the annotations."""
+
+    id: str
+    image: Image.Image
+    instances: tuple[Instance, ...]
+    width: int
+    height: int
+
+    def masks(self) -> np.ndarray:
+        """`decode_masks` of all instances."""
+        return decode_masks(self.instances) if self.instances else np.zeros((0, self.height, self.width), dtype=bool)
+
+
+def decode_masks(instances: Sequence[Instance]) -> np.ndarray:
+    """The masks of one or more instances of a picture, bool (n, H, W), column by column in memory: a view of (n, W, H)."""
+    from pycocotools import mask as coco_mask
+
+    masks = coco_mask.decode([instance.rle for instance in instances])  # (H, W, n), n slowest in memory
+    return masks.view(bool).transpose(2, 0, 1)
+
+
+@dataclass
+class _Skipped:
+    """How many for one reason, and the first examples in sorted order, so that merging in any order gives the same."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, count: int, examples: Iterable[str]):
+        self.count += count
+        self.examples = sorted({*self.examples, *examples})[:MAX_EXAMPLES]
+
+
+@dataclass
+class SkipReport:
+    """Counts of skipped pictures and instances by reason, with a few examples of each.
+
+    Reports of several processes merge into the same report, in any order.
+    """
+
+    pictures: dict[str, _Skipped] = field(default_factory=dict)
+    instances: dict[str, _Skipped] = field(default_factory=dict)
+
+    def add_picture(self, reason: str, example: str):
+        self.pictures.setdefault(str(reason), _Skipped()).add(1, [example])
+
+    def add_instances(self, reason: str, example: str, count: int = 1):
+        if count:
+            self.instances.setdefault(str(reason), _Skipped()).add(count, [example])
+
+    @property
+    def num_pictures(self) -> int:
+        return sum(skipped.count for skipped in self.pictures.values())
+
+    @property
+    def num_instances(self) -> int:
+        return sum(skipped.count for skipped in self.instances.values())
+
+    def __bool__(self) -> bool:
+        return bool(self.pictures or self.instances)
+
+    def merge(self, other: "SkipReport") -> "SkipReport":
+        """Adds the other report to this one, and returns this one."""
+        for mine, theirs in ((self.pictures, other.pictures), (self.instances, other.instances)):
+            for reason, skipped in theirs.items():
+                mine.setdefault(reason, _Skipped()).add(skipped.count, skipped.examples)
+        return self
+
+    def too_many(self, total: int) -> bool:
+        """Whether more than 5 % of `total` pictures were skipped. `total` counts the skipped ones too."""
+        return self.num_pictures > MAX_SKIPPED_SHARE * total
+
+    def summary(self, total: int | None = None) -> str:
+        """What was skipped and why, a line for each reason, most frequent first.
+
+        With `total`, the number of all pictures including the skipped ones, it opens with a warning where they are
+        too many.
+        """
+        if not self:
+            return "Nothing was skipped."
+        share = f" of {total} pictures ({self.num_pictures / total:.1%})" if total else " pictures"
+        lines = [f"Skipped {self.num_pictures}{share} and {self.num_instances} instances:"]
+        if total and self.too_many(total):
+            lines.insert(
+                0, f"WARNING: more than {MAX_SKIPPED_SHARE:.0%} of the pictures were skipped. Results leave them out."
+            )
+        for kind, reasons in (("pictures", self.pictures), ("instances", self.instances)):
+            for reason, skipped in sorted(reasons.items(), key=lambda item: (-item[1].count, item[0])):
+                more = ", ..." if skipped.count > len(skipped.examples) else ""
+                lines.append(f"  {skipped.count} {kind}: {reason} ({', '.join(skipped.examples)}{more})")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """For JSON: `{"pictures": {reason: {"count": n, "examples": [...]}}, "instances": {...}}`."""
+
+        def plain(reasons):
+            return {
+                reason: {"count": skipped.count, "examples": list(skipped.examples)}
+                for reason, skipped in sorted(reasons.items())
+            }
+
+        return {"pictures": plain(self.pictures), "instances": plain(self.instances)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "SkipReport":
+        """The inverse of `to_dict`."""
+        return cls(
+            *(
+                {reason: _Skipped(**skipped) for reason, skipped in values[kind].items()}
+                for kind in ("pictures", "instances")
+            )
+        )

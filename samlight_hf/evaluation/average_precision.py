@@ -1,0 +1,171 @@
+"""Masks scored as detections are: AP for a detector's boxes, AR for everything mode, by COCOeval (faster-coco-eval)."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from ..data import Sample
+from .models import Encoded, PromptableModel
+
+
+SIZES = ("all", "small", "medium", "large")
+
+
+class DetectorBoxes:
+    """The boxes of a detector (ViTDet's for one) as prompts, one mask each (`multimask_output=False`).
+
+    One record for each box: a COCO result, {"image_id", "category_id", "score": the detector's, "segmentation": RLE}.
+
+    Args:
+        path: a COCO results file, [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].
+        image_ids: the dataset's; boxes of other pictures are counted in `num_other`.
+
+    Raises:
+        ValueError: for a file that is no such list, or has no box of these pictures.
+    """
+
+    needs_embeddings = True
+
+    def __init__(self, path: str | Path, image_ids):
+        try:
+            results = json.loads(Path(path).read_text(encoding="utf-8"))
+            by_picture = defaultdict(list)
+            for result in results:
+                box = tuple(float(result["bbox"][i]) for i in range(4))
+                by_picture[str(result["image_id"])].append(
+                    {
+                        "image_id": result["image_id"],
+                        "category_id": result["category_id"],
+                        "score": result["score"],
+                        "box": box,
+                    }
+                )
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{path}: not a COCO results file, a list of image_id, category_id, bbox and score ({error!r})."
+            ) from error
+        known = {str(image_id) for image_id in image_ids}
+        self.by_picture = {picture: boxes for picture, boxes in by_picture.items() if picture in known}
+        self.num_other = len(results) - sum(map(len, self.by_picture.values()))
+        if not self.by_picture:
+            raise ValueError(f"{path}: none of its {len(results)} boxes is of a picture of this dataset.")
+
+    def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:
+        results = self.by_picture.get(sample.id, [])
+        if not results:
+            return []
+        x, y, width, height = torch.tensor([result["box"] for result in results]).unbind(1)
+        boxes = torch.stack([x, y, x + width, y + height], dim=1)
+        masks = model.predict(encoded, boxes_xyxy=boxes, multimask_output=False).masks[:, 0].cpu().numpy()
+        return [
+            {**{name: result[name] for name in ("image_id", "category_id", "score")}, "segmentation": encode_rle(mask)}
+            for result, mask in zip(results, masks, strict=True)
+        ]
+
+
+class Everything:
+    """Everything mode, transformers' mask generation over a grid of points, against all annotated masks.
+
+    One record for each picture: {"picture", "predictions": [{"segmentation", "score"}], "targets": [{"segmentation", "area",
+    "iscrowd"}]}.
+    """
+
+    needs_embeddings = False
+
+    def __init__(self, points_per_side: int = 32, pred_iou_thresh: float = 0.0, stability_score_thresh: float = 0.0):
+        self.arguments = (points_per_side, pred_iou_thresh, stability_score_thresh)
+
+    def __call__(self, model: PromptableModel, encoded: None, sample: Sample) -> list[dict]:
+        from ..mask_generation import segment_everything
+
+        result = segment_everything(model.model, model.processor, sample.image, *self.arguments)
+        predictions = [
+            {"segmentation": encode_rle(mask), "score": float(score)}
+            for mask, score in zip(result.masks, result.scores, strict=True)
+        ]
+        targets = [
+            {"segmentation": _text_rle(i.rle), "area": i.area, "iscrowd": int(i.is_crowd)} for i in sample.instances
+        ]
+        return [{"picture": sample.id, "predictions": predictions, "targets": targets}]
+
+
+def average_precision(
+    annotation_json: str | Path, results: list[dict], image_ids: list, lvis: bool = False
+) -> dict[str, float]:
+    """COCO's or LVIS's mask AP, 0 to 1, of results on the pictures `image_ids`.
+
+    AP is the mean over IoU thresholds 0.5:0.05:0.95, by COCOeval: 100 detections a picture for COCO; 300, with federated
+    annotations and AP by frequency of the category, for LVIS. A size or frequency that no annotation has is left out.
+    """
+    from faster_coco_eval import COCO
+
+    with open(annotation_json, encoding="utf-8") as file:
+        truth = COCO(json.load(file))
+    evaluation = _run(truth, results, image_ids, [300] if lvis else [1, 10, 100], lvis_style=lvis)
+    precision = evaluation.eval["precision"]  # (thresholds, recalls, categories, sizes, max detections)
+    scores = {f"AP {size}": precision[:, :, :, i, -1] for i, size in enumerate(SIZES)}
+    scores |= {"AP50": precision[0, :, :, 0, -1], "AP75": precision[5, :, :, 0, -1]}
+    if lvis:
+        frequency = [truth.cats[category]["frequency"] for category in evaluation.params.catIds]
+        for letter, name in (("r", "rare"), ("c", "common"), ("f", "frequent")):
+            scores[f"AP {name}"] = precision[:, :, [i for i, f in enumerate(frequency) if f == letter], 0, -1]
+    return _means(scores)
+
+
+def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str, float]:
+    """AR of `Everything`'s records, 0 to 1: recall at `max_detections` masks a picture, without categories, mean over IoUs."""
+    from faster_coco_eval import COCO
+
+    category = {"category_id": 1}
+    annotations = [
+        {**target, **category, "image_id": number, "bbox": coco_mask.toBbox(target["segmentation"]).tolist()}
+        for number, record in enumerate(records, start=1)
+        for target in record["targets"]
+    ]
+    for identifier, annotation in enumerate(annotations, start=1):
+        annotation["id"] = identifier
+    images = [{"id": number} for number in range(1, len(records) + 1)]
+    for image, record in zip(images, records, strict=True):
+        size = (record["targets"] or record["predictions"] or [{"segmentation": {"size": [1, 1]}}])[0]
+        image["height"], image["width"] = size["segmentation"]["size"]
+    truth = COCO({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]})
+    results = [
+        {**prediction, **category, "image_id": number}
+        for number, record in enumerate(records, start=1)
+        for prediction in record["predictions"]
+    ]
+    evaluation = _run(truth, results, [image["id"] for image in images], [max_detections], use_categories=False)
+    recall = evaluation.eval["recall"]  # (thresholds, categories, sizes, max detections)
+    return _means({f"AR@{max_detections} {size}": recall[:, :, i, -1] for i, size in enumerate(SIZES)})
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """Bool (H, W) -> compressed COCO RLE with counts as text, for JSON."""
+    return _text_rle(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))))
+
+
+def _text_rle(rle: dict) -> dict:
+    counts = rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
+def _run(truth, results: list[dict], image_ids: list, max_detections: list[int], use_categories=True, lvis_style=False):
+    from faster_coco_eval import COCOeval_faster
+
+    results = [dict(result) for result in results]  # loadRes writes into them
+    evaluation = COCOeval_faster(truth, truth.loadRes(results), "segm", lvis_style=lvis_style)
+    evaluation.params.imgIds = image_ids
+    evaluation.params.maxDets = max_detections
+    evaluation.params.useCats = int(use_categories)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
+
+
+def _means(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """COCOeval marks what no annotation has with -1."""
+    return {name: float(values[values > -1].mean()) for name, values in scores.items() if (values > -1).any()}

@@ -1,0 +1,152 @@
+"""Runs protocols over a dataset: batched, with pictures read ahead, on any number of processes, and restartable.
+
+The unit of work is a batch of consecutive pictures, whoever takes it: the same pictures are encoded together in one process
+or in eight, before and after an interruption, and so the numbers are the same.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import PartialState
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..data import PictureDataset, Sample, SkipReport
+from .models import Encoded, PromptableModel
+
+
+class Work(Protocol):
+    """What is done with one picture: records that go to JSON. `needs_embeddings` False leaves `encoded` None."""
+
+    needs_embeddings: bool
+
+    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]: ...
+
+
+class Journal:
+    """A file with one line for each evaluated picture, from which an interrupted run goes on.
+
+    Each process appends to a file of its own and all read everybody's, so that the number of processes may change. A last
+    line that was cut off is dropped.
+
+    Raises:
+        ValueError: for a journal of other settings.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict):
+        self.done: dict[int, dict] = {}
+        self._folder, self._name = folder, name
+        self._header = json.loads(json.dumps(settings))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.read()
+        PartialState().wait_for_everyone()  # nobody writes before everybody has read
+        path = folder / f"{name}.{PartialState().process_index}.jsonl"
+        lines = _whole_lines(path)
+        self._file = path.open("w", encoding="utf-8")
+        self._write(self._header)
+        for line in lines[1:]:
+            self._write(line)
+
+    def read(self):
+        """Reads what all processes have written."""
+        for path in sorted(self._folder.glob(f"{self._name}.*.jsonl")):
+            header, *lines = _whole_lines(path) or [self._header]
+            if header != self._header:
+                changed = sorted(k for k in {*header, *self._header} if header.get(k) != self._header.get(k))
+                raise ValueError(
+                    f"{path} was written with another {', '.join(changed)}. Choose another --out, or delete that file."
+                )
+            self.done.update((line["index"], line) for line in lines)
+
+    def add(self, index: int, records: list[dict], skipped: SkipReport):
+        line = {"index": index, "records": records, "skipped": skipped.to_dict()}
+        self.done[index] = line
+        self._write(line)
+
+    def close(self):
+        self._file.close()
+
+    def _write(self, line: dict):
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def evaluate(
+    model: PromptableModel,
+    dataset: PictureDataset,
+    work: Work,
+    journal: Journal,
+    batch_size: int = 4,
+    num_workers: int = 2,
+    title: str = "",
+) -> tuple[list[dict], SkipReport, float]:
+    """The records of all pictures in the dataset's order, what was skipped, and this process's seconds.
+
+    Under `accelerate launch` each process takes every so-many-th batch, and all return everything.
+
+    Raises:
+        ValueError: if no picture of the dataset gave a record.
+    """
+    state = PartialState()
+    start = time.perf_counter()
+    indices = range(len(dataset))
+    batches = [indices[first : first + batch_size] for first in indices[::batch_size]]
+    batches = batches[state.process_index :: state.num_processes]
+    batches = [batch for batch in batches if not all(index in journal.done for index in batch)]
+    with tqdm(
+        total=sum(map(len, batches)), unit="picture", desc=title, disable=not state.is_main_process or None
+    ) as progress:
+        # Processes, not threads: decoding JSON, RLE and JPEG keeps the interpreter busy.
+        loader = DataLoader(_Batches(dataset, batches), None, num_workers=num_workers, collate_fn=_as_it_is)
+        for batch, loaded in zip(batches, loader):
+            usable = [sample for sample, _ in loaded if sample is not None]
+            encodes = usable and work.needs_embeddings
+            encoded = iter(model.encode([sample.image for sample in usable]) if encodes else [None] * len(usable))
+            for index, (sample, skipped) in zip(batch, loaded, strict=True):
+                records = [] if sample is None else work(model, next(encoded), sample)
+                if index not in journal.done:
+                    journal.add(index, records, skipped)
+            progress.update(len(batch))
+    seconds = time.perf_counter() - start
+    journal.close()
+    state.wait_for_everyone()
+    journal.read()
+    report = SkipReport()
+    report.merge(dataset.index_report)
+    records = []
+    for index in range(len(dataset)):
+        records += journal.done[index]["records"]
+        report.merge(SkipReport.from_dict(journal.done[index]["skipped"]))
+    if not records:
+        raise ValueError(f"nothing could be evaluated. {report.summary(dataset.num_pictures)}")
+    return records, report, seconds
+
+
+class _Batches(Dataset):
+    """`PictureDataset.load` of each picture of a batch, for a DataLoader."""
+
+    def __init__(self, dataset: PictureDataset, batches: list[range]):
+        self.dataset, self.batches = dataset, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, place: int) -> list[tuple[Sample | None, SkipReport]]:
+        return [self.dataset.load(index) for index in self.batches[place]]
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(json.JSONDecodeError):
+                if line.endswith("\n"):
+                    lines.append(json.loads(line))
+    return lines

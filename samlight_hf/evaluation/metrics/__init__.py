@@ -1,0 +1,1 @@
+"""Metrics for the `evaluate` library, a folder each that stands alone."""

@@ -1,0 +1,247 @@
+"""A folder that says how good models are and how that was measured: report.json, report.md, plots, worst cases.
+
+Whatever has no number says so and why; nothing is left out of an average. Each file is written aside and renamed, so
+an interrupted run leaves whole files only.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .files import is_missing, plain, slug, write_aside, write_records
+from .plots import names_of, protocols_of, require_matplotlib, write_plots
+from .statistics import CONFIDENCE, NUM_RESAMPLES, SIZES, ModelResult, protocol_differences
+from .worst_cases import worst_cases
+
+
+__all__ = ["ModelResult", "console_table", "require_matplotlib", "worst_cases", "write_report"]
+
+MISSING = "missing"
+_SETTINGS = dict.fromkeys(
+    ("dataset", "num_pictures", "num_instances", "device", "dtype", "date", "seconds", "latency_ms", "versions")
+)
+# Title of each score, and where `ModelResult.score` finds it.
+_PATHS = {
+    "mIoU": ("iou",), **{f"mIoU of {size}": ("by_size", size) for size in SIZES}, "boundary IoU": ("boundary_iou",),
+    "calibration gap": ("calibration_gap",),
+}  # fmt: skip
+
+
+def write_report(
+    folder: str | os.PathLike,
+    results: Sequence[ModelResult],
+    worst_sheets: Iterable[str | os.PathLike] = (),
+    plots: bool = True,
+) -> Path:
+    """Writes report.json, report.md, records_<model>.jsonl.gz and plots; returns the path of report.md.
+
+    The first model is the one that the others are compared with. `worst_sheets` are files of `worst_cases`, in the same
+    folder, to be shown in report.md. NaN is written as null; where it is a score, with the reason beside it.
+
+    Raises:
+        ValueError: without results, or for two models of one name.
+        ImportError: where plots are asked for and matplotlib is missing, before anything is written.
+    """
+    _check_results(results)
+    if plots:
+        require_matplotlib()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    comparisons = _comparisons(results)
+    for result in results:
+        write_aside(folder / _records_name(result), lambda path, records=result.records: write_records(path, records))
+    plot_notes = write_plots(folder, results) if plots else {"plots": "not asked for"}
+    report = {
+        "format_version": 1,
+        "intervals": {
+            "method": "percentile bootstrap over pictures", "confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES,
+            "seed": 0,
+        },
+        "models": [{"settings": r.settings, "scores": r.scores, "records": _records_name(r)} for r in results],
+        "comparisons": [{"baseline": results[0].name, "model": name, "protocols": c} for name, c in comparisons.items()],
+        "plots": plot_notes,
+    }  # fmt: skip
+    text = json.dumps(plain(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    page = _markdown(results, comparisons, plot_notes, [Path(sheet).name for sheet in worst_sheets])
+    write_aside(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_aside(folder / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+    return folder / "report.md"
+
+
+def console_table(results: Sequence[ModelResult]) -> str:
+    """mIoU and interval of every protocol and model as plain text, with the difference from the first model.
+
+    Raises ValueError as `write_report` does.
+    """
+    _check_results(results)
+    comparisons = _comparisons(results)
+    rows = [["prompt", "mask taken", "model", "instances", "mIoU", "minus the first"]]
+    for key, result in itertools.product(protocols_of(results), results):
+        score = result.score(key)
+        difference = _difference_text(comparisons[result.name][key]) if result.name in comparisons else ""
+        rows.append([*names_of(key), result.name, f"{score['n']:,}", _score_text(score), difference])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *_missing(results, {"mIoU": ("iou",)})])
+
+
+def _check_results(results: Sequence[ModelResult]):
+    if not results:
+        raise ValueError("a report needs the result of at least one model.")
+    slugs = [slug(result.name) for result in results]
+    for result, own in zip(results, slugs):
+        if slugs.count(own) > 1:
+            raise ValueError(f"two results are named {result.name!r} or nearly so: give each model a name of its own.")
+
+
+def _comparisons(results: Sequence[ModelResult]) -> dict[str, dict]:
+    """For each model but the first, its differences from the first by protocol."""
+    first, *others = results
+    keys = protocols_of(results)
+    return {o.name: protocol_differences(first.records, o.records, keys, (first.name, o.name)) for o in others}
+
+
+def _missing(results: Sequence[ModelResult], paths: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """A line for each reason why a model has no score (of `paths`, by title), with the protocols that it holds for."""
+    lines: dict[str, list[str]] = {
+        f"{result.name}: no instance was evaluated": ["all protocols"] for result in results if not result.records
+    }
+    for result in results:
+        if (told := result.settings.get("num_instances")) not in (None, len(result.records)):
+            lines[f"{result.name}: num_instances is {told}, but there are {len(result.records)} records"] = [
+                "scores are of these"
+            ]
+    for result, (title, path), key in itertools.product(results, paths.items(), protocols_of(results)):
+        score = result.score(key, *path)
+        if result.records and "reason" in score:
+            lines.setdefault(f"{result.name}, {title}: {score['reason']}", []).append(key)
+    everywhere = protocols_of(results)
+    return [f"{line} ({'all protocols' if keys == everywhere else ', '.join(keys)})" for line, keys in lines.items()]
+
+
+def _measured(results: Sequence[ModelResult]) -> dict[str, tuple[str, ...]]:
+    """`_PATHS` without boundary IoU where nobody asked for it."""
+    asked = any(record.get("boundary_iou") for result in results for record in result.records)
+    return {title: path for title, path in _PATHS.items() if asked or path != ("boundary_iou",)}
+
+
+# Markdown and text.
+
+
+def _main_table(results: Sequence[ModelResult], comparisons: Mapping) -> list[list[str]]:
+    header = ["prompt", "mask taken", "instances", *(f"{result.name} mIoU" for result in results)]
+    rows = [header + [f"{name} minus {results[0].name}" for name in comparisons]]
+    for key in protocols_of(results):
+        scores = [result.score(key) for result in results]
+        counts = dict.fromkeys(f"{score['n']:,}" for score in scores)
+        differences = [_difference_text(comparison[key]) for comparison in comparisons.values()]
+        rows.append([*names_of(key), " / ".join(counts), *map(_score_text, scores), *differences])
+    return rows
+
+
+def _details(results: Sequence[ModelResult]) -> list[list[str]]:
+    """What the main table has no room for, with a row for each protocol and model."""
+    columns = {title: path for title, path in _measured(results).items() if path != ("iou",)}
+    rows = [["prompt", "mask taken", "model", *columns]]
+    for key, result in itertools.product(protocols_of(results), results):
+        scores = (result.score(key, *path) for path in columns.values())
+        rows.append([*names_of(key), result.name, *map(_score_text, scores)])
+    return rows
+
+
+def _score_text(score: Mapping) -> str:
+    if score["mean"] is None:
+        return MISSING
+    interval = "no interval: one picture" if score["low"] is None else f"{score['low']:.3f}, {score['high']:.3f}"
+    return f"{score['mean']:.3f} [{interval}]"
+
+
+def _difference_text(test: Mapping) -> str:
+    if test["difference"] is None:
+        return "not comparable"
+    if test["p_value"] is None:
+        return f"{test['difference']:+.3f} [no interval: one picture]"
+    p_value = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
+    return f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}], {p_value}"
+
+
+def _markdown(results: Sequence[ModelResult], comparisons: Mapping, plot_notes: Mapping, worst: Sequence[str]) -> str:
+    names = [result.name for result in results]
+    blocks = ["# Evaluation", "## How it was measured", *_protocol_blocks(results)]
+    blocks += ["## Mean IoU", _table(_main_table(results, comparisons))]
+    for name, comparison in comparisons.items():
+        reasons = dict.fromkeys(test["reason"] for test in comparison.values() if test["difference"] is None)
+        blocks += [f"{name} is not comparable with {names[0]} where it says so: {reason}." for reason in reasons]
+    blocks += ["## By object size, at the boundary, and how well the model knows", _table(_details(results))]
+    lines = _missing(results, _measured(results)) or ["No score is missing."]
+    blocks += ["## What is missing", "\n".join(f"- {line}" for line in lines)]
+    blocks += ["## Other measures", _settings_table(results, ["extra"])]
+    blocks += ["## Skipped", _settings_table(results, ["skipped"], absent=0), "## Settings"]
+    elsewhere = {"model", "protocols", "command", "extra", "skipped"}
+    others = dict.fromkeys(name for result in results for name in result.settings)
+    blocks += [_settings_table(results, [name for name in {**_SETTINGS, **others} if name not in elsewhere])]
+    commands = dict.fromkeys(str(result.settings.get("command") or f"command {MISSING}") for result in results)
+    blocks += [f"```bash\n{command}\n```" for command in commands] + ["## Plots"]
+    blocks += [
+        f"No {name}: {note}." if not note.endswith(".png") else f"![{name}]({note})"
+        for name, note in plot_notes.items()
+    ]
+    blocks += ["## Worst cases", *([f"![worst cases]({name})" for name in worst] or ["None were drawn."])]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _protocol_blocks(results: Sequence[ModelResult]) -> list[str]:
+    texts: dict[str, list[str]] = {}
+    for result in results:
+        sentences = "\n".join(f"- {sentence}" for sentence in result.settings.get("protocols") or ())
+        texts.setdefault(sentences or f"- Protocol {MISSING}: the run did not state it.", []).append(result.name)
+    blocks = list(texts)
+    if len(texts) > 1:
+        blocks = ["**The protocols of these models are worded differently: read them before comparing.**"]
+        blocks += [f"{', '.join(names)}:\n\n{text}" for text, names in texts.items()]
+    num_pictures = min(len({record["picture"] for record in result.records}) for result in results)
+    note = (
+        f"Brackets hold {CONFIDENCE:.0%} intervals: a percentile bootstrap of {NUM_RESAMPLES:,} draws over pictures, each "
+        "with all of its instances; means are over instances. Differences are paired on the same instances; their "
+        "two-sided p-values are not corrected for the number of comparisons. Small, medium, large: below 32², below 96², "
+        "and other areas. Calibration gap: mean distance of the model's own estimate of the IoU from the IoU."
+    )
+    if num_pictures < 20:
+        note += (
+            f" Pictures: {num_pictures}. With fewer than 20, intervals are too narrow, p-values too small: take more."
+        )
+    return [*blocks, note]
+
+
+def _settings_table(results: Sequence[ModelResult], names: Iterable[str], absent=None) -> str:
+    """These settings with a column for each model, a mapping spread over rows; `absent` is what an unnamed key means."""
+    rows = {}
+    for name in names:
+        values = [result.settings.get(name) for result in results]
+        mappings = [value if isinstance(value, Mapping) else {} for value in values]
+        for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+            rows[f"{name}: {key}"] = [None if value is None else value.get(key, absent) for value in values]
+        if not any(mappings):
+            rows[name] = ["none" if value == {} else value for value in values]
+    cells = [[label, *map(_value_text, values)] for label, values in rows.items()]
+    return _table([["", *(result.name for result in results)], *cells])
+
+
+def _value_text(value) -> str:
+    if is_missing(value):
+        return MISSING
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _records_name(result: ModelResult) -> str:
+    return f"records_{slug(result.name)}.jsonl.gz"

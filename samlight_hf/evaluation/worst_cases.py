@@ -1,0 +1,87 @@
+"""The instances of lowest IoU as pictures."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from ..mask_generation import MaskResult
+from ..visualization import Panel, contact_sheet, draw_overlay
+from .files import slug, write_aside
+from .statistics import ModelResult, values_of
+
+
+_TRUE_COLOUR, _PREDICTED_COLOUR = (64, 170, 255), (255, 150, 0)
+_PANEL_SIZE, _PANELS_PER_SHEET, _COLUMNS = (320, 240), 20, 5
+
+
+def worst_cases(
+    folder: str | os.PathLike,
+    result: ModelResult,
+    draw_inputs: Callable[[Mapping], tuple[Image.Image, np.ndarray, np.ndarray, Mapping | None]],
+    protocol: str,
+    num_cases: int = 20,
+) -> list[Path]:
+    """Draws the instances of lowest IoU, lowest first, twenty a sheet; returns the PNG files, for `write_report`.
+
+    Args:
+        draw_inputs: called with one record at a time; returns the picture, the true and the predicted mask for
+            `protocol`, both (height, width) bool at the picture's size, and the prompts: {"boxes_xyxy": [...],
+            "points_xy": [...]} in pixels of the picture, each optional, or None.
+
+    Raises:
+        ValueError: for a protocol that the model was not evaluated with, or a mask of another size than its picture.
+    """
+    if protocol not in result.protocols:
+        raise ValueError(f"{result.name} has no protocol {protocol!r}, only: {', '.join(result.protocols)}.")
+    iou = values_of(result.records, "iou", [protocol])[:, 0]
+    places = [place for place in np.argsort(iou, kind="stable")[:num_cases] if math.isfinite(iou[place])]
+    title = (
+        f"{result.name} · {protocol} · lowest {len(places)} of {len(iou)} IoU · blue: ground truth, orange: prediction"
+    )
+    if unknown := int((~np.isfinite(iou)).sum()):
+        title += f" · {unknown} without IoU not shown"
+    panels = []
+    for place in places:
+        record = result.records[place]
+        image = _draw_case(*draw_inputs(record), where=f"picture {record['picture']}, instance {record['instance']}")
+        size = f"{record['picture']} / {record['instance']} · {record['area']:,.0f} px"
+        panels.append(Panel(image, f"IoU {iou[place]:.3f}", size))
+    paths = []
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(panels), _PANELS_PER_SHEET):
+        number = f"_{start // _PANELS_PER_SHEET + 1}" if len(panels) > _PANELS_PER_SHEET else ""
+        paths.append(Path(folder) / f"worst_{slug(result.name)}_{slug(protocol)}{number}.png")
+        sheet = contact_sheet(panels[start : start + _PANELS_PER_SHEET], title, _COLUMNS)
+        write_aside(paths[-1], lambda path, sheet=sheet: sheet.save(path, format="PNG"))
+    return paths
+
+
+def _draw_case(picture: Image.Image, truth, predicted, prompts: Mapping | None, where: str) -> Image.Image:
+    """The surroundings of both masks as one panel, with their contours over the prompts; see `worst_cases`."""
+    masks = [Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255) for mask in (truth, predicted)]
+    for mask in masks:
+        if mask.size != picture.size:
+            raise ValueError(f"{where}: a mask is {mask.size} (width, height), and its picture {picture.size}.")
+    boxes = [mask.getbbox() for mask in masks if mask.getbbox()] or [(0, 0, *picture.size)]
+    left, top = (min(box[side] for box in boxes) for side in (0, 1))
+    right, bottom = (max(box[side] for box in boxes) for side in (2, 3))
+    margin = 16 + max(right - left, bottom - top) // 5
+    offset = max(0, left - margin), max(0, top - margin)
+    crop = (*offset, min(picture.width, right + margin), min(picture.height, bottom + margin))
+    prompts = prompts or {}
+    boxes_xyxy = [np.subtract(box, [*offset, *offset]) for box in prompts.get("boxes_xyxy") or ()]
+    points_xy = [np.subtract(point, offset) for point in prompts.get("points_xy") or ()]
+    nothing = MaskResult(np.zeros((0, 1, 1), dtype=bool), np.zeros(0), np.zeros((0, 4)))
+    panel = draw_overlay(picture.convert("RGB").crop(crop), nothing, boxes_xyxy, points_xy, max_size=_PANEL_SIZE)
+    for mask, colour in zip(masks, (_TRUE_COLOUR, _PREDICTED_COLOUR)):
+        # Contours are found at twice the size and halved, which makes them smooth. The frame closes them at the border.
+        mask = mask.resize((2 * panel.width, 2 * panel.height), Image.Resampling.BILINEAR, crop)
+        mask = ImageOps.expand(mask.point(lambda level: 255 * (level > 127)), 8)
+        for radius, ink in ((4, "black"), (2, colour)):
+            edge = mask.filter(ImageFilter.BoxBlur(radius)).point(lambda level: 255 * (0 < level < 255))
+            panel.paste(ink, mask=ImageOps.crop(edge, 8).reduce(2))
+    return panel

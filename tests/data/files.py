@@ -1,0 +1,76 @@
+"""Small datasets on disk for the tests of the readers."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+
+WIDTH, HEIGHT = 40, 30
+
+
+def jpeg(width=WIDTH, height=HEIGHT, seed=0, **options) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def box_mask(x=5, y=4, width=10, height=8, picture=(HEIGHT, WIDTH)) -> np.ndarray:
+    mask = np.zeros(picture, bool)
+    mask[y : y + height, x : x + width] = True
+    return mask
+
+
+def rle(mask: np.ndarray) -> dict:
+    """Compressed, counts as a string: as SA-1B's JSON has it."""
+    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+def uncompressed_rle(mask: np.ndarray) -> dict:
+    """Written out by hand: runs of 0 and 1 in turn, column by column."""
+    runs, value = [0], False
+    for pixel in mask.T.ravel():
+        if pixel != value:
+            runs.append(0)
+            value = pixel
+        runs[-1] += 1
+    return {"size": list(mask.shape), "counts": runs}
+
+
+def annotation(identifier=1, mask=None, **fields) -> dict:
+    return {"id": identifier, "segmentation": rle(box_mask() if mask is None else mask), **fields}
+
+
+def sa1b_json(*annotations, width=WIDTH, height=HEIGHT) -> bytes:
+    return json.dumps({"image": {"width": width, "height": height}, "annotations": list(annotations)}).encode()
+
+
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_coco(folder: Path, images: list, annotations: list, pictures: dict[str, bytes]) -> tuple[Path, Path]:
+    """(annotation file, folder of pictures)."""
+    for name, content in pictures.items():
+        file = folder / "pictures" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path, folder / "pictures"
+
+
+def counts(report) -> tuple[dict[str, int], dict[str, int]]:
+    """(pictures by reason, instances by reason)."""
+    return tuple({r: s.count for r, s in kind.items()} for kind in (report.pictures, report.instances))

@@ -1,0 +1,105 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samlight_hf.data import SkipReason, load_dataset
+from samlight_hf.evaluation.evaluator import Journal, evaluate
+from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
+from tests.data.files import annotation, jpeg, sa1b_json, write_tar
+
+
+SETTINGS = ProtocolSettings(num_clicks=(1, 2), with_crowd=True)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "evaluate.py"
+
+
+def run(promptable, dataset, folder, settings=SETTINGS, batch_size=2, num_workers=2):
+    journal = Journal(folder, "model", {"model": promptable.fingerprint(), **settings.to_dict()})
+    return evaluate(promptable, dataset, InstanceProtocols(settings), journal, batch_size, num_workers)
+
+
+def test_records_are_in_the_order_of_the_dataset(promptable, dataset, tmp_path):
+    records, report, seconds = run(promptable, dataset, tmp_path / "journal")
+    expected = [(sample.id, instance.id) for sample in dataset.samples(report) for instance in sample.instances]
+    assert [(record["picture"], record["instance"]) for record in records] == expected
+    assert seconds > 0
+    assert promptable.count["encoder"] == len(dataset)
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 1), (100, 4)])
+def test_batches_and_workers_change_nothing(promptable, dataset, tmp_path, batch_size, num_workers):
+    records, _, _ = run(promptable, dataset, tmp_path / "a")
+    others, _, _ = run(promptable, dataset, tmp_path / "b", batch_size=batch_size, num_workers=num_workers)
+    for ours, theirs in zip(records, others, strict=True):
+        assert ours["iou"] == pytest.approx(theirs["iou"], abs=2e-2)  # a pixel on the threshold may flip
+
+
+def test_an_interrupted_run_goes_on(promptable, dataset, tmp_path):
+    expected, _, _ = run(promptable, dataset, tmp_path / "whole")
+    run(promptable, dataset, tmp_path / "half")
+    (path,) = (tmp_path / "half").glob("*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:40])  # two pictures are done, and the third's line was cut off
+    promptable.count["encoder"] = 0
+    records, _, _ = run(promptable, dataset, tmp_path / "half")
+    assert records == expected
+    assert promptable.count["encoder"] == 3
+    promptable.count["encoder"] = 0
+    assert run(promptable, dataset, tmp_path / "half")[0] == expected
+    assert promptable.count["encoder"] == 0
+
+
+def test_a_journal_of_other_settings_is_refused(promptable, dataset, tmp_path):
+    run(promptable, dataset, tmp_path)
+    with pytest.raises(ValueError, match="written with another num_clicks. Choose another --out"):
+        run(promptable, dataset, tmp_path, ProtocolSettings(num_clicks=(1,), with_crowd=True))
+    with pytest.raises(ValueError, match="written with another model"):
+        next(promptable.model.parameters()).data += 1.0
+        run(promptable, dataset, tmp_path)
+
+
+def test_bad_data_is_counted_once_and_left_out(promptable, tmp_path):
+    tar = write_tar(
+        tmp_path / "bad.tar",
+        {
+            "a.jpg": jpeg(), "a.json": sa1b_json(annotation(1)),
+            "b.jpg": jpeg()[:300], "b.json": sa1b_json(annotation(2)),
+            "c.jpg": jpeg(), "c.json": sa1b_json(annotation(3), annotation(4, segmentation={"size": [9, 9], "counts": "0"})),
+            "d.jpg": jpeg(),
+        },
+    )  # fmt: skip
+    for attempt in range(2):  # the second from the journal alone
+        records, report, _ = run(promptable, load_dataset(tar), tmp_path / "journal")
+        assert [record["instance"] for record in records] == [1, 3], attempt
+        assert {reason: s.count for reason, s in report.pictures.items()} == {
+            SkipReason.BROKEN_PICTURE: 1,
+            SkipReason.MISSING_JSON: 1,
+        }
+        assert sum(s.count for s in report.instances.values()) == 2
+
+
+def test_nothing_to_evaluate_is_an_error(promptable, tmp_path):
+    tar = write_tar(tmp_path / "empty.tar", {"a.jpg": jpeg(), "a.json": sa1b_json()})
+    with pytest.raises(ValueError, match="nothing could be evaluated"):
+        run(promptable, load_dataset(tar), tmp_path / "journal")
+
+
+def test_two_processes_equal_one(promptable, tar, tmp_path):
+    """torchrun with two gloo ranks, as `accelerate launch` would start them; the reports hold the same records."""
+    arguments = [
+        "--model", promptable.model.name_or_path, "--dataset", tar, "--clicks", "1", "--batch-size", "2", "--no-plots",
+        "--device", "cpu", "--include-crowd", "--num-workers", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for count in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+        command = [sys.executable, *launcher, EXAMPLE, *arguments, "--out", tmp_path / str(count)]
+        process = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("Report:") == 1
+    one, two = (json.loads((tmp_path / count / "report.json").read_text())["models"][0] for count in "12")
+    assert two["scores"] == one["scores"]
+    assert len(list((tmp_path / "2" / "journal").glob("*.jsonl"))) == 2
