@@ -10,8 +10,8 @@ from transformers.models.sam.configuration_sam import (
     SamVisionConfig,
 )
 
+from .dilated_attention import check_pattern
 
-DILATION_OFFSETS = ("all", "per_head")
 
 # hidden_size, num_hidden_layers, num_attention_heads of the image encoder: 1.0, 1.5 and 8 times tiny's transformer weights.
 PRESETS = {"tiny": (384, 6, 6), "small": (384, 9, 6), "base": (768, 12, 12)}
@@ -46,7 +46,7 @@ def alternating_pattern(num_hidden_layers: int, segment_length: int = 512, dilat
 @strict
 class SamLighteningVisionConfig(SamVisionConfig):
     r"""
-    Configuration of the SAM-Lightening image encoder. The defaults are the published "tiny" shape: 384 wide, 6 layers,
+    Configuration of the SAM-Lightening image encoder. The defaults are the "tiny" shape: 384 wide, 6 layers,
     6 heads, 1024 px, 17.3M parameters with the decoder. Arguments that are not listed are those of [`SamVisionConfig`].
 
     An image has N = (`image_size` / `patch_size`)² tokens in raster order. Token n attends to the tokens of its own
@@ -109,8 +109,15 @@ class SamLighteningVisionConfig(SamVisionConfig):
 
         The model calls it too, because fields that are assigned after construction are not checked by the config.
         """
-        for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            _require_positive_int(name, getattr(self, name))
+        for name in (
+            "image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "output_channels",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}.")
         if self.hidden_size % self.num_attention_heads:
@@ -146,32 +153,14 @@ class SamLighteningVisionConfig(SamVisionConfig):
         num_tokens = window_size**2 if window_size else self.num_image_tokens
         if segment_length is None:
             segment_length = num_tokens
-        _require_positive_int("segment_length", segment_length, layer)
-        _require_positive_int("dilation_rate", dilation_rate, layer)
         if window_size and segment_length != num_tokens:
             raise ValueError(
                 f"segment_length={segment_length} in layer {layer}: that layer attends in windows, and its segment is the "
                 f"window of {window_size}x{window_size}={num_tokens} tokens. Use segment_length=None there, "
                 f"window_size=0, or put {layer} into global_attn_indexes."
             )
-        if num_tokens % segment_length:
-            raise ValueError(
-                f"segment_length={segment_length} in layer {layer} must divide the {num_tokens} tokens of "
-                f"image_size={self.image_size} with patch_size={self.patch_size}. Use a divisor, or None for all of them."
-            )
-        if segment_length % dilation_rate:
-            raise ValueError(
-                f"dilation_rate={dilation_rate} in layer {layer} must divide segment_length={segment_length}."
-            )
-        if dilation_offsets not in DILATION_OFFSETS:
-            raise ValueError(
-                f"dilation_offsets={dilation_offsets!r} in layer {layer} must be one of {DILATION_OFFSETS}."
-            )
-        if dilation_offsets == "per_head" and self.num_attention_heads % dilation_rate:
-            raise ValueError(
-                f'dilation_offsets="per_head" in layer {layer} needs dilation_rate={dilation_rate} to divide '
-                f'num_attention_heads={self.num_attention_heads}. Change one of them, or use "all".'
-            )
+        where = f" in layer {layer} of image_size={self.image_size} and patch_size={self.patch_size}"
+        check_pattern(num_tokens, self.num_attention_heads, segment_length, dilation_rate, dilation_offsets, where)
         return LayerPattern(segment_length, dilation_rate, dilation_offsets, window_size)
 
     def _of_layer(self, name: str, layer: int):
@@ -181,7 +170,7 @@ class SamLighteningVisionConfig(SamVisionConfig):
         if len(value) != self.num_hidden_layers:
             raise ValueError(
                 f"{name} has {len(value)} entries for num_hidden_layers={self.num_hidden_layers}. Give one value for all "
-                "layers, or one per layer (alternating_pattern(num_hidden_layers) makes the published ones)."
+                "layers, or one per layer (alternating_pattern(num_hidden_layers) makes the alternating ones)."
             )
         return value[layer]
 
@@ -192,7 +181,7 @@ class SamLighteningConfig(SamConfig):
     Configuration of [`SamLighteningModel`]: a [`SamLighteningVisionConfig`] with SAM's own prompt encoder and mask decoder.
 
     What the three parts must agree on (image size, patch size, embedding width) is taken from `vision_config` where the
-    other two do not say it; a contradiction raises ValueError. The defaults are the published "tiny" shape.
+    other two do not say it; a contradiction raises ValueError. The defaults are the "tiny" shape.
 
     Example:
         ```python
@@ -215,8 +204,10 @@ class SamLighteningConfig(SamConfig):
 
     def __post_init__(self, **kwargs):
         vision = self.vision_config
-        if vision is None or isinstance(vision, dict):
-            vision = self.vision_config = SamLighteningVisionConfig(**(vision or {}))
+        if not hasattr(vision, "layer_patterns"):  # None, a dict, or a plain SAM's config
+            given = vision.to_dict() if isinstance(vision, SamVisionConfig) else dict(vision or {})
+            given.pop("model_type", None)
+            vision = self.vision_config = SamLighteningVisionConfig(**given)
         if self.prompt_encoder_config is None or isinstance(self.prompt_encoder_config, dict):
             agreed = {
                 "image_size": vision.image_size,
@@ -234,7 +225,7 @@ class SamLighteningConfig(SamConfig):
 
     @classmethod
     def from_preset(cls, preset: str, **vision_config) -> "SamLighteningConfig":
-        """A published shape: "tiny" (384 x 6 layers), "small" (384 x 9) or "base" (768 x 12), in the alternating pattern.
+        """A ready shape: "tiny" (384 x 6 layers), "small" (384 x 9) or "base" (768 x 12), in the alternating pattern.
 
         Keyword arguments go to `vision_config` and win.
         """
@@ -266,12 +257,6 @@ class SamLighteningConfig(SamConfig):
         ):  # fmt: skip
             if value != other_value:
                 raise ValueError(f"{name}={value} must equal {other_name}={other_value}. Change one of them to agree.")
-
-
-def _require_positive_int(name: str, value, layer: int | None = None):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        where = "" if layer is None else f" in layer {layer}"
-        raise ValueError(f"{name}={value!r}{where} must be a positive integer.")
 
 
 __all__ = ["SamLighteningConfig", "SamLighteningVisionConfig"]

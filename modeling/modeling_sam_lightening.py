@@ -36,6 +36,10 @@ class SamLighteningPatchProjection(nn.Conv2d):
     """The patch embedding's convolution, whose stride is its kernel size, as one matrix product with the same weights."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}: rescale and normalize them, as SamImageProcessor does."
+            )
         batch_size, num_channels, height, width = pixel_values.shape
         patch_height, patch_width = self.kernel_size
         rows, columns = height // patch_height, width // patch_width
@@ -113,24 +117,38 @@ class SamLighteningPreTrainedModel(SamPreTrainedModel):
             return DILATED_FLASH_ATTENTION
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """As in transformers, and the folder is complete: weights, config, this code, and a processor unless it has one."""
-        self.config.auto_map = dict(self._auto_map)
-        if is_main_process and not any(
-            os.path.isfile(os.path.join(save_directory, name))
-            for name in ("processor_config.json", "preprocessor_config.json")
-        ):
-            vision_config = getattr(self.config, "vision_config", self.config)
-            image_size, mask_size = vision_config.image_size, 4 * (vision_config.image_size // vision_config.patch_size)
-            SamProcessor(
-                SamImageProcessor(
-                    size={"longest_edge": image_size},
-                    pad_size={"height": image_size, "width": image_size},
-                    mask_size={"longest_edge": mask_size},
-                    mask_pad_size={"height": mask_size, "width": mask_size},
-                )
-            ).save_pretrained(save_directory)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
+        """As in transformers, and the folder is complete: weights, config, this code, and a processor.
+
+        A processor that is there already is kept, if it makes pictures of this model's size.
+        """
+        if auto_map := type(self).__dict__.get("_auto_map"):  # what a subclass is loaded by is up to the subclass
+            self.config.auto_map = dict(auto_map)
+        if is_main_process and not os.path.isfile(save_directory):
+            self._save_processor(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def _save_processor(self, save_directory: str | os.PathLike):
+        config = getattr(self.config, "vision_config", self.config)
+        names = ("processor_config.json", "preprocessor_config.json")
+        if any(os.path.isfile(os.path.join(save_directory, name)) for name in names):
+            kept = SamProcessor.from_pretrained(save_directory)
+            if kept.image_processor.size["longest_edge"] == config.image_size:
+                return
+        image_size, mask_size = config.image_size, 4 * (config.image_size // config.patch_size)
+        SamProcessor(
+            SamImageProcessor(
+                size={"longest_edge": image_size},
+                pad_size={"height": image_size, "width": image_size},
+                mask_size={"longest_edge": mask_size},
+                mask_pad_size={"height": mask_size, "width": mask_size},
+            )
+        ).save_pretrained(save_directory)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
+        # save_pretrained(push_to_hub=True) uploads what is newer than its own first look, and the processor is older.
+        files_timestamps.pop("processor_config.json", None)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
 
 class SamLighteningVisionEncoder(SamLighteningPreTrainedModel, SamVisionEncoder):
@@ -195,7 +213,8 @@ class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
         self.vision_encoder = SamLighteningVisionEncoder(config.vision_config)
         self.prompt_encoder = SamPromptEncoder(config)
-        self._set_decoder_attn_implementation()
+        asked = (config._attn_implementation, config.mask_decoder_config._attn_implementation)
+        config.mask_decoder_config._attn_implementation = "eager" if "eager" in asked else "sdpa"
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
         self.post_init()
 
@@ -205,11 +224,8 @@ class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
             attn_implementation = {"": attn_implementation, "vision_config": attn_implementation}
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         if "mask_decoder_config" not in attn_implementation:
-            self._set_decoder_attn_implementation()
-
-    def _set_decoder_attn_implementation(self):
-        implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
-        self.config.mask_decoder_config._attn_implementation = implementation
+            implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
+            self.config.mask_decoder_config._attn_implementation = implementation
 
 
 __all__ = ["SamLighteningModel", "SamLighteningPreTrainedModel", "SamLighteningVisionModel"]

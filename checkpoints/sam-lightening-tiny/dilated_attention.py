@@ -8,7 +8,8 @@ alone and is zero for all others.
 
 **The fast path.** Write the row n of a contiguous (N, H*D) matrix as n = (i * w/r + j) * r + rho. The same memory, read
 as (N/w, w/r, r*H, D), is a batch of N/w sequences of w/r tokens with r*H heads: heads and residue classes are one axis,
-and any dense kernel runs on it as it is. `split_groups` is that view.
+and any dense kernel runs on it as it is. `split_groups` is that view. (SAM's packed projection gives q, k and v side by side and
+not contiguous: the model's dilated layers pay one copy for that, undilated ones none.)
 
 **The kernel.** `dense_attention` runs the groups: `backend="auto"` on the fastest kernel that can run, a named backend on
 that kernel or not at all, with the reason (`why_not`).
@@ -28,7 +29,31 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 DILATED_FLASH_ATTENTION = "dilated_flash_attention"
 
+DILATION_OFFSETS = ("all", "per_head")
 BACKENDS = ("auto", "flash_attention_4", "cudnn", "flash", "sdpa")
+
+
+def check_pattern(
+    num_tokens: int, num_heads: int, segment_length: int, dilation_rate: int, dilation_offsets: str, where: str = ""
+):
+    """Raises ValueError, with both numbers and the fix, for a pattern that N tokens in H heads cannot have."""
+    for name, value in (("segment_length", segment_length), ("dilation_rate", dilation_rate)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}{where} must be a positive integer.")
+    if num_tokens % segment_length:
+        raise ValueError(
+            f"segment_length={segment_length}{where} must divide the {num_tokens} tokens. "
+            "Use a divisor, or None for all of them."
+        )
+    if segment_length % dilation_rate:
+        raise ValueError(f"dilation_rate={dilation_rate}{where} must divide segment_length={segment_length}.")
+    if dilation_offsets not in DILATION_OFFSETS:
+        raise ValueError(f"dilation_offsets={dilation_offsets!r}{where} must be one of {', '.join(DILATION_OFFSETS)}.")
+    if dilation_offsets == "per_head" and num_heads % dilation_rate:
+        raise ValueError(
+            f'dilation_offsets="per_head"{where} needs dilation_rate={dilation_rate} to divide '
+            f'num_attention_heads={num_heads}. Change one of them, or use "all".'
+        )
 
 
 def split_groups(
@@ -137,20 +162,14 @@ def dilated_attention(
         (B, N, H, D).
 
     Raises:
-        ValueError: if w does not divide N or r does not divide w, or if the named backend cannot run here.
+        ValueError: for a pattern that cannot be, tensors of different shapes, or a named backend that cannot run here.
     """
+    if not query.shape == key.shape == value.shape:
+        shapes = ", ".join(str(tuple(tokens.shape)) for tokens in (query, key, value))
+        raise ValueError(f"query, key and value must have one shape (B, N, H, D), but have {shapes}.")
     _, num_tokens, num_heads, _ = query.shape
     segment_length = num_tokens if segment_length is None else segment_length
-    if num_tokens % segment_length:
-        raise ValueError(f"segment_length={segment_length} must divide the {num_tokens} tokens.")
-    if segment_length % dilation_rate:
-        raise ValueError(f"dilation_rate={dilation_rate} must divide segment_length={segment_length}.")
-    if dilation_offsets not in ("all", "per_head"):
-        raise ValueError(f'dilation_offsets={dilation_offsets!r} must be "all" or "per_head".')
-    if dilation_offsets == "per_head" and num_heads % dilation_rate:
-        raise ValueError(
-            f'dilation_offsets="per_head" needs dilation_rate={dilation_rate} to divide {num_heads} heads.'
-        )
+    check_pattern(num_tokens, num_heads, segment_length, dilation_rate, dilation_offsets)
     pattern = (segment_length, dilation_rate, dilation_offsets)
     groups = (split_groups(tokens, *pattern) for tokens in (query, key, value))
     output = dense_attention(*groups, scaling=scaling, dropout=dropout, backend=backend)
@@ -203,8 +222,8 @@ def _prefers_flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: to
     """
     batch_size, length, num_heads, head_dim = query.shape
     training = _needs_gradient(query, key, value)
-    if not query.is_cuda or (length < 1024 and not training):
-        return False
+    if not query.is_cuda or (length < 1024 and not training) or torch.compiler.is_exporting():
+        return False  # an exported program must load where there is no FlashAttention-4
     flops = (14 if training else 4) * batch_size * num_heads * length**2 * head_dim
     return flops >= 2e11 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
@@ -258,8 +277,11 @@ def _load_flash_attention_4():
         return None, "it needs a GPU of compute capability 9.0 (Hopper) or newer."
     try:
         from flash_attn.cute import flash_attn_func
-    except ImportError as error:
-        return None, f"flash_attn.cute cannot be imported ({error}). Install it with: pip install 'samlight-hf[flash]'."
+    except Exception as error:  # a broken installation too must not break the default
+        return (
+            None,
+            f"flash_attn.cute cannot be imported ({error!r}). Install it with: pip install 'samlight-hf[flash]'.",
+        )
 
     @torch.library.custom_op("samlight_hf::dense_attention", mutates_args=())
     def operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

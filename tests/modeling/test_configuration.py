@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from samlight_hf.modeling.configuration_sam_lightening import PRESETS, LayerPattern, alternating_pattern
-from transformers import AutoConfig
+from transformers import AutoConfig, SamVisionConfig
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel, SamLighteningVisionConfig
 from tests.conftest import tiny_config
@@ -30,6 +30,9 @@ IMPOSSIBLE = [
     ({"image_size": 1000}, ["patch_size=16", "image_size=1000"]),
     ({"image_size": 0}, ["image_size=0"]),
     ({"hidden_size": 100}, ["num_attention_heads=6", "hidden_size=100"]),
+    ({"num_channels": 0}, ["num_channels=0"]),
+    ({"output_channels": 0}, ["output_channels=0"]),
+    ({"attention_dropout": 2.0}, ["attention_dropout=2.0"]),
     ({"window_size": -1}, ["window_size=-1"]),
     ({"window_size": 14}, ["segment_length=512", "layer 0", "14x14=196"]),
     ({"window_size": 14, "segment_length": None, "dilation_rate": 1, "global_attn_indexes": (2, 6)}, ["contains 6", "=6"]),
@@ -74,6 +77,13 @@ def test_parts_that_disagree_are_refused():
     config.mask_decoder_config.hidden_size = 64
     with pytest.raises(ValueError, match=r"mask_decoder_config\.hidden_size=64"):
         SamLighteningModel(config)
+
+
+def test_a_plain_sams_vision_config_is_converted_or_refused():
+    with pytest.raises(ValueError, match="use_rel_pos=True"):
+        SamLighteningConfig(vision_config=SamVisionConfig())
+    plain = SamVisionConfig(use_rel_pos=False, window_size=0, num_hidden_layers=6)
+    assert type(SamLighteningConfig(vision_config=plain).vision_config) is SamLighteningVisionConfig
 
 
 def test_parts_agree_on_what_the_vision_config_says():

@@ -144,11 +144,18 @@ def test_groups_are_an_inverse_pair(pattern):
 
 def test_impossible_patterns_are_refused():
     query, key, value = random_tokens(24)
+    for number in (0, -4, True):
+        with pytest.raises(ValueError, match=f"segment_length={number} must be a positive integer"):
+            dilated_attention(query, key, value, number)
+        with pytest.raises(ValueError, match=f"dilation_rate={number} must be a positive integer"):
+            dilated_attention(query, key, value, 12, number)
+    with pytest.raises(ValueError, match="must have one shape"):
+        dilated_attention(query, key[:, :12], value[:, :12], 12)
     with pytest.raises(ValueError, match="segment_length=10 must divide the 24 tokens"):
         dilated_attention(query, key, value, 10)
     with pytest.raises(ValueError, match="dilation_rate=5 must divide segment_length=12"):
         dilated_attention(query, key, value, 12, 5)
-    with pytest.raises(ValueError, match="dilation_rate=4 to divide 6 heads"):
+    with pytest.raises(ValueError, match="dilation_rate=4 to divide num_attention_heads=6"):
         dilated_attention(query, key, value, 12, 4, "per_head")
     with pytest.raises(ValueError, match="dilation_offsets='some'"):
         dilated_attention(query, key, value, 12, 4, "some")

@@ -215,6 +215,22 @@ def test_picture_of_another_size_is_refused(model):
         model(torch.randn(1, 3, 16, 16))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_pixels_that_are_not_normalized_are_refused(model, dtype):
+    with pytest.raises(ValueError, match="rescale and normalize"):
+        model(torch.zeros(1, 3, 32, 32, dtype=dtype))
+
+
+def test_explicit_attention_of_the_mask_decoder(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    asked = {"mask_decoder_config": "eager"}
+    loaded = SamLighteningModel.from_pretrained(tmp_path, attn_implementation=asked)
+    assert loaded.config.mask_decoder_config._attn_implementation == "eager"
+    assert loaded.config.vision_config._attn_implementation == "dilated_flash_attention"
+    loaded.set_attn_implementation("sdpa")
+    assert loaded.config.mask_decoder_config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, pixel_values, prompts, dtype):
     """float32 pictures and prompts go in; outputs are the model's dtype and close to float32's."""

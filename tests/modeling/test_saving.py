@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,13 @@ from transformers import (
     AutoProcessor,
     SamImageProcessor,
     SamProcessor,
+    modeling_utils,
     pipeline,
 )
+from transformers.utils import hub
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel, SamLighteningVisionModel
+from tests.conftest import tiny_config
 
 
 MODELING = Path(sys.modules["samlight_hf.modeling"].__file__).parent
@@ -101,6 +105,46 @@ def test_a_processor_of_ones_own_is_kept(model, tmp_path):
     processor.save_pretrained(tmp_path / "second")
     for order in ("first", "second"):
         assert AutoProcessor.from_pretrained(tmp_path / order).image_processor.image_mean[0] == 0.5
+
+
+def test_a_processor_of_another_size_is_replaced(model, tmp_path):
+    SamLighteningModel(tiny_config(image_size=64, segment_length=None, dilation_rate=1)).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor.size["longest_edge"] == 32
+
+
+def test_push_while_saving_uploads_everything(model, tmp_path, monkeypatch):
+    """huggingface_hub's side is replaced: what it is given to upload is the whole folder."""
+    uploaded = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_branch(self, *args, **kwargs): ...
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            uploaded.extend(operation.path_in_repo for operation in operations)
+
+    for module in (modeling_utils, hub):
+        monkeypatch.setattr(module, "hf_api", Api, raising=False)
+        for name in ("create_repo", "create_branch", "create_commit"):
+            monkeypatch.setattr(module, name, getattr(Api(), name), raising=False)
+    monkeypatch.setattr(
+        hub, "create_and_tag_model_card", lambda *args, **kwargs: SimpleNamespace(save=lambda path: None)
+    )
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="org/name")
+    assert set(uploaded) >= COMPLETE
+
+
+def test_parts_and_subclasses_save_too(model, tmp_path):
+    model.vision_encoder.save_pretrained(tmp_path / "encoder")
+    assert (tmp_path / "encoder" / "model.safetensors").is_file()
+
+    class Subclass(SamLighteningModel): ...
+
+    Subclass(model.config).save_pretrained(tmp_path / "subclass", True, None)
+    assert type(AutoModel.from_pretrained(tmp_path / "subclass")) is SamLighteningModel
 
 
 def test_shards(model, tmp_path, pixel_values):
