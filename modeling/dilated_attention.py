@@ -222,8 +222,10 @@ def _prefers_flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: to
     """
     batch_size, length, num_heads, head_dim = query.shape
     training = _needs_gradient(query, key, value)
-    if not query.is_cuda or (length < 1024 and not training) or torch.compiler.is_exporting():
-        return False  # an exported program must load where there is no FlashAttention-4
+    # An exported program must load where there is no FlashAttention-4. (Dynamo of torch 2.11 says is_exporting() to compile.)
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if not query.is_cuda or (length < 1024 and not training) or exporting:
+        return False
     flops = (14 if training else 4) * batch_size * num_heads * length**2 * head_dim
     return flops >= 2e11 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 

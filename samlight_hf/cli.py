@@ -89,11 +89,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parsed = build_parser().parse_args(arguments)
+        parsed = build_parser().parse_args(_join_negative_values(arguments))
     except SystemExit as exit_request:  # after --help, and after wrong usage
         return exit_request.code
     parsed.command_line = shlex.join(["samlight", *arguments])
     return parsed.run(parsed)
+
+
+def _join_negative_values(arguments: list[str]) -> list[str]:
+    """`--box -5,0,9,9` as `--box=-5,0,9,9`: argparse would take the box for an option, and hide what is wrong with it."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in ("--box", "--point") and argument[:1] == "-" and argument[1:2].isdigit():
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _fail(message: str, status: int) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .segment_command import not_empty
+
 
 if TYPE_CHECKING:
     from .data import PictureDataset
@@ -20,7 +22,7 @@ EVERYTHING = "everything"
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
-        "--model", action="append", required=True, metavar="DIR",
+        "--model", action="append", required=True, type=not_empty, metavar="DIR",
         help="checkpoint's folder or Hub name; may be repeated, and the first is what the others are compared with",
     )  # fmt: skip
     data = parser.add_argument_group("data: SA-1B tars, or a COCO-shaped JSON with its pictures")

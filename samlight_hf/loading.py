@@ -121,10 +121,12 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
             raise CheckpointError(
                 f"{file}: truncated or damaged ({one_line(error)}). Copy or download it again."
             ) from error
-    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        raise CheckpointError(
-            f"{folder}: has no processor_config.json. Add the teacher's, or save the model again with save_pretrained."
-        )
+    processors = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
+    fix = "Add the teacher's, or save the model again with save_pretrained."
+    if not any(file.is_file() for file in processors):
+        raise CheckpointError(f"{folder}: has no processor_config.json. {fix}")
+    for file in filter(Path.is_file, processors):
+        _read_json(file, fix)
 
 
 def _weight_files(folder: Path) -> list[Path]:

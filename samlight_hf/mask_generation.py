@@ -43,7 +43,19 @@ class MaskResult:
 
 
 class _HalfPrecisionPipeline(MaskGenerationPipeline):
-    """transformers' pipeline, whose non-maximum suppression takes scores of the boxes' dtype, float32, and no other."""
+    """transformers' pipeline, whose non-maximum suppression takes scores of the boxes' dtype, float32, and no other.
+
+    `progress.update` is told how many points have been decoded.
+    """
+
+    progress = None
+
+    def _forward(self, model_inputs, **kwargs):
+        num_points = model_inputs["input_points"].shape[1]
+        output = super()._forward(model_inputs, **kwargs)
+        if self.progress is not None:
+            self.progress.update(num_points)
+        return output
 
     def postprocess(self, model_outputs, **kwargs):
         for output in model_outputs:
@@ -60,13 +72,15 @@ def segment_everything(
     pred_iou_thresh: float = DEFAULT_PRED_IOU_THRESH,
     stability_score_thresh: float = DEFAULT_STABILITY_SCORE_THRESH,
     points_per_batch: int | None = None,
+    progress=None,
 ) -> MaskResult:
     """Masks of everything in the picture, the best first: a grid of `points_per_side`² points, three masks each.
 
     Kept are masks with a predicted IoU above `pred_iou_thresh` and a stability above `stability_score_thresh` (both
     0 to 1; 0 keeps all), and of those whose boxes overlap by an IoU above 0.7 the best.
 
-    `points_per_batch` is how many points are decoded at once; None takes what suits device and picture.
+    `points_per_batch` is how many points are decoded at once; None takes what suits device and picture. `progress`, such as
+    a tqdm bar, has its `update` called with the number of points decoded.
     Raises ValueError for settings outside their range, and for a picture that is too thin for the model.
     """
     for name, value in (("points_per_side", points_per_side), ("points_per_batch", points_per_batch)):
@@ -78,6 +92,7 @@ def segment_everything(
     check_picture(processor, picture)
     # Without a device the pipeline takes the model to the GPU, where there is one.
     pipeline = _HalfPrecisionPipeline(model=model, image_processor=processor.image_processor, device=model.device)
+    pipeline.progress = progress
     output = pipeline(
         picture,
         points_per_crop=points_per_side,
