@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from . import __version__, evaluate_command, segment_command
+from .messages import one_line
 
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -78,11 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except argparse.ArgumentTypeError as error:
-        return _fail(f"error: {_one_line(error)}", EXIT_USAGE)
+        return _fail(f"error: {one_line(error)}", EXIT_USAGE)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        return _fail(f"error: {_one_line(error)}", EXIT_FAILED)
+        return _fail(f"error: {one_line(error)}", EXIT_FAILED)
     except Exception as error:  # a bug of ours: users get a line that they can report
-        message = f"internal error: {type(error).__name__}: {_one_line(error)} (SAMLIGHT_DEBUG=1 shows where)"
+        message = f"internal error: {type(error).__name__}: {one_line(error)} (SAMLIGHT_DEBUG=1 shows where)"
         return _fail(message, EXIT_FAILED)
 
 
@@ -112,10 +113,6 @@ def _fail(message: str, status: int) -> int:
         traceback.print_exc()
     print(f"samlight: {message}", file=sys.stderr)
     return status
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -76,8 +76,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise argparse.ArgumentTypeError(f"--batch-size {args.batch_size} must be positive.")
     if args.detections and not args.annotations:
         raise argparse.ArgumentTypeError("--detections needs --annotations and --images: AP is measured against those.")
-    if len(set(args.model)) < len(args.model):
-        raise argparse.ArgumentTypeError("--model names a model twice.")
+    if len({_name(path) for path in args.model}) < len(args.model):
+        raise argparse.ArgumentTypeError(
+            "--model names a model twice: journal and report tell them by the folder's name."
+        )
     settings = prompts and ProtocolSettings(
         prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
         args.boundary_iou, args.max_instances,
@@ -120,7 +122,7 @@ def _evaluate_model(
     from .evaluation.report import ModelResult
 
     model = _load(path, args, state)
-    name = Path(path).name or path
+    name = _name(path)
     common = {
         "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "num_pictures": len(dataset),
         "batch_size": args.batch_size, "dtype": args.dtype,
@@ -198,6 +200,10 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
         sentence = f"fidelity: image embeddings, layers and masks against {args.teacher}, same pictures and prompts"
         works.append(("fidelity", Fidelity(teacher, args.max_instances), about, [sentence], summarize_fidelity))
     return works
+
+
+def _name(path: str) -> str:
+    return Path(path).name or path
 
 
 def _load(path: str, args: argparse.Namespace, state) -> "PromptableModel":

@@ -12,8 +12,10 @@ from transformers import AutoModelForMaskGeneration, AutoProcessor, PreTrainedMo
 from transformers.utils import logging
 
 from . import SamLighteningModel  # noqa: F401  registered with the Auto classes where it is imported
+from .messages import one_line
 
 
+_MESSAGE_LIMIT = 300  # of what other libraries say
 MODEL_TYPES = ("sam_lightening", "sam")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADING_ERRORS = (
@@ -56,7 +58,7 @@ def load_model(
             processor = AutoProcessor.from_pretrained(source)
         except LOADING_ERRORS as error:
             where = "" if Path(source).exists() else "no such folder here, and from the Hub it "
-            raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error)}") from error
+            raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error, _MESSAGE_LIMIT)}") from error
     _check_model(source, model, report, model_types)
     if model.config.model_type in MODEL_TYPES:
         _check_processor(source, model, processor)
@@ -71,7 +73,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} cannot be used here ({one_line(error)}). Use cpu or auto.") from error
+        raise ValueError(
+            f"device={name!r} cannot be used here ({one_line(error, _MESSAGE_LIMIT)}). Use cpu or auto."
+        ) from error
     if device.type == "meta":
         raise ValueError("device='meta' holds no weights. Use cpu or auto.")
     return device
@@ -83,12 +87,6 @@ def find_dtype(name: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype={name!r} is not known. Use one of {', '.join(DTYPES)}.")
     return dtype
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an error on one line of at most `limit` characters."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= limit else message[: limit - 3] + "..."
 
 
 @contextmanager
@@ -119,7 +117,7 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
                 pass
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{file}: truncated or damaged ({one_line(error)}). Copy or download it again."
+                f"{file}: truncated or damaged ({one_line(error, _MESSAGE_LIMIT)}). Copy or download it again."
             ) from error
     processors = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
     fix = "Add the teacher's, or save the model again with save_pretrained."
@@ -155,7 +153,7 @@ def _read_json(file: Path, fix: str) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({one_line(error)}). {fix}") from error
+        raise CheckpointError(f"{file}: cannot be read ({one_line(error, _MESSAGE_LIMIT)}). {fix}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds no JSON object. {fix}")
     return content
@@ -180,7 +178,7 @@ def _check_model(source: str, model: PreTrainedModel, report: dict, model_types:
                 "Use the config.json that was saved with these weights."
             )
     if report.get("error_msgs"):
-        raise CheckpointError(f"{source}: {one_line(ValueError(report['error_msgs']))}")
+        raise CheckpointError(f"{source}: {one_line(ValueError(report['error_msgs']), _MESSAGE_LIMIT)}")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             fix = "Use another checkpoint."

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .messages import one_line
+
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
@@ -86,8 +88,7 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
     except MemoryError as error:
         raise PictureError(f"{path}: does not fit into memory. Make it smaller.") from error
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(f"{path}: truncated or damaged ({reason}). Copy or download it again.") from error
+        raise PictureError(f"{path}: truncated or damaged ({one_line(error)}). Copy or download it again.") from error
 
 
 def _in_folder(folder: Path, excluded: Path | None) -> list[Path]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .messages import one_line
+
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -305,7 +307,7 @@ def _point_progress(num_points: int, name: str):
 
 
 def _report(error: BaseException, picture: Path | None = None):
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(error)
     if picture is not None and not message.startswith(str(picture)):
         message = f"{picture}: {message}"
     print(f"samlight: skipped {message}", file=sys.stderr)

@@ -82,6 +82,11 @@ class Everything:
     def __call__(self, model: PromptableModel, encoded: None, sample: Sample) -> list[dict]:
         from ..mask_generation import segment_everything
 
+        if not model.keeps_aspect:
+            raise ValueError(
+                f"everything mode takes SAM's frame of a picture, and model_type={model.model.config.model_type!r} another: "
+                "evaluate it without."
+            )
         result = segment_everything(model.model, model.processor, sample.image, *self.arguments)
         predictions = [
             {"segmentation": encode_rle(mask), "score": float(score)}

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import PictureDataset, Sample, SkipReport
+from .files import write_aside
 from .models import Encoded, PromptableModel
 
 
@@ -44,11 +45,9 @@ class Journal:
         self.read()
         PartialState().wait_for_everyone()  # nobody writes before everybody has read
         path = folder / f"{name}.{PartialState().process_index}.jsonl"
-        lines = _whole_lines(path)
-        self._file = path.open("w", encoding="utf-8")
-        self._write(self._header)
-        for line in lines[1:]:
-            self._write(line)
+        lines = _whole_lines(path) or [self._header]  # without one that was cut off, which nothing may be appended to
+        write_aside(path, lambda aside: aside.write_text("".join(map(_to_line, lines)), encoding="utf-8"))
+        self._file = path.open("a", encoding="utf-8")
 
     def read(self):
         """Reads what all processes have written."""
@@ -64,14 +63,11 @@ class Journal:
     def add(self, index: int, records: list[dict], skipped: SkipReport):
         line = {"index": index, "records": records, "skipped": skipped.to_dict()}
         self.done[index] = line
-        self._write(line)
+        self._file.write(_to_line(line))
+        self._file.flush()
 
     def close(self):
         self._file.close()
-
-    def _write(self, line: dict):
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
 
 
 def evaluate(
@@ -140,6 +136,10 @@ class _Batches(Dataset):
 
 def _as_it_is(batch):
     return batch
+
+
+def _to_line(content: dict) -> str:
+    return json.dumps(content) + "\n"
 
 
 def _whole_lines(path: Path) -> list[dict]:

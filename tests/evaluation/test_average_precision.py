@@ -176,3 +176,9 @@ def test_everything(promptable, dataset):
     assert len(record["targets"]) == len(sample.instances)
     assert record["predictions"]
     assert 0 <= average_recall([record])["AR@1000 all"] <= 1
+
+
+def test_everything_mode_of_a_stretched_frame_is_refused(promptable, dataset):
+    promptable.keeps_aspect = False  # as SAM 2's
+    with pytest.raises(ValueError, match="everything mode takes SAM's frame"):
+        Everything()(promptable, None, dataset[0])

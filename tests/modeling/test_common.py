@@ -40,8 +40,11 @@ def test_save_and_load_change_no_output(any_model, pixel_values, tmp_path):
 
 def test_save_and_load_in_a_subfolder(model, tmp_path):
     model.save_pretrained(tmp_path / "sub")
-    assert SamLighteningConfig.from_pretrained(tmp_path, subfolder="sub").to_dict() is not None
-    SamLighteningModel.from_pretrained(tmp_path, subfolder="sub")
+    loaded = SamLighteningConfig.from_pretrained(tmp_path, subfolder="sub")
+    assert loaded.vision_config.layer_patterns() == model.config.vision_config.layer_patterns()
+    loaded = SamLighteningModel.from_pretrained(tmp_path, subfolder="sub")
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
 
 
 def test_every_weight_has_an_initialisation(any_model):

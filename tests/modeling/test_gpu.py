@@ -143,7 +143,7 @@ def test_every_implementation_of_the_model_equals_float32(published, attn_implem
 
 
 @pytest.mark.parametrize(
-    "attn_implementation", ["dilated_flash_attention", "sdpa", "flash_attention_2", "flash_attention_4"]
+    "attn_implementation", ["dilated_flash_attention", "sdpa", "eager", "flash_attention_2", "flash_attention_4"]
 )
 def test_every_implementation_trains(published, attn_implementation):
     model = copy.deepcopy(published).bfloat16().train()
