@@ -1,5 +1,6 @@
 """A checkpoint from a folder or the Hub, loaded strictly: all of its weights, and nothing but its weights, or an error."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,14 @@ def find_dtype(name: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype={name!r} is not known. Use one of {', '.join(DTYPES)}.")
     return dtype
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that change with the weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.double().sum().item()!r}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

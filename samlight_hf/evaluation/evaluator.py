@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import PictureDataset, Sample, SkipReport
-from .files import write_aside
+from ..files import write_aside
 from .models import Encoded, PromptableModel
 
 

@@ -1,11 +1,10 @@
-"""Files of a report: names, plain JSON, and writing aside."""
+"""Files of a report: names and plain JSON."""
 
 import gzip
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +35,3 @@ def write_records(path: Path, records: Iterable[Mapping]):
     with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
         for record in records:
             file.write(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
-
-
-def write_aside(path: Path, write: Callable[[Path], object]):
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """Any promptable SAM of transformers behind one pair of calls: encode pictures, then prompt in pixels of the picture."""
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
+
+from ..loading import weights_fingerprint
 
 
 # model_type -> whether the picture keeps its aspect ratio (SAM, padded) or is stretched to a square (SAM 2)
@@ -57,10 +58,7 @@ class PromptableModel:
 
     def fingerprint(self) -> str:
         """Of the weights, to tell an interrupted run of this model from one of another."""
-        digest = hashlib.sha256()
-        for name, weight in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.double().sum().item()!r}\n".encode())
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(self.model)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> list[Encoded]:

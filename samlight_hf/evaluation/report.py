@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import is_missing, plain, slug, write_aside, write_records
+from ..files import write_aside
+from .files import is_missing, plain, slug, write_records
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
 from .statistics import CONFIDENCE, NUM_RESAMPLES, SIZES, ModelResult, protocol_differences
 from .worst_cases import worst_cases

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from ..files import write_aside
 from ..mask_generation import MaskResult
 from ..visualization import Panel, contact_sheet, draw_overlay
-from .files import slug, write_aside
+from .files import slug
 from .statistics import ModelResult, values_of
 
 
