@@ -12,6 +12,7 @@ from transformers import SamImageProcessor, SamProcessor
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamMLPBlock,
@@ -30,6 +31,19 @@ from transformers.models.sam.modeling_sam import (
 
 from .configuration_sam_lightening import LayerPattern, SamLighteningConfig, SamLighteningVisionConfig
 from .dilated_attention import DILATED_FLASH_ATTENTION, dilated_attention_forward
+
+
+def make_processor(config: SamVisionConfig) -> SamProcessor:
+    """SAM's own preprocessing for an image encoder of this size: the longest side of a picture becomes `image_size`."""
+    image_size, mask_size = config.image_size, 4 * (config.image_size // config.patch_size)
+    return SamProcessor(
+        SamImageProcessor(
+            size={"longest_edge": image_size},
+            pad_size={"height": image_size, "width": image_size},
+            mask_size={"longest_edge": mask_size},
+            mask_pad_size={"height": mask_size, "width": mask_size},
+        )
+    )
 
 
 class SamLighteningPatchProjection(nn.Conv2d):
@@ -135,15 +149,7 @@ class SamLighteningPreTrainedModel(SamPreTrainedModel):
             kept = SamProcessor.from_pretrained(save_directory)
             if kept.image_processor.size["longest_edge"] == config.image_size:
                 return
-        image_size, mask_size = config.image_size, 4 * (config.image_size // config.patch_size)
-        SamProcessor(
-            SamImageProcessor(
-                size={"longest_edge": image_size},
-                pad_size={"height": image_size, "width": image_size},
-                mask_size={"longest_edge": mask_size},
-                mask_pad_size={"height": mask_size, "width": mask_size},
-            )
-        ).save_pretrained(save_directory)
+        make_processor(config).save_pretrained(save_directory)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         # save_pretrained(push_to_hub=True) uploads what is newer than its own first look, and the processor is older.
