@@ -1,23 +1,49 @@
-"""Pictures with instance masks: SA-1B tars, COCO, LVIS and any COCO-shaped JSON, all read as the same `Sample`.
+"""Pictures with instance masks, all read as the same `Sample`, and training examples made from them.
 
-Nothing bad is dropped in silence: what cannot be used is counted by reason in a `SkipReport`.
+Sources are SA-1B tars, COCO, LVIS and any COCO-shaped JSON, folders of pictures with or without masks, and synthetic
+scenes. Nothing bad is dropped in silence: what cannot be used is counted by reason in a `SkipReport`.
 """
 
-from .coco import CocoDataset, load_dataset
+from importlib import import_module
+
+from .augmentation import Augmentation
+from .coco import CocoDataset
+from .cutouts import Cutouts
 from .dataset import PictureDataset
+from .folders import ImageFolderDataset, MaskFolderDataset
+from .loading import load_dataset
+from .prompts import PromptSampling
 from .sa1b import Sa1bDataset
 from .samples import Instance, Sample, SampleError, SkipReason, SkipReport, decode_masks
+from .synthetic import SyntheticScenes
 
 
 __all__ = [
+    "Augmentation",
     "CocoDataset",
+    "Cutouts",
+    "ImageFolderDataset",
     "Instance",
+    "MaskFolderDataset",
     "PictureDataset",
+    "PromptSampling",
     "Sa1bDataset",
     "Sample",
     "SampleError",
     "SkipReason",
     "SkipReport",
+    "StreamedExamples",
+    "SyntheticScenes",
+    "TrainingExamples",
     "decode_masks",
     "load_dataset",
 ]
+
+# Imported when asked for: the readers need neither torch nor datasets.
+_MODULES = {"StreamedExamples": ".streaming", "TrainingExamples": ".training"}
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,16 +2,14 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from .annotations import annotation_id
-from .dataset import PictureDataset, check_limit
-from .sa1b import Sa1bDataset
+from .dataset import FileDataset, check_limit
 from .samples import SampleError, SkipReason, SkipReport
 
 
-class CocoDataset(PictureDataset):
+class CocoDataset(FileDataset):
     """The pictures of a COCO-shaped JSON, in its order: `images` with `id` and `file_name`, `annotations` with `image_id`.
 
     Masks are polygons, uncompressed or compressed RLE. Where an image has no `file_name`, as in LVIS v1, the end of its
@@ -106,7 +104,7 @@ class CocoDataset(PictureDataset):
                 return file
         return None
 
-    def _sample_id(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return str(self._ids[index])
 
     def _picture_bytes(self, index: int) -> bytes:
@@ -143,47 +141,3 @@ def _read_json(path: Path) -> tuple[list, list]:
     if not all(isinstance(found, list) for found in lists):
         raise ValueError(f"{path}: not of COCO's shape, an object with the lists 'images' and 'annotations'.")
     return lists[0], lists[1]
-
-
-def load_dataset(
-    name_or_path: str | os.PathLike | Sequence[str | os.PathLike],
-    annotations: str | os.PathLike | None = None,
-    images: str | os.PathLike | None = None,
-    limit: int | None = None,
-) -> PictureDataset:
-    """The dataset that the arguments describe.
-
-    - `load_dataset("sa_000000.tar")`, a folder of tars, a pattern or a sequence of these: SA-1B.
-    - `load_dataset("instances_val2017.json", images="val2017")`: COCO, LVIS, or another JSON of this shape.
-    - `load_dataset("val2017", annotations="instances_val2017.json")`: the same, folder first.
-    - `load_dataset("coco" or "lvis", annotations=..., images=...)`, `load_dataset("sa1b", images="*.tar")`: by name.
-
-    Raises:
-        ValueError: where the arguments describe none of these, or from the dataset itself.
-    """
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        if annotations is not None or images is not None:
-            raise ValueError("Several paths are tars of SA-1B, which take neither annotations nor images.")
-        return Sa1bDataset(name_or_path, limit)
-    name = os.fspath(name_or_path)
-    if name == "sa1b":
-        if images is None or annotations is not None:
-            raise ValueError('"sa1b" needs images=, its tars, and takes no annotations: they are in the tars.')
-        return Sa1bDataset(images, limit)
-    if name in ("coco", "lvis"):
-        if annotations is None or images is None:
-            raise ValueError(f'"{name}" needs annotations=, its JSON, and images=, the folder of its pictures.')
-        return CocoDataset(annotations, images, limit)
-    if name.lower().endswith(".json"):
-        if images is None or annotations is not None:
-            raise ValueError(f"{name}: an annotation JSON needs images=, the folder of its pictures, and nothing else.")
-        return CocoDataset(name, images, limit)
-    if annotations is not None:
-        if images is not None:
-            raise ValueError(f"{name}: give the folder of pictures once, as the first argument or as images=.")
-        return CocoDataset(annotations, name, limit)
-    if images is not None:
-        raise ValueError(f'{name}: images= goes with an annotation JSON or with the names "coco", "lvis" and "sa1b".')
-    if os.path.isdir(name) and not any(entry.name.endswith(".tar") for entry in os.scandir(name)):
-        raise ValueError(f"{name}: a folder without *.tar files. For a folder of pictures, give annotations= too.")
-    return Sa1bDataset(name, limit)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from PIL import Image, ImageOps
 
 from .annotations import parse_instances
+from .lazy import LazySample
 from .samples import Sample, SampleError, SkipReason, SkipReport
 
 
@@ -19,9 +20,11 @@ class PictureDataset(ABC):
 
     Attributes:
         index_report: pictures and instances that were left out when the index was made.
+        has_masks: False where no picture has instances.
     """
 
     index_report: SkipReport
+    has_masks: bool = True
 
     @abstractmethod
     def __len__(self) -> int:
@@ -32,21 +35,21 @@ class PictureDataset(ABC):
         """All pictures, with those that were skipped while indexing: the `total` of `SkipReport.too_many`."""
         return len(self) + self.index_report.num_pictures
 
+    @abstractmethod
     def load(self, index: int) -> tuple[Sample | None, SkipReport]:
         """The sample, or None where the picture cannot be used, and what was skipped on the way. The same at each call."""
-        index = range(len(self))[index]  # negative ones, and IndexError
-        sample_id, report = self._sample_id(index), SkipReport()
-        annotations = []
-        try:
-            annotations, size = self._annotations(index)
-            image = decode_picture(self._picture_bytes(index), size)
-        except SampleError as error:
-            report.add_picture(error.reason, sample_id)
-            report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
-            return None, report
-        width, height = image.size
-        instances = parse_instances(annotations, sample_id, width, height, report)
-        return Sample(sample_id, image, instances, width, height), report
+
+    @abstractmethod
+    def open(self, index: int) -> LazySample:
+        """The same picture with nothing decoded and no annotation checked yet, for training, which needs few of them.
+
+        Raises:
+            SampleError: for a picture or annotations that cannot be read.
+        """
+
+    @abstractmethod
+    def sample_id(self, index: int) -> str:
+        """The id of the sample, without reading it."""
 
     def __getitem__(self, index: int) -> Sample:
         """The sample without its bad instances. Raises `SampleError` where the picture itself cannot be used."""
@@ -67,8 +70,34 @@ class PictureDataset(ABC):
             if sample is not None:
                 yield sample
 
-    @abstractmethod
-    def _sample_id(self, index: int) -> str: ...
+    def _check_not_empty(self, source: str):
+        if not len(self):
+            reasons = "; ".join(f"{s.count} x {reason}" for reason, s in self.index_report.pictures.items())
+            raise ValueError(f"{source}: no picture that can be used ({reasons or 'there are none'}).")
+
+
+class FileDataset(PictureDataset):
+    """Pictures from files or parts of files, annotations as JSON has them."""
+
+    def load(self, index: int) -> tuple[Sample | None, SkipReport]:
+        index = range(len(self))[index]  # negative ones, and IndexError
+        sample_id, report = self.sample_id(index), SkipReport()
+        annotations = []
+        try:
+            annotations, size = self._annotations(index)
+            image = decode_picture(self._picture_bytes(index), size)
+        except SampleError as error:
+            report.add_picture(error.reason, sample_id)
+            report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
+            return None, report
+        width, height = image.size
+        instances = parse_instances(annotations, sample_id, width, height, report)
+        return Sample(sample_id, image, instances, width, height), report
+
+    def open(self, index: int) -> LazySample:
+        index = range(len(self))[index]
+        annotations, size = self._annotations(index)
+        return LazySample(self.sample_id(index), open_picture(self._picture_bytes(index), size), annotations)
 
     @abstractmethod
     def _picture_bytes(self, index: int) -> bytes:
@@ -77,11 +106,6 @@ class PictureDataset(ABC):
     @abstractmethod
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
         """The annotations as JSON has them, and (width, height) of the picture if it is said. Raises `SampleError`."""
-
-    def _check_not_empty(self, source: str):
-        if not len(self):
-            reasons = "; ".join(f"{s.count} x {reason}" for reason, s in self.index_report.pictures.items())
-            raise ValueError(f"{source}: no picture that can be used ({reasons or 'there are none'}).")
 
 
 def check_limit(limit: int | None):
@@ -112,3 +136,14 @@ def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Im
     if size and image.size != size:
         raise SampleError(SkipReason.PICTURE_SIZE)
     return image
+
+
+def open_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """`decode_picture` with the decoding left for later where that can be, and the mode as it is."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except MemoryError:
+        raise
+    except Exception as error:  # as in decode_picture
+        raise SampleError(SkipReason.BROKEN_PICTURE) from error
+    return picture if size in (None, picture.size) else decode_picture(data, size)

@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .dataset import PictureDataset, check_limit
+from .dataset import FileDataset, check_limit
 from .samples import SampleError, SkipReason, SkipReport
 
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 
 
-class Sa1bDataset(PictureDataset):
+class Sa1bDataset(FileDataset):
     """The pictures of SA-1B tars, in the order of the sorted tars and of each tar's members.
 
     The headers of all tars are read once; afterwards a picture costs two reads at known places of the file. Members
@@ -62,7 +62,7 @@ class Sa1bDataset(PictureDataset):
     def __len__(self) -> int:
         return len(self._names)
 
-    def _sample_id(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return str(self._names[index])
 
     def _picture_bytes(self, index: int) -> bytes:
@@ -71,21 +71,30 @@ class Sa1bDataset(PictureDataset):
 
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
         archive, offset, size = self._places[index, [0, 3, 4]]
-        try:
-            content = json.loads(self._read(archive, offset, size))
-            annotations, image = content["annotations"], content.get("image") or {}
-            width, height = image.get("width"), image.get("height")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SampleError(SkipReason.MALFORMED_JSON) from error
-        if not isinstance(annotations, list):
-            raise SampleError(SkipReason.MALFORMED_JSON)
-        return annotations, (width, height) if isinstance(width, int) and isinstance(height, int) else None
+        return parse_json(self._read(archive, offset, size))
 
     def _read(self, archive: int, offset: int, size: int) -> bytes:
         # Opened for each read: no handle that forks and threads would share, and no limit on the number of tars.
         with open(self.paths[archive], "rb") as file:
             file.seek(offset)
             return file.read(size)
+
+
+def parse_json(content: bytes) -> tuple[list, tuple[int, int] | None]:
+    """The annotations in one of SA-1B's JSON files, and (width, height) of its picture if it is said.
+
+    Raises:
+        SampleError: for what is no such file.
+    """
+    try:
+        content = json.loads(content)
+        annotations, image = content["annotations"], content.get("image") or {}
+        width, height = image.get("width"), image.get("height")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SampleError(SkipReason.MALFORMED_JSON) from error
+    if not isinstance(annotations, list):
+        raise SampleError(SkipReason.MALFORMED_JSON)
+    return annotations, (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
 def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
@@ -116,7 +125,7 @@ def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) ->
 def _pairs(path: Path) -> Iterator[tuple[str, list[tuple[int, int]], list[tuple[int, int]]]]:
     """(name, places of its pictures, places of its JSONs) by first appearance; a place is (offset, size) in bytes."""
     members: dict[str, tuple[list, list]] = {}
-    for member in _members(path):
+    for member in tar_members(path):
         name = PurePosixPath(member.name)
         is_json = name.suffix.lower() == ".json"
         if name.name.startswith("._") or not (is_json or name.suffix.lower() in PICTURE_SUFFIXES):
@@ -127,7 +136,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, list[tuple[int, int]], list[tuple[
         yield name, pictures, jsons
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
     """The regular files in a tar. Raises ValueError for one that cannot be read to its end."""
     damaged = ValueError(f"{path}: the tar is damaged or cut short. Copy or download it again.")
     num_members = 0

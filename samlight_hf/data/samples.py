@@ -25,6 +25,11 @@ class SkipReason(StrEnum):
     BROKEN_PICTURE = "picture damaged or truncated"
     PICTURE_SIZE = "picture size disagrees with the annotations' image entry"
     DUPLICATE_IMAGE = "duplicate image id"
+    MISSING_MASK = "mask file missing"
+    MALFORMED_MASK = "mask file damaged, or no map of labels"
+    BROKEN_CUTOUT = "pasted cut-out damaged, or without transparency"
+    NO_INSTANCE = "no instance that can be used"
+    NOTHING_IN_VIEW = "no instance large enough in the part that is seen"
     # of instances
     UNKNOWN_PICTURE = "annotation of a picture that the JSON does not list"
     PICTURE_SKIPPED = "annotation of a skipped picture"
@@ -125,8 +130,8 @@ class SkipReport:
     pictures: dict[str, _Skipped] = field(default_factory=dict)
     instances: dict[str, _Skipped] = field(default_factory=dict)
 
-    def add_picture(self, reason: str, example: str):
-        self.pictures.setdefault(str(reason), _Skipped()).add(1, [example])
+    def add_picture(self, reason: str, example: str, count: int = 1):
+        self.pictures.setdefault(str(reason), _Skipped()).add(count, [example])
 
     def add_instances(self, reason: str, example: str, count: int = 1):
         if count:

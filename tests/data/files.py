@@ -20,6 +20,13 @@ def jpeg(width=WIDTH, height=HEIGHT, seed=0, **options) -> bytes:
     return file.getvalue()
 
 
+def png(pixels: np.ndarray, mode=None) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image if mode is None else image.convert(mode)).save(file, "PNG")
+    return file.getvalue()
+
+
 def box_mask(x=5, y=4, width=10, height=8, picture=(HEIGHT, WIDTH)) -> np.ndarray:
     mask = np.zeros(picture, bool)
     mask[y : y + height, x : x + width] = True
@@ -58,6 +65,29 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def coloured_objects(seed: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three ellipses on black, one in each colour channel, which after any resizing still says how much of a pixel is
+    that object: uint8 (H, W, 3), masks bool (3, H, W)."""
+    generator = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    masks = np.zeros((3, height, width), bool)
+    for i, mask in enumerate(masks):
+        x, y = (i + 0.5) * width / 3, generator.uniform(0.4, 0.6) * height
+        across, down = generator.uniform(0.1, 0.15) * width, generator.uniform(0.2, 0.38) * height
+        mask[:] = ((columns - x) / across) ** 2 + ((rows - y) / down) ** 2 < 1
+    return np.ascontiguousarray(masks.transpose(1, 2, 0)) * np.uint8(255), masks
+
+
+def coloured_tar(path: Path, sizes: list[tuple[int, int]]) -> Path:
+    """SA-1B with `coloured_objects`, losslessly, one picture for each (width, height)."""
+    members = {}
+    for i, (width, height) in enumerate(sizes):
+        pixels, masks = coloured_objects(i, width, height)
+        members[f"sa_{i}.png"] = png(pixels)
+        members[f"sa_{i}.json"] = sa1b_json(*(annotation(*a) for a in enumerate(masks)), width=width, height=height)
+    return write_tar(path, members)
 
 
 def write_coco(folder: Path, images: list, annotations: list, pictures: dict[str, bytes]) -> tuple[Path, Path]:

@@ -1,0 +1,144 @@
+"""One training example from one picture: a pure function of the picture and two random generators."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .augmentation import Augmentation, View
+from .cutouts import Cutouts, Pasted
+from .lazy import LazySample
+from .prompts import PromptSampling
+from .samples import SampleError, SkipReason, SkipReport
+
+
+@dataclass(frozen=True)
+class ExampleMaker:
+    """Turns samples into dicts of tensors: see `TrainingExamples` for what is in them."""
+
+    image_size: int
+    mask_size: int
+    augmentation: Augmentation
+    prompts: PromptSampling | None
+    cutouts: Cutouts | None
+
+    @classmethod
+    def create(
+        cls,
+        image_size: int,
+        mask_size: int | None,
+        augmentation: Augmentation | None,
+        prompts: PromptSampling | None,
+        cutouts: Cutouts | None,
+    ) -> "ExampleMaker":
+        """With the defaults of `TrainingExamples`. Raises ValueError for sizes that do not fit."""
+        if not isinstance(image_size, int) or image_size < 1:
+            raise ValueError(f"image_size={image_size!r} must be an integer of at least 1.")
+        mask_size = max(1, image_size // 4) if mask_size is None else mask_size
+        if not isinstance(mask_size, int) or mask_size < 1 or image_size % mask_size:
+            raise ValueError(f"mask_size={mask_size!r} must be an integer that divides image_size={image_size}.")
+        return cls(image_size, mask_size, augmentation or Augmentation(), prompts, cutouts)
+
+    def __call__(
+        self,
+        sample: LazySample,
+        view_generator: np.random.Generator,
+        prompt_generator: np.random.Generator,
+        report: SkipReport,
+    ) -> dict[str, torch.Tensor]:
+        """The example without its id. Instances that cannot be used and were met are added to `report`.
+
+        Raises:
+            SampleError: for a picture that cannot be decoded, and where there are prompts but no object for them.
+        """
+        # The pixels depend on the first generator alone: an embedding holds whatever the prompts are.
+        view = self.augmentation.view(view_generator, sample.width, sample.height, self.image_size)
+        image = self.augmentation.recolour(view.image(sample), view_generator)
+        pasted = self.cutouts.paste(image, view_generator) if self.cutouts else []
+        example = {
+            "pixel_values": _in_frame(image, self.image_size),
+            "reshaped_input_sizes": np.array(view.size[::-1]),
+        }
+        if self.prompts:
+            masks, boxes = self._targets(sample, view, pasted, prompt_generator, report)
+            example |= {
+                "masks": masks,
+                "boxes": self.prompts.boxes(boxes, view.size, self.image_size, prompt_generator),
+                "points": self.prompts.points(masks, view.size, self.image_size, prompt_generator),
+                "uniforms": self.prompts.uniforms(prompt_generator),
+            }
+        return {name: torch.from_numpy(value) for name, value in example.items()}
+
+    def _targets(
+        self,
+        sample: LazySample,
+        view: View,
+        pasted: list[Pasted],
+        generator: np.random.Generator,
+        report: SkipReport,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """bool (P, M, M) and float64 (P, 4): objects drawn without replacement, and again if there are too few."""
+        num_prompts, num_annotations = self.prompts.num_prompts, len(sample.annotations)
+        # What lies over the annotated objects, over the first pasted one, over the second, ..., over the last: nothing.
+        covers = [np.zeros((self.mask_size, self.mask_size), dtype=bool)]
+        grids = [each.grid(self.image_size, self.mask_size) for each in pasted]
+        for grid in reversed(grids):
+            covers.insert(0, covers[0] | grid)
+
+        masks, boxes, num_valid = [], [], 0
+        for position in generator.permutation(num_annotations + len(pasted)):
+            if position >= num_annotations:
+                number = position - num_annotations
+                seen, cover = (grids[number], *pasted[number].extent), covers[number + 1]
+            else:
+                rle = self._usable_rle(sample, position, report)
+                if rle is None:
+                    continue
+                seen, cover = view.mask(rle, self.mask_size), covers[0]
+            num_valid += 1
+            target = seen and self._visible(*seen, cover)
+            if target:
+                masks.append(target[0])
+                boxes.append(target[1])
+            if len(masks) == num_prompts:
+                break
+        if not masks:
+            raise SampleError(SkipReason.NOTHING_IN_VIEW if num_valid else SkipReason.NO_INSTANCE, sample.id)
+        again = np.arange(num_prompts) % len(masks)
+        return np.stack(masks)[again], np.stack(boxes)[again]
+
+    def _usable_rle(self, sample: LazySample, position: int, report: SkipReport) -> dict | None:
+        try:
+            instance = sample.instance(position)
+        except SampleError as error:
+            report.add_instances(error.reason, f"{sample.id}, annotation number {position}")
+            return None
+        return None if instance.is_crowd else instance.rle
+
+    def _visible(
+        self, mask: np.ndarray, box: np.ndarray, share: float, cover: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """(mask, box) of what is not covered, or None where it is too small or too small a part."""
+        num_cells = np.count_nonzero(mask)
+        if np.any(mask & cover):
+            mask = mask & ~cover
+            share *= np.count_nonzero(mask) / num_cells
+            num_cells = np.count_nonzero(mask)
+            if num_cells:
+                cell = self.image_size // self.mask_size
+                columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+                lower = np.array([columns[0], rows[0]]) * cell
+                upper = np.array([columns[-1] + 1, rows[-1] + 1]) * cell
+                box = np.concatenate([np.maximum(box[:2], lower), np.minimum(box[2:], upper)])
+        if num_cells < self.prompts.min_mask_cells or share < self.prompts.min_visible:
+            return None
+        return mask, box
+
+
+def _in_frame(image: Image.Image, image_size: int) -> np.ndarray:
+    """An RGB image at the upper left of zeros, uint8 (3, S, S)."""
+    frame = np.zeros((3, image_size, image_size), dtype=np.uint8)
+    for plane, channel in zip(frame, image.split()):  # faster than to transpose the pixels
+        plane[: image.height, : image.width] = np.asarray(channel)
+    return frame

@@ -1,0 +1,63 @@
+"""A picture that is opened but not decoded, with annotations that are not checked yet: what training reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .annotations import parse_instance, run_lengths
+from .samples import Instance, SampleError, SkipReason
+
+
+@dataclass
+class LazySample:
+    """One picture with its annotations, checked and decoded only as far as they are asked for.
+
+    Attributes:
+        id: as in `Sample`.
+        picture: as PIL opened it; `decode` may be called once.
+        annotations: as JSON has them, or checked instances.
+    """
+
+    id: str
+    picture: Image.Image
+    annotations: Sequence[dict | Instance]
+
+    def __post_init__(self):
+        self.width, self.height = self.picture.size  # decoding at a smaller size changes the picture's
+
+    def decode(self, min_size: tuple[int, int] | None = None) -> tuple[Image.Image, float]:
+        """The whole picture as RGB, and by how much it is smaller than the file says: 1, 2, 4 or 8.
+
+        A JPEG is decoded at a half, a quarter or an eighth where that is still at least `min_size`, (width, height):
+        it costs a fraction, and what would be averaged away later is not computed.
+
+        Raises:
+            SampleError: for a picture that is damaged or truncated.
+        """
+        reduction = 1.0
+        try:
+            if min_size and (draft := self.picture.draft(None, min_size)):
+                reduction = self.width / draft[1][2]
+            self.picture.load()
+            return self.picture.convert("RGB"), reduction
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise nearly anything on damaged files
+            raise SampleError(SkipReason.BROKEN_PICTURE) from error
+
+    def instance(self, position: int) -> Instance:
+        """The checked instance of one annotation. Raises `SampleError` for one that cannot be used."""
+        annotation = self.annotations[position]
+        if isinstance(annotation, Instance):
+            return annotation
+        return parse_instance(annotation, self.width, self.height)
+
+
+def decode_columns(rle: dict, start: int, stop: int) -> np.ndarray:
+    """Columns `start` to `stop` of the mask of a checked compressed RLE, uint8 0 or 1 (stop - start, H)."""
+    height = rle["size"][0]
+    ends = np.cumsum(run_lengths(rle["counts"])).clip(start * height, stop * height)
+    values = (np.arange(len(ends)) & 1).astype(np.uint8)  # runs lie outside and inside the mask in turn
+    return np.repeat(values, np.diff(ends, prepend=start * height)).reshape(stop - start, height)

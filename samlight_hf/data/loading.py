@@ -1,0 +1,63 @@
+"""The dataset that a path, a pattern or a name means."""
+
+import os
+from collections.abc import Sequence
+
+from .coco import CocoDataset
+from .dataset import PictureDataset
+from .folders import ImageFolderDataset, MaskFolderDataset
+from .sa1b import Sa1bDataset
+
+
+def load_dataset(
+    name_or_path: str | os.PathLike | Sequence[str | os.PathLike],
+    annotations: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
+    limit: int | None = None,
+    require_masks: bool = True,
+) -> PictureDataset:
+    """The dataset that the arguments describe.
+
+    - `load_dataset("sa_000000.tar")`, a folder of tars, a pattern or a sequence of these: SA-1B.
+    - `load_dataset("instances_val2017.json", images="val2017")`: COCO, LVIS, or another JSON of this shape.
+    - `load_dataset("val2017", annotations="instances_val2017.json")`: the same, folder first.
+    - `load_dataset("mine")`, a folder with `images` and `masks`: one's own masks, see `MaskFolderDataset`.
+    - `load_dataset("photos", require_masks=False)`, a folder of pictures: without masks.
+    - `load_dataset("coco" or "lvis", annotations=..., images=...)`, `load_dataset("sa1b", images="*.tar")`: by name.
+
+    Raises:
+        ValueError: where the arguments describe none of these, or from the dataset itself.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        if annotations is not None or images is not None:
+            raise ValueError("Several paths are tars of SA-1B, which take neither annotations nor images.")
+        return Sa1bDataset(name_or_path, limit)
+    name = os.fspath(name_or_path)
+    if name == "sa1b":
+        if images is None or annotations is not None:
+            raise ValueError('"sa1b" needs images=, its tars, and takes no annotations: they are in the tars.')
+        return Sa1bDataset(images, limit)
+    if name in ("coco", "lvis"):
+        if annotations is None or images is None:
+            raise ValueError(f'"{name}" needs annotations=, its JSON, and images=, the folder of its pictures.')
+        return CocoDataset(annotations, images, limit)
+    if name.lower().endswith(".json"):
+        if images is None or annotations is not None:
+            raise ValueError(f"{name}: an annotation JSON needs images=, the folder of its pictures, and nothing else.")
+        return CocoDataset(name, images, limit)
+    if annotations is not None:
+        if images is not None:
+            raise ValueError(f"{name}: give the folder of pictures once, as the first argument or as images=.")
+        return CocoDataset(annotations, name, limit)
+    if images is not None:
+        raise ValueError(f'{name}: images= goes with an annotation JSON or with the names "coco", "lvis" and "sa1b".')
+    if not os.path.isdir(name) or any(entry.name.endswith(".tar") for entry in os.scandir(name)):
+        return Sa1bDataset(name, limit)
+    if all(os.path.isdir(os.path.join(name, part)) for part in ("images", "masks")):
+        return MaskFolderDataset(name, limit)
+    if require_masks:
+        raise ValueError(
+            f"{name}: a folder with neither *.tar files nor the folders images and masks. For a folder of pictures, give "
+            "annotations= too, or require_masks=False where no masks are needed."
+        )
+    return ImageFolderDataset(name, limit)

@@ -1,0 +1,252 @@
+"""Training examples from SA-1B tars that are read from end to end: over the network, or where there are too many to index.
+
+Needs the package `datasets`.
+"""
+
+import hashlib
+import itertools
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+from .augmentation import Augmentation
+from .cutouts import Cutouts
+from .dataset import open_picture
+from .examples import ExampleMaker
+from .lazy import LazySample
+from .prompts import PromptSampling
+from .sa1b import PICTURE_SUFFIXES, find_tars, parse_json
+from .samples import MAX_SKIPPED_SHARE, SampleError, SkipReason, SkipReport
+from .skip_counter import SkipCounter
+
+
+_PICTURE_FIELDS = sorted(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
+
+# Said, not guessed from the first few samples: their types need not be those of the others.
+_FEATURES = datasets.Features(
+    {
+        "__key__": datasets.Value("string"),
+        "__url__": datasets.Value("string"),
+        **{field: datasets.Value("binary") for field in [*_PICTURE_FIELDS, "json"]},
+    }
+)
+
+# Keys of random generators: no two purposes draw the same numbers.
+_VIEW, _PROMPTS, _ORDER = range(5, 8)
+
+_BEGINNING = {"epoch": 0, "stream": None, "position": 0}
+
+
+class _UndecodedTars(WebDataset):
+    """The members as bytes. Decoded, one malformed JSON would end the whole stream."""
+
+    DECODERS = {}
+
+
+class StreamedExamples(torch.utils.data.IterableDataset):
+    """Training examples as `TrainingExamples` makes them, from SA-1B tars on the network or on disk.
+
+    The order is a function of `seed`, `rank`, `world_size` and the number of workers; an example is one of `seed`, the
+    picture's name and the epoch. Tars are spread over the workers of all ranks; with fewer tars than workers, several
+    read the same one and share its samples. The order of tars changes with the epoch, samples are shuffled in blocks. A
+    sample that cannot be used is counted, and another one of its block takes its place.
+
+    It can be restarted in two ways, both exact: by `state_dict` and `load_state_dict` in the process that iterates (a
+    stateful data loader calls them), and by `skip_batches`, which has to read what it skips but decodes nothing.
+
+    Args:
+        tars: paths, folders, patterns, `https://` or `hf://datasets/...` addresses, or a sequence of these. In a tar, the
+            picture and the JSON of a sample lie next to each other.
+        image_size, mask_size, augmentation, prompts, cutouts, num_views, seed, max_skipped: as in `TrainingExamples`.
+        rank, world_size: of this process among those that share the work.
+        num_epochs: how often the tars are gone through. None: without end.
+        block_size: samples that are shuffled together and held in memory, each as large as its files, in each worker.
+
+    Raises:
+        ValueError: where no tar is found, for arguments that do not fit, and while iterating, for a damaged tar and where
+            too many of the pictures cannot be used.
+    """
+
+    def __init__(
+        self,
+        tars: str | os.PathLike | Sequence[str | os.PathLike],
+        image_size: int,
+        *,
+        mask_size: int | None = None,
+        augmentation: Augmentation | None = None,
+        prompts: PromptSampling | None = None,
+        cutouts: Cutouts | None = None,
+        num_views: int | None = None,
+        seed: int = 0,
+        max_skipped: float = MAX_SKIPPED_SHARE,
+        rank: int = 0,
+        world_size: int = 1,
+        num_epochs: int | None = None,
+        block_size: int = 128,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}.")
+        for name, value, lowest in (("block_size", block_size, 1), ("seed", seed, 0)):
+            if not isinstance(value, int) or value < lowest:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {lowest}.")
+        for name, value in (("num_views", num_views), ("num_epochs", num_epochs)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be None or an integer of at least 1.")
+        self.num_views, self.seed, self.num_epochs, self.block_size = num_views, seed, num_epochs, block_size
+        self.maker = ExampleMaker.create(image_size, mask_size, augmentation, prompts, cutouts)
+        self._tars, stream = _open_stream(tars)
+        self._stream, self._rank, self._world_size = stream, rank, world_size
+        self._counter = SkipCounter(max_skipped)
+        self._start = self._state = _BEGINNING
+        self._skip = (0, 1)
+
+    def skip_batches(self, num_batches: int, batch_size: int):
+        """Iteration starts behind the first `num_batches` batches that a DataLoader of `batch_size` makes of this.
+
+        The DataLoader must have as many workers as when they were made.
+        """
+        self._skip = (num_batches, batch_size)
+
+    def state_dict(self) -> dict:
+        """Where iteration in this process is: behind the last example."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict):
+        """The next iteration starts where `state_dict` was taken."""
+        self._start = dict(state)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        stream, skip = self._own_part()
+        start, self._start = self._start, _BEGINNING  # the next iteration begins at the beginning
+        epochs = itertools.count() if self.num_epochs is None else range(self.num_epochs)
+        for epoch in itertools.islice(epochs, start["epoch"], None):
+            is_empty = start == _BEGINNING
+            for before, block in self._blocks(stream, epoch, start["stream"]):
+                is_empty = False
+                first = start["position"]
+                start = _BEGINNING
+                skipped = min(skip, len(block) - first)
+                skip -= skipped
+                generator = np.random.default_rng((self.seed, _ORDER, epoch, _number(block[0]["__key__"])))
+                block = [block[i] for i in generator.permutation(len(block))]
+                for position in range(first + skipped, len(block)):
+                    self._state = {"epoch": epoch, "stream": before, "position": position + 1}
+                    yield self._usable(block[position:] + block[:position], epoch)
+            if is_empty and self.num_epochs is None:
+                raise ValueError(f"Nothing for one of the workers: fewer samples than workers in {self._tars}.")
+
+    def _own_part(self) -> tuple[datasets.IterableDataset, int]:
+        """What this worker of this rank reads, and how many examples of it are to be skipped."""
+        worker = torch.utils.data.get_worker_info()
+        number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        num_batches, batch_size = self._skip
+        # Workers make batches in turn, so this one goes on with the part of the worker whose turn comes next.
+        number = (number + num_batches) % num_workers
+        part, num_parts = number * self._world_size + self._rank, num_workers * self._world_size
+        num_tars = self._stream.num_shards
+        if num_tars >= num_parts:
+            stream = self._stream.shard(num_parts, part, contiguous=False)
+        else:  # some read the same tar, and each of them takes one sample in so many
+            stream = self._stream.shard(num_tars, part % num_tars, contiguous=False)
+            stream = split_dataset_by_node(stream, part // num_tars, len(range(part % num_tars, num_parts, num_tars)))
+        # A buffer of one: tars are shuffled there, samples by us, where the state can be kept exactly.
+        stream = stream.shuffle(seed=self.seed, buffer_size=1)
+        return stream, len(range(number, num_batches, num_workers)) * batch_size
+
+    def _blocks(
+        self, stream: datasets.IterableDataset, epoch: int, state: dict | None
+    ) -> Iterator[tuple[dict | None, list[dict]]]:
+        """(state of the stream before the block, up to `block_size` samples)."""
+        stream.set_epoch(epoch)
+        if state is not None:
+            stream.load_state_dict(state)
+        url, batches = "the first", stream.iter(self.block_size)
+        while True:
+            try:
+                columns = next(batches, None)
+            except tarfile.ReadError as error:
+                raise ValueError(
+                    f"{url}, or a tar read after it, is damaged or cut short. Copy or download it again."
+                ) from error
+            if columns is None:
+                return
+            block = [dict(zip(columns, row)) for row in zip(*columns.values())]
+            url = block[-1]["__url__"]
+            yield state, block
+            state = stream.state_dict()
+
+    def _usable(self, samples: list[dict], epoch: int) -> dict[str, torch.Tensor]:
+        """The example of the first sample that can be used."""
+        failures = SkipReport()
+        for sample in samples:
+            report = SkipReport()
+            example = self._example(sample, epoch, report)
+            self._counter.add(report, self._tars.index(sample["__url__"]), 0)
+            if example is not None:
+                return example
+            self._counter.check(self._name)
+            failures.merge(report)
+        raise ValueError(f"None of {len(samples)} samples of a block can be used. {failures.summary()}")
+
+    def _example(self, sample: dict, epoch: int, report: SkipReport) -> dict | None:
+        key = _number(sample["__key__"])
+        view = epoch if self.num_views is None else epoch % self.num_views
+        try:
+            example = self.maker(
+                _opened(sample),
+                np.random.default_rng((self.seed, _VIEW, key, view)),
+                np.random.default_rng((self.seed, _PROMPTS, key, epoch)),
+                report,
+            )
+        except SampleError as error:
+            report.add_picture(error.reason, sample["__key__"])
+            return None
+        return {**example, "example_id": torch.tensor(_number(f"{sample['__key__']} {view}"))}
+
+    @property
+    def num_read(self) -> int:
+        """Pictures read so far by this process and its workers, the skipped ones included."""
+        return self._counter.num_read
+
+    def skip_report(self) -> SkipReport:
+        """What this process and its workers skipped so far; of each reason, the tar of one example is named."""
+        return self._counter.report(self._name)
+
+    def _name(self, tar: int, _: int) -> str:
+        return os.path.basename(self._tars[tar])
+
+
+def _open_stream(tars: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[list[str], datasets.IterableDataset]:
+    files = []
+    for path in [tars] if isinstance(tars, (str, os.PathLike)) else tars:
+        is_address = "://" in os.fspath(path)
+        files += [os.fspath(path)] if is_address else [str(tar.absolute()) for tar in find_tars(path)]
+    if not files:
+        raise ValueError("No tar file was given.")
+    try:
+        builder = _UndecodedTars(data_files={"train": list(dict.fromkeys(files))}, features=_FEATURES)
+        return list(builder.config.data_files["train"]), builder.as_streaming_dataset("train")
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}. Check the address, and that you are logged in where that is needed.") from error
+
+
+def _opened(sample: dict) -> LazySample:
+    """Raises `SampleError`."""
+    picture = next((sample[field] for field in _PICTURE_FIELDS if sample[field] is not None), None)
+    if picture is None:
+        raise SampleError(SkipReason.MISSING_PICTURE)
+    if sample["json"] is None:
+        raise SampleError(SkipReason.MISSING_JSON)
+    annotations, size = parse_json(sample["json"])
+    return LazySample(sample["__key__"], open_picture(picture, size), annotations)
+
+
+def _number(name: str) -> int:
+    """63 bits that stand for a name, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

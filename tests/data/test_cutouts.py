@@ -1,0 +1,160 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samlight_hf.data import (
+    Cutouts,
+    ImageFolderDataset,
+    PromptSampling,
+    Sa1bDataset,
+    SkipReason,
+    SyntheticScenes,
+    TrainingExamples,
+)
+
+from .files import annotation, png, sa1b_json, write_tar
+
+
+S = M = 64
+STILL = {"flip": False, "max_rotation_degrees": 0, "brightness": 0, "contrast": 0, "saturation": 0}
+
+
+def disc(colour=(250, 0, 0), side=24, suffix="PNG") -> bytes:
+    """A disc of one colour with a soft edge on nothing."""
+    rows, columns = np.mgrid[:side, :side] - (side - 1) / 2
+    alpha = np.clip(side / 2 - 0.5 - np.hypot(rows, columns), 0, 1)
+    pixels = np.concatenate(
+        [np.broadcast_to(np.uint8(colour), (side, side, 3)), (255 * alpha[..., None]).astype(np.uint8)], 2
+    )
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, suffix, **({"lossless": True} if suffix == "WEBP" else {}))
+    return file.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Blue pictures without any label."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(png(np.full((48, 64, 3), (0, 0, 200), np.uint8)))
+    return ImageFolderDataset(folder)
+
+
+@pytest.fixture
+def cutouts(tmp_path):
+    return write_tar(tmp_path / "discs.tar", {"a.webp": disc(suffix="WEBP"), "b.png": disc(), "README.md": b"discs"})
+
+
+def pasted_pixels(example) -> np.ndarray:
+    return example["pixel_values"][0].numpy() > 125
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_pasted_is_what_is_labelled(pictures, cutouts, turned):
+    settings = {} if turned else STILL
+    made = TrainingExamples(
+        pictures, 60, S, mask_size=M, cutouts=Cutouts(cutouts, (1, 1), (0.3, 0.8), **settings),
+        prompts=PromptSampling(2, box_noise=0.0), max_skipped=1.0,
+    )  # fmt: skip
+    for example in made:
+        seen = pasted_pixels(example)
+        assert (example["masks"][0] == example["masks"][1]).all()
+        difference = (example["masks"][0].numpy() != seen).sum()
+        assert difference <= 0.06 * seen.sum() + 2
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        np.testing.assert_allclose(example["boxes"][0], [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1.01)
+        x, y = example["points"][0].int().tolist()
+        assert example["masks"][0, y, x]
+        assert example["pixel_values"][:, 48:].sum() == 0  # nothing is pasted outside of the picture
+
+
+def test_later_objects_cover_earlier_ones_and_the_picture(tmp_path):
+    """A picture that is an object as a whole, and two pasted ones: together they are the picture, nothing twice."""
+    content = sa1b_json(annotation(mask=np.ones((64, 64), bool)), width=64, height=64)
+    tar = write_tar(tmp_path / "a.tar", {"a.png": png(np.full((64, 64, 3), (0, 0, 200), np.uint8)), "a.json": content})
+    red, green = tmp_path / "cutouts" / "red.png", tmp_path / "cutouts" / "green.png"
+    red.parent.mkdir()
+    red.write_bytes(disc())
+    green.write_bytes(disc((0, 250, 0)))
+    made = TrainingExamples(
+        Sa1bDataset(tar), 60, S, mask_size=M, cutouts=Cutouts([red.parent], (2, 2), (0.4, 0.7), **STILL),
+        prompts=PromptSampling(3, box_noise=0.0, min_visible=0.0, min_mask_cells=1),
+    )  # fmt: skip
+    overlaps = 0
+    for example in made:
+        masks = {mask.numpy().tobytes(): mask.numpy() for mask in example["masks"]}
+        assert sum(masks.values()).max() == 1
+        assert sum(mask.sum() for mask in masks.values()) == S * S
+        pixels = example["pixel_values"].numpy().astype(int)
+        for mask in masks.values():
+            colour = pixels[:, mask].argmax(0)
+            assert (colour == np.bincount(colour).argmax()).mean() > 0.93  # each has one colour
+        areas = sorted(mask.sum() for mask in masks.values())
+        overlaps += areas[0] < 0.6 * areas[1]
+        for box, mask in zip(example["boxes"].numpy(), example["masks"].numpy()):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            assert np.abs(box - [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).max() <= 1
+    assert overlaps > 3
+
+
+def test_objects_that_are_hardly_seen_are_no_targets(pictures, cutouts):
+    made = TrainingExamples(
+        pictures, 100, S, mask_size=M, cutouts=Cutouts(cutouts, (4, 4), (0.4, 0.6), **STILL),
+        prompts=PromptSampling(4, min_visible=0.5), max_skipped=1.0,
+    )  # fmt: skip
+    whole = np.pi / 4 * (0.39 * S) ** 2  # the smallest disc
+    assert min(int(mask.sum()) for example in made for mask in example["masks"]) >= 0.45 * whole
+
+
+def test_pasting_is_a_function_of_the_view(pictures, cutouts):
+    settings = {"cutouts": Cutouts(cutouts), "num_views": 1, "max_skipped": 1.0}
+    plain = TrainingExamples(pictures, 8, S, **settings)
+    copy = pickle.loads(pickle.dumps(plain))
+    prompted = TrainingExamples(
+        pictures, 8, S, **settings, prompts=PromptSampling(1, min_visible=0.0, min_mask_cells=1)
+    )
+    by_id = {int(example["example_id"]): example["pixel_values"] for example in plain}
+    assert len(by_id) == 4
+    for example in [*copy, *prompted]:
+        assert (by_id[int(example["example_id"])] == example["pixel_values"]).all()
+    assert repr(plain.maker.cutouts) == repr(copy.maker.cutouts) != repr(Cutouts(cutouts, number=(1, 6)))
+
+
+def test_damaged_cutouts_are_counted(tmp_path):
+    opaque = png(np.full((8, 8, 3), 90, np.uint8))
+    tar = write_tar(tmp_path / "a.tar", {"a.png": disc(), "b.png": disc()[:60], "c.png": opaque, "d.webp": b"no"})
+    settings = {"cutouts": Cutouts(tar, (1, 1)), "max_skipped": 1.0}
+    made = TrainingExamples(SyntheticScenes(30, S), 40, S, **settings)
+    assert len(list(made)) == 40
+    assert set(made.skip_report().pictures) == {SkipReason.BROKEN_CUTOUT}
+    assert 50 < made.skip_report().num_pictures < 250  # three of four
+    with pytest.raises(ValueError, match="cut-out damaged"):
+        list(TrainingExamples(SyntheticScenes(30, S), 1000, S, cutouts=Cutouts(tar, (1, 1))))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"number": (3, 1)}, "number"),
+        ({"scale": (0, 1)}, "scale"),
+        ({"max_rotation_degrees": -1}, "max_rotation_degrees=-1"),
+        ({"saturation": 7}, "saturation=7"),
+        ({"paths": "missing"}, "missing: no such file"),
+        ({"paths": []}, "No path"),
+    ],
+)
+def test_settings_that_do_not_fit(cutouts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Cutouts(**{"paths": cutouts, **settings})
+
+
+def test_paths_without_cutouts(tmp_path):
+    with pytest.raises(ValueError, match=r"\.png or \.webp"):
+        Cutouts(write_tar(tmp_path / "a.tar", {"a.txt": b"x"}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        Cutouts(tmp_path / "empty")

@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from samlight_hf.data import (
+    ImageFolderDataset,
+    MaskFolderDataset,
+    PromptSampling,
+    SkipReason,
+    SkipReport,
+    TrainingExamples,
+    load_dataset,
+)
+
+from .files import HEIGHT, WIDTH, box_mask, counts, jpeg, png
+
+
+def write(folder, files: dict[str, bytes]):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def labels(*values, dtype=np.uint8) -> np.ndarray:
+    """A map with a box for each value, side by side."""
+    pixels = np.zeros((HEIGHT, WIDTH), dtype)
+    for i, value in enumerate(values):
+        pixels[5:20, 3 + 8 * i : 9 + 8 * i] = value
+    return pixels
+
+
+def test_all_pictures_of_a_folder_in_order(tmp_path):
+    write(tmp_path, {"b.jpg": jpeg(seed=1), "a/c.PNG": png(labels()), ".d.jpg": jpeg(), "a/notes.txt": b"x"})
+    dataset = ImageFolderDataset(tmp_path)
+    assert [dataset[i].id for i in range(len(dataset))] == ["a/c.PNG", "b.jpg"]
+    assert all(sample.instances == () and sample.image.mode == "RGB" for sample in dataset.samples(SkipReport()))
+    assert len(ImageFolderDataset(tmp_path, limit=1)) == 1
+
+
+def test_broken_pictures_of_a_folder_are_counted(tmp_path):
+    write(tmp_path, {"a.jpg": jpeg()[:200], "b.jpg": jpeg(), "c.jpg": b""})
+    dataset, report = ImageFolderDataset(tmp_path), SkipReport()
+    assert [sample.id for sample in dataset.samples(report)] == ["b.jpg"]
+    assert counts(report)[0] == {SkipReason.BROKEN_PICTURE: 2}
+
+
+@pytest.mark.parametrize("make", [ImageFolderDataset, MaskFolderDataset])
+def test_folders_that_are_not_there(tmp_path, make):
+    with pytest.raises(ValueError, match="missing"):
+        make(tmp_path / "missing")
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty"):
+        make(tmp_path / "empty")
+
+
+def test_label_maps_of_8_and_16_bits_and_palettes(tmp_path):
+    palette = Image.frombytes("P", (WIDTH, HEIGHT), labels(4, 2).tobytes())
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    palette.save(tmp_path / "palette.png")
+    files = {
+        "8": png(labels(4, 2)),
+        "16": png(labels(40_000, 300, dtype=np.uint16)),
+        "palette": (tmp_path / "palette.png").read_bytes(),
+        "bits": png(labels(1).astype(bool)),
+    }
+    (tmp_path / "palette.png").unlink()
+    for name, content in files.items():
+        write(tmp_path, {f"images/{name}.jpg": jpeg(), f"masks/{name}.png": content})
+    dataset = MaskFolderDataset(tmp_path)
+    found = {}
+    for sample in dataset.samples(report := SkipReport()):
+        found[sample.id] = {i.id: i.mask() for i in sample.instances}
+    assert not report and not dataset.index_report
+    assert {name: sorted(masks) for name, masks in found.items()} == {
+        "8.jpg": [2, 4], "16.jpg": [300, 40_000], "palette.jpg": [2, 4], "bits.jpg": [1]
+    }  # fmt: skip
+    for name, first, second in (("8.jpg", 4, 2), ("16.jpg", 40_000, 300), ("palette.jpg", 4, 2)):
+        np.testing.assert_array_equal(found[name][first], labels(1, 0) == 1)
+        np.testing.assert_array_equal(found[name][second], labels(0, 1) == 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_label_maps_without_any_order(tmp_path, seed):
+    pixels = np.random.default_rng(seed).integers(0, 4, (HEIGHT, WIDTH), dtype=np.uint8)
+    write(tmp_path, {"images/a.jpg": jpeg(), "masks/a.png": png(pixels)})
+    (sample,) = MaskFolderDataset(tmp_path).samples(SkipReport())
+    assert [i.id for i in sample.instances] == [1, 2, 3]
+    for instance in sample.instances:
+        np.testing.assert_array_equal(instance.mask(), pixels == instance.id)
+
+
+def test_folders_of_binary_masks_may_overlap(tmp_path):
+    first, second = box_mask(), box_mask(x=8)
+    write(
+        tmp_path,
+        {
+            "images/x/a.png": png(labels()),
+            "masks/x/a/0.png": png(first.astype(np.uint8) * 255),
+            "masks/x/a/1.png": png(second),
+            "masks/x/a/none.png": png(np.zeros((HEIGHT, WIDTH), np.uint8)),
+        },
+    )
+    (sample,) = MaskFolderDataset(tmp_path).samples(SkipReport())
+    assert [i.id for i in sample.instances] == ["0", "1"]
+    np.testing.assert_array_equal(sample.masks(), [first, second])
+
+
+def test_what_does_not_fit_is_counted(tmp_path):
+    files = {f"images/{name}.jpg": jpeg() for name in ("good", "lonely", "small", "damaged", "colours")}
+    files |= {
+        "masks/good.png": png(labels(1)),
+        "masks/small.png": png(labels(1)[:-3]),
+        "masks/damaged.png": png(labels(1))[:60],
+        "masks/colours.png": png(np.zeros((HEIGHT, WIDTH, 3), np.uint8)),
+        "masks/orphan.png": png(labels(1)),
+        "images/good.png": png(labels()),
+    }
+    dataset = MaskFolderDataset(write(tmp_path, files))
+    assert counts(dataset.index_report)[0] == {
+        SkipReason.MISSING_MASK: 1, SkipReason.MISSING_PICTURE: 1, SkipReason.DUPLICATE_IMAGE: 1
+    }  # fmt: skip
+    report = SkipReport()
+    assert [sample.id for sample in dataset.samples(report)] == ["good.jpg"]
+    assert counts(report)[0] == {SkipReason.PICTURE_SIZE: 1, SkipReason.MALFORMED_MASK: 2}
+    (tmp_path / "masks" / "good.png").unlink()
+    assert SkipReason.MISSING_MASK in dataset.load(2)[1].pictures
+
+
+def test_load_dataset_tells_the_folders_apart(tmp_path):
+    write(tmp_path, {"photos/a.jpg": jpeg(), "mine/images/a.jpg": jpeg(), "mine/masks/a.png": png(labels(1))})
+    assert isinstance(load_dataset(tmp_path / "mine"), MaskFolderDataset)
+    assert isinstance(load_dataset(tmp_path / "photos", require_masks=False), ImageFolderDataset)
+    with pytest.raises(ValueError, match="require_masks"):
+        load_dataset(tmp_path / "photos")
+
+
+def test_training_on_ones_own_masks(tmp_path):
+    for i in range(3):
+        write(tmp_path, {f"images/{i}.jpg": jpeg(seed=i), f"masks/{i}.png": png(labels(1, 2))})
+    made = TrainingExamples(load_dataset(tmp_path), 6, 40, mask_size=40, prompts=PromptSampling(2))
+    for example in made:
+        masks = example["masks"].numpy()
+        assert {mask.tobytes() for mask in masks} == {
+            np.pad(labels(*values) == 1, ((0, 10), (0, 0))).tobytes() for values in ((1, 0), (0, 1))
+        }
+
+
+def test_prompts_need_masks_or_cutouts(tmp_path):
+    photos = ImageFolderDataset(write(tmp_path, {"a.jpg": jpeg()}))
+    assert len(list(TrainingExamples(photos, 3, 40))) == 3
+    with pytest.raises(ValueError, match="ImageFolderDataset has none"):
+        TrainingExamples(photos, 3, 40, prompts=PromptSampling(2))

@@ -1,0 +1,177 @@
+"""Streamed tars: each sample once over all ranks and workers, and both ways of going on where it stopped."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from samlight_hf.data import Augmentation, PromptSampling, Sa1bDataset, SkipReason, StreamedExamples
+
+from .files import annotation, box_mask, jpeg, sa1b_json, write_tar
+
+
+SIZES = (7, 5, 9, 6, 8)
+
+
+def samples(prefix, number) -> dict[str, bytes]:
+    content = sa1b_json(annotation(mask=box_mask(width=30, height=20)))
+    return {
+        f"{prefix}_{i}.{end}": jpeg(seed=i) if end == "jpg" else content
+        for i in range(number)
+        for end in ("jpg", "json")
+    }
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tars")
+    for tar, size in enumerate(SIZES):
+        write_tar(folder / f"sa_{tar}.tar", samples(f"sa_{tar}", size))
+    return folder
+
+
+def streamed(tars, image_size=32, **settings) -> StreamedExamples:
+    return StreamedExamples(tars, image_size, **{"num_epochs": 1, "block_size": 4, **settings})
+
+
+def ids(examples) -> list[int]:
+    return [int(example["example_id"]) for example in examples]
+
+
+def batches(examples, num_workers) -> list[list[int]]:
+    return [batch["example_id"].tolist() for batch in DataLoader(examples, 3, num_workers=num_workers)]
+
+
+def test_an_example_is_what_the_indexed_dataset_gives(tars):
+    prompts = PromptSampling(2, num_uniforms=5)
+    found = {bytes(e["pixel_values"].numpy()): e for e in streamed(tars, prompts=prompts)}
+    assert len(found) == max(SIZES)  # pictures of the same number are alike
+    image = torch.from_numpy(np.array(Sa1bDataset(tars)[0].image.resize((32, 24), Image.Resampling.BILINEAR)))
+    expected = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    expected[:, :24] = image.permute(2, 0, 1)
+    example = found[bytes(expected.numpy())]
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in example.items()} == {
+        "pixel_values": (torch.uint8, (3, 32, 32)),
+        "reshaped_input_sizes": (torch.int64, (2,)),
+        "example_id": (torch.int64, ()),
+        "masks": (torch.bool, (2, 8, 8)),
+        "boxes": (torch.float32, (2, 4)),
+        "points": (torch.float32, (2, 2)),
+        "uniforms": (torch.float32, (2, 5)),
+    }
+
+
+@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 0), (2, 2), (3, 2), (1, 3), (4, 3)])
+def test_ranks_and_workers_read_everything_once(tars, world_size, num_workers):
+    """Also with more of them than tars."""
+    everything = ids(streamed(tars))
+    assert len(set(everything)) == sum(SIZES)
+    parts = [
+        [i for batch in batches(streamed(tars, rank=rank, world_size=world_size), num_workers) for i in batch]
+        for rank in range(world_size)
+    ]
+    assert sorted(i for part in parts for i in part) == sorted(everything)
+    assert all(parts)
+
+
+def test_the_order_is_shuffled_and_depends_on_seed_and_epoch(tars):
+    two_epochs = ids(streamed(tars, num_epochs=2, num_views=1))
+    first, second = two_epochs[:35], two_epochs[35:]
+    assert sorted(first) == sorted(second) and first != second
+    assert ids(streamed(tars, num_views=1)) == first
+    assert ids(streamed(tars, num_views=1, seed=1)) != first
+    in_order = ids(streamed(tars, num_views=1, block_size=1))
+    assert sum(a == b for a, b in zip(first, in_order)) < 20
+
+
+def test_an_example_does_not_depend_on_who_reads_it(tars):
+    settings = {"prompts": PromptSampling(2), "augmentation": Augmentation(scale=(0.7, 1.5), flip=True)}
+    alone = {int(e["example_id"]): e for e in streamed(tars, **settings)}
+    for example in streamed(tars, rank=1, world_size=2, block_size=3, **settings):
+        other = alone[int(example["example_id"])]
+        assert all(torch.equal(example[key], other[key]) for key in example)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_state_dict_goes_on_exactly(tars, world_size):
+    settings = {"num_epochs": 2, "world_size": world_size, "rank": world_size - 1}
+    expected = ids(streamed(tars, **settings))
+    running = streamed(tars, **settings)
+    states = [running.state_dict()] + [pickle.loads(pickle.dumps(running.state_dict())) for _ in running]
+    for stop in range(0, len(expected) + 1, 3 if world_size == 1 else 2):
+        again = pickle.loads(pickle.dumps(streamed(tars, **settings)))
+        again.load_state_dict(states[stop])
+        assert ids(again) == expected[stop:], stop
+    assert ids(running) == expected  # not from where it was
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+def test_skipping_batches_goes_on_exactly(tars, num_workers):
+    expected = batches(streamed(tars, num_epochs=3), num_workers)
+    for stop in (1, 4, 13):  # 13 of about 12 an epoch
+        again = streamed(tars, num_epochs=3)
+        again.skip_batches(stop, 3)
+        assert batches(again, num_workers) == expected[stop:], stop
+
+
+def test_without_a_number_of_epochs_there_is_no_end(tars):
+    endless = iter(streamed(tars, num_epochs=None))
+    assert len({int(next(endless)["example_id"]) for _ in range(200)}) == 200  # another view in each epoch
+
+
+@pytest.fixture
+def bad_tar(tmp_path):
+    members = samples("good", 20)
+    members |= {"no_json.jpg": jpeg(), "no_picture.json": sa1b_json(), "bad_json.jpg": jpeg(), "bad_json.json": b"{"}
+    members |= {"broken.jpg": jpeg()[:300], "broken.json": sa1b_json(annotation()), "LICENSE": b"text"}
+    return write_tar(tmp_path / "bad.tar", members)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_are_counted_and_replaced(bad_tar, num_workers):
+    made = streamed(bad_tar, max_skipped=1.0, block_size=12, num_views=1)
+    found = [i for batch in batches(made, num_workers) for i in batch]
+    assert len(found) == 24 and len(set(found)) == 20
+    report = made.skip_report()
+    assert set(report.pictures) == {
+        SkipReason.MISSING_JSON, SkipReason.MISSING_PICTURE, SkipReason.MALFORMED_JSON, SkipReason.BROKEN_PICTURE
+    }  # fmt: skip
+    assert made.num_read == 24 + report.num_pictures
+    assert report.pictures[SkipReason.MALFORMED_JSON].examples == ["bad.tar"]
+
+
+def test_too_many_bad_samples_is_an_error(bad_tar):
+    with pytest.raises(ValueError, match="(?s)max_skipped=5%.*bad.tar"):
+        list(streamed(bad_tar, num_epochs=None, block_size=24))
+    with pytest.raises(ValueError, match="None of 1 samples"):
+        list(streamed(bad_tar, block_size=1))
+
+
+def test_damaged_tars_are_named(tmp_path):
+    whole = write_tar(tmp_path / "a.tar", samples("sa", 3))
+    whole.write_bytes(whole.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="damaged"):
+        list(streamed(whole))
+
+
+def test_what_cannot_be_opened(tmp_path):
+    for given, message in ((tmp_path / "no.tar", "no tar file"), ([], "No tar"), (tmp_path, "no tar file")):
+        with pytest.raises(ValueError, match=message):
+            streamed(given)
+    empty = write_tar(tmp_path / "empty.tar", {})
+    assert list(streamed(empty)) == []
+    with pytest.raises(ValueError, match="fewer samples than workers"):
+        list(streamed(empty, num_epochs=None))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rank": 2}, {"block_size": 0}, {"num_epochs": 0}, {"seed": -1}, {"mask_size": 5}]
+)
+def test_settings_that_do_not_fit(tars, settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        streamed(tars, world_size=2, **settings) if "rank" in settings else streamed(tars, **settings)
