@@ -63,7 +63,7 @@ class PromptableModel:
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> list[Encoded]:
         """Encodes a batch of RGB pictures of any sizes."""
-        inputs = self._preprocess(images)
+        inputs = self.preprocess(images)
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         with self._timed("encoder"):
             embeddings = self.model.get_image_embeddings(pixel_values)
@@ -115,13 +115,13 @@ class PromptableModel:
     @torch.inference_mode()
     def hidden_states(self, image: Image.Image) -> list[torch.Tensor]:
         """Patches with positions and the output of every layer of the image encoder, (1, h, w, C) each; [] without layers."""
-        pixel_values = self._preprocess([image])["pixel_values"]
+        pixel_values = self.preprocess([image])["pixel_values"]
         outputs = self.model.vision_encoder(
             pixel_values.to(self.model.device, self.model.dtype), output_hidden_states=True
         )
         return [state.float() for state in outputs.hidden_states or ()]
 
-    def _preprocess(self, images: Sequence[Image.Image]):
+    def preprocess(self, images: Sequence[Image.Image]):
         """On the model's device: resizing on a CPU takes longer than a small model does."""
         return self.processor.image_processor(list(images), return_tensors="pt", device=self.model.device)
 

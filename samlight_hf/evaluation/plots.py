@@ -16,7 +16,7 @@ from .statistics import SIZES, ModelResult, values_of
 _MASK_TAKEN = {"single": "the single mask", "predicted": "best predicted IoU", "oracle": "best true IoU (oracle)"}
 # Okabe and Ito's colours, which remain apart for colour-blind readers.
 _COLOURS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-_STYLE = {
+STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E8", "axes.axisbelow": True,
     "axes.edgecolor": "#78787F", "legend.frameon": False, "savefig.dpi": 150,
@@ -50,7 +50,7 @@ def write_plots(folder: Path, results: Sequence[ModelResult]) -> dict[str, str]:
         "IoU histogram": _plot_histogram, "IoU by object size": _plot_sizes, "IoU by clicks": _plot_clicks,
         "latency against mIoU": _plot_latency,
     }.items():  # fmt: skip
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure = Figure(layout="constrained")
             notes[name] = draw(figure, results)
             if not notes[name]:

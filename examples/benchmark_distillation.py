@@ -1,0 +1,193 @@
+"""Throughput and memory of the stages of distillation, through DistillationTrainer itself, data loading included.
+
+    python examples/benchmark_distillation.py --data train-000000.tar --out benchmarks/results/distillation_h100.json
+
+The student is SAM-Lightening tiny at 1024 px, in bfloat16, compiled. Rows: the encoder stage with cached embeddings; the same with
+SAM ViT-H (random weights) as a live teacher, beside that teacher's own forward alone; the decoder stage with 16 prompts a
+picture. Images a second are medians over windows of several steps, after the first ones, in which it compiles. Without a GPU
+everything is small: a trial of the script.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
+from transformers import SamConfig, SamModel, SamVisionConfig
+
+from samlight_hf import SamLighteningConfig, SamLighteningModel
+from samlight_hf.conversion import create_student
+from samlight_hf.data import PromptSampling, SyntheticScenes, TrainingExamples, load_dataset
+from samlight_hf.distillation import (
+    CachedExamples,
+    DistillationArguments,
+    DistillationTrainer,
+    EmbeddingCache,
+    Teacher,
+    fill_cache,
+)
+from samlight_hf.distillation.trainer import focus_layers
+
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+VIT_H = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "global_attn_indexes": (7, 15, 23, 31),
+}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "global_attn_indexes": (1, 3),
+    "image_size": 128,
+}
+IMAGE_SIZE = 1024 if CUDA else 128
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="SA-1B tar; by default scenes of shapes")
+    parser.add_argument(
+        "--rows", nargs="+", default=["cached", "live", "decoder"], choices=["cached", "live", "decoder", "end_to_end"]
+    )
+    parser.add_argument("--batch-size", type=int, default=16 if CUDA else 2)
+    parser.add_argument("--live-batch-size", type=int, default=8 if CUDA else 2)
+    parser.add_argument("--steps", type=int, default=60 if CUDA else 4)
+    parser.add_argument("--workers", type=int, default=16 if CUDA else 1)
+    parser.add_argument("--num-refinements", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    return parser.parse_args()
+
+
+def make_teacher() -> SamModel:
+    vision = SamVisionConfig(**(VIT_H if CUDA else SMALL), initializer_range=0.02)
+    with torch.device(DEVICE):
+        return SamModel(SamConfig(vision_config=vision, prompt_encoder_config={"image_size": IMAGE_SIZE})).eval()
+
+
+def make_student() -> SamLighteningModel:
+    return SamLighteningModel(
+        SamLighteningConfig.from_preset("tiny", image_size=IMAGE_SIZE, **({} if CUDA else {"segment_length": None}))
+    )
+
+
+def measure(name: str, student, options, teacher=None, wrap=None, **settings) -> dict:
+    """One row: trains for `options.steps` steps."""
+    batch_size = settings.pop("batch_size", options.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        args = DistillationArguments(
+            folder, per_device_train_batch_size=batch_size, max_steps=options.steps, logging_steps=5 if CUDA else 1,
+            save_strategy="no", bf16=CUDA, torch_compile=not options.no_compile, dataloader_num_workers=options.workers,
+            dataloader_prefetch_factor=4, disable_tqdm=True, use_cpu=not CUDA, tf32=True if CUDA else None, **settings,
+        )  # fmt: skip
+        pictures = load_dataset(options.data) if options.data else SyntheticScenes(1000)
+        prompts = PromptSampling(args.num_prompts, max(1, args.num_refinements)) if args.stage != "encoder" else None
+        num_examples = args.max_steps * args.global_batch_size
+        examples = TrainingExamples(pictures, num_examples, IMAGE_SIZE, prompts=prompts, num_views=1 if wrap else None)
+        if wrap:
+            examples = wrap(examples)
+        trainer = DistillationTrainer(student, args, examples, make_processor(student.config.vision_config), teacher)
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    rates = [entry["images_per_second"] for entry in trainer.state.log_history if "images_per_second" in entry]
+    row = {
+        "row": name, "images_per_second": statistics.median(rates[len(rates) // 2 :]), "windows": [round(rate, 1) for rate in rates],
+        "batch_size": batch_size, "steps": options.steps, "compiled": not options.no_compile, **settings,
+    }  # fmt: skip
+    if CUDA:
+        row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row
+
+
+def forward_row(teacher: Teacher, batch_size: int) -> dict:
+    """The teacher alone, as the trainer calls it."""
+    pixel_values = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=DEVICE)
+    times = []
+    for _ in range(25 if CUDA else 3):
+        start = time.perf_counter()
+        teacher.targets(pixel_values)
+        if CUDA:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {
+        "row": "teacher's forward alone",
+        "images_per_second": batch_size / statistics.median(times[5:] or times),
+        "batch_size": batch_size,
+    }
+
+
+def rows(options):
+    compiles = not options.no_compile
+    if "cached" in options.rows:
+        student = make_student()
+        # The embedding alone: the layers of a large teacher would be 10 MB each for a picture.
+        teacher = Teacher(make_student().to(DEVICE), (), compile=compiles)
+        with tempfile.TemporaryDirectory() as folder:
+
+            def with_cache(examples):
+                cache = EmbeddingCache(folder, teacher, examples.num_ids, examples.preprocessing())
+                fill_cache(cache, examples.views(), teacher, DEVICE, options.batch_size, options.workers)
+                return CachedExamples(examples, cache)
+
+            yield measure(
+                "encoder, cached embeddings", student, options, teacher, with_cache, stage="encoder", num_focus_layers=0
+            )
+    if "live" in options.rows:
+        model = make_teacher()
+        student = create_student(model, "tiny")
+        layers = [layer for _, layer in focus_layers(student, model.config.vision_config, 3)]
+        teacher = Teacher(model, layers, compile=compiles)
+        name = f"encoder, live {'SAM ViT-H' if CUDA else 'small SAM'}"
+        alone = forward_row(teacher, options.live_batch_size)
+        yield alone
+        row = measure(name, student, options, teacher, stage="encoder", batch_size=options.live_batch_size)
+        yield {**row, "share_of_teachers_forward": row["images_per_second"] / alone["images_per_second"]}
+        del model, teacher
+    for stage in ("decoder", "end_to_end"):
+        for num_refinements in options.num_refinements if stage in options.rows else ():
+            yield measure(
+                f"{stage}, 16 prompts, {num_refinements} refinement clicks", make_student(), options, stage=stage,
+                num_prompts=16, num_refinements=num_refinements,
+            )  # fmt: skip
+
+
+def main():
+    options = parse_arguments()
+    packages = ("torch", "transformers", "accelerate", "flash-attn-4")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    report = {
+        "command": shlex.join(["python", *sys.argv]), "date": datetime.date.today().isoformat(), "versions": versions,
+        "device": torch.cuda.get_device_name() if CUDA else platform.processor() or "CPU", "image_size": IMAGE_SIZE,
+        "dtype": "bfloat16 autocast" if CUDA else "float32", "rows": [],
+    }  # fmt: skip
+    transformers.utils.logging.set_verbosity_error()
+    for row in rows(options):
+        print({name: value for name, value in row.items() if name != "windows"}, flush=True)
+        report["rows"].append(row)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""A SAM-Lightening from any SAM.
+
+    python examples/distill.py                                      # a demonstration: three minutes, no GPU, no data
+    accelerate launch examples/distill.py --config examples/configs/sa1b_vit_h.yaml
+    accelerate launch examples/distill.py --config examples/configs/custom_masks.yaml --train_data mine/ --output_dir outputs/mine
+
+Every key of the YAML file is an option too, and the option wins. `--help` lists them; docs/distillation.md explains them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from samlight_hf.distillation import demonstrate, distill, parse_arguments
+from samlight_hf.messages import one_line
+
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if not arguments:
+            demonstrate(CONFIGS / "demo_teacher.yaml", CONFIGS / "demo.yaml")
+            return 0
+        run, stages = parse_arguments(arguments)
+        folder = distill(run, stages)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    for args in stages:
+        result = json.loads(Path(args.output_dir, "result.json").read_text(encoding="utf-8"))
+        print(args.stage, json.dumps(result["metrics"]))
+    print(f"The student: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

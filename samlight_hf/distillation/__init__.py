@@ -1,0 +1,39 @@
+"""Distillation of any SAM into a SAM-Lightening, in stages, on transformers' Trainer (arXiv 2403.09195, section 2.2)."""
+
+from .arguments import DistillationArguments, RunArguments, parse_arguments
+from .callbacks import FiniteLossCallback, MaskPictureCallback, ThroughputCallback, TrainingDivergedError
+from .checkpoints import CheckpointChangedError
+from .demonstration import demonstrate
+from .embedding_cache import CachedExamples, CacheError, EmbeddingCache, fill_cache
+from .layer_weights import DynamicLayerWeights, LayerWeightCallback, OutputOnly, UniformLayerWeights
+from .run import distill
+from .stages import EncoderStage, MaskStage, match_layers
+from .teacher import Teacher
+from .trainer import DistillationTrainer
+
+
+__all__ = [
+    "CacheError",
+    "CachedExamples",
+    "CheckpointChangedError",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "DynamicLayerWeights",
+    "EmbeddingCache",
+    "EncoderStage",
+    "FiniteLossCallback",
+    "LayerWeightCallback",
+    "MaskPictureCallback",
+    "MaskStage",
+    "OutputOnly",
+    "RunArguments",
+    "Teacher",
+    "ThroughputCallback",
+    "TrainingDivergedError",
+    "UniformLayerWeights",
+    "demonstrate",
+    "distill",
+    "fill_cache",
+    "match_layers",
+    "parse_arguments",
+]

@@ -1,0 +1,204 @@
+"""Settings of a distillation: a YAML file, and what the command line says otherwise.
+
+    teacher: facebook/sam-vit-huge
+    student: tiny
+    train_data: [sa1b/*.tar]
+    output_dir: outputs/vit_h
+    stages: [encoder, decoder]
+    encoder: {max_steps: 100000, learning_rate: 5.0e-4}   # of this stage alone
+    decoder: {max_steps: 20000, learning_rate: 1.0e-4}
+
+What is said on the command line wins over the stage's section, and that over the rest of the file.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .layer_weights import LayerWeightSchedule, layer_weight_schedule
+from .stages import STAGES
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """transformers' TrainingArguments with what one stage of distillation needs besides.
+
+    The number of steps is `max_steps`; there are no epochs, because every example is drawn anew.
+    """
+
+    stage: str = field(default="encoder", metadata={"help": f"one of {', '.join(STAGES)}"})
+
+    num_focus_layers: int = field(
+        default=3, metadata={"help": "encoder: so many last layers of the student are compared, besides its output"}
+    )
+    layer_weights: str = field(default="dynamic", metadata={"help": "encoder: dynamic, uniform or output_only"})
+    ramp_fraction: float = field(
+        default=0.5, metadata={"help": "encoder: share of the steps over which dynamic layer weights rise"}
+    )
+    teacher_dtype: str = field(
+        default="bfloat16", metadata={"help": "encoder: of the teacher: bfloat16, float16, float32"}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "encoder: keep the teacher's targets here, computed once; needs num_views"}
+    )
+
+    num_prompts: int = field(default=16, metadata={"help": "decoder, end_to_end: objects prompted in a picture"})
+    box_share: float = field(default=0.5, metadata={"help": "decoder, end_to_end: share of prompts that are boxes"})
+    num_refinements: int = field(default=1, metadata={"help": "decoder, end_to_end: clicks added one by one"})
+    focal_weight: float = field(default=20.0, metadata={"help": "decoder, end_to_end: weight of the focal loss"})
+    bce_weight: float = field(
+        default=0.0, metadata={"help": "decoder, end_to_end: of cross-entropy; from scratch use 5 here and 0 for focal"}
+    )
+    dice_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the dice loss"})
+    iou_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the IoU head's loss"})
+
+    eval_max_instances: int = field(default=16, metadata={"help": "at most so many objects of a picture are evaluated"})
+
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hides a loss that is NaN: leave it off"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "leave it off"})
+
+    def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"stage={self.stage!r} is not known. Use one of {', '.join(STAGES)}.")
+        self.layer_weight_schedule()
+        for name in ("max_steps", "num_prompts", "eval_max_instances"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in (
+            "num_refinements",
+            "num_focus_layers",
+            *(f"{loss}_weight" for loss in ("focal", "bce", "dice", "iou")),
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if not 0 <= self.box_share <= 1:
+            raise ValueError(f"box_share={self.box_share} must be from 0 to 1.")
+        if self.stage != "encoder" and not self.focal_weight + self.bce_weight + self.dice_weight:
+            raise ValueError("focal_weight, bce_weight and dice_weight are all 0: no loss would train the masks.")
+        super().__post_init__()
+
+    def layer_weight_schedule(self) -> LayerWeightSchedule:
+        return layer_weight_schedule(self.layer_weights, self.ramp_fraction)
+
+    def loss_weights(self) -> dict[str, float]:
+        return {name: getattr(self, f"{name}_weight") for name in ("focal", "bce", "dice", "iou")}
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pictures of one optimizer step, over all devices."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+
+@dataclass
+class RunArguments:
+    """Who teaches whom, on which pictures."""
+
+    stages: list[str] = field(default_factory=lambda: ["encoder", "decoder"], metadata={"help": "in this order"})
+    teacher: str | None = field(default=None, metadata={"help": "a folder, a Hub name, or an original .pth file"})
+    student: str = field(
+        default="tiny",
+        metadata={
+            "help": "a preset (tiny, small, base), a config.json (fresh weights), or a checkpoint's folder or Hub name"
+        },
+    )
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "SA-1B tars, folders of pictures, folders with images/ and masks/; patterns allowed"},
+    )
+    train_annotations: str | None = field(default=None, metadata={"help": "a JSON of COCO's shape; with train_images"})
+    train_images: str | None = field(default=None, metadata={"help": "the folder of train_annotations' pictures"})
+    stream_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "instead of train_data: tars to read over the network (https://, hf://)"},
+    )
+    cutouts: list[str] = field(
+        default_factory=list, metadata={"help": "RGBA objects to paste on the pictures: tars or folders"}
+    )
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "as train_data"})
+    eval_annotations: str | None = field(default=None, metadata={"help": "as train_annotations"})
+    eval_images: str | None = field(default=None, metadata={"help": "as train_images"})
+    eval_limit: int | None = field(default=None, metadata={"help": "only the first so many pictures"})
+    min_scale: float = field(default=1.0, metadata={"help": "augmentation: smallest size of the picture in its frame"})
+    max_scale: float = field(default=1.0, metadata={"help": "augmentation: largest size; above 1 is a crop"})
+    flip: bool = field(default=True, metadata={"help": "augmentation: mirror every other picture"})
+    color_jitter: float = field(default=0.0, metadata={"help": "augmentation: of brightness, contrast and saturation"})
+    num_views: int | None = field(
+        default=None, metadata={"help": "augmented views of a picture that come round again; needed by cache_dir"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on with what is in output_dir"})
+
+    def __post_init__(self):
+        if not self.stages or set(self.stages) - set(STAGES):
+            raise ValueError(f"stages={self.stages} must be some of {', '.join(STAGES)}.")
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages={self.stages} names a stage twice.")
+
+
+def parse_arguments(arguments: list[str]) -> tuple[RunArguments, list[DistillationArguments]]:
+    """The run and the settings of each of its stages, of `--config FILE` and further options.
+
+    A stage's files go to `output_dir`/STAGE. Raises ValueError for a file that is not there or no YAML, and for a key that is not known.
+    """
+    config, options = _read_config(arguments)
+    sections = {
+        name: config.pop(name) or {} for name in STAGES if isinstance(config.get(name), dict | None) and name in config
+    }
+    run, _ = _parse(config, {}, options)
+    stages = []
+    for stage in run.stages:
+        _, settings = _parse(config, {**sections.get(stage, {}), "stage": stage}, options)
+        settings.stage, settings.output_dir = stage, str(Path(settings.output_dir) / stage)
+        stages.append(settings)
+    return run, stages
+
+
+def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
+    """What the YAML file says, and the options without `--config FILE`."""
+    options = list(arguments)
+    paths = []
+    while "--config" in options or any(option.startswith("--config=") for option in options):
+        place = next(i for i, option in enumerate(options) if option.split("=")[0] == "--config")
+        option = options.pop(place)
+        if "=" in option:
+            paths.append(option.partition("=")[2])
+        elif place < len(options):
+            paths.append(options.pop(place))
+        else:
+            raise ValueError("--config needs a file.")
+    if len(paths) > 1:
+        raise ValueError(f"--config was given {len(paths)} times. Give one file.")
+    if not paths:
+        return {}, options
+    try:
+        config = yaml.safe_load(Path(paths[0]).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{paths[0]}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{paths[0]}: not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{paths[0]}: must hold keys and values, such as teacher: facebook/sam-vit-huge.")
+    return config, options
+
+
+def _parse(config: dict, section: dict, options: list[str]) -> tuple[RunArguments, DistillationArguments]:
+    parser = HfArgumentParser((RunArguments, DistillationArguments))
+    types = {action.dest: action for action in parser._actions}
+    for key in [*config, *section]:
+        if key not in types:
+            near = difflib.get_close_matches(str(key), types, n=1)
+            raise ValueError(f"the config's {key!r} is not known.{f' Did you mean {near[0]}?' if near else ''}")
+    values = {key: value for key, value in {**config, **section}.items() if value is not None}
+    # YAML 1.1 reads 5e-4 as text; argparse turns text that is a default into the option's type.
+    parser.set_defaults(
+        **{k: v if isinstance(v, str | bool | list | dict) else _plain(v, types[k]) for k, v in values.items()}
+    )
+    return parser.parse_args_into_dataclasses(args=options)
+
+
+def _plain(value, action):
+    return float(value) if action.type is float else value

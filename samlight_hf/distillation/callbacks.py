@@ -1,0 +1,124 @@
+"""Callbacks that Trainer lacks. One with `logs(state)` adds its values to what is logged with the loss."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from ..data import Sample
+from ..files import write_aside
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or a weight became NaN or infinite."""
+
+
+class FiniteLossCallback(TrainerCallback):
+    """Stops a training whose loss is NaN or infinite, and names the last good checkpoint.
+
+    Looks where the loss is logged, which does not make the GPU wait at every step.
+    """
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        loss = logs.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise diverged(f"loss={loss}", args.output_dir, state.global_step)
+
+
+def diverged(what: str, output_dir: str, step: int) -> TrainingDivergedError:
+    from .checkpoints import last_checkpoint
+
+    checkpoint = last_checkpoint(output_dir)
+    good = f"The last good checkpoint is {checkpoint}" if checkpoint else "No checkpoint had been saved"
+    return TrainingDivergedError(
+        f"{what} at step {step}: the training diverged, and nothing was saved from there on. {good}. Lower learning_rate, "
+        "or raise warmup_steps, in a new output_dir."
+    )
+
+
+class ThroughputCallback(TrainerCallback):
+    """Logs `images_per_second` over all devices, since the last log and without evaluating and saving."""
+
+    def __init__(self):
+        self._since, self._step, self._paused = None, 0, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        if self._since is None:
+            self._since, self._step = now, state.global_step
+        elif self._paused:  # the step before ended with evaluating or saving
+            self._since += now - self._paused
+        self._paused = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_evaluate or control.should_save:
+            self._paused = time.perf_counter()
+
+    def logs(self, state, args) -> dict[str, float]:
+        now = self._paused or time.perf_counter()
+        seconds, steps = now - self._since, state.global_step - self._step
+        self._since, self._step = now, state.global_step
+        return {"images_per_second": steps * args.global_batch_size / seconds} if seconds > 0 and steps else {}
+
+
+class MaskPictureCallback(TrainerCallback):
+    """Draws the student's masks for the boxes of a few pictures at every evaluation: a PNG, and the tracker's picture.
+
+    Writes `output_dir`/pictures/step-N.png, and hands it to tensorboard and wandb where these are in use.
+    """
+
+    def __init__(self, samples: Sequence[Sample], max_instances: int = 8):
+        self.samples, self.max_instances = list(samples), max_instances
+        self.trainer = None  # set by DistillationTrainer, whose student is drawn
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or not self.samples:
+            return
+        sheet = draw_masks(self.trainer.promptable(), self.samples, f"step {state.global_step}", self.max_instances)
+        folder = Path(args.output_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / f"step-{state.global_step}.png", lambda path: sheet.save(path, format="PNG"))
+        self._track(sheet, state.global_step)
+
+    def _track(self, sheet: Image.Image, step: int):
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.add_image("masks", np.asarray(sheet), step, dataformats="HWC")
+            run = getattr(getattr(callback, "_wandb", None), "run", None)
+            if run is not None:
+                run.log({"masks": callback._wandb.Image(sheet), "train/global_step": step})
+
+
+@torch.inference_mode()
+def draw_masks(promptable, samples: Sequence[Sample], title: str, max_instances: int = 8) -> Image.Image:
+    """A sheet with two panels for each sample: its annotated masks, and those predicted for their boxes."""
+    from ..data import decode_masks
+    from ..evaluation.protocols import box_xyxy
+    from ..mask_generation import MaskResult
+    from ..visualization import Panel, contact_sheet, draw_overlay
+
+    panels = []
+    for sample in samples:
+        instances = sorted(sample.instances, key=lambda instance: -instance.area)[:max_instances]
+        if not instances:
+            continue
+        boxes = torch.tensor([box_xyxy(instance.bbox_xywh) for instance in instances])
+        prediction = promptable.predict(promptable.encode([sample.image])[0], boxes_xyxy=boxes, multimask_output=False)
+        targets, masks = decode_masks(instances), prediction.masks[:, 0].cpu().numpy()
+        unions = (masks | targets).sum(axis=(1, 2))
+        iou = ((masks & targets).sum(axis=(1, 2)) / np.maximum(unions, 1)).mean()
+        zeros = np.zeros(len(instances), dtype=np.float32)
+        for subtitle, drawn in (
+            (f"{len(instances)} annotated masks", targets),
+            (f"for their boxes: IoU {iou:.2f}", masks),
+        ):
+            result = MaskResult(np.ascontiguousarray(drawn), zeros, boxes.numpy().astype(np.float32))
+            picture = draw_overlay(sample.image, result, boxes.tolist(), max_size=(360, 360))
+            panels.append(Panel(picture, sample.id, subtitle))
+    return contact_sheet(panels, title, columns=4)

@@ -1,0 +1,102 @@
+"""Distillation in three minutes on a CPU, from nothing: scenes of shapes, a small SAM trained on them, and a smaller student.
+
+It goes through the stages, settings and files of any other run: only the models and the pictures are small.
+"""
+
+import time
+from pathlib import Path
+
+from transformers import PreTrainedModel, SamConfig, SamVisionConfig, pipeline
+
+from ..data import PictureDataset
+from ..evaluation.models import PromptableModel
+from ..loading import load_model, quiet_transformers
+from ..modeling.configuration_sam_lightening import SamLighteningConfig
+from ..modeling.modeling_sam_lightening import make_processor
+from .arguments import parse_arguments
+from .callbacks import draw_masks
+from .run import distill, make_student, open_eval_pictures
+from .trainer import mask_records, mean_records
+
+
+_IMAGE_SIZE, _PATCH_SIZE, _WIDTH = 64, 8, 64
+
+
+def demonstrate(teacher_config: Path, config: Path) -> Path:
+    """Trains the teacher of one YAML file and the student of another; prints a table, and returns the student's folder."""
+    start = time.time()
+    run, stages = parse_arguments(["--config", str(teacher_config), "--resume", "true"])
+    _write_config(Path(run.student), demonstration_teacher())
+    print("1. A small SAM, trained from scratch on scenes of shapes: the teacher.")
+    teacher_folder = distill(run, stages)
+    run, stages = parse_arguments(["--config", str(config), "--resume", "true"])
+    _write_config(Path(run.student), demonstration_student())
+    print("2. A student of a third of its image encoder: encoder, decoder, end to end.")
+    pictures = open_eval_pictures(run)
+    teacher, _ = load_model(teacher_folder)
+    before = make_student(run.student, teacher)
+    folder = distill(run, stages)
+    student, processor = load_model(folder)
+    print("3. On scenes that none of them has seen:")
+    rows = {
+        "teacher": (teacher, measure(teacher, pictures)),
+        "student before": (before, measure(before, pictures)),
+        "student after": (student, measure(student, pictures)),
+    }
+    _print_table(rows)
+    samples = [pictures[index] for index in range(6)]
+    sheet = folder.parent / "masks.png"
+    draw_masks(PromptableModel(student, processor), samples, "The student's masks for boxes").save(sheet)
+    with quiet_transformers():
+        generator = pipeline("mask-generation", model=str(folder), device="cpu")
+        masks = generator(samples[0].image, points_per_crop=8, pred_iou_thresh=0.5, stability_score_thresh=0.5)["masks"]
+    print(f'pipeline("mask-generation", model="{folder}") finds {len(masks)} masks in the first of them.')
+    print(f"Masks: {sheet}. Learning curves: curves.png of each stage. {time.time() - start:.0f} s.")
+    return folder
+
+
+def demonstration_teacher() -> SamConfig:
+    """A SAM of 0.7 million parameters for pictures of 64 px."""
+    num_layers = 4
+    vision = SamVisionConfig(
+        hidden_size=96, num_hidden_layers=num_layers, num_attention_heads=4, mlp_dim=384, image_size=_IMAGE_SIZE,
+        patch_size=_PATCH_SIZE, output_channels=_WIDTH, num_pos_feats=_WIDTH // 2, window_size=0,
+        global_attn_indexes=list(range(num_layers)), use_rel_pos=False, initializer_range=0.02,
+    )  # fmt: skip
+    return SamConfig(vision_config=vision, **_decoder_configs())
+
+
+def demonstration_student() -> SamLighteningConfig:
+    """Half as deep and two thirds as wide: 64 tokens, in the bands and the dilated whole of the published shape."""
+    vision = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": _IMAGE_SIZE,
+        "patch_size": _PATCH_SIZE, "output_channels": _WIDTH, "num_pos_feats": _WIDTH // 2,
+        "segment_length": (32, None), "dilation_rate": (1, 2),
+    }  # fmt: skip
+    return SamLighteningConfig(vision_config=vision, **_decoder_configs())
+
+
+def _decoder_configs() -> dict[str, dict]:
+    prompt_encoder = {"hidden_size": _WIDTH, "image_size": _IMAGE_SIZE, "patch_size": _PATCH_SIZE}
+    mask_decoder = {"hidden_size": _WIDTH, "mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": _WIDTH}
+    return {"prompt_encoder_config": prompt_encoder, "mask_decoder_config": mask_decoder}
+
+
+def _write_config(path: Path, config: SamConfig):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+
+
+def measure(model: PreTrainedModel, pictures: PictureDataset, max_instances: int = 16) -> dict[str, float]:
+    """mIoU for boxes and single points over the objects of `pictures`."""
+    promptable = PromptableModel(model, make_processor(model.config.vision_config))
+    return mean_records(
+        [record for i in range(len(pictures)) for record in mask_records(promptable, pictures[i], max_instances)]
+    )
+
+
+def _print_table(rows: dict[str, tuple[PreTrainedModel, dict[str, float]]]):
+    names = list(next(iter(rows.values()))[1])
+    print(f"{'':16}{'parameters':>12}" + "".join(f"{name:>20}" for name in names))
+    for title, (model, metrics) in rows.items():
+        print(f"{title:16}{model.num_parameters():12,}" + "".join(f"{metrics[name]:20.3f}" for name in names))

@@ -1,0 +1,42 @@
+"""Losses of masks and embeddings, as pure functions: one number for each mask or layer, to be weighed by whoever calls.
+
+Section 2.2 of SAM-Lightening (arXiv 2403.09195); focal and dice loss as in Segment Anything (arXiv 2304.02643, appendix A).
+Everything is computed in float32, whatever comes in: sums over 65,536 pixels do not fit into half precision.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def focal_loss(logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
+    """Focal loss (arXiv 1708.02002), mean over pixels: logits and targets (..., H, W) -> (...). Targets are 0 and 1."""
+    targets = targets.float()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+    wrong = (logits.float().sigmoid() - targets).abs()  # 1 - p_t
+    balance = alpha * targets + (1 - alpha) * (1 - targets)
+    return (balance * wrong**gamma * cross_entropy).mean(dim=(-2, -1))
+
+
+def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy, mean over pixels: (..., H, W) -> (...)."""
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=(-2, -1))
+
+
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 - Dice coefficient of the probabilities, with 1 added above and below: (..., H, W) -> (...)."""
+    probabilities, targets = logits.float().sigmoid(), targets.float()
+    overlap = (probabilities * targets).sum(dim=(-2, -1))
+    total = probabilities.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
+    return 1 - (2 * overlap + 1) / (total + 1)
+
+
+def true_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of the mask where logits > 0 with the target, (..., H, W) -> (...): what the IoU head learns. 1 where both are empty."""
+    predicted, targets = logits > 0, targets.bool()
+    union = (predicted | targets).sum(dim=(-2, -1))
+    return torch.where(union > 0, (predicted & targets).sum(dim=(-2, -1)) / union.clamp(min=1), 1.0)
+
+
+def feature_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of two feature maps of one shape: a scalar."""
+    return F.mse_loss(student.float(), teacher.float())

@@ -1,0 +1,257 @@
+"""A distillation from settings to a student's folder: the stages one after another, each from where the last one ended."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, set_seed
+
+from ..conversion import create_student, load_teacher
+from ..data import (
+    Augmentation,
+    Cutouts,
+    PictureDataset,
+    PromptSampling,
+    SyntheticScenes,
+    TrainingExamples,
+    load_dataset,
+)
+from ..files import write_aside
+from ..loading import find_dtype, load_model
+from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
+from ..modeling.modeling_sam_lightening import SamLighteningModel, make_processor
+from .arguments import DistillationArguments, RunArguments
+from .callbacks import MaskPictureCallback
+from .checkpoints import last_checkpoint, publish_checkpoint
+from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
+from .plots import plot_learning_curves
+from .teacher import Teacher
+from .trainer import DistillationTrainer, focus_layers
+
+
+RESULT_NAME = "result.json"
+
+
+def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
+    """Runs the stages and returns the folder of the student, complete and loadable anywhere.
+
+    Each stage has a folder of its own with checkpoints, `student/`, `result.json`, learning curves and pictures. With
+    `run.resume` a finished stage is kept, and an interrupted one goes on from its last checkpoint.
+
+    Raises:
+        ValueError: for settings that do not fit together, before anything is trained.
+    """
+    check_run(run, stages)
+    set_seed(stages[0].seed)
+    teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
+    sources = open_sources(run.train_data, run.train_annotations, run.train_images)
+    eval_pictures = open_eval_pictures(run)
+    student, folder = None, None
+    for args in stages:
+        folder = Path(args.output_dir) / "student"
+        if (Path(args.output_dir) / RESULT_NAME).is_file():
+            student = load_model(folder, device="cpu")[0]
+            continue
+        if student is None:
+            student = make_student(run.student, teacher)
+        train_stage(student, args, run, sources, eval_pictures, teacher)
+    final = Path(stages[-1].output_dir).parent / "student"
+    state = PartialState()
+    if state.is_main_process:
+        aside = final.with_name(".student.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(folder, aside)
+        publish_checkpoint(aside, final)
+    state.wait_for_everyone()
+    return final
+
+
+def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
+    """Raises ValueError for what can be seen without reading a model or a picture."""
+    if not (run.train_data or run.train_annotations or run.stream_data):
+        raise ValueError("train_data is missing: give SA-1B tars, a folder, or train_annotations and train_images.")
+    if "encoder" in run.stages and run.teacher is None:
+        raise ValueError('stages has "encoder", which needs a teacher: a folder, a Hub name or an original .pth file.')
+    for args in stages:
+        if args.stage == "encoder" and args.cache_dir and run.num_views is None:
+            raise ValueError(
+                f"cache_dir={args.cache_dir} needs num_views: a finite number of views of each picture can be cached, such as "
+                "num_views=1."
+            )
+        if args.eval_strategy != "no" and not (run.eval_data or run.eval_annotations):
+            raise ValueError(f"eval_strategy={args.eval_strategy} needs eval_data.")
+        output_dir = Path(args.output_dir)
+        if not run.resume and output_dir.is_dir() and any(output_dir.iterdir()):
+            raise ValueError(f"{output_dir} is not empty. Use --resume to go on with it, or another output_dir.")
+
+
+def train_stage(
+    student: PreTrainedModel,
+    args: DistillationArguments,
+    run: RunArguments,
+    sources: Sequence[PictureDataset],
+    eval_pictures: PictureDataset | None,
+    teacher_model: PreTrainedModel | None,
+) -> dict:
+    """Trains `student` in place; writes and returns the stage's result."""
+    start = time.time()
+    teacher = None
+    if args.stage == "encoder":
+        layers = [
+            layer for _, layer in focus_layers(student, teacher_model.config.vision_config, args.num_focus_layers)
+        ]
+        teacher = Teacher(teacher_model, layers, find_dtype(args.teacher_dtype), compile=args.torch_compile)
+    examples = make_examples(student, args, run, sources)
+    train_dataset = with_cache(examples, args, run, teacher)
+    callbacks = []
+    if eval_pictures is not None:
+        callbacks.append(
+            MaskPictureCallback(
+                [sample for i in range(min(6, len(eval_pictures))) if (sample := eval_pictures.load(i)[0])]
+            )
+        )
+    processor = make_processor(student.config.vision_config)
+    trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_pictures, callbacks)
+    checkpoint = last_checkpoint(args.output_dir) if run.resume else None
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate() if eval_pictures is not None else {}
+    folder = Path(args.output_dir) / "student"
+    trainer.export(folder)
+    result = {
+        "stage": args.stage,
+        "max_steps": args.max_steps,
+        "global_batch_size": args.global_batch_size,
+        "world_size": args.world_size,
+        "seconds": time.time() - start,
+        "train_loss": output.training_loss,
+        "images_per_second": output.metrics.get("train_samples_per_second"),
+        "metrics": metrics,
+        "skipped": examples.skip_report().to_dict(),
+    }
+    if trainer.is_world_process_zero():
+        verify_export(folder, trainer.student)
+        output_dir = Path(args.output_dir)
+        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+        plot_learning_curves(trainer.state.log_history, output_dir / "curves.png", args.stage)
+        write_aside(
+            output_dir / RESULT_NAME, lambda path: path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        )
+        if examples.skip_report():
+            print(examples.skip_report().summary())
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    return result
+
+
+def make_student(name: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    """A student as `RunArguments.student` describes it.
+
+    Raises ValueError for a preset that is not known, and for what cannot be loaded.
+    """
+    if name in PRESETS:
+        return (
+            create_student(teacher, name)
+            if teacher is not None
+            else SamLighteningModel(SamLighteningConfig.from_preset(name))
+        )
+    if name.endswith(".json"):
+        if not os.path.isfile(name):
+            raise ValueError(f"student={name}: no such file.")
+        config = AutoConfig.from_pretrained(name)
+        if teacher is not None and isinstance(config, SamLighteningConfig):
+            return create_student(teacher, config=config)
+        config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
+        return AutoModelForMaskGeneration.from_config(config)
+    return load_model(name, device="cpu")[0]
+
+
+def open_sources(
+    paths: Sequence[str], annotations: str | None, images: str | None, limit: int | None = None
+) -> list[PictureDataset]:
+    """Each path by itself, then the JSON with its folder. "synthetic" and "synthetic:SEED" are scenes made of shapes.
+
+    Raises ValueError for what is no dataset.
+    """
+    sources = [
+        # Whether there must be masks is up to the stage.
+        _synthetic(path, limit)
+        if path.split(":")[0] == "synthetic"
+        else load_dataset(path, limit=limit, require_masks=False)
+        for path in paths
+    ]
+    if annotations or images:
+        if not (annotations and images):
+            raise ValueError(f"annotations={annotations} and images={images} go together: give both.")
+        sources.append(load_dataset(annotations, images=images, limit=limit))
+    return sources
+
+
+def _synthetic(name: str, limit: int | None) -> SyntheticScenes:
+    seed = name.partition(":")[2] or "0"
+    if not seed.isdecimal():
+        raise ValueError(f"{name}: must be synthetic:SEED with a number, such as synthetic:1.")
+    return SyntheticScenes(limit or 100_000, seed=int(seed))
+
+
+def open_eval_pictures(run: RunArguments) -> PictureDataset | None:
+    sources = open_sources(run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit)
+    if len(sources) > 1:
+        raise ValueError(
+            f"eval_data={run.eval_data} names {len(sources)} datasets. Give one: scores are means over one dataset."
+        )
+    return sources[0] if sources else None
+
+
+def make_examples(
+    student: PreTrainedModel, args: DistillationArguments, run: RunArguments, sources: Sequence[PictureDataset]
+) -> TrainingExamples:
+    """All examples of the stage, in their order. Raises ValueError for a source without masks where the stage needs them."""
+    config = student.config.vision_config
+    return TrainingExamples(
+        sources,
+        num_examples=args.max_steps * args.global_batch_size,
+        image_size=config.image_size,
+        mask_size=4 * (config.image_size // config.patch_size),
+        augmentation=Augmentation(
+            scale=(run.min_scale, run.max_scale),
+            flip=run.flip,
+            brightness=run.color_jitter,
+            contrast=run.color_jitter,
+            saturation=run.color_jitter,
+        ),
+        prompts=None if args.stage == "encoder" else PromptSampling(args.num_prompts, max(1, args.num_refinements)),
+        cutouts=Cutouts(run.cutouts) if run.cutouts else None,
+        num_views=run.num_views if args.stage == "encoder" else None,
+        seed=args.seed,
+    )
+
+
+def with_cache(
+    examples: TrainingExamples, args: DistillationArguments, run: RunArguments, teacher: Teacher | None
+) -> Dataset:
+    """The examples with the teacher's targets from disk, where `cache_dir` says so; computed first where they are missing."""
+    if teacher is None or args.cache_dir is None:
+        return examples
+    cache = EmbeddingCache(args.cache_dir, teacher, examples.num_ids, examples.preprocessing())
+    fill_cache(
+        cache, examples.views(), teacher, args.device, args.per_device_train_batch_size, args.dataloader_num_workers
+    )
+    return CachedExamples(examples, cache)
+
+
+@torch.no_grad()
+def verify_export(folder: Path, student: PreTrainedModel):
+    """Loads the folder again and runs it once. Raises RuntimeError where it is not the student that was trained."""
+    loaded, _ = load_model(folder, device=str(student.device))
+    size = student.config.vision_config.image_size
+    pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(student.device)
+    boxes = torch.tensor([[[size / 4, size / 4, size / 2, size / 2]]], device=student.device)
+    masks = [model.eval()(pixel_values, input_boxes=boxes).pred_masks for model in (student, loaded)]
+    if not torch.equal(*masks):
+        raise RuntimeError(f"{folder} does not give the masks of the student that was trained. It is not to be used.")

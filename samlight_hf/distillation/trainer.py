@@ -1,0 +1,334 @@
+"""transformers' Trainer for the three stages of distillation."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+from torch.utils.data import Dataset, SequentialSampler, default_collate
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..data import PictureDataset, Sample
+from ..evaluation.models import PromptableModel
+from ..evaluation.protocols import InstanceProtocols, ProtocolSettings
+from ..loading import quiet_transformers
+from ..messages import one_line
+from .arguments import DistillationArguments
+from .callbacks import FiniteLossCallback, MaskPictureCallback, ThroughputCallback, diverged
+from .checkpoints import SETTINGS_NAME, STAGING_NAME, check_same_run, last_checkpoint, publish_checkpoint, run_settings
+from .layer_weights import LayerWeightCallback
+from .stages import EncoderStage, MaskStage, encode, match_layers
+from .teacher import Teacher, normalize_pixels
+
+
+EXTRA_STATE_NAME = "projections.safetensors"
+METRICS = {"box/single": "box_miou", "1 click/predicted": "point_miou", "1 click/oracle": "point_oracle_miou"}
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student in one stage of distillation, on any number of devices that accelerate can use.
+
+    A checkpoint is a complete folder of the student, with what resuming needs beside it. It is written aside and moved, so
+    that a process killed at any moment leaves the last one whole. Evaluation prompts the student with the boxes and with
+    single points of the objects in `eval_pictures`, at the pictures' own size.
+
+    Args:
+        student: a SamLighteningModel or a SamModel, trained in place.
+        args: the settings.
+        train_dataset: items as `TrainingExamples` makes them, trained in their order.
+        processor: the student's; saved with it.
+        teacher: for the stage "encoder", with the layers that `focus_layers` gives.
+        eval_pictures: pictures with masks.
+        callbacks: further ones.
+
+    Raises:
+        ValueError: where the stage and what it needs do not fit together.
+    """
+
+    model_accepts_loss_kwargs = False  # the loss is a mean over pictures: Trainer divides it by the accumulation steps
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        args: DistillationArguments,
+        train_dataset: Dataset,
+        processor: ProcessorMixin,
+        teacher: Teacher | None = None,
+        eval_pictures: PictureDataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.student, self.teacher, self.processor = student, teacher, processor
+        self.eval_pictures = eval_pictures
+        self._sums: dict[str, torch.Tensor] = {}  # of what a stage returns beside the loss, since the last log
+        self._num_summed = 0
+        self._staging: str | None = None
+        callbacks = [FiniteLossCallback(), ThroughputCallback(), *(callbacks or [])]
+        if args.stage == "encoder":
+            callbacks.append(LayerWeightCallback(args.layer_weight_schedule()))
+        super().__init__(
+            model=self._make_stage(args),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_pictures,
+            data_collator=default_collate,
+            callbacks=callbacks,
+        )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, MaskPictureCallback):
+                callback.trainer = self
+
+    def _make_stage(self, args: DistillationArguments) -> torch.nn.Module:
+        if args.stage != "encoder":
+            return MaskStage(self.student, args.stage, args.loss_weights(), args.box_share, args.num_refinements)
+        if self.teacher is None:
+            raise ValueError('stage="encoder" needs a teacher.')
+        pairs = focus_layers(self.student, self.teacher.config, args.num_focus_layers)
+        if self.teacher.layers != tuple(theirs for _, theirs in pairs):
+            raise ValueError(
+                f"the teacher's layers={self.teacher.layers} must be those that focus_layers gives: {pairs}."
+            )
+        mine, theirs = self.student.config.vision_config, self.teacher.config
+        for name in ("image_size", "patch_size", "output_channels"):
+            if getattr(mine, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"the student's {name}={getattr(mine, name)} must equal the teacher's {getattr(theirs, name)}: their "
+                    "embeddings are compared. Make the student with create_student(teacher, ...)."
+                )
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)  # of the projections
+            return EncoderStage(self.student, [layer for layer, _ in pairs], theirs.hidden_size)
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As Trainer's. Raises CheckpointChangedError where a setting that defines the run is not the checkpoint's."""
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir) / STAGING_NAME, ignore_errors=True)  # of a process that was killed
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir}: holds no whole checkpoint to resume from.")
+        if resume_from_checkpoint:
+            notice = check_same_run(resume_from_checkpoint, self.args)
+            if notice and self.args.should_save:
+                print(notice)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self.is_fsdp_enabled:  # which has parameters of its own
+            self._prove_frozen(optimizer)
+        return optimizer
+
+    def _prove_frozen(self, optimizer: torch.optim.Optimizer):
+        """Before the first step: the optimizer holds all of what the stage trains, and nothing else."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stage = self.accelerator.unwrap_model(self.model)
+        for name, parameter in stage.named_parameters():
+            trains = not name.startswith("student.") or name.split(".")[1] in stage.trainable
+            if (parameter.requires_grad, id(parameter) in held) != (trains, trains):
+                raise RuntimeError(f"{name} must be {'trained' if trains else 'frozen'} in this stage, and is not.")
+
+    def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # the examples are drawn at random where they are made
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
+        pixel_values = normalize_pixels(inputs["pixel_values"], inputs["reshaped_input_sizes"])
+        if self.args.stage == "encoder":
+            outputs = model(pixel_values=pixel_values, targets=self._targets(inputs, pixel_values))
+        else:
+            prompts = {name: inputs[name] for name in ("masks", "boxes", "points", "uniforms")}
+            outputs = model(pixel_values=pixel_values, **prompts)
+        for name, value in outputs.items():
+            if name != "loss":
+                self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+        self._num_summed += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _targets(self, inputs: dict, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        if "targets" in inputs:
+            return inputs["targets"]
+        self.teacher.encoder.to(pixel_values.device)
+        return self.teacher.targets(pixel_values)
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs:
+            if self._num_summed:
+                means = torch.stack([total / self._num_summed for total in self._sums.values()])
+                means = self.accelerator.reduce(means.to(self.args.device), "mean").tolist()
+                logs.update(zip(self._sums, means, strict=True))
+                self._sums, self._num_summed = {}, 0
+            if self.args.stage == "encoder":
+                weights = self.accelerator.unwrap_model(self.model).layer_weights.tolist()
+                logs.update({f"layer_weight/{n}": weight for n, weight in enumerate(weights, start=1)})
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ThroughputCallback):
+                    logs.update(callback.logs(self.state, self.args))
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation
+
+    def promptable(self) -> PromptableModel:
+        """The student as it is now, for evaluation."""
+        return PromptableModel(self.student, self.processor)
+
+    def evaluate(
+        self, eval_dataset: PictureDataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict:
+        """mIoU at the pictures' size, mean over objects: boxes, and single points by predicted IoU and best of three.
+
+        With a live teacher also the mean cosine of the student's and the teacher's embeddings.
+        """
+        pictures = self.eval_pictures if eval_dataset is None else eval_dataset
+        if pictures is None:
+            raise ValueError("evaluation needs eval_pictures.")
+        promptable, records = self.promptable(), []
+        for index in range(self.args.process_index, len(pictures), self.args.world_size):
+            sample, _ = pictures.load(index)
+            if sample is None:
+                continue
+            with self._autocast():
+                records += mask_records(promptable, sample, self.args.eval_max_instances)
+                if self.args.stage == "encoder":
+                    records.append({"embedding_cosine": self._cosine(promptable, sample)})
+        self.student.train()
+        metrics = mean_records(gather_object(records))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _cosine(self, promptable: PromptableModel, sample: Sample) -> float:
+        self.teacher.encoder.to(self.args.device)
+        pixel_values = promptable.preprocess([sample.image])["pixel_values"].to(self.args.device)
+        target = self.teacher.targets(pixel_values)[-1]
+        with torch.inference_mode():
+            _, embedding = encode(self.student.vision_encoder, pixel_values)
+        return torch.cosine_similarity(embedding.float(), target.float(), dim=1).mean().item()
+
+    def _autocast(self):
+        if self.args.bf16 or self.args.fp16:
+            return torch.autocast(self.args.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
+        return contextlib.nullcontext()
+
+    # Checkpoints
+
+    def export(self, folder: str | os.PathLike):
+        """The student alone, complete and loadable anywhere, written aside and moved."""
+        folder = Path(folder)
+        aside = folder.with_name(f".{folder.name}.part")
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(aside), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for name in (EXTRA_STATE_NAME, SETTINGS_NAME, "training_args.bin"):
+                (aside / name).unlink(missing_ok=True)
+            publish_checkpoint(aside, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        """The student's folder, and beside it what resuming needs."""
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        stage = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if state_dict is not None:  # gathered by FSDP
+            state_dict = {k.removeprefix("student."): v for k, v in state_dict.items() if k.startswith("student.")}
+        self.processor.save_pretrained(output_dir)
+        with quiet_transformers():
+            stage.student.save_pretrained(output_dir, state_dict=state_dict)
+        extra = {name: tensor.contiguous() for name, tensor in stage.extra_state().items()}
+        if extra:
+            save_file(extra, os.path.join(output_dir, EXTRA_STATE_NAME))
+        text = json.dumps(run_settings(self.args), indent=1)
+        Path(output_dir, SETTINGS_NAME).write_text(text, encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        stage = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_model(stage.student, os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))  # strict
+        extra = os.path.join(resume_from_checkpoint, EXTRA_STATE_NAME)
+        stage.load_extra_state(load_file(extra) if os.path.isfile(extra) else {})
+        return None
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = output_dir / STAGING_NAME
+        self._check_finite()
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging, best_before = str(staging), self.state.best_model_checkpoint
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint != best_before:  # this one: it will be found where it is moved to
+                self.state.best_model_checkpoint = str(output_dir / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                publish_checkpoint(staging / name, output_dir / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise RuntimeError(
+                f"the checkpoint of step {self.state.global_step} could not be saved in {output_dir} ({one_line(error)}). The last whole "
+                f"one is {last_checkpoint(output_dir)}: make room, and resume from it."
+            ) from error
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit, best)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        if self._staging is not None:  # not from where it is being written
+            return
+        if self.args.should_save:  # Trainer takes weights and configs there, but not the code that they need
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _check_finite(self):
+        """Whether every weight is finite: a checkpoint of a training that diverged is never written."""
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise diverged(f"NaN or infinite weights in {name}", self.args.output_dir, self.state.global_step)
+
+
+def focus_layers(student: PreTrainedModel, teacher_config, num_focus_layers: int) -> list[tuple[int, int]]:
+    """(student layer, teacher layer) that the stage "encoder" compares."""
+    return match_layers(
+        student.config.vision_config.num_hidden_layers, teacher_config.num_hidden_layers, num_focus_layers
+    )
+
+
+def mask_records(promptable: PromptableModel, sample: Sample, max_instances: int) -> list[dict[str, float]]:
+    """IoU at the picture's size for each of the first `max_instances` objects, by the names of `METRICS`' values."""
+    settings = ProtocolSettings(num_clicks=(1,), max_instances=max_instances)
+    (encoded,) = promptable.encode([sample.image])
+    records = InstanceProtocols(settings)(promptable, encoded, sample)
+    return [{name: record["iou"][protocol] for protocol, name in METRICS.items()} for record in records]
+
+
+def mean_records(records: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each name over the records that have it."""
+    names = dict.fromkeys(name for record in records for name in record)
+    values = {name: [record[name] for record in records if name in record] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}

@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from samlight_hf.distillation import CachedExamples, CacheError, EmbeddingCache, Teacher, fill_cache
+from samlight_hf.distillation.teacher import normalize_pixels
+
+from .conftest import make_examples, make_teacher
+
+
+def make_cache(folder, examples, seed=0, layers=(2, 4)):
+    teacher = Teacher(make_teacher(seed), layers, torch.float32)
+    return EmbeddingCache(folder, teacher, examples.num_ids, examples.preprocessing()), teacher
+
+
+def fill(cache, examples, teacher):
+    fill_cache(cache, examples.views(), teacher, torch.device("cpu"), batch_size=6, num_workers=0)
+
+
+@pytest.fixture
+def examples():
+    return make_examples(50, with_prompts=False, num_views=2)  # 20 pictures, 40 views: two shards
+
+
+@pytest.fixture
+def filled(tmp_path, examples):
+    cache, teacher = make_cache(tmp_path, examples)
+    fill(cache, examples, teacher)
+    return cache, teacher
+
+
+def test_cached_targets_are_the_teachers(filled, examples):
+    cache, teacher = filled
+    assert cache.num_shards == 2
+    assert not cache.missing_shards()
+    cached = CachedExamples(examples, cache)
+    assert len(cached) == 50
+    for n in (0, 7, 33, 49):
+        example = cached[n]
+        pixels = normalize_pixels(example["pixel_values"][None], example["reshaped_input_sizes"][None])
+        for mine, theirs in zip(example["targets"], teacher.targets(pixels), strict=True):
+            assert mine.dtype == torch.float16
+            torch.testing.assert_close(mine.float(), theirs[0], atol=4e-3, rtol=2e-3)
+
+
+def test_only_what_is_missing_is_computed(filled, examples):
+    cache, teacher = filled
+    first, second = sorted(cache.folder.iterdir())
+    second.unlink()
+    before = first.stat().st_mtime_ns
+    assert cache.missing_shards() == [1]
+    fill(cache, examples, teacher)
+    assert not cache.missing_shards()
+    assert first.stat().st_mtime_ns == before
+
+
+def test_another_teacher_other_layers_or_pictures_have_another_folder(tmp_path, filled, examples):
+    keys = {filled[0].key}
+    keys.add(make_cache(tmp_path, examples, seed=1)[0].key)
+    keys.add(make_cache(tmp_path, examples, layers=(4,))[0].key)
+    keys.add(make_cache(tmp_path, make_examples(50, with_prompts=False, num_views=2, seed=5))[0].key)
+    assert len(keys) == 4
+    assert make_cache(tmp_path, examples)[0].key == filled[0].key
+
+
+def test_damage_is_found_when_it_is_read(filled):
+    cache, _ = filled
+    path = cache.folder / "00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    found = 0
+    for example_id in cache.shard_ids(0):
+        try:
+            cache.read(example_id)
+        except CacheError as error:
+            found += 1
+            assert f"example {example_id} is damaged" in str(error)
+    assert found == 1
+    path.write_bytes(content[:1000])
+    with pytest.raises(CacheError, match="missing or damaged .* Delete it, and run again"):
+        cache.read(0)
+
+
+def test_a_file_of_another_cache_is_refused(tmp_path, filled, examples):
+    cache, _ = filled
+    other, _ = make_cache(tmp_path, examples, seed=1)
+    other.folder.mkdir()
+    (cache.folder / "00001.safetensors").rename(other.folder / "00001.safetensors")
+    with pytest.raises(CacheError, match="written by another teacher or preprocessing"):
+        other.read(35)
+
+
+def test_values_beyond_float16_are_refused(filled):
+    cache, _ = filled
+    targets = [torch.full((32, 8, 8, 48), 1e6), torch.zeros(32, 8, 8, 48), torch.zeros(32, 32, 8, 8)]
+    with pytest.raises(CacheError, match="the teacher's layer_2 has NaN or values beyond float16"):
+        cache.write(0, targets)
+
+
+def test_without_num_views_there_is_nothing_to_enumerate():
+    with pytest.raises(ValueError, match="num_views=None makes a new view each time"):
+        _ = make_examples(5, with_prompts=False).num_ids

@@ -1,0 +1,180 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
+from transformers import SamModel
+
+from samlight_hf import SamLighteningModel
+from samlight_hf.distillation import distill, parse_arguments
+from samlight_hf.loading import load_model
+from tests.conftest import tiny_config
+
+from .conftest import make_teacher
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A teacher's folder, and a student's config.json."""
+    folder = tmp_path_factory.mktemp("models")
+    teacher = make_teacher()
+    teacher.save_pretrained(folder / "teacher")
+    make_processor(teacher.config.vision_config).save_pretrained(folder / "teacher")
+    # A prompt encoder and a mask decoder of the teacher's shape
+    config = tiny_config()
+    config.prompt_encoder_config, config.mask_decoder_config = (
+        teacher.config.prompt_encoder_config,
+        teacher.config.mask_decoder_config,
+    )
+    (folder / "student.json").write_text(config.to_json_string(use_diff=False))
+    (folder / "sam.json").write_text(teacher.config.to_json_string(use_diff=False))
+    return folder
+
+
+def run(folder, out, *options, stages=("encoder", "decoder", "end_to_end")):
+    arguments = [
+        "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--output_dir", str(out), "--use_cpu",
+        "--train_data", "synthetic:1", "--eval_data", "synthetic:2", "--eval_limit", "2", "--max_steps", "4",
+        "--per_device_train_batch_size", "2", "--num_prompts", "2", "--num_focus_layers", "2", "--teacher_dtype", "float32",
+        "--disable_tqdm", "true", "--save_steps", "2", "--logging_steps", "1", "--eval_max_instances", "2", "--stages", *stages,
+    ]  # fmt: skip
+    return distill(*parse_arguments([*arguments, *options]))
+
+
+def test_three_stages_make_a_student_that_loads_anywhere(folder, tmp_path):
+    result = run(folder, tmp_path)
+    student, _ = load_model(result, "cpu")
+    assert isinstance(student, SamLighteningModel)
+    previous = None
+    for stage in ("encoder", "decoder", "end_to_end"):
+        files = {path.name for path in (tmp_path / stage).iterdir()}
+        assert {"student", "result.json", "curves.png", "trainer_state.json", "checkpoint-4"} <= files
+        assert Image.open(tmp_path / stage / "curves.png").width > 300
+        content = json.loads((tmp_path / stage / "result.json").read_text())
+        assert content["stage"] == stage
+        assert content["metrics"]["eval_box_miou"] >= 0
+        state = load_model(tmp_path / stage / "student", "cpu")[0].state_dict()
+        if previous:  # the decoder's stage begins with the encoder's student, and so on
+            same = {name.split(".")[0] for name in state if torch.equal(state[name], previous[name])}
+            assert ("vision_encoder" in same) == (stage == "decoder")
+        previous = state
+    assert all(torch.equal(tensor, previous[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_finished_stage_is_kept_and_an_interrupted_one_goes_on(folder, tmp_path):
+    whole = load_model(run(folder, tmp_path / "whole", stages=("encoder", "decoder")), "cpu")[0].state_dict()
+    run(folder, tmp_path / "parts", stages=("encoder", "decoder"))
+    for path in ("student", "decoder/student", "decoder/checkpoint-4"):
+        shutil.rmtree(tmp_path / "parts" / path)
+    (tmp_path / "parts/decoder/result.json").unlink()
+    finished = (tmp_path / "parts/encoder/result.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"encoder is not empty. Use --resume to go on with it, or another output_dir"):
+        run(folder, tmp_path / "parts", stages=("encoder", "decoder"))
+    resumed = load_model(run(folder, tmp_path / "parts", "--resume", stages=("encoder", "decoder")), "cpu")[
+        0
+    ].state_dict()
+    assert (tmp_path / "parts/encoder/result.json").stat().st_mtime_ns == finished
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_cached_targets_from_the_command_line(folder, tmp_path):
+    options = ("--num_views", "1", "--cache_dir", str(tmp_path / "cache"), "--train_data", str(folder / "pictures"))
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    for index, name in enumerate(("a.png", "b.png", "c.png")):
+        Image.new("RGB", (40 + index, 30), (90 * index, 20, 200)).save(pictures / name)
+    run(folder, tmp_path / "out", *options, stages=("encoder",))
+    assert len(list((tmp_path / "cache").glob("*/00000.safetensors"))) == 1
+    with pytest.raises(ValueError, match="cache_dir=.* needs num_views"):
+        run(folder, tmp_path / "other", "--cache_dir", "cache", stages=("encoder",))
+
+
+def test_a_teacher_from_scratch(folder, tmp_path):
+    result = run(folder, tmp_path, "--student", str(folder / "sam.json"), stages=("end_to_end",))
+    model, _ = load_model(result, "cpu")
+    assert type(model) is SamModel
+    # SamVisionConfig would scale the coordinate features by hidden_size // 2 = 24
+    assert model.shared_image_embedding.positional_embedding.std() < 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--train_data", "nowhere.tar"), "nowhere.tar: no tar file here"),
+        (("--train_data", "synthetic:x"), "must be synthetic:SEED"),
+        (("--teacher", "nowhere"), "nowhere: no such folder"),
+        (("--student", "enormous"), "enormous: no such folder"),
+        (("--student", "config.json"), "student=config.json: no such file"),
+        (("--eval_data", "synthetic", "synthetic:1"), "names 2 datasets"),
+        (("--train_annotations", "a.json"), "go together"),
+        (("--num_focus_layers", "4"), "num_focus_layers=4 must be from 0 to the student's num_hidden_layers=3"),
+        (("--max_scale", "0.5"), "scale=.* must be the lowest and the highest zoom"),
+        (("--teacher_dtype", "int8"), "dtype='int8' is not known"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_trained(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, *options, stages=("encoder",))
+
+
+def test_what_a_stage_needs_is_said(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (40, 30)).save(pictures / "a.png")
+    with pytest.raises(ValueError, match=r"needs masks, and ImageFolderDataset has none"):
+        run(folder, tmp_path / "out", "--train_data", str(pictures), stages=("decoder",))
+    arguments = ["--use_cpu", "--output_dir", str(tmp_path / "x")]
+    with pytest.raises(ValueError, match="train_data is missing"):
+        distill(*parse_arguments([*arguments, "--stages", "decoder"]))
+    with pytest.raises(ValueError, match='stages has "encoder", which needs a teacher'):
+        distill(*parse_arguments([*arguments, "--train_data", "synthetic"]))
+    with pytest.raises(ValueError, match="eval_strategy=.* needs eval_data"):
+        distill(
+            *parse_arguments(
+                [*arguments, "--train_data", "synthetic", "--stages", "decoder", "--eval_strategy", "steps"]
+            )
+        )
+
+
+def test_the_script_reports_errors_on_one_line(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "examples/distill.py",
+        "--use_cpu",
+        "--stages",
+        "decoder",
+        "--train_data",
+        "nowhere.tar",
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert process.returncode == 1
+    assert process.stderr.strip().splitlines()[-1].startswith("error: nowhere.tar: no tar file here")
+    assert "Traceback" not in process.stderr
+
+
+def test_the_demonstration_goes_through_everything(tmp_path):
+    """With few steps: that it learns is shown by `python examples/distill.py` itself, which takes three minutes."""
+    for name in ("demo_teacher", "demo"):
+        text = (ROOT / f"examples/configs/{name}.yaml").read_text()
+        lines = [line for line in text.splitlines() if not line.startswith(("max_steps", "eval_limit", "save_steps"))]
+        text = "\n".join(
+            [*lines, "eval_limit: 6", "save_steps: 3", *(["max_steps: 4"] if name == "demo_teacher" else [])]
+        )
+        for steps in (400, 300, 200, 150):
+            text = text.replace(f"max_steps: {steps},", "max_steps: 4,")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    script = "from samlight_hf.distillation import demonstrate; from pathlib import Path; demonstrate(Path('demo_teacher.yaml'), Path('demo.yaml'))"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    for row in ("teacher ", "student before ", "student after "):
+        assert any(line.startswith(row) for line in process.stdout.splitlines())
+    assert 'pipeline("mask-generation", model="outputs/distill/student") finds' in process.stdout
+    assert Image.open(tmp_path / "outputs/distill/masks.png").width > 500
