@@ -3,8 +3,12 @@
 import glob
 import os
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,6 +17,8 @@ from .messages import one_line
 
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+
+Item, Read = TypeVar("Item"), TypeVar("Read")
 
 # 300 MB as RGB. The masks of one picture can take as many bytes each as it has pixels.
 MAX_PIXELS = 100_000_000
@@ -89,6 +95,24 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
         raise PictureError(f"{path}: does not fit into memory. Make it smaller.") from error
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError
         raise PictureError(f"{path}: truncated or damaged ({one_line(error)}). Copy or download it again.") from error
+
+
+def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], num_threads: int = 1) -> Iterator[Read]:
+    """`read(item)` of each item in their order, of which up to `num_threads + 1` are read meanwhile by other threads.
+
+    What `read` raises is raised where its result would come. Items are taken as they are needed: there may be any number.
+    """
+    items = iter(items)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="read_ahead") as pool:
+        waiting = deque(pool.submit(read, item) for item in islice(items, num_threads + 1))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(read, item) for item in islice(items, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _in_folder(folder: Path, excluded: Path | None) -> list[Path]:

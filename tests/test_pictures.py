@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import time
 import warnings
 import zlib
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from samlight_hf import pictures
-from samlight_hf.pictures import PictureError, find_pictures, open_picture
+from samlight_hf.pictures import PictureError, find_pictures, open_picture, read_ahead
 
 
 def refused(path, *words):
@@ -154,3 +155,32 @@ def test_an_empty_folder_is_a_problem(tmp_path):
     found, problems = find_pictures([tmp_path])
     assert not found
     assert "no pictures" in str(problems[0])
+
+
+def test_items_are_read_ahead_in_their_order_and_no_further():
+    taken, read = [], []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    def slowly(number):
+        time.sleep(0.001 * (number % 3))
+        read.append(number)
+        return 10 * number
+
+    results = read_ahead(slowly, items(), num_threads=2)
+    assert [next(results) for _ in range(5)] == [0, 10, 20, 30, 40]
+    assert len(taken) <= 5 + 3
+    results.close()
+    assert len(read) <= len(taken)
+    assert list(read_ahead(slowly, range(7))) == [0, 10, 20, 30, 40, 50, 60]
+    assert list(read_ahead(slowly, [])) == []
+
+
+def test_what_reading_raises_comes_in_its_place():
+    results = read_ahead(lambda number: 1 // number, [1, 0, 1])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -1,0 +1,171 @@
+"""Pictures to pixel values on the model's device, bit for bit as transformers' image processor makes them on a CPU.
+
+On a CPU torch resizes uint8 with integer arithmetic, and on a GPU in floating point with another rounding: one grey level
+here and there, which is enough for a mask at a threshold to come or go. So the integer arithmetic is repeated here.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
+from transformers import SamImageProcessor
+from transformers.image_utils import PILImageResampling
+
+from .pictures import open_picture
+
+
+Picture = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+
+
+def picture_tensor(picture: Picture) -> torch.Tensor:
+    """One picture as uint8 (3, H, W): a path, a PIL image, or grey or RGB levels, uint8, as an array or a tensor.
+
+    Arrays are (H, W) or (H, W, 3), tensors (H, W) or (3, H, W), which stay on their device. A PIL image is turned
+    upright as its EXIF orientation says.
+    Raises ValueError for another dtype or shape and for an empty picture; PictureError, a ValueError, for a file that
+    cannot be read.
+    """
+    if isinstance(picture, str | os.PathLike):
+        picture = open_picture(picture)
+    if isinstance(picture, Image.Image):
+        picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    if not isinstance(picture, np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"a picture is a {type(picture).__name__}, and must be a path, a PIL image, an array or a tensor."
+        )
+    is_array, shape = isinstance(picture, np.ndarray), tuple(picture.shape)
+    if picture.dtype != (np.uint8 if is_array else torch.uint8):
+        raise ValueError(f"a picture's levels are {picture.dtype}, and must be uint8, 0 to 255.")
+    if len(shape) != 2 and not (len(shape) == 3 and shape[2 if is_array else 0] == 3):
+        raise ValueError(
+            f"a picture has the shape {shape}, and must be (H, W) or {'(H, W, 3)' if is_array else '(3, H, W)'}."
+        )
+    if 0 in shape:
+        raise ValueError(f"a picture of shape {shape} has no pixels.")
+    if is_array:  # torch takes neither negative strides nor memory that must not be written to without a word
+        picture = torch.from_numpy(np.array(picture.transpose(2, 0, 1) if len(shape) == 3 else picture))
+    return picture if len(shape) == 3 else picture.expand(3, -1, -1)
+
+
+def check_size(image_processor: SamImageProcessor, height: int, width: int):
+    """Raises ValueError for a picture whose short side would vanish when its long side is resized for the model."""
+    longest_edge = image_processor.size["longest_edge"]
+    if min(height, width) * longest_edge / max(height, width) < 0.5:
+        raise ValueError(
+            f"a picture of {width}x{height} pixels is too thin: resized to {longest_edge} pixels it would be 0 pixels "
+            f"thick. Cut it to a ratio below {2 * longest_edge}:1."
+        )
+
+
+def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
+    """(height, width) within the model's input, rounded as the image processor does."""
+    scale = longest_edge / max(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def preprocess(
+    image_processor: SamImageProcessor, pictures: Sequence[torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """Pictures, uint8 (3, H, W) of any sizes and on any device, to pixel values, float32 (B, 3, S, S), on `device`.
+
+    Resized to the image processor's longest edge, normalised, and padded with zeros at the right and at the bottom.
+    """
+    if device.type == "cpu" or why_not_on_device(image_processor):
+        inputs = image_processor(list(pictures), return_tensors="pt", device=device if device.type != "cpu" else None)
+        return inputs["pixel_values"]
+    height, width = image_processor.pad_size["height"], image_processor.pad_size["width"]
+    pixel_values = torch.zeros(len(pictures), 3, height, width, device=device)
+    for place, picture in zip(pixel_values, pictures):
+        size = resized_size(*picture.shape[-2:], image_processor.size["longest_edge"])
+        resized = resize_uint8(picture.to(device, non_blocking=True), size)
+        place[:, : size[0], : size[1]] = image_processor.rescale_and_normalize(
+            resized, True, image_processor.rescale_factor, True, tuple(image_processor.image_mean), tuple(image_processor.image_std)
+        )  # fmt: skip
+    return pixel_values
+
+
+def why_not_on_device(image_processor: SamImageProcessor) -> str | None:
+    """Why this processor's pictures are not resized by `resize_uint8`: a sentence, or None where they are."""
+    if image_processor.resample not in (PILImageResampling.BILINEAR, int(PILImageResampling.BILINEAR)):
+        return f"resample={image_processor.resample!r} is not bilinear"
+    for step in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
+        if not getattr(image_processor, step):
+            return f"{step}=False"
+    if not hasattr(image_processor, "rescale_and_normalize"):
+        return f"{type(image_processor).__name__} takes no tensors"
+    return None
+
+
+def resize_uint8(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 (C, H, W) to (C, *size), bilinear with antialiasing: torch's own result on a CPU with AVX2, on any device.
+
+    Columns first, then rows, each as a sum of a few neighbours with integer weights, rounded to uint8.
+    """
+    for dim, length in ((2, size[1]), (1, size[0])):
+        if picture.shape[dim] != length:
+            picture = _resize_axis(picture, dim, length)
+    return picture
+
+
+def _resize_axis(picture: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    sources, weights, shift = _integer_weights(picture.shape[dim], length)
+    sources, weights = sources.to(picture.device), weights.to(picture.device)
+    shape = [1, 1, 1]
+    shape[dim] = length
+    total = None
+    for neighbour, weight in zip(sources, weights):
+        part = picture.index_select(dim, neighbour).int() * weight.view(shape)
+        total = part + (1 << (shift - 1)) if total is None else total.add_(part)
+    return (total >> shift).clamp_(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=64)
+def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """For each neighbour and each of `length` results: its source and its weight, (neighbours, length), and their shift.
+
+    The weights of a triangle over the pixels it covers, normalised, times the largest power of two at which the largest
+    of them stays below 2^15.
+    """
+    scale = source_length / length
+    support = max(scale, 1.0)
+    centre = scale * (torch.arange(length, dtype=torch.float64) + 0.5)
+    first = (centre - support + 0.5).long().clamp(min=0)
+    count = (centre + support + 0.5).long().clamp(max=source_length) - first
+    neighbour = torch.arange(math.ceil(support) * 2 + 1)[:, None]
+    weights = (1 - ((neighbour + first - centre + 0.5) / support).abs()).clamp(min=0)
+    weights = torch.where(neighbour < count, weights, 0.0)
+    weights = weights / weights.sum(dim=0)
+    largest = weights.max().item()
+    shift = 0
+    while shift < 22 and int(0.5 + largest * (1 << (shift + 1))) < 1 << 15:
+        shift += 1
+    used = weights.gt(0).any(dim=1).nonzero().max().item() + 1
+    sources = (neighbour + first).clamp(max=source_length - 1)[:used]
+    return sources, (weights[:used] * (1 << shift) + 0.5).int(), shift
+
+
+def upscale_logits(
+    logits: torch.Tensor, padded_size: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]
+) -> torch.Tensor:
+    """The decoder's logits (n, h, w) at the picture's `original` size, float32 (n, H, W), as the image processor makes them.
+
+    Bilinear to the `padded_size` of the model's input, cut to the `resized` picture in it, and bilinear to the original;
+    all sizes are (height, width). What would be cut off is not computed.
+    """
+    size = logits.shape[-2:]
+    ratios = [padded / low if padded % low == 0 else 0 for padded, low in zip(padded_size, size)]
+    if all(ratios):  # one more row and column than needed, whose neighbours are then the same
+        rows, columns = (min(low, math.ceil(cut / r) + 1) for low, cut, r in zip(size, resized, ratios))
+        logits, padded_size = logits[:, :rows, :columns], (int(rows * ratios[0]), int(columns * ratios[1]))
+    logits = logits[:, None].float()
+    if logits.shape[-2:] != padded_size:
+        logits = F.interpolate(logits, padded_size, mode="bilinear", align_corners=False)
+    logits = logits[..., : resized[0], : resized[1]]
+    if resized != original:
+        logits = F.interpolate(logits, original, mode="bilinear", align_corners=False)
+    return logits[:, 0]

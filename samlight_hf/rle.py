@@ -1,0 +1,150 @@
+"""Binary masks as run lengths, in COCO's order: column by column, pixels outside and inside the mask in turn.
+
+A mask of a photograph is a thousand runs or so, where its pixels are a million: masks are kept, sent from the GPU and
+written as runs, and only what is looked at becomes pixels again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import overload
+
+import numpy as np
+import torch
+
+
+def mask_changes(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each of n masks, bool (n, H, W), changes, on their own device; waits for it once.
+
+    Returns int32 (total,), the column-major positions x * H + y of the pixels that differ from the one before (before
+    the first lies the outside), mask after mask, and int32 (n,), how many of them each mask has.
+    """
+    num_masks, height, width = masks.shape
+    pixels = masks.transpose(1, 2).reshape(num_masks, height * width)
+    changed = torch.empty_like(pixels)
+    if pixels.numel():
+        changed[:, 0] = pixels[:, 0]
+        torch.ne(pixels[:, 1:], pixels[:, :-1], out=changed[:, 1:])
+    positions = changed.flatten().nonzero().squeeze(1) % max(1, height * width)
+    return positions.int(), changed.sum(dim=1, dtype=torch.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class RunLengthMasks(Sequence):
+    """n masks of `height` x `width` pixels. As a sequence it holds them as bool (H, W); a slice or an index array selects.
+
+    Attributes:
+        runs: int64 (total,), the lengths of the runs of all masks. The first run of each lies outside, and may be 0 long.
+        offsets: int64 (n + 1,): the runs of mask i are `runs[offsets[i]:offsets[i + 1]]`. They sum to height * width.
+    """
+
+    height: int
+    width: int
+    runs: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_changes(cls, height: int, width: int, positions: np.ndarray, counts: np.ndarray) -> "RunLengthMasks":
+        """Of what `mask_changes` returns."""
+        # Each mask's positions between the first and the behind-last pixel; runs are what lies between neighbours.
+        offsets = np.concatenate(([0], np.cumsum(counts + 2, dtype=np.int64)))
+        bounds = np.zeros(offsets[-1], dtype=np.int64)
+        is_change = np.ones(len(bounds), dtype=bool)
+        is_change[offsets[:-1]] = is_change[offsets[1:] - 1] = False
+        bounds[offsets[1:] - 1] = height * width
+        bounds[is_change] = positions
+        runs = np.diff(bounds, prepend=0)
+        is_run = np.ones(len(bounds), dtype=bool)
+        is_run[offsets[:-1]] = False
+        return cls(height, width, runs[is_run], offsets - np.arange(len(offsets)))
+
+    @classmethod
+    def from_masks(cls, masks: np.ndarray | torch.Tensor) -> "RunLengthMasks":
+        """Of bool (n, H, W)."""
+        masks = torch.as_tensor(masks)
+        if masks.dtype != torch.bool or masks.ndim != 3:
+            raise ValueError(f"masks are {masks.dtype} of shape {tuple(masks.shape)}, and must be bool (n, H, W).")
+        positions, counts = mask_changes(masks)
+        return cls.from_changes(*masks.shape[1:], positions.cpu().numpy(), counts.cpu().numpy())
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice | np.ndarray) -> "RunLengthMasks": ...
+
+    def __getitem__(self, index):
+        if isinstance(index, int | np.integer):
+            return self._decode(range(len(self))[index])
+        index = np.arange(len(self))[index]
+        lengths = np.diff(self.offsets)[index]
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        # The k-th run of a chosen mask lies k behind its first.
+        source = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return RunLengthMasks(self.height, self.width, self.runs[source], offsets)
+
+    def __iter__(self):
+        return map(self._decode, range(len(self)))
+
+    def runs_of(self, index: int) -> np.ndarray:
+        """int64 (runs,) of one mask."""
+        return self.runs[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def areas(self) -> np.ndarray:
+        """Pixels inside each mask, int64 (n,)."""
+        position = np.arange(len(self.runs)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        totals = np.concatenate(([0], np.cumsum(self.runs * (position % 2))))
+        return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
+
+    def to_masks(self) -> np.ndarray:
+        """bool (n, H, W)."""
+        masks = np.zeros((len(self), self.width, self.height), dtype=bool)
+        for index, mask in enumerate(masks):
+            self._fill(index, mask.reshape(-1))
+        return masks.transpose(0, 2, 1)
+
+    def to_coco(self, compressed: bool = True) -> list[dict]:
+        """`{"size": [H, W], "counts": ...}` of each mask, as pycocotools reads it; counts are str, or lists of int."""
+        size = [self.height, self.width]
+        if compressed:
+            return [{"size": size.copy(), "counts": counts} for counts in compress_runs(self.runs, self.offsets)]
+        return [{"size": size.copy(), "counts": self.runs_of(index).tolist()} for index in range(len(self))]
+
+    def _decode(self, index: int) -> np.ndarray:
+        pixels = np.zeros(self.height * self.width, dtype=bool)
+        self._fill(index, pixels)
+        return pixels.reshape(self.width, self.height).T
+
+    def _fill(self, index: int, pixels: np.ndarray):
+        """Sets the mask's pixels, column by column, in (H * W,) of zeros. A loop over runs is faster than over pixels."""
+        bounds = np.cumsum(self.runs_of(index)).tolist()
+        for start, end in zip(bounds[0::2], bounds[1::2]):
+            pixels[start:end] = True
+
+
+def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
+    """COCO's compressed counts of many masks at once; `samlight_hf.data.annotations.run_lengths` tells the format, and reads it."""
+    position = np.arange(len(runs)) - np.repeat(offsets[:-1], np.diff(offsets))
+    values = runs.astype(np.int64)
+    later = np.flatnonzero(position > 2)
+    values[later] -= runs[later - 2]
+
+    groups = []
+    rest, unfinished = values, np.ones(len(values), dtype=bool)
+    while unfinished.any():
+        group = rest & 31
+        rest = rest >> 5  # arithmetic: what is left of a negative number ends as -1
+        more = unfinished & (rest != np.where(group & 16, -1, 0))
+        groups.append(np.where(unfinished, 48 + group + 32 * more, 0))
+        unfinished = more
+    if not groups:
+        return [""] * (len(offsets) - 1)
+    characters = np.stack(groups, axis=1).astype(np.uint8)  # (runs, groups), 0 behind the last group of a run
+    written = characters > 0
+    ends = np.concatenate(([0], np.cumsum(written.sum(axis=1))))[offsets].tolist()
+    text = characters[written].tobytes().decode("ascii")
+    return [text[start:end] for start, end in pairwise(ends)]
