@@ -1,0 +1,54 @@
+"""Functions of CUDA tensors, replayed from CUDA graphs."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+
+class GraphedFunction:
+    """A function of CUDA tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called.
+
+    What it returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the
+    one that was not used for the longest time is dropped. `last_ran` is "graph" or "eager".
+    """
+
+    def __init__(self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None):
+        self.function, self.enabled, self.max_graphs, self.pool = function, enabled, max_graphs, pool
+        self.last_ran: str | None = None
+        self._graphs: OrderedDict = OrderedDict()
+
+    @torch.inference_mode()
+    def __call__(self, *tensors: torch.Tensor):
+        if not (self.enabled and all(tensor.is_cuda for tensor in tensors)):
+            self.last_ran = "eager"
+            return self.function(*tensors)
+        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        if key not in self._graphs:
+            while len(self._graphs) >= self.max_graphs:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = self._capture(tensors)
+        self._graphs.move_to_end(key)
+        graph, inputs, outputs = self._graphs[key]
+        for static, tensor in zip(inputs, tensors):
+            if static.data_ptr() != tensor.data_ptr():
+                static.copy_(tensor, non_blocking=True)
+        graph.replay()
+        self.last_ran = "graph"
+        return outputs
+
+    def _capture(self, tensors: tuple[torch.Tensor, ...]):
+        with torch.cuda.device(tensors[0].device):
+            inputs = [tensor.clone() for tensor in tensors]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # kernels are chosen, and workspaces made, before the capture
+                    self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.empty_cache()  # what the warm-up took, the graph takes once more
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use CUDA meanwhile, and must not make this capture fail.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                outputs = self.function(*inputs)
+        return graph, inputs, outputs

@@ -1,0 +1,296 @@
+"""SAM's mask decoder in fewer operations: the same results, up to rounding.
+
+What the decoder costs is the image side: N = 4096 tokens of 256 channels for every prompt. Here there is less of that:
+
+- In the first layer all prompts of a picture see the same image tokens: their keys, values and queries are projected once.
+- Later, tokens are few (T = 7) and image tokens many. A projection W of the image tokens x that only meets the tokens is
+  moved to the tokens' side: q (W x)^T = (q W) x^T, and p (x W) = (p x) W, with p the probabilities of T tokens. So no
+  projection of an image token is computed, written or read.
+- Everything stays in the layout (prompts, tokens, channels): transposed convolutions of stride 2 are matrix products, and
+  only the finished masks are put into the order of their pixels.
+- Masks are computed for prompts that are kept by their predicted IoU, where the caller asks for a least one.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
+
+from .cuda_graphs import GraphedFunction
+
+
+class Decoded(NamedTuple):
+    """What P prompts gave: `iou` float32 (P, M), and `logits` (K, h, w) of the K masks whose place in it is in `kept`."""
+
+    iou: torch.Tensor
+    kept: torch.Tensor  # int64 (K,), places in iou.flatten(), ascending
+    logits: torch.Tensor
+
+
+def why_not_fast(model: PreTrainedModel) -> str | None:
+    """Why `FastMaskDecoder` cannot run this model: a sentence, or None where it can."""
+    decoder, prompt_encoder = getattr(model, "mask_decoder", None), getattr(model, "prompt_encoder", None)
+    if type(decoder) is not SamMaskDecoder or type(prompt_encoder) is not SamPromptEncoder:
+        return f"{type(model).__name__} has no mask decoder of SAM's own build."
+    return None
+
+
+class FastMaskDecoder:
+    """The prompt encoder and mask decoder of a `SamModel` or `SamLighteningModel`, for inference.
+
+    The model's weights are read when this is made; make another after they have changed or moved.
+    """
+
+    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = False):
+        if reason := why_not_fast(model):
+            raise ValueError(reason)
+        self.prompt_encoder, self.decoder = model.prompt_encoder, model.mask_decoder
+        self.cuda_graphs = cuda_graphs
+        self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # of memory that graphs may share
+        self.transform = GraphedFunction(self._transform, cuda_graphs, pool=self.pool)
+        self._decode_all = {
+            multimask: GraphedFunction(partial(self._all_masks, multimask), cuda_graphs, pool=self.pool)
+            for multimask in (False, True)
+        }
+        decoder = self.decoder
+        with torch.no_grad():
+            # (1, C, h, w) -> (N, C)
+            self.positions = model.get_image_wide_positional_embeddings().flatten(2)[0].T.contiguous()
+            self.no_mask = self.prompt_encoder.no_mask_embed.weight  # (1, C)
+            self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+            self.upscaling = [_as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)]
+            self.hypernetworks = _stack_layers(decoder.output_hypernetworks_mlps)
+            # In float32 for models of any dtype: in bfloat16 one score in a hundred has a neighbour with the same bits,
+            # and which of two masks is suppressed would be a matter of their order. It costs nothing.
+            self.iou_head = [
+                (weight.float(), bias.float()) for weight, bias in _stack_layers([decoder.iou_prediction_head])
+            ]
+        self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
+
+    def prepare(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Image embeddings (B, C, h, w) of the encoder as image tokens (B, N, C), a copy."""
+        return embedding.flatten(2).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        image: torch.Tensor,
+        points: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        mask_logits: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        min_iou: float | None = None,
+        prompts_per_upscaling: int | None = None,
+        repeated: bool = False,
+    ) -> Decoded:
+        """Masks for P prompts, in pixels of the resized picture as `SamProcessor` makes them.
+
+        `image` is prepared image tokens, (1, N, C) of the picture of all prompts, or (P, N, C). A prompt is `points`
+        (P, k, 2) with `labels` (P, k), or a box of `boxes` (P, 4), or both, and may have the logits of an earlier mask,
+        `mask_logits` (P, h, w). Three masks for each prompt, or one without `multimask_output`; only those with a
+        predicted IoU above `min_iou`, where it is given. Logits are (4 * h, 4 * w) for embeddings of h x w.
+
+        `prompts_per_upscaling` bounds how many prompts are at once in the part that needs the most memory. `repeated` says
+        that batches of this shape come again and again, which is what repays the capture of a CUDA graph.
+        """
+        prompts = [tensor for tensor in (points, labels, boxes) if tensor is not None]
+        if mask_logits is None:
+            image = image + self.no_mask
+        else:
+            dense = self.prompt_encoder.mask_embed(mask_logits[:, None].to(image.dtype))
+            image = image + dense.flatten(2).transpose(1, 2)
+        if repeated and min_iou is None and len(prompts[0]) == 1:
+            decode_all = self._decode_all[multimask_output]
+            iou, logits = (output.clone() for output in decode_all(image, *prompts))
+            return Decoded(iou, places_above(iou, None), logits)
+        transform = self.transform if repeated else self._transform
+        tokens, image_tokens, iou = transform(image, *prompts)
+        masks = _mask_slice(multimask_output)
+        iou = iou[:, masks].float()
+        kept = places_above(iou, min_iou)
+        logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, prompts_per_upscaling)
+        return Decoded(iou, kept, logits)
+
+    def _all_masks(self, multimask_output: bool, image: torch.Tensor, *prompts: torch.Tensor):
+        """Predicted IoU (P, M) and the logits (P * M, 4h, 4w) of all masks, without a look at what was computed."""
+        masks = _mask_slice(multimask_output)
+        tokens, image_tokens, iou = self._transform(image, *prompts)
+        logits = self._upscale(image_tokens, self._hyper(tokens[:, 1:][:, masks], masks))
+        return iou[:, masks].float(), logits.flatten(0, 1)
+
+    def _transform(self, image: torch.Tensor, *prompts: torch.Tensor):
+        """Tokens (P, 1 + masks, C), image tokens (P, N, C), and predicted IoU (P, masks), all masks of the decoder.
+
+        `image` (1, N, C) or (P, N, C) has the embedding of a mask, or of none, added.
+        """
+        sparse = self._embed(*prompts)
+        output_tokens = self.output_tokens.expand(len(sparse), -1, -1)
+        tokens, image_tokens = self._two_way(torch.cat([output_tokens, sparse.to(output_tokens.dtype)], dim=1), image)
+        iou = _run_mlps(self.iou_head, tokens[None, :, 0].float())[0]
+        return tokens[:, : len(self.output_tokens)], image_tokens, iou
+
+    def _embed(self, *prompts: torch.Tensor) -> torch.Tensor:
+        """(P, tokens, C): points (P, k, 2) and labels (P, k) come before boxes (P, 4)."""
+        points, labels = prompts[:2] if len(prompts) > 1 else (None, None)
+        boxes = prompts[-1] if len(prompts) != 2 else None
+        points, labels, boxes = (None if tensor is None else tensor[None] for tensor in (points, labels, boxes))
+        return self.prompt_encoder(points, labels, boxes, None)[0][0]
+
+    def _two_way(self, embedded: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two-way transformer; `embedded` (P, T, C) are tokens as they came in, and their positions."""
+        transformer, tokens = self.decoder.transformer, embedded
+        for layer in transformer.layers:
+            if layer.skip_first_layer_pe:
+                tokens = _attend(layer.self_attn, tokens, tokens)
+            else:
+                tokens = tokens + _attend(layer.self_attn, tokens + embedded, tokens)
+            tokens = layer.layer_norm1(tokens)
+            tokens = tokens + self._tokens_to_image(layer.cross_attn_token_to_image, tokens + embedded, image)
+            tokens = layer.layer_norm2(tokens)
+            tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
+            image = layer.layer_norm4(
+                self._image_to_tokens(layer.cross_attn_image_to_token, image, tokens + embedded, tokens)
+            )
+        attention = self._tokens_to_image(transformer.final_attn_token_to_image, tokens + embedded, image)
+        return transformer.layer_norm_final_attn(tokens + attention), image
+
+    def _tokens_to_image(self, attention: SamAttention, tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Cross attention of tokens (P, T, C) to image tokens (1, N, C) or (P, N, C) with positions, values without."""
+        heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, tokens.shape
+        query = _heads(attention.q_proj(tokens), heads) * attention.scaling  # (P, T, H, D)
+        if len(image) == 1:  # shared: project it once
+            key = _heads(attention.k_proj(image[0] + self.positions), heads)  # (N, H, D)
+            value = _heads(attention.v_proj(image[0]), heads)
+            scores = query.permute(2, 0, 1, 3).flatten(1, 2) @ key.permute(1, 2, 0)  # (H, P * T, N)
+            output = scores.softmax(dim=-1) @ value.transpose(0, 1)  # (H, P * T, D)
+            output = output.view(heads, num_prompts, num_tokens, -1).permute(1, 2, 0, 3)
+        else:
+            # The key's bias adds the same to all scores of a token, and softmax does not see it.
+            query = _to_image_side(query, attention.k_proj.weight)  # (P, H * T, C)
+            probabilities = self._scores(query, image).softmax(dim=-1)  # (P, H * T, N)
+            seen = (probabilities @ image).view(num_prompts, heads, num_tokens, -1)  # (P, H, T, C)
+            weight = attention.v_proj.weight.view(heads, -1, seen.shape[-1])  # (H, D, C)
+            output = (seen @ weight.transpose(1, 2)).transpose(1, 2)  # (P, T, H, D)
+            output = output + attention.v_proj.bias.view(heads, -1)  # probabilities sum to 1
+        return attention.out_proj(output.flatten(2))
+
+    def _image_to_tokens(
+        self, attention: SamAttention, image: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Image tokens plus their attention to tokens: (P, N, C)."""
+        heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, keys.shape
+        key = _heads(attention.k_proj(keys), heads) * attention.scaling  # (P, T, H, D)
+        if len(image) == 1:
+            query = _heads(attention.q_proj(image[0] + self.positions), heads)  # (N, H, D)
+            scores = key.permute(2, 0, 1, 3).flatten(1, 2) @ query.permute(1, 2, 0)  # (H, P * T, N)
+            scores = scores.view(heads, num_prompts, num_tokens, -1).transpose(0, 1)
+        else:
+            # The query's bias, in contrast, adds to each token's score what that token's key makes of it.
+            bias = (key * attention.q_proj.bias.view(heads, -1)).sum(dim=-1).transpose(1, 2).reshape(num_prompts, -1, 1)
+            scores = self._scores(_to_image_side(key, attention.q_proj.weight), image, bias)
+            scores = scores.view(num_prompts, heads, num_tokens, -1)
+        probabilities = scores.softmax(dim=2).reshape(num_prompts, heads * num_tokens, -1)  # of the tokens
+        value = _to_image_side(_heads(attention.v_proj(values), heads), attention.out_proj.weight.T)  # (P, H * T, C)
+        # Each of the heads' probabilities sums to 1, so together they add the bias once.
+        value = value + attention.out_proj.bias / heads
+        return torch.baddbmm(image.expand(num_prompts, -1, -1), probabilities.transpose(1, 2), value)
+
+    def _scores(self, query: torch.Tensor, image: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """query (P, R, C) times image tokens with positions (P, N, C), without adding the positions to each of those."""
+        scores = query @ self.positions.T  # (P, R, N)
+        return (scores if bias is None else scores.add_(bias)).baddbmm_(query, image.transpose(1, 2))
+
+    def _masks(self, tokens, image_tokens, shape, kept, masks: slice, prompts_at_once: int | None) -> torch.Tensor:
+        """Logits (K, 4h, 4w) of the masks `kept` (K,), places in the `shape` (P, M) of all."""
+        height, width = (4 * size for size in self.grid_size)
+        num_masks = shape[1]
+        if len(kept) == shape.numel():
+            prompts, tokens_kept = None, tokens
+        else:
+            prompts, places = torch.unique_consecutive(kept // num_masks, return_inverse=True)
+            tokens_kept = tokens[prompts]
+            kept = places * num_masks + kept % num_masks
+        logits = tokens.new_empty(len(tokens_kept), num_masks, height, width)
+        hyper = self._hyper(tokens_kept, masks)  # (P', M, C / 8)
+        for start in range(0, len(hyper), prompts_at_once or len(hyper) or 1):
+            part = slice(start, start + (prompts_at_once or len(hyper)))
+            image_part = image_tokens[part] if prompts is None else image_tokens[prompts[part]]
+            logits[part] = self._upscale(image_part, hyper[part])
+        logits = logits.flatten(0, 1)
+        return logits if prompts is None else logits[kept]
+
+    def _hyper(self, tokens: torch.Tensor, masks: slice) -> torch.Tensor:
+        """The hypernetworks' MLPs, one for each mask token, side by side: (P, M, C) -> (P, M, C / 8)."""
+        layers = [(weight[masks], bias[masks]) for weight, bias in self.hypernetworks]
+        return _run_mlps(layers, tokens.transpose(0, 1)).transpose(0, 1)
+
+    def _upscale(self, image_tokens: torch.Tensor, hyper: torch.Tensor) -> torch.Tensor:
+        """(P, N, C) and (P, M, C / 8) -> logits (P, M, 4h, 4w)."""
+        decoder, (height, width) = self.decoder, self.grid_size
+        (weight1, bias1), (weight2, bias2) = self.upscaling
+        norm = decoder.upscale_layer_norm
+        hidden = F.linear(image_tokens, weight1, bias1).unflatten(2, (4, -1))  # (P, N, 2 * 2, C / 4)
+        hidden = decoder.activation(F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        hidden = decoder.activation(F.linear(hidden, weight2, bias2))  # (P, N, 2 * 2, 2 * 2 * C / 8)
+        hidden = hidden.view(len(hidden), -1, hyper.shape[-1])  # (P, N * 2 * 2 * 2 * 2, C / 8)
+        logits = hyper @ hidden.transpose(1, 2)
+        # Of each image token 2 x 2 pixels, and of each of those 2 x 2: (P, M, h, w, 2, 2, 2, 2) -> (P, M, h, 2, 2, w, 2, 2)
+        logits = logits.view(*logits.shape[:2], height, width, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+        return logits.reshape(*logits.shape[:2], 4 * height, 4 * width)
+
+
+def _mask_slice(multimask_output: bool) -> slice:
+    return slice(1, None) if multimask_output else slice(0, 1)
+
+
+def places_above(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
+    if min_iou is None:
+        return torch.arange(iou.numel(), device=iou.device)
+    return (iou.flatten() > min_iou).nonzero().squeeze(1)
+
+
+def _attend(attention: SamAttention, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The module's self-attention of (P, T, C), which it takes as one picture's."""
+    return attention(query=tokens[None], key=tokens[None], value=values[None])[0][0]
+
+
+def _heads(projected: torch.Tensor, heads: int) -> torch.Tensor:
+    return projected.unflatten(-1, (heads, -1))
+
+
+def _to_image_side(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each head of the tokens (P, T, H, D) times its rows of `weight` (H * D, C): (P, H * T, C)."""
+    num_prompts, num_tokens, heads, head_dim = tokens.shape
+    weight = weight.reshape(heads, head_dim, -1)
+    # (P, T, H, D) -> (H, P * T, D) -> (H, P * T, C) -> (P, H * T, C)
+    product = tokens.permute(2, 0, 1, 3).reshape(heads, num_prompts * num_tokens, head_dim) @ weight
+    return product.view(heads, num_prompts, num_tokens, -1).transpose(0, 1).reshape(num_prompts, heads * num_tokens, -1)
+
+
+def _as_linear(convolution: nn.ConvTranspose2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (2 * 2 * out, in) and bias of a transposed convolution whose 2 x 2 kernel is its stride."""
+    assert convolution.kernel_size == convolution.stride == (2, 2)
+    weight = convolution.weight.permute(2, 3, 1, 0)  # (in, out, 2, 2) -> (2, 2, out, in)
+    return weight.reshape(-1, weight.shape[-1]).contiguous(), convolution.bias.repeat(4)
+
+
+def _run_mlps(layers: list[tuple[torch.Tensor, torch.Tensor]], hidden: torch.Tensor) -> torch.Tensor:
+    """M MLPs of `_stack_layers`, each on its own (M, P, in): (M, P, out), with ReLU between layers."""
+    for index, (weight, bias) in enumerate(layers):
+        hidden = torch.baddbmm(bias, hidden if index == 0 else hidden.relu(), weight)
+    return hidden
+
+
+def _stack_layers(mlps: Iterable[SamFeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each layer the weights (M, in, out) and biases (M, 1, out) of M equal MLPs."""
+    layers = zip(*([mlp.proj_in, *mlp.layers, mlp.proj_out] for mlp in mlps))
+    return [
+        (torch.stack([linear.weight.T for linear in same]), torch.stack([linear.bias for linear in same])[:, None])
+        for same in layers
+    ]
