@@ -9,9 +9,13 @@ from transformers import (
     SamImageProcessor,
     SamProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
+from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
 from .modeling.configuration_sam_lightening import SamLighteningConfig, SamLighteningVisionConfig
 from .modeling.modeling_sam_lightening import SamLighteningModel, SamLighteningVisionModel
+from .pipelines import TASK, FastMaskGenerationPipeline
+from .predictor import Prediction, Predictor
 
 
 __version__ = "0.1.0"
@@ -25,5 +29,24 @@ AutoProcessor.register(SamLighteningConfig, SamProcessor, exist_ok=True)
 AutoImageProcessor.register(
     SamLighteningConfig, image_processor_classes={"torchvision": SamImageProcessor}, exist_ok=True
 )
+if TASK not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK,
+        pipeline_class=FastMaskGenerationPipeline,
+        pt_model=AutoModelForMaskGeneration,
+        default={"model": ("facebook/sam-vit-huge", "87aecf0")},
+        type="image",
+    )
 
-__all__ = ["SamLighteningConfig", "SamLighteningModel", "SamLighteningVisionConfig", "SamLighteningVisionModel"]
+__all__ = [
+    "FastMaskGenerationPipeline",
+    "GeneratedMasks",
+    "MaskGenerationSettings",
+    "MaskGenerator",
+    "Prediction",
+    "Predictor",
+    "SamLighteningConfig",
+    "SamLighteningModel",
+    "SamLighteningVisionConfig",
+    "SamLighteningVisionModel",
+]

@@ -1,23 +1,38 @@
-"""Masks of one picture: for boxes, for points, or for everything in it. Coordinates are pixels of the original picture."""
+"""Everything mode: the masks of all there is in a picture, equal to transformers' `mask-generation` pipeline, and faster.
+
+A grid of points is decoded, three masks each, on the picture and, where asked for, on crops of it. Kept are masks that
+the model scores well, that are stable under another threshold, that do not end at a crop's border, and of those that
+lie on each other the best. The order of these steps, every comparison and every resize are the stock pipeline's. What
+differs is when they happen and to what: a mask that its score rules out is never computed, masks reach the picture's
+size a few at a time and leave it as run lengths, and everything up to the suppression of duplicates is on the device.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers import MaskGenerationPipeline, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
-from .loading import quiet_transformers
+from .crops import (
+    DEFAULT_POINTS_PER_SIDE,
+    DEFAULT_PRED_IOU_THRESH,
+    DEFAULT_STABILITY_SCORE_THRESH,
+    Crop,
+    MaskGenerationSettings,
+    crop_boxes,
+    point_grid,
+)
+from .inference import Decoder, PictureEncoder, make_decoder
+from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
+from .pictures import read_ahead
+from .preprocessing import Picture, check_size, picture_tensor, resized_size, upscale_logits
+from .rle import RunLengthMasks, mask_changes
 
 
-DEFAULT_POINTS_PER_SIDE = 32
-DEFAULT_PRED_IOU_THRESH = 0.88
-DEFAULT_STABILITY_SCORE_THRESH = 0.95
-
-# Masks of one batch at the picture's own size, before they are thresholded: float32, three for a point.
-_BATCH_BYTES = 2**30
+_CROP_EDGE_TOLERANCE = 20  # pixels of the picture
 
 
 @dataclass(frozen=True)
@@ -42,164 +57,270 @@ class MaskResult:
         return MaskResult(self.masks[part], self.scores[part], self.boxes_xyxy[part])
 
 
-class _HalfPrecisionPipeline(MaskGenerationPipeline):
-    """transformers' pipeline, whose non-maximum suppression takes scores of the boxes' dtype, float32, and no other.
+@dataclass(frozen=True)
+class GeneratedMasks:
+    """n masks of everything in a picture, the best first; all fields are well formed where n is 0.
 
-    `progress.update` is told how many points have been decoded.
+    Attributes:
+        masks: a sequence of bool (H, W), kept as run lengths; `masks.to_coco()` is COCO's RLE.
+        scores: float32 (n,), the IoU with the true mask that the model predicts.
+        boxes_xyxy: float32 (n, 4), as in `MaskResult`.
+        stability_scores: float32 (n,), the IoU of the mask at the lower threshold with the mask at the higher one.
+        points_xy: float32 (n, 2), the point of the grid that gave the mask, in pixels of the picture.
+        crop_boxes_xyxy: float32 (n, 4), the crop that the mask was found in, as pixel edges.
     """
 
-    progress = None
+    masks: RunLengthMasks
+    scores: np.ndarray
+    boxes_xyxy: np.ndarray
+    stability_scores: np.ndarray
+    points_xy: np.ndarray
+    crop_boxes_xyxy: np.ndarray
 
-    def _forward(self, model_inputs, **kwargs):
-        num_points = model_inputs["input_points"].shape[1]
-        output = super()._forward(model_inputs, **kwargs)
-        if self.progress is not None:
-            self.progress.update(num_points)
-        return output
+    def __len__(self) -> int:
+        return len(self.masks)
 
-    def postprocess(self, model_outputs, **kwargs):
-        for output in model_outputs:
-            output["iou_scores"] = output["iou_scores"].float()
-        return super().postprocess(model_outputs, **kwargs)
+    def __getitem__(self, part: slice | np.ndarray) -> "GeneratedMasks":
+        return GeneratedMasks(*(getattr(self, field.name)[part] for field in fields(self)))
+
+    def to_result(self) -> MaskResult:
+        return MaskResult(self.masks.to_masks(), self.scores, self.boxes_xyxy)
 
 
-@quiet_transformers()
+class _Candidates(NamedTuple):
+    """Masks that all filters but the suppression of duplicates have kept, on the device."""
+
+    scores: torch.Tensor  # float32 (n,)
+    stability: torch.Tensor  # float32 (n,)
+    boxes: torch.Tensor  # int64 (n, 4), of the first and the last pixel, in the picture
+    points: torch.Tensor  # float32 (n, 2), in the picture
+    crops: torch.Tensor  # int32 (n, 4)
+    positions: torch.Tensor  # int32 (total,), of `mask_changes`
+    counts: torch.Tensor  # int32 (n,)
+
+
+class MaskGenerator:
+    """Everything mode of one model. Call it with a picture, or with a list of pictures for a list of results.
+
+    `max_memory_mb` bounds what a CUDA device is asked for, the model's weights included; masks of one picture of more
+    than about 10 million pixels may need more. Results do not depend on it, but for rounding. `points_per_batch` sets
+    how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs:
+    by default on CUDA devices. The model's weights are read when this is made.
+
+    Raises ValueError for a budget that the model does not fit into, and for CUDA graphs where there can be none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: SamImageProcessor | ProcessorMixin,
+        max_memory_mb: float = DEFAULT_MEMORY_MB,
+        points_per_batch: int | None = None,
+        cuda_graphs: bool | None = None,
+    ):
+        self.model = model.eval()
+        self.image_processor = getattr(image_processor, "image_processor", image_processor)
+        self.device = model.device
+        self.decoder: Decoder = make_decoder(model, cuda_graphs)
+        self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
+        self.budget = MemoryBudget(model, max_memory_mb, points_per_batch)
+
+    def __call__(
+        self, pictures: Picture | Sequence[Picture], settings: MaskGenerationSettings | None = None, **changes
+    ) -> GeneratedMasks | list[GeneratedMasks]:
+        """The masks of a path, PIL image, array or tensor (see `picture_tensor`), or of each of a list of these.
+
+        Settings are given as one object, or by name.
+        """
+        settings = _settings(settings, changes)
+        if isinstance(pictures, list | tuple):
+            return list(self.generate_many(pictures, settings))
+        return self.generate(picture_tensor(pictures), settings)
+
+    def generate_many(
+        self, pictures: Iterable[Picture], settings: MaskGenerationSettings | None = None, **changes
+    ) -> Iterator[GeneratedMasks]:
+        """The masks of picture after picture, any number of them, of which the next ones are read meanwhile."""
+        settings = _settings(settings, changes)
+        for picture in read_ahead(picture_tensor, pictures):
+            yield self.generate(picture, settings)
+
+    @torch.inference_mode()
+    def generate(
+        self, picture: torch.Tensor, settings: MaskGenerationSettings, progress=None, image=None
+    ) -> GeneratedMasks:
+        """The masks of one picture, uint8 (3, H, W) on any device.
+
+        `progress`, such as a tqdm bar, has its `update` called with the number of points decoded. `image` is what
+        `encoder` made of this picture, for callers that have it already.
+        Raises ValueError for a picture, or a crop of it, that is too thin for the model.
+        """
+        size = tuple(picture.shape[-2:])
+        crops = crop_boxes(*size, settings)
+        for crop in crops:
+            if min(crop.size) < 1:
+                raise ValueError(
+                    f"a picture of {size[1]}x{size[0]} pixels is too small for crops_n_layers={settings.crops_n_layers}."
+                )
+            check_size(self.image_processor, *crop.size)
+        candidates = []
+        for crop, prepared in self._encode(picture, crops, image):
+            candidates += self._crop_candidates(prepared, crop, size, settings, progress)
+        return self._select(candidates, size, settings)
+
+    def _encode(self, picture: torch.Tensor, crops: list[Crop], image) -> Iterator[tuple[Crop, object]]:
+        if image is not None:
+            yield crops[0], image
+            crops = crops[1:]
+        step = self.budget.pictures_per_encoding
+        for start in range(0, len(crops), step):
+            part = crops[start : start + step]
+            yield from zip(part, self.encoder([picture[:, y1:y2, x1:x2] for (x1, y1, x2, y2), _ in part]))
+
+    def _crop_candidates(
+        self, image, crop: Crop, size: tuple[int, int], settings: MaskGenerationSettings, progress
+    ) -> Iterator[_Candidates]:
+        """Batch after batch of points: those of their masks that the filters keep."""
+        resized = resized_size(*crop.size, self.image_processor.size["longest_edge"])
+        grid = point_grid(settings.points_per_side(crop.layer))
+        # The stock pipeline's order of products: a coordinate must not differ by its last bit.
+        points = grid * torch.tensor([crop.size[1], crop.size[0]])
+        factors = resized[1] / crop.size[1], resized[0] / crop.size[0]
+        prompts = torch.stack([points[:, 0] * factors[0], points[:, 1] * factors[1]], dim=1)[:, None].to(self.device)
+        points = (points + torch.tensor(crop.box_xyxy[:2])).to(self.device)
+        least = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
+        # Batches of one size, as a CUDA graph has one: the last is filled up with its last point.
+        batch_size = _even_batch(len(prompts), self.budget.points_per_batch)
+        labels = torch.ones(batch_size, 1, dtype=torch.int64, device=self.device)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            num_points = len(batch)
+            if num_points < batch_size:
+                batch = torch.cat([batch, batch[-1:].expand(batch_size - num_points, -1, -1)])
+            decoded = self.decoder.decode(
+                image,
+                batch,
+                labels,
+                min_iou=least,
+                prompts_per_upscaling=self.budget.points_per_upscaling,
+                repeated=True,
+            )
+            num_masks = decoded.iou.shape[1]
+            real = int((decoded.kept < num_points * num_masks).sum()) if num_points < batch_size else len(decoded.kept)
+            kept, logits = decoded.kept[:real], decoded.logits[:real]
+            scores, places = decoded.iou.flatten()[kept], start + kept // num_masks
+            step = self.budget.masks_per_step(size, crop.size)
+            for first in range(0, real, step):
+                part = slice(first, first + step)
+                yield self._filter(logits[part], scores[part], points[places[part]], resized, crop, size, settings)
+            if progress is not None:
+                progress.update(num_points)
+
+    def _filter(
+        self, logits, scores, points, resized, crop: Crop, size: tuple[int, int], settings: MaskGenerationSettings
+    ) -> _Candidates:
+        """Of masks (k, h, w) as the decoder gives them, those that are stable and do not end at the crop's border."""
+        pad_size = self.image_processor.pad_size
+        logits = upscale_logits(logits, (pad_size["height"], pad_size["width"]), resized, crop.size)
+        threshold, offset = settings.mask_threshold, settings.stability_score_offset
+        stability = _areas(logits > threshold + offset) / _areas(logits > threshold - offset)
+        masks = logits > threshold
+        if settings.stability_score_thresh > 0:
+            kept = (stability > settings.stability_score_thresh).nonzero().squeeze(1)
+            masks, scores, stability, points = masks[kept], scores[kept], stability[kept], points[kept]
+        boxes = mask_boxes(masks)
+        x1, y1, x2, y2 = crop.box_xyxy
+        if crop.size != size:
+            boxes = boxes + torch.tensor([x1, y1, x1, y1], device=boxes.device)
+            kept = (~_ends_at_crop(boxes, crop, size)).nonzero().squeeze(1)
+            masks, scores, stability, points = masks[kept], scores[kept], stability[kept], points[kept]
+            boxes = boxes[kept]
+            masks = torch.nn.functional.pad(masks, (x1, size[1] - x2, y1, size[0] - y2))
+        crops = torch.tensor(crop.box_xyxy, dtype=torch.int32, device=boxes.device).expand(len(boxes), 4)
+        return _Candidates(scores, stability, boxes, points, crops, *mask_changes(masks))
+
+    def _select(
+        self, candidates: list[_Candidates], size: tuple[int, int], settings: MaskGenerationSettings
+    ) -> GeneratedMasks:
+        """Of masks that lie on each other the best, on the CPU."""
+        from torchvision.ops import batched_nms
+
+        if not candidates:
+            candidates = [_no_candidates(self.device)]
+        merged = _Candidates(*(torch.cat(tensors) for tensors in zip(*candidates)))
+        group = torch.zeros(len(merged.scores), device=self.device)
+        kept = batched_nms(merged.boxes.float(), merged.scores, group, settings.crops_nms_thresh)
+        chosen = [tensor[kept].cpu().numpy() for tensor in merged[:5]]
+        scores, stability, boxes, points, crops = (array.astype(np.float32) for array in chosen)
+        masks = RunLengthMasks.from_changes(*size, merged.positions.cpu().numpy(), merged.counts.cpu().numpy())
+        masks = masks[kept.cpu().numpy()]
+        boxes[:, 2:] += (masks.areas > 0)[:, None]
+        return GeneratedMasks(masks, scores, boxes, stability, points, crops)
+
+
+def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """bool (n, H, W) to int64 (n, 4): first and last column and row, as x1, y1, x2, y2; zeros for an empty mask."""
+    if not masks.numel():
+        return torch.zeros(len(masks), 4, dtype=torch.int64, device=masks.device)
+    edges = []
+    for inside in (masks.any(dim=1), masks.any(dim=2)):  # columns, rows
+        inside = inside.byte()  # argmax takes the first of equal values
+        edges.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
+    (x1, x2), (y1, y2) = edges
+    return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
+
+
 def segment_everything(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    picture: Image.Image,
+    picture: Picture,
     points_per_side: int = DEFAULT_POINTS_PER_SIDE,
     pred_iou_thresh: float = DEFAULT_PRED_IOU_THRESH,
     stability_score_thresh: float = DEFAULT_STABILITY_SCORE_THRESH,
     points_per_batch: int | None = None,
     progress=None,
 ) -> MaskResult:
-    """Masks of everything in the picture, the best first: a grid of `points_per_side`² points, three masks each.
+    """Masks of everything in one picture, the best first, as pixels: a `MaskGenerator` for one use.
 
-    Kept are masks with a predicted IoU above `pred_iou_thresh` and a stability above `stability_score_thresh` (both
-    0 to 1; 0 keeps all), and of those whose boxes overlap by an IoU above 0.7 the best.
-
-    `points_per_batch` is how many points are decoded at once; None takes what suits device and picture. `progress`, such as
-    a tqdm bar, has its `update` called with the number of points decoded.
     Raises ValueError for settings outside their range, and for a picture that is too thin for the model.
     """
-    for name, value in (("points_per_side", points_per_side), ("points_per_batch", points_per_batch)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be a positive integer.")
-    for name, value in (("pred_iou_thresh", pred_iou_thresh), ("stability_score_thresh", stability_score_thresh)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} must be from 0 to 1.")
-    check_picture(processor, picture)
-    # Without a device the pipeline takes the model to the GPU, where there is one.
-    pipeline = _HalfPrecisionPipeline(model=model, image_processor=processor.image_processor, device=model.device)
-    pipeline.progress = progress
-    output = pipeline(
-        picture,
-        points_per_crop=points_per_side,
-        points_per_batch=points_per_batch or _prompts_per_batch(model, picture),
-        pred_iou_thresh=pred_iou_thresh,
-        stability_score_thresh=stability_score_thresh,
+    if not isinstance(points_per_side, int) or points_per_side < 1:
+        raise ValueError(f"points_per_side={points_per_side!r} must be a positive integer.")
+    settings = MaskGenerationSettings(
+        points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
-    if not output["masks"]:
-        return _result(picture, np.zeros((0, picture.height, picture.width), dtype=bool), np.zeros(0))
-    return _result(picture, np.stack([np.asarray(mask) for mask in output["masks"]]), np.asarray(output["scores"]))
+    # One picture would not repay the capture of CUDA graphs.
+    generator = MaskGenerator(model, processor, points_per_batch=points_per_batch, cuda_graphs=False)
+    return generator.generate(picture_tensor(picture), settings, progress).to_result()
 
 
-@quiet_transformers()
-@torch.inference_mode()
-def segment_prompts(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    picture: Image.Image,
-    boxes_xyxy: Sequence[Sequence[float]] = (),
-    points_xy: Sequence[Sequence[float]] = (),
-) -> MaskResult:
-    """One mask for each prompt: first those of the boxes, then those of the points. The picture is encoded once.
-
-    Boxes are (x1, y1, x2, y2) with 0 <= x1 < x2 <= width, points (x, y) with 0 <= x < width, likewise in y. Each point
-    is a prompt of its own, on the object; of its three masks the one with the highest predicted IoU is taken.
-    Raises ValueError for a prompt outside the picture, a reversed or empty box, or a picture that is too thin.
-    """
-    check_prompts(picture.size, boxes_xyxy, points_xy)
-    check_picture(processor, picture)
-    inputs = processor(images=picture, return_tensors="pt")
-    pixel_values = inputs["pixel_values"].to(model.device, model.dtype)
-    embeddings = model.get_image_embeddings(pixel_values)
-
-    # Both go from the original picture to the resized one, which is not the same factor in x and y after rounding.
-    height, width = inputs["reshaped_input_sizes"][0].tolist()
-    scale = torch.tensor([width / picture.width, height / picture.height], dtype=torch.float32)
-    boxes = torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(1, -1, 4) * scale.repeat(2)  # (1, prompts, 4)
-    points = torch.tensor(points_xy, dtype=torch.float32).reshape(1, -1, 1, 2) * scale  # (1, prompts, 1 point, 2)
-
-    masks, scores = [np.zeros((0, picture.height, picture.width), dtype=bool)], [np.zeros(0)]
-    chunk_size = _prompts_per_batch(model, picture)
-    for name, prompts in (("input_boxes", boxes), ("input_points", points)):
-        for chunk in prompts.to(model.device).split(chunk_size, dim=1):
-            if chunk.shape[1] == 0:  # split gives one empty chunk where there is nothing to split
-                continue
-            output = model(image_embeddings=embeddings, multimask_output=name == "input_points", **{name: chunk})
-            # (1, prompts, masks, h, w) and (1, prompts, masks) -> (1, prompts, 1, h, w) and (prompts,)
-            predicted_iou, best = output.iou_scores[0].float().max(dim=1)
-            logits = output.pred_masks[:, torch.arange(len(best), device=best.device), best, None].float()
-            chunk_masks = processor.post_process_masks(logits, inputs["original_sizes"], inputs["reshaped_input_sizes"])
-            masks.append(chunk_masks[0][:, 0].cpu().numpy())
-            scores.append(predicted_iou.cpu().numpy())
-    return _result(picture, np.concatenate(masks), np.concatenate(scores))
+def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:
+    if settings is None:
+        return MaskGenerationSettings(**changes)
+    if changes:
+        raise ValueError(f"give settings as one object or by name ({', '.join(changes)}), not both.")
+    return settings
 
 
-def check_prompts(
-    size: tuple[int, int], boxes_xyxy: Sequence[Sequence[float]] = (), points_xy: Sequence[Sequence[float]] = ()
-):
-    """Raises ValueError for the first prompt that a picture of `size` (width, height) cannot have."""
-    width, height = size
-    for box in boxes_xyxy:
-        if len(box) != 4 or not all(map(math.isfinite, box)):
-            raise ValueError(f"box {_numbers(box)} must be four numbers, X1,Y1,X2,Y2.")
-        x1, y1, x2, y2 = box
-        if x1 >= x2 or y1 >= y2:
-            kind = "has no area" if x1 == x2 or y1 == y2 else "is reversed"
-            raise ValueError(f"box {_numbers(box)} {kind}: it must be X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2.")
-        if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
-            raise ValueError(
-                f"box {_numbers(box)} reaches outside the picture of {width}x{height} pixels: keep X from 0 to {width} "
-                f"and Y from 0 to {height}."
-            )
-    for point in points_xy:
-        if len(point) != 2 or not all(map(math.isfinite, point)):
-            raise ValueError(f"point {_numbers(point)} must be two numbers, X,Y.")
-        if not (0 <= point[0] < width and 0 <= point[1] < height):
-            raise ValueError(
-                f"point {_numbers(point)} lies outside the picture of {width}x{height} pixels: keep X from 0 to "
-                f"{width - 1} and Y from 0 to {height - 1}."
-            )
+def _areas(masks: torch.Tensor) -> torch.Tensor:
+    return masks.flatten(1).sum(dim=1, dtype=torch.int32)
 
 
-def check_picture(processor: ProcessorMixin, picture: Image.Image):
-    """Raises ValueError for a picture whose short side would vanish when its long side is resized for the model."""
-    longest_edge = processor.image_processor.size["longest_edge"]
-    if min(picture.size) * longest_edge / max(picture.size) < 0.5:
-        raise ValueError(
-            f"a picture of {picture.width}x{picture.height} pixels is too thin: resized to {longest_edge} pixels it would be "
-            f"0 pixels thick. Cut it to a ratio below {2 * longest_edge}:1."
-        )
+def _ends_at_crop(boxes: torch.Tensor, crop: Crop, size: tuple[int, int]) -> torch.Tensor:
+    """Whether a box, in the picture, has a side near the crop's that is not near the picture's: bool (n,)."""
+    crop_box = torch.tensor(crop.box_xyxy, device=boxes.device)
+    picture_box = torch.tensor([0, 0, size[1], size[0]], device=boxes.device)
+    near_crop, near_picture = ((boxes - box).abs() <= _CROP_EDGE_TOLERANCE for box in (crop_box, picture_box))
+    return (near_crop & ~near_picture).any(dim=1)
 
 
-def _prompts_per_batch(model: PreTrainedModel, picture: Image.Image) -> int:
-    """Bounded by memory; on a CPU small batches are faster too, since they stay closer to its caches."""
-    pixels = max(picture.width * picture.height, model.config.vision_config.image_size**2)
-    return max(1, min(16 if model.device.type == "cpu" else 64, _BATCH_BYTES // (3 * 4 * pixels)))
+def _no_candidates(device: torch.device) -> _Candidates:
+    empty = torch.zeros(0, device=device)
+    table = torch.zeros(0, 4, dtype=torch.int64, device=device)
+    integers = torch.zeros(0, dtype=torch.int32, device=device)
+    return _Candidates(empty, empty, table, empty.view(0, 1).expand(0, 2), table.int(), integers, integers)
 
 
-def _result(picture: Image.Image, masks: np.ndarray, scores: np.ndarray) -> MaskResult:
-    assert masks.shape == (len(scores), picture.height, picture.width)
-    boxes = np.zeros((len(masks), 4), dtype=np.float32)
-    for box, mask in zip(boxes, masks):
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        if len(columns):
-            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return MaskResult(masks, scores.astype(np.float32), boxes)
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)
+def _even_batch(total: int, most: int) -> int:
+    """The size of the fewest batches of at most `most` that hold `total`, nearly equal."""
+    return math.ceil(total / math.ceil(total / most))

@@ -1,4 +1,4 @@
-"""`samlight segment` and `samlight demo`: masks drawn over pictures, a contact sheet, and a table.
+"""`samlight segment` and `samlight demo`: masks of pictures as files, a contact sheet, and a table.
 
 What reads pictures and runs models is imported inside the functions that need it.
 """
@@ -8,18 +8,20 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .files import write_aside
 from .messages import one_line
+from .segment_summary import MAX_PANELS, Row, Summary, count, telling_where
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .mask_generation import MaskResult
     from .visualization import Panel
 
 
@@ -31,21 +33,9 @@ DEFAULT_THRESHOLDS = 0.88, 0.95
 # The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
 BUNDLED_THRESHOLDS = 0.3, 0.65
 DEMO_POINTS_PER_SIDE = 8
+FORMATS = ("overlay", "png", "coco", "npz")
 
 _PANEL_SIZE = 480, 360
-_MAX_PANELS = 60
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table at the end."""
-
-    picture: str
-    size: tuple[int, int]
-    prompt: str
-    num_masks: int
-    seconds: float
-    output: Path
 
 
 def add_segment_arguments(parser: argparse.ArgumentParser):
@@ -65,6 +55,15 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         "--point", type=_point, action="append", default=[], metavar="X,Y",
         help="segment what is at this point; may be repeated, each for an object of its own",
     )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=FORMATS, default="overlay",
+        help="overlay: a PNG of the picture under its masks; png: a folder with a PNG for each mask; coco: JSON with run "
+        "lengths, which pycocotools reads; npz: numpy arrays (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="leave pictures alone whose results are in --out already")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=4, metavar="N", help="pictures encoded together (%(default)s)"
+    )
     everything = parser.add_argument_group("everything mode, without --box and --point")
     everything.add_argument(
         "--points-per-side", type=_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
@@ -80,6 +79,11 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
             option, type=_fraction, metavar="T",
             help=f"keep masks with a {what} above it ({default}; {bundled} for the bundled checkpoint)",
         )  # fmt: skip
+    everything.add_argument("--min-area", type=_positive, default=1, metavar="PIXELS", help="of a mask (%(default)s)")
+    everything.add_argument("--max-masks", type=_positive, metavar="N", help="keep the N best of a picture (all)")
+    everything.add_argument(
+        "--max-memory-mb", type=_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
+    )
     _add_model_arguments(parser)
 
 
@@ -89,8 +93,9 @@ def add_demo_arguments(parser: argparse.ArgumentParser):
 
 
 def run_segment(args: argparse.Namespace) -> int:
-    """Every picture that can be read is segmented; the others are named on stderr. 1 if there was none."""
+    """Every picture that can be read is segmented; the others are named on stderr. 1 if there was none, 130 on Ctrl-C."""
     from .pictures import find_pictures
+    from .segment_run import Job
 
     model_path = _model_path(args.model)
     _make_folder(args.out)
@@ -98,36 +103,44 @@ def run_segment(args: argparse.Namespace) -> int:
         if path.is_dir() and path.resolve() == args.out.resolve():
             raise argparse.ArgumentTypeError(f"--out {args.out} is the folder of the pictures. Choose another one.")
     pictures, problems = find_pictures(args.paths, exclude=args.out)
+    summary = Summary(args.out, skipped=len(problems))
     for problem in problems:
         _report(problem)
     if not pictures:
         return 1
-    outputs = output_paths(pictures, args.out)
+    outputs = output_paths(pictures, args.out, args.format)
     taken = {picture.resolve() for picture in pictures}.intersection(path.resolve() for path in outputs)
     if taken:
         raise argparse.ArgumentTypeError(f"--out {args.out} would replace {min(taken)}. Choose another one.")
-
-    model, processor = _load(model_path, args)
-    thresholds = _thresholds(args, model_path)
-    rows, panels, skipped = [], [], len(problems)
-    prompt = _describe(args.box, args.point)
-    for picture, output in _progress(list(zip(pictures, outputs))):
+    settings = _settings(args, model_path)
+    note = args.out / ".samlight.json"
+    if args.resume and note.is_file():
+        _compare_settings(note, settings)
+    jobs = [Job(*pair) for pair in zip(pictures, outputs) if not (args.resume and pair[1].exists())]
+    summary.already = len(pictures) - len(jobs)
+    if jobs:
+        model, processor = _load(model_path, args)
+        with telling_where(note):
+            write_aside(note, lambda aside: aside.write_text(json.dumps(settings), encoding="utf-8"))
         try:
-            row, panel = _segment_picture(picture, output, prompt, model, processor, args, thresholds)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            _report(error, picture)
-            skipped += 1
-            continue
-        rows.append(row)
-        if len(panels) < _MAX_PANELS:
-            panels.append(panel)
-    return _finish(rows, panels, skipped, args.out)
+            _run_jobs(jobs, model, processor, args, model_path, summary)
+        except KeyboardInterrupt:
+            print(
+                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(pictures)} pictures are done. The same "
+                "command with --resume goes on from there.",
+                file=sys.stderr,
+            )
+            return 130
+    return summary.finish()
 
 
 def run_demo(args: argparse.Namespace) -> int:
     """Boxes, points and everything on each example picture: a row of three on the contact sheet."""
-    from .mask_generation import segment_everything, segment_prompts
+    from .crops import MaskGenerationSettings
+    from .mask_generation import MaskGenerator
     from .pictures import open_picture
+    from .predictor import Predictor, predict_prompts
+    from .preprocessing import picture_tensor
 
     prompts_file = EXAMPLE_IMAGES.parent / "prompts.json"
     if not prompts_file.is_file():
@@ -138,113 +151,145 @@ def run_demo(args: argparse.Namespace) -> int:
     model_path = _model_path(args.model)
     _make_folder(args.out)
     model, processor = _load(model_path, args)
-    rows, panels = [], []
+    predictor, generator = Predictor(model, processor), MaskGenerator(model, processor)
+    pred_iou_thresh, stability_score_thresh = BUNDLED_THRESHOLDS
+    settings = MaskGenerationSettings(
+        DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
+    )
+    summary = Summary(args.out, columns=3)
     for name, prompts in _progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
         picture = open_picture(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
         start = time.perf_counter()
-        prompted = segment_prompts(model, processor, picture, boxes, points)
-        middle = time.perf_counter()
-        everything = segment_everything(model, processor, picture, DEMO_POINTS_PER_SIDE, *BUNDLED_THRESHOLDS)
-        end = time.perf_counter()
-        # Both kinds of prompts are decoded from one encoding of the picture, so they share its time by their number.
-        per_prompt = (middle - start) / len(prompted)
-        for kind, result, shown_boxes, shown_points, seconds in (
-            ("boxes", prompted[: len(boxes)], boxes, [], per_prompt * len(boxes)),
-            ("points", prompted[len(boxes) :], [], points, per_prompt * len(points)),
-            ("everything", everything, [], [], end - middle),
-        ):
+        predictor.set_image(picture)
+        results = [("boxes", predict_prompts(predictor, boxes), boxes, [])]
+        results.append(("points", predict_prompts(predictor, points_xy=points), [], points))
+        everything = generator.generate(picture_tensor(picture), settings, image=predictor.images)
+        results.append(("everything", everything, [], []))
+        seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
+        for kind, result, shown_boxes, shown_points in results:
             output = args.out / f"{Path(name).stem}_{kind}.png"
             prompt = _describe(shown_boxes, shown_points)
-            panels.append(_draw(picture, name, output, prompt, result, shown_boxes, shown_points))
-            rows.append(Row(name, picture.size, prompt, len(result), seconds, output))
-    return _finish(rows, panels, 0, args.out, columns=3)
+            panel = _write(output, "overlay", picture, name, prompt, result, shown_boxes, shown_points)
+            summary.add(Row(name, picture.size, prompt, len(result), seconds, output), panel)
+    return summary.finish()
 
 
-def output_paths(pictures: Sequence[Path], folder: Path) -> list[Path]:
-    """Where the overlay of each picture goes: NAME_masks.png, and never twice the same.
+def _run_jobs(jobs, model, processor, args: argparse.Namespace, model_path: str, summary: "Summary"):
+    """Segments the jobs and adds them to the summary."""
+    from .segment_run import Run, Segmented
+
+    prompt = _describe(args.box, args.point)
+    everything = not (args.box or args.point)
+    num_points = args.points_per_side**2
+    bar = _point_progress(num_points, jobs[0].path.name) if everything and len(jobs) == 1 else None
+
+    def write(segmented: Segmented) -> "tuple[Row, Panel | None]":
+        job, result, picture = segmented.job, segmented.result, segmented.picture
+        with_panel = args.format == "overlay" and job.output in shown
+        panel = _write(
+            job.output, args.format, picture, job.path.name, prompt, result, args.box, args.point, with_panel
+        )
+        return Row(str(job.path), picture.size, prompt, len(result), segmented.seconds, job.output), panel
+
+    def skip(error: BaseException, path: Path):
+        _report(error, path)
+        summary.skipped += 1
+
+    shown = {job.output for job in jobs[:MAX_PANELS]}
+    segment = _segmenter(model, processor, args, model_path)
+    start = time.perf_counter()
+    with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as results:
+        for row, panel in _progress(results, len(jobs)):
+            summary.add(row, panel)
+    summary.seconds = time.perf_counter() - start
+    if bar is not None:
+        bar.close()
+
+
+def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
+    from .crops import MaskGenerationSettings
+    from .mask_generation import MaskGenerator
+    from .predictor import Predictor
+    from .segment_run import Everything, Prompted
+
+    if args.box or args.point:
+        predictor = Predictor(model, processor, output="torch", max_memory_mb=args.max_memory_mb)
+        return Prompted(predictor, args.box, args.point)
+    generator = MaskGenerator(model, processor, args.max_memory_mb, args.points_per_batch)
+    pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
+    settings = MaskGenerationSettings(
+        args.points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
+    )
+    return Everything(generator, settings, args.min_area, args.max_masks)
+
+
+def _settings(args: argparse.Namespace, model_path: str) -> dict:
+    """What decides about results: it is noted beside them, since results of different runs must not be mixed."""
+    pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
+    return {
+        "--model": str(model_path), "--dtype": args.dtype, "--format": args.format, "--box": [*map(list, args.box)],
+        "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
+        "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
+        "--min-area": args.min_area, "--max-masks": args.max_masks,
+    }  # fmt: skip
+
+
+def _compare_settings(note: Path, settings: dict):
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {before[name]} and is {value}" for name, value in settings.items() if before[name] != value
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"--resume: {note} cannot be read. Run without --resume.") from error
+    if changed:
+        raise argparse.ArgumentTypeError(f"--resume: {note.parent} holds results of another run: {', '.join(changed)}.")
+
+
+def output_paths(pictures: Sequence[Path], folder: Path, file_format: str = "overlay") -> list[Path]:
+    """Where the masks of each picture go: its name and the ending of `file_format`, and never twice the same.
 
     Where names clash, which they do in any case of letters on some file systems, folder and suffix are put into the name.
     """
-    stems = [picture.stem.casefold() for picture in pictures]
+    from .mask_files import ENDINGS
+
+    stems = Counter(picture.stem.casefold() for picture in pictures)
     used: set[str] = set()
     paths = []
-    for picture, stem in zip(pictures, stems):
+    for picture in pictures:
         name = picture.stem
-        if stems.count(stem) > 1:
+        if stems[name.casefold()] > 1:
             name = "_".join(filter(None, (picture.resolve().parent.name, picture.stem, picture.suffix[1:])))
         unique, number = name, 2
         while unique.casefold() in used:
             unique, number = f"{name}-{number}", number + 1
         used.add(unique.casefold())
-        paths.append(folder / f"{unique}_masks.png")
+        paths.append(folder / (unique + ENDINGS[file_format]))
     return paths
 
 
-def save_picture(picture: "Image.Image", path: Path):
-    """As PNG, written aside and moved, so that an interrupted run leaves no half picture."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        picture.save(aside, format="PNG")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _segment_picture(path, output, prompt, model, processor, args, thresholds) -> "tuple[Row, Panel]":
-    from .mask_generation import segment_everything, segment_prompts
-    from .pictures import open_picture
-
-    start = time.perf_counter()
-    picture = open_picture(path)
-    if args.box or args.point:
-        result = segment_prompts(model, processor, picture, args.box, args.point)
-    else:
-        with _point_progress(args.points_per_side**2, path.name) as progress:
-            result = segment_everything(
-                model, processor, picture, args.points_per_side, *thresholds, args.points_per_batch, progress
-            )
-    seconds = time.perf_counter() - start
-    panel = _draw(picture, path.name, output, prompt, result, args.box, args.point)
-    return Row(str(path), picture.size, prompt, len(result), seconds, output), panel
-
-
-def _draw(picture: "Image.Image", name: str, output: Path, prompt: str, result: "MaskResult", boxes, points) -> "Panel":
-    """Writes the overlay at the picture's size, and returns its panel of the contact sheet."""
+def _write(
+    output: Path,
+    file_format: str,
+    picture: "Image.Image",
+    name: str,
+    prompt: str,
+    result,
+    boxes,
+    points,
+    panel: bool = True,
+) -> "Panel | None":
+    """Writes the masks of one picture, and returns its panel of the contact sheet."""
+    from .mask_files import write_masks
     from .visualization import Panel, draw_overlay
 
-    save_picture(draw_overlay(picture, result, boxes, points), output)
+    with telling_where(output):
+        write_masks(output, file_format, picture, name, result, boxes, points)
+    if not panel:
+        return None
     small = draw_overlay(picture, result, boxes, points, max_size=_PANEL_SIZE)
-    return Panel(small, name, f"{prompt} · {_count(len(result), 'mask')}")
-
-
-def _finish(rows: list[Row], panels: "list[Panel]", skipped: int, folder: Path, columns: int | None = None) -> int:
-    """Contact sheet, table and summary; the exit status."""
-    from .visualization import contact_sheet
-
-    if not rows:
-        print(f"samlight: error: no picture could be segmented ({skipped} skipped).", file=sys.stderr)
-        return 1
-    sheet_path = folder / "contact_sheet.png"
-    save_picture(contact_sheet(panels, "SAM-Lightening", columns), sheet_path)
-    table = [("picture", "size", "prompt", "masks", "seconds", "overlay")]
-    for row in rows:
-        size = f"{row.size[0]}x{row.size[1]}"
-        table.append((row.picture, size, row.prompt, str(row.num_masks), f"{row.seconds:.2f}", str(row.output)))
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        cells = (
-            cell.rjust(width) if index in (3, 4) else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths))
-        )
-        print("  ".join(cells).rstrip())
-    if not any(row.num_masks for row in rows):
-        print("No masks found: lower --pred-iou-thresh and --stability-score-thresh, or raise --points-per-side.")
-    if skipped:
-        print(f"samlight: {skipped} skipped, {len(rows)} done.", file=sys.stderr)
-    left_out = f", with the first {len(panels)}" if len(panels) < len(rows) else ""
-    print(f"Contact sheet: {sheet_path}{left_out}")
-    return 0
+    return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
 
 
 def _model_path(model: str | None) -> str:
@@ -291,12 +336,13 @@ def _make_folder(folder: Path):
         raise argparse.ArgumentTypeError(f"--out {folder} cannot be written to. Choose another.")
 
 
-def _progress(items: list) -> Iterable:
-    if len(items) < 2 or not sys.stderr.isatty():
+def _progress(items: Iterable, total: int | None = None) -> Iterable:
+    total = len(items) if total is None else total
+    if total < 2 or not sys.stderr.isatty():
         return items
     from tqdm import tqdm
 
-    return tqdm(items, unit="picture", leave=False)
+    return tqdm(items, total=total, unit="picture", leave=False)
 
 
 def _point_progress(num_points: int, name: str):
@@ -314,13 +360,8 @@ def _report(error: BaseException, picture: Path | None = None):
 
 
 def _describe(boxes: Sequence, points: Sequence) -> str:
-    parts = [_count(len(prompts), kind) for prompts, kind in ((boxes, "box"), (points, "point")) if prompts]
+    parts = [count(len(prompts), kind) for prompts, kind in ((boxes, "box"), (points, "point")) if prompts]
     return ", ".join(parts) or "everything"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "es" if noun.endswith("x") else "s"
-    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def not_empty(text: str) -> str:

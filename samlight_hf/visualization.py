@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from .mask_generation import MaskResult
+from .mask_generation import GeneratedMasks, MaskResult
 
 
 # Neighbours in this list are far apart in hue, since masks are coloured in the order of their size.
@@ -33,7 +33,7 @@ class Panel:
 
 def draw_overlay(
     picture: Image.Image,
-    result: MaskResult,
+    result: MaskResult | GeneratedMasks,
     boxes_xyxy: Sequence[Sequence[float]] = (),
     points_xy: Sequence[Sequence[float]] = (),
     max_size: tuple[int, int] | None = None,
@@ -82,11 +82,11 @@ def contact_sheet(panels: Sequence[Panel], title: str, columns: int | None = Non
     return sheet
 
 
-def _draw_at(size: tuple[int, int], picture: Image.Image, result: MaskResult, boxes_xyxy, points_xy) -> Image.Image:
+def _draw_at(size: tuple[int, int], picture: Image.Image, result, boxes_xyxy, points_xy) -> Image.Image:
     """`draw_overlay`, on a canvas of `size` (width, height)."""
     canvas = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)).copy()
     thickness = max(1, round(max(size) / 450))
-    areas = result.masks.sum(axis=(1, 2))
+    areas = np.array([np.count_nonzero(mask) for mask in result.masks])  # masks may be run lengths: one at a time
     for rank, index in enumerate(np.argsort(-areas, kind="stable")):
         _paint_mask(canvas, _resize_mask(result.masks[index], size), COLOURS[rank % len(COLOURS)], thickness)
     overlay = Image.fromarray(canvas)

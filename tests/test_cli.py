@@ -1,8 +1,12 @@
 """`samlight` as a user sees it: files, exit status, and one line on stderr for whatever goes wrong."""
 
+import itertools
+import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,8 @@ import torch
 from PIL import Image
 
 import samlight_hf
-from samlight_hf import SamLighteningModel, cli, segment_command
-from samlight_hf.segment_command import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES, output_paths, save_picture
+from samlight_hf import SamLighteningModel, cli, mask_files, segment_command
+from samlight_hf.segment_command import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES, output_paths
 
 from .conftest import tiny_config
 
@@ -51,8 +55,12 @@ def samlight(capsys):
     return run
 
 
+NOTE = ".samlight.json"
+
+
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """Of the results: the hidden note of what they are made with is always there."""
+    return {path.name for path in folder.iterdir()} - {NOTE}
 
 
 def one_line(stderr: str, *words: str):
@@ -68,11 +76,14 @@ def test_a_folder_gives_overlays_a_contact_sheet_and_a_table(samlight, photos, c
     assert (status, stderr) == (0, "")
     assert names(out) == {"one_masks.png", "two_masks.png", "contact_sheet.png"}
     assert Image.open(out / "one_masks.png").size == (40, 30)
-    header, *rows, last = stdout.splitlines()
-    assert header.split() == ["picture", "size", "prompt", "masks", "seconds", "overlay"]
+    header, *rows, sheet, last = stdout.splitlines()
+    assert header.split() == ["picture", "size", "prompt", "masks", "seconds", "output"]
     assert len(rows) == 2
     assert rows[1].split()[:3] == [str(photos / "one.jpg"), "40x30", "everything"]
-    assert str(out / "contact_sheet.png") in last
+    assert str(out / "contact_sheet.png") in sheet
+    num_masks = sum(int(row.split()[3]) for row in rows)
+    assert last.startswith(f"2 pictures, {num_masks} masks, ")
+    assert last.endswith(f" pictures/s, in {out}")
 
 
 def test_prompts(samlight, photos, checkpoint, tmp_path):
@@ -97,7 +108,7 @@ def test_bad_files_are_skipped_and_named(samlight, photos, checkpoint, tmp_path)
     arguments = [photos, tmp_path / "gone.jpg", "--out", tmp_path / "out", "--model", checkpoint, *QUICK]
     status, stdout, stderr = samlight("segment", *arguments)
     assert status == 0
-    assert len(stdout.splitlines()) == 1 + 3 + 1
+    assert len(stdout.splitlines()) == 1 + 3 + 2
     lines = stderr.splitlines()
     assert len(lines) == 5
     for name, what in (("gone", "no such"), ("diary", "not a picture"), ("half", "truncated"), ("thin", "too thin")):
@@ -141,6 +152,10 @@ def test_prompts_that_no_picture_can_have(samlight, photos, checkpoint, tmp_path
         ["segment", "x.jpg", "--points-per-batch", "1.5"],
         ["segment", "x.jpg", "--pred-iou-thresh", "1.5"],
         ["segment", "x.jpg", "--stability-score-thresh", "nan"],
+        ["segment", "x.jpg", "--format", "tiff"],
+        ["segment", "x.jpg", "--min-area", "-1"],
+        ["segment", "x.jpg", "--max-masks", "0"],
+        ["segment", "x.jpg", "--batch-size", "0"],
         ["demo", "--surprise"],
     ],
     ids=" ".join,
@@ -198,7 +213,7 @@ def test_results_of_an_earlier_run_are_not_segmented(samlight, photos, checkpoin
     for _ in range(2):
         status, stdout, _ = samlight("segment", photos, "--out", photos / "out", "--model", checkpoint, *QUICK)
         assert status == 0
-        assert len(stdout.splitlines()) == 1 + 2 + 1
+        assert len(stdout.splitlines()) == 1 + 2 + 2
 
 
 def test_output_names_never_clash():
@@ -211,20 +226,172 @@ def test_output_names_never_clash():
     assert outputs[4].name == "y_masks.png"
 
 
-def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "x.png"
-    save_picture(Image.new("RGB", (2, 2)), path)
-    before = path.read_bytes()
+def read_result(path: Path) -> list[np.ndarray]:
+    """The masks of one picture, of any format but overlay."""
+    from pycocotools import mask as coco_mask
 
-    def half(picture, file, **options):
-        Path(file).write_bytes(b"half")
-        raise KeyboardInterrupt
+    if path.is_dir():
+        return [np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))]
+    if path.suffix == ".npz":
+        return list(np.load(path)["masks"])
+    annotations = json.loads(path.read_text())["annotations"]
+    return [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in annotations]
 
-    monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        save_picture(Image.new("RGB", (9, 9)), path)
-    assert path.read_bytes() == before
-    assert names(tmp_path) == {"x.png"}
+
+@pytest.mark.parametrize("prompts", [QUICK, ["--box", "1,2,30,20", "--point", "3,3"]], ids=["everything", "prompts"])
+def test_formats_hold_the_same_masks(samlight, photos, checkpoint, tmp_path, prompts):
+    results = {}
+    for file_format, ending in mask_files.ENDINGS.items():
+        out = tmp_path / file_format
+        arguments = [photos / "one.jpg", "--format", file_format, "--out", out, "--model", checkpoint, *prompts]
+        assert samlight("segment", *arguments)[::2] == (0, "")
+        expected = {f"one{ending}"} | ({"contact_sheet.png"} if file_format == "overlay" else set())
+        assert names(out) == expected
+        if file_format != "overlay":
+            results[file_format] = read_result(out / f"one{ending}")
+    assert len(results["coco"]) > 0
+    for masks in results.values():
+        assert np.array_equal(masks, results["coco"])
+        assert masks[0].shape == (30, 40)
+    table = (tmp_path / "png/one_masks/masks.csv").read_text().splitlines()
+    assert table[0] == "file,predicted_iou,x1,y1,x2,y2"
+    assert len(table) == 1 + len(results["png"])
+
+
+def test_coco_is_read_by_pycocotools(samlight, photos, checkpoint, tmp_path):
+    from pycocotools.coco import COCO
+
+    arguments = [photos / "one.jpg", "--format", "coco", "--out", tmp_path / "out", "--model", checkpoint]
+    assert samlight("segment", *arguments, *QUICK)[0] == 0
+    coco = COCO(tmp_path / "out/one.json")
+    assert coco.loadImgs(1)[0] == {"id": 1, "file_name": "one.jpg", "width": 40, "height": 30}
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=1, catIds=1))
+    assert len(annotations) > 0
+    for annotation in annotations:
+        mask = coco.annToMask(annotation)
+        x, y, width, height = annotation["bbox"]
+        assert mask.sum() == annotation["area"] == mask[int(y) : int(y + height), int(x) : int(x + width)].sum()
+        assert {"predicted_iou", "stability_score", "point_coords", "crop_box"} < set(annotation)
+
+
+def test_small_masks_and_many_masks_are_left_out(samlight, photos, checkpoint, tmp_path):
+    def masks_of(*options):
+        arguments = [photos / "one.jpg", "--format", "npz", "--out", tmp_path / "out", "--model", checkpoint]
+        assert samlight("segment", *arguments, *QUICK, "--points-per-side", "4", *options)[0] == 0
+        result = np.load(tmp_path / "out/one.npz")
+        return result["masks"].sum(axis=(1, 2)), result["scores"]
+
+    areas, scores = masks_of()
+    limit = int(np.median(areas)) + 1
+    assert masks_of("--min-area", limit)[0].tolist() == areas[areas >= limit].tolist()
+    assert masks_of("--max-masks", 1)[1].tolist() == scores[:1].tolist()
+
+
+def test_resuming_leaves_finished_pictures_alone(samlight, photos, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["segment", photos, "--format", "coco", "--out", out, "--model", checkpoint, *QUICK]
+    assert samlight(*arguments)[0] == 0
+    (out / "one.json").write_text("finished")
+    (out / "two.json").unlink()
+    status, stdout, stderr = samlight(*arguments, "--resume")
+    assert (status, stderr) == (0, "")
+    assert "1 picture done before" in stdout
+    assert (out / "one.json").read_text() == "finished"
+    assert json.loads((out / "two.json").read_text())["annotations"]
+    status, stdout, _ = samlight(*arguments, "--resume")
+    assert (status, stdout) == (0, "2 pictures done before.\n")
+    assert samlight(*arguments)[0] == 0
+    assert (out / "one.json").read_text() != "finished"
+
+
+def test_resuming_with_other_settings_is_refused(samlight, photos, checkpoint, tmp_path):
+    arguments = ["segment", photos, "--out", tmp_path / "out", "--model", checkpoint, *QUICK]
+    assert samlight(*arguments)[0] == 0
+    status, _, stderr = samlight(*arguments, "--resume", "--points-per-side", "3", "--max-masks", "5")
+    assert status == 2
+    one_line(stderr, "another run", "--points-per-side was 2 and is 3", "--max-masks was None and is 5")
+    (tmp_path / "out" / NOTE).write_text("{")
+    status, _, stderr = samlight(*arguments, "--resume")
+    assert status == 2
+    one_line(stderr, NOTE, "cannot be read")
+
+
+def test_an_interrupted_write_leaves_what_was_there(samlight, photos, checkpoint, tmp_path, monkeypatch):
+    for file_format, method in (("overlay", "Image.save"), ("png", "Image.save"), ("npz", "savez_compressed")):
+        out = tmp_path / file_format
+        arguments = [photos / "one.jpg", "--format", file_format, "--out", out, "--model", checkpoint, *QUICK]
+        assert samlight("segment", *arguments)[0] == 0
+        path = out / f"one{mask_files.ENDINGS[file_format]}"
+        before = [file.read_bytes() for file in (sorted(path.glob("*")) if path.is_dir() else [path])]
+
+        def half(*arguments, **options):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image if method == "Image.save" else np, method.split(".")[-1], half)
+            status, _, stderr = samlight("segment", *arguments)
+        assert status == 130
+        one_line(stderr, "interrupted: 0 of 1 pictures are done", "--resume")
+        assert [file.read_bytes() for file in (sorted(path.glob("*")) if path.is_dir() else [path])] == before
+        assert not [name for name in names(out) if name.endswith((".part", ".old"))]
+
+
+def test_ctrl_c_stops_a_folder_cleanly_and_resume_goes_on(checkpoint, tmp_path):
+    (tmp_path / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(200):
+        Image.fromarray(random.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(tmp_path / f"photos/{number:03}.png")
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "samlight_hf.cli",
+        "segment",
+        tmp_path / "photos",
+        "--format",
+        "coco",
+        "--out",
+        out,
+    ]
+    command = [*map(str, command), "--model", checkpoint, *QUICK, "--points-per-side", "8"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("[0-9]*.json"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    one_line(stderr, "interrupted: ", "of 200 pictures are done", "--resume")
+    done = {path: path.stat().st_mtime_ns for path in out.glob("[0-9]*.json")}
+    assert 5 <= len(done) < 200
+    assert all(json.loads(path.read_text())["images"] for path in done)
+    assert not list(out.glob(".*.part"))
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{len(done)} pictures done before" in result.stdout
+    assert len(list(out.glob("[0-9]*.json"))) == 200
+    assert all(path.stat().st_mtime_ns == before for path, before in done.items())
+
+
+def test_a_full_disk_ends_the_run_with_one_line(samlight, photos, checkpoint, tmp_path, monkeypatch):
+    counter = itertools.count()
+    write = Path.write_text
+
+    def write_text(path, text, **options):
+        if path.name.startswith(".") and ".json." in path.name and NOTE not in path.name and next(counter) > 0:
+            raise OSError(28, "No space left on device")
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    out = tmp_path / "out"
+    arguments = ["segment", photos, "--format", "coco", "--out", out, "--model", checkpoint, *QUICK]
+    status, stdout, stderr = samlight(*arguments)
+    assert (status, stdout) == (1, "")
+    one_line(stderr, "cannot be written: No space left on device", "--resume goes on")
+    assert len(names(out)) == 1  # what was finished before
+    monkeypatch.undo()
+    assert samlight(*arguments, "--resume")[0] == 0
+    assert names(out) == {"one.json", "two.json"}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +399,6 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
-        (MemoryError(), 1, "MemoryError"),
         (ZeroDivisionError("two\nlines"), 1, "internal error: ZeroDivisionError: two lines"),
     ],
     ids=lambda value: type(value).__name__,
@@ -243,14 +409,31 @@ def test_no_error_reaches_the_user_as_a_traceback(
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(segment_command, "save_picture", fail)
+    monkeypatch.setattr(mask_files, "write_masks", fail)
     result = samlight("segment", photos / "one.jpg", "--out", tmp_path, "--model", checkpoint, *QUICK)
-    if isinstance(error, MemoryError):  # one picture may be too large, and the next one not
-        assert result[0] == 1
-        assert "skipped" in result[2]
-    else:
-        assert result[0] == status
-        one_line(result[2], message)
+    assert result[0] == status
+    one_line(result[2], message)
+
+
+def test_a_picture_that_does_not_fit_is_skipped_and_its_batch_is_not(
+    samlight, photos, checkpoint, tmp_path, monkeypatch
+):
+    from samlight_hf.mask_generation import MaskGenerator
+
+    generate = MaskGenerator.generate
+
+    def limited(self, picture, *arguments):
+        if picture.shape[1] > 100:
+            raise MemoryError
+        return generate(self, picture, *arguments)
+
+    monkeypatch.setattr(MaskGenerator, "generate", limited)
+    Image.new("RGB", (200, 200)).save(photos / "large.png")
+    status, stdout, stderr = samlight("segment", photos, "--out", tmp_path / "out", "--model", checkpoint, *QUICK)
+    assert status == 0
+    assert len(stdout.splitlines()) == 1 + 2 + 2
+    assert "large.png" in stderr.splitlines()[0]
+    assert stderr.splitlines()[-1] == "samlight: 1 skipped, 2 done."
 
 
 def test_nothing_found_says_how_to_find_more(samlight, photos, checkpoint, tmp_path):

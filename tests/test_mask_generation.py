@@ -1,4 +1,4 @@
-"""Prompts in pixels of the original picture give masks of its size; the bundled checkpoint finds what is there."""
+"""Everything mode is the stock pipeline's, mask for mask; prompts in pixels give masks of the picture's size."""
 
 import numpy as np
 import pytest
@@ -6,145 +6,403 @@ import torch
 from PIL import Image
 from transformers import MaskGenerationPipeline
 
-from samlight_hf import SamLighteningModel
-from samlight_hf.loading import load_model
-from samlight_hf.mask_generation import MaskResult, check_prompts, segment_everything, segment_prompts
-from samlight_hf.segment_command import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf import MaskGenerationSettings, MaskGenerator, SamLighteningModel
+from samlight_hf.crops import crop_boxes, point_grid
+from samlight_hf.inference import PlainMaskDecoder
+from samlight_hf.loading import load_model, quiet_transformers
+from samlight_hf.mask_decoder import FastMaskDecoder
+from samlight_hf.mask_generation import GeneratedMasks, mask_boxes, segment_everything
+from samlight_hf.memory_budget import MemoryBudget
+from samlight_hf.segment_command import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
 
 from .conftest import tiny_config
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
-def tiny(request, tmp_path_factory):
+KEEP_MANY = {"pred_iou_thresh": BUNDLED_THRESHOLDS[0], "stability_score_thresh": BUNDLED_THRESHOLDS[1]}
+KEEP_MORE = {"pred_iou_thresh": 0.2, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.99}
+KEEP_ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "mask_threshold": 30.0}  # see the fixture `tiny`
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """By default cuDNN rounds float32 to TF32, and so does the stock pipeline's decoder."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Random weights, logits in the tens as those of a trained model, which above 30 are some spots, and scores around 0.5."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    SamLighteningModel(tiny_config()).save_pretrained(folder)
-    return load_model(folder, "cpu", request.param)
+    model = SamLighteningModel(tiny_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.mask_decoder.iou_prediction_head.proj_out.bias.fill_(0.5)
+        for mlp in model.mask_decoder.output_hypernetworks_mlps:
+            mlp.proj_out.weight.mul_(1000)
+            mlp.proj_out.bias.mul_(1000)
+    model.save_pretrained(folder)
+    return load_model(folder, "cpu")
 
 
-@pytest.fixture
-def picture():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))
+@pytest.fixture(scope="module")
+def bundled():
+    return load_model(BUNDLED_CHECKPOINT, "cpu")
 
 
-def well_formed(result: MaskResult, picture, count=None):
+def random_picture(width, height, seed=0):
+    """Coarse patches: what a model of 8 x 8 tokens can tell apart."""
+    levels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST)
+
+
+def stock(model, processor, picture, **settings) -> dict:
+    pipeline = MaskGenerationPipeline(model=model, image_processor=processor.image_processor, device=model.device)
+    with quiet_transformers():
+        return pipeline(picture, points_per_batch=16, output_rle_mask=True, output_bboxes_mask=True, **settings)
+
+
+def intersection_over_union(first, second) -> float:
+    union = (first | second).sum()
+    return (first & second).sum() / union if union else 1.0
+
+
+def assert_equal_to_stock(generated: GeneratedMasks, expected: dict):
+    """The same number of masks, each with its one partner. Equal scores may stand in any order."""
+    assert len(generated) == len(expected["masks"])
+    masks, left = [np.asarray(mask) for mask in expected["masks"]], set(range(len(generated)))
+    boxes = np.asarray(expected["bounding_boxes"].cpu()).reshape(-1, 4)
+    scores = np.asarray(expected["scores"].cpu())
+    for index, mask in enumerate(generated.masks):
+        near = [other for other in left if abs(scores[other] - generated.scores[index]) < 1e-4]
+        partner = max(near, key=lambda other: intersection_over_union(mask, masks[other]))
+        left.remove(partner)
+        assert intersection_over_union(mask, masks[partner]) >= 0.999
+        edges = boxes[partner] + np.array([0, 0, 1, 1]) * mask.any()
+        assert np.abs(generated.boxes_xyxy[index] - edges).max() <= 1
+
+
+def well_formed(result: GeneratedMasks, picture, count=None):
     count = len(result) if count is None else count
-    assert (result.masks.shape, result.masks.dtype) == ((count, picture.height, picture.width), bool)
-    assert (result.scores.shape, result.scores.dtype) == ((count,), np.float32)
-    assert (result.boxes_xyxy.shape, result.boxes_xyxy.dtype) == ((count, 4), np.float32)
-    for mask, (x1, y1, x2, y2) in zip(result.masks, result.boxes_xyxy.astype(int)):
+    assert len(result) == len(result.masks) == count
+    assert (result.masks.height, result.masks.width) == (picture.height, picture.width)
+    for name, width in (
+        ("scores", 0),
+        ("stability_scores", 0),
+        ("boxes_xyxy", 4),
+        ("points_xy", 2),
+        ("crop_boxes_xyxy", 4),
+    ):
+        values = getattr(result, name)
+        assert (values.dtype, values.shape) == (np.float32, (count, width) if width else (count,))
+    assert (np.diff(result.scores) <= 0).all()
+    for mask, (x1, y1, x2, y2) in zip(result.masks, result.boxes_xyxy.astype(int), strict=True):
         outside = mask.copy()
         outside[y1:y2, x1:x2] = False
         assert not outside.any()
         assert not mask.any() or (mask[y1].any() and mask[y2 - 1].any() and mask[:, x1].any() and mask[:, x2 - 1].any())
 
 
-def test_one_mask_for_each_prompt(tiny, picture):
-    boxes, points = [(0, 0, 50, 30), (3.5, 4, 20, 25)], [(0, 0), (49.9, 29), (10, 10)]
-    result = segment_prompts(*tiny, picture, boxes, points)
-    well_formed(result, picture, count=5)
-    well_formed(result[:2], picture, count=2)
-    # Each prompt is for itself: alone it gives what it gives beside others, but for the rounding of another batch size.
-    for part, alone in (
-        (result[1:2], segment_prompts(*tiny, picture, boxes[1:])),
-        (result[4:], segment_prompts(*tiny, picture, points_xy=points[2:])),
-    ):
-        assert np.allclose(alone.scores, part.scores, atol=2e-2)
-        assert (alone.masks != part.masks).mean() < 0.05
-    well_formed(segment_prompts(*tiny, picture), picture, count=0)
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (190, 150), (81, 303), (201, 60)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"points_per_crop": 4},
+        {"points_per_crop": 5, "pred_iou_thresh": 0.44},
+        {"points_per_crop": 5, "stability_score_thresh": 0.7, "crops_nms_thresh": 0.95},
+        {"points_per_crop": 3, "crops_n_layers": 1, "crops_nms_thresh": 0.9},
+        {"points_per_crop": 2, "crops_n_layers": 2, "crop_overlap_ratio": 0.1},
+        {"points_per_crop": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.5, "mask_threshold": 20.0, "stability_score_offset": 3.0},
+        {"points_per_crop": 4, "mask_threshold": 0.0, "crops_nms_thresh": 1.0},
+    ],
+)  # fmt: skip
+def test_tiny_models_give_the_stock_pipelines_masks(tiny, size, settings):
+    picture, settings = random_picture(*size, seed=size[0]), {**KEEP_ALL, **settings}
+    expected = stock(*tiny, picture, **settings)
+    generated = MaskGenerator(*tiny)(picture, **settings)
+    well_formed(generated, picture)
+    assert len(generated) > 0
+    assert_equal_to_stock(generated, expected)
+    # On the CPU nothing at all differs: run lengths, their order and the boxes.
+    assert generated.masks.to_coco(compressed=False) == expected["rle_mask"]
 
 
-def test_prompts_are_scaled_as_the_processor_scales_them(tiny, picture):
+@pytest.mark.parametrize(
+    "name, size, settings",
+    [
+        ("coffee", None, {"points_per_crop": 5}),
+        ("rocket", (333, 501), {"points_per_crop": 3}),
+    ],
+)
+def test_photographs_give_the_stock_pipelines_masks(bundled, name, size, settings):
+    picture = Image.open(EXAMPLE_IMAGES / f"{name}.jpg")
+    picture = picture if size is None else picture.resize(size)
+    settings = {**KEEP_MORE, **settings}
+    generated = MaskGenerator(*bundled)(picture, **settings)
+    well_formed(generated, picture)
+    assert len(generated) >= {"coffee": 36, "rocket": 12}[name]
+    assert_equal_to_stock(generated, stock(*bundled, picture, **settings))
+
+
+@pytest.mark.parametrize("settings", [{"crops_nms_thresh": 0.95}, {"pred_iou_thresh": 0.44, "crops_n_layers": 1}])
+def test_results_do_not_depend_on_batches(tiny, settings):
+    picture, settings = random_picture(164, 141), {**KEEP_ALL, "points_per_crop": 5, **settings}
+    results = [MaskGenerator(*tiny, points_per_batch=batch)(picture, **settings) for batch in (1, 3, 7, 25, 64)]
+    assert len({len(result) for result in results}) == 1
+    assert len(results[0]) > 3
+    for result in results[1:]:
+        assert np.allclose(result.scores, results[0].scores, atol=1e-5)
+        assert [a["counts"] for a in result.masks.to_coco()] == [a["counts"] for a in results[0].masks.to_coco()]
+
+
+def test_the_plain_decoder_is_held_to_the_same(tiny):
     model, processor = tiny
-    box, point = [3.0, 4.0, 20.0, 25.0], [17.0, 8.0]
-    inputs = processor(images=picture, input_boxes=[[box]], input_points=[[[point]]], return_tensors="pt")
-    seen = {}
-    hook = model.prompt_encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update({k: v for k, v in kwargs.items() if v is not None}), with_kwargs=True
+    fast, plain = MaskGenerator(model, processor), MaskGenerator(model, processor)
+    assert isinstance(fast.decoder, FastMaskDecoder)
+    plain.decoder = plain.encoder.decoder = PlainMaskDecoder(model)
+    picture = random_picture(50, 40)
+    first, second = (
+        generator(picture, points_per_crop=4, **KEEP_ALL, crops_nms_thresh=1.0) for generator in (fast, plain)
     )
-    segment_prompts(model, processor, picture, [box], [point])
-    hook.remove()
-    assert torch.allclose(seen["input_boxes"].float(), inputs["input_boxes"].float(), atol=0.1)
-    assert torch.allclose(seen["input_points"].float(), inputs["input_points"].float(), atol=0.1)
+    assert first.masks.to_coco() == second.masks.to_coco()
 
 
-def test_everything_is_what_the_stock_pipeline_gives(tiny, picture):
-    model, processor = tiny
-    result = segment_everything(model, processor, picture, 4, 0.0, 0.0, points_per_batch=5)
+def test_where_masks_come_from(tiny):
+    picture = random_picture(800, 600)
+    settings = MaskGenerationSettings(points_per_crop=3, crops_n_layers=1, **KEEP_ALL, crops_nms_thresh=1.0)
+    result = MaskGenerator(*tiny)(picture, settings)
+    crops = {crop.box_xyxy for crop in crop_boxes(600, 800, settings)}
+    assert len(crops) == 5
+    assert {tuple(map(int, box)) for box in result.crop_boxes_xyxy} == crops
+    for (x, y), (x1, y1, x2, y2) in zip(result.points_xy, result.crop_boxes_xyxy):
+        assert x1 < x < x2
+        assert y1 < y < y2
+    assert len(np.unique(result.points_xy, axis=0)) > 20
+
+
+def test_grids_may_differ_between_layers_where_the_stock_pipeline_fails(tiny):
+    picture = random_picture(640, 640)
+    settings = {"points_per_crop": 4, "crops_n_layers": 1, "crop_n_points_downscale_factor": 2, **KEEP_ALL}
+    with pytest.raises(RuntimeError, match="stack"):
+        stock(*tiny, picture, **settings)
+    result = MaskGenerator(*tiny)(picture, **settings, crops_nms_thresh=1.0)
+    inside = (result.crop_boxes_xyxy != [0, 0, 640, 640]).any(axis=1)
+    assert len(np.unique(result.points_xy[~inside], axis=0)) <= 16
+    assert 0 < len(np.unique(result.points_xy[inside], axis=0)) <= 4 * 4
+
+
+def test_pictures_of_every_kind_one_and_many(tiny, tmp_path):
+    picture = random_picture(50, 30)
+    picture.save(tmp_path / "x.png")
+    levels = np.asarray(picture)
+    kinds = [picture, levels, torch.tensor(levels).permute(2, 0, 1), tmp_path / "x.png", str(tmp_path / "x.png")]
+    generator = MaskGenerator(*tiny)
+    one = generator(picture, points_per_crop=3, **KEEP_ALL)
+    many = generator(kinds, points_per_crop=3, **KEEP_ALL)
+    assert len(many) == len(kinds)
+    assert all(result.masks.to_coco() == one.masks.to_coco() for result in many)
+    assert generator([]) == []
+
+
+def test_any_number_of_pictures_are_taken_as_they_are_needed(tiny):
+    taken = []
+
+    def pictures():
+        for number in range(1000):
+            taken.append(number)
+            yield random_picture(20, 20, number)
+
+    results = MaskGenerator(*tiny).generate_many(pictures(), points_per_crop=2, **KEEP_ALL)
+    assert len([next(results) for _ in range(3)]) == 3
+    results.close()
+    assert len(taken) < 10
+
+
+def test_nothing_found_is_well_formed(tiny):
+    picture = random_picture(50, 30)
+    for settings in ({"pred_iou_thresh": 1.0}, {"pred_iou_thresh": 0.0, "stability_score_thresh": 1.0}):
+        result = MaskGenerator(*tiny)(picture, points_per_crop=2, **settings)
+        well_formed(result, picture, count=0)
+        assert result.masks.to_masks().shape == result.to_result().masks.shape == (0, 30, 50)
+        assert result.masks.to_coco() == []
+
+
+def test_progress_is_told_in_points(tiny):
+    class Bar:
+        total = 0
+
+        def update(self, count):
+            self.total += count
+
+    bar = Bar()
+    segment_everything(*tiny, random_picture(40, 30), 5, progress=bar, points_per_batch=7)
+    assert bar.total == 25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(bundled, dtype, tmp_path):
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cpu", dtype)
+    picture = Image.open(EXAMPLE_IMAGES / "coffee.jpg")
+    settings = {**KEEP_MANY, "points_per_crop": 3}
+    result = MaskGenerator(model, processor)(picture, **settings)
     well_formed(result, picture)
-    assert len(result) > 0
-    assert (np.diff(result.scores) <= 0).all()
-    if model.dtype == torch.float32:
-        pipeline = MaskGenerationPipeline(model=model, image_processor=processor.image_processor)
-        stock = pipeline(
-            picture, points_per_crop=4, points_per_batch=5, pred_iou_thresh=0.0, stability_score_thresh=0.0
-        )
-        assert np.array_equal(result.masks, np.stack(stock["masks"]))
-        assert np.allclose(result.scores, stock["scores"])
-
-
-def test_everything_with_nothing_found(tiny, picture):
-    well_formed(segment_everything(*tiny, picture, 2, pred_iou_thresh=1.0), picture, count=0)
+    exact = list(MaskGenerator(*bundled)(picture, **settings).masks)
+    near = [max(intersection_over_union(mask, other) for other in exact) for mask in result.masks]
+    assert len(near) >= 2
+    assert np.mean(near) > 0.9
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (63, 1), (3, 3), (1, 2)])
 def test_very_small_pictures(tiny, size, capfd):
     picture = Image.new("RGB", size, "orange")
-    well_formed(segment_everything(*tiny, picture, 2, 0.0, 0.0), picture)
-    well_formed(segment_prompts(*tiny, picture, [(0, 0, *size)], [(0, 0)]), picture, count=2)
+    well_formed(MaskGenerator(*tiny)(picture, points_per_crop=2, **KEEP_ALL), picture)
     assert capfd.readouterr() == ("", "")
 
 
-def test_pictures_that_are_too_thin(tiny):
-    picture = Image.new("RGB", (20_000, 100))
-    for segment in (segment_everything, segment_prompts):
-        with pytest.raises(ValueError, match=r"20000x100 pixels is too thin.*64:1"):
-            segment(*tiny, picture)
-
-
 @pytest.mark.parametrize(
-    "box, words",
+    "size, settings, words",
     [
-        ((10, 10, 51, 20), "10,10,51,20 reaches outside the picture of 50x30"),
-        ((-1, 10, 20, 20), "-1,10,20,20 reaches outside"),
-        ((100, 100, 120, 120), "reaches outside"),
-        ((20, 10, 10, 20), "20,10,10,20 is reversed"),
-        ((10, 20, 20, 10), "is reversed"),
-        ((10, 10, 10, 20), "has no area"),
-        ((10, 10, float("nan"), 20), "four numbers"),
-        ((10, 10, 20), "four numbers"),
+        ((20_000, 100), {}, r"20000x100 pixels is too thin.*64:1"),
+        ((1, 1), {"crops_n_layers": 2, "crop_overlap_ratio": 0.0}, "too small for crops_n_layers=2"),
     ],
 )
-def test_boxes_that_cannot_be(box, words):
+def test_pictures_that_cannot_be_segmented(tiny, size, settings, words):
     with pytest.raises(ValueError, match=words):
-        check_prompts((50, 30), boxes_xyxy=[(0, 0, 50, 30), box])
-
-
-@pytest.mark.parametrize("point", [(50, 3), (3, 30), (-0.1, 3), (float("inf"), 0), (1, 2, 3)])
-def test_points_that_cannot_be(point):
-    with pytest.raises(ValueError, match="point "):
-        check_prompts((50, 30), points_xy=[(0, 0), point])
+        MaskGenerator(*tiny)(Image.new("RGB", size), **settings)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"points_per_side": 0},
-        {"points_per_side": 2.5},
-        {"points_per_batch": -1},
+        {"points_per_crop": 0},
+        {"points_per_crop": 2.5},
+        {"crops_n_layers": -1},
+        {"crops_n_layers": True},
         {"pred_iou_thresh": 1.5},
         {"stability_score_thresh": float("nan")},
+        {"crops_nms_thresh": -0.1},
+        {"crop_overlap_ratio": 2.0},
+        {"mask_threshold": float("inf")},
+        {"stability_score_offset": -1.0},
+        {"crop_n_points_downscale_factor": 0.5},
+        {"crop_n_points_downscale_factor": 8, "points_per_crop": 4, "crops_n_layers": 1},
     ],
+    ids=str,
 )
-def test_settings_outside_their_range(tiny, picture, settings):
+def test_settings_outside_their_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        segment_everything(*tiny, picture, **settings)
+        MaskGenerationSettings(**settings)
 
 
-def test_the_bundled_checkpoint_finds_the_nose_of_the_cat():
-    model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
-    picture = Image.open(EXAMPLE_IMAGES / "cat.jpg")
-    result = segment_prompts(model, processor, picture, [(215, 215, 288, 265)], [(250, 240)])
-    assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.6
-    assert result.masks[:, 235, 250].all()
-    assert not result.masks[:, 100, 165].any()
+def test_arguments_that_cannot_be(tiny):
+    for arguments, words in (
+        ({"points_per_batch": 0}, "points_per_batch=0"),
+        ({"points_per_batch": 1.5}, "points_per_batch=1.5"),
+        ({"max_memory_mb": -1}, "max_memory_mb=-1"),
+        ({"max_memory_mb": float("nan")}, "max_memory_mb=nan"),
+        ({"cuda_graphs": True}, "cuda_graphs=True needs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            MaskGenerator(*tiny, **arguments)
+    with pytest.raises(ValueError, match="points_per_side=0"):
+        segment_everything(*tiny, random_picture(9, 9), 0)
+    with pytest.raises(ValueError, match="not both"):
+        MaskGenerator(*tiny)(random_picture(9, 9), MaskGenerationSettings(), pred_iou_thresh=0.1)
+
+
+def test_the_grid_and_boxes():
+    assert point_grid(2).tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
+    masks = torch.zeros(3, 5, 6, dtype=torch.bool)
+    masks[0, 1:3, 2:6] = True
+    masks[1, 4, 0] = True
+    assert mask_boxes(masks).tolist() == [[2, 1, 5, 2], [0, 4, 0, 4], [0, 0, 0, 0]]
+    assert mask_boxes(masks[:0]).shape == (0, 4)
+
+
+class _OnCuda:
+    """What `MemoryBudget` looks at of a model, as if it were on a GPU."""
+
+    def __init__(self, model):
+        self.config, self.dtype, self.parameters, self.device = (
+            model.config,
+            model.dtype,
+            model.parameters,
+            torch.device("cuda"),
+        )
+
+
+def test_less_memory_means_smaller_steps(bundled):
+    model = _OnCuda(bundled[0])
+    budgets = [MemoryBudget(model, megabytes) for megabytes in (512, 1500, 100_000)]
+    for name in ("points_per_batch", "points_per_upscaling", "pictures_per_encoding"):
+        sizes = [getattr(budget, name) for budget in budgets]
+        assert sizes == sorted(sizes)
+        assert sizes[0] >= 1
+    assert budgets[0].points_per_batch < budgets[1].points_per_batch <= budgets[2].points_per_batch == 64
+    steps = [budget.masks_per_step((683, 1024), (683, 1024)) for budget in budgets]
+    assert 1 <= steps[0] < steps[1] < steps[2]
+    assert budgets[0].masks_per_step((10_000, 10_000), (10_000, 10_000)) == 1
+    with pytest.raises(ValueError, match=r"max_memory_mb=60 is too small.*needs at least \d+"):
+        MemoryBudget(model, 60)
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    return Image.open(EXAMPLE_IMAGES / "coffee.jpg").resize((1024, 683), Image.Resampling.LANCZOS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"points_per_crop": 16}, {"points_per_crop": 8, "crops_n_layers": 1}], ids=str)
+@pytest.mark.parametrize("size", [None, (333, 501)], ids=str)
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graph", "eager"])
+def test_on_a_gpu_photographs_give_the_stock_pipelines_masks(photograph, settings, size, cuda_graphs):
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cuda")
+    picture = photograph if size is None else photograph.resize(size)
+    settings = {**KEEP_MANY, **settings}
+    generator = MaskGenerator(model, processor, cuda_graphs=cuda_graphs)
+    generated = generator(picture, **settings)
+    assert generator.decoder.transform.last_ran == ("graph" if cuda_graphs else "eager")
+    assert len(generated) >= 10
+    assert_equal_to_stock(generated, stock(model, processor, picture, **settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
+    settings = {**KEEP_MANY, "points_per_crop": 32}
+    exact = list(MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda"))(photograph, **settings).masks)
+    result = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", dtype))(photograph, **settings)
+    near = np.array([max(intersection_over_union(mask, other) for other in result.masks) for mask in exact])
+    print(f"{dtype}: {len(exact)} masks in float32, {len(result)} in {dtype}, {(near >= 0.95).mean():.3f} matched")
+    assert (near >= 0.95).mean() >= 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("megabytes", [512, 1500])
+def test_on_a_gpu_the_memory_stays_below_the_budget_and_the_result_the_same(photograph, dtype, megabytes):
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cuda", dtype)
+    settings = {**KEEP_MANY, "points_per_crop": 32}
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    result = MaskGenerator(model, processor, max_memory_mb=megabytes)(photograph, **settings)
+    assert torch.cuda.max_memory_allocated() <= megabytes * 2**20
+    assert torch.cuda.max_memory_reserved() - before <= megabytes * 2**20
+    expected = MaskGenerator(model, processor, max_memory_mb=4000)(photograph, **settings)
+    if dtype == "float32":
+        assert len(result) == len(expected)
+    near = [max(intersection_over_union(mask, other) for other in result.masks) for mask in expected.masks]
+    assert np.mean(np.array(near) >= 0.95) >= (1.0 if dtype == "float32" else 0.95)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_one_generator_serves_pictures_of_any_size():
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cuda")
+    pictures = [Image.open(path) for path in sorted(EXAMPLE_IMAGES.glob("*.jpg"))]
+    settings = {**KEEP_MANY, "points_per_crop": 8}
+    generator, eager = MaskGenerator(model, processor), MaskGenerator(model, processor, cuda_graphs=False)
+    for one, picture in zip(generator(pictures, **settings), pictures, strict=True):
+        other = eager(picture, **settings)
+        assert one.masks.to_coco() == other.masks.to_coco()

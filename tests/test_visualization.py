@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from samlight_hf.mask_generation import MaskResult
+from samlight_hf.rle import RunLengthMasks
 from samlight_hf.visualization import COLOURS, Panel, contact_sheet, draw_overlay
 
 
@@ -95,3 +96,9 @@ def test_long_and_strange_captions_stay_inside_their_cell():
     assert sheet.width == contact_sheet([Panel(image, "", "")], "").width
     with pytest.raises(ValueError, match="at least one panel"):
         contact_sheet([], "Title")
+
+
+def test_masks_kept_as_run_lengths_are_drawn_alike(picture):
+    result = result_of(rectangle(0, 0, 50, 40), rectangle(10, 5, 30, 25), rectangle(20, 20, 20, 20))
+    encoded = MaskResult(RunLengthMasks.from_masks(result.masks), result.scores, result.boxes_xyxy)
+    assert draw_overlay(picture, encoded).tobytes() == draw_overlay(picture, result).tobytes()

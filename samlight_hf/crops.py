@@ -1,0 +1,105 @@
+"""Where everything mode looks: settings, crops of the picture and the grid of points on each, as the stock pipeline's."""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+
+DEFAULT_POINTS_PER_SIDE = 32
+DEFAULT_PRED_IOU_THRESH = 0.88
+DEFAULT_STABILITY_SCORE_THRESH = 0.95
+
+
+@dataclass(frozen=True)
+class MaskGenerationSettings:
+    """What everything mode looks for and keeps; names, meanings and defaults are those of the stock pipeline.
+
+    Attributes:
+        points_per_crop: the grid on the picture, and on each crop, has this number of points squared.
+        crops_n_layers: layer i of these has 4^i overlapping crops of the picture, which are segmented like pictures.
+        crop_overlap_ratio: how far crops of the first layer overlap, of the picture's short side.
+        crop_n_points_downscale_factor: the grid of layer i has `points_per_crop / factor^i` points a side.
+        pred_iou_thresh: the predicted IoU must be above it; 0 keeps all.
+        stability_score_thresh: the stability must be above it; 0 keeps all. It is the area of the mask at logits above
+            `mask_threshold + stability_score_offset` over the area at `mask_threshold - stability_score_offset`.
+        mask_threshold: pixels with logits above it are inside.
+        crops_nms_thresh: of masks whose boxes have a higher IoU than this the best is kept.
+
+    Raises ValueError, naming the setting, for a value outside its range.
+    """
+
+    points_per_crop: int = DEFAULT_POINTS_PER_SIDE
+    crops_n_layers: int = 0
+    crop_overlap_ratio: float = 512 / 1500
+    crop_n_points_downscale_factor: float = 1
+    pred_iou_thresh: float = DEFAULT_PRED_IOU_THRESH
+    stability_score_thresh: float = DEFAULT_STABILITY_SCORE_THRESH
+    mask_threshold: float = 0.0
+    stability_score_offset: float = 1.0
+    crops_nms_thresh: float = 0.7
+
+    def __post_init__(self):
+        for name, least in (("points_per_crop", 1), ("crops_n_layers", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                kind = "a positive integer" if least else "an integer of at least 0"
+                raise ValueError(f"{name}={value!r} must be {kind}.")
+        for name in ("pred_iou_thresh", "stability_score_thresh", "crops_nms_thresh", "crop_overlap_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be from 0 to 1.")
+        for name in ("mask_threshold", "stability_score_offset"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number.")
+        if self.stability_score_offset < 0:
+            raise ValueError(f"stability_score_offset={self.stability_score_offset!r} must be at least 0.")
+        if not self.crop_n_points_downscale_factor >= 1:
+            raise ValueError(
+                f"crop_n_points_downscale_factor={self.crop_n_points_downscale_factor!r} must be at least 1."
+            )
+        if self.points_per_side(self.crops_n_layers) < 1:
+            raise ValueError(
+                f"crop_n_points_downscale_factor={self.crop_n_points_downscale_factor} leaves no point of "
+                f"points_per_crop={self.points_per_crop} in layer {self.crops_n_layers}."
+            )
+
+    def points_per_side(self, layer: int) -> int:
+        return int(self.points_per_crop / self.crop_n_points_downscale_factor**layer)
+
+
+class Crop(NamedTuple):
+    """A part of the picture, in its pixels: x1, y1, and x2, y2 behind the last ones."""
+
+    box_xyxy: tuple[int, int, int, int]
+    layer: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)"""
+        x1, y1, x2, y2 = self.box_xyxy
+        return y2 - y1, x2 - x1
+
+
+def crop_boxes(height: int, width: int, settings: MaskGenerationSettings) -> list[Crop]:
+    """The picture itself, and for each layer i its 2^i x 2^i overlapping crops, column by column."""
+    crops = [Crop((0, 0, width, height), 0)]
+    for layer in range(1, settings.crops_n_layers + 1):
+        per_side = 2**layer
+        overlap = int(settings.crop_overlap_ratio * min(height, width) * (2 / per_side))
+        crop_width, crop_height = (
+            math.ceil((overlap * (per_side - 1) + length) / per_side) for length in (width, height)
+        )
+        for column, row in product(range(per_side), repeat=2):
+            x1, y1 = column * (crop_width - overlap), row * (crop_height - overlap)
+            crops.append(Crop((x1, y1, min(x1 + crop_width, width), min(y1 + crop_height, height)), layer))
+    return crops
+
+
+def point_grid(points_per_side: int) -> torch.Tensor:
+    """float32 (points_per_side^2, 2): x, y from 0 to 1, row by row, at the centres of equal cells."""
+    margin = 1 / (2 * points_per_side)
+    line = torch.linspace(margin, 1 - margin, points_per_side)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return torch.stack([x, y], dim=-1).view(-1, 2)

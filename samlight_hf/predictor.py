@@ -1,0 +1,264 @@
+"""Encode once, prompt often: points, boxes and masks in pixels of the original pictures, ragged and batched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
+
+from .inference import Decoder, PictureEncoder, make_decoder
+from .mask_generation import MaskResult
+from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
+from .preprocessing import Picture, check_size, picture_tensor, resized_size, upscale_logits
+from .prompts import Prompt, check_prompts, parse_prompts, prompt_batches
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What n prompts on one picture of H x W pixels gave, m masks each: numpy arrays, or tensors on the model's device.
+
+    Attributes:
+        masks: bool (n, m, H, W), or None where they were not asked for.
+        scores: float32 (n, m), the IoU with the true mask that the model predicts.
+        logits: float32 (n, m, h, w), the masks at the decoder's size before the threshold at 0; one for each prompt,
+            (n, h, w), can be fed back.
+    """
+
+    masks: np.ndarray | torch.Tensor | None
+    scores: np.ndarray | torch.Tensor
+    logits: np.ndarray | torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Predictor:
+    """Masks for prompts on pictures that are encoded once.
+
+        predictor = Predictor(model, processor).set_image("photo.jpg")
+        first = predictor.predict(boxes_xyxy=[(10, 20, 300, 200)], multimask_output=False)
+        better = predictor.predict(points_xy=[[(50, 60), (90, 80)]], labels=[[1, 0]], logits=first.logits[:, 0])
+
+    `output` is "numpy" or "torch". `max_memory_mb` and `cuda_graphs` are those of `MaskGenerator`: on a CUDA device the
+    encoder, and the decoder for a single prompt, are replayed from CUDA graphs. The model's weights are read when this is
+    made. Raises ValueError for a model with another decoder than SAM's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: SamImageProcessor | ProcessorMixin,
+        output: str = "numpy",
+        max_memory_mb: float = DEFAULT_MEMORY_MB,
+        cuda_graphs: bool | None = None,
+    ):
+        if output not in ("numpy", "torch"):
+            raise ValueError(f"output={output!r} must be 'numpy' or 'torch'.")
+        if model.config.model_type not in ("sam", "sam_lightening"):
+            raise ValueError(f"model_type={model.config.model_type!r} has another decoder than SAM's: use a SAM.")
+        self.model, self.output = model.eval(), output
+        self.image_processor = getattr(image_processor, "image_processor", image_processor)
+        self.decoder: Decoder = make_decoder(model, cuda_graphs)
+        self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
+        self.budget = MemoryBudget(model, max_memory_mb)
+        side = 4 * model.config.prompt_encoder_config.image_embedding_size
+        self.logits_size = (side, side)
+        self.reset()
+
+    def reset(self):
+        """Forgets the pictures."""
+        self.images: torch.Tensor | None = None  # (pictures, ...), as the decoder prepares them
+        self.sizes: list[tuple[int, int]] = []  # height, width of each picture
+        self._is_list = False
+
+    def set_image(self, picture: Picture) -> "Predictor":
+        """Encodes one picture, see `picture_tensor`. `predict` then takes its prompts, and returns one `Prediction`."""
+        self.set_images([picture])
+        self._is_list = False
+        return self
+
+    @torch.inference_mode()
+    def set_images(self, pictures: Sequence[Picture]) -> "Predictor":
+        """Encodes pictures of any sizes. `predict` then takes and returns lists with one entry for each picture."""
+        if isinstance(pictures, str) or not isinstance(pictures, Sequence) or not pictures:
+            raise ValueError("set_images takes a list of at least one picture; set_image takes one picture.")
+        tensors = [picture_tensor(picture) for picture in pictures]
+        for tensor in tensors:
+            check_size(self.image_processor, *tensor.shape[-2:])
+        step = self.budget.pictures_per_encoding
+        images = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
+        self.images = torch.cat([image for part in images for image in part])
+        self.sizes = [tuple(tensor.shape[-2:]) for tensor in tensors]
+        self._is_list = True
+        return self
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        points_xy=None,
+        labels=None,
+        boxes_xyxy=None,
+        logits=None,
+        multimask_output: bool = True,
+        full_size: bool = True,
+    ) -> Prediction | list[Prediction]:
+        """Masks for n prompts on the picture; after `set_images`, for a list of such arguments, with None for no prompts.
+
+        A prompt is some points, or a box, or both, for one object. In pixels of the picture:
+
+        points_xy: (n, k, 2), or n lists of any number of (x, y), with 0 <= x < width and 0 <= y < height.
+        labels: (n, k), or lists as long as those of the points: 1 on the object (the default), 0 beside it.
+        boxes_xyxy: (n, 4): x1, y1, x2, y2 with 0 <= x1 < x2 <= width, and likewise in y.
+        logits: (n, h, w) of an earlier `Prediction`, to be refined.
+
+        Each prompt gives three masks, or one without `multimask_output`, which suits boxes and several points. Without
+        `full_size` there are logits alone, and no masks at the picture's size.
+
+        Raises ValueError, naming the value, for prompts that cannot be, and before a picture is set.
+        """
+        if self.images is None:
+            raise ValueError("there is no picture yet: call set_image or set_images first.")
+        if points_xy is None and boxes_xyxy is None:
+            raise ValueError("there is no prompt: give points_xy, boxes_xyxy or both.")
+        arguments = {"points_xy": points_xy, "labels": labels, "boxes_xyxy": boxes_xyxy, "logits": logits}
+        if not self._is_list:
+            prompts = [self._parse(0, **arguments)]
+        else:
+            self._check_lists(arguments)
+            prompts = [
+                self._parse(picture, **{k: None if v is None else v[picture] for k, v in arguments.items()})
+                for picture in range(len(self.sizes))
+            ]
+        scores, all_logits = self._decode([prompt for part in prompts for prompt in part], multimask_output)
+        counts = [len(part) for part in prompts]
+        parts = zip(scores.split(counts), all_logits.split(counts))
+        results = [self._result(picture, *part, full_size) for picture, part in enumerate(parts)]
+        return results if self._is_list else results[0]
+
+    def to_masks(self, logits: np.ndarray | torch.Tensor, picture: int = 0) -> torch.Tensor:
+        """Logits (n, h, w) of a `Prediction` as masks of that picture, bool (n, H, W), where the logits are."""
+        size, pad_size = self.sizes[picture], self.image_processor.pad_size
+        padded = pad_size["height"], pad_size["width"]
+        parts = [
+            upscale_logits(part, padded, self._resized(picture), size) > 0
+            for part in torch.as_tensor(logits).split(self.budget.masks_per_step(size, size))
+            if len(part)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, *size, dtype=torch.bool)
+
+    def _resized(self, picture: int) -> tuple[int, int]:
+        return resized_size(*self.sizes[picture], self.image_processor.size["longest_edge"])
+
+    def _check_lists(self, arguments: dict):
+        for name, value in arguments.items():
+            if value is not None and (not isinstance(value, list | tuple) or len(value) != len(self.sizes)):
+                given = len(value) if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+                raise ValueError(
+                    f"{name} must be a list of {len(self.sizes)}, one entry for each picture, not {given}."
+                )
+
+    def _parse(self, picture: int, logits=None, **prompts) -> list[Prompt]:
+        if logits is not None:
+            logits = torch.as_tensor(logits, device=self.model.device).float()
+            if logits.ndim != 3 or tuple(logits.shape[1:]) != self.logits_size:
+                raise ValueError(
+                    f"logits have the shape {tuple(logits.shape)}, and must be (prompts, {self.logits_size[0]}, "
+                    f"{self.logits_size[1]}): one mask of an earlier prediction for each prompt, logits[:, i]."
+                )
+            if not torch.isfinite(logits).all():
+                raise ValueError("logits hold NaN or infinite values.")
+        try:
+            return parse_prompts(picture, self.sizes[picture], self._resized(picture), logits=logits, **prompts)
+        except ValueError as error:
+            raise ValueError(f"picture {picture}: {error}" if self._is_list else str(error)) from error
+
+    def _decode(self, prompts: list[Prompt], multimask_output: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (n, m) and logits (n, m, h, w), float32, of prompts in any order."""
+        num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if multimask_output else 1
+        batches = list(prompt_batches(prompts, self.budget.points_per_batch))
+        parts = [self._decode_batch([prompts[place] for place in batch], multimask_output) for batch in batches]
+        if not parts:
+            empty = torch.zeros(0, num_masks, *self.logits_size, device=self.model.device)
+            return empty[..., 0, 0], empty
+        scores, logits = (torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts))
+        order = [place for batch in batches for place in batch]
+        if order != sorted(order):
+            back = torch.tensor(order, device=scores.device).argsort()
+            scores, logits = scores[back], logits[back]
+        return scores, logits
+
+    def _decode_batch(self, prompts: list[Prompt], multimask_output: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_decode`, of prompts of one kind."""
+        device, first = self.model.device, prompts[0]
+        pictures = [prompt.picture for prompt in prompts]
+        one_picture = len(set(pictures)) == 1
+        images = self.images[pictures[0] : pictures[0] + 1] if one_picture else self.images[pictures]
+        decoded = self.decoder.decode(
+            images,
+            points=None if first.points is None else torch.stack([prompt.points for prompt in prompts]).to(device),
+            labels=None if first.labels is None else torch.stack([prompt.labels for prompt in prompts]).to(device),
+            boxes=None if first.box is None else torch.stack([prompt.box for prompt in prompts]).to(device),
+            mask_logits=None if first.logits is None else torch.stack([prompt.logits for prompt in prompts]),
+            multimask_output=multimask_output,
+            prompts_per_upscaling=self.budget.points_per_upscaling,
+            repeated=len(prompts) == 1,
+        )
+        return decoded.iou, decoded.logits.unflatten(0, decoded.iou.shape).float()
+
+    def _result(self, picture: int, scores: torch.Tensor, logits: torch.Tensor, full_size: bool) -> Prediction:
+        masks = None
+        if full_size:
+            masks = self.to_masks(logits.flatten(0, 1), picture).unflatten(0, scores.shape)
+        if self.output == "torch":
+            return Prediction(masks, scores, logits)
+        return Prediction(None if masks is None else masks.cpu().numpy(), scores.cpu().numpy(), logits.cpu().numpy())
+
+
+@torch.inference_mode()
+def predict_prompts(
+    predictor: Predictor, boxes_xyxy: Sequence = (), points_xy: Sequence = (), picture: int = 0
+) -> MaskResult:
+    """One mask for each prompt on one of the predictor's pictures: first those of the boxes, then those of the points.
+
+    Boxes are (x1, y1, x2, y2) with 0 <= x1 < x2 <= width, points (x, y) with 0 <= x < width, likewise in y. Each point
+    is a prompt of its own, on the object; of its three masks the one with the highest predicted IoU is taken.
+    Raises ValueError for a prompt outside the picture, and for a reversed or empty box.
+    """
+    height, width = predictor.sizes[picture]
+    check_prompts((width, height), boxes_xyxy, points_xy)
+    masks, scores = [np.zeros((0, height, width), dtype=bool)], [np.zeros(0, dtype=np.float32)]
+    for kind, prompts in (("boxes_xyxy", boxes_xyxy), ("points_xy", [[point] for point in points_xy])):
+        if len(prompts):
+            parsed = predictor._parse(picture, **{kind: prompts})
+            predicted_iou, logits = predictor._decode(parsed, multimask_output=kind == "points_xy")
+            predicted_iou, best = predicted_iou.max(dim=1)
+            logits = logits[torch.arange(len(best), device=best.device), best]
+            masks.append(predictor.to_masks(logits, picture).cpu().numpy())
+            scores.append(predicted_iou.cpu().numpy())
+    masks = np.concatenate(masks)
+    return MaskResult(masks, np.concatenate(scores), _edges(masks))
+
+
+def segment_prompts(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    picture: Picture,
+    boxes_xyxy: Sequence[Sequence[float]] = (),
+    points_xy: Sequence[Sequence[float]] = (),
+) -> MaskResult:
+    """`predict_prompts` on a picture that is encoded for this once; ValueError for one that is too thin, too."""
+    picture = picture_tensor(picture)
+    check_prompts((picture.shape[2], picture.shape[1]), boxes_xyxy, points_xy)  # before the work is done
+    predictor = Predictor(model, processor, output="torch", cuda_graphs=False).set_image(picture)
+    return predict_prompts(predictor, boxes_xyxy, points_xy)
+
+
+def _edges(masks: np.ndarray) -> np.ndarray:
+    """bool (n, H, W) to the boxes of `MaskResult`, float32 (n, 4)."""
+    boxes = np.zeros((len(masks), 4), dtype=np.float32)
+    for box, mask in zip(boxes, masks):
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        if len(columns):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes

@@ -1,0 +1,148 @@
+"""Prompts in pixels of the original picture: checked, brought to the model's frame, and put into batches."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+# A picture with this many prompts of one kind is decoded by itself, which saves a part of the decoder's work.
+_PROMPTS_ALONE = 8
+
+
+@dataclass
+class Prompt:
+    """One prompt of one picture, in the frame of the resized picture."""
+
+    picture: int
+    points: torch.Tensor | None  # float32 (k, 2)
+    labels: torch.Tensor | None  # int64 (k,), 1 on the object and 0 beside it
+    box: torch.Tensor | None  # float32 (4,)
+    logits: torch.Tensor | None  # float32 (h, w), of an earlier mask
+
+    def kind(self) -> tuple:
+        """Prompts of one kind are decoded together. Points are not padded: the model's attention would see the padding."""
+        return None if self.points is None else len(self.points), self.box is None, self.logits is None
+
+
+def check_prompts(
+    size: tuple[int, int], boxes_xyxy: Sequence[Sequence[float]] = (), points_xy: Sequence[Sequence[float]] = ()
+):
+    """Raises ValueError for the first prompt that a picture of `size` (width, height) cannot have."""
+    width, height = size
+    for box in boxes_xyxy:
+        if len(box) != 4 or not all(map(math.isfinite, box)):
+            raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
+        x1, y1, x2, y2 = box
+        if x1 >= x2 or y1 >= y2:
+            kind = "has no area" if x1 == x2 or y1 == y2 else "is reversed"
+            raise ValueError(f"box {_text(box)} {kind}: it must be X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2.")
+        if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+            raise ValueError(
+                f"box {_text(box)} reaches outside the picture of {width}x{height} pixels: keep X from 0 to {width} "
+                f"and Y from 0 to {height}."
+            )
+    for point in points_xy:
+        if len(point) != 2 or not all(map(math.isfinite, point)):
+            raise ValueError(f"point {_text(point)} must be two numbers, X,Y.")
+        if not (0 <= point[0] < width and 0 <= point[1] < height):
+            raise ValueError(
+                f"point {_text(point)} lies outside the picture of {width}x{height} pixels: keep X from 0 to "
+                f"{width - 1} and Y from 0 to {height - 1}."
+            )
+
+
+def parse_prompts(
+    picture: int,
+    size: tuple[int, int],
+    resized: tuple[int, int],
+    points_xy=None,
+    labels=None,
+    boxes_xyxy=None,
+    logits: torch.Tensor | None = None,
+) -> list[Prompt]:
+    """The prompts of one picture, whose sizes are (height, width), as `Predictor.predict` tells; ValueError for bad ones."""
+    points = None if points_xy is None else [_points(prompt) for prompt in _entries("points_xy", points_xy)]
+    boxes = None if boxes_xyxy is None else [_numbers(box) for box in _entries("boxes_xyxy", boxes_xyxy)]
+    check_prompts(size[::-1], boxes or (), [point for prompt in points or () for point in prompt])
+    lengths = {
+        name: len(value)
+        for name, value in (("points_xy", points), ("boxes_xyxy", boxes), ("logits", logits))
+        if value is not None
+    }
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"all prompts need the same parts, but {each}.")
+    label_lists = _labels(labels, points)
+    scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]])
+    return [
+        Prompt(
+            picture,
+            None if points is None else torch.tensor(points[place]) * scale,
+            None if points is None else torch.tensor(label_lists[place]),
+            None if boxes is None else torch.tensor(boxes[place]) * scale.repeat(2),
+            None if logits is None else logits[place],
+        )
+        for place in range(next(iter(lengths.values()), 0))
+    ]
+
+
+def prompt_batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
+    """Places of prompts that are decoded together, at most `most`: of one kind, and of one picture where that has many."""
+    groups = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        groups[prompt.kind(), prompt.picture].append(place)
+    few = defaultdict(list)
+    for (kind, _), places in groups.items():
+        if len(places) < _PROMPTS_ALONE:
+            few[kind] += places
+    for places in (*(p for p in groups.values() if len(p) >= _PROMPTS_ALONE), *few.values()):
+        for start in range(0, len(places), most):
+            yield places[start : start + most]
+
+
+def _entries(name: str, value) -> Sequence:
+    if isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "shape", None) == ():
+        raise ValueError(f"{name}={value!r} must have one entry for each prompt.")
+    return value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
+
+
+def _points(prompt) -> list[list[float]]:
+    points = [_numbers(point) for point in _entries("points_xy", prompt) if hasattr(point, "__len__")]
+    if len(points) != len(prompt):
+        raise ValueError(
+            f"points_xy holds {_text(prompt)} where a list of points is expected: it is (prompts, points, 2). Write "
+            "[[point]] for one prompt of one point."
+        )
+    if not points:
+        raise ValueError("points_xy has a prompt without points.")
+    return points
+
+
+def _labels(labels, points: list | None) -> list[list[int]]:
+    if labels is None:
+        return [[1] * len(prompt) for prompt in points or ()]
+    if points is None:
+        raise ValueError("labels are given without points_xy.")
+    lists = [[int(label) for label in _entries("labels", prompt)] for prompt in _entries("labels", labels)]
+    given, needed = [len(prompt) for prompt in lists], [len(prompt) for prompt in points]
+    if given != needed:
+        raise ValueError(f"labels are {given} for each prompt, and its points {needed}: each point needs one.")
+    for label in (label for prompt in lists for label in prompt):
+        if label not in (0, 1):
+            raise ValueError(f"label {label} must be 1, on the object, or 0, beside it.")
+    return lists
+
+
+def _numbers(values) -> list[float]:
+    try:
+        return [float(value) for value in _entries("a prompt", values)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{values!r} must be numbers in pixels of the picture.") from error
+
+
+def _text(values) -> str:
+    return ",".join(f"{value:g}" for value in values)

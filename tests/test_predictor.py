@@ -1,0 +1,314 @@
+"""Prompts in pixels of the original pictures give what the model gives for each of them alone, however they are batched."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samlight_hf import Predictor, SamLighteningModel
+from samlight_hf.loading import load_model
+from samlight_hf.predictor import predict_prompts, segment_prompts
+from samlight_hf.prompts import check_prompts, parse_prompts, prompt_batches
+from samlight_hf.segment_command import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+
+from .conftest import tiny_config
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    model = SamLighteningModel(tiny_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def tiny(request, folder):
+    return load_model(folder, request.param)
+
+
+def random_picture(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def picture():
+    return random_picture(50, 30)
+
+
+def by_the_model(model, processor, picture, multimask_output=True, logits=None, **prompts):
+    """One prompt through processor and model, as SamModel's documentation does it."""
+    inputs = processor(images=picture, return_tensors="pt", **{k: [[v]] for k, v in prompts.items()}).to(model.device)
+    sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
+    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.inference_mode():
+        outputs = model(**inputs, input_masks=logits, multimask_output=multimask_output)
+    masks = processor.post_process_masks(outputs.pred_masks.float().cpu(), *sizes)[0][0].numpy()
+    return masks, outputs.iou_scores[0, 0].float().cpu().numpy(), outputs.pred_masks[0, 0].float().cpu().numpy()
+
+
+def assert_same(prediction, place, expected):
+    masks, scores, logits = expected
+    assert np.allclose(prediction.scores[place], scores, atol=1e-5)
+    assert np.allclose(prediction.logits[place], logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
+    assert (prediction.masks[place] != masks).mean() < 0.002
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+def test_every_kind_of_prompt_is_what_the_model_gives(tiny, picture, multimask_output):
+    predictor = Predictor(*tiny).set_image(picture)
+    boxes, points, labels = (
+        [(1, 2, 40, 20), (0, 0, 50, 30)],
+        [[(3, 4), (30.5, 20)], [(49.9, 0), (7, 7)]],
+        [[1, 0], [0, 1]],
+    )
+    plain = {"multimask_output": multimask_output}
+    by_box = predictor.predict(boxes_xyxy=boxes, **plain)
+    by_points = predictor.predict(points, labels, **plain)
+    by_both = predictor.predict(points, labels, boxes, **plain)
+    refined = predictor.predict(points, labels, logits=by_points.logits[:, 0], **plain)
+    for place in range(2):
+        box, point = (
+            {"input_boxes": [*map(float, boxes[place])]},
+            {"input_points": points[place], "input_labels": labels[place]},
+        )
+        assert_same(by_box, place, by_the_model(*tiny, picture, **box, **plain))
+        assert_same(by_points, place, by_the_model(*tiny, picture, **point, **plain))
+        assert_same(by_both, place, by_the_model(*tiny, picture, **box, **point, **plain))
+        logits = torch.as_tensor(by_points.logits[place, 0], device=tiny[0].device)[None, None]
+        assert_same(refined, place, by_the_model(*tiny, picture, logits=logits, **point, **plain))
+    assert by_box.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
+    assert (by_box.masks.dtype, by_box.scores.dtype, by_box.logits.dtype) == (bool, np.float32, np.float32)
+    assert by_box.logits.shape[2:] == (32, 32)
+
+
+def test_ragged_prompts_on_several_pictures_equal_each_alone(tiny):
+    pictures = [random_picture(*size, seed) for seed, size in enumerate([(50, 30), (20, 64), (50, 30), (33, 33)])]
+    random = np.random.default_rng(0)
+
+    def points_on(picture, *counts):
+        return [[(x * picture.width, y * picture.height) for x, y in random.random((count, 2))] for count in counts]
+
+    points = [points_on(pictures[0], 1, 3, 1), points_on(pictures[1], *[2] * 9, 1), None, points_on(pictures[3])]
+    labels = [None if p is None else [random.integers(0, 2, len(prompt)).tolist() for prompt in p] for p in points]
+    together = Predictor(*tiny).set_images(pictures).predict(points, labels)
+    assert [len(prediction) for prediction in together] == [3, 10, 0, 0]
+    assert together[2].masks.shape == (0, 3, 30, 50)
+    for picture, prompts, own_labels, prediction in zip(pictures, points, labels, together):
+        alone = Predictor(*tiny).set_image(picture)
+        for place in range(len(prediction)):
+            one = alone.predict([prompts[place]], [own_labels[place]])
+            assert_same(prediction, place, (one.masks[0], one.scores[0], one.logits[0]))
+
+
+def test_numpy_and_torch_in_and_out(tiny, picture):
+    boxes, points = np.array([[1, 2, 40, 20.0]]), torch.tensor([[[3, 4.0]]])
+    as_numpy = Predictor(*tiny).set_image(np.asarray(picture)).predict(points, boxes_xyxy=boxes)
+    as_torch = (
+        Predictor(*tiny, output="torch")
+        .set_image(picture)
+        .predict([[(3, 4)]], np.array([[1]]), torch.from_numpy(boxes))
+    )
+    for name in ("masks", "scores", "logits"):
+        array, tensor = getattr(as_numpy, name), getattr(as_torch, name)
+        assert isinstance(array, np.ndarray)
+        assert tensor.device.type == tiny[0].device.type
+        assert np.allclose(array, tensor.cpu().numpy(), atol=1e-5)
+    assert as_torch.masks.dtype == torch.bool
+
+
+def test_logits_alone_and_their_masks_later(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    prediction = predictor.predict([[(3, 4)], [(9, 9)]], full_size=False)
+    assert prediction.masks is None
+    later = predictor.to_masks(prediction.logits[:, 1]).cpu().numpy()
+    assert np.array_equal(later, predictor.predict([[(3, 4)], [(9, 9)]]).masks[:, 1])
+
+
+def test_a_picture_is_encoded_once(tiny, picture):
+    encoded = []
+    predictor = Predictor(*tiny, cuda_graphs=False)
+    hook = tiny[0].vision_encoder.register_forward_hook(lambda *arguments: encoded.append(1))
+    predictor.set_image(picture)
+    for x in range(3):
+        predictor.predict([[(x, 0)]])
+    hook.remove()
+    assert len(encoded) == 1
+
+
+def test_one_mask_for_each_prompt(tiny, picture):
+    boxes, points = [(0, 0, 50, 30), (3.5, 4, 20, 25)], [(0, 0), (49.9, 29), (10, 10)]
+    result = segment_prompts(*tiny, picture, boxes, points)
+    assert (result.masks.shape, result.masks.dtype) == ((5, 30, 50), bool)
+    assert (result.scores.shape, result.boxes_xyxy.shape) == ((5,), (5, 4))
+    predictor = Predictor(*tiny).set_image(picture)
+    by_box = predictor.predict(boxes_xyxy=boxes, multimask_output=False)
+    assert np.array_equal(result.masks[:2], by_box.masks[:, 0])
+    by_point = predictor.predict([[point] for point in points])
+    best = by_point.scores.argmax(axis=1)
+    assert np.array_equal(result.masks[2:], by_point.masks[np.arange(3), best])
+    assert len(segment_prompts(*tiny, picture)) == 0
+    pictures = Predictor(*tiny).set_images([random_picture(20, 20), picture])
+    assert np.array_equal(predict_prompts(pictures, boxes, points, picture=1).masks, result.masks)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (63, 1), (3, 3)])
+def test_very_small_pictures(tiny, size, capfd):
+    prediction = (
+        Predictor(*tiny).set_image(Image.new("RGB", size, "orange")).predict([[(0, 0)]], boxes_xyxy=[(0, 0, *size)])
+    )
+    assert prediction.masks.shape == (1, 3, *size[::-1])
+    assert capfd.readouterr() == ("", "")
+
+
+def logits_of(*shape, value=0.0):
+    return np.full(shape, value, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        ({}, "no prompt: give points_xy"),
+        ({"labels": [[1]]}, "no prompt"),
+        ({"points_xy": [(3, 4)]}, r"a list of points is expected.*\[\[point\]\]"),
+        ({"points_xy": np.zeros((2, 2))}, "a list of points is expected"),
+        ({"points_xy": [[]]}, "a prompt without points"),
+        ({"points_xy": 3}, "points_xy=3 must have one entry for each prompt"),
+        ({"points_xy": [[(3, 4, 5)]]}, "point 3,4,5 must be two numbers"),
+        ({"points_xy": [[("a", 4)]]}, "must be numbers"),
+        ({"points_xy": [[(50, 3)]]}, "point 50,3 lies outside the picture of 50x30"),
+        ({"points_xy": [[(3, -1)]]}, "lies outside"),
+        ({"points_xy": [[(float("nan"), 1)]]}, "point nan,1 must be two numbers"),
+        ({"points_xy": [[(3, 4)]], "labels": [[1, 0]]}, r"labels are \[2\] for each prompt, and its points \[1\]"),
+        ({"points_xy": [[(3, 4)]], "labels": [[2]]}, "label 2 must be 1, on the object, or 0"),
+        ({"points_xy": [[(3, 4)]], "labels": [1]}, "must have one entry"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "labels": [[1]]}, "labels are given without points_xy"),
+        ({"boxes_xyxy": [(5, 0, 0, 5)]}, "box 5,0,0,5 is reversed"),
+        ({"boxes_xyxy": [(5, 0, 5, 5)]}, "has no area"),
+        ({"boxes_xyxy": [(0, 0, 51, 5)]}, "reaches outside the picture"),
+        ({"boxes_xyxy": [(0, 0, float("inf"), 5)]}, "four numbers"),
+        ({"boxes_xyxy": (0, 0, 5, 5)}, "must have one entry|must be numbers"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "points_xy": [[(1, 1)], [(2, 2)]]}, "points_xy has 2, boxes_xyxy has 1"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 16, 16)}, r"\(1, 16, 16\), and must be \(prompts, 32, 32\)"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 3, 32, 32)}, r"logits\[:, i\]"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(2, 32, 32)}, "boxes_xyxy has 1, logits has 2"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 32, 32, value=np.nan)}, "NaN or infinite"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:30],
+)  # fmt: skip
+def test_prompts_that_cannot_be(tiny, picture, prompts, words):
+    with pytest.raises(ValueError, match=words):
+        Predictor(*tiny).set_image(picture).predict(**prompts)
+
+
+def test_uses_that_cannot_be(tiny, picture):
+    predictor = Predictor(*tiny)
+    with pytest.raises(ValueError, match="no picture yet: call set_image"):
+        predictor.predict([[(1, 1)]])
+    for pictures in ([], "x.jpg", picture):
+        with pytest.raises(ValueError, match="set_images takes a list"):
+            predictor.set_images(pictures)
+    predictor.set_images([picture, picture])
+    for boxes, words in (
+        ([None], "a list of 2, one entry for each picture, not 1"),
+        (np.zeros((2, 1, 4)), "not a ndarray"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            predictor.predict(boxes_xyxy=boxes)
+    with pytest.raises(ValueError, match="picture 1: box 0,0,99,9 reaches outside"):
+        predictor.predict(boxes_xyxy=[[(0, 0, 9, 9)], [(0, 0, 99, 9)]])
+    predictor.reset()
+    with pytest.raises(ValueError, match="no picture yet"):
+        predictor.predict([[(1, 1)]])
+    with pytest.raises(ValueError, match="output='jax'"):
+        Predictor(*tiny, output="jax")
+    with pytest.raises(ValueError, match="too thin"):
+        predictor.set_image(Image.new("RGB", (20_000, 100)))
+
+
+def test_empty_prompts_give_empty_results(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    for prompts in ({"points_xy": []}, {"boxes_xyxy": np.zeros((0, 4))}, {"points_xy": [], "labels": []}):
+        prediction = predictor.predict(**prompts)
+        assert prediction.masks.shape == (0, 3, 30, 50)
+        assert (prediction.scores.shape, prediction.logits.shape) == ((0, 3), (0, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "box, words",
+    [
+        ((10, 10, 51, 20), "10,10,51,20 reaches outside the picture of 50x30"),
+        ((-1, 10, 20, 20), "-1,10,20,20 reaches outside"),
+        ((20, 10, 10, 20), "20,10,10,20 is reversed"),
+        ((10, 20, 20, 10), "is reversed"),
+        ((10, 10, 10, 20), "has no area"),
+        ((10, 10, float("nan"), 20), "four numbers"),
+        ((10, 10, 20), "four numbers"),
+    ],
+)
+def test_boxes_that_cannot_be(box, words):
+    with pytest.raises(ValueError, match=words):
+        check_prompts((50, 30), boxes_xyxy=[(0, 0, 50, 30), box])
+
+
+@pytest.mark.parametrize("point", [(50, 3), (3, 30), (-0.1, 3), (float("inf"), 0), (1, 2, 3)])
+def test_points_that_cannot_be(point):
+    with pytest.raises(ValueError, match="point "):
+        check_prompts((50, 30), points_xy=[(0, 0), point])
+
+
+def test_batches_are_of_one_kind_and_lose_no_prompt():
+    size = (100, 100)
+    many = parse_prompts(0, size, size, points_xy=[[(1, 1)]] * 9 + [[(1, 1), (2, 2)]])
+    few = parse_prompts(1, size, size, points_xy=[[(1, 1)]] * 2, boxes_xyxy=[(0, 0, 9, 9)] * 2)
+    others = parse_prompts(2, size, size, points_xy=[[(1, 1), (2, 2)]])
+    prompts = many + few + others
+    batches = list(prompt_batches(prompts, most=4))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(prompts)))
+    assert all(len({prompts[place].kind() for place in batch}) == 1 and len(batch) <= 4 for batch in batches)
+    assert [9, 12] in batches  # of two pictures
+
+
+def test_the_bundled_checkpoint_finds_the_nose_of_the_cat():
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
+    picture = Image.open(EXAMPLE_IMAGES / "cat.jpg")
+    result = segment_prompts(model, processor, picture, [(215, 215, 288, 265)], [(250, 240)])
+    assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.6
+    assert result.masks[:, 235, 250].all()
+    assert not result.masks[:, 100, 165].any()
+
+
+@pytest.mark.gpu
+def test_a_single_prompt_is_replayed_from_a_graph(folder, picture):
+    model, processor = load_model(folder, "cuda")
+    graphed, eager = (Predictor(model, processor, cuda_graphs=on).set_image(picture) for on in (None, False))
+    for prompts in ({"points_xy": [[(3, 4)]]}, {"points_xy": [[(9, 20)]]}, {"boxes_xyxy": [(1, 2, 40, 20)]}):
+        for multimask_output in (True, False):
+            one, other = (p.predict(**prompts, multimask_output=multimask_output) for p in (graphed, eager))
+            assert np.allclose(one.logits, other.logits, rtol=1e-3, atol=1e-3)
+            assert graphed.decoder._decode_all[multimask_output].last_ran == "graph"
+    assert graphed.encoder.encode.last_ran == "graph"
+    assert eager.encoder.encode.last_ran == "eager"
+
+
+@pytest.mark.gpu
+def test_a_later_picture_does_not_change_an_earlier_prediction(folder):
+    model, processor = load_model(folder, "cuda")
+    predictor = Predictor(model, processor, output="torch")
+    first = predictor.set_image(random_picture(50, 30, 0)).predict([[(3, 4)]])
+    before = first.logits.clone(), first.scores.clone()
+    predictor.set_image(random_picture(50, 30, 1)).predict([[(30, 4)]])
+    assert torch.equal(first.logits, before[0])
+    assert torch.equal(first.scores, before[1])
