@@ -1,6 +1,6 @@
 """One training example from one picture: a pure function of the picture and two random generators."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ class ExampleMaker:
         if not isinstance(mask_size, int) or mask_size < 1 or image_size % mask_size:
             raise ValueError(f"mask_size={mask_size!r} must be an integer that divides image_size={image_size}.")
         return cls(image_size, mask_size, augmentation or Augmentation(), prompts, cutouts)
+
+    def preprocessing(self) -> dict:
+        """What the pixels depend on, besides the picture and the generator."""
+        return {
+            "image_size": self.image_size,
+            "augmentation": asdict(self.augmentation),
+            "cutouts": repr(self.cutouts),
+        }
 
     def __call__(
         self,

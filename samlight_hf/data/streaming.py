@@ -113,6 +113,11 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         """
         self._skip = (num_batches, batch_size)
 
+    def preprocessing(self) -> dict:
+        """What the examples depend on, besides rank, world size and workers: as `TrainingExamples.preprocessing`."""
+        tars = [os.path.basename(tar) for tar in self._tars]
+        return {"tars": tars, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
+
     def state_dict(self) -> dict:
         """Where iteration in this process is: behind the last example."""
         return dict(self._state)

@@ -6,7 +6,7 @@ Resuming at step t, sharing the work between ranks and between worker processes 
 import bisect
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -152,16 +152,9 @@ class TrainingExamples(Dataset):
         return _Views(self)
 
     def preprocessing(self) -> dict:
-        """What the pixels of a view depend on, besides the pictures: two datasets that agree in it have the same views."""
-        maker = self.maker
-        return {
-            "pictures": [_fingerprint(source) for source in self.sources],
-            "image_size": maker.image_size,
-            "augmentation": asdict(maker.augmentation),
-            "cutouts": repr(maker.cutouts),
-            "num_views": self.num_views,
-            "seed": self.seed,
-        }
+        """What the pixels of a view depend on: two datasets that agree in it have the same views."""
+        pictures = [_fingerprint(source) for source in self.sources]
+        return {"pictures": pictures, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
 
     @property
     def num_read(self) -> int:

@@ -119,6 +119,11 @@ class RunArguments:
     cutouts: list[str] = field(
         default_factory=list, metadata={"help": "RGBA objects to paste on the pictures: tars or folders"}
     )
+    source_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "how often each of train_data is taken, relative to the others; by size"},
+    )
+    max_skipped: float = field(default=0.05, metadata={"help": "share of unusable pictures above which the run stops"})
     eval_data: list[str] = field(default_factory=list, metadata={"help": "as train_data"})
     eval_annotations: str | None = field(default=None, metadata={"help": "as train_annotations"})
     eval_images: str | None = field(default=None, metadata={"help": "as train_images"})
@@ -185,8 +190,13 @@ def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
     return config, options
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)  # instead of two pages of usage and an exit
+
+
 def _parse(config: dict, section: dict, options: list[str]) -> tuple[RunArguments, DistillationArguments]:
-    parser = HfArgumentParser((RunArguments, DistillationArguments))
+    parser = _Parser((RunArguments, DistillationArguments))
     types = {action.dest: action for action in parser._actions}
     for key in [*config, *section]:
         if key not in types:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -33,6 +34,10 @@ from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
 from .plots import plot_learning_curves
 from .teacher import Teacher
 from .trainer import DistillationTrainer, focus_layers
+
+
+if TYPE_CHECKING:
+    from ..data import StreamedExamples
 
 
 RESULT_NAME = "result.json"
@@ -76,9 +81,15 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
     """Raises ValueError for what can be seen without reading a model or a picture."""
     if not (run.train_data or run.train_annotations or run.stream_data):
         raise ValueError("train_data is missing: give SA-1B tars, a folder, or train_annotations and train_images.")
+    if run.stream_data and (run.train_data or run.train_annotations):
+        raise ValueError("stream_data and train_data are both given. Stream everything, or nothing.")
     if "encoder" in run.stages and run.teacher is None:
         raise ValueError('stages has "encoder", which needs a teacher: a folder, a Hub name or an original .pth file.')
     for args in stages:
+        if args.stage == "encoder" and args.cache_dir and run.stream_data:
+            raise ValueError(
+                f"cache_dir={args.cache_dir} needs pictures that can be enumerated: use train_data, not stream_data."
+            )
         if args.stage == "encoder" and args.cache_dir and run.num_views is None:
             raise ValueError(
                 f"cache_dir={args.cache_dir} needs num_views: a finite number of views of each picture can be cached, such as "
@@ -210,31 +221,34 @@ def open_eval_pictures(run: RunArguments) -> PictureDataset | None:
 
 def make_examples(
     student: PreTrainedModel, args: DistillationArguments, run: RunArguments, sources: Sequence[PictureDataset]
-) -> TrainingExamples:
+) -> "TrainingExamples | StreamedExamples":
     """All examples of the stage, in their order. Raises ValueError for a source without masks where the stage needs them."""
     config = student.config.vision_config
-    return TrainingExamples(
-        sources,
-        num_examples=args.max_steps * args.global_batch_size,
-        image_size=config.image_size,
-        mask_size=4 * (config.image_size // config.patch_size),
-        augmentation=Augmentation(
+    settings = {
+        "image_size": config.image_size,
+        "mask_size": 4 * (config.image_size // config.patch_size),
+        "augmentation": Augmentation(
             scale=(run.min_scale, run.max_scale),
             flip=run.flip,
             brightness=run.color_jitter,
             contrast=run.color_jitter,
             saturation=run.color_jitter,
         ),
-        prompts=None if args.stage == "encoder" else PromptSampling(args.num_prompts, max(1, args.num_refinements)),
-        cutouts=Cutouts(run.cutouts) if run.cutouts else None,
-        num_views=run.num_views if args.stage == "encoder" else None,
-        seed=args.seed,
-    )
+        "prompts": None if args.stage == "encoder" else PromptSampling(args.num_prompts, max(1, args.num_refinements)),
+        "cutouts": Cutouts(run.cutouts) if run.cutouts else None,
+        "num_views": run.num_views if args.stage == "encoder" else None,
+        "seed": args.seed,
+        "max_skipped": run.max_skipped,
+    }
+    if run.stream_data:
+        from ..data import StreamedExamples  # needs the package datasets
+
+        return StreamedExamples(run.stream_data, **settings, rank=args.process_index, world_size=args.world_size)
+    num_examples = args.max_steps * args.global_batch_size
+    return TrainingExamples(sources, num_examples, source_weights=run.source_weights or None, **settings)
 
 
-def with_cache(
-    examples: TrainingExamples, args: DistillationArguments, run: RunArguments, teacher: Teacher | None
-) -> Dataset:
+def with_cache(examples: Dataset, args: DistillationArguments, run: RunArguments, teacher: Teacher | None) -> Dataset:
     """The examples with the teacher's targets from disk, where `cache_dir` says so; computed first where they are missing."""
     if teacher is None or args.cache_dir is None:
         return examples

@@ -1,6 +1,7 @@
 """transformers' Trainer for the three stages of distillation."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
-from torch.utils.data import Dataset, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -22,7 +23,15 @@ from ..loading import quiet_transformers
 from ..messages import one_line
 from .arguments import DistillationArguments
 from .callbacks import FiniteLossCallback, MaskPictureCallback, ThroughputCallback, diverged
-from .checkpoints import SETTINGS_NAME, STAGING_NAME, check_same_run, last_checkpoint, publish_checkpoint, run_settings
+from .checkpoints import (
+    SETTINGS_NAME,
+    STAGING_NAME,
+    check_same_run,
+    checkpoint_step,
+    last_checkpoint,
+    publish_checkpoint,
+    run_settings,
+)
 from .layer_weights import LayerWeightCallback
 from .stages import EncoderStage, MaskStage, encode, match_layers
 from .teacher import Teacher, normalize_pixels
@@ -117,10 +126,20 @@ class DistillationTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir}: holds no whole checkpoint to resume from.")
         if resume_from_checkpoint:
-            notice = check_same_run(resume_from_checkpoint, self.args)
+            notice = check_same_run(
+                resume_from_checkpoint, self._run_settings, isinstance(self.train_dataset, IterableDataset)
+            )
             if notice and self.args.should_save:
                 print(notice)
+            if isinstance(self.train_dataset, IterableDataset):  # which skips what it does not have to decode
+                self.args.ignore_data_skip = True
+                num_batches = checkpoint_step(resume_from_checkpoint) * self.args.gradient_accumulation_steps
+                self.train_dataset.skip_batches(num_batches, self.args.per_device_train_batch_size)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    @functools.cached_property
+    def _run_settings(self) -> dict:
+        return run_settings(self.args, self.train_dataset)  # reads the names of all pictures
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -136,6 +155,18 @@ class DistillationTrainer(Trainer):
             trains = not name.startswith("student.") or name.split(".")[1] in stage.trainable
             if (parameter.requires_grad, id(parameter) in held) != (trains, trains):
                 raise RuntimeError(f"{name} must be {'trained' if trains else 'frozen'} in this stage, and is not.")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's. A stream is not given to accelerate, which would share out what is shared out by rank already."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
 
     def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # the examples are drawn at random where they are made
@@ -250,7 +281,7 @@ class DistillationTrainer(Trainer):
         extra = {name: tensor.contiguous() for name, tensor in stage.extra_state().items()}
         if extra:
             save_file(extra, os.path.join(output_dir, EXTRA_STATE_NAME))
-        text = json.dumps(run_settings(self.args), indent=1)
+        text = json.dumps(self._run_settings, indent=1)
         Path(output_dir, SETTINGS_NAME).write_text(text, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):

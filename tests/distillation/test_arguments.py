@@ -91,6 +91,8 @@ def test_a_file_that_is_not_there():
 def test_an_option_that_is_not_known():
     with pytest.raises(ValueError, match="--nonsense"):
         parse_arguments(["--nonsense", "3"])
+    with pytest.raises(ValueError, match="max_steps.*invalid int value: 'many'"):
+        parse_arguments(["--max_steps", "many"])
 
 
 def test_no_loss_at_all_is_refused(tmp_path):

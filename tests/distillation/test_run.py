@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamModel
 
 from samlight_hf import SamLighteningModel
+from samlight_hf.data import SyntheticScenes
 from samlight_hf.distillation import distill, parse_arguments
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
+from tests.data.files import sa1b_json, write_tar
 
 from .conftest import make_teacher
 
@@ -39,10 +42,10 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder, out, *options, stages=("encoder", "decoder", "end_to_end")):
+def run(folder, out, *options, stages=("encoder", "decoder", "end_to_end"), data=("--train_data", "synthetic:1")):
     arguments = [
         "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--output_dir", str(out), "--use_cpu",
-        "--train_data", "synthetic:1", "--eval_data", "synthetic:2", "--eval_limit", "2", "--max_steps", "4",
+        *data, "--eval_data", "synthetic:2", "--eval_limit", "2", "--max_steps", "4",
         "--per_device_train_batch_size", "2", "--num_prompts", "2", "--num_focus_layers", "2", "--teacher_dtype", "float32",
         "--disable_tqdm", "true", "--save_steps", "2", "--logging_steps", "1", "--eval_max_instances", "2", "--stages", *stages,
     ]  # fmt: skip
@@ -178,3 +181,41 @@ def test_the_demonstration_goes_through_everything(tmp_path):
         assert any(line.startswith(row) for line in process.stdout.splitlines())
     assert 'pipeline("mask-generation", model="outputs/distill/student") finds' in process.stdout
     assert Image.open(tmp_path / "outputs/distill/masks.png").width > 500
+
+
+def write_scenes(path, num_pictures):
+    """SyntheticScenes as a tar of SA-1B."""
+    members = {}
+    for index, sample in enumerate(SyntheticScenes(num_pictures, 32)[i] for i in range(num_pictures)):
+        file = io.BytesIO()
+        sample.image.save(file, "JPEG")
+        annotations = [
+            {"id": instance.id, "segmentation": {"size": [32, 32], "counts": instance.rle["counts"].decode()}}
+            for instance in sample.instances
+        ]
+        members[f"sa_{index}.jpg"] = file.getvalue()
+        members[f"sa_{index}.json"] = sa1b_json(*annotations, width=32, height=32)
+    return write_tar(path, members)
+
+
+def test_streamed_tars_train_and_resume_bit_exactly(folder, tmp_path):
+    data = ("--stream_data", str(write_scenes(tmp_path / "a.tar", 12)), str(write_scenes(tmp_path / "b.tar", 7)))
+    options = ["--dataloader_num_workers", "2", "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "3"]
+    whole = load_model(run(folder, tmp_path / "whole", *options, stages=("end_to_end",), data=data), "cpu")[
+        0
+    ].state_dict()
+    run(folder, tmp_path / "parts", *options, stages=("end_to_end",), data=data)
+    for path in ("student", "end_to_end/student", "end_to_end/checkpoint-6", "end_to_end/checkpoint-4"):
+        shutil.rmtree(tmp_path / "parts" / path)
+    (tmp_path / "parts/end_to_end/result.json").unlink()
+    resumed = load_model(
+        run(folder, tmp_path / "parts", *options, "--resume", stages=("end_to_end",), data=data), "cpu"
+    )[0].state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    shutil.rmtree(tmp_path / "parts/student")
+    (tmp_path / "parts/end_to_end/result.json").unlink()
+    with pytest.raises(ValueError, match="was made with other settings: data=.* dataloader_num_workers=1 .was 2."):
+        changed = [*options, "--resume", "--dataloader_num_workers", "1"]
+        run(folder, tmp_path / "parts", *changed, stages=("end_to_end",), data=data[:2])
+    with pytest.raises(ValueError, match="both given"):
+        run(folder, tmp_path / "other", "--stream_data", str(tmp_path / "a.tar"), stages=("decoder",))

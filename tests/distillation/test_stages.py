@@ -35,7 +35,9 @@ def batch(pixel_values):
 @pytest.mark.parametrize("make", [make_teacher, make_student])
 def test_encode_is_the_encoders_own_forward(make, pixel_values):
     model = make().eval()
-    states, embeddings = encode(model.vision_encoder, pixel_values, (0, 2, 2))  # a shallow teacher's layer may come twice
+    states, embeddings = encode(
+        model.vision_encoder, pixel_values, (0, 2, 2)
+    )  # a shallow teacher's layer may come twice
     assert len(states) == 3
     assert states[1] is states[2]
     outputs = model.vision_encoder(pixel_values, output_hidden_states=True)
