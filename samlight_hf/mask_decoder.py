@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
 
 from .cuda_graphs import GraphedFunction
+from .layer_norm import add_layer_norm
 
 
 class Decoded(NamedTuple):
@@ -112,7 +113,7 @@ class FastMaskDecoder:
         transform = self.transform if repeated else self._transform
         tokens, image_tokens, iou = transform(image, *prompts)
         masks = _mask_slice(multimask_output)
-        iou = iou[:, masks].float()
+        iou = iou[:, masks].float().clone()  # what a graph returned is overwritten by its next replay
         kept = places_above(iou, min_iou)
         logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, prompts_per_upscaling)
         return Decoded(iou, kept, logits)
@@ -154,9 +155,8 @@ class FastMaskDecoder:
             tokens = tokens + self._tokens_to_image(layer.cross_attn_token_to_image, tokens + embedded, image)
             tokens = layer.layer_norm2(tokens)
             tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
-            image = layer.layer_norm4(
-                self._image_to_tokens(layer.cross_attn_image_to_token, image, tokens + embedded, tokens)
-            )
+            attended = self._image_to_tokens(layer.cross_attn_image_to_token, image, tokens + embedded, tokens)
+            image = add_layer_norm(attended, layer.layer_norm4, residual=image)
         attention = self._tokens_to_image(transformer.final_attn_token_to_image, tokens + embedded, image)
         return transformer.layer_norm_final_attn(tokens + attention), image
 
@@ -183,7 +183,7 @@ class FastMaskDecoder:
     def _image_to_tokens(
         self, attention: SamAttention, image: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Image tokens plus their attention to tokens: (P, N, C)."""
+        """Attention of the image tokens to the tokens: (P, N, C)."""
         heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, keys.shape
         key = _heads(attention.k_proj(keys), heads) * attention.scaling  # (P, T, H, D)
         if len(image) == 1:
@@ -199,7 +199,7 @@ class FastMaskDecoder:
         value = _to_image_side(_heads(attention.v_proj(values), heads), attention.out_proj.weight.T)  # (P, H * T, C)
         # Each of the heads' probabilities sums to 1, so together they add the bias once.
         value = value + attention.out_proj.bias / heads
-        return torch.baddbmm(image.expand(num_prompts, -1, -1), probabilities.transpose(1, 2), value)
+        return probabilities.transpose(1, 2) @ value
 
     def _scores(self, query: torch.Tensor, image: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """query (P, R, C) times image tokens with positions (P, N, C), without adding the positions to each of those."""
@@ -234,10 +234,11 @@ class FastMaskDecoder:
         """(P, N, C) and (P, M, C / 8) -> logits (P, M, 4h, 4w)."""
         decoder, (height, width) = self.decoder, self.grid_size
         (weight1, bias1), (weight2, bias2) = self.upscaling
-        norm = decoder.upscale_layer_norm
-        hidden = F.linear(image_tokens, weight1, bias1).unflatten(2, (4, -1))  # (P, N, 2 * 2, C / 4)
-        hidden = decoder.activation(F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-        hidden = decoder.activation(F.linear(hidden, weight2, bias2))  # (P, N, 2 * 2, 2 * 2 * C / 8)
+        hidden = F.linear(image_tokens, weight1, bias1).view(
+            len(image_tokens), -1, weight2.shape[1]
+        )  # (P, N * 2 * 2, C / 4)
+        hidden = add_layer_norm(hidden, decoder.upscale_layer_norm, gelu=True)
+        hidden = decoder.activation(F.linear(hidden, weight2, bias2))  # (P, N * 2 * 2, 2 * 2 * C / 8)
         hidden = hidden.view(len(hidden), -1, hyper.shape[-1])  # (P, N * 2 * 2 * 2 * 2, C / 8)
         logits = hyper @ hidden.transpose(1, 2)
         # Of each image token 2 x 2 pixels, and of each of those 2 x 2: (P, M, h, w, 2, 2, 2, 2) -> (P, M, h, 2, 2, w, 2, 2)
