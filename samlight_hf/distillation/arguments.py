@@ -106,6 +106,7 @@ class RunArguments:
             "help": "a preset (tiny, small, base), a config.json (fresh weights), or a checkpoint's folder or Hub name"
         },
     )
+    image_size: int | None = field(default=None, metadata={"help": "the student's, changed before it is trained"})
     train_data: list[str] = field(
         default_factory=list,
         metadata={"help": "SA-1B tars, folders of pictures, folders with images/ and masks/; patterns allowed"},

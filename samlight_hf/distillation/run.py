@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, set_seed
 
-from ..conversion import create_student, load_teacher
+from ..conversion import change_image_size, create_student, load_teacher
 from ..data import (
     Augmentation,
     Cutouts,
@@ -65,6 +65,8 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
             continue
         if student is None:
             student = make_student(run.student, teacher)
+            if run.image_size not in (None, student.config.vision_config.image_size):
+                student = change_image_size(student, run.image_size)
         train_stage(student, args, run, sources, eval_pictures, teacher)
     final = Path(stages[-1].output_dir).parent / "student"
     state = PartialState()
