@@ -5,8 +5,9 @@
 Part "encoder": SAM-Lightening tiny in every attn_implementation that can run here, eager and compiled, against
 transformers' SAM ViT-H and ViT-B, random weights and inputs. Part "attention": every backend, forward and backward, on
 the groups of one layer, with its error against float64. Part "projection": ways to bring q, k and v into the layout in
-which dilation is free. Part "evaluation" (with --dataset): the box protocol of `samlight evaluate`, end to end. Times are medians of CUDA events after warm-up; "graph" rows are replays of a CUDA graph, so that
-launches do not count. Peak memory includes weights and inputs. Without a GPU a short list runs on the CPU.
+which dilation is free. Part "everything": everything mode and single prompts, see benchmark_everything.py. Part
+"evaluation" (with --dataset): the box protocol of `samlight evaluate`, end to end. Times are medians of CUDA events after
+warm-up; "graph" rows are replays of a CUDA graph, so that launches do not count. Peak memory includes weights and inputs. Without a GPU a short list runs on the CPU.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from benchmark_everything import everything_rows
 from samlight_hf.modeling.dilated_attention import (
     BACKENDS,
     dense_attention,
@@ -256,12 +258,16 @@ def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["encoder", "attention", "projection", "evaluation", "everything"]
+    parser.add_argument("only", nargs="*", metavar="PART", help=f"the same as --parts: {', '.join(names)}")
     parser.add_argument("--out", type=Path, help="JSON file for the raw result")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8] if CUDA else [1])
-    parser.add_argument("--parts", nargs="+", default=["encoder", "attention", "projection", "evaluation"])
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--dataset", help="a tar of SA-1B's layout, for the part evaluation")
-    parser.add_argument("--checkpoint", default="checkpoints/sam-lightening-tiny", help="for the part evaluation")
+    parser.add_argument("--checkpoint", default="checkpoints/sam-lightening-tiny", help="for evaluation and everything")
     args = parser.parse_args()
+    if unknown := set(args.only) - set(names):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}: choose from {', '.join(names)}.")
 
     result = {
         "command": shlex.join(["python", *sys.argv]),
@@ -270,7 +276,10 @@ def main():
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "rows": [],
     }  # fmt: skip
-    parts = {"encoder": lambda: encoder_rows(args.batch_sizes)}
+    parts = {
+        "encoder": lambda: encoder_rows(args.batch_sizes),
+        "everything": lambda: everything_rows(args.checkpoint),
+    }
     if CUDA:
         result["versions"]["cudnn"] = torch.backends.cudnn.version()
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -278,7 +287,7 @@ def main():
         parts |= {"attention": attention_rows, "projection": lambda: projection_rows(args.batch_sizes)}
     if args.dataset:
         parts["evaluation"] = lambda: evaluation_rows(args.dataset, args.checkpoint)
-    for name in [name for name in args.parts if name in parts]:
+    for name in [name for name in args.only or args.parts if name in parts]:
         for row in parts[name]():
             result["rows"].append(row)
             print(", ".join(f"{v:.4g}" if isinstance(v, float) else str(v)[:90] for v in row.values()), flush=True)

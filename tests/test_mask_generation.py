@@ -60,7 +60,13 @@ def random_picture(width, height, seed=0):
 def stock(model, processor, picture, **settings) -> dict:
     pipeline = MaskGenerationPipeline(model=model, image_processor=processor.image_processor, device=model.device)
     with quiet_transformers():
-        return pipeline(picture, points_per_batch=16, output_rle_mask=True, output_bboxes_mask=True, **settings)
+        try:
+            return pipeline(picture, points_per_batch=16, output_rle_mask=True, output_bboxes_mask=True, **settings)
+        except RuntimeError as error:
+            # transformers 5.17 stacks crops, which are of different sizes.
+            if settings.get("crops_n_layers") and "stack expects each tensor to be equal size" in str(error):
+                pytest.skip("the stock pipeline of this transformers cannot take crops")
+            raise
 
 
 def intersection_over_union(first, second) -> float:
@@ -181,11 +187,9 @@ def test_where_masks_come_from(tiny):
     assert len(np.unique(result.points_xy, axis=0)) > 20
 
 
-def test_grids_may_differ_between_layers_where_the_stock_pipeline_fails(tiny):
+def test_grids_may_differ_between_layers_which_the_stock_pipeline_cannot_take(tiny):
     picture = random_picture(640, 640)
     settings = {"points_per_crop": 4, "crops_n_layers": 1, "crop_n_points_downscale_factor": 2, **KEEP_ALL}
-    with pytest.raises(RuntimeError, match="stack"):
-        stock(*tiny, picture, **settings)
     result = MaskGenerator(*tiny)(picture, **settings, crops_nms_thresh=1.0)
     inside = (result.crop_boxes_xyxy != [0, 0, 640, 640]).any(axis=1)
     assert len(np.unique(result.points_xy[~inside], axis=0)) <= 16
@@ -365,6 +369,19 @@ def test_on_a_gpu_photographs_give_the_stock_pipelines_masks(photograph, setting
     assert generator.decoder.transform.last_ran == ("graph" if cuda_graphs else "eager")
     assert len(generated) >= 10
     assert_equal_to_stock(generated, stock(model, processor, picture, **settings))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graph", "eager"])
+def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
+    """With crops, which the stock pipeline of the oldest transformers cannot take."""
+    settings = {**KEEP_MANY, "points_per_crop": 6, "crops_n_layers": 1}
+    expected = MaskGenerator(*bundled)(photograph, **settings)
+    boxes = torch.from_numpy(expected.boxes_xyxy - [0, 0, 1, 1])
+    expected = {"masks": list(expected.masks), "scores": torch.from_numpy(expected.scores), "bounding_boxes": boxes}
+    result = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda"), cuda_graphs=cuda_graphs)(photograph, **settings)
+    assert len(result) >= 10
+    assert_equal_to_stock(result, expected)
 
 
 @pytest.mark.gpu

@@ -50,7 +50,13 @@ def picture():
     ids=str,
 )
 def test_the_dictionary_is_the_stock_tasks(fast, stock, picture, settings):
-    ours, expected = (task(picture, **{**SETTINGS, **settings}) for task in (fast, stock))
+    ours = fast(picture, **{**SETTINGS, **settings})
+    try:
+        expected = stock(picture, **{**SETTINGS, **settings})
+    except RuntimeError as error:
+        if "crops_n_layers" in settings and "stack expects each tensor to be equal size" in str(error):
+            pytest.skip("the stock pipeline of this transformers cannot take crops")
+        raise
     assert list(ours) == list(expected)
     assert len(ours["masks"]) == len(expected["masks"])
     for mask, other in zip(ours["masks"], expected["masks"]):
