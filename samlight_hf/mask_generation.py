@@ -29,7 +29,7 @@ from .inference import Decoder, PictureEncoder, make_decoder
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .pictures import read_ahead
 from .preprocessing import Picture, check_size, picture_tensor, resized_size, upscale_logits
-from .rle import RunLengthMasks, mask_changes
+from .rle import RunLengthMasks, mask_changes, select_changes
 
 
 _CROP_EDGE_TOLERANCE = 20  # pixels of the picture
@@ -192,18 +192,16 @@ class MaskGenerator:
         # Batches of one size, as a CUDA graph has one: the last is filled up with its last point.
         batch_size = _even_batch(len(prompts), self.budget.points_per_batch)
         labels = torch.ones(batch_size, 1, dtype=torch.int64, device=self.device)
+        # Made once: each tensor that is made of numbers waits for the device.
+        frame = torch.tensor([crop.box_xyxy, (0, 0, size[1], size[0])], dtype=torch.int32, device=self.device)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             num_points = len(batch)
             if num_points < batch_size:
                 batch = torch.cat([batch, batch[-1:].expand(batch_size - num_points, -1, -1)])
+            at_once = self.budget.points_per_upscaling
             decoded = self.decoder.decode(
-                image,
-                batch,
-                labels,
-                min_iou=least,
-                prompts_per_upscaling=self.budget.points_per_upscaling,
-                repeated=True,
+                image, batch, labels, min_iou=least, prompts_per_upscaling=at_once, repeated=True
             )
             num_masks = decoded.iou.shape[1]
             real = int((decoded.kept < num_points * num_masks).sum()) if num_points < batch_size else len(decoded.kept)
@@ -212,14 +210,27 @@ class MaskGenerator:
             step = self.budget.masks_per_step(size, crop.size)
             for first in range(0, real, step):
                 part = slice(first, first + step)
-                yield self._filter(logits[part], scores[part], points[places[part]], resized, crop, size, settings)
+                yield self._filter(
+                    logits[part], scores[part], points[places[part]], frame, resized, crop, size, settings
+                )
             if progress is not None:
                 progress.update(num_points)
 
     def _filter(
-        self, logits, scores, points, resized, crop: Crop, size: tuple[int, int], settings: MaskGenerationSettings
+        self,
+        logits,
+        scores,
+        points,
+        frame,
+        resized,
+        crop: Crop,
+        size: tuple[int, int],
+        settings: MaskGenerationSettings,
     ) -> _Candidates:
-        """Of masks (k, h, w) as the decoder gives them, those that are stable and do not end at the crop's border."""
+        """Of masks (k, h, w) as the decoder gives them, those that are stable and do not end at the crop's border.
+
+        `frame` holds the boxes of the crop and of the picture, int32 (2, 4), on the device.
+        """
         pad_size = self.image_processor.pad_size
         logits = upscale_logits(logits, (pad_size["height"], pad_size["width"]), resized, crop.size)
         threshold, offset = settings.mask_threshold, settings.stability_score_offset
@@ -231,13 +242,12 @@ class MaskGenerator:
         boxes = mask_boxes(masks)
         x1, y1, x2, y2 = crop.box_xyxy
         if crop.size != size:
-            boxes = boxes + torch.tensor([x1, y1, x1, y1], device=boxes.device)
-            kept = (~_ends_at_crop(boxes, crop, size)).nonzero().squeeze(1)
+            boxes = boxes + frame[0, :2].repeat(2)
+            kept = (~_ends_at_crop(boxes, *frame)).nonzero().squeeze(1)
             masks, scores, stability, points = masks[kept], scores[kept], stability[kept], points[kept]
             boxes = boxes[kept]
             masks = torch.nn.functional.pad(masks, (x1, size[1] - x2, y1, size[0] - y2))
-        crops = torch.tensor(crop.box_xyxy, dtype=torch.int32, device=boxes.device).expand(len(boxes), 4)
-        return _Candidates(scores, stability, boxes, points, crops, *mask_changes(masks))
+        return _Candidates(scores, stability, boxes, points, frame[:1].expand(len(boxes), 4), *mask_changes(masks))
 
     def _select(
         self, candidates: list[_Candidates], size: tuple[int, int], settings: MaskGenerationSettings
@@ -252,8 +262,8 @@ class MaskGenerator:
         kept = batched_nms(merged.boxes.float(), merged.scores, group, settings.crops_nms_thresh)
         chosen = [tensor[kept].cpu().numpy() for tensor in merged[:5]]
         scores, stability, boxes, points, crops = (array.astype(np.float32) for array in chosen)
-        masks = RunLengthMasks.from_changes(*size, merged.positions.cpu().numpy(), merged.counts.cpu().numpy())
-        masks = masks[kept.cpu().numpy()]
+        changes = select_changes(merged.positions, merged.counts, kept)
+        masks = RunLengthMasks.from_changes(*size, *(tensor.cpu().numpy() for tensor in changes))
         boxes[:, 2:] += (masks.areas > 0)[:, None]
         return GeneratedMasks(masks, scores, boxes, stability, points, crops)
 
@@ -306,10 +316,8 @@ def _areas(masks: torch.Tensor) -> torch.Tensor:
     return masks.flatten(1).sum(dim=1, dtype=torch.int32)
 
 
-def _ends_at_crop(boxes: torch.Tensor, crop: Crop, size: tuple[int, int]) -> torch.Tensor:
+def _ends_at_crop(boxes: torch.Tensor, crop_box: torch.Tensor, picture_box: torch.Tensor) -> torch.Tensor:
     """Whether a box, in the picture, has a side near the crop's that is not near the picture's: bool (n,)."""
-    crop_box = torch.tensor(crop.box_xyxy, device=boxes.device)
-    picture_box = torch.tensor([0, 0, size[1], size[0]], device=boxes.device)
     near_crop, near_picture = ((boxes - box).abs() <= _CROP_EDGE_TOLERANCE for box in (crop_box, picture_box))
     return (near_crop & ~near_picture).any(dim=1)
 

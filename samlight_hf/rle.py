@@ -29,6 +29,19 @@ def mask_changes(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return positions.int(), changed.sum(dim=1, dtype=torch.int32)
 
 
+def select_changes(
+    positions: torch.Tensor, counts: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `mask_changes` returns, of the masks `kept` (k,) alone and in their order; waits for the device once."""
+    starts = counts.long().cumsum(0) - counts
+    lengths = counts[kept].long()
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if len(kept) else 0
+    # The k-th change of a kept mask lies k behind its first.
+    shift = torch.repeat_interleave(starts[kept] - (ends - lengths), lengths, output_size=total)
+    return positions[shift + torch.arange(total, device=positions.device)], counts[kept]
+
+
 @dataclass(frozen=True, eq=False)
 class RunLengthMasks(Sequence):
     """n masks of `height` x `width` pixels. As a sequence it holds them as bool (H, W); a slice or an index array selects.

@@ -6,7 +6,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from samlight_hf.data.annotations import run_lengths
-from samlight_hf.rle import RunLengthMasks, compress_runs, mask_changes
+from samlight_hf.rle import RunLengthMasks, compress_runs, mask_changes, select_changes
 
 
 SIZES = [(1, 1), (1, 7), (9, 1), (5, 6), (70, 61)]
@@ -69,6 +69,17 @@ def test_no_masks(nothing):
 def test_what_is_no_stack_of_masks_is_refused(masks):
     with pytest.raises(ValueError, match="must be bool"):
         RunLengthMasks.from_masks(masks)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kept", [[3, 0, 3, 1], [], [4]], ids=str)
+def test_changes_are_selected_before_they_become_runs(kept, device):
+    masks = random_masks(30, 41)
+    changes = select_changes(
+        *mask_changes(torch.from_numpy(masks).to(device)), torch.tensor(kept, dtype=torch.int64, device=device)
+    )
+    selected = RunLengthMasks.from_changes(30, 41, *(tensor.cpu().numpy() for tensor in changes))
+    assert np.array_equal(selected.to_masks(), masks[kept])
 
 
 @pytest.mark.gpu
