@@ -26,7 +26,7 @@ class MemoryBudget:
         scores = (
             num_tokens * 7 * decoder.num_attention_heads * item_size
         )  # of one prompt's tokens, 5 and 2 of the point
-        per_point = 5 * tokens + 3 * scores
+        per_point = 4 * tokens + 3 * scores
         per_upscaling = 8 * tokens
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         free = max_memory_mb * 2**20 - 2 * weights

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import MaskGenerationPipeline
+from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamImageProcessor, SamProcessor
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator, SamLighteningModel
 from samlight_hf.crops import crop_boxes, point_grid
@@ -172,6 +172,30 @@ def test_the_plain_decoder_is_held_to_the_same(tiny):
         generator(picture, points_per_crop=4, **KEEP_ALL, crops_nms_thresh=1.0) for generator in (fast, plain)
     )
     assert first.masks.to_coco() == second.masks.to_coco()
+
+
+def test_models_of_another_build_run_as_they_are():
+    torch.manual_seed(0)
+    vision_config = {
+        "hidden_size": 32, "output_channels": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+        "num_pos_feats": 16, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": [0, 1],
+    }  # fmt: skip
+    config = SamHQConfig(
+        vision_config=vision_config,
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "image_embedding_size": 4},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32, "vit_dim": 32},
+    )
+    model = SamHQModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    processor = SamProcessor(SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}))
+    generator, picture = MaskGenerator(model, processor), random_picture(70, 50)
+    assert isinstance(generator.decoder, PlainMaskDecoder)
+    settings = {"points_per_crop": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "crops_nms_thresh": 1.0}
+    generated, expected = generator(picture, **settings), stock(model, processor, picture, **settings)
+    assert len(generated) == 27
+    assert generated.masks.to_coco(compressed=False) == expected["rle_mask"]
 
 
 def test_where_masks_come_from(tiny):
