@@ -9,6 +9,7 @@ The floors of the stages are arithmetic for an H100 SXM (989 TFLOP/s in bfloat16
 computed, and what must be read and written if every stage were one kernel. They are no claim that such kernels exist.
 """
 
+import gc
 import statistics
 import tempfile
 import time
@@ -139,6 +140,7 @@ def _memory(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
         for megabytes in (1500, 512):
             model, processor = load_model(checkpoint, DEVICE, dtype)
             generator = MaskGenerator(model, processor, max_memory_mb=megabytes)
+            gc.collect()  # earlier graphs, which hold themselves
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             results[megabytes] = generator(picture, **settings)
