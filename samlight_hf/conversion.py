@@ -106,6 +106,18 @@ def student_config(teacher: PreTrainedModel | SamDecoder, preset: str = "tiny", 
     )
 
 
+def initialize_decoder(model: PreTrainedModel):
+    """Fresh weights for prompt encoder and mask decoder, in place, as the original SAM draws them: torch's own.
+
+    transformers draws them with a deviation of 0.02, which is meant to be loaded over. Trained from scratch, the embeddings of
+    a box's two corners are then all but the same, and so are the mask tokens: it takes many steps until prompts mean anything.
+    """
+    for part in (model.prompt_encoder, model.mask_decoder):
+        for module in part.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+
 def change_image_size(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
     """A copy for pictures of another size: the same weights, with the absolute positions interpolated (bicubic).
 
@@ -276,6 +288,7 @@ __all__ = [
     "convert_original_checkpoint",
     "create_student",
     "evenly_spaced_layers",
+    "initialize_decoder",
     "load_decoder",
     "load_teacher",
     "student_config",

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, set_seed
 
-from ..conversion import change_image_size, create_student, load_teacher
+from ..conversion import change_image_size, create_student, initialize_decoder, load_teacher
 from ..data import (
     Augmentation,
     Cutouts,
@@ -167,12 +167,12 @@ def make_student(name: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
 
     Raises ValueError for a preset that is not known, and for what cannot be loaded.
     """
+    if name in PRESETS and teacher is not None:
+        return create_student(teacher, name)
     if name in PRESETS:
-        return (
-            create_student(teacher, name)
-            if teacher is not None
-            else SamLighteningModel(SamLighteningConfig.from_preset(name))
-        )
+        student = SamLighteningModel(SamLighteningConfig.from_preset(name))
+        initialize_decoder(student)
+        return student
     if name.endswith(".json"):
         if not os.path.isfile(name):
             raise ValueError(f"student={name}: no such file.")
@@ -180,7 +180,9 @@ def make_student(name: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
         if teacher is not None and isinstance(config, SamLighteningConfig):
             return create_student(teacher, config=config)
         config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
-        return AutoModelForMaskGeneration.from_config(config)
+        student = AutoModelForMaskGeneration.from_config(config)
+        initialize_decoder(student)
+        return student
     return load_model(name, device="cpu")[0]
 
 

@@ -235,11 +235,16 @@ def sample_clicks(
     (n,), 1 where the object was missed, 0 where there is too much. Where nothing is wrong, the target is clicked.
     """
     targets = targets.bool()
-    wrong = (predicted ^ targets).flatten(1)
-    wrong = torch.where(wrong.any(dim=1, keepdim=True), wrong, targets.flatten(1))
-    order = wrong.cumsum(dim=1, dtype=torch.int32)  # the pixel that is the k-th wrong one is the first where order = k
-    rank = (uniforms.double() * order[:, -1]).floor().int() + 1
-    pixels = torch.searchsorted(order, rank[:, None]).clamp(max=order.shape[1] - 1)
-    labels = targets.flatten(1).gather(1, pixels)[:, 0].long()
-    width = targets.shape[-1]
-    return torch.cat([pixels % width, pixels // width], dim=1).float(), labels
+    wrong = predicted ^ targets
+    wrong = torch.where(wrong.any(dim=2).any(dim=1)[:, None, None], wrong, targets)
+    # Which of the wrong pixels, then in which row, then in which column. (One cumulative sum over all pixels is what
+    # Inductor of torch 2.11 fails to compile.)
+    rows = wrong.sum(dim=2).cumsum(dim=1)  # (n, H)
+    rank = (uniforms.double() * rows[:, -1]).floor().long()[:, None]
+    row = (rows <= rank).sum(dim=1, keepdim=True).clamp(max=rows.shape[1] - 1)
+    before = torch.where(row > 0, rows.gather(1, (row - 1).clamp(min=0)), 0)
+    each = torch.arange(len(row), device=row.device)
+    columns = wrong[each, row[:, 0]].cumsum(dim=1)  # (n, W)
+    column = (columns <= rank - before).sum(dim=1, keepdim=True).clamp(max=columns.shape[1] - 1)
+    labels = targets[each, row[:, 0], column[:, 0]].long()
+    return torch.cat([column, row], dim=1).float(), labels

@@ -183,6 +183,16 @@ def test_clicks_are_drawn_evenly_from_the_error():
     assert labels.sum() == 20
 
 
+def test_clicks_are_the_wrong_pixels_in_raster_order():
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = (torch.rand(1, 7, 9, generator=generator) < 0.4 for _ in range(2))
+    wrong = (predicted ^ target)[0].nonzero().flip(1).tolist()  # (x, y) in raster order
+    draws = (torch.arange(len(wrong)) + 0.5) / len(wrong)
+    clicks, labels = sample_clicks(*(mask.expand(len(wrong), -1, -1) for mask in (predicted, target)), draws)
+    assert clicks.int().tolist() == wrong
+    assert labels.tolist() == [int(target[0, y, x]) for x, y in wrong]
+
+
 def test_where_nothing_is_wrong_the_target_is_clicked():
     target = torch.zeros(2, 6, 5, dtype=torch.bool)
     target[:, 2, 3] = True
