@@ -221,6 +221,10 @@ class DistillationTrainer(Trainer):
         pictures = self.eval_pictures if eval_dataset is None else eval_dataset
         if pictures is None:
             raise ValueError("evaluation needs eval_pictures.")
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "weights in shards cannot be evaluated in training. Use eval_strategy=no, and `samlight evaluate` afterwards."
+            )
         promptable, records = self.promptable(), []
         for index in range(self.args.process_index, len(pictures), self.args.world_size):
             sample, _ = pictures.load(index)
@@ -339,7 +343,8 @@ class DistillationTrainer(Trainer):
     def _check_finite(self):
         """Whether every weight is finite: a checkpoint of a training that diverged is never written."""
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP's are in shards
+            if parameter.requires_grad and not torch.isfinite(local).all():
                 raise diverged(f"NaN or infinite weights in {name}", self.args.output_dir, self.state.global_step)
 
 

@@ -1,15 +1,19 @@
 """The stages on a GPU: bfloat16, compiled, with a teacher in half precision. Also that a resumed run goes on there."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from samlight_hf.distillation import Teacher
 from samlight_hf.distillation.trainer import focus_layers
+from samlight_hf.loading import load_model
 
 from .conftest import make_arguments, make_examples, make_student, make_teacher
-from .test_trainer import count_steps, logged, make_trainer, weights
+from .test_trainer import ROOT, count_steps, logged, make_trainer, weights
 
 
 pytestmark = pytest.mark.gpu
@@ -50,3 +54,46 @@ def test_a_resumed_run_goes_on(tmp_path):
     assert len(steps) == 6
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], tensor, atol=5e-3, rtol=0.05)
+
+
+_FSDP = """
+import sys
+from tests.distillation.conftest import make_arguments
+from tests.distillation.test_trainer import count_steps, make_trainer
+
+settings = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["SamLighteningVisionLayer"], "state_dict_type": "FULL_STATE_DICT",
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False}
+fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": settings}
+for checkpoint, steps in ((None, 6), (sys.argv[1] + "/checkpoint-3", 3)):
+    args = make_arguments(sys.argv[1], stage=sys.argv[2], use_cpu=False, max_steps=6, save_strategy="steps", save_steps=3, save_total_limit=None, **fsdp)
+    trainer = make_trainer(args)
+    counted = count_steps(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.is_fsdp_enabled and len(counted) == steps, (trainer.is_fsdp_enabled, len(counted))
+    trainer.export(f"{sys.argv[1]}/student-{steps}")
+"""
+
+
+@pytest.mark.parametrize("stage", ["encoder", "end_to_end"])
+def test_fsdp_trains_saves_and_resumes_as_one_process_does(tmp_path, stage):
+    (tmp_path / "fsdp.py").write_text(_FSDP)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "1",
+        tmp_path / "fsdp.py",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.run(
+        [*command, tmp_path / "out", stage], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    plain = make_trainer(make_arguments(tmp_path / "plain", stage=stage, use_cpu=False, max_steps=6))
+    plain.train()
+    for name in ("student-6", "student-3"):
+        state = load_model(tmp_path / "out" / name, "cpu")[0].state_dict()
+        for key, tensor in plain.student.state_dict().items():
+            torch.testing.assert_close(state[key], tensor.cpu(), atol=1e-4, rtol=1e-2)
