@@ -13,9 +13,9 @@ from .segment_command import not_empty
 
 if TYPE_CHECKING:
     from .data import PictureDataset
-    from .evaluation.evaluator import Work
     from .evaluation.models import PromptableModel
     from .evaluation.report import ModelResult
+    from .evaluation.work import Work
 
 EVERYTHING = "everything"
 

@@ -10,12 +10,13 @@ from pycocotools import mask as coco_mask
 
 from ..data import Sample
 from .models import Encoded, PromptableModel
+from .work import Work
 
 
 SIZES = ("all", "small", "medium", "large")
 
 
-class DetectorBoxes:
+class DetectorBoxes(Work):
     """The boxes of a detector (ViTDet's for one) as prompts, one mask each (`multimask_output=False`).
 
     One record for each box: a COCO result, {"image_id", "category_id", "score": the detector's, "segmentation": RLE}.
@@ -27,8 +28,6 @@ class DetectorBoxes:
     Raises:
         ValueError: for a file that is no such list, or has no box of these pictures.
     """
-
-    needs_embeddings = True
 
     def __init__(self, path: str | Path, image_ids):
         try:
@@ -67,7 +66,7 @@ class DetectorBoxes:
         ]
 
 
-class Everything:
+class Everything(Work):
     """Everything mode, transformers' mask generation over a grid of points, against all annotated masks.
 
     One record for each picture: {"picture", "predictions": [{"segmentation", "score"}], "targets": [{"segmentation", "area",

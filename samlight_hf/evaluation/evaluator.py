@@ -7,8 +7,9 @@ or in eight, before and after an interruption, and so the numbers are the same.
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
@@ -16,15 +17,8 @@ from tqdm import tqdm
 
 from ..data import PictureDataset, Sample, SkipReport
 from ..files import write_aside
-from .models import Encoded, PromptableModel
-
-
-class Work(Protocol):
-    """What is done with one picture: records that go to JSON. `needs_embeddings` False leaves `encoded` None."""
-
-    needs_embeddings: bool
-
-    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]: ...
+from .models import PromptableModel
+from .work import Work
 
 
 class Journal:
@@ -61,9 +55,12 @@ class Journal:
             self.done.update((line["index"], line) for line in lines)
 
     def add(self, index: int, records: list[dict], skipped: SkipReport):
+        """Nothing is sure to be on disk before `flush`."""
         line = {"index": index, "records": records, "skipped": skipped.to_dict()}
         self.done[index] = line
         self._file.write(_to_line(line))
+
+    def flush(self):
         self._file.flush()
 
     def close(self):
@@ -95,16 +92,27 @@ def evaluate(
     with tqdm(
         total=sum(map(len, batches)), unit="picture", desc=title, disable=not state.is_main_process or None
     ) as progress:
-        # Processes, not threads: decoding JSON, RLE and JPEG keeps the interpreter busy.
-        loader = DataLoader(_Batches(dataset, batches), None, num_workers=num_workers, collate_fn=_as_it_is)
+        # Processes, not threads: decoding JSON, RLE and JPEG keeps the interpreter busy. What is pinned comes through a
+        # thread, which receives the next batches meanwhile.
+        pin_memory = num_workers > 0 and model.model.device.type == "cuda"
+        loader = DataLoader(
+            _Batches(dataset, batches, work.prepare),
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+        )
         for batch, loaded in zip(batches, loader):
-            usable = [sample for sample, _ in loaded if sample is not None]
+            usable = [sample for sample, _, _ in loaded if sample is not None]
             encodes = usable and work.needs_embeddings
-            encoded = iter(model.encode([sample.image for sample in usable]) if encodes else [None] * len(usable))
-            for index, (sample, skipped) in zip(batch, loaded, strict=True):
-                records = [] if sample is None else work(model, next(encoded), sample)
+            encoded = model.encode([sample.image for sample in usable]) if encodes else [None] * len(usable)
+            prepared = [its for sample, its, _ in loaded if sample is not None]
+            records = iter(work.batch(model, encoded, prepared))
+            for index, (sample, _, skipped) in zip(batch, loaded, strict=True):
+                its_records = [] if sample is None else next(records)
                 if index not in journal.done:
-                    journal.add(index, records, skipped)
+                    journal.add(index, its_records, skipped)
+            journal.flush()
             progress.update(len(batch))
     seconds = time.perf_counter() - start
     journal.close()
@@ -122,16 +130,17 @@ def evaluate(
 
 
 class _Batches(Dataset):
-    """`PictureDataset.load` of each picture of a batch, for a DataLoader."""
+    """`PictureDataset.load` of each picture of a batch and what `prepare` makes of it, for a DataLoader."""
 
-    def __init__(self, dataset: PictureDataset, batches: list[range]):
-        self.dataset, self.batches = dataset, batches
+    def __init__(self, dataset: PictureDataset, batches: list[range], prepare: Callable[[Sample], Any]):
+        self.dataset, self.batches, self.prepare = dataset, batches, prepare
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, place: int) -> list[tuple[Sample | None, SkipReport]]:
-        return [self.dataset.load(index) for index in self.batches[place]]
+    def __getitem__(self, place: int) -> list[tuple[Sample | None, Any, SkipReport]]:
+        loaded = (self.dataset.load(index) for index in self.batches[place])
+        return [(sample, None if sample is None else self.prepare(sample), skipped) for sample, skipped in loaded]
 
 
 def _as_it_is(batch):

@@ -9,9 +9,10 @@ from .clicks import deepest_point
 from .metrics.mask_iou.iou import mask_iou
 from .models import Encoded, PromptableModel
 from .protocols import box_xyxy, select
+from .work import Work
 
 
-class Fidelity:
+class Fidelity(Work):
     """The student, which `evaluate` runs, against `teacher` on the same pictures and prompts.
 
     One record for each picture: {"picture", "cosine": of the image embeddings, mean over positions, "mse", "layers":
@@ -24,8 +25,6 @@ class Fidelity:
     Raises:
         ValueError: for a teacher whose image embeddings have another shape.
     """
-
-    needs_embeddings = True
 
     def __init__(self, teacher: PromptableModel, max_instances: int | None = None):
         self.teacher, self.max_instances = teacher, max_instances

@@ -1,27 +1,31 @@
 """Any promptable SAM of transformers behind one pair of calls: encode pictures, then prompt in pixels of the picture."""
 
-import contextlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 from ..loading import weights_fingerprint
+from .timing import ForwardTimer
 
 
 # model_type -> whether the picture keeps its aspect ratio (SAM, padded) or is stretched to a square (SAM 2)
 SUPPORTED = {"sam_lightening": True, "sam": True, "sam_hq": True, "sam2": False, "edgetam": False}
 
 
-@dataclass
+@dataclass(eq=False)
 class Encoded:
     """One encoded picture: keyword arguments of the model with a batch of one, and what its coordinates mean."""
 
     embeddings: dict[str, torch.Tensor | list[torch.Tensor]]
     size: tuple[int, int]  # height, width of the picture
     reshaped_size: tuple[int, int]  # height, width of the picture within the model's input
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Along x and y, from pixels of the picture to pixels of the model's input, float32 (2,)."""
+        return torch.tensor([self.reshaped_size[1] / self.size[1], self.reshaped_size[0] / self.size[0]])
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Prediction:
 
 
 class PromptableModel:
-    """A model and its processor, in evaluation mode; `seconds` counts the time spent in the model's own forward calls.
+    """A model and its processor, in evaluation mode; it counts its own forward calls and the time spent in them.
 
     Raises ValueError for a model that is none of `SUPPORTED`.
     """
@@ -49,12 +53,17 @@ class PromptableModel:
         self.model, self.processor = model.eval(), processor
         self.keeps_aspect = SUPPORTED[model_type]
         self.prompts_per_batch = prompts_per_batch
-        self.seconds = {"encoder": 0.0, "decoder": 0.0}
+        self.timer = ForwardTimer()
         self.count = {"encoder": 0, "decoder": 0}  # pictures, and calls of up to `prompts_per_batch` prompts
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent in the model's forward calls so far; waits for those under way."""
+        return {part: self.timer.seconds(part) for part in self.count}
 
     def latency_ms(self) -> dict[str, float | None]:
         """Mean time of the encoder for a picture, and of the decoder for a call of up to `prompts_per_batch` prompts."""
-        return {part: 1e3 * self.seconds[part] / n if (n := self.count[part]) else None for part in self.seconds}
+        return {part: 1e3 * spent / n if (n := self.count[part]) else None for part, spent in self.seconds.items()}
 
     def fingerprint(self) -> str:
         """Of the weights, to tell an interrupted run of this model from one of another."""
@@ -65,7 +74,7 @@ class PromptableModel:
         """Encodes a batch of RGB pictures of any sizes."""
         inputs = self.preprocess(images)
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        with self._timed("encoder"):
+        with self.timer.measure("encoder", self.model.device):
             embeddings = self.model.get_image_embeddings(pixel_values)
         self.count["encoder"] += len(images)
         square = tuple(pixel_values.shape[-2:])
@@ -89,28 +98,44 @@ class PromptableModel:
 
         `logits` (n, 1, h, w) of an earlier prediction refine it. Returns n x 3 masks, or n x 1 without `multimask_output`.
         """
-        device, (height, width) = self.model.device, encoded.size
-        scale = torch.tensor([encoded.reshaped_size[1] / width, encoded.reshaped_size[0] / height])
         prompts = {}
         if boxes_xyxy is not None:
-            prompts["input_boxes"] = (boxes_xyxy.float() * scale.repeat(2))[:, None]  # (n, 1, 4)
+            prompts["input_boxes"] = (boxes_xyxy.float() * encoded.scale.repeat(2))[:, None]  # (n, 1, 4)
         if points_xy is not None:
-            prompts["input_points"] = (points_xy.float() * scale)[:, None]  # (n, 1, k, 2)
+            prompts["input_points"] = (points_xy.float() * encoded.scale)[:, None]  # (n, 1, k, 2)
             prompts["input_labels"] = labels[:, None]
         if logits is not None:
             prompts["input_masks"] = logits.to(self.model.dtype)
-        num_prompts = len(next(iter(prompts.values())))
         parts = []
-        for start in range(0, num_prompts, self.prompts_per_batch):
-            chunk = {name: value[start : start + self.prompts_per_batch].to(device) for name, value in prompts.items()}
-            # One prompt for each element of the batch: fed-back logits are per picture in SAM, and here per object.
-            size = len(next(iter(chunk.values())))
-            with self._timed("decoder"):
-                outputs = self.model(**_expand(encoded.embeddings, size), **chunk, multimask_output=multimask_output)
-            self.count["decoder"] += 1
-            logits = outputs.pred_masks[:, 0]
-            parts.append((self._upscale(logits, encoded), outputs.iou_scores[:, 0].float(), logits))
+        for chunk in self._chunks(prompts):
+            embeddings = _expand(encoded.embeddings, len(next(iter(chunk.values()))))
+            logits, predicted_iou = self._decode(embeddings, chunk, multimask_output)
+            parts.append((self._upscale(logits, encoded), predicted_iou, logits))
         return Prediction(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+    @torch.inference_mode()
+    def predict_boxes(
+        self, encoded: Sequence[Encoded], boxes_xyxy: Sequence[torch.Tensor], multimask_output: bool = True
+    ) -> Iterator[Prediction]:
+        """`predict` for each encoded picture and its boxes (n, 4), in calls that prompts of several pictures share.
+
+        The same picture may come several times. Predictions are made as they are asked for: masks are large.
+        """
+        if not encoded:
+            return
+        pictures = list(dict.fromkeys(encoded))
+        together = _apply(torch.cat, *(picture.embeddings for picture in pictures))
+        place = {picture: index for index, picture in enumerate(pictures)}
+        counts = [len(boxes) for boxes in boxes_xyxy]
+        places = torch.tensor([place[each] for each in encoded]).repeat_interleave(torch.tensor(counts))
+        boxes = torch.cat([boxes.float() * e.scale.repeat(2) for e, boxes in zip(encoded, boxes_xyxy, strict=True)])
+
+        def decoded():
+            for chunk in self._chunks({"places": places, "input_boxes": boxes[:, None]}):
+                yield self._decode(_select(together, chunk.pop("places")), chunk, multimask_output)
+
+        for each, (logits, predicted_iou) in zip(encoded, _regroup(decoded(), counts), strict=True):
+            yield Prediction(self._upscale(logits, each), predicted_iou, logits)
 
     @torch.inference_mode()
     def hidden_states(self, image: Image.Image) -> list[torch.Tensor]:
@@ -124,6 +149,24 @@ class PromptableModel:
     def preprocess(self, images: Sequence[Image.Image]):
         """On the model's device: resizing on a CPU takes longer than a small model does."""
         return self.processor.image_processor(list(images), return_tensors="pt", device=self.model.device)
+
+    def _chunks(self, prompts: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """Of up to `prompts_per_batch` prompts, on the model's device."""
+        prompts = {name: to_device(value, self.model.device) for name, value in prompts.items()}
+        for start in range(0, len(next(iter(prompts.values()))), self.prompts_per_batch):
+            yield {name: value[start : start + self.prompts_per_batch] for name, value in prompts.items()}
+
+    def _decode(
+        self, embeddings: dict, prompts: dict[str, torch.Tensor], multimask_output: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, m, h, w) and predicted IoU (n, m) of n prompts, each with embeddings of its own.
+
+        One prompt for each element of the batch: fed-back logits are per picture in SAM, and here per object.
+        """
+        with self.timer.measure("decoder", self.model.device):
+            outputs = self.model(**embeddings, **prompts, multimask_output=multimask_output)
+        self.count["decoder"] += 1
+        return outputs.pred_masks[:, 0], outputs.iou_scores[:, 0].float()
 
     def _upscale(self, logits: torch.Tensor, encoded: Encoded) -> torch.Tensor:
         """(n, m, h, w) -> bool (n, m, H, W), by the processor's own rule, as one picture with n masks."""
@@ -143,23 +186,37 @@ class PromptableModel:
             return {"image_embeddings": [tensor[i : i + 1] for tensor in embeddings]}
         return {"image_embeddings": embeddings[i : i + 1]}
 
-    @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        cuda = self.model.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        yield
-        if cuda:
-            torch.cuda.synchronize()
-        self.seconds[part] += time.perf_counter() - start
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Of a tensor on the CPU; neither side waits for the other."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _apply(function: Callable[[Sequence[torch.Tensor]], torch.Tensor], *embeddings: dict) -> dict:
+    """`function` of each tensor in several pictures' embeddings, all pictures' at once."""
+
+    def apply(values):
+        return [function(tensors) for tensors in zip(*values)] if isinstance(values[0], list) else function(values)
+
+    return {name: apply([each[name] for each in embeddings]) for name in embeddings[0]}
 
 
 def _expand(embeddings: dict, size: int) -> dict:
-    def expand(tensor):
-        return tensor.expand(size, *tensor.shape[1:])
+    return _apply(lambda tensors: tensors[0].expand(size, *tensors[0].shape[1:]), embeddings)
 
-    return {
-        name: [expand(tensor) for tensor in value] if isinstance(value, list) else expand(value)
-        for name, value in embeddings.items()
-    }
+
+def _select(embeddings: dict, places: torch.Tensor) -> dict:
+    return _apply(lambda tensors: tensors[0].index_select(0, places), embeddings)
+
+
+def _regroup(chunks: Iterable[tuple[torch.Tensor, ...]], counts: Sequence[int]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows of tensors that come in chunks of any size, in groups of `counts` rows."""
+    chunks = iter(chunks)
+    rows = next(chunks)
+    for count in counts:
+        while len(rows[0]) < count:
+            rows = tuple(map(torch.cat, zip(rows, next(chunks))))
+        yield tuple(tensor[:count] for tensor in rows)
+        rows = tuple(tensor[count:] for tensor in rows)

@@ -6,14 +6,18 @@ three, the one whose predicted IoU is highest) or "oracle" (of three, the one wh
 Every protocol's IoU is taken at the picture's own size.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from ..data import Sample, decode_masks
+from ..data import Sample
 from .clicks import deepest_point, next_click
 from .metrics.mask_iou.iou import boundary_iou, mask_iou
 from .models import Encoded, Prediction, PromptableModel
+from .targets import Targets
+from .work import Work
 
 
 PROMPTS = ("box", "clicks")
@@ -81,76 +85,87 @@ class ProtocolSettings:
         return asdict(self)
 
 
-class InstanceProtocols:
+class InstanceProtocols(Work):
     """Boxes and clicks for every annotated instance, as `evaluate` runs it over a dataset.
 
     One record for each instance of a picture, in their order: {"picture", "instance", "area", "width", "height", "iou":
     {"box/single": ..., "3 clicks/oracle": ...}, "predicted_iou": the same keys, "boundary_iou": the same keys or none}.
     """
 
-    needs_embeddings = True
-
     def __init__(self, settings: ProtocolSettings):
         self.settings = settings
 
     def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:
-        return _evaluate_sample(model, encoded, sample, self.settings)
+        return self.batch(model, [encoded], [self.prepare(sample)])[0]
+
+    def prepare(self, sample: Sample) -> Targets:
+        instances = [instance for instance in sample.instances if self.settings.with_crowd or not instance.is_crowd]
+        return Targets.of(sample, instances[: self.settings.max_instances])
+
+    def batch(self, model: PromptableModel, encoded: Sequence[Encoded], targets: Sequence[Targets]) -> list[list[dict]]:
+        """The records of each picture. Nothing waits for the device but the clicks, and the records at the end."""
+        pieces = [(each, piece) for each, its in zip(encoded, targets, strict=True) for piece in _in_pieces(each, its)]
+        scores = [_Scores(self.settings.with_boundary_iou) for _ in pieces]
+        if "box" in self.settings.prompts:
+            _box_protocol(model, pieces, scores, self.settings)
+        if "clicks" in self.settings.prompts:
+            for (each, piece), its_scores in zip(pieces, scores, strict=True):
+                _click_protocol(model, each, piece, its_scores, self.settings)
+        rows = itertools.chain.from_iterable(_records([piece for _, piece in pieces], scores))
+        return [list(itertools.islice(rows, len(its))) for its in targets]
 
 
-def _evaluate_sample(
-    model: PromptableModel, encoded: Encoded, sample: Sample, settings: ProtocolSettings
-) -> list[dict]:
-    instances = [instance for instance in sample.instances if settings.with_crowd or not instance.is_crowd]
-    instances = instances[: settings.max_instances]
-    pixels = max(sample.width * sample.height, encoded.reshaped_size[0] * encoded.reshaped_size[1])
-    chunk_size = max(1, _CHUNK_BYTES // (3 * 4 * pixels))
-    records = []
-    for start in range(0, len(instances), chunk_size):
-        chunk = instances[start : start + chunk_size]
-        scorer = _Scorer(chunk, sample, settings, model.model.device)
-        if "box" in settings.prompts:
-            _box_protocol(model, encoded, chunk, scorer)
-        if "clicks" in settings.prompts:
-            _click_protocol(model, encoded, scorer)
-        records += scorer.records
-    return records
+def _in_pieces(encoded: Encoded, targets: Targets) -> list[Targets]:
+    """So few instances that their masks fit into memory at once."""
+    pixels = max(targets.width * targets.height, encoded.reshaped_size[0] * encoded.reshaped_size[1])
+    size = max(1, _CHUNK_BYTES // (3 * 4 * pixels))
+    return [targets[start : start + size] for start in range(0, len(targets), size)]
 
 
-class _Scorer:
-    """Takes the mask that counts from a prediction and writes its IoU into the instances' records."""
+class _Scores:
+    """Takes the mask that counts from predictions for n instances, and keeps its scores, (n,) each, on the device."""
 
-    def __init__(self, instances, sample: Sample, settings: ProtocolSettings, device: torch.device):
-        self.settings = settings
-        # RLE decodes column by column: the rows are put into order on the device.
-        columns = torch.from_numpy(decode_masks(instances).transpose(0, 2, 1))  # bool (n, W, H)
-        self.targets = columns.to(device).transpose(1, 2).contiguous()[:, None]  # (n, 1, H, W)
-        self.records = [
-            {
-                "picture": sample.id, "instance": instance.id, "area": instance.area, "width": sample.width,
-                "height": sample.height, "iou": {}, "boundary_iou": {}, "predicted_iou": {},
-            }
-            for instance in instances
-        ]  # fmt: skip
+    def __init__(self, with_boundary_iou: bool):
+        self.with_boundary_iou = with_boundary_iou
+        self.values: dict[tuple[str, str], torch.Tensor] = {}  # (measure, protocol)
 
-    def take(self, prediction: Prediction, choice: str, protocol: str | None) -> torch.Tensor:
-        """The index (n,) of the mask that counts; its scores are recorded under `protocol`, unless that is None."""
-        ious = mask_iou(prediction.masks, self.targets)  # (n, m)
+    def take(self, prediction: Prediction, targets: torch.Tensor, choice: str, protocol: str | None) -> torch.Tensor:
+        """The index (n,) of the mask that counts; its scores are kept under `protocol`, unless that is None.
+
+        `targets` are bool (n, H, W).
+        """
+        ious = mask_iou(prediction.masks, targets[:, None])  # (n, m)
         if choice == "single":
             taken = torch.zeros(len(ious), dtype=torch.long, device=ious.device)
         else:
             taken = (ious if choice == "oracle" else prediction.predicted_iou).argmax(dim=1)
         if protocol is not None:
-            scores = {"iou": ious, "predicted_iou": prediction.predicted_iou}
-            for measure, values in scores.items():
-                values = values.gather(1, taken[:, None].to(values.device))[:, 0].tolist()
-                for record, value in zip(self.records, values, strict=True):
-                    record[measure][protocol] = value
-            if self.settings.with_boundary_iou:
-                masks = select(prediction.masks, taken)
-                values = boundary_iou(masks, self.targets[:, 0]).tolist()
-                for record, value in zip(self.records, values, strict=True):
-                    record["boundary_iou"][protocol] = value
+            self.values["iou", protocol] = select(ious, taken)
+            self.values["predicted_iou", protocol] = select(prediction.predicted_iou, taken)
+            if self.with_boundary_iou:
+                self.values["boundary_iou", protocol] = boundary_iou(select(prediction.masks, taken), targets)
         return taken
+
+
+def _records(pieces: Sequence[Targets], scores: Sequence[_Scores]) -> list[list[dict]]:
+    """Of each piece's instances; all scores leave the device at once."""
+    kept = [values for its_scores in scores for values in its_scores.values.values()]
+    wide = kept[0].dtype if kept else None  # float64 but on mps, and float32 widens without a change
+    numbers = iter(torch.cat([values.to(wide) for values in kept]).tolist() if kept else ())
+    records = []
+    for piece, its_scores in zip(pieces, scores, strict=True):
+        its_records = [
+            {
+                "picture": piece.picture, "instance": instance.id, "area": instance.area, "width": piece.width,
+                "height": piece.height, "iou": {}, "boundary_iou": {}, "predicted_iou": {},
+            }
+            for instance in piece.instances
+        ]  # fmt: skip
+        for measure, protocol in its_scores.values:
+            for record in its_records:
+                record[measure][protocol] = next(numbers)
+        records.append(its_records)
+    return records
 
 
 def select(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -164,21 +179,32 @@ def box_xyxy(bbox_xywh: tuple[float, float, float, float]) -> tuple[float, float
     return x, y, x + width, y + height
 
 
-def _box_protocol(model: PromptableModel, encoded: Encoded, instances, scorer: _Scorer):
-    boxes = torch.tensor([box_xyxy(instance.bbox_xywh) for instance in instances])
-    predictions: dict[bool, Prediction] = {}
-    for choice in scorer.settings.mask_choices:
-        multimask = choice != "single"
-        if multimask not in predictions:
-            predictions[multimask] = model.predict(encoded, boxes_xyxy=boxes, multimask_output=multimask)
-        scorer.take(predictions[multimask], choice, f"box/{choice}")
+def _box_protocol(
+    model: PromptableModel,
+    pieces: Sequence[tuple[Encoded, Targets]],
+    scores: Sequence[_Scores],
+    settings: ProtocolSettings,
+):
+    encoded = [each for each, _ in pieces]
+    boxes = [torch.tensor([box_xyxy(instance.bbox_xywh) for instance in piece.instances]) for _, piece in pieces]
+    predictions = {
+        multimask: model.predict_boxes(encoded, boxes, multimask_output=multimask)
+        for multimask in {choice != "single" for choice in settings.mask_choices}
+    }
+    for (_, piece), its_scores in zip(pieces, scores, strict=True):
+        targets = piece.masks(model.model.device)
+        its_predictions = {multimask: next(following) for multimask, following in predictions.items()}
+        for choice in settings.mask_choices:
+            its_scores.take(its_predictions[choice != "single"], targets, choice, f"box/{choice}")
 
 
-def _click_protocol(model: PromptableModel, encoded: Encoded, scorer: _Scorer):
+def _click_protocol(
+    model: PromptableModel, encoded: Encoded, piece: Targets, scores: _Scores, settings: ProtocolSettings
+):
     """Each way to choose the mask is a run of its own, because it decides where the next click goes."""
-    settings = scorer.settings
-    targets = scorer.targets[:, 0].cpu().numpy()
-    first_points = [deepest_point(mask)[0] for mask in targets]
+    targets = piece.masks(model.model.device)
+    targets_cpu = targets.cpu().numpy()
+    first_points = [deepest_point(mask)[0] for mask in targets_cpu]
     first: dict[bool, Prediction] = {}  # the first click is the same for every choice
     for choice in settings.mask_choices:
         multimask = choice != "single"
@@ -200,12 +226,13 @@ def _click_protocol(model: PromptableModel, encoded: Encoded, scorer: _Scorer):
                 prediction = first[multimask]
             counts = click in settings.num_clicks
             plural = "" if click == 1 else "s"
-            taken = scorer.take(prediction, choice, f"{click} click{plural}/{choice}" if counts else None)
+            protocol = f"{click} click{plural}/{choice}" if counts else None
+            taken = scores.take(prediction, targets, choice, protocol)
             if click == max(settings.num_clicks):
                 break
             logits = select(prediction.logits, taken)[:, None]
             predicted = select(prediction.masks, taken).cpu().numpy()
-            for mask, target, its_points, its_labels in zip(predicted, targets, points, labels, strict=True):
+            for mask, target, its_points, its_labels in zip(predicted, targets_cpu, points, labels, strict=True):
                 point, label = next_click(mask, target)
                 its_points.append(point)
                 its_labels.append(label)

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 from samlight_hf.data import SkipReason, load_dataset
 from samlight_hf.evaluation.evaluator import Journal, evaluate
+from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
+from samlight_hf.evaluation.work import Work
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
 
 
@@ -50,6 +53,27 @@ def test_an_interrupted_run_goes_on(promptable, dataset, tmp_path):
     promptable.count["encoder"] = 0
     assert run(promptable, dataset, tmp_path / "half")[0] == expected
     assert promptable.count["encoder"] == 0
+
+
+def test_what_is_done_before_an_error_is_kept(promptable, dataset, tmp_path):
+    class Failing(InstanceProtocols):
+        def batch(self, model, encoded, prepared):
+            if promptable.count["encoder"] > 2:
+                raise RuntimeError("out of memory")
+            return super().batch(model, encoded, prepared)
+
+    journal = Journal(tmp_path / "half", "model", {"model": promptable.fingerprint(), **SETTINGS.to_dict()})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(promptable, dataset, Failing(SETTINGS), journal, batch_size=2)
+    promptable.count["encoder"] = 0
+    assert run(promptable, dataset, tmp_path / "half")[0] == run(promptable, dataset, tmp_path / "whole")[0]
+    assert promptable.count["encoder"] == 3 + 5
+
+
+def test_workers_get_what_they_need_and_no_model(promptable):
+    prepare = pickle.loads(pickle.dumps(InstanceProtocols(SETTINGS).prepare))
+    assert prepare.__self__.settings == SETTINGS
+    assert pickle.loads(pickle.dumps(Fidelity(promptable).prepare)) is Work.prepare
 
 
 def test_a_journal_of_other_settings_is_refused(promptable, dataset, tmp_path):

@@ -1,3 +1,6 @@
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +36,10 @@ class Scripted:
         masks, predicted_iou = self.masks_of(self.targets, multimask_output, len(self.asked))
         numbered = torch.arange(masks.shape[1]).float().view(1, -1, 1, 1).expand(len(masks), -1, 8, 8)
         return Prediction(torch.from_numpy(masks), torch.tensor(predicted_iou).float(), numbered + 10 * len(self.asked))
+
+    def predict_boxes(self, encoded, boxes_xyxy, multimask_output=True):
+        for each, boxes in zip(encoded, boxes_xyxy, strict=True):
+            yield self.predict(each, boxes, multimask_output=multimask_output)
 
 
 class Encoded:
@@ -153,6 +160,41 @@ def test_many_instances_go_in_chunks_with_the_same_result(promptable, dataset, m
     one_by_one = InstanceProtocols(ALL)(promptable, encoded, sample)
     for ours, theirs in zip(together, one_by_one, strict=True):
         assert ours["iou"] == pytest.approx(theirs["iou"], abs=1e-3)
+
+
+def test_pictures_together_have_the_records_of_each_alone(promptable, dataset):
+    """The prompts of four pictures of different sizes in calls of three prompts, one of them without an instance."""
+    protocols = InstanceProtocols(ProtocolSettings(num_clicks=(1,), with_boundary_iou=True))
+    samples = [dataset[index] for index in range(4)]
+    samples[2] = dataclasses.replace(samples[2], instances=samples[2].instances[-1:])  # a crowd alone
+    encoded = promptable.encode([sample.image for sample in samples])
+    alone = [protocols(promptable, *pair) for pair in zip(encoded, samples, strict=True)]
+    promptable.prompts_per_batch = 3
+    together = protocols.batch(promptable, encoded, [protocols.prepare(sample) for sample in samples])
+    assert [len(records) for records in together] == [len(records) for records in alone]
+    assert together[2] == []
+    for ours, theirs in zip(itertools.chain(*together), itertools.chain(*alone), strict=True):
+        assert list(ours["iou"]) == list(theirs["iou"])
+        for measure in ("iou", "predicted_iou", "boundary_iou"):
+            assert ours.pop(measure) == pytest.approx(theirs.pop(measure), abs=1e-3)
+        assert ours == theirs
+    assert protocols.batch(promptable, encoded[2:3], [protocols.prepare(samples[2])]) == [[]]
+
+
+def test_boxes_of_several_pictures_are_predicted_as_those_of_one(dataset):
+    """Any SAM; a picture may come twice, and its prompts be split between calls."""
+    boxes = [torch.tensor([[3.0, 4.0, 30.0, 20.0]] * n) + torch.arange(n)[:, None] for n in (2, 4, 1)]
+    for model, processor in other_sams():
+        promptable = PromptableModel(model, processor, prompts_per_batch=3)
+        first, second = promptable.encode([dataset[0].image, dataset[3].image])
+        encoded = [first, second, first]
+        together = list(promptable.predict_boxes(encoded, boxes))
+        assert promptable.count["decoder"] == 3
+        for prediction, each, its_boxes in zip(together, encoded, boxes, strict=True):
+            alone = promptable.predict(each, boxes_xyxy=its_boxes)
+            torch.testing.assert_close(prediction.logits, alone.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(prediction.predicted_iou, alone.predicted_iou, rtol=1e-4, atol=1e-5)
+            assert (prediction.masks == alone.masks).float().mean() > 0.999
 
 
 def test_prompts_and_masks_are_in_pixels_of_the_picture(promptable, dataset):

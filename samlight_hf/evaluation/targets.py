@@ -1,0 +1,57 @@
+"""The annotated masks of a picture as run lengths, which are small to send and become pixels on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..data import Instance, Sample
+from ..data.annotations import run_lengths
+from .models import to_device
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """n instances of a picture of `height` x `width` pixels. A slice selects.
+
+    Attributes:
+        picture: the sample's id.
+        instances: in the order of the masks.
+        runs: int32 (total,), pixels outside and inside in turn, column by column, mask after mask; an even number for each
+            mask, so that every second run is inside.
+        offsets: int64 (n + 1,): the runs of mask i are `runs[offsets[i]:offsets[i + 1]]`.
+    """
+
+    picture: str
+    height: int
+    width: int
+    instances: Sequence[Instance]
+    runs: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, sample: Sample, instances: Sequence[Instance]) -> "Targets":
+        """Of some of the sample's instances."""
+        runs = [run_lengths(instance.rle["counts"]) for instance in instances]
+        runs = [np.append(its_runs, [0] * (len(its_runs) % 2)) for its_runs in runs]
+        offsets = np.cumsum([0, *map(len, runs)])
+        flat = np.concatenate(runs) if runs else []
+        return cls(sample.id, sample.height, sample.width, instances, np.asarray(flat, dtype=np.int32), offsets)
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def __getitem__(self, chosen: slice) -> "Targets":
+        start, stop, _ = chosen.indices(len(self))
+        offsets = self.offsets[start : stop + 1]
+        runs = self.runs[offsets[0] : offsets[-1]]
+        return Targets(self.picture, self.height, self.width, self.instances[start:stop], runs, offsets - offsets[0])
+
+    def masks(self, device: torch.device) -> torch.Tensor:
+        """bool (n, H, W) on the device, which is not waited for."""
+        runs = to_device(torch.from_numpy(self.runs), device)
+        is_inside = torch.arange(len(runs), device=device) % 2 == 1
+        size = len(self) * self.height * self.width
+        columns = is_inside.repeat_interleave(runs, output_size=size)  # a size that is known needs no wait
+        return columns.view(len(self), self.width, self.height).transpose(1, 2).contiguous()

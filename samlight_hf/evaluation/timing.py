@@ -1,0 +1,45 @@
+"""Time spent in a model's forward calls, measured without making the host wait for the device."""
+
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+
+import torch
+
+
+class ForwardTimer:
+    """Adds up seconds by name. CUDA work is timed by events in its own stream, and so may go on behind the host's back.
+
+    An event pair spans the device's first to last kernel, with its waits for launches in between.
+    """
+
+    def __init__(self):
+        self._seconds: Counter[str] = Counter()
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextlib.contextmanager
+    def measure(self, name: str, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+            return
+        stream = torch.cuda.current_stream(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        yield
+        end.record(stream)
+        self._pending.append((name, start, end))
+        self._collect(wait=False)  # what is over, so that their number stays small
+
+    def seconds(self, name: str) -> float:
+        """So far; waits for what is under way."""
+        self._collect(wait=True)
+        return self._seconds[name]
+
+    def _collect(self, wait: bool):
+        while self._pending and (wait or self._pending[0][2].query()):
+            name, start, end = self._pending.popleft()
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1e3
