@@ -6,13 +6,13 @@ from transformers import (
     AutoModel,
     AutoModelForMaskGeneration,
     AutoProcessor,
-    SamImageProcessor,
     SamProcessor,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
 from .modeling.configuration_sam_lightening import SamLighteningConfig, SamLighteningVisionConfig
+from .modeling.image_processing_sam_lightening import SamLighteningImageProcessor
 from .modeling.modeling_sam_lightening import SamLighteningModel, SamLighteningVisionModel
 from .pipelines import TASK, FastMaskGenerationPipeline
 from .predictor import Prediction, Predictor
@@ -27,7 +27,7 @@ AutoModel.register(SamLighteningVisionConfig, SamLighteningVisionModel, exist_ok
 AutoModelForMaskGeneration.register(SamLighteningConfig, SamLighteningModel, exist_ok=True)
 AutoProcessor.register(SamLighteningConfig, SamProcessor, exist_ok=True)
 AutoImageProcessor.register(
-    SamLighteningConfig, image_processor_classes={"torchvision": SamImageProcessor}, exist_ok=True
+    SamLighteningConfig, image_processor_classes={"torchvision": SamLighteningImageProcessor}, exist_ok=True
 )
 if TASK not in PIPELINE_REGISTRY.supported_tasks:
     PIPELINE_REGISTRY.register_pipeline(
@@ -46,6 +46,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "SamLighteningConfig",
+    "SamLighteningImageProcessor",
     "SamLighteningModel",
     "SamLighteningVisionConfig",
     "SamLighteningVisionModel",

@@ -72,5 +72,5 @@ def test_bundled_checkpoint_has_this_code():
     assert {path.name for path in CHECKPOINT.glob("*.py")} == code
     for name in code:
         assert (CHECKPOINT / name).read_bytes() == (modeling / name).read_bytes(), (
-            f"{CHECKPOINT / name} differs from modeling/{name}: copy it with `cp modeling/[cdm]*.py {CHECKPOINT}`"
+            f"{CHECKPOINT / name} differs from modeling/{name}: copy it with `cp modeling/[cdim]*.py {CHECKPOINT}`"
         )

@@ -31,13 +31,17 @@ from transformers.models.sam.modeling_sam import (
 
 from .configuration_sam_lightening import LayerPattern, SamLighteningConfig, SamLighteningVisionConfig
 from .dilated_attention import DILATED_FLASH_ATTENTION, dilated_attention_forward
+from .image_processing_sam_lightening import SamLighteningImageProcessor
 
 
 def make_processor(config: SamVisionConfig) -> SamProcessor:
     """SAM's own preprocessing for an image encoder of this size: the longest side of a picture becomes `image_size`."""
     image_size, mask_size = config.image_size, 4 * (config.image_size // config.patch_size)
+    # An original SAM keeps transformers' own class, so that its folder needs no code of ours.
+    original = config.model_type == SamVisionConfig.model_type
+    image_processor_class = SamImageProcessor if original else SamLighteningImageProcessor
     return SamProcessor(
-        SamImageProcessor(
+        image_processor_class(
             size={"longest_edge": image_size},
             pad_size={"height": image_size, "width": image_size},
             mask_size={"longest_edge": mask_size},
@@ -146,14 +150,16 @@ class SamLighteningPreTrainedModel(SamPreTrainedModel):
         config = getattr(self.config, "vision_config", self.config)
         names = ("processor_config.json", "preprocessor_config.json")
         if any(os.path.isfile(os.path.join(save_directory, name)) for name in names):
-            kept = SamProcessor.from_pretrained(save_directory)
-            if kept.image_processor.size["longest_edge"] == config.image_size:
+            # transformers' own class reads what is asked here of any processor, and runs no code that came with it.
+            kept = SamImageProcessor.from_pretrained(save_directory)
+            if kept.size["longest_edge"] == config.image_size:
                 return
         make_processor(config).save_pretrained(save_directory)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         # save_pretrained(push_to_hub=True) uploads what is newer than its own first look, and the processor is older.
-        files_timestamps.pop("processor_config.json", None)
+        for name in ("processor_config.json", "image_processing_sam_lightening.py"):
+            files_timestamps.pop(name, None)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
 

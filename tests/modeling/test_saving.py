@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,14 +24,25 @@ from transformers import (
     modeling_utils,
     pipeline,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import hub
 
-from samlight_hf import SamLighteningConfig, SamLighteningModel, SamLighteningVisionModel
+from samlight_hf import (
+    SamLighteningConfig,
+    SamLighteningImageProcessor,
+    SamLighteningModel,
+    SamLighteningVisionModel,
+)
 from tests.conftest import tiny_config
 
 
 MODELING = Path(sys.modules["samlight_hf.modeling"].__file__).parent
-CODE = {"configuration_sam_lightening.py", "dilated_attention.py", "modeling_sam_lightening.py"}
+CODE = {
+    "configuration_sam_lightening.py",
+    "dilated_attention.py",
+    "image_processing_sam_lightening.py",
+    "modeling_sam_lightening.py",
+}
 COMPLETE = CODE | {"config.json", "model.safetensors", "processor_config.json"}
 
 
@@ -40,7 +52,7 @@ def run_without_the_package(script: str, cache: Path, *arguments) -> str:
     environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "TRANSFORMERS_VERBOSITY": "warning"}
     process = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", preamble + script, *map(str, arguments)],
-        capture_output=True, text=True, env=environment, cwd=cache,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, cwd=cache,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     noise = [line for line in process.stderr.splitlines() if line.strip() and "Loading weights" not in line]
@@ -69,6 +81,11 @@ def test_folder_is_complete(folder):
         "AutoModel": "modeling_sam_lightening.SamLighteningModel",
         "AutoModelForMaskGeneration": "modeling_sam_lightening.SamLighteningModel",
     }
+    image_processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    assert image_processor["image_processor_type"] == "SamLighteningImageProcessor"
+    assert image_processor["auto_map"] == {
+        "AutoImageProcessor": "image_processing_sam_lightening.SamLighteningImageProcessor"
+    }
 
 
 def test_auto_classes_load_it(folder, model, pixel_values):
@@ -81,7 +98,8 @@ def test_auto_classes_load_it(folder, model, pixel_values):
             assert torch.equal(weight, model.state_dict()[name]), name
     processor = AutoProcessor.from_pretrained(folder)
     assert type(processor) is SamProcessor
-    assert isinstance(AutoImageProcessor.from_pretrained(folder), SamImageProcessor)
+    assert type(processor.image_processor) is SamLighteningImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(folder)) is SamLighteningImageProcessor
     assert processor.image_processor.size["longest_edge"] == 32
     assert processor.image_processor.mask_size["longest_edge"] == 32
     assert type(AutoModel.from_config(model.config)) is SamLighteningModel
@@ -94,7 +112,9 @@ def test_checkpoint_without_a_processor_still_finds_one(folder):
     image_processor = {"size": {"longest_edge": 32}, "pad_size": {"height": 32, "width": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
     assert type(AutoProcessor.from_pretrained(folder)) is SamProcessor
-    assert AutoImageProcessor.from_pretrained(folder).size["longest_edge"] == 32
+    found = AutoImageProcessor.from_pretrained(folder)
+    assert type(found) is SamLighteningImageProcessor
+    assert found.size["longest_edge"] == 32
 
 
 def test_a_processor_of_ones_own_is_kept(model, tmp_path):
@@ -104,7 +124,19 @@ def test_a_processor_of_ones_own_is_kept(model, tmp_path):
     model.save_pretrained(tmp_path / "second")
     processor.save_pretrained(tmp_path / "second")
     for order in ("first", "second"):
-        assert AutoProcessor.from_pretrained(tmp_path / order).image_processor.image_mean[0] == 0.5
+        kept = AutoProcessor.from_pretrained(tmp_path / order).image_processor
+        assert type(kept) is SamImageProcessor
+        assert kept.image_mean[0] == 0.5
+
+
+@pytest.mark.parametrize("part", ["processor", "image processor"])
+def test_the_processor_saved_alone_brings_its_code(model, tmp_path, part):
+    processor = make_processor(model.config.vision_config)
+    (processor if part == "processor" else processor.image_processor).save_pretrained(tmp_path)
+    name = "image_processing_sam_lightening.py"
+    assert {path.name for path in tmp_path.glob("*.py")} == {name}
+    assert (tmp_path / name).read_bytes() == (MODELING / name).read_bytes()
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is SamLighteningImageProcessor
 
 
 def test_a_processor_of_another_size_is_replaced(model, tmp_path):
@@ -113,7 +145,8 @@ def test_a_processor_of_another_size_is_replaced(model, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path).image_processor.size["longest_edge"] == 32
 
 
-def test_push_while_saving_uploads_everything(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["model", "encoder"])
+def test_push_while_saving_uploads_everything(model, tmp_path, monkeypatch, part):
     """huggingface_hub's side is replaced: what it is given to upload is the whole folder."""
     uploaded = []
 
@@ -133,8 +166,10 @@ def test_push_while_saving_uploads_everything(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         hub, "create_and_tag_model_card", lambda *args, **kwargs: SimpleNamespace(save=lambda path: None)
     )
-    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="org/name")
-    assert set(uploaded) >= COMPLETE
+    saved = model if part == "model" else model.vision_encoder
+    saved.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="org/name")
+    assert set(uploaded) >= {path.name for path in (tmp_path / "model").iterdir()}
+    assert set(uploaded) >= (COMPLETE if part == "model" else COMPLETE - CODE | {"image_processing_sam_lightening.py"})
 
 
 def test_parts_and_subclasses_save_too(model, tmp_path):
@@ -177,23 +212,42 @@ def test_pipeline(folder, picture):
 
 def test_loads_with_remote_code_alone_saves_again_and_loads_again(folder, model, pixel_values, picture, tmp_path):
     """Every entrance of the mission, in a process where the package cannot be imported; then its own save, loaded the same way."""
+    stock = tmp_path / "stock"  # as an older checkpoint has it: a processor of transformers' own, which needs no trust
+    SamProcessor(SamImageProcessor(size={"longest_edge": 32}, image_mean=[0.5, 0.5, 0.5])).save_pretrained(stock)
+    stock_processor = (stock / "processor_config.json").read_bytes()
     torch.save(pixel_values, tmp_path / "pixels.pt")
     picture.save(tmp_path / "picture.png")
     script = """
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor, pipeline
-source, target, pixels, picture, output = sys.argv[1:]
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMaskGeneration, AutoProcessor, pipeline)
+source, target, stock, pixels, picture, output = sys.argv[1:]
 config = AutoConfig.from_pretrained(source, trust_remote_code=True)
 model = AutoModel.from_pretrained(source, trust_remote_code=True)
 generator = AutoModelForMaskGeneration.from_pretrained(source, trust_remote_code=True)
 assert type(model).__name__ == type(generator).__name__ == "SamLighteningModel", type(model)
 assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-processor = AutoProcessor.from_pretrained(source)
-found = pipeline("mask-generation", model=source, trust_remote_code=True)(
-    picture, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
-assert found["masks"], found
+processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+for image_processor in (processor.image_processor, AutoImageProcessor.from_pretrained(source, trust_remote_code=True)):
+    assert type(image_processor).__name__ == "SamLighteningImageProcessor", type(image_processor)
+    assert type(image_processor).__module__.startswith("transformers_modules."), type(image_processor).__module__
+for auto_class in (AutoProcessor, AutoImageProcessor):
+    try:
+        auto_class.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        assert "pass the argument `trust_remote_code=True`" in str(error), error
+    else:
+        raise AssertionError("code was run without trust")
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    found = pipeline("mask-generation", model=source, trust_remote_code=True, dtype=dtype)(
+        picture, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
+    assert found["masks"], found
 torch.save(model.get_image_embeddings(torch.load(pixels)), output)
-generator.save_pretrained(target)
+generator.save_pretrained(target)  # makes a processor
+generator.save_pretrained(target)  # keeps it
+processor.save_pretrained(target + " processor")
+assert type(AutoProcessor.from_pretrained(stock).image_processor).__name__ == "SamImageProcessor"
+generator.save_pretrained(stock)
 try:
     import samlight_hf
 except ImportError:
@@ -201,13 +255,21 @@ except ImportError:
 """
     saved_again = tmp_path / "again"
     for source, target in ((folder, saved_again), (saved_again, tmp_path / "third")):
-        arguments = (source, target, tmp_path / "pixels.pt", tmp_path / "picture.png", tmp_path / "output.pt")
+        arguments = (source, target, stock, tmp_path / "pixels.pt", tmp_path / "picture.png", tmp_path / "output.pt")
         (cache := tmp_path / f"cache of {source.name}").mkdir()
         assert run_without_the_package(script, cache, *arguments) == "ran without the package\n"
         assert torch.equal(torch.load(tmp_path / "output.pt"), model.get_image_embeddings(pixel_values))
         assert {path.name for path in target.iterdir()} == COMPLETE
         for name in ("processor_config.json", *CODE):
             assert (target / name).read_bytes() == (folder / name).read_bytes(), name
+        alone = tmp_path / f"{target.name} processor"
+        assert {path.name for path in alone.iterdir()} == {
+            "processor_config.json",
+            "image_processing_sam_lightening.py",
+        }
+        for path in alone.iterdir():
+            assert path.read_bytes() == (folder / path.name).read_bytes(), path
+        assert (stock / "processor_config.json").read_bytes() == stock_processor
         first, again = (json.loads((where / "config.json").read_text()) for where in (folder, target))
         assert again["auto_map"] == first["auto_map"]
         assert again["vision_config"].items() >= first["vision_config"].items()
@@ -220,6 +282,13 @@ def test_package_and_remote_code_side_by_side(folder, model, pixel_values, tmp_p
     remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
     for loaded in (remote, AutoModel.from_pretrained(folder, trust_remote_code=False)):
         assert torch.equal(loaded.get_image_embeddings(pixel_values), model.get_image_embeddings(pixel_values))
+    name = "image_processing_sam_lightening.SamLighteningImageProcessor"
+    remote_class = get_class_from_dynamic_module(name, str(folder))
+    assert remote_class is not SamLighteningImageProcessor
+    for kind in (remote_class, SamLighteningImageProcessor):  # either's processor may be saved where the other's was
+        SamProcessor(kind.from_pretrained(folder)).save_pretrained(folder)
+        remote.save_pretrained(folder)
+        assert type(AutoProcessor.from_pretrained(folder).image_processor) is SamLighteningImageProcessor
 
 
 def test_modeling_is_self_contained():
