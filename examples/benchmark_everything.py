@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,8 +24,16 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from samlight_hf import MaskGenerationSettings, MaskGenerator, Predictor, inference, mask_generation
-from samlight_hf.layer_norm import why_not_triton
+from samlight_hf import (
+    MaskGenerationSettings,
+    MaskGenerator,
+    Predictor,
+    inference,
+    layer_norm,
+    mask_generation,
+    upscaled_masks,
+)
+from samlight_hf.candidates import Candidates
 from samlight_hf.loading import load_model, quiet_transformers
 from samlight_hf.mask_files import write_masks
 from samlight_hf.segment_run import Everything, Job, Run
@@ -100,23 +107,25 @@ def _pipelines(checkpoint: str, picture: Image.Image, kept: str, thresholds: dic
             start = time.perf_counter()
             result = task(picture, output_rle_mask=True, **settings)
             first_ms = 1e3 * (time.perf_counter() - start)
-            for output_masks in (False, True):
 
-                def run(task=task, output_masks=output_masks):
-                    return task(picture, output_rle_mask=True, output_masks=output_masks, **settings)
+            def run(task=task):
+                return task(picture, output_rle_mask=True, output_masks=False, **settings)
 
-                milliseconds = _median_ms(run, repeats=10 if CUDA else 1)
-                yield {
-                    **common, "what": "fast-mask-generation" + (", and masks as pixels" if output_masks else ""),
-                    "dtype": name, "cuda_graphs": cuda_graphs, "ms": milliseconds, "first_call_ms": first_ms,
-                    "times_stock_float32": stock_ms / milliseconds, "num_masks": len(result["masks"]),
-                    "ran": task.generator.decoder.transform.last_ran, "why_not_triton": _why_not_triton(),
-                    **_agreement(expected["masks"], result["masks"]),
-                }  # fmt: skip
+            milliseconds = _median_ms(run, repeats=(20 if cuda_graphs else 5) if CUDA else 1)
+            yield {
+                **common, "what": "fast-mask-generation", "dtype": name, "cuda_graphs": cuda_graphs,
+                "ms": milliseconds, "first_call_ms": first_ms, "times_stock_float32": stock_ms / milliseconds,
+                "num_masks": len(result["masks"]), "ran": task.generator.decoder.transform.last_ran,
+                **_agreement(expected["masks"], result["masks"]), "why_not_triton": _why_not_triton(task.generator),
+            }  # fmt: skip
 
 
-def _why_not_triton() -> str | None:
-    return why_not_triton(torch.ones(1, 1, 64, device=DEVICE))
+def _why_not_triton(generator: MaskGenerator) -> dict[str, str | None]:
+    return {
+        "layer norm": layer_norm.why_not_triton(torch.ones(1, 1, 64, device=DEVICE)),
+        "end of the decoder": generator.decoder.why_not_triton,
+        "masks at the picture's size": upscaled_masks.why_not_triton(torch.empty(0, device=DEVICE)),
+    }
 
 
 def _agreement(expected, found) -> dict:
@@ -138,17 +147,19 @@ def _memory(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
     for dtype in ("float32", "bfloat16"):
         results = {}
         for megabytes in (1500, 512):
-            model, processor = load_model(checkpoint, DEVICE, dtype)
-            generator = MaskGenerator(model, processor, max_memory_mb=megabytes)
             gc.collect()  # earlier graphs, which hold themselves
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            model, processor = load_model(checkpoint, DEVICE, dtype)
+            generator = MaskGenerator(model, processor, max_memory_mb=megabytes)
             results[megabytes] = generator(picture, **settings)
             milliseconds = _median_ms(lambda g=generator: g(picture, **settings), repeats=5)
             yield {
                 "part": "everything", "what": "memory", "dtype": dtype, "max_memory_mb": megabytes,
-                "peak_allocated_mb": torch.cuda.max_memory_allocated() / 2**20,
-                "peak_reserved_mb": torch.cuda.max_memory_reserved() / 2**20, "ms": milliseconds,
+                "peak_allocated_mb": (torch.cuda.max_memory_allocated() - before[0]) / 2**20,
+                "peak_reserved_mb": (torch.cuda.max_memory_reserved() - before[1]) / 2**20, "ms": milliseconds,
+                "allocated_before_mb": before[0] / 2**20,
                 "points_per_batch": generator.budget.points_per_batch, "num_masks": len(results[megabytes]),
                 **_agreement(list(results[1500].masks), list(results[megabytes].masks)),
             }  # fmt: skip
@@ -214,7 +225,7 @@ def _single_prompts(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
                 way = f"Predictor, {'CUDA graph' if cuda_graphs else 'eager'}"
                 yield {**row, "prompt": name, "way": way, "ms": _median_ms(run, repeats)}
                 if cuda_graphs:
-                    graph = next(reversed(predictor.decoder._decode_all[True]._graphs.values()))[0]
+                    graph = next(reversed(predictor.decoder._decode_all[True, False]._graphs.values()))[0]
                     yield {**row, "prompt": name, "way": "the graph alone", "ms": _median_ms(graph.replay, repeats)}
 
 
@@ -233,35 +244,34 @@ def _stages(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
             "decode": (decoder, "transform"),
             "masks": (decoder, "_masks"),
             "filter": (generator, "_filter"),
-            "RLE": (mask_generation, "mask_changes"),
-            "NMS and run lengths": (generator, "_select"),
+            "outlines and run lengths": (Candidates, "outlines"),
+            "NMS": (generator, "_select"),
         }
-        upscale = decoder._upscale
 
-        def counted(image_tokens, hyper, upscale=upscale, counts=counts):
-            counts["upscaled"] += len(image_tokens)
-            return upscale(image_tokens, hyper)
+        def counted(tokens, image_tokens, shape, kept, *others, compute=decoder._masks, counts=counts):
+            counts["points"] += len(torch.unique(kept // shape[1]))
+            counts["masks"] += len(kept)
+            return compute(tokens, image_tokens, shape, kept, *others)
 
         def run(generator=generator, settings=settings):
             return generator(picture, **settings)
 
-        with mock.patch.object(decoder, "_upscale", counted):
-            whole = _median_ms(run, repeats=5 if CUDA else 1)
-            counts.clear()
-            times = defaultdict(list)
-            for _ in range(3 if CUDA else 1):
-                with _timed(places) as spent:
-                    run()
-                for name, seconds in spent.items():
-                    times[name].append(1e3 * seconds)
-        counts["upscaled"] //= 3 if CUDA else 1
+        with mock.patch.object(decoder, "_masks", counted):
+            counts["kept"] = len(run())
+        whole = _median_ms(run, repeats=10 if CUDA else 1)
+        times = defaultdict(list)
+        for _ in range(5 if CUDA else 1):
+            with _timed(places) as spent:
+                run()
+            for name, seconds in spent.items():
+                times[name].append(1e3 * seconds)
         milliseconds = {name: statistics.median(values) for name, values in times.items()}
-        milliseconds["filter"] -= milliseconds["RLE"]  # which is called from there
+        milliseconds["NMS"] -= milliseconds["outlines and run lengths"]  # which are called from there
         floors = _floors(model, picture, counts, dtype) if CUDA else {}
         row = {"part": "everything", "what": "stage", "dtype": str(dtype).removeprefix("torch.")}
         for name in places:
             yield {**row, "stage": name, "ms": milliseconds[name], "floor_ms": floors.get(name)}
-        yield {**row, "stage": "whole, not waiting between", "ms": whole, "upscaled_points": counts["upscaled"]}
+        yield {**row, "stage": "whole, not waiting between", "ms": whole, **counts}
 
 
 @contextmanager
@@ -269,16 +279,19 @@ def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
     """Counts the seconds inside of functions that are attributes of modules or objects, with the device synchronised."""
     spent = defaultdict(float)
 
-    def timed(name: str, function: Callable, *arguments, **options):
-        _synchronize()
-        start = time.perf_counter()
-        result = function(*arguments, **options)
-        _synchronize()
-        spent[name] += time.perf_counter() - start
-        return result
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*arguments, **options):
+            _synchronize()
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            _synchronize()
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return call
 
     patches = [
-        mock.patch.object(owner, attribute, partial(timed, name, getattr(owner, attribute)))
+        mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute)))
         for name, (owner, attribute) in places.items()
     ]
     for patch in patches:
@@ -301,13 +314,18 @@ def _floors(model, picture: Image.Image, counts: dict, dtype: torch.dtype) -> di
 
     attention = 2 * tokens * channels * rows  # one product of the image tokens with the tokens of a prompt
     convolutions = 2 * tokens * channels * channels + 2 * 4 * tokens * 64 * 128 + 2 * 16 * tokens * 32 * 3
-    upscaled = counts["upscaled"]
+    logits = 16 * tokens * 4  # bytes of one mask's, float32
+    bilinear = 12 * pixels  # one resize
+
+    def on_plain_cores(flops: float, num_bytes: float) -> float:
+        return 1e3 * max(flops / FLOPS[torch.float32], num_bytes / BYTES_PER_SECOND)
+
     return {
         "preprocess": floor(0, 3 * pixels + 3 * 1024**2 * size),
         "encode": floor(172e9, sum(p.numel() for p in model.vision_encoder.parameters()) * size),
         # One product in the first layer, four in the second, two in the last; each layer's tokens written and read once.
         "decode": floor(7 * attention * points, 4 * image_tokens * points),
-        "masks": floor(convolutions * upscaled, (image_tokens + 3 * 16 * tokens * size) * upscaled),
-        "filter": floor(0, 3 * 16 * tokens * size * upscaled + pixels * upscaled),
-        "RLE": floor(0, pixels * upscaled),
+        "masks": floor(convolutions * counts["points"], image_tokens * counts["points"] + logits * counts["masks"]),
+        "filter": on_plain_cores(bilinear * counts["masks"], logits * counts["masks"]),
+        "outlines and run lengths": on_plain_cores(bilinear * counts["kept"], logits * counts["kept"]),
     }

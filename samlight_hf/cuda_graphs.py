@@ -2,14 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
 
 class GraphedFunction:
-    """A function of CUDA tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called.
+    """A function of tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called.
 
-    What it returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the
+    The first tensor says where; the others may be on the CPU, from where they are copied without waiting. What it returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the
     one that was not used for the longest time is dropped. `last_ran` is "graph" or "eager".
     """
 
@@ -20,10 +21,11 @@ class GraphedFunction:
 
     @torch.inference_mode()
     def __call__(self, *tensors: torch.Tensor):
-        if not (self.enabled and all(tensor.is_cuda for tensor in tensors)):
+        device = tensors[0].device
+        if not (self.enabled and device.type == "cuda"):
             self.last_ran = "eager"
-            return self.function(*tensors)
-        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+            return self.function(*(tensor.to(device) for tensor in tensors))
+        key = device, *((tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self._graphs:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
@@ -39,16 +41,29 @@ class GraphedFunction:
 
     def _capture(self, tensors: tuple[torch.Tensor, ...]):
         with torch.cuda.device(tensors[0].device):
-            inputs = [tensor.clone() for tensor in tensors]
-            stream = torch.cuda.Stream()
+            inputs = [tensor.to(tensors[0].device, copy=True) for tensor in tensors]
+            stream = _warm_up_stream(tensors[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # kernels are chosen, and workspaces made, before the capture
                     self.function(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
+            _forget_workspaces()
             torch.cuda.empty_cache()  # what the warm-up took, the graph takes once more
             graph = torch.cuda.CUDAGraph()
             # Other threads may use CUDA meanwhile, and must not make this capture fail.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = self.function(*inputs)
+            _forget_workspaces()  # the graph's own stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
+
+
+@lru_cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of 32 MB or more for each stream that it has ever run on."""
+    return torch.cuda.Stream(device)
+
+
+def _forget_workspaces():
+    """Gives cuBLAS's workspaces back to torch, as torch's own graphs do before and after a capture."""
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()

@@ -13,10 +13,13 @@ from .preprocessing import preprocess
 PLAIN_MODEL_TYPES = ("sam", "sam_lightening", "sam_hq")
 
 
-def make_decoder(model: PreTrainedModel, cuda_graphs: bool | None = None) -> "Decoder":
-    """The fastest decoder that can run this model, with CUDA graphs by default on CUDA devices.
+def make_decoder(
+    model: PreTrainedModel, cuda_graphs: bool | None = None, triton_kernels: bool | None = None
+) -> "Decoder":
+    """The fastest decoder that can run this model, with CUDA graphs by default on CUDA devices, and Triton kernels.
 
-    Raises ValueError for a model that is no SAM in its decoder, and where `cuda_graphs` is True and cannot be.
+    Raises ValueError for a model that is no SAM in its decoder, and where `cuda_graphs` or `triton_kernels` is True and
+    cannot be.
     """
     on_cuda, reason = model.device.type == "cuda", why_not_fast(model)
     if cuda_graphs and not on_cuda:
@@ -27,7 +30,7 @@ def make_decoder(model: PreTrainedModel, cuda_graphs: bool | None = None) -> "De
         raise ValueError(f"model_type={model.config.model_type!r} cannot be used here: {reason}")
     if reason:
         return PlainMaskDecoder(model)
-    return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs)
+    return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels)
 
 
 class PlainMaskDecoder:
@@ -58,7 +61,7 @@ class PlainMaskDecoder:
         repeated: bool = False,
     ) -> Decoded:
         prompts = {"input_points": points, "input_labels": labels, "input_boxes": boxes}
-        prompts = {name: prompt[None] for name, prompt in prompts.items() if prompt is not None}
+        prompts = {name: prompt[None].to(self.model.device) for name, prompt in prompts.items() if prompt is not None}
         if isinstance(image, tuple):  # SAM-HQ: the last layer's embeddings, and those between
             image = {"image_embeddings": image[0], "intermediate_embeddings": list(image[1])}
         else:

@@ -8,19 +8,25 @@ What the decoder costs is the image side: N = 4096 tokens of 256 channels for ev
   projection of an image token is computed, written or read.
 - Everything stays in the layout (prompts, tokens, channels): transposed convolutions of stride 2 are matrix products, and
   only the finished masks are put into the order of their pixels.
-- Masks are computed for prompts that are kept by their predicted IoU, where the caller asks for a least one.
+- Masks are computed for prompts that are kept by their predicted IoU, where the caller asks for a least one; in half
+  precision by one Triton kernel.
+
+What is small is computed in float32 whatever the model's dtype: where prompts and image tokens are (in bfloat16 a coordinate of a
+picture of 1024 pixels is off by up to a pixel), the predicted IoU (one score in a hundred would have a neighbour with
+the same bits, and which of two masks is suppressed would be a matter of their order) and the hypernetworks.
 """
 
+import copy
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
 
+from . import mask_head
 from .cuda_graphs import GraphedFunction
 from .layer_norm import add_layer_norm
 
@@ -44,34 +50,44 @@ def why_not_fast(model: PreTrainedModel) -> str | None:
 class FastMaskDecoder:
     """The prompt encoder and mask decoder of a `SamModel` or `SamLighteningModel`, for inference.
 
-    The model's weights are read when this is made; make another after they have changed or moved.
+    The model's weights are read when this is made; make another after they have changed or moved. `triton_kernels` are used
+    by default where they can run; ValueError for True where they cannot in half precision.
     """
 
-    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = False):
+    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = False, triton_kernels: bool | None = None):
         if reason := why_not_fast(model):
             raise ValueError(reason)
         self.prompt_encoder, self.decoder = model.prompt_encoder, model.mask_decoder
+        self.embedder = self.prompt_encoder
+        if model.dtype != torch.float32:
+            self.embedder = copy.deepcopy(self.prompt_encoder).float()
         self.cuda_graphs = cuda_graphs
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # of memory that graphs may share
-        self.transform = GraphedFunction(self._transform, cuda_graphs, pool=self.pool)
+        # Image tokens that a graph returns stay where they are, some hundred MB for each: no more than two.
+        self.transform = GraphedFunction(self._transform, cuda_graphs, max_graphs=2, pool=self.pool)
         self._decode_all = {
-            multimask: GraphedFunction(partial(self._all_masks, multimask), cuda_graphs, pool=self.pool)
+            (multimask, with_mask): GraphedFunction(
+                partial(self._all_masks, multimask, with_mask), cuda_graphs, pool=self.pool
+            )
             for multimask in (False, True)
+            for with_mask in (False, True)
         }
         decoder = self.decoder
         with torch.no_grad():
-            # (1, C, h, w) -> (N, C)
-            self.positions = model.get_image_wide_positional_embeddings().flatten(2)[0].T.contiguous()
+            self.positions = _image_positions(model)  # (N, C)
             self.no_mask = self.prompt_encoder.no_mask_embed.weight  # (1, C)
             self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-            self.upscaling = [_as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)]
-            self.hypernetworks = _stack_layers(decoder.output_hypernetworks_mlps)
-            # In float32 for models of any dtype: in bfloat16 one score in a hundred has a neighbour with the same bits,
-            # and which of two masks is suppressed would be a matter of their order. It costs nothing.
-            self.iou_head = [
-                (weight.float(), bias.float()) for weight, bias in _stack_layers([decoder.iou_prediction_head])
-            ]
+            first, second = _as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)
+            self.head = mask_head.HeadWeights(*first, decoder.upscale_layer_norm, *second)
+            self.hypernetworks, self.iou_head = (
+                [(weight.float(), bias.float()) for weight, bias in _stack_layers(mlps)]
+                for mlps in (decoder.output_hypernetworks_mlps, [decoder.iou_prediction_head])
+            )
         self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
+        self.why_not_triton = mask_head.why_not_triton(self.head)
+        self.use_head_kernel = self.why_not_triton is None and triton_kernels is not False
+        if triton_kernels and self.why_not_triton and model.dtype != torch.float32:
+            raise ValueError(f"triton_kernels=True is not possible: {self.why_not_triton}")
 
     def prepare(self, embedding: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, C, h, w) of the encoder as image tokens (B, N, C), a copy."""
@@ -92,7 +108,7 @@ class FastMaskDecoder:
     ) -> Decoded:
         """Masks for P prompts, in pixels of the resized picture as `SamProcessor` makes them.
 
-        `image` is prepared image tokens, (1, N, C) of the picture of all prompts, or (P, N, C). A prompt is `points`
+        `image` is prepared image tokens, (1, N, C) of the picture of all prompts, or (P, N, C). Prompts may be on the CPU. A prompt is `points`
         (P, k, 2) with `labels` (P, k), or a box of `boxes` (P, 4), or both, and may have the logits of an earlier mask,
         `mask_logits` (P, h, w). Three masks for each prompt, or one without `multimask_output`; only those with a
         predicted IoU above `min_iou`, where it is given. Logits are (4 * h, 4 * w) for embeddings of h x w.
@@ -101,15 +117,13 @@ class FastMaskDecoder:
         that batches of this shape come again and again, which is what repays the capture of a CUDA graph.
         """
         prompts = [tensor for tensor in (points, labels, boxes) if tensor is not None]
-        if mask_logits is None:
-            image = image + self.no_mask
-        else:
-            dense = self.prompt_encoder.mask_embed(mask_logits[:, None].to(image.dtype))
-            image = image + dense.flatten(2).transpose(1, 2)
         if repeated and min_iou is None and len(prompts[0]) == 1:
-            decode_all = self._decode_all[multimask_output]
-            iou, logits = (output.clone() for output in decode_all(image, *prompts))
+            with_mask = mask_logits is not None
+            inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
+            iou, logits = (output.clone() for output in self._decode_all[multimask_output, with_mask](*inputs))
             return Decoded(iou, places_above(iou, None), logits)
+        prompts = [prompt.to(image.device) for prompt in prompts]
+        image = image + self._dense(mask_logits)
         transform = self.transform if repeated else self._transform
         tokens, image_tokens, iou = transform(image, *prompts)
         masks = _mask_slice(multimask_output)
@@ -118,12 +132,26 @@ class FastMaskDecoder:
         logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, prompts_per_upscaling)
         return Decoded(iou, kept, logits)
 
-    def _all_masks(self, multimask_output: bool, image: torch.Tensor, *prompts: torch.Tensor):
+    def _dense(self, mask_logits: torch.Tensor | None) -> torch.Tensor:
+        """What an earlier mask's logits (P, h, w), or none, add to image tokens: (P, N, C) or (1, C)."""
+        if mask_logits is None:
+            return self.no_mask
+        dense = self.prompt_encoder.mask_embed(mask_logits[:, None].to(self.no_mask.dtype))
+        return dense.flatten(2).transpose(1, 2)
+
+    def _all_masks(self, multimask_output: bool, with_mask: bool, image: torch.Tensor, *prompts: torch.Tensor):
         """Predicted IoU (P, M) and the logits (P * M, 4h, 4w) of all masks, without a look at what was computed."""
         masks = _mask_slice(multimask_output)
+        image, prompts = image + self._dense(prompts[0] if with_mask else None), prompts[with_mask:]
         tokens, image_tokens, iou = self._transform(image, *prompts)
-        logits = self._upscale(image_tokens, self._hyper(tokens[:, 1:][:, masks], masks))
-        return iou[:, masks].float(), logits.flatten(0, 1)
+        iou = iou[:, masks].float()
+        hyper = self._hyper(tokens[:, 1:][:, masks], masks)
+        if self.use_head_kernel:
+            slots = torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
+            logits = mask_head.launch(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
+        else:
+            logits = self._upscale(image_tokens, hyper).flatten(0, 1)
+        return iou, logits
 
     def _transform(self, image: torch.Tensor, *prompts: torch.Tensor):
         """Tokens (P, 1 + masks, C), image tokens (P, N, C), and predicted IoU (P, masks), all masks of the decoder.
@@ -141,7 +169,7 @@ class FastMaskDecoder:
         points, labels = prompts[:2] if len(prompts) > 1 else (None, None)
         boxes = prompts[-1] if len(prompts) != 2 else None
         points, labels, boxes = (None if tensor is None else tensor[None] for tensor in (points, labels, boxes))
-        return self.prompt_encoder(points, labels, boxes, None)[0][0]
+        return self.embedder(points, labels, boxes, None)[0][0]
 
     def _two_way(self, embedded: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two-way transformer; `embedded` (P, T, C) are tokens as they came in, and their positions."""
@@ -210,6 +238,11 @@ class FastMaskDecoder:
         """Logits (K, 4h, 4w) of the masks `kept` (K,), places in the `shape` (P, M) of all."""
         height, width = (4 * size for size in self.grid_size)
         num_masks = shape[1]
+        if self.use_head_kernel:
+            slots = torch.full(shape, -1, dtype=torch.int32, device=kept.device)
+            slots.view(-1)[kept] = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
+            hyper = self._hyper(tokens, masks)
+            return mask_head.launch(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
         if len(kept) == shape.numel():
             prompts, tokens_kept = None, tokens
         else:
@@ -228,22 +261,11 @@ class FastMaskDecoder:
     def _hyper(self, tokens: torch.Tensor, masks: slice) -> torch.Tensor:
         """The hypernetworks' MLPs, one for each mask token, side by side: (P, M, C) -> (P, M, C / 8)."""
         layers = [(weight[masks], bias[masks]) for weight, bias in self.hypernetworks]
-        return _run_mlps(layers, tokens.transpose(0, 1)).transpose(0, 1)
+        return _run_mlps(layers, tokens.transpose(0, 1).float()).transpose(0, 1)
 
     def _upscale(self, image_tokens: torch.Tensor, hyper: torch.Tensor) -> torch.Tensor:
         """(P, N, C) and (P, M, C / 8) -> logits (P, M, 4h, 4w)."""
-        decoder, (height, width) = self.decoder, self.grid_size
-        (weight1, bias1), (weight2, bias2) = self.upscaling
-        hidden = F.linear(image_tokens, weight1, bias1).view(
-            len(image_tokens), -1, weight2.shape[1]
-        )  # (P, N * 2 * 2, C / 4)
-        hidden = add_layer_norm(hidden, decoder.upscale_layer_norm, gelu=True)
-        hidden = decoder.activation(F.linear(hidden, weight2, bias2))  # (P, N * 2 * 2, 2 * 2 * C / 8)
-        hidden = hidden.view(len(hidden), -1, hyper.shape[-1])  # (P, N * 2 * 2 * 2 * 2, C / 8)
-        logits = hyper @ hidden.transpose(1, 2)
-        # Of each image token 2 x 2 pixels, and of each of those 2 x 2: (P, M, h, w, 2, 2, 2, 2) -> (P, M, h, 2, 2, w, 2, 2)
-        logits = logits.view(*logits.shape[:2], height, width, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
-        return logits.reshape(*logits.shape[:2], 4 * height, 4 * width)
+        return mask_head.run_head(image_tokens, hyper, self.grid_size, self.head)
 
 
 def _mask_slice(multimask_output: bool) -> slice:
@@ -254,6 +276,15 @@ def places_above(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
     if min_iou is None:
         return torch.arange(iou.numel(), device=iou.device)
     return (iou.flatten() > min_iou).nonzero().squeeze(1)
+
+
+def _image_positions(model: PreTrainedModel) -> torch.Tensor:
+    """Where each of the image tokens is, (N, C), computed in float32."""
+    embedding, size = model.shared_image_embedding, model.config.prompt_encoder_config.image_embedding_size
+    line = (torch.arange(size, device=model.device) + 0.5) / size
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    positions = copy.deepcopy(embedding).float()(torch.stack([x, y], dim=-1)[None])
+    return positions.flatten(0, 2).to(embedding.positional_embedding.dtype)
 
 
 def _attend(attention: SamAttention, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

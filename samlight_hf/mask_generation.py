@@ -3,19 +3,19 @@
 A grid of points is decoded, three masks each, on the picture and, where asked for, on crops of it. Kept are masks that
 the model scores well, that are stable under another threshold, that do not end at a crop's border, and of those that
 lie on each other the best. The order of these steps, every comparison and every resize are the stock pipeline's. What
-differs is when they happen and to what: a mask that its score rules out is never computed, masks reach the picture's
-size a few at a time and leave it as run lengths, and everything up to the suppression of duplicates is on the device.
+differs is when they happen and to what: a mask that its score rules out is never computed, stability and boxes come straight from
+the decoder's logits, outlines are those of the masks that stay, and everything up to them is on the device.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
+from .candidates import Candidates, Table
 from .crops import (
     DEFAULT_POINTS_PER_SIDE,
     DEFAULT_PRED_IOU_THRESH,
@@ -28,8 +28,9 @@ from .crops import (
 from .inference import Decoder, PictureEncoder, make_decoder
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .pictures import read_ahead
-from .preprocessing import Picture, check_size, picture_tensor, resized_size, upscale_logits
-from .rle import RunLengthMasks, mask_changes, select_changes
+from .preprocessing import Picture, check_size, picture_tensor, resized_size
+from .rle import RunLengthMasks
+from .upscaled_masks import Frame, measure, why_not_triton
 
 
 _CROP_EDGE_TOLERANCE = 20  # pixels of the picture
@@ -87,27 +88,17 @@ class GeneratedMasks:
         return MaskResult(self.masks.to_masks(), self.scores, self.boxes_xyxy)
 
 
-class _Candidates(NamedTuple):
-    """Masks that all filters but the suppression of duplicates have kept, on the device."""
-
-    scores: torch.Tensor  # float32 (n,)
-    stability: torch.Tensor  # float32 (n,)
-    boxes: torch.Tensor  # int64 (n, 4), of the first and the last pixel, in the picture
-    points: torch.Tensor  # float32 (n, 2), in the picture
-    crops: torch.Tensor  # int32 (n, 4)
-    positions: torch.Tensor  # int32 (total,), of `mask_changes`
-    counts: torch.Tensor  # int32 (n,)
-
-
 class MaskGenerator:
     """Everything mode of one model. Call it with a picture, or with a list of pictures for a list of results.
 
-    `max_memory_mb` bounds what a CUDA device is asked for, the model's weights included; masks of one picture of more
+    `max_memory_mb` bounds the memory that is allocated on a CUDA device, the model's weights included; pictures of more
     than about 10 million pixels may need more. Results do not depend on it, but for rounding. `points_per_batch` sets
-    how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs:
-    by default on CUDA devices. The model's weights are read when this is made.
+    how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs,
+    and `triton_kernels` compute masks and their outlines: both by default on CUDA devices, the latter where Triton runs,
+    and a warning tells once where it does not. The model's weights are read when this is made.
 
-    Raises ValueError for a budget that the model does not fit into, and for CUDA graphs where there can be none.
+    Raises ValueError for a budget that the model does not fit into, and for CUDA graphs or Triton kernels that are asked
+    for and cannot be.
     """
 
     def __init__(
@@ -117,11 +108,16 @@ class MaskGenerator:
         max_memory_mb: float = DEFAULT_MEMORY_MB,
         points_per_batch: int | None = None,
         cuda_graphs: bool | None = None,
+        triton_kernels: bool | None = None,
     ):
         self.model = model.eval()
         self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self.device = model.device
-        self.decoder: Decoder = make_decoder(model, cuda_graphs)
+        reason = why_not_triton(torch.empty(0, device=self.device))
+        if triton_kernels and reason:
+            raise ValueError(f"triton_kernels=True is not possible: {reason}")
+        self.use_triton = reason is None and triton_kernels is not False
+        self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels)
         self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
         self.budget = MemoryBudget(model, max_memory_mb, points_per_batch)
 
@@ -163,10 +159,10 @@ class MaskGenerator:
                     f"a picture of {size[1]}x{size[0]} pixels is too small for crops_n_layers={settings.crops_n_layers}."
                 )
             check_size(self.image_processor, *crop.size)
-        candidates = []
+        found = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
         for crop, prepared in self._encode(picture, crops, image):
-            candidates += self._crop_candidates(prepared, crop, size, settings, progress)
-        return self._select(candidates, size, settings)
+            self._decode_crop(prepared, crop, size, settings, found, progress)
+        return self._select(found, size, settings)
 
     def _encode(self, picture: torch.Tensor, crops: list[Crop], image) -> Iterator[tuple[Crop, object]]:
         if image is not None:
@@ -177,11 +173,19 @@ class MaskGenerator:
             part = crops[start : start + step]
             yield from zip(part, self.encoder([picture[:, y1:y2, x1:x2] for (x1, y1, x2, y2), _ in part]))
 
-    def _crop_candidates(
-        self, image, crop: Crop, size: tuple[int, int], settings: MaskGenerationSettings, progress
-    ) -> Iterator[_Candidates]:
-        """Batch after batch of points: those of their masks that the filters keep."""
+    def _decode_crop(
+        self,
+        image,
+        crop: Crop,
+        size: tuple[int, int],
+        settings: MaskGenerationSettings,
+        found: Candidates,
+        progress,
+    ):
+        """Batch after batch of points: those of their masks that the filters keep are added to `found`."""
         resized = resized_size(*crop.size, self.image_processor.size["longest_edge"])
+        padded = self.image_processor.pad_size["height"], self.image_processor.pad_size["width"]
+        frame = Frame(padded, resized, crop.size, (crop.box_xyxy[1], crop.box_xyxy[0]), size)
         grid = point_grid(settings.points_per_side(crop.layer))
         # The stock pipeline's order of products: a coordinate must not differ by its last bit.
         points = grid * torch.tensor([crop.size[1], crop.size[0]])
@@ -193,7 +197,7 @@ class MaskGenerator:
         batch_size = _even_batch(len(prompts), self.budget.points_per_batch)
         labels = torch.ones(batch_size, 1, dtype=torch.int64, device=self.device)
         # Made once: each tensor that is made of numbers waits for the device.
-        frame = torch.tensor([crop.box_xyxy, (0, 0, size[1], size[0])], dtype=torch.int32, device=self.device)
+        edges = torch.tensor([crop.box_xyxy, (0, 0, size[1], size[0])], dtype=torch.int32, device=self.device)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             num_points = len(batch)
@@ -206,78 +210,62 @@ class MaskGenerator:
             num_masks = decoded.iou.shape[1]
             real = int((decoded.kept < num_points * num_masks).sum()) if num_points < batch_size else len(decoded.kept)
             kept, logits = decoded.kept[:real], decoded.logits[:real]
-            scores, places = decoded.iou.flatten()[kept], start + kept // num_masks
-            step = self.budget.masks_per_step(size, crop.size)
-            for first in range(0, real, step):
-                part = slice(first, first + step)
-                yield self._filter(
-                    logits[part], scores[part], points[places[part]], frame, resized, crop, size, settings
-                )
+            scores, points_kept = decoded.iou.flatten()[kept], points[start + kept // num_masks]
+            self._filter(logits, scores, points_kept, edges, frame, settings, found)
             if progress is not None:
                 progress.update(num_points)
 
     def _filter(
         self,
-        logits,
-        scores,
-        points,
-        frame,
-        resized,
-        crop: Crop,
-        size: tuple[int, int],
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        points: torch.Tensor,
+        edges: torch.Tensor,
+        frame: Frame,
         settings: MaskGenerationSettings,
-    ) -> _Candidates:
-        """Of masks (k, h, w) as the decoder gives them, those that are stable and do not end at the crop's border.
+        found: Candidates,
+    ):
+        """Of masks (k, h, w) as the decoder gives them, adds those that are stable and do not end at the crop's border.
 
-        `frame` holds the boxes of the crop and of the picture, int32 (2, 4), on the device.
+        `edges` holds the boxes of the crop and of the picture, int32 (2, 4), on the device.
         """
-        pad_size = self.image_processor.pad_size
-        logits = upscale_logits(logits, (pad_size["height"], pad_size["width"]), resized, crop.size)
         threshold, offset = settings.mask_threshold, settings.stability_score_offset
-        stability = _areas(logits > threshold + offset) / _areas(logits > threshold - offset)
-        masks = logits > threshold
+        step = self.budget.masks_per_step(frame.picture, frame.crop)
+        thresholds = threshold, threshold + offset, threshold - offset
+        measures = measure(logits, frame, thresholds, step, self.use_triton)
+        stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:]
+        is_kept = []
         if settings.stability_score_thresh > 0:
-            kept = (stability > settings.stability_score_thresh).nonzero().squeeze(1)
-            masks, scores, stability, points = masks[kept], scores[kept], stability[kept], points[kept]
-        boxes = mask_boxes(masks)
-        x1, y1, x2, y2 = crop.box_xyxy
-        if crop.size != size:
-            boxes = boxes + frame[0, :2].repeat(2)
-            kept = (~_ends_at_crop(boxes, *frame)).nonzero().squeeze(1)
-            masks, scores, stability, points = masks[kept], scores[kept], stability[kept], points[kept]
-            boxes = boxes[kept]
-            masks = torch.nn.functional.pad(masks, (x1, size[1] - x2, y1, size[0] - y2))
-        return _Candidates(scores, stability, boxes, points, frame[:1].expand(len(boxes), 4), *mask_changes(masks))
+            is_kept.append(stability > settings.stability_score_thresh)
+        if frame.crop != frame.picture:
+            boxes = boxes + edges[0, :2].repeat(2)
+            is_kept.append(~_ends_at_crop(boxes, *edges))
+        table = Table(scores, stability, boxes.float(), points)
+        if is_kept:
+            kept = torch.stack(is_kept).all(dim=0).nonzero().squeeze(1)
+            table, logits = Table(*(column[kept] for column in table)), logits[kept]
+        if len(logits):
+            found.add(table, frame, logits, step)
 
-    def _select(
-        self, candidates: list[_Candidates], size: tuple[int, int], settings: MaskGenerationSettings
-    ) -> GeneratedMasks:
+    def _select(self, found: Candidates, size: tuple[int, int], settings: MaskGenerationSettings) -> GeneratedMasks:
         """Of masks that lie on each other the best, on the CPU."""
         from torchvision.ops import batched_nms
 
-        if not candidates:
-            candidates = [_no_candidates(self.device)]
-        merged = _Candidates(*(torch.cat(tensors) for tensors in zip(*candidates)))
-        group = torch.zeros(len(merged.scores), device=self.device)
-        kept = batched_nms(merged.boxes.float(), merged.scores, group, settings.crops_nms_thresh)
-        chosen = [tensor[kept].cpu().numpy() for tensor in merged[:5]]
-        scores, stability, boxes, points, crops = (array.astype(np.float32) for array in chosen)
-        changes = select_changes(merged.positions, merged.counts, kept)
-        masks = RunLengthMasks.from_changes(*size, *(tensor.cpu().numpy() for tensor in changes))
+        columns = found.columns()
+        if columns is None:
+            columns = torch.zeros(0, 8, device=self.device)
+        table = Table.of(columns)
+        # All masks are of one group, and their order among equals is the stock pipeline's.
+        kept = batched_nms(table.boxes, table.scores, torch.zeros_like(table.scores), settings.crops_nms_thresh)
+        columns, kept = columns[kept].cpu().numpy(), kept.cpu().numpy()
+        masks = found.outlines(kept, self.budget.masks_per_step(size, size))
+        boxes = columns[:, 2:6].copy()
         boxes[:, 2:] += (masks.areas > 0)[:, None]
+        frames, counts = found.frames()
+        crops = np.array([_crop_box(frame) for frame in frames], dtype=np.float32).reshape(-1, 4)
+        crops = crops.repeat(counts, axis=0)[kept]
+        scores, stability, points = columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 6:].copy()
         return GeneratedMasks(masks, scores, boxes, stability, points, crops)
-
-
-def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """bool (n, H, W) to int64 (n, 4): first and last column and row, as x1, y1, x2, y2; zeros for an empty mask."""
-    if not masks.numel():
-        return torch.zeros(len(masks), 4, dtype=torch.int64, device=masks.device)
-    edges = []
-    for inside in (masks.any(dim=1), masks.any(dim=2)):  # columns, rows
-        inside = inside.byte()  # argmax takes the first of equal values
-        edges.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
-    (x1, x2), (y1, y2) = edges
-    return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
 
 
 def segment_everything(
@@ -312,21 +300,15 @@ def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGen
     return settings
 
 
-def _areas(masks: torch.Tensor) -> torch.Tensor:
-    return masks.flatten(1).sum(dim=1, dtype=torch.int32)
-
-
 def _ends_at_crop(boxes: torch.Tensor, crop_box: torch.Tensor, picture_box: torch.Tensor) -> torch.Tensor:
     """Whether a box, in the picture, has a side near the crop's that is not near the picture's: bool (n,)."""
     near_crop, near_picture = ((boxes - box).abs() <= _CROP_EDGE_TOLERANCE for box in (crop_box, picture_box))
     return (near_crop & ~near_picture).any(dim=1)
 
 
-def _no_candidates(device: torch.device) -> _Candidates:
-    empty = torch.zeros(0, device=device)
-    table = torch.zeros(0, 4, dtype=torch.int64, device=device)
-    integers = torch.zeros(0, dtype=torch.int32, device=device)
-    return _Candidates(empty, empty, table, empty.view(0, 1).expand(0, 2), table.int(), integers, integers)
+def _crop_box(frame: Frame) -> tuple[int, int, int, int]:
+    (top, left), (height, width) = frame.corner, frame.crop
+    return left, top, left + width, top + height
 
 
 def _even_batch(total: int, most: int) -> int:

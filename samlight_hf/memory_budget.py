@@ -9,6 +9,7 @@ DEFAULT_MEMORY_MB = 1500
 
 _MAX_POINTS_PER_BATCH = 64
 _CPU_POINTS_PER_BATCH = 8  # more leave the caches
+_WORKSPACES = 128 * 2**20  # of cuBLAS, its light sister and cuDNN
 
 
 class MemoryBudget:
@@ -26,22 +27,26 @@ class MemoryBudget:
         scores = (
             num_tokens * 7 * decoder.num_attention_heads * item_size
         )  # of one prompt's tokens, 5 and 2 of the point
-        per_point = 4 * tokens + 3 * scores
+        masks = 3 * 16 * num_tokens * 4  # logits of one point's masks, float32
+        per_point = 4 * tokens + 3 * scores + 2 * masks
         per_upscaling = 8 * tokens
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        free = max_memory_mb * 2**20 - 2 * weights
-        least = 2.5 * (per_point + per_upscaling)
+        fixed = 2 * weights + _WORKSPACES
+        free = max_memory_mb * 2**20 - fixed
+        least = 2 * (per_point + per_upscaling)
         if model.device.type != "cpu" and free < least:
             raise ValueError(
                 f"max_memory_mb={max_memory_mb:g} is too small: this model in {model.dtype} needs at least "
-                f"{math.ceil((2 * weights + least) / 2**20)}."
+                f"{math.ceil((fixed + least) / 2**20)}."
             )
         free = max(free, least)
         most = _CPU_POINTS_PER_BATCH if model.device.type == "cpu" else _MAX_POINTS_PER_BATCH
-        self.points_per_batch = points_per_batch or _between(1, 0.45 * free / per_point, most)
-        self.points_per_upscaling = _between(1, 0.2 * free / per_upscaling, most)
-        self.pictures_per_encoding = 1 if model.device.type == "cpu" else _between(1, 0.1 * free / (100 * tokens), 4)
-        self._for_masks = 0.3 * free
+        # Shares of what is free: they are in use at the same time, but for the encoder's.
+        self.points_per_batch = points_per_batch or _between(1, 0.55 * free / per_point, most)
+        self.points_per_upscaling = _between(1, 0.15 * free / per_upscaling, most)
+        self.pictures_per_encoding = 1 if model.device.type == "cpu" else _between(1, 0.25 * free / (25 * tokens), 4)
+        self.waiting_bytes = 0.15 * free  # logits of masks whose outlines are not known yet
+        self._for_masks = 0.15 * free
         self._input_pixels = config.vision_config.image_size**2
 
     def masks_per_step(self, size: tuple[int, int], crop_size: tuple[int, int]) -> int:

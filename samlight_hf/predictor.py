@@ -1,6 +1,6 @@
 """Encode once, prompt often: points, boxes and masks in pixels of the original pictures, ragged and batched."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,15 +190,15 @@ class Predictor:
 
     def _decode_batch(self, prompts: list[Prompt], multimask_output: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_decode`, of prompts of one kind."""
-        device, first = self.model.device, prompts[0]
+        first = prompts[0]
         pictures = [prompt.picture for prompt in prompts]
         one_picture = len(set(pictures)) == 1
         images = self.images[pictures[0] : pictures[0] + 1] if one_picture else self.images[pictures]
         decoded = self.decoder.decode(
             images,
-            points=None if first.points is None else torch.stack([prompt.points for prompt in prompts]).to(device),
-            labels=None if first.labels is None else torch.stack([prompt.labels for prompt in prompts]).to(device),
-            boxes=None if first.box is None else torch.stack([prompt.box for prompt in prompts]).to(device),
+            points=_stack(prompt.points for prompt in prompts),
+            labels=_stack(prompt.labels for prompt in prompts),
+            boxes=_stack(prompt.box for prompt in prompts),
             mask_logits=None if first.logits is None else torch.stack([prompt.logits for prompt in prompts]),
             multimask_output=multimask_output,
             prompts_per_upscaling=self.budget.points_per_upscaling,
@@ -252,6 +252,12 @@ def segment_prompts(
     check_prompts((picture.shape[2], picture.shape[1]), boxes_xyxy, points_xy)  # before the work is done
     predictor = Predictor(model, processor, output="torch", cuda_graphs=False).set_image(picture)
     return predict_prompts(predictor, boxes_xyxy, points_xy)
+
+
+def _stack(arrays: Iterable[np.ndarray | None]) -> torch.Tensor | None:
+    """On the CPU: the decoder copies prompts to where they are read, without waiting."""
+    arrays = list(arrays)
+    return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
 
 
 def _edges(masks: np.ndarray) -> np.ndarray:

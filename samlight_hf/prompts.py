@@ -18,9 +18,9 @@ class Prompt:
     """One prompt of one picture, in the frame of the resized picture."""
 
     picture: int
-    points: torch.Tensor | None  # float32 (k, 2)
-    labels: torch.Tensor | None  # int64 (k,), 1 on the object and 0 beside it
-    box: torch.Tensor | None  # float32 (4,)
+    points: np.ndarray | None  # float32 (k, 2)
+    labels: np.ndarray | None  # int64 (k,), 1 on the object and 0 beside it
+    box: np.ndarray | None  # float32 (4,)
     logits: torch.Tensor | None  # float32 (h, w), of an earlier mask
 
     def kind(self) -> tuple:
@@ -77,13 +77,13 @@ def parse_prompts(
         each = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"all prompts need the same parts, but {each}.")
     label_lists = _labels(labels, points)
-    scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]])
+    scale = np.array([resized[1] / size[1], resized[0] / size[0]] * 2, dtype=np.float32)
     return [
         Prompt(
             picture,
-            None if points is None else torch.tensor(points[place]) * scale,
-            None if points is None else torch.tensor(label_lists[place]),
-            None if boxes is None else torch.tensor(boxes[place]) * scale.repeat(2),
+            None if points is None else np.array(points[place], dtype=np.float32) * scale[:2],
+            None if points is None else np.array(label_lists[place], dtype=np.int64),
+            None if boxes is None else np.array(boxes[place], dtype=np.float32) * scale,
             None if logits is None else logits[place],
         )
         for place in range(next(iter(lengths.values()), 0))

@@ -22,7 +22,7 @@ from .preprocessing import check_size, picture_tensor
 from .prompts import check_prompts
 
 
-NUM_READERS = 2
+NUM_READERS = 3  # with their waiting pictures, enough for the next batch while one is segmented
 NUM_WRITERS = max(2, min(6, (os.cpu_count() or 1) // 2))  # drawing and compressing take longer than segmenting
 
 
@@ -60,8 +60,11 @@ class Everything:
     def check(self, picture: Image.Image):
         check_size(self.generator.image_processor, picture.height, picture.width)
 
-    def __call__(self, pictures: Sequence[Image.Image], progress=None) -> Iterator[GeneratedMasks]:
-        tensors = [picture_tensor(picture) for picture in pictures]
+    def prepare(self, picture: Image.Image) -> torch.Tensor:
+        """What the readers do beforehand."""
+        return picture_tensor(picture)
+
+    def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[GeneratedMasks]:
         step = self.generator.budget.pictures_per_encoding
         for start in range(0, len(tensors), step):
             part = tensors[start : start + step]
@@ -80,9 +83,13 @@ class Prompted:
         check_prompts(picture.size, self.boxes_xyxy, self.points_xy)
         check_size(self.predictor.image_processor, picture.height, picture.width)
 
-    def __call__(self, pictures: Sequence[Image.Image], progress=None) -> Iterator[MaskResult]:
-        self.predictor.set_images(pictures)
-        for picture in range(len(pictures)):
+    def prepare(self, picture: Image.Image) -> torch.Tensor:
+        """What the readers do beforehand."""
+        return picture_tensor(picture)
+
+    def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[MaskResult]:
+        self.predictor.set_images(tensors)
+        for picture in range(len(tensors)):
             yield predict_prompts(self.predictor, self.boxes_xyxy, self.points_xy, picture)
 
 
@@ -116,24 +123,24 @@ class Run:
                 for future in writing:
                     future.cancel()
 
-    def _read(self, job: Job) -> tuple[Job, Image.Image] | None:
+    def _read(self, job: Job) -> tuple[Job, Image.Image, torch.Tensor] | None:
         try:
             picture = open_picture(job.path)
             self.segment.check(picture)
         except ValueError as error:
             self.skip(error, job.path)
             return None
-        return job, picture
+        return job, picture, self.segment.prepare(picture)
 
-    def _segment(self, batch: list[tuple[Job, Image.Image]]) -> Iterator[Segmented]:
+    def _segment(self, batch: list[tuple[Job, Image.Image, torch.Tensor]]) -> Iterator[Segmented]:
         """A batch that fails is tried picture by picture: one of them may be too large, and the others not."""
         if not batch:
             return
         done, start = 0, time.perf_counter()
         try:
-            for result in self.segment([picture for _, picture in batch], self.progress):
+            for result in self.segment([tensor for *_, tensor in batch], self.progress):
                 seconds = time.perf_counter() - start
-                yield Segmented(*batch[done], result, seconds)
+                yield Segmented(*batch[done][:2], result, seconds)
                 done, start = done + 1, time.perf_counter()
         except (ValueError, RuntimeError, MemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError):

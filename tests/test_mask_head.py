@@ -1,0 +1,101 @@
+"""The Triton kernel of the decoder's end gives the pixels of the steps it replaces, of the masks that are wanted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from samlight_hf.layer_norm import add_layer_norm_reference
+from samlight_hf.mask_head import HeadWeights, _in_float32, launch, run_head, why_not_triton
+from samlight_hf.triton_support import triton
+
+
+CASES = [(128, torch.float16), (256, torch.float16), (128, torch.bfloat16), (256, torch.bfloat16)]
+INTERPRETED = CASES[:2]  # the interpreter multiplies bfloat16 by its bits
+TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def weights_of(channels, dtype, device):
+    generator = torch.Generator().manual_seed(channels)
+
+    def numbers(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+    norm = nn.LayerNorm(channels // 4, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return HeadWeights(
+        numbers(channels, channels, scale=0.1), numbers(channels), norm.to(device, dtype),
+        numbers(channels // 2, channels // 4, scale=0.2), numbers(channels // 2),
+    )  # fmt: skip
+
+
+def relative_error(channels, dtype, device="cpu", grid=(5, 14)) -> float:
+    """Of the kernel against the steps in float32 on the same rounded numbers; some masks are left out, and order is kept."""
+    weights = weights_of(channels, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(3, grid[0] * grid[1], channels, generator=generator).to(device, dtype)
+    hyper = torch.randn(3, 3, channels // 8, generator=generator).to(device)
+    kept = torch.tensor([1, 2, 6, 8], device=device)  # of the second prompt none
+    slots = torch.full((9,), -1, dtype=torch.int32, device=device)
+    slots[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
+    with torch.no_grad():
+        found = launch(image, hyper, slots.view(3, 3), len(kept), grid, weights)
+        expected = run_head(image.float(), hyper, grid, _in_float32(weights), add_layer_norm_reference)
+    expected = expected.flatten(0, 1)[kept]
+    assert (found.dtype, found.shape) == (torch.float32, expected.shape)
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_the_kernel_in_tritons_interpreter():
+    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{len(INTERPRETED)} cases\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", [(7, 10), (64, 64)], ids=str)
+@pytest.mark.parametrize("channels, dtype", CASES, ids=str)
+def test_the_kernel_on_a_gpu(channels, dtype, grid):
+    assert why_not_triton(weights_of(channels, dtype, "cuda")) is None
+    assert relative_error(channels, dtype, "cuda", grid) < TOLERANCES[dtype]
+
+
+def test_the_steps_are_transposed_convolutions():
+    """Against torch's own layers, in their layout."""
+    channels, (height, width) = 32, (3, 5)
+    first = nn.ConvTranspose2d(channels, channels // 4, 2, 2)
+    second = nn.ConvTranspose2d(channels // 4, channels // 8, 2, 2)
+    norm = nn.LayerNorm(channels // 4)
+    nn.init.normal_(norm.weight)
+    linear = [(layer.weight.permute(2, 3, 1, 0).flatten(0, 2), layer.bias.repeat(4)) for layer in (first, second)]
+    image, hyper = torch.randn(2, height * width, channels), torch.randn(2, 3, channels // 8)
+    with torch.no_grad():
+        hidden = first(image.transpose(1, 2).unflatten(2, (height, width)))
+        hidden = nn.functional.gelu(norm(hidden.movedim(1, 3))).movedim(3, 1)
+        expected = torch.einsum("pmc,pchw->pmhw", hyper, nn.functional.gelu(second(hidden)))
+        found = run_head(image, hyper, (height, width), HeadWeights(*linear[0], norm, *linear[1]))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_why_the_kernel_does_not_run():
+    assert triton is None or "on cpu" in why_not_triton(weights_of(256, torch.bfloat16, "cpu"))
+
+
+@pytest.mark.gpu
+def test_why_the_kernel_does_not_run_on_a_gpu():
+    assert "float32" in why_not_triton(weights_of(256, torch.float32, "cuda"))
+    assert "64 channels" in why_not_triton(weights_of(64, torch.bfloat16, "cuda"))
+
+
+if __name__ == "__main__":
+    for case in INTERPRETED:
+        error = relative_error(*case)
+        assert error < TOLERANCES[case[1]], (case, error)
+    print(f"{len(INTERPRETED)} cases")

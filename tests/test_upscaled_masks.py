@@ -1,0 +1,156 @@
+"""The Triton kernels see what upscaled masks would show: in Triton's interpreter everywhere, and on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from samlight_hf.candidates import Candidates, Table
+from samlight_hf.rle import RunLengthMasks
+from samlight_hf.triton_support import failure, triton
+from samlight_hf.upscaled_masks import (
+    Frame,
+    changes,
+    changes_reference,
+    launch_changes,
+    launch_measure,
+    measure,
+    measure_reference,
+    why_not_triton,
+)
+
+
+THRESHOLDS = (0.0, 1.0, -1.0)
+CASES = {  # logits' size, frame
+    "one resize": ((16, 16), Frame((64, 64), (40, 64), (40, 64), (0, 0), (40, 64))),
+    "two resizes": ((16, 16), Frame((64, 64), (43, 64), (67, 100), (0, 0), (67, 100))),
+    "made smaller": ((16, 16), Frame((64, 64), (64, 33), (41, 21), (0, 0), (41, 21))),
+    "a crop": ((8, 8), Frame((32, 32), (20, 32), (25, 40), (5, 11), (50, 60))),
+    "wider than a block": ((16, 16), Frame((64, 64), (11, 64), (23, 133), (0, 0), (23, 133))),
+    "no multiple": ((6, 6), Frame((20, 20), (15, 20), (15, 20), (0, 0), (15, 20))),
+    "one pixel": ((8, 8), Frame((32, 32), (32, 32), (1, 1), (0, 0), (1, 1))),
+}
+
+
+def logits_of(size, count=1, device="cpu", dtype=torch.float32):
+    """Blobs, an empty mask, and one that is full."""
+    generator = torch.Generator().manual_seed(size[0])
+    blobs = 3 * torch.randn(count, *size, generator=generator)
+    return torch.cat([blobs, torch.full((1, *size), -7.0), torch.full((1, *size), 7.0)]).to(device, dtype)
+
+
+def check(name: str, device="cpu", dtype=torch.float32):
+    """The kernels against the reference: the same but for a pixel whose logit is the threshold up to rounding."""
+    size, frame = CASES[name]
+    logits = logits_of(size, count=1 if device == "cpu" else 9, device=device, dtype=dtype)
+    found, expected = launch_measure(logits, frame, THRESHOLDS), measure_reference(logits, frame, THRESHOLDS)
+    assert (found.dtype, found.shape) == (torch.int32, expected.shape), name
+    assert (found - expected).abs().max() <= 1, (name, found, expected)
+    masks = [
+        RunLengthMasks.from_changes(*frame.picture, *(tensor.cpu().numpy() for tensor in result)).to_masks()
+        for result in (launch_changes(logits, frame, 0.0), changes_reference(logits, frame, 0.0))
+    ]
+    for mask, other in zip(*masks, strict=True):
+        assert (mask != other).sum() <= 1, name
+    assert not launch_measure(logits[:0], frame, THRESHOLDS).numel()
+    assert [len(tensor) for tensor in launch_changes(logits[:0], frame, 0.0)] == [0, 0]
+    assert [len(tensor) for tensor in launch_changes(logits[-2:-1], frame, 0.0)] == [0, 1]
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_the_kernels_in_tritons_interpreter():
+    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{len(CASES)} cases\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_on_a_gpu(name, dtype):
+    assert why_not_triton(torch.empty(0, device="cuda")) is None
+    check(name, "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame((1024, 1024), (683, 1024), (683, 1024), (0, 0), (683, 1024)),
+        Frame((1024, 1024), (684, 1024), (427, 640), (0, 0), (427, 640)),
+        Frame((1024, 1024), (1024, 768), (1200, 900), (300, 200), (2000, 1500)),
+    ],
+    ids=str,
+)
+def test_masks_of_the_published_size_on_a_gpu(frame):
+    generator = torch.Generator().manual_seed(0)
+    coarse = 10 * torch.randn(40, 1, 20, 20, generator=generator)
+    logits = torch.nn.functional.interpolate(coarse, (256, 256), mode="bicubic")[:, 0].cuda()
+    found, expected = launch_measure(logits, frame, THRESHOLDS), measure_reference(logits, frame, THRESHOLDS)
+    assert (found[:, :2] - expected[:, :2]).abs().max() <= 1e-3 * expected[:, 0].min()
+    assert (found[:, 2:] - expected[:, 2:]).abs().max() <= 1
+    masks, others = (
+        torch.from_numpy(
+            RunLengthMasks.from_changes(*frame.picture, *(tensor.cpu().numpy() for tensor in result)).to_masks()
+        )
+        for result in (launch_changes(logits, frame, 0.0), changes_reference(logits, frame, 0.0))
+    )
+    union, intersection = ((part).flatten(1).sum(1) for part in (masks | others, masks & others))
+    assert (intersection / union).min() >= 0.999
+
+
+def test_why_the_kernels_do_not_run_on_a_cpu_and_what_runs_there():
+    size, frame = CASES["a crop"]
+    logits = logits_of(size)
+    assert triton is None or "the tensors are on cpu" in why_not_triton(logits)
+    whole = changes_reference(logits, frame, 0.0)
+    for step in (1, 2, 100):
+        assert torch.equal(
+            measure(logits, frame, THRESHOLDS, step, False), measure_reference(logits, frame, THRESHOLDS)
+        )
+        assert all(map(torch.equal, changes(logits, frame, 0.0, step, False), whole))
+    assert measure(logits[:0], frame, THRESHOLDS, 2, False).shape == (0, 6)
+
+
+def test_a_kernel_that_fails_is_told_once_and_why():
+    def broken():
+        raise RuntimeError("no C\ncompiler")
+
+    assert failure("tests", lambda: True) is None
+    with pytest.warns(UserWarning, match="for tests does not run here: no C compiler"):
+        assert "no C compiler" in failure("tests", broken)
+    with pytest.warns(UserWarning, match="its result is wrong"):
+        failure("tests", lambda: False)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 3000, 1e9])
+def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
+    """Masks of a picture and of a crop of it, kept in another order than they came."""
+    crop = CASES["a crop"][1]
+    picture = Frame((32, 32), (27, 32), crop.picture, (0, 0), crop.picture)
+    found = Candidates(crop.picture, 0.0, max_bytes, use_triton=False)
+    masks = []
+    for seed, frame in enumerate((picture, picture, crop, picture, crop)):
+        logits = logits_of((8, 8), count=seed)
+        count = len(logits)
+        table = Table(torch.rand(count), torch.rand(count), torch.rand(count, 4), torch.rand(count, 2))
+        found.add(table, frame, logits, step=2)
+        masks.append(
+            RunLengthMasks.from_changes(*crop.picture, *map(torch.Tensor.numpy, changes_reference(logits, frame, 0.0)))
+        )
+    expected = [mask for part in masks for mask in part]
+    assert len(found.columns()) == len(expected) == 20
+    kept = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:13].numpy()
+    for mask, number in zip(found.outlines(kept, step=3), kept, strict=True):
+        assert (mask == expected[number]).all()
+    assert len(found.outlines(kept[:0], step=3)) == 0
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        check(case)
+    print(f"{len(CASES)} cases")
