@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from samlight_hf.distillation import demonstrate, distill, parse_arguments
 from samlight_hf.messages import one_line
 
@@ -25,7 +27,10 @@ def main(arguments: list[str]) -> int:
             return 0
         run, stages = parse_arguments(arguments)
         folder = distill(run, stages)
-    except (ValueError, RuntimeError, OSError) as error:
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     for args in stages:

@@ -38,6 +38,11 @@ class ExampleOrder:
         self._turn = np.concatenate([np.arange(k) for k in self._slots])[order]
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
 
+    @property
+    def turns(self) -> list[int]:
+        """How often each source is taken in a cycle."""
+        return self._slots.tolist()
+
     def __call__(self, n: int) -> tuple[int, int, int]:
         """(source, epoch, picture) of example number n."""
         cycle, slot = divmod(n, len(self._cycle))

@@ -156,6 +156,10 @@ class TrainingExamples(Dataset):
         pictures = [_fingerprint(source) for source in self.sources]
         return {"pictures": pictures, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
 
+    def order(self) -> dict:
+        """What the order of the pictures depends on, besides `preprocessing`."""
+        return {"turns": self._order.turns}
+
     @property
     def num_read(self) -> int:
         """Pictures read so far by this process and its workers, the skipped ones included."""

@@ -11,6 +11,7 @@
 What is said on the command line wins over the stage's section, and that over the rest of the file.
 """
 
+import argparse
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,16 @@ class DistillationArguments(TrainingArguments):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for name, why in (
+            ("auto_find_batch_size", "the examples of a step follow from the batch size"),
+            ("remove_unused_columns", "examples are no table"),
+            (
+                "push_to_hub",
+                "a training's folder holds more than a model: use push_to, which pushes the finished student",
+            ),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"{name}=true is not possible here: {why}.")
         if not 0 <= self.box_share <= 1:
             raise ValueError(f"box_share={self.box_share} must be from 0 to 1.")
         if self.stage != "encoder" and not self.focal_weight + self.bce_weight + self.dice_weight:
@@ -136,6 +147,13 @@ class RunArguments:
     num_views: int | None = field(
         default=None, metadata={"help": "augmented views of a picture that come round again; needed by cache_dir"}
     )
+    initialize_from_teacher_layers: bool = field(
+        default=False,
+        metadata={"help": "a preset's encoder begins as evenly spaced layers of the teacher; widths must agree"},
+    )
+    push_to: str | None = field(
+        default=None, metadata={"help": "Hub repository that the finished student is pushed to"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on with what is in output_dir"})
 
     def __post_init__(self):
@@ -154,11 +172,15 @@ def parse_arguments(arguments: list[str]) -> tuple[RunArguments, list[Distillati
     sections = {
         name: config.pop(name) or {} for name in STAGES if isinstance(config.get(name), dict | None) and name in config
     }
-    run, _ = _parse(config, {}, options)
+    for name, section in ({"": config} | sections).items():
+        _check_keys(name, section)
+    if "stage" in config or any(option.split("=")[0] == "--stage" for option in options):
+        raise ValueError("stage is set by stages: use --stages encoder, for one of them.")
+    run, _ = _parse(config, options)
     stages = []
     for stage in run.stages:
-        _, settings = _parse(config, {**sections.get(stage, {}), "stage": stage}, options)
-        settings.stage, settings.output_dir = stage, str(Path(settings.output_dir) / stage)
+        _, settings = _parse({**config, **sections.get(stage, {}), "stage": stage}, options)
+        settings.output_dir = str(Path(settings.output_dir) / stage)
         stages.append(settings)
     return run, stages
 
@@ -196,20 +218,31 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)  # instead of two pages of usage and an exit
 
 
-def _parse(config: dict, section: dict, options: list[str]) -> tuple[RunArguments, DistillationArguments]:
+def _actions() -> dict[str, argparse.Action]:
     parser = _Parser((RunArguments, DistillationArguments))
-    types = {action.dest: action for action in parser._actions}
-    for key in [*config, *section]:
-        if key not in types:
-            near = difflib.get_close_matches(str(key), types, n=1)
-            raise ValueError(f"the config's {key!r} is not known.{f' Did you mean {near[0]}?' if near else ''}")
-    values = {key: value for key, value in {**config, **section}.items() if value is not None}
-    # YAML 1.1 reads 5e-4 as text; argparse turns text that is a default into the option's type.
-    parser.set_defaults(
-        **{k: v if isinstance(v, str | bool | list | dict) else _plain(v, types[k]) for k, v in values.items()}
-    )
+    return {action.dest: action for action in parser._actions}
+
+
+def _check_keys(name: str, section: dict):
+    actions = _actions()
+    for key in section:
+        if key not in actions:
+            near = difflib.get_close_matches(str(key), actions, n=1)
+            where = f"{name}: " if name else ""
+            raise ValueError(f"the config's {where}{key!r} is not known.{f' Did you mean {near[0]}?' if near else ''}")
+
+
+def _parse(config: dict, options: list[str]) -> tuple[RunArguments, DistillationArguments]:
+    parser = _Parser((RunArguments, DistillationArguments))
+    actions = {action.dest: action for action in parser._actions}
+    parser.set_defaults(**{key: _plain(key, value, actions[key]) for key, value in config.items() if value is not None})
     return parser.parse_args_into_dataclasses(args=options)
 
 
-def _plain(value, action):
-    return float(value) if action.type is float else value
+def _plain(key: str, value, action: argparse.Action):
+    """A value of YAML as the option takes it. Text is left to argparse, which converts it: YAML 1.1 reads 5e-4 as text."""
+    if action.nargs == "+" and not isinstance(value, list):
+        return [value]
+    if action.type is int and isinstance(value, float):
+        raise ValueError(f"the config's {key}={value} must be an integer.")
+    return float(value) if action.type is float and isinstance(value, int) else value

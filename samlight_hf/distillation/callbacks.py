@@ -1,4 +1,4 @@
-"""Callbacks that Trainer lacks. One with `logs(state)` adds its values to what is logged with the loss."""
+"""Callbacks that Trainer lacks."""
 
 import math
 import time
@@ -10,8 +10,12 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from ..data import Sample
+from ..data import Sample, decode_masks
+from ..evaluation.protocols import box_xyxy
 from ..files import write_aside
+from ..mask_generation import MaskResult
+from ..visualization import Panel, contact_sheet, draw_overlay
+from .checkpoints import last_checkpoint
 
 
 class TrainingDivergedError(RuntimeError):
@@ -31,8 +35,6 @@ class FiniteLossCallback(TrainerCallback):
 
 
 def diverged(what: str, output_dir: str, step: int) -> TrainingDivergedError:
-    from .checkpoints import last_checkpoint
-
     checkpoint = last_checkpoint(output_dir)
     good = f"The last good checkpoint is {checkpoint}" if checkpoint else "No checkpoint had been saved"
     return TrainingDivergedError(
@@ -69,7 +71,7 @@ class ThroughputCallback(TrainerCallback):
 class MaskPictureCallback(TrainerCallback):
     """Draws the student's masks for the boxes of a few pictures at every evaluation: a PNG, and the tracker's picture.
 
-    Writes `output_dir`/pictures/step-N.png, and hands it to tensorboard and wandb where these are in use.
+    Writes `output_dir`/pictures/step-N.png, and hands it to tensorboard, trackio and wandb where these are in use.
     """
 
     def __init__(self, samples: Sequence[Sample], max_instances: int = 8):
@@ -90,19 +92,15 @@ class MaskPictureCallback(TrainerCallback):
             writer = getattr(callback, "tb_writer", None)
             if writer is not None:
                 writer.add_image("masks", np.asarray(sheet), step, dataformats="HWC")
-            run = getattr(getattr(callback, "_wandb", None), "run", None)
-            if run is not None:
-                run.log({"masks": callback._wandb.Image(sheet), "train/global_step": step})
+            for name in ("_wandb", "_trackio"):
+                tracker = getattr(callback, name, None)
+                if tracker is not None:
+                    tracker.log({"masks": tracker.Image(np.asarray(sheet)), "train/global_step": step})
 
 
 @torch.inference_mode()
 def draw_masks(promptable, samples: Sequence[Sample], title: str, max_instances: int = 8) -> Image.Image:
     """A sheet with two panels for each sample: its annotated masks, and those predicted for their boxes."""
-    from ..data import decode_masks
-    from ..evaluation.protocols import box_xyxy
-    from ..mask_generation import MaskResult
-    from ..visualization import Panel, contact_sheet, draw_overlay
-
     panels = []
     for sample in samples:
         instances = sorted(sample.instances, key=lambda instance: -instance.area)[:max_instances]

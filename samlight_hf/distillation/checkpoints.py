@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .arguments import DistillationArguments
+from .teacher import Teacher
 
 
 SETTINGS_NAME = "distillation_settings.json"
@@ -18,49 +19,56 @@ STAGING_NAME = ".saving"
 
 # Of these the examples, the schedules or the losses are made. The number of processes may change, if the global batch does not.
 _RUN_DEFINING = (
-    "stage", "max_steps", "global_batch_size", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "optim", "adam_beta1", "adam_beta2", "max_grad_norm", "num_focus_layers", "layer_weights", "ramp_fraction", "num_prompts",
-    "box_share", "num_refinements", "focal_weight", "bce_weight", "dice_weight", "iou_weight", "data",
+    "stage", "max_steps", "global_batch_size", "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
+    "fp16", "num_focus_layers", "layer_weights", "ramp_fraction", "teacher_dtype", "num_prompts", "box_share",
+    "num_refinements", "focal_weight", "bce_weight", "dice_weight", "iou_weight",
 )  # fmt: skip
+_OF_THE_PROCESSES = ("world_size", "per_device_train_batch_size", "dataloader_num_workers")
 
 
 class CheckpointChangedError(ValueError):
     """A run that cannot go on from a checkpoint, because it was made with other settings."""
 
 
-def run_settings(args: DistillationArguments, train_dataset: Dataset) -> dict:
-    """What a checkpoint remembers of its run. The data are known by what `preprocessing` says of them, where they have it."""
-    examples = getattr(train_dataset, "examples", train_dataset)
-    data = examples.preprocessing() if hasattr(examples, "preprocessing") else None
-    text = json.dumps(data, sort_keys=True, default=str)
-    settings = {name: getattr(args, name) for name in _RUN_DEFINING if name != "data"}
-    about_processes = {name: getattr(args, name) for name in ("world_size", "dataloader_num_workers")}
-    settings = {**settings, "data": hashlib.sha256(text.encode()).hexdigest()[:16], **about_processes}
+def run_settings(args: DistillationArguments, examples: Dataset, teacher: Teacher | None) -> dict:
+    """What defines a run, as a checkpoint remembers it: settings, and what is known of data and teacher.
+
+    Reads the names of all pictures. The data are known by what `preprocessing` and `order` say of them, where they have these.
+    """
+    data = [getattr(examples, name)() for name in ("preprocessing", "order") if hasattr(examples, name)]
+    settings = {name: getattr(args, name) for name in (*_RUN_DEFINING, *_OF_THE_PROCESSES)}
+    settings["data"] = _digest(data)
+    settings["teacher"] = None if teacher is None else _digest([teacher.fingerprint, teacher.layers])
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_same_run(checkpoint: str | os.PathLike, current: dict, streams: bool) -> str | None:
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def read_settings(checkpoint: str | os.PathLike) -> dict:
+    """The settings that a checkpoint was saved with. Raises CheckpointChangedError for one that this trainer cannot resume."""
+    missing = [name for name in (SETTINGS_NAME, TRAINER_STATE_NAME) if not (Path(checkpoint) / name).is_file()]
+    if missing:
+        raise CheckpointChangedError(
+            f"{checkpoint}: not a checkpoint of this trainer: it has no {' and no '.join(missing)}."
+        )
+    return json.loads((Path(checkpoint) / SETTINGS_NAME).read_text(encoding="utf-8"))
+
+
+def check_same_run(where: str | os.PathLike, saved: dict, current: dict, streams: bool) -> str | None:
     """Raises CheckpointChangedError where a setting that defines the run has changed; a sentence where the world size has.
 
-    `current` is as `run_settings` gives it. The order of examples that are streamed depends on the number of processes and of
-    workers too.
+    Both are as `run_settings` gives them. The order of examples that are streamed depends on the processes too.
     """
-    path = Path(checkpoint) / SETTINGS_NAME
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointChangedError(
-            f"{checkpoint}: not a checkpoint of this trainer ({SETTINGS_NAME}: {error})."
-        ) from error
-    names = _RUN_DEFINING
-    if streams:
-        names = (*names, "world_size", "dataloader_num_workers")
+    names = (*_RUN_DEFINING, "data", "teacher", *(_OF_THE_PROCESSES if streams else ()))
     changed = [name for name in names if saved.get(name) != current[name]]
     if changed:
         listed = ", ".join(f"{name}={current[name]} (was {saved.get(name)})" for name in changed)
         raise CheckpointChangedError(
-            f"{checkpoint} was made with other settings: {listed}. Schedules and data depend on them: resume with the old "
-            "ones, or start a new output_dir whose student is this checkpoint."
+            f"{where} was made with other settings: {listed}. Schedules, data or losses depend on them: resume with the old "
+            "ones, or start a new output_dir."
         )
     if saved["world_size"] != current["world_size"]:
         return (
@@ -88,6 +96,9 @@ def publish_checkpoint(staged: Path, final: Path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():  # of an earlier run in this folder that had gone on from an earlier checkpoint
-        shutil.rmtree(final)
+        os.replace(final, old)
     os.replace(staged, final)
+    shutil.rmtree(old, ignore_errors=True)

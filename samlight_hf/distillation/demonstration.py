@@ -6,7 +6,7 @@ It goes through the stages, settings and files of any other run: only the models
 import time
 from pathlib import Path
 
-from transformers import PreTrainedModel, SamConfig, SamVisionConfig, pipeline
+from transformers import PreTrainedModel, SamConfig, SamVisionConfig, pipeline, set_seed
 
 from ..data import PictureDataset
 from ..evaluation.models import PromptableModel
@@ -32,13 +32,15 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
     run, stages = parse_arguments(["--config", str(config), "--resume", "true"])
     _write_config(Path(run.student), demonstration_student())
     print("2. A student of a third of its image encoder: encoder, decoder, end to end.")
-    pictures = open_eval_pictures(run)
-    teacher, _ = load_model(teacher_folder)
-    before = make_student(run.student, teacher)
+    pictures = open_eval_pictures(run, ())
+    teacher, _ = load_model(teacher_folder, device="cpu")
+    set_seed(stages[0].seed)
+    before = make_student(run, teacher)  # as distill will make it
     folder = distill(run, stages)
-    student, processor = load_model(folder)
+    student, processor = load_model(folder, device="cpu")
     print("3. On scenes that none of them has seen:")
     rows = {
+        "filling the box": (None, {"box_miou": filled_box_miou(pictures)}),
         "teacher": (teacher, measure(teacher, pictures)),
         "student before": (before, measure(before, pictures)),
         "student after": (student, measure(student, pictures)),
@@ -49,7 +51,7 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
     draw_masks(PromptableModel(student, processor), samples, "The student's masks for boxes").save(sheet)
     with quiet_transformers():
         generator = pipeline("mask-generation", model=str(folder), device="cpu")
-        masks = generator(samples[0].image, points_per_crop=8, pred_iou_thresh=0.5, stability_score_thresh=0.5)["masks"]
+        masks = generator(samples[0].image, points_per_crop=8, pred_iou_thresh=0.3, stability_score_thresh=0.5)["masks"]
     print(f'pipeline("mask-generation", model="{folder}") finds {len(masks)} masks in the first of them.')
     print(f"Masks: {sheet}. Learning curves: curves.png of each stage. {time.time() - start:.0f} s.")
     return folder
@@ -95,8 +97,20 @@ def measure(model: PreTrainedModel, pictures: PictureDataset, max_instances: int
     )
 
 
-def _print_table(rows: dict[str, tuple[PreTrainedModel, dict[str, float]]]):
-    names = list(next(iter(rows.values()))[1])
-    print(f"{'':16}{'parameters':>12}" + "".join(f"{name:>20}" for name in names))
+def filled_box_miou(pictures: PictureDataset, max_instances: int = 16) -> float:
+    """The mIoU of a model that answers a box with all of its pixels."""
+    ious = []
+    for index in range(len(pictures)):
+        for instance in pictures[index].instances[:max_instances]:
+            width, height = instance.bbox_xywh[2:]
+            ious.append(instance.area / (width * height))
+    return float(sum(ious) / len(ious))
+
+
+def _print_table(rows: dict[str, tuple[PreTrainedModel | None, dict[str, float]]]):
+    names = list(rows["teacher"][1])
+    print(f"{'':18}{'parameters':>12}" + "".join(f"{name:>20}" for name in names))
     for title, (model, metrics) in rows.items():
-        print(f"{title:16}{model.num_parameters():12,}" + "".join(f"{metrics[name]:20.3f}" for name in names))
+        size = f"{model.num_parameters():,}" if model is not None else ""
+        values = "".join(f"{metrics[name]:20.3f}" if name in metrics else " " * 20 for name in names)
+        print(f"{title:18}{size:>12}{values}".rstrip())

@@ -37,6 +37,7 @@ class EmbeddingCache:
         self.names, self.num_examples = teacher.names, num_examples
         self.content = {
             "teacher": teacher.fingerprint,
+            "config": teacher.config.to_dict(),  # windows, patterns and epsilons are in no weight
             "layers": list(teacher.layers),
             "dtype": str(teacher.dtype),
             "preprocessing": preprocessing,
@@ -55,8 +56,11 @@ class EmbeddingCache:
     def shard_ids(self, shard: int) -> range:
         return range(shard * self.SHARD_SIZE, min((shard + 1) * self.SHARD_SIZE, self.num_examples))
 
-    def write(self, shard: int, targets: list[torch.Tensor]):
-        """Writes a shard, aside first. `targets` are of all its examples, by `names`. Raises CacheError for values that float16 cannot hold."""
+    def write(self, shard: int, targets: list[torch.Tensor], pixel_checksums: list[int]):
+        """Writes a shard, aside first. `targets` are of all its examples, by `names`, and so are the `checksum`s of their pixels.
+
+        Raises CacheError for values that float16 cannot hold.
+        """
         half = {
             name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in zip(self.names, targets, strict=True)
         }
@@ -64,14 +68,19 @@ class EmbeddingCache:
             if not torch.isfinite(tensor).all():
                 raise CacheError(f"the teacher's {name} has NaN or values beyond float16. Distil without a cache.")
         half["checksums"] = torch.tensor(
-            [self._checksum([half[name][i] for name in self.names]) for i in range(len(targets[0]))]
+            [checksum([half[name][i] for name in self.names]) for i in range(len(targets[0]))]
         )
+        half["pixel_checksums"] = torch.tensor(pixel_checksums)
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {"key": self.key, "content": json.dumps(self.content, sort_keys=True, default=str)}
         write_aside(self._path(shard), lambda aside: save_file(half, aside, metadata))
 
-    def read(self, example_id: int) -> list[torch.Tensor]:
-        """The targets of one example, float16, without a batch axis. Raises CacheError for what is missing or damaged."""
+    def read(self, example_id: int, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The targets of one example, float16, without a batch axis.
+
+        Raises CacheError for what is missing or damaged, and for targets of other pixels than `pixel_values`, uint8 (3, S, S):
+        a picture may have been replaced under its name.
+        """
         shard, position = divmod(int(example_id), self.SHARD_SIZE)
         path = self._path(shard)
         try:
@@ -79,26 +88,33 @@ class EmbeddingCache:
                 if (file.metadata() or {}).get("key") != self.key:
                     raise CacheError(f"{path}: written by another teacher or preprocessing. Delete it.")
                 targets = [file.get_slice(name)[position] for name in self.names]
-                checksum = file.get_slice("checksums")[position]
+                of_targets, of_pixels = (
+                    int(file.get_slice(name)[position]) for name in ("checksums", "pixel_checksums")
+                )
         except (OSError, SafetensorError) as error:
             raise CacheError(
                 f"{path}: missing or damaged ({error}). Delete it, and run again to have it made."
             ) from error
-        if self._checksum(targets) != int(checksum):
+        if checksum(targets) != of_targets:
             raise CacheError(
                 f"{path}: example {example_id} is damaged. Delete the file, and run again to have it made."
+            )
+        if checksum([pixel_values]) != of_pixels:
+            raise CacheError(
+                f"{path}: example {example_id} was made of another picture. Delete {self.folder}, and run again."
             )
         return targets
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.safetensors"
 
-    @staticmethod
-    def _checksum(tensors: Sequence[torch.Tensor]) -> int:
-        checksum = 0
-        for tensor in tensors:
-            checksum = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), checksum)
-        return checksum
+
+def checksum(tensors: Sequence[torch.Tensor]) -> int:
+    """CRC-32 of the bytes of tensors on the CPU."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), value)
+    return value
 
 
 def fill_cache(
@@ -109,7 +125,9 @@ def fill_cache(
     Shards are written whole: after an interruption only those that are missing are computed.
     """
     state = PartialState()
-    shards = cache.missing_shards()[state.process_index :: state.num_processes]
+    # By their numbers, not by what each process finds missing: the others may already be writing.
+    mine = range(state.process_index, cache.num_shards, state.num_processes)
+    shards = sorted(set(cache.missing_shards()).intersection(mine))
     teacher.encoder.to(device)
     batches = [
         cache.shard_ids(shard)[i : i + batch_size] for shard in shards for i in range(0, cache.SHARD_SIZE, batch_size)
@@ -117,12 +135,13 @@ def fill_cache(
     batches = [list(batch) for batch in batches if batch]
     loader = iter(DataLoader(views, batch_sampler=batches, num_workers=num_workers))
     for shard in tqdm(shards, desc="teacher's targets", unit="shard", disable=not state.is_main_process or not shards):
-        parts = []
-        while sum(len(targets[0]) for targets in parts) < len(cache.shard_ids(shard)):
+        parts, pixel_checksums = [], []
+        while len(pixel_checksums) < len(cache.shard_ids(shard)):
             batch = next(loader)
+            pixel_checksums += [checksum([pixels]) for pixels in batch["pixel_values"]]
             pixel_values = normalize_pixels(batch["pixel_values"].to(device), batch["reshaped_input_sizes"].to(device))
             parts.append([target.to("cpu", torch.float16) for target in teacher.targets(pixel_values)])
-        cache.write(shard, [torch.cat(targets) for targets in zip(*parts)])
+        cache.write(shard, [torch.cat(targets) for targets in zip(*parts)], pixel_checksums)
     state.wait_for_everyone()
 
 
@@ -137,4 +156,4 @@ class CachedExamples(Dataset):
 
     def __getitem__(self, n: int) -> dict:
         example = self.examples[n]
-        return {**example, "targets": self.cache.read(example["example_id"])}
+        return {**example, "targets": self.cache.read(example["example_id"], example["pixel_values"])}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, set_seed
 
@@ -19,17 +20,20 @@ from ..data import (
     Cutouts,
     PictureDataset,
     PromptSampling,
+    Sa1bDataset,
+    SkipReport,
     SyntheticScenes,
     TrainingExamples,
     load_dataset,
 )
 from ..files import write_aside
-from ..loading import find_dtype, load_model
+from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
+from ..messages import one_line
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
 from ..modeling.modeling_sam_lightening import SamLighteningModel, make_processor
 from .arguments import DistillationArguments, RunArguments
 from .callbacks import MaskPictureCallback
-from .checkpoints import last_checkpoint, publish_checkpoint
+from .checkpoints import check_same_run, last_checkpoint, publish_checkpoint, run_settings
 from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
 from .plots import plot_learning_curves
 from .teacher import Teacher
@@ -56,17 +60,14 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
     set_seed(stages[0].seed)
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
     sources = open_sources(run.train_data, run.train_annotations, run.train_images)
-    eval_pictures = open_eval_pictures(run)
+    eval_pictures = open_eval_pictures(run, sources)
     student, folder = None, None
     for args in stages:
         folder = Path(args.output_dir) / "student"
         if (Path(args.output_dir) / RESULT_NAME).is_file():
             student = load_model(folder, device="cpu")[0]
-            continue
-        if student is None:
-            student = make_student(run.student, teacher)
-            if run.image_size not in (None, student.config.vision_config.image_size):
-                student = change_image_size(student, run.image_size)
+        elif student is None:
+            student = make_student(run, teacher)
         train_stage(student, args, run, sources, eval_pictures, teacher)
     final = Path(stages[-1].output_dir).parent / "student"
     state = PartialState()
@@ -75,6 +76,8 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(folder, aside)
         publish_checkpoint(aside, final)
+        if run.push_to:
+            load_model(final, device="cpu")[0].push_to_hub(run.push_to)
     state.wait_for_everyone()
     return final
 
@@ -87,6 +90,12 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
         raise ValueError("stream_data and train_data are both given. Stream everything, or nothing.")
     if "encoder" in run.stages and run.teacher is None:
         raise ValueError('stages has "encoder", which needs a teacher: a folder, a Hub name or an original .pth file.')
+    is_fresh = run.student in PRESETS or run.student.endswith(".json")
+    if run.stages[0] == "decoder" and is_fresh and not (Path(stages[0].output_dir) / RESULT_NAME).is_file():
+        raise ValueError(
+            f"stages begins with the decoder, on a fresh image encoder (student={run.student}), which knows nothing yet. Put encoder "
+            "before it, or give the encoder stage's folder as student, such as outputs/x/encoder/student."
+        )
     for args in stages:
         if args.stage == "encoder" and args.cache_dir and run.stream_data:
             raise ValueError(
@@ -100,8 +109,20 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
         if args.eval_strategy != "no" and not (run.eval_data or run.eval_annotations):
             raise ValueError(f"eval_strategy={args.eval_strategy} needs eval_data.")
         output_dir = Path(args.output_dir)
+        for name, folder in (("output_dir", output_dir), ("cache_dir", args.cache_dir)):
+            if folder is not None:
+                _check_writable(name, Path(folder))
         if not run.resume and output_dir.is_dir() and any(output_dir.iterdir()):
             raise ValueError(f"{output_dir} is not empty. Use --resume to go on with it, or another output_dir.")
+
+
+def _check_writable(name: str, folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (probe := folder / f".{os.getpid()}.probe").touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{name}={folder} cannot be written ({error.strerror}). Choose another one.") from error
 
 
 def train_stage(
@@ -111,79 +132,94 @@ def train_stage(
     sources: Sequence[PictureDataset],
     eval_pictures: PictureDataset | None,
     teacher_model: PreTrainedModel | None,
-) -> dict:
-    """Trains `student` in place; writes and returns the stage's result."""
+):
+    """Trains `student` in place and writes the stage's result. A finished stage is kept, if it was made with these settings."""
     start = time.time()
+    output_dir = Path(args.output_dir)
     teacher = None
     if args.stage == "encoder":
-        layers = [
-            layer for _, layer in focus_layers(student, teacher_model.config.vision_config, args.num_focus_layers)
-        ]
+        pairs = focus_layers(student, teacher_model.config.vision_config, args.num_focus_layers)
+        layers = [layer for _, layer in pairs]
         teacher = Teacher(teacher_model, layers, find_dtype(args.teacher_dtype), compile=args.torch_compile)
     examples = make_examples(student, args, run, sources)
-    train_dataset = with_cache(examples, args, run, teacher)
+    if (output_dir / RESULT_NAME).is_file():
+        saved = json.loads((output_dir / RESULT_NAME).read_text(encoding="utf-8"))["settings"]
+        check_same_run(output_dir, saved, run_settings(args, examples, teacher), bool(run.stream_data))
+        print(f"{output_dir}: finished before, and kept.")
+        return
     callbacks = []
     if eval_pictures is not None:
-        callbacks.append(
-            MaskPictureCallback(
-                [sample for i in range(min(6, len(eval_pictures))) if (sample := eval_pictures.load(i)[0])]
-            )
-        )
+        drawn = (eval_pictures.load(index)[0] for index in range(min(6, len(eval_pictures))))
+        callbacks.append(MaskPictureCallback([sample for sample in drawn if sample is not None]))
     processor = make_processor(student.config.vision_config)
+    train_dataset = with_cache(examples, args, run, teacher)
     trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_pictures, callbacks)
     checkpoint = last_checkpoint(args.output_dir) if run.resume else None
     output = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_pictures is not None and not trainer.is_fsdp_enabled else {}
-    folder = Path(args.output_dir) / "student"
+    folder = output_dir / "student"
     trainer.export(folder)
+    skipped = SkipReport()
+    for part in gather_object([examples.skip_report().to_dict()]):
+        skipped.merge(SkipReport.from_dict(part))
     result = {
         "stage": args.stage,
-        "max_steps": args.max_steps,
-        "global_batch_size": args.global_batch_size,
-        "world_size": args.world_size,
+        "settings": trainer.run_settings,
         "seconds": time.time() - start,
         "train_loss": output.training_loss,
         "images_per_second": output.metrics.get("train_samples_per_second"),
         "metrics": metrics,
-        "skipped": examples.skip_report().to_dict(),
+        "skipped": skipped.to_dict(),
     }
     if trainer.is_world_process_zero():
         verify_export(folder, None if trainer.is_fsdp_enabled else trainer.student)
-        output_dir = Path(args.output_dir)
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
         plot_learning_curves(trainer.state.log_history, output_dir / "curves.png", args.stage)
-        write_aside(
-            output_dir / RESULT_NAME, lambda path: path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        )
-        if examples.skip_report():
-            print(examples.skip_report().summary())
+        text = json.dumps(result, indent=1)
+        write_aside(output_dir / RESULT_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        if skipped:
+            print(skipped.summary())
+    if teacher is not None:
+        teacher.encoder.cpu()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
-    return result
 
 
-def make_student(name: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
-    """A student as `RunArguments.student` describes it.
+def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    """The student as `run` describes it.
 
     Raises ValueError for a preset that is not known, and for what cannot be loaded.
     """
+    name = run.student
     if name in PRESETS and teacher is not None:
-        return create_student(teacher, name)
-    if name in PRESETS:
+        student = create_student(teacher, name, initialize_from_teacher_layers=run.initialize_from_teacher_layers)
+    elif name in PRESETS:
         student = SamLighteningModel(SamLighteningConfig.from_preset(name))
         initialize_decoder(student)
-        return student
-    if name.endswith(".json"):
-        if not os.path.isfile(name):
-            raise ValueError(f"student={name}: no such file.")
-        config = AutoConfig.from_pretrained(name)
-        if teacher is not None and isinstance(config, SamLighteningConfig):
-            return create_student(teacher, config=config)
-        config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
-        student = AutoModelForMaskGeneration.from_config(config)
-        initialize_decoder(student)
-        return student
-    return load_model(name, device="cpu")[0]
+    elif name.endswith(".json"):
+        student = _from_config(name, teacher)
+    else:
+        student = load_model(name, device="cpu")[0]
+    if run.image_size not in (None, student.config.vision_config.image_size):
+        student = change_image_size(student, run.image_size)
+    return student
+
+
+def _from_config(path: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    if not os.path.isfile(path):
+        raise ValueError(f"student={path}: no such file.")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"student={path}: no model's config ({one_line(error, 200)}).") from error
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"student={path}: model_type={config.model_type!r} must be one of {', '.join(MODEL_TYPES)}.")
+    if teacher is not None and isinstance(config, SamLighteningConfig):
+        return create_student(teacher, config=config)
+    config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
+    student = AutoModelForMaskGeneration.from_config(config)
+    initialize_decoder(student)
+    return student
 
 
 def open_sources(
@@ -214,13 +250,32 @@ def _synthetic(name: str, limit: int | None) -> SyntheticScenes:
     return SyntheticScenes(limit or 100_000, seed=int(seed))
 
 
-def open_eval_pictures(run: RunArguments) -> PictureDataset | None:
+def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset]) -> PictureDataset | None:
+    """Raises ValueError for more than one dataset, for one without masks, and for one that is trained on too."""
     sources = open_sources(run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit)
     if len(sources) > 1:
         raise ValueError(
             f"eval_data={run.eval_data} names {len(sources)} datasets. Give one: scores are means over one dataset."
         )
+    for source in sources:
+        if not source.has_masks:
+            raise ValueError(f"eval_data={run.eval_data} has no masks to compare with. Give pictures with masks.")
+        held_out = _files(source)
+        if any(held_out & _files(other) for other in train_sources):
+            raise ValueError(
+                f"eval_data={run.eval_data} is trained on too: scores would say nothing. Leave it out of train_data (patterns count)."
+            )
     return sources[0] if sources else None
+
+
+def _files(source: PictureDataset) -> set:
+    """What a dataset reads, to tell whether two share pictures."""
+    if isinstance(source, SyntheticScenes):
+        return {("synthetic", source.seed)}
+    if isinstance(source, Sa1bDataset):
+        return {path.resolve() for path in source.paths}
+    folder = getattr(source, "folder", None) or getattr(source, "image_folder", None)
+    return {Path(folder).resolve() / source.sample_id(index) for index in range(len(source))}
 
 
 def make_examples(

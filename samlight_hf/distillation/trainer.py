@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -26,10 +27,12 @@ from .callbacks import FiniteLossCallback, MaskPictureCallback, ThroughputCallba
 from .checkpoints import (
     SETTINGS_NAME,
     STAGING_NAME,
+    CheckpointChangedError,
     check_same_run,
     checkpoint_step,
     last_checkpoint,
     publish_checkpoint,
+    read_settings,
     run_settings,
 )
 from .layer_weights import LayerWeightCallback
@@ -79,6 +82,8 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}  # of what a stage returns beside the loss, since the last log
         self._num_summed = 0
         self._staging: str | None = None
+        if args.ddp_find_unused_parameters is None:  # else DDP looks for some at every step
+            args.ddp_find_unused_parameters = args.stage == "end_to_end"
         callbacks = [FiniteLossCallback(), ThroughputCallback(), *(callbacks or [])]
         if args.stage == "encoder":
             callbacks.append(LayerWeightCallback(args.layer_weight_schedule()))
@@ -126,25 +131,32 @@ class DistillationTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir}: holds no whole checkpoint to resume from.")
         if resume_from_checkpoint:
-            notice = check_same_run(
-                resume_from_checkpoint, self._run_settings, isinstance(self.train_dataset, IterableDataset)
-            )
-            if notice and self.args.should_save:
-                print(notice)
-            if isinstance(self.train_dataset, IterableDataset):  # which skips what it does not have to decode
-                self.args.ignore_data_skip = True
-                num_batches = checkpoint_step(resume_from_checkpoint) * self.args.gradient_accumulation_steps
-                self.train_dataset.skip_batches(num_batches, self.args.per_device_train_batch_size)
+            self._check_resumable(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
+    def _check_resumable(self, checkpoint: str):
+        streams = isinstance(self.train_dataset, IterableDataset)
+        notice = check_same_run(checkpoint, read_settings(checkpoint), self.run_settings, streams)
+        if not self.is_fsdp_enabled and not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
+            raise CheckpointChangedError(
+                f"{checkpoint}: has no {OPTIMIZER_NAME} (save_only_model=true), without which the schedule would begin again. "
+                "Start a new output_dir whose student it is."
+            )
+        if notice and self.args.should_save:
+            print(notice)
+        if streams:  # which skips what it does not have to decode
+            self.args.ignore_data_skip = True
+            num_batches = checkpoint_step(checkpoint) * self.args.gradient_accumulation_steps
+            self.train_dataset.skip_batches(num_batches, self.args.per_device_train_batch_size)
+
     @functools.cached_property
-    def _run_settings(self) -> dict:
-        return run_settings(self.args, self.train_dataset)  # reads the names of all pictures
+    def run_settings(self) -> dict:
+        """What defines the run: see `run_settings` in checkpoints.py."""
+        return run_settings(self.args, getattr(self.train_dataset, "examples", self.train_dataset), self.teacher)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        if not self.is_fsdp_enabled:  # which has parameters of its own
-            self._prove_frozen(optimizer)
+        self._prove_frozen(optimizer)
         return optimizer
 
     def _prove_frozen(self, optimizer: torch.optim.Optimizer):
@@ -153,7 +165,8 @@ class DistillationTrainer(Trainer):
         stage = self.accelerator.unwrap_model(self.model)
         for name, parameter in stage.named_parameters():
             trains = not name.startswith("student.") or name.split(".")[1] in stage.trainable
-            if (parameter.requires_grad, id(parameter) in held) != (trains, trains):
+            in_optimizer = trains if self.is_fsdp_enabled else id(parameter) in held  # FSDP puts others in their place
+            if (parameter.requires_grad, in_optimizer) != (trains, trains):
                 raise RuntimeError(f"{name} must be {'trained' if trains else 'frozen'} in this stage, and is not.")
 
     def get_train_dataloader(self) -> DataLoader:
@@ -225,10 +238,11 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 "weights in shards cannot be evaluated in training. Use eval_strategy=no, and `samlight evaluate` afterwards."
             )
-        promptable, records = self.promptable(), []
+        promptable, records, num_skipped = self.promptable(), [], 0
         for index in range(self.args.process_index, len(pictures), self.args.world_size):
             sample, _ = pictures.load(index)
             if sample is None:
+                num_skipped += 1
                 continue
             with self._autocast():
                 records += mask_records(promptable, sample, self.args.eval_max_instances)
@@ -236,6 +250,8 @@ class DistillationTrainer(Trainer):
                     records.append({"embedding_cosine": self._cosine(promptable, sample)})
         self.student.train()
         metrics = mean_records(gather_object(records))
+        if num_skipped := sum(gather_object([num_skipped])):
+            metrics["skipped_pictures"] = num_skipped
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -277,15 +293,19 @@ class DistillationTrainer(Trainer):
             return
         output_dir = output_dir or self.args.output_dir
         stage = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        extra = stage.extra_state()
         if state_dict is not None:  # gathered by FSDP
+            extra = {k.removeprefix("projections."): v for k, v in state_dict.items() if k.startswith("projections.")}
             state_dict = {k.removeprefix("student."): v for k, v in state_dict.items() if k.startswith("student.")}
         self.processor.save_pretrained(output_dir)
         with quiet_transformers():
             stage.student.save_pretrained(output_dir, state_dict=state_dict)
-        extra = {name: tensor.contiguous() for name, tensor in stage.extra_state().items()}
         if extra:
-            save_file(extra, os.path.join(output_dir, EXTRA_STATE_NAME))
-        text = json.dumps(self._run_settings, indent=1)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in extra.items()},
+                os.path.join(output_dir, EXTRA_STATE_NAME),
+            )
+        text = json.dumps(self.run_settings, indent=1)
         Path(output_dir, SETTINGS_NAME).write_text(text, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
@@ -327,18 +347,9 @@ class DistillationTrainer(Trainer):
         finally:
             self._staging = None
         if self.args.should_save:
+            staging.rmdir()
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, best)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(output_dir / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str):
-        if self._staging is not None:  # not from where it is being written
-            return
-        if self.args.should_save:  # Trainer takes weights and configs there, but not the code that they need
-            for path in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_finite(self):
         """Whether every weight is finite: a checkpoint of a training that diverged is never written."""

@@ -49,6 +49,15 @@ def test_an_option_wins_over_the_file(config):
     assert [(args.stage, args.max_steps) for args in stages] == [("decoder", 7)]
 
 
+def test_one_value_is_a_list_of_one(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train_data: synthetic:1\nstages: decoder\nlearning_rate: 1")
+    run, (args,) = parse_arguments(["--config", str(path), "--use_cpu"])
+    assert run.train_data == ["synthetic:1"]
+    assert run.stages == ["decoder"]
+    assert args.learning_rate == 1.0
+
+
 def test_without_a_file():
     run, (args,) = parse_arguments(["--stages", "end_to_end", "--train_data", "a.tar", "b.tar", "--use_cpu"])
     assert run.train_data == ["a.tar", "b.tar"]
@@ -61,7 +70,11 @@ def test_without_a_file():
     ("text", "message"),
     [
         ("teachr: x", r"the config's 'teachr' is not known. Did you mean teacher\?"),
-        ("encoder: {max_step: 3}", r"the config's 'max_step' is not known. Did you mean max_steps\?"),
+        ("encoder: {max_step: 3}", r"the config's encoder: 'max_step' is not known. Did you mean max_steps\?"),
+        ("max_steps: 3.5", "max_steps=3.5 must be an integer"),
+        ("stage: decoder", "stage is set by stages"),
+        ("auto_find_batch_size: true", "auto_find_batch_size=true is not possible here"),
+        ("push_to_hub: true", "use push_to, which pushes the finished student"),
         ("- a\n- b", "must hold keys and values"),
         ("a: [", "not YAML"),
         ("stages: [encode]", r"stages=\['encode'\] must be some of encoder, decoder, end_to_end"),
@@ -91,6 +104,8 @@ def test_a_file_that_is_not_there():
 def test_an_option_that_is_not_known():
     with pytest.raises(ValueError, match="--nonsense"):
         parse_arguments(["--nonsense", "3"])
+    with pytest.raises(ValueError, match="use --stages encoder"):
+        parse_arguments(["--stage", "decoder"])
     with pytest.raises(ValueError, match="max_steps.*invalid int value: 'many'"):
         parse_arguments(["--max_steps", "many"])
 

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -5,6 +10,9 @@ from samlight_hf.distillation import CachedExamples, CacheError, EmbeddingCache,
 from samlight_hf.distillation.teacher import normalize_pixels
 
 from .conftest import make_examples, make_teacher
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_cache(folder, examples, seed=0, layers=(2, 4)):
@@ -58,12 +66,16 @@ def test_another_teacher_other_layers_or_pictures_have_another_folder(tmp_path, 
     keys.add(make_cache(tmp_path, examples, seed=1)[0].key)
     keys.add(make_cache(tmp_path, examples, layers=(4,))[0].key)
     keys.add(make_cache(tmp_path, make_examples(50, with_prompts=False, num_views=2, seed=5))[0].key)
-    assert len(keys) == 4
+    teacher = make_teacher()
+    teacher.config.vision_config.layer_norm_eps = 1e-3  # in no weight
+    teacher = Teacher(teacher, (2, 4), torch.float32)
+    keys.add(EmbeddingCache(tmp_path, teacher, examples.num_ids, examples.preprocessing()).key)
+    assert len(keys) == 5
     assert make_cache(tmp_path, examples)[0].key == filled[0].key
 
 
-def test_damage_is_found_when_it_is_read(filled):
-    cache, _ = filled
+def test_damage_is_found_when_it_is_read(filled, examples):
+    (cache, _), views = filled, examples.views()
     path = cache.folder / "00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -71,14 +83,14 @@ def test_damage_is_found_when_it_is_read(filled):
     found = 0
     for example_id in cache.shard_ids(0):
         try:
-            cache.read(example_id)
+            cache.read(example_id, views[example_id]["pixel_values"])
         except CacheError as error:
             found += 1
             assert f"example {example_id} is damaged" in str(error)
     assert found == 1
     path.write_bytes(content[:1000])
     with pytest.raises(CacheError, match="missing or damaged .* Delete it, and run again"):
-        cache.read(0)
+        cache.read(0, views[0]["pixel_values"])
 
 
 def test_a_file_of_another_cache_is_refused(tmp_path, filled, examples):
@@ -87,16 +99,59 @@ def test_a_file_of_another_cache_is_refused(tmp_path, filled, examples):
     other.folder.mkdir()
     (cache.folder / "00001.safetensors").rename(other.folder / "00001.safetensors")
     with pytest.raises(CacheError, match="written by another teacher or preprocessing"):
-        other.read(35)
+        other.read(35, examples.views()[35]["pixel_values"])
 
 
 def test_values_beyond_float16_are_refused(filled):
     cache, _ = filled
     targets = [torch.full((32, 8, 8, 48), 1e6), torch.zeros(32, 8, 8, 48), torch.zeros(32, 32, 8, 8)]
     with pytest.raises(CacheError, match="the teacher's layer_2 has NaN or values beyond float16"):
-        cache.write(0, targets)
+        cache.write(0, targets, [0] * 32)
 
 
 def test_without_num_views_there_is_nothing_to_enumerate():
     with pytest.raises(ValueError, match="num_views=None makes a new view each time"):
         _ = make_examples(5, with_prompts=False).num_ids
+
+
+def test_a_picture_replaced_under_its_name_is_found(filled, examples):
+    cache, _ = filled
+    pixel_values = examples.views()[3]["pixel_values"].clone()
+    cache.read(3, pixel_values)
+    pixel_values[0, 0, 0] += 1
+    with pytest.raises(CacheError, match="example 3 was made of another picture. Delete"):
+        cache.read(3, pixel_values)
+
+
+_RANK = """
+import sys, time, torch
+from accelerate import PartialState
+from tests.distillation.conftest import make_examples
+from tests.distillation.test_embedding_cache import fill, make_cache
+
+state = PartialState(cpu=True)
+examples = make_examples(50, with_prompts=False, num_views=10)
+cache, teacher = make_cache(sys.argv[1], examples)
+time.sleep(0.5 * state.process_index)  # the others have begun to write
+fill(cache, examples, teacher)
+assert not cache.missing_shards(), cache.missing_shards()
+"""
+
+
+def test_two_ranks_share_the_work(tmp_path):
+    (tmp_path / "rank.py").write_text(_RANK)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        tmp_path / "rank.py",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(
+        [*command, tmp_path / "cache"], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 7

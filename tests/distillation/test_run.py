@@ -85,6 +85,8 @@ def test_a_finished_stage_is_kept_and_an_interrupted_one_goes_on(folder, tmp_pat
         0
     ].state_dict()
     assert (tmp_path / "parts/encoder/result.json").stat().st_mtime_ns == finished
+    with pytest.raises(ValueError, match=r"encoder was made with other settings: max_steps=5 \(was 4\)"):
+        run(folder, tmp_path / "parts", "--resume", "--max_steps", "5", stages=("encoder", "decoder"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -116,6 +118,7 @@ def test_a_teacher_from_scratch(folder, tmp_path):
         (("--teacher", "nowhere"), "nowhere: no such folder"),
         (("--student", "enormous"), "enormous: no such folder"),
         (("--student", "config.json"), "student=config.json: no such file"),
+        (("--eval_data", "synthetic:1"), "is trained on too"),
         (("--eval_data", "synthetic", "synthetic:1"), "names 2 datasets"),
         (("--train_annotations", "a.json"), "go together"),
         (("--num_focus_layers", "4"), "num_focus_layers=4 must be from 0 to the student's num_hidden_layers=3"),
@@ -133,16 +136,26 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
     pictures.mkdir()
     Image.new("RGB", (40, 30)).save(pictures / "a.png")
     with pytest.raises(ValueError, match=r"needs masks, and ImageFolderDataset has none"):
-        run(folder, tmp_path / "out", "--train_data", str(pictures), stages=("decoder",))
+        run(folder, tmp_path / "out", "--train_data", str(pictures), stages=("end_to_end",))
+    with pytest.raises(ValueError, match="eval_data=.* has no masks to compare with"):
+        run(folder, tmp_path / "out", "--eval_data", str(pictures), stages=("encoder",))
+    with pytest.raises(ValueError, match="begins with the decoder, on a fresh image encoder"):
+        run(folder, tmp_path / "out", stages=("decoder",))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output_dir=.*file/encoder cannot be written .Not a directory"):
+        run(folder, tmp_path / "file", stages=("encoder",))
+    (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model_type='bert' must be one of"):
+        run(folder, tmp_path / "out", "--student", str(tmp_path / "bert.json"), stages=("encoder",))
     arguments = ["--use_cpu", "--output_dir", str(tmp_path / "x")]
     with pytest.raises(ValueError, match="train_data is missing"):
-        distill(*parse_arguments([*arguments, "--stages", "decoder"]))
+        distill(*parse_arguments([*arguments, "--stages", "end_to_end"]))
     with pytest.raises(ValueError, match='stages has "encoder", which needs a teacher'):
         distill(*parse_arguments([*arguments, "--train_data", "synthetic"]))
     with pytest.raises(ValueError, match="eval_strategy=.* needs eval_data"):
         distill(
             *parse_arguments(
-                [*arguments, "--train_data", "synthetic", "--stages", "decoder", "--eval_strategy", "steps"]
+                [*arguments, "--train_data", "synthetic", "--stages", "end_to_end", "--eval_strategy", "steps"]
             )
         )
 
@@ -218,4 +231,33 @@ def test_streamed_tars_train_and_resume_bit_exactly(folder, tmp_path):
         changed = [*options, "--resume", "--dataloader_num_workers", "1"]
         run(folder, tmp_path / "parts", *changed, stages=("end_to_end",), data=data[:2])
     with pytest.raises(ValueError, match="both given"):
-        run(folder, tmp_path / "other", "--stream_data", str(tmp_path / "a.tar"), stages=("decoder",))
+        run(folder, tmp_path / "other", "--stream_data", str(tmp_path / "a.tar"), stages=("end_to_end",))
+
+
+def test_the_ablation_prints_mean_and_spread(folder, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"teacher: {folder / 'teacher'}\nstudent: {folder / 'student.json'}\ntrain_data: synthetic:1\neval_data: synthetic:2\n"
+        "eval_limit: 2\nuse_cpu: true\nmax_steps: 2\nper_device_train_batch_size: 2\nnum_prompts: 2\nnum_focus_layers: 2\n"
+    )
+    command = [
+        sys.executable,
+        ROOT / "examples/ablation.py",
+        "--config",
+        config,
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        tmp_path / "out",
+    ]
+    process = subprocess.run(
+        [*command, "--stages", "encoder"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "encoder: embedding_cosine" in process.stdout
+    assert process.stdout.count(" ± ") == 3 * 4
+    results = json.loads((tmp_path / "out/ablation.json").read_text())["results"]
+    assert [len(runs) for runs in results.values()] == [2, 2, 2]
+    cosines = {name: runs[0]["stages"]["encoder"]["eval_embedding_cosine"] for name, runs in results.items()}
+    assert len(set(cosines.values())) == 3  # the schedules are not the same training

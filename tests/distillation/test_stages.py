@@ -173,12 +173,7 @@ def test_clicks_are_drawn_evenly_from_the_error():
     predicted[0, 5, 4] = True  # too much
     draws = torch.linspace(0, 0.999, 40)
     clicks, labels = sample_clicks(predicted.expand(40, -1, -1), target.expand(40, -1, -1), draws)
-    found = {
-        (*click, label)
-        for click, label in zip(clicks.int().tolist(), labels.tolist())
-        if True
-        for click in [tuple(click)]
-    }
+    found = {(x, y, label) for (x, y), label in zip(clicks.int().tolist(), labels.tolist())}
     assert found == {(1, 1, 1), (4, 5, 0)}
     assert labels.sum() == 20
 
