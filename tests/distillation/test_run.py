@@ -166,7 +166,7 @@ def test_the_script_reports_errors_on_one_line(tmp_path):
         ROOT / "examples/distill.py",
         "--use_cpu",
         "--stages",
-        "decoder",
+        "end_to_end",
         "--train_data",
         "nowhere.tar",
     ]
