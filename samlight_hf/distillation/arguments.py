@@ -172,8 +172,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RunArguments, list[Distillati
     sections = {
         name: config.pop(name) or {} for name in STAGES if isinstance(config.get(name), dict | None) and name in config
     }
-    for name, section in ({"": config} | sections).items():
-        _check_keys(name, section)
+    _check_keys({"": config, **sections})
     if "stage" in config or any(option.split("=")[0] == "--stage" for option in options):
         raise ValueError("stage is set by stages: use --stages encoder, for one of them.")
     run, _ = _parse(config, options)
@@ -218,23 +217,27 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)  # instead of two pages of usage and an exit
 
 
-def _actions() -> dict[str, argparse.Action]:
+def _make_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
+    """The parser, and what it knows by the names of the options."""
     parser = _Parser((RunArguments, DistillationArguments))
-    return {action.dest: action for action in parser._actions}
+    return parser, {action.dest: action for action in parser._actions}
 
 
-def _check_keys(name: str, section: dict):
-    actions = _actions()
-    for key in section:
-        if key not in actions:
-            near = difflib.get_close_matches(str(key), actions, n=1)
-            where = f"{name}: " if name else ""
-            raise ValueError(f"the config's {where}{key!r} is not known.{f' Did you mean {near[0]}?' if near else ''}")
+def _check_keys(sections: dict[str, dict]):
+    """Raises ValueError for a key that no option has. The file itself is the section ""."""
+    _, actions = _make_parser()
+    for name, section in sections.items():
+        for key in section:
+            if key not in actions:
+                near = difflib.get_close_matches(str(key), actions, n=1)
+                where = f"{name}: " if name else ""
+                raise ValueError(
+                    f"the config's {where}{key!r} is not known.{f' Did you mean {near[0]}?' if near else ''}"
+                )
 
 
 def _parse(config: dict, options: list[str]) -> tuple[RunArguments, DistillationArguments]:
-    parser = _Parser((RunArguments, DistillationArguments))
-    actions = {action.dest: action for action in parser._actions}
+    parser, actions = _make_parser()
     parser.set_defaults(**{key: _plain(key, value, actions[key]) for key, value in config.items() if value is not None})
     return parser.parse_args_into_dataclasses(args=options)
 

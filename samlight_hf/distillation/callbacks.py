@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from ..data import Sample, decode_masks
+from ..evaluation.metrics.mask_iou.iou import mask_iou
 from ..evaluation.protocols import box_xyxy
 from ..files import write_aside
 from ..mask_generation import MaskResult
@@ -109,8 +110,7 @@ def draw_masks(promptable, samples: Sequence[Sample], title: str, max_instances:
         boxes = torch.tensor([box_xyxy(instance.bbox_xywh) for instance in instances])
         prediction = promptable.predict(promptable.encode([sample.image])[0], boxes_xyxy=boxes, multimask_output=False)
         targets, masks = decode_masks(instances), prediction.masks[:, 0].cpu().numpy()
-        unions = (masks | targets).sum(axis=(1, 2))
-        iou = ((masks & targets).sum(axis=(1, 2)) / np.maximum(unions, 1)).mean()
+        iou = mask_iou(masks, targets).mean()
         zeros = np.zeros(len(instances), dtype=np.float32)
         for subtitle, drawn in (
             (f"{len(instances)} annotated masks", targets),

@@ -108,12 +108,17 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
             )
         if args.eval_strategy != "no" and not (run.eval_data or run.eval_annotations):
             raise ValueError(f"eval_strategy={args.eval_strategy} needs eval_data.")
-        output_dir = Path(args.output_dir)
-        for name, folder in (("output_dir", output_dir), ("cache_dir", args.cache_dir)):
-            if folder is not None:
-                _check_writable(name, Path(folder))
-        if not run.resume and output_dir.is_dir() and any(output_dir.iterdir()):
-            raise ValueError(f"{output_dir} is not empty. Use --resume to go on with it, or another output_dir.")
+        if args.process_index == 0:  # one process alone: what it tries, the others would find there
+            _check_folders(run, args)
+
+
+def _check_folders(run: RunArguments, args: DistillationArguments):
+    output_dir = Path(args.output_dir)
+    if not run.resume and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty. Use --resume to go on with it, or another output_dir.")
+    for name, folder in (("output_dir", output_dir), ("cache_dir", args.cache_dir)):
+        if folder is not None:
+            _check_writable(name, Path(folder))
 
 
 def _check_writable(name: str, folder: Path):

@@ -282,7 +282,7 @@ class DistillationTrainer(Trainer):
         self.save_model(str(aside), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for name in (EXTRA_STATE_NAME, SETTINGS_NAME, "training_args.bin"):
+            for name in (EXTRA_STATE_NAME, SETTINGS_NAME):
                 (aside / name).unlink(missing_ok=True)
             publish_checkpoint(aside, folder)
         self.accelerator.wait_for_everyone()

@@ -1,18 +1,10 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from samlight_hf.distillation import CachedExamples, CacheError, EmbeddingCache, Teacher, fill_cache
 from samlight_hf.distillation.teacher import normalize_pixels
 
-from .conftest import make_examples, make_teacher
-
-
-ROOT = Path(__file__).parents[2]
+from .conftest import make_examples, make_teacher, torchrun
 
 
 def make_cache(folder, examples, seed=0, layers=(2, 4)):
@@ -140,18 +132,5 @@ assert not cache.missing_shards(), cache.missing_shards()
 
 def test_two_ranks_share_the_work(tmp_path):
     (tmp_path / "rank.py").write_text(_RANK)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        tmp_path / "rank.py",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(
-        [*command, tmp_path / "cache"], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
+    torchrun(tmp_path / "rank.py", 2, tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 7

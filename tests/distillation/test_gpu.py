@@ -1,9 +1,6 @@
 """The stages on a GPU: bfloat16, compiled, with a teacher in half precision. Also that a resumed run goes on there."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,8 +9,8 @@ from samlight_hf.distillation import Teacher
 from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
 
-from .conftest import make_arguments, make_examples, make_student, make_teacher
-from .test_trainer import ROOT, count_steps, logged, make_trainer
+from .conftest import make_arguments, make_examples, make_student, make_teacher, torchrun
+from .test_trainer import count_steps, logged, make_trainer
 
 
 pytestmark = pytest.mark.gpu
@@ -77,20 +74,7 @@ for checkpoint, steps in ((None, 6), (sys.argv[1] + "/checkpoint-3", 3)):
 @pytest.mark.parametrize("stage", ["encoder", "end_to_end"])
 def test_fsdp_trains_saves_and_resumes_as_one_process_does(tmp_path, stage):
     (tmp_path / "fsdp.py").write_text(_FSDP)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "1",
-        tmp_path / "fsdp.py",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.run(
-        [*command, tmp_path / "out", stage], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    torchrun(tmp_path / "fsdp.py", 1, tmp_path / "out", stage, cuda=True)
     plain = make_trainer(make_arguments(tmp_path / "plain", stage=stage, use_cpu=False, max_steps=6))
     plain.train()
     for name in ("student-6", "student-3"):

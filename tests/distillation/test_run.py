@@ -18,10 +18,7 @@ from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
 from tests.data.files import sa1b_json, write_tar
 
-from .conftest import make_teacher
-
-
-ROOT = Path(__file__).parents[2]
+from .conftest import ROOT, make_teacher, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +155,18 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
                 [*arguments, "--train_data", "synthetic", "--stages", "end_to_end", "--eval_strategy", "steps"]
             )
         )
+
+
+def test_the_script_on_two_processes(folder, tmp_path):
+    arguments = [
+        "--teacher", folder / "teacher", "--student", folder / "student.json", "--train_data", "synthetic:1", "--eval_data",
+        "synthetic:2", "--eval_limit", "2", "--output_dir", tmp_path / "out", "--use_cpu", "--max_steps", "2", "--num_prompts", "2",
+        "--per_device_train_batch_size", "2", "--num_focus_layers", "2", "--stages", "encoder", "decoder",
+    ]  # fmt: skip
+    printed = torchrun(ROOT / "examples/distill.py", 2, *arguments)
+    assert printed.count("The student:") == 2
+    assert json.loads((tmp_path / "out/decoder/result.json").read_text())["settings"]["world_size"] == 2
+    load_model(tmp_path / "out/student", "cpu")
 
 
 def test_the_script_reports_errors_on_one_line(tmp_path):

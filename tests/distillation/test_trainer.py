@@ -1,5 +1,4 @@
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -28,10 +27,7 @@ from samlight_hf.distillation.checkpoints import STAGING_NAME, last_checkpoint
 from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
 
-from .conftest import make_arguments, make_examples, make_student, make_teacher
-
-
-ROOT = Path(__file__).parents[2]
+from .conftest import ROOT, make_arguments, make_examples, make_student, make_teacher, torchrun
 
 
 def make_trainer(args, examples=None, teacher=None, **options) -> DistillationTrainer:
@@ -450,17 +446,12 @@ if trainer.is_world_process_zero():
 
 
 def run_ranks(folder: Path, num_ranks: int, stage: str, *more: str) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     script = folder.parent / "rank.py"
     script.write_text(_RANK)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(
-        [*command, script, folder, stage, *more], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    printed = torchrun(script, num_ranks, folder, stage, *more)
     result = torch.load(folder / "result.pt", weights_only=False)
     assert result["world"] == num_ranks
-    return {**result, "stdout": process.stdout}
+    return {**result, "stdout": printed}
 
 
 @pytest.mark.parametrize("stage", ["encoder", "end_to_end"])
