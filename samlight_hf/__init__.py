@@ -10,6 +10,7 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .inference import optimize
 from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
 from .modeling.configuration_sam_lightening import SamLighteningConfig, SamLighteningVisionConfig
 from .modeling.image_processing_sam_lightening import SamLighteningImageProcessor
@@ -50,4 +51,5 @@ __all__ = [
     "SamLighteningModel",
     "SamLighteningVisionConfig",
     "SamLighteningVisionModel",
+    "optimize",
 ]

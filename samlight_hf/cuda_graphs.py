@@ -11,21 +11,30 @@ class GraphedFunction:
     """A function of tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called.
 
     The first tensor says where; the others may be on the CPU, from where they are copied without waiting. What it returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the
-    one that was not used for the longest time is dropped. `last_ran` is "graph" or "eager".
+    one that was not used for the longest time is dropped; after `freeze` no more are made, and other shapes are called.
+    `last_ran` is "graph" or "eager".
     """
 
     def __init__(self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None):
         self.function, self.enabled, self.max_graphs, self.pool = function, enabled, max_graphs, pool
         self.last_ran: str | None = None
         self._graphs: OrderedDict = OrderedDict()
+        self._frozen = False
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def freeze(self):
+        """Keeps the graphs that there are, and makes no others."""
+        self._frozen = True
 
     @torch.inference_mode()
     def __call__(self, *tensors: torch.Tensor):
         device = tensors[0].device
-        if not (self.enabled and device.type == "cuda"):
+        key = device, *((tensor.shape, tensor.dtype) for tensor in tensors)
+        if not (self.enabled and device.type == "cuda") or (self._frozen and key not in self._graphs):
             self.last_ran = "eager"
             return self.function(*(tensor.to(device) for tensor in tensors))
-        key = device, *((tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self._graphs:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)

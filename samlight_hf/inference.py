@@ -1,13 +1,22 @@
-"""The image encoder and the mask decoder as everything mode and the predictor run them."""
+"""The image encoder and the mask decoder as everything mode and the predictor run them; and `optimize`, a whole model."""
 
+import contextlib
+import copy
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedModel, SamImageProcessor
+from transformers.models.sam.configuration_sam import SamVisionConfig
+from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
 from .cuda_graphs import GraphedFunction
 from .mask_decoder import Decoded, FastMaskDecoder, places_above, why_not_fast
 from .preprocessing import preprocess
+from .vision_encoder import FastVisionEncoder, why_not_fast_encoder
 
 
 PLAIN_MODEL_TYPES = ("sam", "sam_lightening", "sam_hq")
@@ -80,18 +89,25 @@ class PlainMaskDecoder:
 Decoder = FastMaskDecoder | PlainMaskDecoder
 
 
+def make_encoder(model: PreTrainedModel, cuda_graphs: bool, pool=None) -> GraphedFunction:
+    """The fastest image encoder that can run this model: pixel values (B, 3, S, S) to embeddings, replayed from graphs."""
+    encode = (
+        FastVisionEncoder(model.vision_encoder) if why_not_fast_encoder(model) is None else model.get_image_embeddings
+    )
+    # Other encoders than ours may copy from the CPU while they run, which no graph can hold.
+    return GraphedFunction(encode, cuda_graphs and model.config.model_type == "sam_lightening", pool=pool)
+
+
 class PictureEncoder:
     """Pictures, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one."""
 
     def __init__(self, model: PreTrainedModel, image_processor: SamImageProcessor, decoder: Decoder):
         self.model, self.image_processor, self.decoder = model, image_processor, decoder
-        # Other encoders than ours may copy from the CPU while they run, which no graph can hold.
-        graphed = decoder.cuda_graphs and model.config.model_type == "sam_lightening"
-        self.encode = GraphedFunction(model.get_image_embeddings, graphed, pool=decoder.pool)
+        self.encode = make_encoder(model, decoder.cuda_graphs, decoder.pool)
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
-        pixel_values = preprocess(self.image_processor, pictures, self.model.device).to(self.model.dtype)
+        pixel_values = preprocess(self.image_processor, pictures, self.model.device, self.model.dtype)
         embeddings = self.encode(pixel_values)
         if isinstance(embeddings, tuple):  # SAM-HQ
             final, between = embeddings
@@ -100,3 +116,223 @@ class PictureEncoder:
                 for i in range(len(pictures))
             ]
         return list(self.decoder.prepare(embeddings).split(1))
+
+
+@dataclass
+class OptimizationReport:
+    """What `optimize` did: how the encoder runs, and what the graphs cost."""
+
+    encoder: str  # "fused", or "plain" and why
+    num_graphs: int = 0
+    warm_up_seconds: float = 0.0
+    graph_memory_mb: float = 0.0  # what torch keeps for the graphs, in MB of 2**20 bytes
+
+    def __str__(self) -> str:
+        return (
+            f"encoder: {self.encoder}; {self.num_graphs} CUDA graphs in {self.graph_memory_mb:.0f} MB, made in "
+            f"{self.warm_up_seconds:.1f} s"
+        )
+
+
+def optimize(
+    model: PreTrainedModel,
+    dtype: torch.dtype = torch.bfloat16,
+    image_batch_sizes: Sequence[int] = (1, 8),
+    prompt_counts: Sequence[int] = (1, 16, 64),
+) -> PreTrainedModel:
+    """The model for inference with the same calls and outputs, its encoder and decoder fused and replayed from CUDA graphs.
+
+        model = optimize(AutoModel.from_pretrained("org/sam-lightening").cuda())
+        model(pixel_values=..., input_points=...)
+        print(model.report)
+
+    Graphs are made here for batches of `image_batch_sizes` pictures, and for `prompt_counts` prompts on a picture, which are
+    a point or a box each, with three masks and with one. Other shapes run too, fused and without graphs; what the
+    fast paths do not know (gradients, hidden states, attention weights, PerSAM's arguments) runs as in `model`.
+
+    Returned is a model of `model`'s class and weights: the same tensors where they have this `dtype` already, and the
+    original must then not be changed. It may be called from several threads and on several streams, one call after the other;
+    outputs belong to the caller. On other devices than CUDA the dtype stays, there are no graphs, and the encoder is the plain one.
+
+    Raises ValueError for a model with another decoder than SAM's, and for sizes below 1.
+    """
+    if reason := why_not_fast(model):
+        raise ValueError(f"optimize needs a SAM: {reason}")
+    for name, values in (("image_batch_sizes", image_batch_sizes), ("prompt_counts", prompt_counts)):
+        if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
+            raise ValueError(f"{name}={values!r} must be integers of 1 and more.")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a floating point type.")
+    on_cuda = model.device.type == "cuda"
+    if on_cuda and model.dtype != dtype:
+        optimized = copy.deepcopy(model).to(dtype)
+    else:
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        optimized = copy.deepcopy(model, shared)
+    optimized.eval()
+    paths = _FastPaths(optimized, image_batch_sizes, prompt_counts)
+    for module, kind in ((optimized.vision_encoder, _OptimizedEncoder), (optimized, _OptimizedModel)):
+        module.__class__ = _optimized_class(kind, type(module))
+        module._paths = paths
+    return optimized
+
+
+class _FastPaths:
+    """What runs instead of a model's encoder and decoder. Graphs have one set of buffers: callers take turns."""
+
+    def __init__(self, model: PreTrainedModel, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
+        self.device, self.dtype = model.device, model.dtype
+        self.decoder = make_decoder(model)
+        self.encode = make_encoder(model, self.decoder.cuda_graphs, self.decoder.pool)
+        self.encode.max_graphs = len(image_batch_sizes) or 1
+        reason = why_not_fast_encoder(model)
+        if reason:  # what the encoder does now, not what it will do when it is an optimized one
+            forward, encoder = type(model.vision_encoder).forward, model.vision_encoder
+            self.encode.function = lambda pixel_values: forward(encoder, pixel_values).last_hidden_state
+        for function in self.decoder.all_masks.values():
+            function.max_graphs = 2 * len(prompt_counts) or 1  # points, and boxes
+        self.report = OptimizationReport(encoder=f"plain: {reason}" if reason else "fused")
+        self._lock, self._last = threading.Lock(), None
+        start = time.perf_counter()
+        if self.decoder.cuda_graphs:
+            self._capture(model.config.vision_config, image_batch_sizes, prompt_counts)
+        for function in (self.encode, *self.decoder.all_masks.values()):
+            function.freeze()
+            self.report.num_graphs += len(function)
+        self.report.warm_up_seconds = time.perf_counter() - start
+
+    @torch.inference_mode()
+    def _capture(self, config: SamVisionConfig, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
+        torch.cuda.empty_cache()
+        before, size = torch.cuda.memory_reserved(self.device), config.image_size
+        if self.encode.enabled:
+            for batch_size in image_batch_sizes:
+                pixel_values = torch.zeros(
+                    batch_size, config.num_channels, size, size, device=self.device, dtype=self.dtype
+                )
+                self.encode(pixel_values)
+        tokens = torch.zeros_like(self.decoder.positions)[None]
+        for count in prompt_counts:
+            boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device).expand(count, -1).contiguous()
+            points = boxes[:, None, 2:].contiguous()
+            labels = torch.ones(count, 1, dtype=torch.int32, device=self.device)
+            for multimask_output in (True, False):
+                self.decoder.all_masks[multimask_output, False](tokens, points, labels)
+                self.decoder.all_masks[multimask_output, False](tokens, boxes)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        self.report.graph_memory_mb = (torch.cuda.memory_reserved(self.device) - before) / 2**20
+
+    @contextlib.contextmanager
+    def _turn(self):
+        """One thread at a time, and on the device, after what an earlier one asked of another stream."""
+        with self._lock:
+            if self.device.type != "cuda":
+                yield
+                return
+            stream = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last[0] != stream:
+                stream.wait_event(self._last[1])
+            yield
+            event = torch.cuda.Event() if self._last is None else self._last[1]
+            event.record(stream)
+            self._last = stream, event
+
+    @torch.no_grad()
+    def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        with self._turn():
+            return self.encode(pixel_values).clone()
+
+    @torch.no_grad()
+    def masks(
+        self, embeddings: torch.Tensor, prompts: list[torch.Tensor], masks: torch.Tensor | None, multimask_output: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, C, h, w) and prompts (B, P, ...) to scores (B, P, M) and logits (B, P, M, 4h, 4w)."""
+        decode, found = self.decoder.all_masks[multimask_output, masks is not None], []
+        images = embeddings.to(self.dtype).flatten(2).transpose(1, 2).split(1)  # B x (1, N, C)
+        for index, image in enumerate(images):
+            mask = [] if masks is None else [masks[index].expand(len(prompts[0][index]), -1, -1)]
+            with self._turn():
+                scores, logits = decode(image, *mask, *(prompt[index] for prompt in prompts))
+                found.append(
+                    (scores.to(self.dtype, copy=True), logits.unflatten(0, scores.shape).to(self.dtype, copy=True))
+                )
+        if len(found) == 1:
+            return found[0][0][None], found[0][1][None]
+        return tuple(torch.stack(tensors) for tensors in zip(*found))
+
+
+class _Optimized:
+    """What an optimized model and its encoder have in common: the paths, for the device and the dtype they were made for."""
+
+    _paths: _FastPaths
+
+    def _apply(self, *args, **kwargs):
+        module = super()._apply(*args, **kwargs)
+        parameter = next(self.parameters())
+        if (parameter.device, parameter.dtype) != (self._paths.device, self._paths.dtype):
+            raise RuntimeError(
+                f"an optimized model stays on {self._paths.device} in {self._paths.dtype}: move the model itself, and "
+                "optimize it again."
+            )
+        return module
+
+    def save_pretrained(self, *args, **kwargs):
+        raise ValueError("an optimized model is for inference alone: save the model that it was made of.")
+
+
+class _OptimizedEncoder(_Optimized):
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamVisionEncoderOutput:
+        size = self.config.image_size
+        if kwargs or pixel_values is None or pixel_values.requires_grad or not pixel_values.is_floating_point() or (
+            tuple(pixel_values.shape[1:]) != (self.config.num_channels, size, size)
+        ):  # fmt: skip
+            return super().forward(pixel_values, **kwargs)  # which knows what to say of a wrong size, too
+        return SamVisionEncoderOutput(last_hidden_state=self._paths.embeddings(pixel_values.to(self._paths.dtype)))
+
+
+class _OptimizedModel(_Optimized):
+    @property
+    def report(self) -> OptimizationReport:
+        return self._paths.report
+
+    def forward(
+        self, pixel_values=None, input_points=None, input_labels=None, input_boxes=None, input_masks=None,
+        image_embeddings=None, multimask_output: bool = True, **kwargs,
+    ) -> SamImageSegmentationOutput:  # fmt: skip
+        prompts = _prompts(input_points, input_labels, input_boxes)
+        image = pixel_values if image_embeddings is None else image_embeddings
+        if (
+            kwargs or not prompts or image is None or (pixel_values is not None and image_embeddings is not None)
+            or any(len(prompt) != len(image) or prompt.shape[1] != prompts[0].shape[1] for prompt in prompts)
+            or any(tensor is not None and tensor.requires_grad for tensor in (image, input_masks, *prompts))
+            or (input_masks is not None and input_masks.shape[:2] != (len(image), 1))
+        ):  # fmt: skip
+            return super().forward(
+                pixel_values=pixel_values, input_points=input_points, input_labels=input_labels,
+                input_boxes=input_boxes, input_masks=input_masks, image_embeddings=image_embeddings,
+                multimask_output=multimask_output, **kwargs,
+            )  # fmt: skip
+        if image_embeddings is None:
+            image_embeddings = self.vision_encoder(pixel_values).last_hidden_state
+        scores, logits = self._paths.masks(image_embeddings, prompts, input_masks, multimask_output)
+        return SamImageSegmentationOutput(iou_scores=scores, pred_masks=logits)
+
+
+def _prompts(points, labels, boxes) -> list[torch.Tensor]:
+    """Those that are there, in the decoder's order; an empty list for what the model itself must answer."""
+    if points is None and labels is not None:
+        return []
+    if points is not None:
+        if points.ndim != 4 or (labels is not None and labels.shape != points.shape[:3]):
+            return []
+        labels = torch.ones(points.shape[:3], dtype=torch.int32, device=points.device) if labels is None else labels
+    if boxes is not None and boxes.ndim != 3:
+        return []
+    prompts = [None if tensor is None else tensor.float() for tensor in (points, boxes)]
+    return [tensor for tensor in (prompts[0], labels if points is not None else None, prompts[1]) if tensor is not None]
+
+
+@lru_cache
+def _optimized_class(optimized: type, cls: type) -> type:
+    return type(cls.__name__, (optimized, cls), {"__module__": cls.__module__})

@@ -65,7 +65,7 @@ class FastMaskDecoder:
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # of memory that graphs may share
         # Image tokens that a graph returns stay where they are, some hundred MB for each: no more than two.
         self.transform = GraphedFunction(self._transform, cuda_graphs, max_graphs=2, pool=self.pool)
-        self._decode_all = {
+        self.all_masks = {
             (multimask, with_mask): GraphedFunction(
                 partial(self._all_masks, multimask, with_mask), cuda_graphs, pool=self.pool
             )
@@ -120,7 +120,7 @@ class FastMaskDecoder:
         if repeated and min_iou is None and len(prompts[0]) == 1:
             with_mask = mask_logits is not None
             inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
-            iou, logits = (output.clone() for output in self._decode_all[multimask_output, with_mask](*inputs))
+            iou, logits = (output.clone() for output in self.all_masks[multimask_output, with_mask](*inputs))
             return Decoded(iou, places_above(iou, None), logits)
         prompts = [prompt.to(image.device) for prompt in prompts]
         image = image + self._dense(mask_logits)

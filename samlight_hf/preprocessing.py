@@ -1,8 +1,4 @@
-"""Pictures to pixel values on the model's device, bit for bit as transformers' image processor makes them on a CPU.
-
-On a CPU torch resizes uint8 with integer arithmetic, and on a GPU in floating point with another rounding: one grey level
-here and there, which is enough for a mask at a threshold to come or go. So the integer arithmetic is repeated here.
-"""
+"""Pictures to pixel values on the model's device, bit for bit as transformers' image processor makes them on a CPU."""
 
 import math
 import os
@@ -17,6 +13,7 @@ from transformers import SamImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from .pictures import open_picture
+from .resize_kernel import resize_into
 
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
@@ -69,28 +66,43 @@ def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
 
 
 def preprocess(
-    image_processor: SamImageProcessor, pictures: Sequence[torch.Tensor], device: torch.device
+    image_processor: SamImageProcessor,
+    pictures: Sequence[torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Pictures, uint8 (3, H, W) of any sizes and on any device, to pixel values, float32 (B, 3, S, S), on `device`.
+    """Pictures, uint8 (3, H, W) of any sizes and on any device, to pixel values (B, 3, S, S), in `dtype` and on `device`.
 
-    Resized to the image processor's longest edge, normalised, and padded with zeros at the right and at the bottom.
+    Resized to the image processor's longest edge, normalised, and padded with zeros at the right and at the bottom: in
+    float32, rounded to `dtype`. Raises ValueError for an image processor that resizes to more than it pads to.
     """
     if device.type == "cpu" or why_not_on_device(image_processor):
         inputs = image_processor(list(pictures), return_tensors="pt", device=device if device.type != "cpu" else None)
-        return inputs["pixel_values"]
+        return inputs["pixel_values"].to(dtype)
     height, width = image_processor.pad_size["height"], image_processor.pad_size["width"]
-    pixel_values = torch.zeros(len(pictures), 3, height, width, device=device)
+    levels = normalised_levels(image_processor, dtype, device)
+    pixel_values = torch.empty(len(pictures), 3, height, width, dtype=dtype, device=device)
     for place, picture in zip(pixel_values, pictures):
         size = resized_size(*picture.shape[-2:], image_processor.size["longest_edge"])
-        resized = resize_uint8(picture.to(device, non_blocking=True), size)
-        place[:, : size[0], : size[1]] = image_processor.rescale_and_normalize(
-            resized, True, image_processor.rescale_factor, True, tuple(image_processor.image_mean), tuple(image_processor.image_std)
-        )  # fmt: skip
+        resize_into(place, picture.to(device, non_blocking=True), size, levels)
     return pixel_values
 
 
+def normalised_levels(image_processor: SamImageProcessor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What each of uint8's levels becomes, (3, 256), as the image processor itself normalises them on a CPU."""
+    mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
+    return _normalised_levels(image_processor, image_processor.rescale_factor, mean, std, dtype, device)
+
+
+@lru_cache(maxsize=16)  # with all that the levels depend on, since an image processor can be changed
+def _normalised_levels(image_processor, rescale_factor, mean, std, dtype, device) -> torch.Tensor:
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256).contiguous()
+    levels = image_processor.rescale_and_normalize(levels, True, rescale_factor, True, mean, std)
+    return levels[:, 0].to(device, dtype)
+
+
 def why_not_on_device(image_processor: SamImageProcessor) -> str | None:
-    """Why this processor's pictures are not resized by `resize_uint8`: a sentence, or None where they are."""
+    """Why this processor's pictures are not resized by `resize_into`: a sentence, or None where they are."""
     if image_processor.resample not in (PILImageResampling.BILINEAR, int(PILImageResampling.BILINEAR)):
         return f"resample={image_processor.resample!r} is not bilinear"
     for step in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
@@ -99,54 +111,6 @@ def why_not_on_device(image_processor: SamImageProcessor) -> str | None:
     if not hasattr(image_processor, "rescale_and_normalize"):
         return f"{type(image_processor).__name__} takes no tensors"
     return None
-
-
-def resize_uint8(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 (C, H, W) to (C, *size), bilinear with antialiasing: torch's own result on a CPU with AVX2, on any device.
-
-    Columns first, then rows, each as a sum of a few neighbours with integer weights, rounded to uint8.
-    """
-    for dim, length in ((2, size[1]), (1, size[0])):
-        if picture.shape[dim] != length:
-            picture = _resize_axis(picture, dim, length)
-    return picture
-
-
-def _resize_axis(picture: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    sources, weights, shift = _integer_weights(picture.shape[dim], length)
-    sources, weights = sources.to(picture.device), weights.to(picture.device)
-    shape = [1, 1, 1]
-    shape[dim] = length
-    total = None
-    for neighbour, weight in zip(sources, weights):
-        part = picture.index_select(dim, neighbour).int() * weight.view(shape)
-        total = part + (1 << (shift - 1)) if total is None else total.add_(part)
-    return (total >> shift).clamp_(0, 255).to(torch.uint8)
-
-
-@lru_cache(maxsize=64)
-def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """For each neighbour and each of `length` results: its source and its weight, (neighbours, length), and their shift.
-
-    The weights of a triangle over the pixels it covers, normalised, times the largest power of two at which the largest
-    of them stays below 2^15.
-    """
-    scale = source_length / length
-    support = max(scale, 1.0)
-    centre = scale * (torch.arange(length, dtype=torch.float64) + 0.5)
-    first = (centre - support + 0.5).long().clamp(min=0)
-    count = (centre + support + 0.5).long().clamp(max=source_length) - first
-    neighbour = torch.arange(math.ceil(support) * 2 + 1)[:, None]
-    weights = (1 - ((neighbour + first - centre + 0.5) / support).abs()).clamp(min=0)
-    weights = torch.where(neighbour < count, weights, 0.0)
-    weights = weights / weights.sum(dim=0)
-    largest = weights.max().item()
-    shift = 0
-    while shift < 22 and int(0.5 + largest * (1 << (shift + 1))) < 1 << 15:
-        shift += 1
-    used = weights.gt(0).any(dim=1).nonzero().max().item() + 1
-    sources = (neighbour + first).clamp(max=source_length - 1)[:used]
-    return sources, (weights[:used] * (1 << shift) + 0.5).int(), shift
 
 
 def upscale_logits(

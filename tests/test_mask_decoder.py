@@ -236,7 +236,7 @@ def test_graphs_give_what_eager_gives(names, count):
             prompts[LABELS] %= 2
         decoded = graphed.decode(image, **prompts, repeated=True)
         assert_same(decoded, eager.decode(image, **prompts))
-    ran = graphed._decode_all[True, MASKS in names] if count == 1 else graphed.transform
+    ran = graphed.all_masks[True, MASKS in names] if count == 1 else graphed.transform
     assert ran.last_ran == "graph"
     assert eager.transform.last_ran is None
 

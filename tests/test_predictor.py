@@ -298,7 +298,7 @@ def test_a_single_prompt_is_replayed_from_a_graph(folder, picture):
         for multimask_output in (True, False):
             one, other = (p.predict(**prompts, multimask_output=multimask_output) for p in (graphed, eager))
             assert np.allclose(one.logits, other.logits, rtol=1e-3, atol=1e-3)
-            assert graphed.decoder._decode_all[multimask_output, False].last_ran == "graph"
+            assert graphed.decoder.all_masks[multimask_output, False].last_ran == "graph"
     assert graphed.encoder.encode.last_ran == "graph"
     assert eager.encoder.encode.last_ran == "eager"
 

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as tv
 from transformers import SamImageProcessor
 
 from samlight_hf.preprocessing import (
     check_size,
+    normalised_levels,
     picture_tensor,
     preprocess,
-    resize_uint8,
     resized_size,
     upscale_logits,
     why_not_on_device,
 )
+from samlight_hf.resize_kernel import resize_into, why_not_triton
 
 
 SIZES = [(683, 1024), (1, 1), (7, 300), (300, 7), (1200, 801), (64, 64)]
@@ -26,23 +26,53 @@ def random_picture(height, width, seed=0):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("target", [(64, 43), (511, 700)])
-def test_resizing_is_torchs_own_on_a_cpu(size, target, device):
+def test_pixel_values_are_those_of_the_cpu_on_any_device(device, dtype):
+    """On a GPU by the kernels, in every layout and of every size."""
+    if device == "cuda":
+        assert why_not_triton(torch.empty(1, 1, 1, device=device)) is None
+    processor = SamImageProcessor()
+    pictures = [random_picture(*size) for size in SIZES if min(size) > 1]
+    pictures += [picture_tensor(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    expected = processor([*pictures], return_tensors="pt")["pixel_values"].to(dtype)
+    pixel_values = preprocess(processor, pictures, torch.device(device), dtype)
+    assert pixel_values.dtype == dtype
+    assert torch.equal(pixel_values.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"image_mean": [0.1, 0.2, 0.3]}, {"image_std": [0.5, 0.6, 0.7]}, {"rescale_factor": 0.01}]
+)
+def test_resized_levels_are_normalised_as_the_image_processor_does(settings, dtype):
+    """Also when it is changed after its levels were asked for."""
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("without AVX2 torchvision resizes in floating point")
-    picture = random_picture(*size)
-    resized = resize_uint8(picture.to(device), target).cpu()
-    assert torch.equal(resized, tv.resize(picture, list(target), antialias=True))
+    processor, picture = SamImageProcessor(), random_picture(700, 333)
+    for name, value in settings.items():
+        normalised_levels(processor, dtype, torch.device("cpu"))
+        setattr(processor, name, value)
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0].to(dtype)
+    levels = normalised_levels(processor, dtype, torch.device("cpu"))
+    resize_into(found := torch.empty(3, 1024, 1024, dtype=dtype), picture, resized_size(700, 333, 1024), levels)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu
-def test_pixel_values_of_a_gpu_are_those_of_the_cpu():
-    processor = SamImageProcessor()
-    pictures = [random_picture(*size) for size in SIZES if min(size) > 1]
-    expected = processor([*pictures], return_tensors="pt")["pixel_values"]
-    assert torch.equal(preprocess(processor, pictures, torch.device("cuda")).cpu(), expected)
+def test_a_warm_call_launches_two_kernels_and_copies_nothing():
+    processor, pictures = SamImageProcessor(), [random_picture(683, 1024).cuda(), random_picture(500, 333).cuda()]
+
+    def run():
+        preprocess(processor, pictures, pictures[0].device, torch.bfloat16)
+        torch.cuda.synchronize()
+
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert on_device == ["_resize_columns", "_resize_rows"] * len(pictures)
 
 
 @pytest.mark.parametrize(

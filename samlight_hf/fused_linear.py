@@ -1,0 +1,333 @@
+"""Linear layers of the image encoder, each with what surrounds it, as one Triton kernel.
+
+    y = act(LayerNorm(x) W^T + b) + residual
+
+in one pass: nothing of the encoder between two matrix products is read or written by a kernel of its own.
+
+**The LayerNorm costs nothing.** With the norm's gain in the weight and its bias in the layer's, LayerNorm(x) W^T is
+(x W^T - mean(x) * s) / std(x), with s the sums of the weight's rows: a factor and a term for each row of the plain product. Mean
+and variance come from the kernel that wrote x: each of its tiles leaves the mean and the sum of squared deviations of
+its columns, rounded as they are stored, and the next kernel joins them (Chan et al. 1979), which does not cancel as
+E[x^2] - E[x]^2 would.
+
+Products are summed in float32, and norm, GELU and residual are computed in it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .triton_support import failure, tl, triton
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix, half precision (M, N), and for each row mean and sum of squared deviations of parts of its columns.
+
+    `statistics` is float32 (parts, 2, M), of parts of equal width; None where nobody asked for it.
+    """
+
+    values: torch.Tensor
+    statistics: torch.Tensor | None = None
+
+
+class FusedLinear:
+    """A linear layer, after a LayerNorm and before a GELU if it has these, with its weights ready for the kernel.
+
+    `order` puts the layer's output features in another order, int64 (N,). For inference: there is no gradient.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: nn.LayerNorm | None = None,
+        gelu: bool = False,
+        order: torch.Tensor | None = None,
+    ):
+        bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
+        if norm is not None:
+            bias = bias + weight.float() @ norm.bias.float()
+            weight = (weight.float() * norm.weight.float()).to(weight.dtype)
+        if order is not None:
+            weight, bias = weight[order], bias[order]
+        self.weight, self.bias = weight.detach().contiguous(), bias.detach().contiguous()
+        # Of the rounded weight, or the mean would not vanish.
+        self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
+        self.eps, self.gelu = 0.0 if norm is None else norm.eps, gelu
+
+    def __call__(self, rows: Rows, residual: torch.Tensor | None = None, statistics: bool = False) -> Rows:
+        """(M, K) -> (M, N). `residual` is (M, N), or (M / n, N) which is then added n times over."""
+        if why_not_triton(self, len(rows.values), rows.values, residual):
+            return fused_linear_reference(self, rows, residual, statistics)
+        return launch(self, rows, residual, statistics)
+
+
+def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> Rows:
+    """Pixel values (B, C, S, S) to tokens (B * N, channels) with statistics, by a `layer` of C * p * p features.
+
+    `positions` (N, channels) are added to each picture's. The kernel reads the pixels where they are.
+    """
+    channels, (batch_size, _, height, width) = pixel_values.shape[1], pixel_values.shape
+    size = math.isqrt(layer.weight.shape[1] // channels)
+    if why_not_triton(layer, batch_size * (height // size) * (width // size), pixel_values):
+        patches = pixel_values.to(layer.weight.dtype)
+        patches = patches.view(batch_size, channels, height // size, size, width // size, size)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
+        return layer(Rows(patches), positions, statistics=True)
+    return launch_patches(layer, pixel_values, positions)
+
+
+def fused_linear_reference(
+    layer: FusedLinear, rows: Rows, residual: torch.Tensor | None = None, statistics: bool = False
+) -> Rows:
+    """The same, step by step, on any device and in any dtype."""
+    compute = torch.float64 if rows.values.dtype == torch.float64 else torch.float32
+    values = rows.values.to(compute)
+    if layer.row_sums is not None:
+        values = F.layer_norm(values, values.shape[-1:], eps=layer.eps)
+    values = F.linear(values, layer.weight.to(compute), layer.bias.to(compute))
+    if layer.gelu:
+        values = F.gelu(values)
+    if residual is not None:
+        values = (values.unflatten(0, (-1, len(residual))) + residual.to(compute)).flatten(0, 1)
+    return with_statistics(values.to(rows.values.dtype)) if statistics else Rows(values.to(rows.values.dtype))
+
+
+def with_statistics(values: torch.Tensor) -> Rows:
+    """Rows with the statistics of all columns as one part."""
+    variance, mean = torch.var_mean(values.float(), dim=1, correction=0)
+    return Rows(values, torch.stack([mean, variance * values.shape[1]])[None])
+
+
+def why_not_triton(layer: FusedLinear, num_rows: int, *tensors: torch.Tensor | None) -> str | None:
+    """Why the kernel cannot run on these inputs of so many rows: a sentence, or None where it can."""
+    weight = layer.weight
+    if triton is None:
+        return "Triton is not installed."
+    if not weight.is_cuda:
+        return f"the weights are on {weight.device}."
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, and the weights are {str(weight.dtype).removeprefix('torch.')}."
+    (out_features, in_features) = weight.shape
+    if in_features % 64 or out_features % 64 or num_rows % 128:
+        return f"{num_rows} rows, {in_features} and {out_features} features are no multiples of 128, 64 and 64."
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        return "the tensors are not contiguous."
+    return why_not_at_all()
+
+
+@lru_cache(maxsize=1)
+def why_not_at_all() -> str | None:
+    """Why Triton's kernel does not run on this machine, or None."""
+
+    def attempt() -> bool:
+        layer = nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+        fused = FusedLinear(layer.weight, layer.bias, nn.LayerNorm(64, device="cuda"), gelu=True)
+        values = torch.linspace(-1, 2, 128 * 64, device="cuda").sin().view(128, 64).bfloat16()
+        rows = with_statistics(values)
+        found, expected = launch(fused, rows, values, True), fused_linear_reference(fused, rows, values)
+        return torch.allclose(found.values.float(), expected.values.float(), atol=2e-2)
+
+    with torch.inference_mode():
+        return failure("linear layers", attempt)
+
+
+def tile_of(num_rows: int, out_features: int, in_features: int) -> dict[str, int]:
+    """The kernel's tile and its launch: what was fastest on an H100, among twenty for each layer and three batch sizes.
+
+    Four warps a tile and three stages leave room for several tiles on a multiprocessor: with few input features each is
+    short, and one's start and end hide behind the others' products. Few rows want smaller tiles, for there to be enough.
+    """
+    few = num_rows <= 8192 and in_features < 1024
+    return _tile(128, 64 if few or out_features % 128 else 128, num_warps=4, num_stages=3)
+
+
+def _tile(rows: int, columns: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def launch(
+    layer: FusedLinear,
+    rows: Rows,
+    residual: torch.Tensor | None = None,
+    statistics: bool = False,
+    tile: dict[str, int] | None = None,
+) -> Rows:
+    values, (out_features, in_features) = rows.values, layer.weight.shape
+    num_rows, normalizes = len(values), layer.row_sums is not None
+    tile = tile or tile_of(num_rows, out_features, in_features)
+    block = tile["BLOCK_M"], tile["BLOCK_N"]
+    output, found, programs = _results(values, num_rows, out_features, block, statistics)
+    overlap = values.is_cuda and _can_overlap(values.device)
+    with torch.cuda.device_of(values):  # where Triton launches
+        _linear_kernel[(programs,)](
+            _descriptor(values, [block[0], tile["BLOCK_K"]]),
+            _descriptor(layer.weight, [block[1], tile["BLOCK_K"]]),
+            layer.bias, layer.row_sums, rows.statistics if normalizes else None,
+            None if residual is None else _descriptor(residual, list(block)),
+            _descriptor(output, list(block)), found,
+            num_rows, num_rows if residual is None else len(residual), layer.eps,
+            N=out_features, K=in_features, GIVEN_PARTS=len(rows.statistics) if normalizes else 0,
+            NORM=normalizes, GELU=layer.gelu, RESIDUAL=residual is not None, STATISTICS=statistics,
+            PTX=values.is_cuda, OVERLAP=overlap, **({"launch_pdl": True} if overlap else {}), **tile,
+        )  # fmt: skip
+    return Rows(output, found)
+
+
+def launch_patches(
+    layer: FusedLinear,
+    pixel_values: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    tile: dict[str, int] | None = None,
+) -> Rows:
+    batch_size, channels, height, width = pixel_values.shape
+    out_features, in_features = layer.weight.shape
+    size = math.isqrt(in_features // channels)
+    grid = height // size, width // size
+    num_rows = batch_size * grid[0] * grid[1]
+    tile = tile or _tile(64, 64 if out_features % 128 else 128, num_warps=4, num_stages=3)
+    block = tile["BLOCK_M"], tile["BLOCK_N"]
+    output, found, programs = _results(layer.weight, num_rows, out_features, block, True)
+    with torch.cuda.device_of(pixel_values):
+        _patch_kernel[(programs,)](
+            pixel_values, _descriptor(layer.weight, [block[1], tile["BLOCK_K"]]), layer.bias,
+            None if positions is None else _descriptor(positions, list(block)),
+            _descriptor(output, list(block)), found, num_rows,
+            N=out_features, CHANNELS=channels, SIZE=size, HEIGHT=grid[0], WIDTH=grid[1],
+            POSITIONS=positions is not None, **tile,
+        )  # fmt: skip
+    return Rows(output, found)
+
+
+def _descriptor(tensor: torch.Tensor, block: list[int]):
+    """What the GPU's tensor memory accelerator needs to know to copy blocks of a matrix."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # here, for `import samlight_hf` to stay light
+
+    return TensorDescriptor.from_tensor(tensor, block)
+
+
+def _results(values: torch.Tensor, num_rows: int, out_features: int, block: tuple[int, int], statistics: bool):
+    """Memory for the output and its statistics, and the number of tiles."""
+    parts = out_features // block[1]
+    found = torch.empty(parts, 2, num_rows, device=values.device) if statistics else None
+    return values.new_empty(num_rows, out_features), found, num_rows // block[0] * parts
+
+
+@lru_cache
+def _can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can start before the one before it has ended (programmatic dependent launch, from Hopper on)."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+if triton is not None:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    @triton.jit
+    def _linear_kernel(
+        x, weight, bias, row_sums, given, residual, output, found, num_rows, num_residual_rows, eps,
+        N: tl.constexpr, K: tl.constexpr, GIVEN_PARTS: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr,
+        RESIDUAL: tl.constexpr, STATISTICS: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        tile = tl.program_id(0)
+        # Tiles of the same rows are neighbours: they read these rows at about the same time, from the cache.
+        first_row, first_column = tile // (N // BLOCK_N) * BLOCK_M, tile % (N // BLOCK_N) * BLOCK_N
+        rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        # What comes after the product is asked for before it, and is there by then.
+        shift = tl.load(bias + columns)
+        if NORM:
+            sums = tl.load(row_sums + columns)
+        if OVERLAP:  # the kernel before this one may be running until here
+            gdc_wait()
+            gdc_launch_dependents()
+        if NORM:
+            mean, factor = _mean_and_factor(given, rows, num_rows, eps, K, GIVEN_PARTS, BLOCK_M)
+        if RESIDUAL:
+            added = residual.load([first_row % num_residual_rows, first_column])
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            total = tl.dot(x.load([first_row, k]), weight.load([first_column, k]).T, total)
+        if NORM:
+            total = (total - mean[:, None] * sums[None, :]) * factor[:, None]
+        total += shift[None, :]
+        if GELU:
+            total = _gelu(total, PTX)
+        if RESIDUAL:
+            total += added.to(tl.float32)
+        result = total.to(output.dtype)
+        output.store([first_row, first_column], result)
+        if STATISTICS:
+            _store_statistics(result, found, first_column // BLOCK_N, rows, num_rows, BLOCK_N)
+
+    @triton.jit
+    def _mean_and_factor(given, rows, num_rows, eps, K: tl.constexpr, GIVEN_PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+        """Mean and 1 / standard deviation of rows, from the statistics of their parts."""
+        mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for part in tl.static_range(GIVEN_PARTS):
+            mean += tl.load(given + 2 * part * num_rows + rows) / GIVEN_PARTS
+        squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for part in tl.static_range(GIVEN_PARTS):
+            apart = tl.load(given + 2 * part * num_rows + rows) - mean
+            squares += tl.load(given + (2 * part + 1) * num_rows + rows) + apart * apart * (K // GIVEN_PARTS)
+        return mean, tl.rsqrt(squares / K + eps)
+
+    @triton.jit
+    def _patch_kernel(
+        pixels, weight, bias, positions, output, found, num_rows,
+        N: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+        POSITIONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        tile = tl.program_id(0)
+        first_row, first_column = tile // (N // BLOCK_N) * BLOCK_M, tile % (N // BLOCK_N) * BLOCK_N
+        rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        shift = tl.load(bias + columns)
+        if POSITIONS:
+            added = positions.load([first_row % (HEIGHT * WIDTH), first_column])
+        line, image = rows // WIDTH % HEIGHT, (rows // (HEIGHT * WIDTH)).to(tl.int64)
+        corners = image * (CHANNELS * HEIGHT * WIDTH * SIZE * SIZE) + line * (SIZE * SIZE * WIDTH) + rows % WIDTH * SIZE
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, CHANNELS * SIZE * SIZE, BLOCK_K):
+            features = k + tl.arange(0, BLOCK_K)
+            channel, y, x = features // (SIZE * SIZE), features // SIZE % SIZE, features % SIZE
+            offsets = channel * (HEIGHT * WIDTH * SIZE * SIZE) + y * (SIZE * WIDTH) + x
+            patches = tl.load(pixels + corners[:, None] + offsets[None, :]).to(output.dtype)
+            total = tl.dot(patches, weight.load([first_column, k]).T, total)
+        total += shift[None, :]
+        if POSITIONS:
+            total += added.to(tl.float32)
+        result = total.to(output.dtype)
+        output.store([first_row, first_column], result)
+        _store_statistics(result, found, first_column // BLOCK_N, rows, num_rows, BLOCK_N)
+
+    @triton.jit
+    def _gelu(x, PTX: tl.constexpr):
+        """GELU to 5e-4: x * (1 + tanh(x * Q(x^2))) / 2, with Q fitted to the normal distribution (to 3e-5).
+
+        The error function, some thirty operations and a branch for each element, would cost as much as the product; the
+        GPU has an instruction for tanh.
+        """
+        square = tl.minimum(x * x, 25.0)
+        inner = x * ((-3.522957060e-04 * square + 3.701044177e-02) * square + 7.975026134e-01)
+        if PTX:
+            tanh = tl.inline_asm_elementwise(
+                "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
+        half = 0.5 * x
+        return half * tanh + half
+
+    @triton.jit
+    def _store_statistics(result, found, part, rows, num_rows, BLOCK_N: tl.constexpr):
+        stored = result.to(tl.float32)
+        mean = tl.sum(stored, axis=1) / BLOCK_N
+        apart = stored - mean[:, None]
+        place = found + 2 * part * num_rows + rows
+        tl.store(place, mean)
+        tl.store(place + num_rows, tl.sum(apart * apart, axis=1))

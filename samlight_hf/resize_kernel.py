@@ -1,0 +1,196 @@
+"""Pictures resized to the model's input, bit for bit as torch resizes them on a CPU, and normalised, in two passes.
+
+On a CPU torch resizes uint8 with integer arithmetic, and on a GPU in floating point with another rounding: one grey level
+here and there, which is enough for a mask at a threshold to come or go. So the integer arithmetic is repeated here: columns
+first, then rows, each as a sum of a few neighbours with integer weights, rounded to uint8.
+
+What follows can only be one of 256 values for each channel. They come in a table, so that the second Triton kernel
+writes the pixel values themselves, in the model's dtype and to the bit, however they are normalised.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+
+from .triton_support import failure, tl, triton
+
+
+_LINES, _COLUMNS = 8, 128  # a block's rows of pixels and results in each, where columns are resized
+_LONGEST_BLOCK = 1024  # results of a block, all in a row, where rows are resized
+
+
+def resize_into(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+    """Resizes a picture to `size`, (height, width), and writes it at the top left of `pixel_values`, and zeros elsewhere.
+
+    pixel_values (C, H, W); picture uint8 (C, h, w) of any strides; levels (C, 256), in the dtype of the pixel values, is
+    what each of uint8's levels becomes. All on the same device. Raises ValueError for a size beyond that of the pixel values.
+    """
+    if size[0] > pixel_values.shape[1] or size[1] > pixel_values.shape[2]:
+        raise ValueError(
+            f"a picture resized to {size[1]}x{size[0]} pixels does not fit into {pixel_values.shape[2]}x{pixel_values.shape[1]}: "
+            "the image processor's size['longest_edge'] must be at most its pad_size."
+        )
+    if why_not_triton(pixel_values):
+        resize_into_reference(pixel_values, picture, size, levels)
+    else:
+        launch(pixel_values, picture, size, levels)
+
+
+def resize_into_reference(
+    pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor
+):
+    """The same, step by step."""
+    resized = resize_uint8(picture, size)
+    pixel_values.zero_()
+    pixel_values[:, : size[0], : size[1]] = levels.gather(1, resized.flatten(1).long()).view(resized.shape)
+
+
+def resize_uint8(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 (C, H, W) to (C, *size), bilinear with antialiasing: torch's own result on a CPU with AVX2, on any device."""
+    for dim, length in ((2, size[1]), (1, size[0])):
+        if picture.shape[dim] != length:
+            picture = _resize_axis(picture, dim, length)
+    return picture
+
+
+def _resize_axis(picture: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    table, shift = _device_weights(picture.shape[dim], length, picture.device)
+    shape = [1, 1, 1]
+    shape[dim] = length
+    total = 1 << (shift - 1)
+    for neighbour, weight in enumerate(table[1:]):
+        source = (table[0] + neighbour).clamp_(max=picture.shape[dim] - 1)
+        total = picture.index_select(dim, source).int().mul_(weight.view(shape)).add_(total)
+    return (total >> shift).clamp_(max=255).to(torch.uint8)
+
+
+@lru_cache(maxsize=256)
+def _device_weights(source_length: int, length: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """`_integer_weights`, with the table on the device: what is resized there again waits for no copy."""
+    table, shift = _integer_weights(source_length, length)
+    return table.to(device), shift
+
+
+@lru_cache(maxsize=64)
+def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, int]:
+    """An int32 table (1 + neighbours, length), for each result its first source and its neighbours' weights; and their shift.
+
+    The weights of a triangle over the pixels it covers, normalised, times the largest power of two at which the largest
+    of them stays below 2^15. Neighbours beyond the last pixel weigh nothing. An axis that keeps its length has one
+    neighbour, which is itself.
+    """
+    scale = source_length / length
+    support = max(scale, 1.0)
+    centre = scale * (torch.arange(length, dtype=torch.float64) + 0.5)
+    first = (centre - support + 0.5).long().clamp(min=0)
+    count = (centre + support + 0.5).long().clamp(max=source_length) - first
+    neighbour = torch.arange(math.ceil(support) * 2 + 1)[:, None]
+    weights = (1 - ((neighbour + first - centre + 0.5) / support).abs()).clamp(min=0)
+    weights = torch.where(neighbour < count, weights, 0.0)
+    weights = weights / weights.sum(dim=0)
+    largest = weights.max().item()
+    shift = 0
+    while shift < 22 and int(0.5 + largest * (1 << (shift + 1))) < 1 << 15:
+        shift += 1
+    used = weights.gt(0).any(dim=1).nonzero().max().item() + 1
+    return torch.cat([first[None], (weights[:used] * (1 << shift) + 0.5).long()]).int(), shift
+
+
+def why_not_triton(pixel_values: torch.Tensor) -> str | None:
+    """Why the kernels cannot write these pixel values: a sentence, or None where they can."""
+    if triton is None:
+        return "Triton is not installed."
+    if not pixel_values.is_cuda:
+        return f"the tensors are on {pixel_values.device}."
+    if not pixel_values.is_contiguous():
+        return "the pixel values are not contiguous."
+    return _why_not_at_all()
+
+
+@lru_cache(maxsize=1)
+def _why_not_at_all() -> str | None:
+    def attempt() -> bool:
+        picture = torch.arange(3 * 9 * 14, device="cuda").mul_(7).to(torch.uint8).view(3, 9, 14)
+        levels = torch.linspace(-2, 2, 3 * 256, device="cuda").view(3, 256)
+        found, expected = torch.empty(2, 3, 16, 16, device="cuda")
+        launch(found, picture, (8, 13), levels)
+        resize_into_reference(expected, picture, (8, 13), levels)
+        return torch.equal(found, expected)
+
+    with torch.inference_mode():
+        return failure("resizing pictures", attempt)
+
+
+def launch(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+    channels, height, width = picture.shape
+    table_x, shift_x = _device_weights(width, size[1], picture.device)
+    table_y, shift_y = _device_weights(height, size[0], picture.device)
+    padded_height, padded_width = pixel_values.shape[1:]
+    # Rows as long as those of the pixel values, for aligned reads of several columns at once; nobody uses their rest.
+    lines = torch.empty(height * channels, padded_width, dtype=torch.uint8, device=picture.device)
+    block = min(triton.next_power_of_2(padded_width), _LONGEST_BLOCK)
+    with torch.cuda.device_of(picture):  # where Triton launches
+        _resize_columns[(triton.cdiv(len(lines), _LINES), triton.cdiv(size[1], _COLUMNS))](
+            picture, *picture.stride(), len(lines), width, table_x, len(table_x) - 1, shift_x, lines, size[1],
+            CHANNELS=channels, PITCH=padded_width, LINES=_LINES, COLUMNS=_COLUMNS,
+        )  # fmt: skip
+        _resize_rows[(padded_height, channels, triton.cdiv(padded_width, block))](
+            lines, height, table_y, len(table_y) - 1, shift_y, levels, pixel_values, *size,
+            CHANNELS=channels, PITCH=padded_width, COLUMNS=block,
+        )  # fmt: skip
+
+
+if triton is not None:
+    # What differs between pictures is not compiled into the kernels.
+    _STRIDES, _WEIGHTS = ["channel_stride", "row_stride", "column_stride"], ["num_neighbours", "shift"]
+
+    @triton.jit(
+        do_not_specialize=["num_lines", "width", "new_width", *_STRIDES, *_WEIGHTS],
+        do_not_specialize_on_alignment=["picture"],
+    )
+    def _resize_columns(
+        picture, channel_stride, row_stride, column_stride, num_lines, width, table, num_neighbours, shift, lines, new_width,
+        CHANNELS: tl.constexpr, PITCH: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """`picture` to `lines`, (height * CHANNELS, PITCH): the channels of a row next to each other.
+
+        So a block finds the channels of a picture (height, width, channels) in the same lines of the cache.
+        """
+        line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        inside = column < new_width
+        inside_lines = line < num_lines
+        source = picture + line % CHANNELS * channel_stride + line // CHANNELS * row_stride
+        first = tl.load(table + column, mask=inside, other=0)
+        total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift - 1))
+        for neighbour in range(num_neighbours):
+            weight = tl.load(table + (neighbour + 1) * new_width + column, mask=inside, other=0)
+            place = tl.minimum(first + neighbour, width - 1).to(tl.int64) * column_stride
+            total += tl.load(source + place, mask=inside & inside_lines, other=0).to(tl.int32) * weight
+        # Beyond the new width too, since a mask that is not aligned would have single bytes written.
+        resized = tl.minimum(total >> shift, 255).to(tl.uint8)
+        tl.store(lines + line * PITCH + column, resized, mask=inside_lines & (column < PITCH))
+
+    @triton.jit(do_not_specialize=["height", "new_height", "new_width", *_WEIGHTS])
+    def _resize_rows(
+        lines, height, table, num_neighbours, shift, levels, pixel_values, new_height, new_width,
+        CHANNELS: tl.constexpr, PITCH: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """`lines`, (height * CHANNELS, PITCH), to `pixel_values`, (CHANNELS, programs, PITCH)."""
+        row, channel, start = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < PITCH
+        values = tl.zeros((COLUMNS,), pixel_values.dtype.element_ty)
+        if (row < new_height) & (start < new_width):
+            first = tl.load(table + row)
+            total = tl.zeros((COLUMNS,), tl.int32) + (1 << (shift - 1))
+            for neighbour in range(num_neighbours):
+                weight = tl.load(table + (neighbour + 1) * new_height + row)
+                line = tl.minimum(first + neighbour, height - 1).to(tl.int64) * CHANNELS + channel
+                total += tl.load(lines + line * PITCH + column, mask=inside, other=0).to(tl.int32) * weight
+            # Beyond the new width there may be anything, but no level above 255.
+            resized = tl.load(levels + channel * 256 + tl.minimum(total >> shift, 255))
+            values = tl.where(column < new_width, resized, values)
+        line = channel.to(tl.int64) * tl.num_programs(0) + row
+        tl.store(pixel_values + line * PITCH + column, values, mask=inside)

@@ -1,0 +1,89 @@
+"""SAM-Lightening's image encoder in fewer kernels: the same results, up to rounding.
+
+A layer of five kernels: LayerNorm and projection to queries, keys and values; attention; projection and residual;
+LayerNorm, linear layer and GELU; linear layer and residual (fused_linear.py). All in the layout (B * N, channels), tokens in raster
+order. The projection's features are in the order (head, q/k/v, head dimension), in which every dilated group is a view,
+so that dilation copies nothing.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from . import fused_linear
+from .fused_linear import FusedLinear, Rows, embed_patches
+from .layer_norm import add_layer_norm
+from .modeling.dilated_attention import dilated_attention
+
+
+def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
+    """Why `FastVisionEncoder` cannot run this model's image encoder as it is: a sentence, or None where it can."""
+    config = model.config.vision_config
+    if model.config.model_type != "sam_lightening":
+        return f"model_type={model.config.model_type!r} has another image encoder."
+    if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs half precision on a CUDA device, and this model is {model.dtype} on {model.device}."
+    if config.hidden_act != "gelu":
+        return f"hidden_act={config.hidden_act!r}, and it has GELU alone."
+    tokens, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
+    patch = config.num_channels * config.patch_size**2
+    if tokens % 128 or any(features % 64 for features in (patch, width, config.mlp_dim, config.output_channels)):
+        return f"{tokens} tokens, {patch}, {width}, {config.mlp_dim} and {config.output_channels} features are no multiples of 128 and 64."
+    return fused_linear.why_not_at_all()
+
+
+class FastVisionEncoder:
+    """A SAM-Lightening image encoder for inference: pixel values (B, 3, S, S) to embeddings (B, C, S / 16, S / 16).
+
+    The embeddings are channels_last in memory, which is how the mask decoder reads them. The encoder's weights are read when this is
+    made; make another after they have changed or moved. Runs on any device and dtype; it is fast where
+    `why_not_fast_encoder` is None.
+    """
+
+    @torch.no_grad()
+    def __init__(self, encoder: nn.Module):
+        self.config, projection = encoder.config, encoder.patch_embed.projection
+        self.patch_size = projection.kernel_size[0]
+        self.patch_embedding = FusedLinear(projection.weight.flatten(1), projection.bias)
+        self.positions = None if encoder.pos_embed is None else encoder.pos_embed.flatten(0, 2).contiguous()
+        self.layers = [_Layer(layer) for layer in encoder.layers]
+        neck = encoder.neck
+        self.reduce = FusedLinear(neck.conv1.weight.flatten(1), None)
+        self.convolution = neck.conv2.weight.to(memory_format=torch.channels_last)
+        self.norms = neck.layer_norm1, neck.layer_norm2
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        batch_size, _, height, width = pixel_values.shape
+        grid = height // self.patch_size, width // self.patch_size
+        rows = embed_patches(self.patch_embedding, pixel_values, self.positions)
+        for layer in self.layers:
+            rows = layer(rows, batch_size)
+        tokens = add_layer_norm(self.reduce(rows).values.unflatten(0, (batch_size, -1)), self.norms[0])
+        image = tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, h, w), channels last
+        image = F.conv2d(image, self.convolution, padding=1)
+        tokens = add_layer_norm(image.permute(0, 2, 3, 1).flatten(1, 2), self.norms[1])
+        return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+class _Layer:
+    def __init__(self, layer: nn.Module):
+        attention, mlp = layer.attn, layer.mlp
+        self.num_heads, self.scaling = attention.num_attention_heads, attention.scale
+        self.pattern = attention.segment_length, attention.dilation_rate, attention.dilation_offsets
+        self.head_dim = attention.qkv.out_features // (3 * self.num_heads)
+        # (q/k/v, head, D) -> (head, q/k/v, D)
+        order = torch.arange(attention.qkv.out_features, device=attention.qkv.weight.device)
+        order = order.view(3, self.num_heads, self.head_dim).transpose(0, 1).flatten()
+        self.qkv = FusedLinear(attention.qkv.weight, attention.qkv.bias, layer.layer_norm1, order=order)
+        self.proj = FusedLinear(attention.proj.weight, attention.proj.bias)
+        self.lin1 = FusedLinear(mlp.lin1.weight, mlp.lin1.bias, layer.layer_norm2, gelu=True)
+        self.lin2 = FusedLinear(mlp.lin2.weight, mlp.lin2.bias)
+
+    def __call__(self, rows: Rows, batch_size: int) -> Rows:
+        qkv = self.qkv(rows).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
+        attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
+        attended = Rows(attended.reshape(rows.values.shape))
+        rows = self.proj(attended, rows.values, statistics=True)
+        return self.lin2(self.lin1(rows), rows.values, statistics=True)

@@ -1,0 +1,188 @@
+"""The fused linear layers compute what LayerNorm, linear layer, GELU and residual do one after the other."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from samlight_hf import fused_linear
+from samlight_hf.fused_linear import (
+    FusedLinear,
+    Rows,
+    embed_patches,
+    fused_linear_reference,
+    launch,
+    launch_patches,
+    tile_of,
+    triton,
+    why_not_triton,
+    with_statistics,
+)
+
+
+# norm, gelu, residual rows (0: none), statistics, order
+CASES = [
+    (False, False, 0, False, False),
+    (True, True, 0, False, False),
+    (True, False, 0, False, True),
+    (False, False, 256, True, False),
+    (False, False, 128, True, False),
+    (True, True, 256, True, False),
+]
+TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+
+
+def make(case, dtype, device, num_rows=256, in_features=192, out_features=128):
+    """A layer, its input with statistics in three parts and its residual; and the modules that it is made of, in float64."""
+    norm, gelu, num_residual_rows, _, reorder = case
+    torch.manual_seed(0)
+    linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+    layer_norm = nn.LayerNorm(in_features, eps=1e-6, device=device) if norm else None
+    if norm:
+        nn.init.normal_(layer_norm.weight, 1, 0.3)
+        nn.init.normal_(layer_norm.bias)
+        layer_norm = layer_norm.to(dtype)
+    order = torch.randperm(out_features, device=device) if reorder else None
+    layer = FusedLinear(linear.weight, linear.bias, layer_norm, gelu, order)
+    # Rows with a large mean and very different sizes: E[x^2] - E[x]^2 would be off.
+    values = (torch.randn(num_rows, in_features, device=device) * torch.logspace(-1, 1, num_rows, device=device)[:, None] + 8).to(dtype)  # fmt: skip
+    parts = [with_statistics(part).statistics for part in values.chunk(3, dim=1)]
+    residual = torch.randn(num_residual_rows, out_features, device=device).to(dtype) if num_residual_rows else None
+    with torch.no_grad():
+        expected = values.double()
+        if norm:
+            expected = layer_norm.double()(expected)
+        expected = linear.double()(expected)
+        if order is not None:
+            expected = expected[:, order]
+        if gelu:
+            expected = nn.functional.gelu(expected)
+        if residual is not None:
+            expected = expected + residual.double().repeat(num_rows // num_residual_rows, 1)
+    return layer, Rows(values, torch.cat(parts)), residual, expected
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def kernel_errors(case, dtype, device, tile=None, **sizes) -> tuple[float, float]:
+    """Of the values, and of the mean and the variance that the statistics say."""
+    layer, rows, residual, expected = make(case, dtype, device, **sizes)
+    with torch.no_grad():
+        result = launch(layer, rows, residual, case[3], tile)
+    wrong = 0.0
+    if case[3]:
+        width = result.values.shape[1] // len(result.statistics)
+        mean = result.statistics[:, 0].mean(dim=0)
+        squares = result.statistics[:, 1] + width * (result.statistics[:, 0] - mean) ** 2
+        whole = with_statistics(result.values).statistics[0]
+        wrong = max(error(mean, whole[0].double()), error(squares.sum(dim=0), whole[1].double()))
+    return error(result.values, expected), wrong
+
+
+def patches_error(dtype, device, tile=None) -> float:
+    torch.manual_seed(0)
+    layer = FusedLinear(torch.randn(128, 768, device=device).to(dtype) / 28, torch.randn(128, device=device))
+    pixel_values, positions = torch.randn(2, 3, 128, 256, device=device), torch.randn(128, 128, device=device).to(dtype)
+    with torch.no_grad():
+        found = launch_patches(layer, pixel_values.to(dtype), positions, tile)
+        weight = layer.weight.double().view(128, 3, 16, 16)
+        expected = nn.functional.conv2d(pixel_values.to(dtype).double(), weight, layer.bias.double(), stride=16)
+        expected = (expected.flatten(2).transpose(1, 2) + positions.double()).flatten(0, 1)
+    return error(found.values, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_reference_is_the_modules_one_after_the_other(case, dtype):
+    layer, rows, residual, expected = make(case, dtype, "cpu")
+    with torch.no_grad():
+        result = fused_linear_reference(layer, rows, residual, case[3])
+        assert torch.equal(layer(rows, residual).values, result.values)  # on the CPU there is nothing else
+    assert error(result.values, expected) < (1e-5 if dtype == torch.float32 else 1e-3)
+    assert (result.statistics is not None) == case[3]
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_the_kernels_in_tritons_interpreter():
+    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{len(CASES)} cases\n"
+
+
+def test_patches_are_those_of_the_convolution():
+    torch.manual_seed(0)
+    convolution, pixel_values = nn.Conv2d(3, 64, 16, 16), torch.randn(2, 3, 64, 96)
+    layer, positions = FusedLinear(convolution.weight.flatten(1), convolution.bias), torch.randn(24, 64)
+    with torch.no_grad():
+        expected = convolution(pixel_values).flatten(2).transpose(1, 2) + positions
+        found = embed_patches(layer, pixel_values, positions)
+    assert torch.allclose(found.values.view_as(expected), expected, atol=1e-5)
+
+
+def test_every_reason_not_to_run_the_kernel(monkeypatch):
+    layer = FusedLinear(torch.zeros(64, 64), None)
+    assert "cpu" in why_not_triton(layer, 128)
+    monkeypatch.setattr(fused_linear, "triton", None)
+    assert "not installed" in why_not_triton(layer, 128)
+
+
+def test_tiles_fit():
+    """Whatever passes `why_not_triton` is divided by its tile."""
+    for num_rows in (128, 4096, 4096 * 3, 4096 * 5, 4096 * 8, 128 * 257):
+        for out_features in (64, 192, 256, 384, 1152, 1536):
+            for in_features in (64, 384, 1024, 1536, 3072):
+                tile = tile_of(num_rows, out_features, in_features)
+                assert (
+                    num_rows % tile["BLOCK_M"] == out_features % tile["BLOCK_N"] == in_features % tile["BLOCK_K"] == 0
+                )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_on_a_gpu(case, dtype):
+    assert fused_linear.why_not_at_all() is None
+    for tile in (None, SMALL):
+        assert max(kernel_errors(case, dtype, "cuda", tile)) < TOLERANCES[dtype]
+    sizes = {"num_rows": 16384 + 256, "in_features": 1536, "out_features": 384}  # the largest tile
+    if case[2] != 128:
+        case = (*case[:2], sizes["num_rows"] if case[2] else 0, *case[3:])
+        assert max(kernel_errors(case, dtype, "cuda", **sizes)) < TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_patch_kernel_on_a_gpu(dtype):
+    assert patches_error(dtype, "cuda") < TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+def test_kernels_that_overlap_read_what_the_one_before_wrote():
+    """A chain of layers, each on the last one's output, over and over: a kernel that did not wait would show."""
+    layer, rows, _, _ = make((False, False, 0, True, False), torch.bfloat16, "cuda", 4096, 384, 384)
+    chain = FusedLinear(layer.weight / layer.weight.float().norm(dim=1, keepdim=True).to(torch.bfloat16), None)
+    with torch.no_grad():
+        expected = rows
+        for _ in range(20):
+            expected = fused_linear_reference(chain, expected)
+        for _ in range(20):
+            found = rows
+            for _ in range(20):
+                found = chain(found, statistics=True)
+            assert error(found.values, expected.values.double()) < 3e-2
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        values, statistics = kernel_errors(case, torch.float16, "cpu", SMALL)
+        assert values < TOLERANCES[torch.float16] and statistics < 1e-3, (case, values, statistics)
+    assert patches_error(torch.float16, "cpu", SMALL) < TOLERANCES[torch.float16]
+    print(f"{len(CASES)} cases")

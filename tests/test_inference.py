@@ -1,0 +1,215 @@
+"""An optimized model gives what the model gives, whatever it is asked."""
+
+import threading
+
+import pytest
+import torch
+from transformers import SamConfig, SamModel, pipeline
+
+from samlight_hf import SamLighteningModel
+from samlight_hf.inference import optimize
+from samlight_hf.loading import load_model
+
+
+def make_inputs(model, batch_size: int = 1, num_prompts: int = 3) -> dict:
+    size = model.config.vision_config.image_size
+    generator = torch.Generator().manual_seed(1)
+    corner = torch.rand(batch_size, num_prompts, 2, generator=generator) * size / 2
+    inputs = {
+        "pixel_values": torch.randn(batch_size, 3, size, size, generator=generator),
+        "input_points": torch.rand(batch_size, num_prompts, 2, 2, generator=generator) * size,
+        "input_labels": torch.randint(0, 2, (batch_size, num_prompts, 2), generator=generator),
+        "input_boxes": torch.cat([corner, corner + size / 3], dim=-1),
+    }
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def assert_equal(found, expected, tolerance: float = 1e-4):
+    for name in ("iou_scores", "pred_masks"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.shape == other.shape and one.dtype == other.dtype
+        assert ((one - other).float().norm() / other.float().norm()).item() < tolerance
+
+
+KINDS = {
+    "points": ("input_points",),
+    "labels": ("input_points", "input_labels"),
+    "boxes": ("input_boxes",),
+    "points and boxes": ("input_points", "input_labels", "input_boxes"),
+}
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_prompts_of_every_kind(model, kind, batch_size, multimask_output):
+    optimized, inputs = optimize(model), make_inputs(model, batch_size)
+    inputs = {name: inputs[name] for name in ("pixel_values", *kind)}
+    with torch.no_grad():
+        expected = model(**inputs, multimask_output=multimask_output)
+    found = optimized(**inputs, multimask_output=multimask_output)
+    assert_equal(found, expected)
+    assert not found.pred_masks.requires_grad and not found.pred_masks.is_inference()
+
+
+def test_embeddings_in_and_out_and_an_earlier_mask(model):
+    optimized, inputs = optimize(model), make_inputs(model)
+    embeddings = optimized.get_image_embeddings(inputs["pixel_values"])
+    assert torch.allclose(embeddings, model.get_image_embeddings(inputs["pixel_values"]), atol=1e-5)
+    first = optimized(image_embeddings=embeddings, input_boxes=inputs["input_boxes"][:, :1], multimask_output=False)
+    arguments = {
+        "input_boxes": inputs["input_boxes"],
+        "input_masks": first.pred_masks[:, 0],
+        "image_embeddings": embeddings,
+    }
+    with torch.no_grad():
+        assert_equal(optimized(**arguments), model(**arguments))
+
+
+def test_what_the_fast_paths_do_not_know_runs_as_in_the_model(model):
+    optimized, inputs = optimize(model), make_inputs(model)
+    points = {"input_points": inputs["input_points"]}
+    outputs = optimized(pixel_values=inputs["pixel_values"], **points, output_hidden_states=True)
+    assert len(outputs.vision_hidden_states) == model.config.vision_config.num_hidden_layers + 1
+    pixel_values = inputs["pixel_values"].clone().requires_grad_()
+    optimized(pixel_values=pixel_values, **points).pred_masks.sum().backward()
+    assert pixel_values.grad.abs().sum() > 0
+    for wrong, message in (
+        ({"pixel_values": inputs["pixel_values"][..., 1:], **points}, "size"),
+        ({"pixel_values": (inputs["pixel_values"] * 9).byte(), **points}, "uint8"),
+        (points, "pixel_values"),
+        ({"pixel_values": inputs["pixel_values"], "input_points": inputs["input_points"][0]}, "4D"),
+        ({"pixel_values": inputs["pixel_values"], **points, "input_boxes": inputs["input_boxes"][:, :1]}, "boxes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimized(**wrong)
+
+
+def test_the_model_itself_stays_as_it_is(model):
+    optimized = optimize(model)
+    assert type(model) is SamLighteningModel and isinstance(optimized, SamLighteningModel)
+    assert type(optimized).__name__ == "SamLighteningModel"
+    assert optimized.mask_decoder.iou_token.weight is model.mask_decoder.iou_token.weight
+    assert optimized.state_dict().keys() == model.state_dict().keys()
+    assert optimized.report.encoder.startswith("plain: ") and optimized.report.num_graphs == 0
+    assert optimized.to("cpu") is optimized and optimized.eval() is optimized
+    with pytest.raises(RuntimeError, match="optimize it again"):
+        optimized.to(torch.float64)
+
+
+def test_it_is_not_to_be_saved(model, tmp_path):
+    with pytest.raises(ValueError, match="save the model"):
+        optimize(model).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_batch_sizes": (0,)}, r"image_batch_sizes=\(0,\)"),
+        ({"prompt_counts": (1, True)}, "prompt_counts"),
+        ({"dtype": torch.uint8}, "dtype=torch.uint8"),
+    ],
+)
+def test_bad_arguments(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        optimize(model, **arguments)
+
+
+def test_other_models():
+    with pytest.raises(ValueError, match="mask decoder"):
+        optimize(torch.nn.Linear(1, 1))
+    vision = {
+        "hidden_size": 32,
+        "num_pos_feats": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "output_channels": 32,
+    }
+    config = SamConfig(
+        vision_config={**vision, "global_attn_indexes": (0,), "mlp_dim": 32},
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 32, "iou_head_hidden_dim": 32},
+    )
+    torch.manual_seed(0)
+    sam = SamModel(config).eval()
+    inputs = make_inputs(sam)
+    with torch.no_grad():
+        assert_equal(optimize(sam)(**inputs), sam(**inputs))
+
+
+def test_the_stock_pipeline_takes_it():
+    model, processor = load_model("checkpoints/sam-lightening-tiny")
+    settings = {"points_per_crop": 2, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.6}
+    masks = [
+        pipeline("mask-generation", model=each, image_processor=processor.image_processor)(
+            "examples/images/coffee.jpg", **settings
+        )["masks"]
+        for each in (model, optimize(model))
+    ]
+    assert len(masks[0]) == len(masks[1]) > 0
+    assert all((one != other).float().mean() < 1e-3 for one, other in zip(*masks))
+
+
+@pytest.fixture
+def on_gpu():
+    return load_model("checkpoints/sam-lightening-tiny", "cuda", torch.bfloat16)[0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
+    optimized = optimize(on_gpu, image_batch_sizes=(1, 2), prompt_counts=(1, 3))
+    assert optimized.report.encoder == "fused" and optimized.report.num_graphs == 2 + 8
+    assert optimized.report.graph_memory_mb > 0
+    paths = optimized._paths
+    for batch_size, num_prompts, ran in ((1, 3, "graph"), (2, 1, "graph"), (3, 2, "eager")):
+        inputs = make_inputs(on_gpu, batch_size, num_prompts)
+        inputs = {"pixel_values": inputs["pixel_values"], "input_points": inputs["input_points"][:, :, :1]}
+        with torch.no_grad():
+            expected = on_gpu(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()})
+        assert_equal(optimized(**inputs), expected, 5e-2)
+        assert paths.encode.last_ran == paths.decoder.all_masks[True, False].last_ran == ran
+    assert len(paths.encode) == 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_outputs_belong_to_the_caller(on_gpu):
+    optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,))
+    inputs = [make_inputs(on_gpu, 1, 1)["pixel_values"] * factor for factor in (1, 2)]
+    first = optimized.get_image_embeddings(inputs[0])
+    kept = first.clone()
+    optimized.get_image_embeddings(inputs[1])
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_threads_streams_and_several_models(on_gpu):
+    models = [optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,)) for _ in range(2)]
+    pictures = [make_inputs(on_gpu, 1, 1)["pixel_values"] * factor for factor in (0.5, 1, 1.5, 2)]
+    expected = [models[0].get_image_embeddings(picture) for picture in pictures]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(place: int):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(30):
+                found = models[place % 2].get_image_embeddings(pictures[place])
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(found, expected[place]):
+                    wrong.append(place)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_float32_is_exact(on_gpu):
+    model = load_model("checkpoints/sam-lightening-tiny", "cuda")[0]
+    optimized, inputs = optimize(model, dtype=torch.float32, prompt_counts=(3,)), make_inputs(model)
+    assert optimized.report.encoder.startswith("plain: ")
+    with torch.no_grad():
+        assert_equal(optimized(**inputs), model(**inputs), 1e-3)
