@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import __version__, evaluate_command, segment_command
+from . import __version__, benchmark_command, evaluate_command, segment_command
 from .messages import one_line
 
 
@@ -45,6 +45,12 @@ COMMANDS = (
         "mIoU for boxes and clicks, AP, AR and fidelity to a teacher, of several models side by side",
         evaluate_command.add_evaluate_arguments,
         evaluate_command.run_evaluate,
+    ),
+    Command(
+        "benchmark",
+        "time and memory of the model beside its peers, in one run",
+        benchmark_command.add_benchmark_arguments,
+        benchmark_command.run_benchmark_command,
     ),
 )
 

@@ -1,0 +1,163 @@
+"""Attention alone: every kernel forward and backward, what dilation adds to a kernel, and ways to project q, k and v."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+
+from ..modeling.dilated_attention import (
+    BACKENDS,
+    dense_attention,
+    dilated_attention,
+    dilated_attention_reference,
+    split_groups,
+    why_not,
+)
+from .measure import attempt, capture, graph_time_ms, random_tensor, relative_error, time_calls
+from .settings import Settings
+
+
+NUM_HEADS, HEAD_DIM = 6, 64
+FORWARD, BOTH = "forward", "forward and backward"
+
+
+def group_shapes(settings: Settings) -> list[tuple[int, int, int, int]]:
+    """(B*N/w, w/r, r*H, D): a layer's groups of the whole image with r=2, and of bands of 512 tokens."""
+    if not settings.on_cuda:
+        return [(1, 256, 2 * NUM_HEADS, HEAD_DIM)]
+    batch_sizes = sorted({1, 8, settings.training_batch_size, 32})
+    shapes = [((b, 2048, 2 * NUM_HEADS, HEAD_DIM), (8 * b, 512, NUM_HEADS, HEAD_DIM)) for b in batch_sizes]
+    return [shape for pair in shapes for shape in pair]
+
+
+def attention_rows(settings: Settings) -> Iterator[dict]:
+    """Every backend on one layer's groups, in CUDA graphs, with its error against float64; and dilation's overhead."""
+    for shape in group_shapes(settings):
+        for backend in BACKENDS:
+            yield from _backend_rows(backend, shape, settings)
+    yield from overhead_rows(settings)
+
+
+def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Settings) -> Iterator[dict]:
+    device = settings.device
+    tokens = [random_tensor(shape, device, settings.dtype, seed).requires_grad_() for seed in range(3)]
+    direction = random_tensor(shape, device, settings.dtype, seed=3)
+    doubles = [t[:1].detach().double().requires_grad_() for t in tokens]
+    expected, _ = dilated_attention_reference(*doubles, shape[1])
+    gflop = 4 * shape[0] * shape[2] * shape[1] ** 2 * shape[3] / 1e9
+
+    def run():
+        return dense_attention(*tokens, backend=backend)
+
+    def both():
+        return torch.autograd.grad(run(), tokens, direction)
+
+    def require():
+        if reason := why_not(backend, *tokens):
+            raise ValueError(reason)
+
+    @torch.no_grad()
+    def measure_forward() -> dict:
+        require()
+        milliseconds = graph_time_ms(run, device)
+        return {
+            "ms": milliseconds, "ms_launched_alone": time_calls(run, device)["ms"], "tflops": gflop / milliseconds,
+            "error": relative_error(run()[:1], expected),
+        }  # fmt: skip
+
+    def measure_both() -> dict:
+        require()
+        gradients = torch.autograd.grad(expected, doubles, direction[:1].double())
+        errors = [relative_error(found[:1], e) for found, e in zip(both(), gradients, strict=True)]
+        return {"ms": graph_time_ms(both, device), "gradient_errors_qkv": errors}
+
+    row = {"part": "attention", "backend": backend, "dtype": settings.dtype_name, "shape_blhd": list(shape)}
+    forward = attempt({**row, "direction": FORWARD}, measure_forward)
+    yield forward
+    together = attempt({**row, "direction": BOTH}, measure_both)
+    if "ms" in forward and "ms" in together:
+        together["backward_over_forward"] = together["ms"] / forward["ms"] - 1
+    yield together
+
+
+def overhead_rows(settings: Settings) -> Iterator[dict]:
+    """Dilated attention from (B, N, H, D) against the dense kernel on the same groups, which are made before.
+
+    "separate" q, k and v lie each in its own memory; "packed" they come out of one projection, as in the plain model.
+    """
+    whole = (4096, None, 2)
+    cases = [(1, *whole), (8, *whole), (1, 65536, 4096, 4)] if settings.on_cuda else [(1, 256, None, 2)]
+    for batch_size, num_tokens, segment_length, rate in cases:
+        for layout in ("separate", "packed"):
+            row = {
+                "part": "attention", "what": "dilation's overhead", "layout": layout, "dtype": settings.dtype_name,
+                "batch_size": batch_size, "num_tokens": num_tokens, "segment_length": segment_length, "dilation_rate": rate,
+            }  # fmt: skip
+            pattern = (segment_length or num_tokens, rate)
+            yield attempt(
+                row, lambda b=batch_size, n=num_tokens, p=pattern, way=layout: _overhead(b, n, p, way, settings)
+            )
+
+
+@torch.no_grad()
+def _overhead(batch_size: int, num_tokens: int, pattern: tuple[int, int], layout: str, settings: Settings) -> dict:
+    """The two are timed in turn, because what is looked for is less than a clock's drift."""
+    qkv = random_tensor((3, batch_size, num_tokens, NUM_HEADS, HEAD_DIM), settings.device, settings.dtype)
+    tokens = qkv.unbind(0)
+    if layout == "packed":
+        tokens = qkv.permute(1, 2, 0, 3, 4).contiguous().unbind(2)
+    groups = [split_groups(t.contiguous(), *pattern) for t in tokens]
+    replay = capture if settings.on_cuda else lambda function, calls: function
+    calls = 10 if settings.on_cuda else 1
+    dilated = replay(lambda: dilated_attention(*tokens, *pattern), calls)
+    dense = replay(lambda: dense_attention(*groups), calls)
+    times = [[time_calls(function, settings.device)["ms"] / calls for function in (dilated, dense)] for _ in range(5)]
+    dilated_ms, dense_ms = (sorted(way)[2] for way in zip(*times))
+    return {"ms": dilated_ms, "dense_ms": dense_ms, "overhead": dilated_ms / dense_ms - 1}
+
+
+def projection_rows(settings: Settings) -> Iterator[dict]:
+    """From hidden states to the attention output of the whole image with r=2, three ways to project q, k and v."""
+    num_tokens, rate, width = 4096 if settings.on_cuda else 256, 2, NUM_HEADS * HEAD_DIM
+    layer = torch.nn.Linear(width, 3 * width, device=settings.device, dtype=settings.dtype)
+    batched_weight = layer.weight.view(3, width, width).transpose(1, 2)
+    # Rows of the weight as (head, q/k/v, D): heads of one token, and of the next, then lie at one stride.
+    interleaved = copy.deepcopy(layer)
+    for parameter in interleaved.parameters():
+        parameter.data = parameter.data.view(3, NUM_HEADS, HEAD_DIM, -1).transpose(0, 1).reshape(parameter.shape)
+
+    def packed(hidden_states):
+        return layer(hidden_states).view(-1, num_tokens, 3, NUM_HEADS, HEAD_DIM).unbind(2)
+
+    def batched(hidden_states):
+        flat = hidden_states.view(1, -1, width).expand(3, -1, -1)
+        return torch.baddbmm(layer.bias.view(3, 1, width), flat, batched_weight).view(
+            3, -1, num_tokens, NUM_HEADS, HEAD_DIM
+        )
+
+    def strided(hidden_states):
+        qkv = interleaved(hidden_states).view(-1, num_tokens // rate, rate * NUM_HEADS, 3, HEAD_DIM)
+        return qkv.unbind(3)
+
+    ways = {
+        "one product, q k v packed, copied where dilated": lambda h: dilated_attention(*packed(h), None, rate),
+        "batched product, q k v contiguous": lambda h: dilated_attention(*batched(h), None, rate),
+        "one product, weight rows by head, strided": lambda h: dense_attention(*strided(h)).view(
+            -1, num_tokens, NUM_HEADS, HEAD_DIM
+        ),
+    }
+    for batch_size in settings.batch_sizes:
+        hidden_states = random_tensor((batch_size, num_tokens, width), settings.device, settings.dtype)
+
+        @torch.inference_mode()
+        def measure(function, hidden_states=hidden_states) -> dict:
+            contiguous = (t.contiguous() for t in packed(hidden_states))
+            expected = dilated_attention(*contiguous, None, rate, backend="sdpa")
+            return {
+                "ms": graph_time_ms(lambda: function(hidden_states), settings.device),
+                "error": relative_error(function(hidden_states), expected),
+            }
+
+        for name, function in ways.items():
+            row = {"part": "projection", "way": name, "batch_size": batch_size}
+            yield attempt(row, lambda f=function, m=measure: m(f))

@@ -1,0 +1,177 @@
+"""Image encoders: ours in every way to run it, and ours at several resolutions."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from .. import SamLighteningConfig
+from .measure import (
+    arithmetic,
+    attempt,
+    capture,
+    count_gflop,
+    peak_memory,
+    random_tensor,
+    time_calls,
+)
+from .settings import Settings
+
+
+OURS = "SAM-Lightening"
+IMPLEMENTATIONS = ("dilated_flash_attention", "sdpa", "eager", *(f"flash_attention_{version}" for version in (2, 3, 4)))
+EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "eager", "CUDA graph", "torch.compile", "torch.compile, CUDA graph"
+OPTIMIZED = "optimize()"
+
+
+def modes(settings: Settings) -> list[str]:
+    """The ways to run a plain module that this device has, without those that compile where that is not wanted."""
+    return [
+        EAGER,
+        *([GRAPH] if settings.on_cuda else []),
+        *([COMPILED] if settings.compile else []),
+        *([COMPILED_GRAPH] if settings.compile and settings.on_cuda else []),
+    ]
+
+
+def optimized(model: nn.Module, settings: Settings, **shapes):
+    """`samlight_hf.inference.optimize` in the benchmark's dtype, for the shapes that are measured."""
+    from ..inference import optimize
+
+    return optimize(model, dtype=settings.dtype, **shapes)
+
+
+def report_of(model) -> dict:
+    """What an optimized model says of its warm-up and of its graphs' memory, as numbers of a row."""
+    report = model.report
+    values = report if isinstance(report, dict) else vars(report)
+    return {f"report_{name}": value for name, value in values.items() if isinstance(value, int | float | str)}
+
+
+def time_encoder(
+    build: Callable[[], nn.Module], mode: str, batch_size: int, image_size: int, dtype: torch.dtype, settings: Settings
+) -> dict:
+    """A row's measurements of the module that `build` makes, on pictures (B, 3, S, S), from a device with nothing on it."""
+    try:
+        with peak_memory(settings.device) as memory:
+            encoder = build()
+            pixel_values = random_tensor((batch_size, 3, image_size, image_size), settings.device, dtype)
+            if mode in (COMPILED, COMPILED_GRAPH):
+                encoder = torch.compile(encoder, fullgraph=True, dynamic=False)
+
+            def call():
+                return encoder(pixel_values)
+
+            with torch.inference_mode():
+                timing = time_calls(capture(call) if mode in (GRAPH, COMPILED_GRAPH) else call, settings.device)
+    finally:
+        if mode not in (EAGER, GRAPH):
+            torch.compiler.reset()  # what was compiled holds its model, and would be looked through for the next one
+    return {**timing, "images_per_second": 1e3 * batch_size / timing["ms"], **memory}
+
+
+def encoder_row(
+    row: dict, build: Callable[[], nn.Module], image_size: int, dtype: torch.dtype, settings: Settings, gflop: float
+) -> dict:
+    """`row`, which says `mode` and `batch_size`, with time, memory and arithmetic; `gflop` are those of one picture."""
+
+    def measure() -> dict:
+        timing = time_encoder(build, row["mode"], row["batch_size"], image_size, dtype, settings)
+        half = dtype == settings.dtype  # what the ceiling was measured in
+        ceiling = settings.ceiling["tflops"] if half else None
+        return {**timing, **arithmetic(gflop * row["batch_size"], timing["ms"], ceiling)}
+
+    return attempt(row, measure)
+
+
+def optimized_encoder_row(row: dict, config: SamLighteningConfig, settings: Settings, gflop: float) -> dict:
+    """As `encoder_row`, of the encoder in an optimized model, for which graphs of this batch and one prompt are made."""
+    reports = {}
+
+    def build() -> nn.Module:
+        model = optimized(
+            settings.make_model(config), settings, image_batch_sizes=(row["batch_size"],), prompt_counts=(1,)
+        )
+        reports.update(report_of(model))
+        return model.vision_encoder
+
+    image_size = config.vision_config.image_size
+    return {**encoder_row(row, build, image_size, settings.dtype, settings, gflop), **reports}
+
+
+def plain_encoder(config: SamLighteningConfig, settings: Settings, attn_implementation: str | None = None) -> nn.Module:
+    """The image encoder of our model, as it is."""
+    model = settings.make_model(config)
+    if attn_implementation:
+        model.set_attn_implementation(attn_implementation)
+    return model.vision_encoder
+
+
+def encoder_gflop(config: SamLighteningConfig) -> float:
+    """10^9 operations of our image encoder for one picture: with `"sdpa"`, whose operations torch can count."""
+    size = config.vision_config.image_size
+    encoder = plain_encoder(config, Settings(torch.device("meta"), dtype=torch.float32), "sdpa")
+    return count_gflop(encoder, torch.empty(1, 3, size, size, device="meta"))
+
+
+def encoder_rows(settings: Settings) -> Iterator[dict]:
+    """Ours: as it is in every attention implementation, graphed, compiled, and optimized."""
+    config = settings.config
+    image_size, gflop = config.vision_config.image_size, encoder_gflop(config)
+    ways = [(EAGER, implementation) for implementation in IMPLEMENTATIONS]
+    ways += [(mode, "dilated_flash_attention") for mode in modes(settings) if mode != EAGER]
+    for mode, implementation in ways:
+        for batch_size in settings.batch_sizes:
+            row = {
+                "part": "encoder", "model": OURS, "mode": mode, "attn_implementation": implementation,
+                "dtype": settings.dtype_name, "batch_size": batch_size,
+            }  # fmt: skip
+            build = partial(plain_encoder, config, settings, implementation)
+            yield encoder_row(row, build, image_size, settings.dtype, settings, gflop)
+    for batch_size in settings.batch_sizes:
+        row = {
+            "part": "encoder", "model": OURS, "mode": OPTIMIZED, "dtype": settings.dtype_name, "batch_size": batch_size
+        }  # fmt: skip
+        yield optimized_encoder_row(row, config, settings, gflop)
+
+
+FULL, DILATED, SAME_GROUPS = "full attention", "dilated", "same groups, undilated"
+
+
+def resolution_patterns(image_size: int, patch_size: int) -> dict[str, dict]:
+    """Patterns of all layers at one size: full attention, w=4096 and r=4, and undilated bands as long as its groups.
+
+    The last two attend in equally many groups of equal length: what differs is that one is dilated.
+    """
+    num_tokens = (image_size // patch_size) ** 2
+    segment_length = math.gcd(num_tokens, 4096)
+    rate = math.gcd(segment_length, 4)
+    return {
+        FULL: {"segment_length": None, "dilation_rate": 1},
+        DILATED: {"segment_length": segment_length, "dilation_rate": rate},
+        SAME_GROUPS: {"segment_length": segment_length // rate, "dilation_rate": 1},
+    }
+
+
+def resolution_rows(settings: Settings) -> Iterator[dict]:
+    """Ours, one picture at a time, by the picture's size and by the pattern of all its layers."""
+    given = settings.config.to_dict()["vision_config"]
+    derived = ("image_size", "segment_length", "dilation_rate", "model_type")
+    shape = {name: value for name, value in given.items() if name not in derived}
+    for image_size in settings.resolutions:
+        for pattern, layers in resolution_patterns(image_size, given["patch_size"]).items():
+            config = SamLighteningConfig(
+                vision_config={**shape, **layers, "image_size": image_size},
+                mask_decoder_config=settings.config.mask_decoder_config.to_dict(),
+            )
+            gflop = encoder_gflop(config)
+            common = {
+                "part": "resolution", "model": OURS, "image_size": image_size, "pattern": pattern, **layers,
+                "dtype": settings.dtype_name, "batch_size": 1,
+            }  # fmt: skip
+            build = partial(plain_encoder, config, settings)
+            mode = GRAPH if settings.on_cuda else EAGER
+            yield encoder_row({**common, "mode": mode}, build, image_size, settings.dtype, settings, gflop)
+            yield optimized_encoder_row({**common, "mode": OPTIMIZED}, config, settings, gflop)

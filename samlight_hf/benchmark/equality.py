@@ -1,0 +1,117 @@
+"""Whether what is fast computes the same: embeddings and masks of photographs, against the plain eager model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, SamImageProcessor
+
+from ..loading import load_model
+from ..predictor import picture_tensor
+from ..preprocessing import preprocess, resized_size, upscale_logits
+from .encoders import EAGER, OPTIMIZED, optimized, report_of
+from .measure import attempt, relative_error
+from .settings import Settings
+
+
+POINTS_PER_SIDE = 4
+PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def equality_rows(settings: Settings) -> Iterator[dict]:
+    """Each photograph with a grid of points, a prompt each, and all three masks of each at the photograph's size.
+
+    In the benchmark's dtype, plain eager and optimized against plain eager in float32, and optimized against plain.
+    Photographs are prepared as transformers' image processor does on a CPU, once for all.
+    """
+    row = {
+        "part": "equality",
+        "dtype": settings.dtype_name,
+        "checkpoint": settings.checkpoint and settings.checkpoint.name,
+    }
+    setup = {}
+    failed = attempt(row, lambda: setup.update(_load(settings)) or {})
+    if "cannot_run" in failed:
+        yield failed
+        return
+    for path in setup["paths"]:
+        found = {}
+        failed = attempt(
+            {**row, "photograph": path.name},
+            lambda p=path, f=found: f.update(_predict_all(p, setup["models"], setup["image_processor"])) or {},
+        )
+        if "cannot_run" in failed:
+            yield failed
+            continue
+        pairs = [(EAGER, "float32"), (OPTIMIZED, "float32"), (OPTIMIZED, EAGER)]
+        for mode, reference in pairs:
+            against = f"eager, {'float32' if reference == 'float32' else settings.dtype_name}"
+            compared = {**row, "photograph": path.name, "mode": mode, "against": against}
+            if mode not in found:
+                yield {**compared, "cannot_run": setup["cannot_run"]}
+                continue
+            yield {**compared, **_compare(found[mode], found[reference]), **setup["report"]}
+
+
+def _load(settings: Settings) -> dict:
+    if settings.checkpoint is None or settings.images is None:
+        raise ValueError("there is no checkpoint or no photograph: give --checkpoint and --images.")
+    suffixes = PHOTOGRAPH_SUFFIXES
+    paths = sorted(path for path in Path(settings.images).iterdir() if path.suffix.lower() in suffixes)
+    if not paths:
+        raise ValueError(f"{settings.images} holds no photograph ({', '.join(suffixes)}).")
+    reference, processor = load_model(settings.checkpoint, str(settings.device))
+    plain, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
+    models = {"float32": reference, EAGER: plain}
+    made = {}
+    failed = attempt({}, lambda: made.update(model=_optimize(settings)) or {})
+    if made:
+        models[OPTIMIZED] = made["model"]
+    return {
+        "paths": paths, "models": models, "image_processor": processor.image_processor,
+        "report": report_of(made["model"]) if made else {}, "cannot_run": failed.get("cannot_run"),
+    }  # fmt: skip
+
+
+def _optimize(settings: Settings):
+    model, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
+    return optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(POINTS_PER_SIDE**2,))
+
+
+@torch.inference_mode()
+def _predict_all(path: Path, models: dict[str, PreTrainedModel], image_processor: SamImageProcessor) -> dict:
+    picture = picture_tensor(path)
+    size, device = tuple(picture.shape[-2:]), models[EAGER].device
+    resized = resized_size(*size, image_processor.size["longest_edge"])
+    pixel_values = preprocess(image_processor, [picture], torch.device("cpu")).to(device)
+    places = (torch.arange(POINTS_PER_SIDE, device=device) + 0.5) / POINTS_PER_SIDE
+    points = torch.stack([(places * resized[1]).repeat(POINTS_PER_SIDE), (places * resized[0]).repeat_interleave(POINTS_PER_SIDE)], dim=-1)  # fmt: skip
+    padded = image_processor.pad_size["height"], image_processor.pad_size["width"]
+    found = {}
+    for name, model in models.items():
+        values = pixel_values.to(model.dtype)
+        embeddings = model.get_image_embeddings(values).clone()  # the next call may overwrite what a graph returned
+        outputs = model(pixel_values=values, input_points=points[None, :, None])
+        masks = upscale_logits(outputs.pred_masks.flatten(0, 2), padded, resized, size) > 0
+        found[name] = {
+            "embeddings": embeddings, "logits": outputs.pred_masks.clone(), "iou_scores": outputs.iou_scores.clone(),
+            "masks": masks,
+        }  # fmt: skip
+    return found
+
+
+def _compare(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict:
+    iou = mask_iou(found["masks"], reference["masks"])
+    return {
+        "embedding_error": relative_error(found["embeddings"], reference["embeddings"]),
+        "logits_error": relative_error(found["logits"], reference["logits"]),
+        "iou_score_difference": (found["iou_scores"].double() - reference["iou_scores"].double()).abs().max().item(),
+        "masks": len(iou), "mask_iou_mean": iou.mean().item(), "mask_iou_min": iou.min().item(),
+        "masks_at_0.99": (iou >= 0.99).double().mean().item(),
+    }  # fmt: skip
+
+
+def mask_iou(masks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of pairs of masks, bool (n, H, W) twice to float64 (n,); 1 where both are empty."""
+    intersection, union = ((f(masks, others)).sum(dim=(1, 2)).double() for f in (torch.logical_and, torch.logical_or))
+    return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)

@@ -1,0 +1,53 @@
+"""Where the image encoder's time goes: its kernels on the device, as it is and optimized."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .encoders import EAGER, OPTIMIZED, OURS, optimized
+from .measure import attempt, random_tensor
+from .settings import Settings
+
+
+REPEATS = 10
+
+
+def profile_rows(settings: Settings) -> Iterator[dict]:
+    """Of one picture and of eight: each kernel with its `launches` and `us` in one call, the longest first.
+
+    Where kernels overlap, which Hopper's linear layers do when optimized, the time that one waits for another counts twice.
+    """
+    if not settings.on_cuda:
+        return
+    for mode in (EAGER, OPTIMIZED):
+        for batch_size in (1, 8):
+            row = {
+                "part": "profile", "model": OURS, "mode": mode, "dtype": settings.dtype_name, "batch_size": batch_size
+            }  # fmt: skip
+            found: list[dict] = []
+            failed = attempt(row, lambda m=mode, b=batch_size, f=found: f.extend(_kernels(m, b, settings)) or {})
+            yield from ({**row, **kernel} for kernel in found) if found else (failed,)
+
+
+@torch.inference_mode()
+def _kernels(mode: str, batch_size: int, settings: Settings) -> list[dict]:
+    with torch.inference_mode(False):
+        model = settings.make_model()
+        if mode == OPTIMIZED:
+            model = optimized(model, settings, image_batch_sizes=(batch_size,), prompt_counts=())
+    size = settings.config.vision_config.image_size
+    pixel_values = random_tensor((batch_size, 3, size, size), settings.device, settings.dtype)
+    for _ in range(3):
+        model.vision_encoder(pixel_values)
+    torch.cuda.synchronize(settings.device)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(REPEATS):
+            model.vision_encoder(pixel_values)
+        torch.cuda.synchronize(settings.device)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
+    return [
+        {"kernel": event.key[:100], "launches": event.count / REPEATS, "us": event.device_time_total / REPEATS}
+        for event in events
+        if event.device_time_total > 0
+    ]

@@ -1,0 +1,180 @@
+"""Mask decoders by the number of prompts, and the whole way from a picture to a mask: time and memory."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import SamImageProcessor
+
+from ..inference import make_decoder
+from ..modeling.modeling_sam_lightening import make_processor
+from ..predictor import Predictor
+from ..preprocessing import preprocess, resized_size, upscale_logits
+from .encoders import COMPILED, EAGER, GRAPH, OPTIMIZED, OURS, optimized, report_of
+from .measure import MEGABYTE, attempt, capture, peak_memory, random_tensor, synchronize, time_calls, wall_clock_ms
+from .settings import Settings
+
+
+PREDICTOR, PREDICTOR_GRAPHS, PREDICTOR_OPTIMIZED = "Predictor, eager", "Predictor, CUDA graphs", "Predictor, optimize()"
+COMPILED_PROMPT_COUNTS = (1, 64)  # each takes a while to compile
+
+
+def decoder_rows(settings: Settings) -> Iterator[dict]:
+    """One point a prompt on one encoded picture, three masks each, logits and scores out."""
+    graph = (GRAPH,) if settings.on_cuda else ()
+    compiled = (COMPILED,) if settings.compile else ()
+    for mode in (EAGER, *graph, *compiled, PREDICTOR, *([PREDICTOR_GRAPHS] if graph else []), OPTIMIZED):
+        for num_prompts in settings.prompt_counts:
+            if mode == COMPILED and num_prompts not in COMPILED_PROMPT_COUNTS:
+                continue
+            row = {
+                "part": "decoder", "model": OURS, "mode": mode, "dtype": settings.dtype_name, "num_prompts": num_prompts
+            }  # fmt: skip
+            yield attempt(row, lambda m=mode, n=num_prompts: _time_decoder(m, n, settings))
+
+
+@torch.inference_mode()
+def _time_decoder(mode: str, num_prompts: int, settings: Settings) -> dict:
+    device, side = settings.device, settings.config.prompt_encoder_config.image_embedding_size
+    channels, image_size = settings.config.vision_config.output_channels, settings.config.vision_config.image_size
+    with peak_memory(device) as memory:
+        with torch.inference_mode(False):
+            model = settings.make_model()
+            if mode == OPTIMIZED:
+                model = optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(num_prompts,))
+        embeddings = random_tensor((1, channels, side, side), device, settings.dtype)
+        points = random_tensor((1, num_prompts, 1, 2), device, torch.float32, seed=1).sigmoid() * image_size
+        if mode in (PREDICTOR, PREDICTOR_GRAPHS):
+            decoder = make_decoder(model, cuda_graphs=mode == PREDICTOR_GRAPHS)
+            image, labels = decoder.prepare(embeddings), torch.ones(num_prompts, 1, dtype=torch.long, device=device)
+
+            def call():
+                return decoder.decode(image, points[0], labels, repeated=True)
+        else:
+            if mode == COMPILED:
+                model.mask_decoder.compile(dynamic=False)
+
+            def call():
+                return model(image_embeddings=embeddings, input_points=points)
+
+        timing = time_calls(capture(call) if mode == GRAPH else call, device)
+    if mode in (COMPILED, OPTIMIZED):
+        torch.compiler.reset()
+    report = report_of(model) if mode == OPTIMIZED else {}
+    return {**timing, "prompts_per_second": 1e3 * num_prompts / timing["ms"], **memory, **report}
+
+
+def picture_to_mask(
+    model: nn.Module, image_processor: SamImageProcessor, picture: torch.Tensor, point_xy: tuple[float, float]
+) -> torch.Tensor:
+    """One picture, uint8 (3, H, W), and one point in its pixels, to the best mask by predicted IoU, bool (H, W).
+
+    Nothing waits for the device. `model` is called as any SAM of transformers.
+    """
+    size, padded = tuple(picture.shape[-2:]), image_processor.pad_size
+    resized = resized_size(*size, image_processor.size["longest_edge"])
+    point = [point_xy[0] * resized[1] / size[1], point_xy[1] * resized[0] / size[0]]
+    points = torch.tensor([[[point]]], device=picture.device)
+    pixel_values = preprocess(image_processor, [picture], picture.device, model.dtype)
+    outputs = model(pixel_values=pixel_values, input_points=points)
+    best = outputs.iou_scores[0, 0].argmax(dim=0, keepdim=True)
+    logits = outputs.pred_masks[0, 0].index_select(0, best)
+    return upscale_logits(logits, (padded["height"], padded["width"]), resized, size)[0] > 0
+
+
+def prompt_rows(settings: Settings) -> Iterator[dict]:
+    """A picture on the device, as decoded, and one point to a mask at the picture's size; and the steps at both ends.
+
+    `ms` is between events on the device, `wall_clock_ms` from the call to the moment when the device is done.
+    """
+    compiled = (COMPILED,) if settings.compile else ()
+    graphs = (PREDICTOR_GRAPHS,) if settings.on_cuda else ()
+    for mode in (EAGER, *compiled, PREDICTOR, *graphs, OPTIMIZED, PREDICTOR_OPTIMIZED):
+        for size in settings.picture_sizes:
+            row = _prompt_row(mode, size, settings)
+            yield attempt(row, lambda m=mode, s=size: _time_prompt(m, s, settings))
+    for size in settings.picture_sizes:
+        for step, make in {"preprocessing": _preprocessing, "mask at the picture's size": _upscaling}.items():
+            row = {**_prompt_row(EAGER, size, settings), "step": step}
+            yield attempt(row, lambda m=make, s=size: _times(m(s, settings), settings))
+
+
+def _prompt_row(mode: str, size: tuple[int, int], settings: Settings) -> dict:
+    return {
+        "part": "prompt", "model": OURS, "mode": mode, "dtype": settings.dtype_name, "picture_height": size[0],
+        "picture_width": size[1],
+    }  # fmt: skip
+
+
+def _picture(size: tuple[int, int], settings: Settings) -> torch.Tensor:
+    generator = torch.Generator(settings.device).manual_seed(0)
+    return torch.randint(0, 256, (3, *size), device=settings.device, generator=generator, dtype=torch.uint8)
+
+
+def _times(call: Callable[[], object], settings: Settings) -> dict:
+    with torch.inference_mode():
+        timing = time_calls(call, settings.device)
+        return {**timing, "wall_clock_ms": wall_clock_ms(call, settings.device, timing["repeats"])}
+
+
+def _time_prompt(mode: str, size: tuple[int, int], settings: Settings) -> dict:
+    with peak_memory(settings.device) as memory:
+        before = torch.cuda.memory_reserved(settings.device) if settings.on_cuda else 0
+        call, model = prompt_call(mode, size, settings)
+        timing = _times(call, settings)
+        serving = serving_memory(call, settings, before)
+    if mode not in (EAGER, PREDICTOR, PREDICTOR_GRAPHS):
+        torch.compiler.reset()
+    return {**timing, **memory, **serving, **(report_of(model) if OPTIMIZED in mode else {})}
+
+
+def prompt_call(mode: str, size: tuple[int, int], settings: Settings) -> tuple[Callable[[], torch.Tensor], nn.Module]:
+    """What goes from a picture and a point to a mask in that mode, and the model that it calls."""
+    model = settings.make_model()
+    image_processor = make_processor(settings.config.vision_config).image_processor
+    picture, point = _picture(size, settings), (size[1] / 3, size[0] / 2)
+    if OPTIMIZED in mode:
+        model = optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(1,))
+    if mode == COMPILED:
+        model.vision_encoder.compile(dynamic=False)
+        model.mask_decoder.compile(dynamic=False)
+    if mode not in (PREDICTOR, PREDICTOR_GRAPHS, PREDICTOR_OPTIMIZED):
+        return lambda: picture_to_mask(model, image_processor, picture, point), model
+    predictor = Predictor(model, image_processor, output="torch", cuda_graphs=mode == PREDICTOR_GRAPHS)
+
+    def predict() -> torch.Tensor:
+        prediction = predictor.set_image(picture).predict(points_xy=[[point]], full_size=False)
+        best = prediction.scores[0].argmax(dim=0, keepdim=True)
+        return predictor.to_masks(prediction.logits[0].index_select(0, best))[0]
+
+    return predict, model
+
+
+@torch.inference_mode()
+def serving_memory(call: Callable[[], object], settings: Settings, before: int) -> dict[str, float]:
+    """What torch has from the device at most, in MB, while a warm `call` runs: weights, graphs, workspaces and all.
+
+    Above the `before` bytes that it had already. What the warm-up took and nobody holds is given back first.
+    """
+    if not settings.on_cuda:
+        return {}
+    synchronize(settings.device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(settings.device)
+    for _ in range(3):
+        call()
+    synchronize(settings.device)
+    return {"serving_memory_mb": (torch.cuda.max_memory_reserved(settings.device) - before) / MEGABYTE}
+
+
+def _preprocessing(size: tuple[int, int], settings: Settings) -> Callable[[], torch.Tensor]:
+    image_processor = make_processor(settings.config.vision_config).image_processor
+    picture = _picture(size, settings)
+    return lambda: preprocess(image_processor, [picture], settings.device, settings.dtype)
+
+
+def _upscaling(size: tuple[int, int], settings: Settings) -> Callable[[], torch.Tensor]:
+    image_size = settings.config.vision_config.image_size
+    side = 4 * settings.config.prompt_encoder_config.image_embedding_size
+    logits, resized = random_tensor((1, side, side), settings.device, settings.dtype), resized_size(*size, image_size)
+    return lambda: upscale_logits(logits, (image_size, image_size), resized, size) > 0

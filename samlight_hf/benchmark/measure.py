@@ -1,0 +1,206 @@
+"""Time, memory and arithmetic of one call.
+
+Times are medians of CUDA events around single calls, each waited for, after warm-up: what launching kernels takes from
+Python counts, as it does for whoever calls the model. Elsewhere than on CUDA a clock is read.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..cuda_graphs import _forget_workspaces
+from ..messages import one_line
+
+
+WARM_UP_SECONDS = 0.05  # after the first call, so that the clocks are up
+MEGABYTE = 2**20
+_REASON_LIMIT = 300
+
+
+def attempt(row: dict, measure: Callable[[], dict]) -> dict:
+    """`row` with what `measure` returns; or, where that fails, with `cannot_run` and the reason."""
+    try:
+        return {**row, **measure()}
+    except Exception as error:
+        return {**row, "cannot_run": reason(error)}
+
+
+def reason(error: Exception) -> str:
+    """Why a row is not there, in one line."""
+    return f"{type(error).__name__}: {one_line(error, _REASON_LIMIT)}"
+
+
+def synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(
+    function: Callable[[], object], device: torch.device, repeats: int = 20, seconds: float = 2.0
+) -> dict[str, float]:
+    """Median time of one call: `ms`, with `repeats` and the `first_call_s` that the first of them took.
+
+    At least `repeats` calls are timed, more of quick ones; of slow ones as many as `seconds` allow, but never less than
+    five, or three of calls that take more than a second.
+    """
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    first_call = time.perf_counter() - start
+    start, calls = time.perf_counter(), 0
+    while calls < (3 if device.type == "cuda" else 1) or time.perf_counter() - start < WARM_UP_SECONDS:
+        function()
+        synchronize(device)
+        calls += 1
+        if time.perf_counter() - start > seconds / 4:
+            break
+    estimate = (time.perf_counter() - start) / calls
+    repeats = min(max(repeats, int(0.1 / estimate)), 100, max(int(seconds / estimate), 3 if estimate > 1 else 5))
+    timed = _cuda_ms if device.type == "cuda" else _clock_ms
+    return {"ms": statistics.median(timed(function) for _ in range(repeats)), "repeats": repeats, "first_call_s": first_call}  # fmt: skip
+
+
+def _cuda_ms(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _clock_ms(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def wall_clock_ms(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median time in ms from a call to the moment when the device is done, of a function that is warm."""
+
+    def call():
+        function()
+        synchronize(device)
+
+    return statistics.median(_clock_ms(call) for _ in range(repeats))
+
+
+def capture(function: Callable[[], object], calls: int = 1) -> Callable[[], None]:
+    """What replays `calls` calls of `function` from one CUDA graph. Tensors that it reads must stay where they are."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are chosen, and workspaces made, before the capture
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    _forget_workspaces()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            outputs = function()
+    _forget_workspaces()
+
+    def replay(outputs=outputs):  # which live as long as what replays them
+        graph.replay()
+
+    return replay
+
+
+def graph_time_ms(function: Callable[[], object], device: torch.device, calls: int = 10) -> float:
+    """Median time of one call, in ms, where `calls` of them are replayed from one CUDA graph: no launch counts."""
+    if device.type != "cuda":
+        return time_calls(function, device)["ms"]
+    return time_calls(capture(function, calls), device)["ms"] / calls
+
+
+def release_memory(device: torch.device):
+    """Gives back all that is not in use: earlier models and graphs, torch's cache, cuBLAS's workspaces."""
+    gc.collect()
+    if device.type == "cuda":
+        _forget_workspaces()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """Fills in, at the end, what was taken at most above what was there at the start, on CUDA, in MB of 2**20 bytes.
+
+    `peak_memory_mb` is of tensors, weights and what graphs hold among them; `peak_reserved_mb` is what torch took from the
+    device for it.
+    """
+    release_memory(device)
+    peak: dict[str, float] = {}
+    if device.type != "cuda":
+        yield peak
+        return
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    torch.cuda.synchronize(device)
+    peak["peak_memory_mb"] = (torch.cuda.max_memory_allocated(device) - allocated) / MEGABYTE
+    peak["peak_reserved_mb"] = (torch.cuda.max_memory_reserved(device) - reserved) / MEGABYTE
+
+
+def count_gflop(module: nn.Module, *inputs: torch.Tensor) -> float:
+    """10^9 floating point operations of `module(*inputs)`'s matrix products, convolutions and attention, from shapes alone.
+
+    A multiplication and an addition are two. Nothing is computed, and no memory is taken.
+    """
+    named = (*module.named_parameters(), *module.named_buffers())
+    on_meta = {name: tensor.to("meta") for name, tensor in named}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(module, on_meta, tuple(tensor.to("meta") for tensor in inputs))
+    return counter.get_total_flops() / 1e9
+
+
+def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the device can do: `tflops` of a large matrix product, and `gb_per_s` of a large copy, read and written."""
+    size, num_bytes = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    product_ms = time_calls(lambda: torch.mm(left, right, out=product), device, repeats=50)["ms"]
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_(generator=generator)
+    target = torch.empty_like(source)
+    copy_ms = time_calls(lambda: target.copy_(source), device)["ms"]
+    return {"tflops": 2 * size**3 / product_ms / 1e9, "gb_per_s": 2 * num_bytes / copy_ms / 1e6}
+
+
+def arithmetic(gflop: float, milliseconds: float, ceiling_tflops: float | None) -> dict[str, float]:
+    """`gflop`, and where the ceiling is known the time that they alone take at it, and the fraction of it that was had."""
+    if ceiling_tflops is None:
+        return {"gflop": gflop}
+    floor = gflop / ceiling_tflops
+    return {"gflop": gflop, "floor_ms": floor, "ceiling_fraction": floor / milliseconds}
+
+
+@contextmanager
+def building(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Models that are made inside are on `device` in `dtype` at once, with the same random weights each time."""
+    default = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def random_tensor(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers, which are not drawn from torch's own generator: a failed capture may leave that unusable."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+
+def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """|output - reference| / |reference|, in float64."""
+    reference = reference.double()
+    return ((output.double() - reference).norm() / reference.norm()).item()

@@ -1,0 +1,207 @@
+"""What the rows come to: targets with how far each is met, tables for the terminal, and the plot."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .attention import BOTH
+from .encoders import DILATED, EAGER, FULL, GRAPH, OPTIMIZED, OURS
+
+
+Row = dict
+Rows = list[Row]
+
+
+class Target(NamedTuple):
+    """A number to reach for one H100 in bfloat16: at most `limit`, or at least; `value` finds it in the rows, or None."""
+
+    name: str
+    limit: float
+    unit: str
+    at_most: bool
+    value: Callable[[Rows], float | None]
+
+    def check(self, rows: Rows) -> Row:
+        """A row for a table and for JSON: the value, the limit, and whether it is met or by which part it is missed."""
+        value = self.value(rows)
+        sign = "<=" if self.at_most else ">="
+        result = {"target": self.name, "value": value, "limit": self.limit, "sign": sign, "unit": self.unit}
+        if value is None:
+            return {**result, "met": None, "says": "not measured"}
+        met = value <= self.limit if self.at_most else value >= self.limit
+        return {**result, "met": met, "says": "met" if met else f"missed by {abs(value / self.limit - 1):.1%}"}
+
+
+def _found(rows: Rows, key: str, **wanted) -> list[float]:
+    """`key` of the rows that could run and have the wanted values."""
+    return [row[key] for row in rows if key in row and all(row.get(name) == value for name, value in wanted.items())]
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
+
+
+def _encoder_ms(rows: Rows) -> float | None:
+    return _least(_found(rows, "ms", part="encoder", batch_size=1))
+
+
+def _times_vit_h(dtype: str, attention: str) -> Callable[[Rows], float | None]:
+    peer = {"part": "peers", "model": "SAM ViT-H", "batch_size": 1, "attn_implementation": attention, "dtype": dtype}
+    return lambda rows: _ratio(_least(_found(rows, "ms", **peer, mode=EAGER)), _encoder_ms(rows))
+
+
+def _prompt_ms(rows: Rows) -> float | None:
+    """The slowest picture size, in the way that is the fastest at its slowest; of whole ways, not of steps."""
+    return _least(_slowest_prompt(rows).values())
+
+
+def _prompt_memory(rows: Rows) -> float | None:
+    """In the way that `_prompt_ms` takes, so that one way meets both; for the smallest picture."""
+    slowest = _slowest_prompt(rows)
+    if not slowest:
+        return None
+    return _least(_found(rows, "serving_memory_mb", part="prompt", mode=min(slowest, key=slowest.get)))
+
+
+def _slowest_prompt(rows: Rows) -> dict[str, float]:
+    whole = [row for row in rows if row.get("part") == "prompt" and "step" not in row and "ms" in row]
+    return {mode: max(_found(whole, "ms", mode=mode)) for mode in {row["mode"] for row in whole}}
+
+
+def _resolution_gain(rows: Rows) -> float | None:
+    """Of the optimized encoder where it was measured, otherwise of the graphed one."""
+    largest = {"part": "resolution", "image_size": 4096}
+    for mode in (OPTIMIZED, GRAPH):
+        full, dilated = (_least(_found(rows, "ms", **largest, mode=mode, pattern=p)) for p in (FULL, DILATED))
+        if full and dilated:
+            return full / dilated
+    return None
+
+
+def _backward(rows: Rows) -> float | None:
+    """The larger of a training step's two kinds of layer, as the dispatcher runs them."""
+    shapes = ([16, 2048, 12, 64], [128, 512, 6, 64])
+    found = {"part": "attention", "backend": "auto", "direction": BOTH}
+    return _most(_least(_found(rows, "backward_over_forward", **found, shape_blhd=shape)) for shape in shapes)
+
+
+def _equal(key: str, choose: Callable) -> Callable[[Rows], float | None]:
+    return lambda rows: choose(_found(rows, key, part="equality", mode=OPTIMIZED, against="eager, float32"))
+
+
+TARGETS = (
+    Target("encoder, batch 1", 0.45, "ms", True, _encoder_ms),
+    Target("SAM ViT-H, sdpa, bfloat16: times as long", 90, "x", False, _times_vit_h("bfloat16", "sdpa")),
+    Target("SAM ViT-H, eager, float32: times as long", 400, "x", False, _times_vit_h("float32", "eager")),
+    Target("encoder, best batch", 3000, "images/s", False, lambda rows: _most(_found(rows, "images_per_second", part="encoder"))),
+    Target("picture in to mask of one point", 1.0, "ms", True, _prompt_ms),
+    Target("memory, one picture (1024 px) and one prompt", 120, "MB", True, _prompt_memory),
+    Target("4096 px: full attention against w=4096, r=4", 7, "x", False, _resolution_gain),
+    Target("dilation's overhead over the dense kernel", 5, "%", True, lambda rows: _percent(_most(_found(rows, "overhead", part="attention", layout="separate")))),
+    Target("attention, backward against forward", 3.5, "x", True, _backward),
+    Target("training step of the encoder, batch 16", 350, "images/s", False, lambda rows: _most(_found(rows, "images_per_second", part="training", batch_size=16))),
+    Target("embeddings, relative error to float32", 1e-2, "", True, _equal("embedding_error", _most)),
+    Target("masks, lowest mean IoU of a photograph", 0.99, "", False, _equal("mask_iou_mean", _least)),
+)  # fmt: skip
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def check_targets(rows: Rows) -> Rows:
+    return [target.check(rows) for target in TARGETS]
+
+
+def targets_table(checked: Rows) -> str:
+    lines = [
+        [row["target"], _number(row["value"]), f"{row['sign']} {row['limit']:g} {row['unit']}".strip(), row["says"]]
+        for row in checked
+    ]
+    return format_table(["target", "value", "wanted", ""], lines)
+
+
+def encoders_table(rows: Rows) -> str | None:
+    """Image encoders side by side at every batch size: ms and images a second; peak memory and GFLOP at the smallest."""
+    encoders = [row for row in rows if row.get("part") in ("encoder", "peers") and "ms" in row]
+    if not encoders:
+        return None
+    sizes = sorted({row["batch_size"] for row in encoders})
+    lines: dict[tuple, Row] = {}
+    for row in encoders:
+        name = row["model"], row["mode"], row.get("attn_implementation") or row.get("memory_format") or "", row["dtype"]
+        lines.setdefault(name, {})[row["batch_size"]] = row
+    table = []
+    for name, by_size in lines.items():
+        first = by_size[min(by_size)]
+        times = [_number(by_size.get(size, {}).get("ms")) for size in sizes]
+        best = max(row["images_per_second"] for row in by_size.values())
+        fraction = max(row.get("ceiling_fraction", 0) for row in by_size.values())
+        table.append(
+            [*name, *times, _number(best), _number(first.get("peak_memory_mb")),
+             _number(first["gflop"] / first["batch_size"]), f"{fraction:.1%}" if fraction else "-"]
+        )  # fmt: skip
+    heads = ["encoder", "mode", "", "dtype", *(f"ms, batch {size}" for size in sizes)]
+    return format_table([*heads, "images/s", "peak MB", "GFLOP", "of ceiling"], table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def format_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest entry; all but the first flush right where they hold numbers."""
+    widths = [max(len(line[column]) for line in (heads, *lines)) for column in range(len(heads))]
+    numeric = [all(line[c][:1] in "-0123456789" for line in lines) for c in range(len(heads))]
+
+    def put(line: Sequence[str]) -> str:
+        cells = [text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, numeric)]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([put(heads), "  ".join("-" * width for width in widths), *(put(line) for line in lines)])
+
+
+def plot_resolution(rows: Rows, path: Path, device: str) -> bool:
+    """Time against resolution, full attention, dilated, and what arithmetic alone takes, as a PNG. False: nothing to draw.
+
+    Raises ImportError without matplotlib.
+    """
+    measured = [row for row in rows if row.get("part") == "resolution" and "ms" in row]
+    if not measured:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for pattern, color in ((FULL, "C3"), (DILATED, "C0")):
+        for mode, marker in ((EAGER, "s"), (GRAPH, "s"), (OPTIMIZED, "o")):
+            points = sorted(
+                (r["image_size"], r["ms"]) for r in measured if (r["pattern"], r["mode"]) == (pattern, mode)
+            )
+            if points:
+                line = "-" if mode == OPTIMIZED else "--"
+                axes.plot(*zip(*points), line, marker=marker, color=color, label=f"{pattern}, {mode}")
+        floors = sorted({(r["image_size"], r["floor_ms"]) for r in measured if r["pattern"] == pattern})
+        if floors:
+            axes.plot(*zip(*floors), ":", color=color, label=f"{pattern}, floor by arithmetic")
+    axes.set(xscale="log", yscale="log", xlabel="side of the picture [px]", ylabel="time of the encoder, batch 1 [ms]")
+    axes.set_xticks(sorted({row["image_size"] for row in measured}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(f"{OURS}, {measured[0]['dtype']}, {device}")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,160 @@
+"""The parts of a benchmark, one after another; their rows are printed, and kept as JSON after each."""
+
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..files import write_aside
+from ..loading import quiet_transformers
+from .attention import attention_rows, projection_rows
+from .encoders import encoder_rows, resolution_rows
+from .equality import equality_rows
+from .kernels import profile_rows
+from .masks import decoder_rows, prompt_rows
+from .measure import attempt, reason, release_memory
+from .peers import peer_rows
+from .report import check_targets, encoders_table, plot_resolution, targets_table
+from .settings import Settings
+from .training import training_rows
+
+
+Part = Callable[[Settings], Iterable[dict]]
+PARTS: dict[str, Part] = {
+    "encoder": encoder_rows,
+    "peers": peer_rows,
+    "decoder": decoder_rows,
+    "prompt": prompt_rows,
+    "resolution": resolution_rows,
+    "attention": attention_rows,
+    "training": training_rows,
+    "equality": equality_rows,
+    "projection": projection_rows,
+    "profile": profile_rows,
+}
+_OPTIONAL_PACKAGES = ("timm", "triton", "flash-attn-4")
+
+
+def run_benchmark(
+    settings: Settings,
+    parts: Iterable[str],
+    out: Path | None = None,
+    plot: Path | None = None,
+    append: bool = False,
+    available: Mapping[str, Part] = PARTS,
+) -> dict:
+    """Runs these parts of those available, prints their rows and what they come to, and returns it all as a dictionary.
+
+    `out` is written after each row. With `append`, rows of other parts that are in `out` already stay, with the head of
+    the run that they are of under "earlier". `plot` is a PNG of the part "resolution".
+    """
+    parts = list(parts)
+    result = {**_head(settings, parts), "rows": []}
+    if append and out and out.exists():
+        _take_over(result, json.loads(out.read_text()), parts)
+    new = len(result["rows"])
+    if settings.on_cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    gc.collect()
+    gc.freeze()  # what is there now stays; to look through it again before each row takes longer than most rows
+    try:
+        with quiet_transformers():
+            for row in _rows(settings, parts, available):
+                result["rows"].append(row)
+                print(one_row(row), flush=True)
+                _write(result, out)
+    finally:
+        gc.unfreeze()
+    result["targets"] = check_targets(result["rows"])
+    _write(result, out)
+    _print_summary(result, new)
+    if plot:
+        _plot(result, plot)
+    return result
+
+
+def _rows(settings: Settings, parts: list[str], available: Mapping[str, Part]) -> Iterator[dict]:
+    yield attempt({"part": "ceiling", "dtype": settings.dtype_name}, lambda: settings.ceiling)
+    for name in parts:
+        try:
+            yield from available[name](settings)
+        except Exception as error:  # between two rows: this part ends, and the others go on
+            yield {"part": name, "cannot_run": reason(error)}
+        release_memory(settings.device)
+
+
+def _head(settings: Settings, parts: list[str]) -> dict:
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if settings.on_cuda:
+        versions["cudnn"] = torch.backends.cudnn.version()
+    for package in _OPTIONAL_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    name = (
+        torch.cuda.get_device_name(settings.device) if settings.on_cuda else platform.processor() or platform.machine()
+    )
+    program = Path(sys.argv[0])
+    command = ["python", sys.argv[0]] if program.suffix == ".py" else [program.name]
+    return {
+        "command": shlex.join([*command, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "versions": versions,
+        "parts": parts,
+    }
+
+
+def _take_over(result: dict, earlier: dict, parts: list[str]):
+    """Rows of parts that are not measured again, from an earlier run."""
+    kept = [row for row in earlier.pop("rows", []) if row["part"] not in (*parts, "ceiling")]
+    earlier.pop("targets", None)
+    heads = [*earlier.pop("earlier", []), earlier]
+    result["earlier"] = [head for head in heads if set(head.get("parts", ())) - set(parts)]
+    result["rows"] = kept
+
+
+def one_row(row: dict) -> str:
+    """A row as one line for the terminal: numbers with their names, and of texts no more than 90 characters."""
+    numbers = (int, float)
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, numbers) and not isinstance(value, bool) else str(value)[:90]
+        for name, value in row.items()
+        if value is not None
+    )
+
+
+def _write(result: dict, out: Path | None):
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+
+
+def _print_summary(result: dict, new: int):
+    rows = result["rows"]
+    if table := encoders_table(rows):
+        print(f"\n{table}")
+    failed = [row for row in rows[new:] if "cannot_run" in row]
+    print(f"\n{len(rows) - new} rows, {len(failed)} of them cannot run here ({result['device']}, {result['date']}).")
+    print(f"\n{targets_table(result['targets'])}")
+    print("Targets are for one H100 in bfloat16.")
+
+
+def _plot(result: dict, path: Path):
+    try:
+        if plot_resolution(result["rows"], path, result["device"]):
+            print(f"\n{path}")
+    except ImportError as error:
+        print(f"\nno plot: {error}. Install what it needs: pip install 'samlight-hf[eval]'")
