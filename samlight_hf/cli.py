@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import __version__, benchmark_command, evaluate_command, segment_command
+from . import __version__, benchmark_command, evaluate_command, hub_command, segment_command
 from .messages import one_line
 
 
@@ -45,6 +45,18 @@ COMMANDS = (
         "mIoU for boxes and clicks, AP, AR and fidelity to a teacher, of several models side by side",
         evaluate_command.add_evaluate_arguments,
         evaluate_command.run_evaluate,
+    ),
+    Command(
+        "publish",
+        "build a folder that loads anywhere, verify it, and upload it to the Hub in one commit",
+        hub_command.add_publish_arguments,
+        hub_command.run_publish,
+    ),
+    Command(
+        "card",
+        "write a checkpoint's model card from its config, training and evaluation",
+        hub_command.add_card_arguments,
+        hub_command.run_card,
     ),
     Command(
         "benchmark",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,10 @@ from .messages import one_line
 _MESSAGE_LIMIT = 300  # of what other libraries say
 MODEL_TYPES = ("sam_lightening", "sam")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; transformers would cast any other in silence
+# What transformers' Trainer keeps beside a model to go on from there. Pickles too, but no weights of a model.
+TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|training_args\.bin")
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
@@ -120,14 +125,20 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
     model_type = config.get("model_type")
     if model_type not in model_types:
         raise CheckpointError(f"{folder}: model_type={model_type!r}, but this needs one of {', '.join(model_types)}.")
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as weights:
+                dtypes = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  no mapping
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{file}: truncated or damaged ({one_line(error, _MESSAGE_LIMIT)}). Copy or download it again."
             ) from error
+        for name, dtype in dtypes.items():
+            if model_type in MODEL_TYPES and dtype not in _STORED_DTYPES:
+                raise CheckpointError(
+                    f"{file}: {name} is stored as {dtype}, and SAM's weights are floating point numbers "
+                    f"({', '.join(_STORED_DTYPES)}). Save the model again with save_pretrained."
+                )
     processors = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
     fix = "Add the teacher's, or save the model again with save_pretrained."
     if not any(file.is_file() for file in processors):
@@ -136,24 +147,43 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
         _read_json(file, fix)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; CheckpointError where one of them is not there."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all inside its folder; CheckpointError where one of them is not there."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        names = sorted(set(_read_json(index, "Copy or download it again.").get("weight_map", {}).values()))
+        weight_map = _read_json(index, "Copy or download it again.").get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
         for name in names:
+            if not (isinstance(name, str) and _SHARD.fullmatch(name)):  # "../../elsewhere" is read by transformers
+                raise CheckpointError(
+                    f"{index}: {one_line(ValueError(repr(name)), _MESSAGE_LIMIT)} is no shard's name, such as "
+                    "model-00001-of-00002.safetensors. Do not use this checkpoint, or save it again with save_pretrained."
+                )
+        for name in set(names):
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder}: has no {name}, which its index names. Copy or download it again.")
-        return [folder / name for name in names]
+        return [folder / name for name in sorted(set(names))]
     pickles = sorted(file.name for suffix in ("bin", "pth", "pt", "ckpt") for file in folder.glob(f"*.{suffix}"))
-    if pickles:
+    if pickles := [name for name in pickles if not TRAINER_STATE.fullmatch(name)]:
         raise CheckpointError(
             f"{folder}: has only pickled weights ({pickles[0]}), which can run code when read and are refused. "
-            "Save the model again with save_pretrained, which writes model.safetensors."
+            f"{how_to_convert(folder / pickles[0])}"
         )
     raise CheckpointError(f"{folder}: has no model.safetensors. Copy or download the checkpoint again.")
+
+
+def how_to_convert(pickle: Path) -> str:
+    """The command that writes a pickled checkpoint's weights as safetensors, and runs no code that is in it."""
+    if pickle.suffix == ".pth":
+        load = f"from samlight_hf.conversion import load_teacher; model = load_teacher({str(pickle)!r}, 'cpu')[0]"
+    else:
+        load = (
+            "import samlight_hf; from transformers import AutoModelForMaskGeneration as Auto; "
+            f"model = Auto.from_pretrained({str(pickle.parent)!r}, use_safetensors=False)"
+        )
+    return f'Convert it: python -c "{load}; model.save_pretrained({str(pickle.parent / "safetensors")!r})"'
 
 
 def _read_json(file: Path, fix: str) -> dict:
@@ -161,7 +191,7 @@ def _read_json(file: Path, fix: str) -> dict:
         raise CheckpointError(f"{file.parent}: has no {file.name}. {fix}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({one_line(error, _MESSAGE_LIMIT)}). {fix}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds no JSON object. {fix}")

@@ -52,17 +52,30 @@ def test_wheel_and_sdist_hold_the_package(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     (sdist,) = tmp_path.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("samlight_hf/__init__.py", "samlight_hf/cli.py", "samlight_hf/modeling/modeling_sam_lightening.py"):
+    for name in (
+        "samlight_hf/__init__.py",
+        "samlight_hf/cli.py",
+        "samlight_hf/model_card.md",
+        "samlight_hf/modeling/modeling_sam_lightening.py",
+    ):
         assert name in names
     assert not [name for name in names if name.startswith(("tests", "modeling/", "examples", "checkpoints"))]
     assert any(name.endswith("LICENSE") for name in names)
 
     site = tmp_path / "site"
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site, sdist)
-    script = "import samlight_hf; print(samlight_hf.__file__); print(samlight_hf.SamLighteningModel.__module__)"
+    script = """
+import samlight_hf
+from samlight_hf.hub import build_folder
+print(samlight_hf.__file__, samlight_hf.SamLighteningModel.__module__)
+samlight_hf.SamLighteningModel(samlight_hf.SamLighteningConfig()).save_pretrained("student")
+build_folder("student", "built")
+"""
     where, module = run("-c", script, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}, cwd=tmp_path).split()
     assert Path(where).is_relative_to(site)
     assert module == "samlight_hf.modeling.modeling_sam_lightening"
+    assert (tmp_path / "built" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert (tmp_path / "built" / "README.md").read_text().count("\n## ") == 7
 
 
 def test_bundled_checkpoint_has_this_code():

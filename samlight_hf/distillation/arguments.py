@@ -19,6 +19,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..hub import check_target
+from ..model_card import CardFacts
 from .layer_weights import LayerWeightSchedule, layer_weight_schedule
 from .stages import STAGES
 
@@ -80,10 +82,6 @@ class DistillationArguments(TrainingArguments):
         for name, why in (
             ("auto_find_batch_size", "the examples of a step follow from the batch size"),
             ("remove_unused_columns", "examples are no table"),
-            (
-                "push_to_hub",
-                "a training's folder holds more than a model: use push_to, which pushes the finished student",
-            ),
         ):
             if getattr(self, name):
                 raise ValueError(f"{name}=true is not possible here: {why}.")
@@ -91,6 +89,10 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"box_share={self.box_share} must be from 0 to 1.")
         if self.stage != "encoder" and not self.focal_weight + self.bce_weight + self.dice_weight:
             raise ValueError("focal_weight, bce_weight and dice_weight are all 0: no loss would train the masks.")
+        if self.push_to_hub:
+            if self.hub_model_id is None:
+                raise ValueError("push_to_hub=true needs hub_model_id, such as org/name.")
+            check_target(self.hub_model_id, self.hub_revision, tag=None, create_pr=False)
         super().__post_init__()
 
     def layer_weight_schedule(self) -> LayerWeightSchedule:
@@ -154,6 +156,9 @@ class RunArguments:
     push_to: str | None = field(
         default=None, metadata={"help": "Hub repository that the finished student is pushed to"}
     )
+    card: str | None = field(
+        default=None, metadata={"help": "a card.yaml: licence, data and terms, for the model cards of what is pushed"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on with what is in output_dir"})
 
     def __post_init__(self):
@@ -161,6 +166,15 @@ class RunArguments:
             raise ValueError(f"stages={self.stages} must be some of {', '.join(STAGES)}.")
         if len(set(self.stages)) < len(self.stages):
             raise ValueError(f"stages={self.stages} names a stage twice.")
+        if self.push_to is not None:
+            check_target(self.push_to, revision=None, tag=None, create_pr=False)
+        self.card_facts()
+
+    def card_facts(self) -> dict:
+        """What `card` says. Raises ValueError for a file that cannot be read or says what no card takes."""
+        content = (_read_yaml(self.card) if self.card else None) or {}
+        CardFacts.of(content, self.card or "card")
+        return content
 
 
 def parse_arguments(arguments: list[str]) -> tuple[RunArguments, list[DistillationArguments]]:
@@ -201,15 +215,19 @@ def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
         raise ValueError(f"--config was given {len(paths)} times. Give one file.")
     if not paths:
         return {}, options
-    try:
-        config = yaml.safe_load(Path(paths[0]).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{paths[0]}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{paths[0]}: not YAML ({' '.join(str(error).split())}).") from error
+    config = _read_yaml(paths[0])
     if not isinstance(config, dict):
         raise ValueError(f"{paths[0]}: must hold keys and values, such as teacher: facebook/sam-vit-huge.")
     return config, options
+
+
+def _read_yaml(path: str):
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
 
 
 class _Parser(HfArgumentParser):

@@ -1,5 +1,6 @@
 """A distillation from settings to a student's folder: the stages one after another, each from where the last one ended."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from ..data import (
     load_dataset,
 )
 from ..files import write_aside
+from ..hub import PublishError
 from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
 from ..messages import one_line
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
@@ -36,6 +38,7 @@ from .callbacks import MaskPictureCallback
 from .checkpoints import check_same_run, last_checkpoint, publish_checkpoint, run_settings
 from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
 from .plots import plot_learning_curves
+from .publishing import HubPublisher, Push, has_arrived
 from .teacher import Teacher
 from .trainer import DistillationTrainer, focus_layers
 
@@ -55,8 +58,35 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
 
     Raises:
         ValueError: for settings that do not fit together, before anything is trained.
+        PublishError: where the finished student did not reach the Hub; it is in its folder, and everything else is done.
     """
     check_run(run, stages)
+    with _make_publisher(run, stages) as publisher:
+        student = _run_stages(run, stages, publisher)
+    if publisher is not None:
+        _report_pushes(publisher, student)
+    return student
+
+
+def _make_publisher(run: RunArguments, stages: Sequence[DistillationArguments]):
+    """On the main process of a run that pushes; elsewhere a context of None."""
+    if PartialState().is_main_process and (run.push_to or any(args.push_to_hub for args in stages)):
+        return HubPublisher(run.teacher, run.card_facts())
+    return contextlib.nullcontext()
+
+
+def _report_pushes(publisher: HubPublisher, student: Path):
+    """Raises PublishError where the finished student did not arrive: everything else is done by then."""
+    if report := publisher.report():
+        print(report)
+    last = {result.repo_id: result for result in publisher.results}
+    if missing := [repo_id for repo_id, result in last.items() if result.commit is None]:
+        raise PublishError(
+            f"{student} is finished, and not in {', '.join(missing)}: {last[missing[0]].error} To try again: the same command with --resume."
+        )
+
+
+def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publisher: HubPublisher | None) -> Path:
     set_seed(stages[0].seed)
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
     sources = open_sources(run.train_data, run.train_annotations, run.train_images)
@@ -64,11 +94,18 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
     student, folder = None, None
     for args in stages:
         folder = Path(args.output_dir) / "student"
-        if (Path(args.output_dir) / RESULT_NAME).is_file():
+        if was_finished := (Path(args.output_dir) / RESULT_NAME).is_file():
             student = load_model(folder, device="cpu")[0]
         elif student is None:
             student = make_student(run, teacher)
-        train_stage(student, args, run, sources, eval_pictures, teacher)
+        result = train_stage(student, args, run, sources, eval_pictures, teacher, publisher)
+        if publisher is not None:
+            is_last = args is stages[-1]
+            if args.push_to_hub and (
+                not was_finished or (is_last and not has_arrived(args.output_dir, args.hub_model_id))
+            ):
+                publisher.push_finished(args, folder, result)
+            publisher.finished_stages.append(result)
     final = Path(stages[-1].output_dir).parent / "student"
     state = PartialState()
     if state.is_main_process:
@@ -76,8 +113,10 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(folder, aside)
         publish_checkpoint(aside, final)
-        if run.push_to:
-            load_model(final, device="cpu")[0].push_to_hub(run.push_to)
+        if publisher is not None and run.push_to:
+            options = {"private": stages[-1].hub_private_repo, "is_kept": True}
+            push = Push(str(final), run.push_to, None, "", publisher.training(), publisher.facts, **options)
+            publisher.submit(push, stages[-1].hub_token)
     state.wait_for_everyone()
     return final
 
@@ -137,8 +176,9 @@ def train_stage(
     sources: Sequence[PictureDataset],
     eval_pictures: PictureDataset | None,
     teacher_model: PreTrainedModel | None,
-):
-    """Trains `student` in place and writes the stage's result. A finished stage is kept, if it was made with these settings."""
+    publisher: HubPublisher | None = None,
+) -> dict:
+    """Trains `student` in place; writes the stage's result, and returns it. A finished stage is kept, if it was made with these settings."""
     start = time.time()
     output_dir = Path(args.output_dir)
     teacher = None
@@ -148,17 +188,17 @@ def train_stage(
         teacher = Teacher(teacher_model, layers, find_dtype(args.teacher_dtype), compile=args.torch_compile)
     examples = make_examples(student, args, run, sources)
     if (output_dir / RESULT_NAME).is_file():
-        saved = json.loads((output_dir / RESULT_NAME).read_text(encoding="utf-8"))["settings"]
-        check_same_run(output_dir, saved, run_settings(args, examples, teacher), bool(run.stream_data))
+        saved = json.loads((output_dir / RESULT_NAME).read_text(encoding="utf-8"))
+        check_same_run(output_dir, saved["settings"], run_settings(args, examples, teacher), bool(run.stream_data))
         print(f"{output_dir}: finished before, and kept.")
-        return
+        return saved
     callbacks = []
     if eval_pictures is not None:
         drawn = (eval_pictures.load(index)[0] for index in range(min(6, len(eval_pictures))))
         callbacks.append(MaskPictureCallback([sample for sample in drawn if sample is not None]))
     processor = make_processor(student.config.vision_config)
     train_dataset = with_cache(examples, args, run, teacher)
-    trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_pictures, callbacks)
+    trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_pictures, callbacks, publisher)
     checkpoint = last_checkpoint(args.output_dir) if run.resume else None
     output = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_pictures is not None and not trainer.is_fsdp_enabled else {}
@@ -188,6 +228,7 @@ def train_stage(
         teacher.encoder.cpu()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+    return result
 
 
 def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrainedModel:

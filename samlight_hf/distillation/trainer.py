@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -36,6 +36,7 @@ from .checkpoints import (
     run_settings,
 )
 from .layer_weights import LayerWeightCallback
+from .publishing import SNAPSHOTS_NAME, HubPublisher, PushingTrainer
 from .stages import EncoderStage, MaskStage, encode, match_layers
 from .teacher import Teacher, normalize_pixels
 
@@ -44,7 +45,7 @@ EXTRA_STATE_NAME = "projections.safetensors"
 METRICS = {"box/single": "box_miou", "1 click/predicted": "point_miou", "1 click/oracle": "point_oracle_miou"}
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PushingTrainer):
     """Trains a student in one stage of distillation, on any number of devices that accelerate can use.
 
     A checkpoint is a complete folder of the student, with what resuming needs beside it. It is written aside and moved, so
@@ -59,6 +60,7 @@ class DistillationTrainer(Trainer):
         teacher: for the stage "encoder", with the layers that `focus_layers` gives.
         eval_pictures: pictures with masks.
         callbacks: further ones.
+        publisher: carries out the pushes, with `push_to_hub`; by default one of its own.
 
     Raises:
         ValueError: where the stage and what it needs do not fit together.
@@ -76,9 +78,10 @@ class DistillationTrainer(Trainer):
         teacher: Teacher | None = None,
         eval_pictures: PictureDataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        publisher: HubPublisher | None = None,
     ):
         self.student, self.teacher, self.processor = student, teacher, processor
-        self.eval_pictures = eval_pictures
+        self.eval_pictures, self.publisher = eval_pictures, publisher
         self._sums: dict[str, torch.Tensor] = {}  # of what a stage returns beside the loss, since the last log
         self._num_summed = 0
         self._staging: str | None = None
@@ -125,7 +128,8 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As Trainer's. Raises CheckpointChangedError where a setting that defines the run is not the checkpoint's."""
         if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir) / STAGING_NAME, ignore_errors=True)  # of a process that was killed
+            for name in (STAGING_NAME, SNAPSHOTS_NAME):  # of a process that was killed
+                shutil.rmtree(Path(self.args.output_dir) / name, ignore_errors=True)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -216,6 +220,8 @@ class DistillationTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ThroughputCallback):
                     logs.update(callback.logs(self.state, self.args))
+            if self.publisher is not None:
+                logs.update(self.publisher.logs())
         super().log(logs, *args, **kwargs)
 
     # Evaluation
@@ -348,6 +354,7 @@ class DistillationTrainer(Trainer):
             self._staging = None
         if self.args.should_save:
             staging.rmdir()
+            self.push_checkpoint(output_dir / name)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, best)
 

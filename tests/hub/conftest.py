@@ -1,0 +1,17 @@
+import pytest
+
+from .client import connect
+from .server import HubServer
+
+
+@pytest.fixture
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch) -> HubServer:
+    """The stand-in, which is this process's Hub."""
+    connect(monkeypatch, server, tmp_path / "home")
+    return server
