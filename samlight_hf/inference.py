@@ -156,6 +156,8 @@ def optimize(
 
     Raises ValueError for a model with another decoder than SAM's, and for sizes below 1.
     """
+    if isinstance(model, _OptimizedModel):
+        raise ValueError("this model is optimized already: optimize the one that it was made of.")
     if reason := why_not_fast(model):
         raise ValueError(f"optimize needs a SAM: {reason}")
     for name, values in (("image_batch_sizes", image_batch_sizes), ("prompt_counts", prompt_counts)):

@@ -97,9 +97,12 @@ def test_the_model_itself_stays_as_it_is(model):
         optimized.to(torch.float64)
 
 
-def test_it_is_not_to_be_saved(model, tmp_path):
+def test_it_is_not_to_be_saved_nor_optimized_again(model, tmp_path):
+    optimized = optimize(model)
     with pytest.raises(ValueError, match="save the model"):
-        optimize(model).save_pretrained(tmp_path)
+        optimized.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="already"):
+        optimize(optimized)
 
 
 @pytest.mark.parametrize(
