@@ -175,7 +175,7 @@ def launch(
             num_rows, num_rows if residual is None else len(residual), layer.eps,
             N=out_features, K=in_features, GIVEN_PARTS=len(rows.statistics) if normalizes else 0,
             NORM=normalizes, GELU=layer.gelu, RESIDUAL=residual is not None, STATISTICS=statistics,
-            PTX=values.is_cuda, OVERLAP=overlap, **({"launch_pdl": True} if overlap else {}), **tile,
+            PTX=values.is_cuda and torch.version.cuda is not None, OVERLAP=overlap, **({"launch_pdl": True} if overlap else {}), **tile,
         )  # fmt: skip
     return Rows(output, found)
 
@@ -307,7 +307,7 @@ if triton is not None:
 
     @triton.jit
     def _gelu(x, PTX: tl.constexpr):
-        """GELU to 5e-4: x * (1 + tanh(x * Q(x^2))) / 2, with Q fitted to the normal distribution (to 3e-5).
+        """GELU to about 2^-11: x * (1 + tanh(x * Q(x^2))) / 2, with Q fitted to the normal distribution (to 3e-5).
 
         The error function, some thirty operations and a branch for each element, would cost as much as the product; the
         GPU has an instruction for tanh.

@@ -235,10 +235,12 @@ class _FastPaths:
             stream = torch.cuda.current_stream(self.device)
             if self._last is not None and self._last[0] != stream:
                 stream.wait_event(self._last[1])
-            yield
-            event = torch.cuda.Event() if self._last is None else self._last[1]
-            event.record(stream)
-            self._last = stream, event
+            try:
+                yield
+            finally:
+                event = torch.cuda.Event() if self._last is None else self._last[1]
+                event.record(stream)
+                self._last = stream, event
 
     @torch.no_grad()
     def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -269,15 +271,14 @@ class _Optimized:
 
     _paths: _FastPaths
 
-    def _apply(self, *args, **kwargs):
-        module = super()._apply(*args, **kwargs)
-        parameter = next(self.parameters())
-        if (parameter.device, parameter.dtype) != (self._paths.device, self._paths.dtype):
+    def _apply(self, fn, *args, **kwargs):
+        probe = fn(next(self.parameters()).detach()[:0])  # before weights that the original may share are moved
+        if (probe.device, probe.dtype) != (self._paths.device, self._paths.dtype):
             raise RuntimeError(
                 f"an optimized model stays on {self._paths.device} in {self._paths.dtype}: move the model itself, and "
                 "optimize it again."
             )
-        return module
+        return super()._apply(fn, *args, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
         raise ValueError("an optimized model is for inference alone: save the model that it was made of.")
@@ -328,7 +329,8 @@ def _prompts(points, labels, boxes) -> list[torch.Tensor]:
     if points is not None:
         if points.ndim != 4 or (labels is not None and labels.shape != points.shape[:3]):
             return []
-        labels = torch.ones(points.shape[:3], dtype=torch.int32, device=points.device) if labels is None else labels
+        labels = torch.ones(points.shape[:3], device=points.device) if labels is None else labels
+        labels = labels.to(torch.int32)  # as the graphs were made, whatever the processor gives
     if boxes is not None and boxes.ndim != 3:
         return []
     prompts = [None if tensor is None else tensor.float() for tensor in (points, boxes)]

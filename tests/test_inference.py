@@ -95,6 +95,7 @@ def test_the_model_itself_stays_as_it_is(model):
     assert optimized.to("cpu") is optimized and optimized.eval() is optimized
     with pytest.raises(RuntimeError, match="optimize it again"):
         optimized.to(torch.float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # which are shared
 
 
 def test_it_is_not_to_be_saved_nor_optimized_again(model, tmp_path):
@@ -167,7 +168,10 @@ def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
     paths = optimized._paths
     for batch_size, num_prompts, ran in ((1, 3, "graph"), (2, 1, "graph"), (3, 2, "eager")):
         inputs = make_inputs(on_gpu, batch_size, num_prompts)
-        inputs = {"pixel_values": inputs["pixel_values"], "input_points": inputs["input_points"][:, :, :1]}
+        inputs = {name: inputs[name] for name in ("pixel_values", "input_points", "input_labels")}
+        inputs |= {
+            name: inputs[name][:, :, :1] for name in ("input_points", "input_labels")
+        }  # labels as processors give them
         with torch.no_grad():
             expected = on_gpu(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()})
         assert_equal(optimized(**inputs), expected, 5e-2)
