@@ -26,6 +26,7 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel, SamVisionConfig
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
+from samlight_hf.benchmark.peers import SAM_SHAPES
 from samlight_hf.conversion import create_student
 from samlight_hf.data import PromptSampling, SyntheticScenes, TrainingExamples, load_dataset
 from samlight_hf.distillation import (
@@ -41,12 +42,6 @@ from samlight_hf.distillation.trainer import focus_layers
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-VIT_H = {
-    "hidden_size": 1280,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "global_attn_indexes": (7, 15, 23, 31),
-}
 SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -74,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_teacher() -> SamModel:
-    vision = SamVisionConfig(**(VIT_H if CUDA else SMALL), initializer_range=0.02)
+    vision = SamVisionConfig(**(SAM_SHAPES["SAM ViT-H"] if CUDA else SMALL), initializer_range=0.02)
     with torch.device(DEVICE):
         return SamModel(SamConfig(vision_config=vision, prompt_encoder_config={"image_size": IMAGE_SIZE})).eval()
 

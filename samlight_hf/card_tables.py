@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 from transformers import PreTrainedConfig
 
 from .folder_checks import without_absolute_paths
-from .modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
+from .modeling.configuration_sam_lightening import SamLighteningConfig
 
 
 Rows = list[list[str]]
@@ -150,11 +150,9 @@ def speed_section(section: Mapping | None, benchmark: Mapping | None, config: Pr
             if (ms := latency.get(part)) is not None:
                 rows.append([f"{what}, in the evaluation", settings.get("dtype", ""), "", f"{ms:.2f} ms", ""])
         sources.append(f"In the evaluation above, on {settings.get('device')}, {settings.get('date')}.")
-    preset = _preset(config)
     if benchmark is not None and not isinstance(benchmark.get("rows"), list):
         raise ValueError("the benchmark is no JSON of examples/benchmark.py: it has no rows.")
-    # The benchmark measures the default configuration, which is this preset.
-    measured = (benchmark or {}).get("rows", ()) if preset == "tiny" else ()
+    measured = (benchmark or {}).get("rows", ()) if _has_default_encoder(config) else ()
     measured = [row for row in measured if row["part"] == "encoder" and row["model"] == "SAM-Lightening"]
     for row in measured:
         if row.get("attn_implementation", "dilated_flash_attention") == "dilated_flash_attention" and "ms" in row:
@@ -195,20 +193,13 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _preset(config: PreTrainedConfig) -> str | None:
-    """The published shape that the image encoder has, or None."""
-    if isinstance(config, SamLighteningConfig):
-        own = config.vision_config.to_dict()
-        shape = [
-            name
-            for name in own
-            if name not in ("transformers_version", "dtype", "scale", "initializer_range", "_name_or_path")
-        ]
-        for preset in PRESETS:
-            other = SamLighteningConfig.from_preset(preset).vision_config.to_dict()
-            if all(own[name] == other.get(name) for name in shape):
-                return preset
-    return None
+def _has_default_encoder(config: PreTrainedConfig) -> bool:
+    """Whether the image encoder has the shape that the benchmark measures."""
+    if not isinstance(config, SamLighteningConfig):
+        return False
+    own, default = config.vision_config.to_dict(), SamLighteningConfig().vision_config.to_dict()
+    of_the_file = ("transformers_version", "dtype", "scale", "initializer_range", "_name_or_path")
+    return all(own[name] == default.get(name) for name in own if name not in of_the_file)
 
 
 def _intervals(intervals: Mapping) -> str:

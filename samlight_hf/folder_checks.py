@@ -4,13 +4,14 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCard, get_token
 from safetensors import safe_open
 
 from . import modeling
-from .loading import LOADING_ERRORS, CheckpointError, how_to_convert, load_model, weight_files
+from .loading import LOADING_ERRORS, CheckpointError, how_to_convert, load_model, read_json, weight_files
 from .messages import one_line
 from .modeling.image_processing_sam_lightening import SamLighteningImageProcessor
 from .modeling.modeling_sam_lightening import SamLighteningModel
@@ -60,8 +61,15 @@ def check_folder(folder: str | os.PathLike):
     _check_card(folder / CARD_NAME)
     for name, text in _texts(folder):
         check_text(name, text)
-    try:
+    with as_folder_errors():
         load_model(folder, "cpu", model_types=(model_type,))
+
+
+@contextmanager
+def as_folder_errors() -> Iterator[None]:
+    """A checkpoint that cannot be loaded makes a folder that must not be published."""
+    try:
+        yield
     except CheckpointError as error:
         raise FolderError(str(error)) from error
 
@@ -115,10 +123,8 @@ def _model_type(folder: Path) -> str:
 def _check_names(folder: Path, model_type: str):
     refuse_pickles(folder)
     needed = {"config.json", PROCESSOR_NAME, CARD_NAME, LICENSE_NAME, *(CODE if model_type == "sam_lightening" else ())}
-    try:
+    with as_folder_errors():
         weights = {path.name for path in weight_files(folder)}
-    except CheckpointError as error:
-        raise FolderError(str(error)) from error
     index = {INDEX_NAME} if "model.safetensors" not in weights else set()
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or not path.is_file():
@@ -193,12 +199,5 @@ def _texts(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FolderError(f"{path.parent}: has no {path.name}. Is this a checkpoint's folder?") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: cannot be read ({one_line(error, 200)}).") from error
-    if not isinstance(content, dict):
-        raise FolderError(f"{path}: holds no JSON object.")
-    return content
+    with as_folder_errors():
+        return read_json(path, "Is this a checkpoint's folder?")

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -91,11 +91,17 @@ Decoder = FastMaskDecoder | PlainMaskDecoder
 
 def make_encoder(model: PreTrainedModel, cuda_graphs: bool, pool=None) -> GraphedFunction:
     """The fastest image encoder that can run this model: pixel values (B, 3, S, S) to embeddings, replayed from graphs."""
-    encode = (
-        FastVisionEncoder(model.vision_encoder) if why_not_fast_encoder(model) is None else model.get_image_embeddings
-    )
+    encode = FastVisionEncoder(model.vision_encoder) if why_not_fast_encoder(model) is None else _plain_encoder(model)
     # Other encoders than ours may copy from the CPU while they run, which no graph can hold.
     return GraphedFunction(encode, cuda_graphs and model.config.model_type == "sam_lightening", pool=pool)
+
+
+def _plain_encoder(model: PreTrainedModel) -> Callable:
+    """The model's own way to embeddings, which an optimized model has beside its fast one."""
+    encoder = model.vision_encoder
+    if not isinstance(encoder, _OptimizedEncoder):
+        return model.get_image_embeddings
+    return lambda pixel_values: super(_OptimizedEncoder, encoder).forward(pixel_values).last_hidden_state
 
 
 class PictureEncoder:
@@ -172,10 +178,10 @@ def optimize(
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         optimized = copy.deepcopy(model, shared)
     optimized.eval()
-    paths = _FastPaths(optimized, image_batch_sizes, prompt_counts)
     for module, kind in ((optimized.vision_encoder, _OptimizedEncoder), (optimized, _OptimizedModel)):
         module.__class__ = _optimized_class(kind, type(module))
-        module._paths = paths
+    paths = _FastPaths(optimized, image_batch_sizes, prompt_counts)
+    optimized._paths = optimized.vision_encoder._paths = paths
     return optimized
 
 
@@ -187,12 +193,9 @@ class _FastPaths:
         self.decoder = make_decoder(model)
         self.encode = make_encoder(model, self.decoder.cuda_graphs, self.decoder.pool)
         self.encode.max_graphs = len(image_batch_sizes) or 1
-        reason = why_not_fast_encoder(model)
-        if reason:  # what the encoder does now, not what it will do when it is an optimized one
-            forward, encoder = type(model.vision_encoder).forward, model.vision_encoder
-            self.encode.function = lambda pixel_values: forward(encoder, pixel_values).last_hidden_state
         for function in self.decoder.all_masks.values():
             function.max_graphs = 2 * len(prompt_counts) or 1  # points, and boxes
+        reason = why_not_fast_encoder(model)
         self.report = OptimizationReport(encoder=f"plain: {reason}" if reason else "fused")
         self._lock, self._last = threading.Lock(), None
         start = time.perf_counter()
@@ -326,15 +329,17 @@ def _prompts(points, labels, boxes) -> list[torch.Tensor]:
     """Those that are there, in the decoder's order; an empty list for what the model itself must answer."""
     if points is None and labels is not None:
         return []
+    found = []
     if points is not None:
         if points.ndim != 4 or (labels is not None and labels.shape != points.shape[:3]):
             return []
         labels = torch.ones(points.shape[:3], device=points.device) if labels is None else labels
-        labels = labels.to(torch.int32)  # as the graphs were made, whatever the processor gives
-    if boxes is not None and boxes.ndim != 3:
-        return []
-    prompts = [None if tensor is None else tensor.float() for tensor in (points, boxes)]
-    return [tensor for tensor in (prompts[0], labels if points is not None else None, prompts[1]) if tensor is not None]
+        found += [points.float(), labels.to(torch.int32)]  # as the graphs were made, whatever the processor gives
+    if boxes is not None:
+        if boxes.ndim != 3:
+            return []
+        found.append(boxes.float())
+    return found
 
 
 @lru_cache

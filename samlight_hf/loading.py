@@ -121,7 +121,7 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
     """Raises CheckpointError for what can be seen without building a model."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file. Give the checkpoint's folder, with config.json in it.")
-    config = _read_json(folder / "config.json", "Is this a checkpoint's folder?")
+    config = read_json(folder / "config.json", "Is this a checkpoint's folder?")
     model_type = config.get("model_type")
     if model_type not in model_types:
         raise CheckpointError(f"{folder}: model_type={model_type!r}, but this needs one of {', '.join(model_types)}.")
@@ -144,7 +144,7 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
     if not any(file.is_file() for file in processors):
         raise CheckpointError(f"{folder}: has no processor_config.json. {fix}")
     for file in filter(Path.is_file, processors):
-        _read_json(file, fix)
+        read_json(file, fix)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -153,7 +153,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        weight_map = _read_json(index, "Copy or download it again.").get("weight_map")
+        weight_map = read_json(index, "Copy or download it again.").get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
         for name in names:
             if not (isinstance(name, str) and _SHARD.fullmatch(name)):  # "../../elsewhere" is read by transformers
@@ -186,7 +186,8 @@ def how_to_convert(pickle: Path) -> str:
     return f'Convert it: python -c "{load}; model.save_pretrained({str(pickle.parent / "safetensors")!r})"'
 
 
-def _read_json(file: Path, fix: str) -> dict:
+def read_json(file: Path, fix: str) -> dict:
+    """A JSON object. Raises CheckpointError, ending with the `fix`, where there is none that can be read."""
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: has no {file.name}. {fix}")
     try:

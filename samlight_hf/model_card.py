@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
@@ -24,8 +23,9 @@ from .card_tables import (
     speed_section,
     training_rows,
 )
-from .folder_checks import FolderError, check_text, without_absolute_paths
-from .loading import LOADING_ERRORS, CheckpointError, weight_files
+from .files import read_yaml
+from .folder_checks import FolderError, as_folder_errors, check_text, without_absolute_paths
+from .loading import LOADING_ERRORS, weight_files
 from .messages import one_line
 from .modeling.configuration_sam_lightening import SamLighteningConfig
 from .original_checkpoints import ORIGINAL_SUFFIXES
@@ -84,11 +84,7 @@ class CardFacts:
         path = Path(folder) / FACTS_NAME
         if not path.is_file():
             return cls()
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: cannot be read ({one_line(error, 200)}).") from error
-        return cls.of(content, str(path))
+        return cls.of(read_yaml(path) or {}, str(path))
 
     @classmethod
     def of(cls, content: Mapping, where: str = "facts") -> "CardFacts":
@@ -249,17 +245,16 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str], int]:
     """Shapes by name, dtypes and bytes of the weights, from the headers of their files."""
-    shapes, dtypes, num_bytes = {}, set(), 0
+    with as_folder_errors():
+        paths = weight_files(folder)
+    shapes, dtypes, num_bytes = {}, set(), sum(path.stat().st_size for path in paths)
     try:
-        for path in weight_files(folder):
-            num_bytes += path.stat().st_size
+        for path in paths:
             with safe_open(path, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118  no mapping
                     part = weights.get_slice(key)
                     shapes[key] = tuple(part.get_shape())
                     dtypes.add(part.get_dtype())
-    except CheckpointError as error:
-        raise FolderError(str(error)) from error
     except LOADING_ERRORS as error:
         raise FolderError(
             f"{folder}: weights are damaged ({one_line(error, 200)}). Copy or download them again."

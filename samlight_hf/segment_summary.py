@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .messages import text_table
+
 
 if TYPE_CHECKING:
     from .visualization import Panel
@@ -73,13 +75,7 @@ class Summary:
         for row in self.rows:
             size = f"{row.size[0]}x{row.size[1]}"
             table.append((row.picture, size, row.prompt, str(row.num_masks), f"{row.seconds:.2f}", str(row.output)))
-        widths = [max(map(len, column)) for column in zip(*table)]
-        for line in table:
-            cells = (
-                cell.rjust(width) if index in (3, 4) else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(line, widths))
-            )
-            print("  ".join(cells).rstrip())
+        print(text_table(table, flush_right=(3, 4)))
 
     def _save_contact_sheet(self):
         from .files import write_aside

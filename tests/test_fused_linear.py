@@ -1,9 +1,5 @@
 """The fused linear layers compute what LayerNorm, linear layer, GELU and residual do one after the other."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -21,6 +17,8 @@ from samlight_hf.fused_linear import (
     why_not_triton,
     with_statistics,
 )
+
+from .interpreter import run_in_tritons_interpreter
 
 
 # norm, gelu, residual rows (0: none), statistics, order
@@ -110,11 +108,7 @@ def test_the_reference_is_the_modules_one_after_the_other(case, dtype):
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{len(CASES)} cases\n"
+    assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
 
 
 def test_patches_are_those_of_the_convolution():

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import SamConfig, SamModel, pipeline
@@ -9,6 +10,7 @@ from transformers import SamConfig, SamModel, pipeline
 from samlight_hf import SamLighteningModel
 from samlight_hf.inference import optimize
 from samlight_hf.loading import load_model
+from samlight_hf.predictor import Predictor
 
 
 def make_inputs(model, batch_size: int = 1, num_prompts: int = 3) -> dict:
@@ -153,6 +155,16 @@ def test_the_stock_pipeline_takes_it():
     ]
     assert len(masks[0]) == len(masks[1]) > 0
     assert all((one != other).float().mean() < 1e-3 for one, other in zip(*masks))
+
+
+def test_the_predictor_takes_it():
+    model, processor = load_model("checkpoints/sam-lightening-tiny")
+    plain, optimized = (
+        Predictor(each, processor).set_image("examples/images/coffee.jpg").predict(boxes_xyxy=[(310, 215, 400, 330)])
+        for each in (model, optimize(model))
+    )
+    np.testing.assert_allclose(optimized.scores, plain.scores, atol=1e-5)
+    np.testing.assert_allclose(optimized.logits, plain.logits, atol=1e-3)
 
 
 @pytest.fixture

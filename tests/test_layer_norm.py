@@ -1,15 +1,14 @@
 """The Triton kernel computes torch's layer norm: in Triton's interpreter everywhere, and on a GPU where there is one."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 from samlight_hf.layer_norm import add_layer_norm, add_layer_norm_reference, launch, triton, why_not_triton
+
+from .interpreter import run_in_tritons_interpreter
 
 
 CASES = list(itertools.product((8, 64, 256), (torch.float32, torch.bfloat16, torch.float16), (0, 1, 3), (False, True)))
@@ -36,11 +35,7 @@ def relative_error(width, dtype, num_residuals, gelu, device="cpu"):
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernel_in_tritons_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{len(CASES)} cases\n"
+    assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
 
 
 @pytest.mark.gpu

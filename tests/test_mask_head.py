@@ -1,9 +1,5 @@
 """The Triton kernel of the decoder's end gives the pixels of the steps it replaces, of the masks that are wanted."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +7,8 @@ from torch import nn
 from samlight_hf.layer_norm import add_layer_norm_reference
 from samlight_hf.mask_head import HeadWeights, _in_float32, launch, run_head, why_not_triton
 from samlight_hf.triton_support import triton
+
+from .interpreter import run_in_tritons_interpreter
 
 
 CASES = [(128, torch.float16), (256, torch.float16), (128, torch.bfloat16), (256, torch.bfloat16)]
@@ -52,11 +50,7 @@ def relative_error(channels, dtype, device="cpu", grid=(5, 14)) -> float:
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernel_in_tritons_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{len(INTERPRETED)} cases\n"
+    assert run_in_tritons_interpreter(__name__) == f"{len(INTERPRETED)} cases\n"
 
 
 @pytest.mark.gpu

@@ -3,9 +3,6 @@
 The kernels run in Triton's interpreter everywhere, and on a GPU where there is one.
 """
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -20,6 +17,8 @@ from samlight_hf.resize_kernel import (
     triton,
     why_not_triton,
 )
+
+from .interpreter import run_in_tritons_interpreter
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -98,11 +97,7 @@ def test_what_does_not_fit_is_not_written(size):
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{len(list(every_check()))} checks\n"
+    assert run_in_tritons_interpreter(__name__) == f"{len(list(every_check()))} checks\n"
 
 
 @pytest.mark.gpu

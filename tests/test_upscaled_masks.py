@@ -1,9 +1,5 @@
 """The Triton kernels see what upscaled masks would show: in Triton's interpreter everywhere, and on a GPU where there is one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -20,6 +16,8 @@ from samlight_hf.upscaled_masks import (
     measure_reference,
     why_not_triton,
 )
+
+from .interpreter import run_in_tritons_interpreter
 
 
 THRESHOLDS = (0.0, 1.0, -1.0)
@@ -61,11 +59,7 @@ def check(name: str, device="cpu", dtype=torch.float32):
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{len(CASES)} cases\n"
+    assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import SamLighteningConfig
+from ..inference import optimize
 from .measure import (
     arithmetic,
     attempt,
@@ -37,17 +38,13 @@ def modes(settings: Settings) -> list[str]:
 
 
 def optimized(model: nn.Module, settings: Settings, **shapes):
-    """`samlight_hf.inference.optimize` in the benchmark's dtype, for the shapes that are measured."""
-    from ..inference import optimize
-
+    """`optimize` in the benchmark's dtype, for the shapes that are measured."""
     return optimize(model, dtype=settings.dtype, **shapes)
 
 
 def report_of(model) -> dict:
     """What an optimized model says of its warm-up and of its graphs' memory, as numbers of a row."""
-    report = model.report
-    values = report if isinstance(report, dict) else vars(report)
-    return {f"report_{name}": value for name, value in values.items() if isinstance(value, int | float | str)}
+    return {f"report_{name}": value for name, value in vars(model.report).items()}
 
 
 def time_encoder(

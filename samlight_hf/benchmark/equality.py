@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, SamImageProcessor
 
+from ..evaluation.metrics.mask_iou import iou
 from ..loading import load_model
 from ..predictor import picture_tensor
 from ..preprocessing import preprocess, resized_size, upscale_logits
@@ -56,10 +57,9 @@ def equality_rows(settings: Settings) -> Iterator[dict]:
 def _load(settings: Settings) -> dict:
     if settings.checkpoint is None or settings.images is None:
         raise ValueError("there is no checkpoint or no photograph: give --checkpoint and --images.")
-    suffixes = PHOTOGRAPH_SUFFIXES
-    paths = sorted(path for path in Path(settings.images).iterdir() if path.suffix.lower() in suffixes)
+    paths = sorted(path for path in Path(settings.images).iterdir() if path.suffix.lower() in PHOTOGRAPH_SUFFIXES)
     if not paths:
-        raise ValueError(f"{settings.images} holds no photograph ({', '.join(suffixes)}).")
+        raise ValueError(f"{settings.images} holds no photograph ({', '.join(PHOTOGRAPH_SUFFIXES)}).")
     reference, processor = load_model(settings.checkpoint, str(settings.device))
     plain, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
     models = {"float32": reference, EAGER: plain}
@@ -101,17 +101,17 @@ def _predict_all(path: Path, models: dict[str, PreTrainedModel], image_processor
 
 
 def _compare(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict:
-    iou = mask_iou(found["masks"], reference["masks"])
+    ious = mask_iou(found["masks"], reference["masks"])
     return {
         "embedding_error": relative_error(found["embeddings"], reference["embeddings"]),
         "logits_error": relative_error(found["logits"], reference["logits"]),
         "iou_score_difference": (found["iou_scores"].double() - reference["iou_scores"].double()).abs().max().item(),
-        "masks": len(iou), "mask_iou_mean": iou.mean().item(), "mask_iou_min": iou.min().item(),
-        "masks_at_0.99": (iou >= 0.99).double().mean().item(),
+        "masks": len(ious), "mask_iou_mean": ious.mean().item(), "mask_iou_min": ious.min().item(),
+        "masks_at_0.99": (ious >= 0.99).double().mean().item(),
     }  # fmt: skip
 
 
 def mask_iou(masks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Intersection over union of pairs of masks, bool (n, H, W) twice to float64 (n,); 1 where both are empty."""
-    intersection, union = ((f(masks, others)).sum(dim=(1, 2)).double() for f in (torch.logical_and, torch.logical_or))
-    return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
+    both_empty = ~(masks | others).flatten(1).any(dim=1)
+    return iou.mask_iou(masks, others).masked_fill(both_empty, 1.0)

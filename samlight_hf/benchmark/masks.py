@@ -15,7 +15,7 @@ from .measure import MEGABYTE, attempt, capture, peak_memory, random_tensor, syn
 from .settings import Settings
 
 
-PREDICTOR, PREDICTOR_GRAPHS, PREDICTOR_OPTIMIZED = "Predictor, eager", "Predictor, CUDA graphs", "Predictor, optimize()"
+PREDICTOR, PREDICTOR_GRAPHS = "Predictor, eager", "Predictor, CUDA graphs"
 COMPILED_PROMPT_COUNTS = (1, 64)  # each takes a while to compile
 
 
@@ -89,7 +89,7 @@ def prompt_rows(settings: Settings) -> Iterator[dict]:
     """
     compiled = (COMPILED,) if settings.compile else ()
     graphs = (PREDICTOR_GRAPHS,) if settings.on_cuda else ()
-    for mode in (EAGER, *compiled, PREDICTOR, *graphs, OPTIMIZED, PREDICTOR_OPTIMIZED):
+    for mode in (EAGER, *compiled, PREDICTOR, *graphs, OPTIMIZED):
         for size in settings.picture_sizes:
             row = _prompt_row(mode, size, settings)
             yield attempt(row, lambda m=mode, s=size: _time_prompt(m, s, settings))
@@ -125,7 +125,7 @@ def _time_prompt(mode: str, size: tuple[int, int], settings: Settings) -> dict:
         serving = serving_memory(call, settings, before)
     if mode not in (EAGER, PREDICTOR, PREDICTOR_GRAPHS):
         torch.compiler.reset()
-    return {**timing, **memory, **serving, **(report_of(model) if OPTIMIZED in mode else {})}
+    return {**timing, **memory, **serving, **(report_of(model) if mode == OPTIMIZED else {})}
 
 
 def prompt_call(mode: str, size: tuple[int, int], settings: Settings) -> tuple[Callable[[], torch.Tensor], nn.Module]:
@@ -133,12 +133,12 @@ def prompt_call(mode: str, size: tuple[int, int], settings: Settings) -> tuple[C
     model = settings.make_model()
     image_processor = make_processor(settings.config.vision_config).image_processor
     picture, point = _picture(size, settings), (size[1] / 3, size[0] / 2)
-    if OPTIMIZED in mode:
+    if mode == OPTIMIZED:
         model = optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(1,))
     if mode == COMPILED:
         model.vision_encoder.compile(dynamic=False)
         model.mask_decoder.compile(dynamic=False)
-    if mode not in (PREDICTOR, PREDICTOR_GRAPHS, PREDICTOR_OPTIMIZED):
+    if mode not in (PREDICTOR, PREDICTOR_GRAPHS):
         return lambda: picture_to_mask(model, image_processor, picture, point), model
     predictor = Predictor(model, image_processor, output="torch", cuda_graphs=mode == PREDICTOR_GRAPHS)
 

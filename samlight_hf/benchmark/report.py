@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..messages import text_table
 from .attention import BOTH
 from .encoders import DILATED, EAGER, FULL, GRAPH, OPTIMIZED, OURS
 
@@ -159,14 +160,8 @@ def _number(value: float | None) -> str:
 
 def format_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their longest entry; all but the first flush right where they hold numbers."""
-    widths = [max(len(line[column]) for line in (heads, *lines)) for column in range(len(heads))]
-    numeric = [all(line[c][:1] in "-0123456789" for line in lines) for c in range(len(heads))]
-
-    def put(line: Sequence[str]) -> str:
-        cells = [text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, numeric)]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([put(heads), "  ".join("-" * width for width in widths), *(put(line) for line in lines)])
+    numeric = [column for column in range(len(heads)) if all(line[column][:1] in "-0123456789" for line in lines)]
+    return text_table([heads, *lines], numeric, rule=True)
 
 
 def plot_resolution(rows: Rows, path: Path, device: str) -> bool:

@@ -16,9 +16,9 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..files import read_yaml
 from ..hub import check_target
 from ..model_card import CardFacts
 from .layer_weights import LayerWeightSchedule, layer_weight_schedule
@@ -172,7 +172,7 @@ class RunArguments:
 
     def card_facts(self) -> dict:
         """What `card` says. Raises ValueError for a file that cannot be read or says what no card takes."""
-        content = (_read_yaml(self.card) if self.card else None) or {}
+        content = (read_yaml(self.card) if self.card else None) or {}
         CardFacts.of(content, self.card or "card")
         return content
 
@@ -215,19 +215,10 @@ def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
         raise ValueError(f"--config was given {len(paths)} times. Give one file.")
     if not paths:
         return {}, options
-    config = _read_yaml(paths[0])
+    config = read_yaml(paths[0])
     if not isinstance(config, dict):
         raise ValueError(f"{paths[0]}: must hold keys and values, such as teacher: facebook/sam-vit-huge.")
     return config, options
-
-
-def _read_yaml(path: str):
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
 
 
 class _Parser(HfArgumentParser):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_aside
+from ..messages import text_table
 from .files import is_missing, plain, slug, write_records
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
 from .statistics import CONFIDENCE, NUM_RESAMPLES, SIZES, ModelResult, protocol_differences
@@ -85,10 +86,7 @@ def console_table(results: Sequence[ModelResult]) -> str:
         score = result.score(key)
         difference = _difference_text(comparisons[result.name][key]) if result.name in comparisons else ""
         rows.append([*names_of(key), result.name, f"{score['n']:,}", _score_text(score), difference])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, *_missing(results, {"mIoU": ("iou",)})])
+    return "\n".join([text_table(rows, rule=True), *_missing(results, {"mIoU": ("iou",)})])
 
 
 def _check_results(results: Sequence[ModelResult]):
