@@ -118,6 +118,26 @@ def initialize_decoder(model: PreTrainedModel):
                 module.reset_parameters()
 
 
+def initialize_positions(model: PreTrainedModel):
+    """Fixed waves for the image encoder's absolute positions, in place, which are zeros when they are fresh.
+
+    Half of the channels tell the row and half the column, as sines and cosines of wavelengths from 2 pi to 20,000 pi patches (He et al.,
+    Masked Autoencoders, arXiv 2111.06377). They are trained on from there.
+    """
+    positions = model.vision_encoder.pos_embed
+    if positions is None:
+        return
+    _, height, width, channels = positions.shape
+    if channels % 4:
+        raise ValueError(f"hidden_size={channels} must be divisible by 4 for positions that are sines and cosines.")
+    frequencies = 10000.0 ** -(torch.arange(channels // 4) / (channels // 4))
+    angles = torch.arange(max(height, width))[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = waves[:height, None].expand(-1, width, -1), waves[None, :width].expand(height, -1, -1)
+    with torch.no_grad():
+        positions.copy_(torch.cat([rows, columns], dim=2))
+
+
 def change_image_size(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
     """A copy for pictures of another size: the same weights, with the absolute positions interpolated (bicubic).
 
@@ -289,6 +309,7 @@ __all__ = [
     "create_student",
     "evenly_spaced_layers",
     "initialize_decoder",
+    "initialize_positions",
     "load_decoder",
     "load_teacher",
     "student_config",

@@ -17,6 +17,7 @@ from samlight_hf.conversion import (
     convert_original_checkpoint,
     create_student,
     evenly_spaced_layers,
+    initialize_positions,
     load_decoder,
     load_teacher,
     student_config,
@@ -704,6 +705,18 @@ def test_another_image_size(make):
     assert back.config.to_dict() == model.config.to_dict()
     if isinstance(model, SamLighteningModel):
         assert larger.config.vision_config.segment_length == (None, 64, None)
+
+
+def test_positions_begin_as_waves_that_tell_every_place(model):
+    initialize_positions(model)
+    positions = model.vision_encoder.pos_embed.detach()[0].flatten(0, 1)  # (N, C)
+    distances = torch.cdist(positions, positions) + torch.eye(len(positions)) * 1e3
+    assert distances.min() > 0.5
+    quarter = positions.shape[1] // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter) / quarter)
+    row, column = 3, 5
+    expected = torch.cat([wave(n * frequencies) for n in (row, column) for wave in (torch.sin, torch.cos)])
+    torch.testing.assert_close(positions[row * 8 + column], expected)
 
 
 def test_an_image_size_that_cannot_be():

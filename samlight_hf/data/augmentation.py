@@ -20,11 +20,14 @@ class Augmentation:
         scale: lowest and highest zoom, drawn evenly on a logarithmic scale. Above 1, a part of the picture as much
             smaller, of the picture's own shape and anywhere in it, fills the frame. Below 1, the whole picture is as
             much smaller than the frame.
+        stretch: largest factor by which one side is scaled more than the other, drawn evenly on a logarithmic scale; either
+            of them may be.
         flip: whether half of the pictures are mirrored left to right.
         brightness, contrast, saturation: each is multiplied by a factor drawn from 1 - x to 1 + x.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
+    stretch: float = 1.0
     flip: bool = False
     brightness: float = 0.0
     contrast: float = 0.0
@@ -33,6 +36,8 @@ class Augmentation:
     def __post_init__(self):
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < float("inf"):
             raise ValueError(f"scale={self.scale!r} must be the lowest and the highest zoom, both above 0.")
+        if not 1 <= self.stretch < float("inf"):
+            raise ValueError(f"stretch={self.stretch!r} must be at least 1, which is none.")
         check_strengths(self, "brightness", "contrast", "saturation")
 
     def view(self, generator: np.random.Generator, width: int, height: int, image_size: int) -> "View":
@@ -42,9 +47,13 @@ class Augmentation:
         corner = generator.random(2)
         crop = [max(1, round(side / max(1.0, zoom))) for side in (width, height)]
         left, top = (int(u * (side - kept + 1)) for u, side, kept in zip(corner, (width, height), crop))
+        stretched = crop
+        if self.stretch > 1:
+            factor = np.exp(generator.uniform(-0.5, 0.5) * np.log(self.stretch))
+            stretched = crop[0] * factor, crop[1] / factor
         # Rounded as transformers' SamImageProcessor does.
-        scale = image_size * min(1.0, zoom) / max(crop)
-        size = tuple(max(1, int(side * scale + 0.5)) for side in crop)
+        scale = image_size * min(1.0, zoom) / max(stretched)
+        size = tuple(max(1, int(side * scale + 0.5)) for side in stretched)
         return View(width, height, (left, top, left + crop[0], top + crop[1]), size, flip, image_size)
 
     def recolour(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:

@@ -48,6 +48,11 @@ class DistillationArguments(TrainingArguments):
         default=None, metadata={"help": "encoder: keep the teacher's targets here, computed once; needs num_views"}
     )
 
+    muon: bool = field(
+        default=False,
+        metadata={"help": "Muon for the matrices of the layers, and optim for the rest; from scratch it learns faster"},
+    )
+
     num_prompts: int = field(default=16, metadata={"help": "decoder, end_to_end: objects prompted in a picture"})
     box_share: float = field(default=0.5, metadata={"help": "decoder, end_to_end: share of prompts that are boxes"})
     num_refinements: int = field(default=1, metadata={"help": "decoder, end_to_end: clicks added one by one"})
@@ -85,6 +90,8 @@ class DistillationArguments(TrainingArguments):
         ):
             if getattr(self, name):
                 raise ValueError(f"{name}=true is not possible here: {why}.")
+        if self.muon and self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(f"muon=true goes with optim=adamw_torch, not with optim={self.optim}.")
         if not 0 <= self.box_share <= 1:
             raise ValueError(f"box_share={self.box_share} must be from 0 to 1.")
         if self.stage != "encoder" and not self.focal_weight + self.bce_weight + self.dice_weight:
@@ -144,8 +151,14 @@ class RunArguments:
     eval_limit: int | None = field(default=None, metadata={"help": "only the first so many pictures"})
     min_scale: float = field(default=1.0, metadata={"help": "augmentation: smallest size of the picture in its frame"})
     max_scale: float = field(default=1.0, metadata={"help": "augmentation: largest size; above 1 is a crop"})
+    stretch: float = field(
+        default=1.0, metadata={"help": "augmentation: by so much one side may be scaled more than the other"}
+    )
     flip: bool = field(default=True, metadata={"help": "augmentation: mirror every other picture"})
     color_jitter: float = field(default=0.0, metadata={"help": "augmentation: of brightness, contrast and saturation"})
+    box_noise: float = field(
+        default=0.1, metadata={"help": "deviation of a prompt's box on each side, as a share of its width or height"}
+    )
     num_views: int | None = field(
         default=None, metadata={"help": "augmented views of a picture that come round again; needed by cache_dir"}
     )

@@ -15,7 +15,13 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, set_seed
 
-from ..conversion import change_image_size, create_student, initialize_decoder, load_teacher
+from ..conversion import (
+    change_image_size,
+    create_student,
+    initialize_decoder,
+    initialize_positions,
+    load_teacher,
+)
 from ..data import (
     Augmentation,
     Cutouts,
@@ -242,6 +248,7 @@ def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrain
     elif name in PRESETS:
         student = SamLighteningModel(SamLighteningConfig.from_preset(name))
         initialize_decoder(student)
+        initialize_positions(student)
     elif name.endswith(".json"):
         student = _from_config(name, teacher)
     else:
@@ -265,6 +272,7 @@ def _from_config(path: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
     config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
     student = AutoModelForMaskGeneration.from_config(config)
     initialize_decoder(student)
+    initialize_positions(student)
     return student
 
 
@@ -334,12 +342,15 @@ def make_examples(
         "mask_size": 4 * (config.image_size // config.patch_size),
         "augmentation": Augmentation(
             scale=(run.min_scale, run.max_scale),
+            stretch=run.stretch,
             flip=run.flip,
             brightness=run.color_jitter,
             contrast=run.color_jitter,
             saturation=run.color_jitter,
         ),
-        "prompts": None if args.stage == "encoder" else PromptSampling(args.num_prompts, max(1, args.num_refinements)),
+        "prompts": None
+        if args.stage == "encoder"
+        else PromptSampling(args.num_prompts, max(1, args.num_refinements), run.box_noise),
         "cutouts": Cutouts(run.cutouts) if run.cutouts else None,
         "num_views": run.num_views if args.stage == "encoder" else None,
         "seed": args.seed,

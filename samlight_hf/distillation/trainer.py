@@ -36,6 +36,7 @@ from .checkpoints import (
     run_settings,
 )
 from .layer_weights import LayerWeightCallback
+from .muon import MuonWithAdamW
 from .publishing import SNAPSHOTS_NAME, HubPublisher, PushingTrainer
 from .stages import EncoderStage, MaskStage, encode, match_layers
 from .teacher import Teacher, normalize_pixels
@@ -158,7 +159,18 @@ class DistillationTrainer(PushingTrainer):
         """What defines the run: see `run_settings` in checkpoints.py."""
         return run_settings(self.args, getattr(self.train_dataset, "examples", self.train_dataset), self.teacher)
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: DistillationArguments, model=None) -> tuple[type, dict]:
+        if args.muon:
+            adamw = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            return MuonWithAdamW, {"lr": args.learning_rate, **adamw}
+        return PushingTrainer.get_optimizer_cls_and_kwargs(args, model)
+
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        if self.args.muon and self.is_fsdp_enabled:
+            raise ValueError(
+                "muon=true is not possible with FSDP, whose shards are no matrices. Use muon=false, or DDP."
+            )
         optimizer = super().create_optimizer(*args, **kwargs)
         self._prove_frozen(optimizer)
         return optimizer

@@ -172,7 +172,11 @@ def test_plain_examples_have_the_size_and_place_that_sam_gives(tmp_path):
         assert shown == tuple((expected.sum(0) > 0).nonzero().max(0).values + 1)
 
 
-@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(scale=(0.4, 2.5), flip=True)], ids=str)
+@pytest.mark.parametrize(
+    "augmentation",
+    [Augmentation(), Augmentation(scale=(0.4, 2.5), flip=True), Augmentation(stretch=1.6, scale=(0.6, 1.6))],
+    ids=str,
+)
 def test_masks_boxes_and_points_lie_where_the_object_is_seen(tmp_path, augmentation):
     """Each object has a colour channel for itself, so the pixels say where it is, and how much of each cell."""
     sizes = [(97, 61), (150, 211), (333, 222), (64, 64)]
@@ -191,6 +195,15 @@ def test_masks_boxes_and_points_lie_where_the_object_is_seen(tmp_path, augmentat
             tight = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
             assert np.abs(box - tight).max() <= 2.5, (box, tight)
     assert len(ious) == 120 and np.mean(ious) > 0.96 and min(ious) > 0.75
+
+
+def test_a_stretched_picture_fits_the_frame_in_other_proportions():
+    augmentation, generator = Augmentation(stretch=2.0), np.random.default_rng(0)
+    sizes = [augmentation.view(generator, 200, 100, S).size for _ in range(200)]
+    ratios = np.array([width / height / 2 for width, height in sizes])
+    assert all(max(size) == S for size in sizes)
+    assert 0.5 <= ratios.min() < 0.55 and 1.85 < ratios.max() <= 2.0
+    assert 0.4 < np.mean(ratios > 1) < 0.6
 
 
 def test_flipping_twice_and_cropping_nothing_is_nothing():
@@ -419,7 +432,13 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Augmentation(scale=(2, 1)), lambda: Augmentation(contrast=2), lambda: PromptSampling(0)]
+    "make",
+    [
+        lambda: Augmentation(scale=(2, 1)),
+        lambda: Augmentation(contrast=2),
+        lambda: Augmentation(stretch=0.5),
+        lambda: PromptSampling(0),
+    ],
 )
 def test_augmentations_and_prompts_that_do_not_fit(make):
     with pytest.raises(ValueError, match="must be"):

@@ -74,6 +74,7 @@ def test_without_a_file():
         ("max_steps: 3.5", "max_steps=3.5 must be an integer"),
         ("stage: decoder", "stage is set by stages"),
         ("auto_find_batch_size: true", "auto_find_batch_size=true is not possible here"),
+        ("muon: true\noptim: sgd", "muon=true goes with optim=adamw_torch, not with optim=sgd"),
         ("push_to_hub: true", "push_to_hub=true needs hub_model_id, such as org/name"),
         ("push_to_hub: true\nhub_model_id: name", "must name user or organization too"),
         ("push_to: a/b/c", "repo_id='a/b/c'"),

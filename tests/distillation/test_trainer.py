@@ -185,10 +185,11 @@ def test_the_exported_student_is_complete_and_knows_nothing_of_the_training(tmp_
     assert len(output["masks"]) > 0
 
 
-@pytest.mark.parametrize("stage", ["encoder", "end_to_end"])
-def test_resuming_is_bit_exact(tmp_path, stage):
+@pytest.mark.parametrize(("stage", "muon"), [("encoder", False), ("end_to_end", False), ("end_to_end", True)])
+def test_resuming_is_bit_exact(tmp_path, stage, muon):
     options = {
         "stage": stage,
+        "muon": muon,
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": 3,

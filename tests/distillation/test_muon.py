@@ -1,0 +1,80 @@
+import torch
+from torch import nn
+
+from samlight_hf.distillation.muon import MuonWithAdamW
+
+
+def make_model(seed: int = 0) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    parts = {
+        "first": nn.Linear(48, 64),
+        "patches": nn.Conv2d(3, 40, 4),
+        "token": nn.Embedding(4, 48),
+        "last": nn.Linear(64, 32),
+    }
+    return nn.ModuleDict(parts)
+
+
+def set_gradients(model: nn.Module, step: int):
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def groups(model: nn.Module) -> list[dict]:
+    """As Trainer makes them."""
+    decayed = [parameter for name, parameter in model.named_parameters() if "bias" not in name]
+    plain = [parameter for name, parameter in model.named_parameters() if "bias" in name]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+
+
+def test_matrices_go_the_way_of_muon_and_everything_else_that_of_adamw():
+    model, expected = make_model(), make_model()
+    optimizer = MuonWithAdamW(groups(model), lr=0.01, betas=(0.9, 0.98))
+    matrices = [expected["first"].weight, expected["last"].weight]
+    biases = [expected[name].bias for name in ("first", "patches", "last")]
+    parts = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([expected["patches"].weight, expected["token"].weight], lr=0.01, betas=(0.9, 0.98), weight_decay=0.1),
+        torch.optim.AdamW(biases, lr=0.01, betas=(0.9, 0.98), weight_decay=0.0),
+    ]  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for step in range(4):
+        for one in (model, expected):
+            set_gradients(one, step)
+        for part in parts:
+            for group in part.param_groups:
+                group["lr"] = 0.01 / (step + 1)
+            part.step()
+        optimizer.step()
+        schedule.step()
+    for (name, mine), theirs in zip(model.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=name)
+    assert not torch.equal(model["first"].weight, make_model()["first"].weight)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_going_on_from_its_state_is_bit_exact():
+    whole, model = make_model(), make_model()
+    optimizer = MuonWithAdamW(groups(whole), lr=0.01)
+    for step in range(6):
+        set_gradients(whole, step)
+        optimizer.step()
+    first = MuonWithAdamW(groups(model), lr=0.01)
+    for step in range(3):
+        set_gradients(model, step)
+        first.step()
+    resumed = MuonWithAdamW(groups(model), lr=0.5)
+    resumed.load_state_dict(first.state_dict())
+    assert {group["lr"] for group in resumed.param_groups} == {0.01}
+    for step in range(3, 6):
+        set_gradients(model, step)
+        resumed.step()
+    for mine, theirs in zip(model.parameters(), whole.parameters()):
+        assert torch.equal(mine, theirs)
+    for group in resumed.param_groups:
+        group["lr"] = 0.0
+    before = [parameter.clone() for parameter in model.parameters()]
+    resumed.step()  # whose parts have the same groups still
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
