@@ -225,7 +225,7 @@ def _single_prompts(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
                 way = f"Predictor, {'CUDA graph' if cuda_graphs else 'eager'}"
                 yield {**row, "prompt": name, "way": way, "ms": _median_ms(run, repeats)}
                 if cuda_graphs:
-                    graph = next(reversed(predictor.decoder._decode_all[True, False]._graphs.values()))[0]
+                    graph = next(reversed(predictor.decoder.all_masks[True, False]._graphs.values()))[0]
                     yield {**row, "prompt": name, "way": "the graph alone", "ms": _median_ms(graph.replay, repeats)}
 
 

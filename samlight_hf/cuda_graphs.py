@@ -1,8 +1,9 @@
 """Functions of CUDA tensors, replayed from CUDA graphs."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -10,8 +11,9 @@ import torch
 class GraphedFunction:
     """A function of tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called.
 
-    The first tensor says where; the others may be on the CPU, from where they are copied without waiting. What it returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the
-    one that was not used for the longest time is dropped; after `freeze` no more are made, and other shapes are called.
+    The first tensor says where; the others may be on the CPU, from where one copy takes them all, without waiting. What it
+    returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the one that was
+    not used for the longest time is dropped; after `freeze` no more are made, and other shapes are called.
     `last_ran` is "graph" or "eager".
     """
 
@@ -31,7 +33,7 @@ class GraphedFunction:
     @torch.inference_mode()
     def __call__(self, *tensors: torch.Tensor):
         device = tensors[0].device
-        key = device, *((tensor.shape, tensor.dtype) for tensor in tensors)
+        key = device, *[(tensor.shape, tensor.dtype) for tensor in tensors]
         if not (self.enabled and device.type == "cuda") or (self._frozen and key not in self._graphs):
             self.last_ran = "eager"
             return self.function(*(tensor.to(device) for tensor in tensors))
@@ -41,30 +43,69 @@ class GraphedFunction:
             self._graphs[key] = self._capture(tensors)
         self._graphs.move_to_end(key)
         graph, inputs, outputs = self._graphs[key]
-        for static, tensor in zip(inputs, tensors):
-            if static.data_ptr() != tensor.data_ptr():
-                static.copy_(tensor, non_blocking=True)
+        inputs.fill(tensors)
         graph.replay()
         self.last_ran = "graph"
         return outputs
 
     def _capture(self, tensors: tuple[torch.Tensor, ...]):
         with torch.cuda.device(tensors[0].device):
-            inputs = [tensor.to(tensors[0].device, copy=True) for tensor in tensors]
+            inputs = StaticInputs(tensors)
+            inputs.fill(tensors)
             stream = _warm_up_stream(tensors[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # kernels are chosen, and workspaces made, before the capture
-                    self.function(*inputs)
+                    self.function(*inputs.tensors)
             torch.cuda.current_stream().wait_stream(stream)
             _forget_workspaces()
             torch.cuda.empty_cache()  # what the warm-up took, the graph takes once more
             graph = torch.cuda.CUDAGraph()
             # Other threads may use CUDA meanwhile, and must not make this capture fail.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                outputs = self.function(*inputs)
+                outputs = self.function(*inputs.tensors)
             _forget_workspaces()  # the graph's own stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
+
+
+class StaticInputs:
+    """Tensors like `examples`, all where the first is, that stay where they are in memory while `fill` gives them values.
+
+    Those of examples on the CPU lie side by side in one buffer there and one on the device: each copy between them takes as
+    long as several kernels of a short graph. Later values may be on the CPU or on the device, whatever the examples were.
+    """
+
+    def __init__(self, examples: Sequence[torch.Tensor]):
+        from_cpu = [example for example in examples if example.is_cpu]
+        # Not pinned: when a copy from there returns, it has been read, and may be filled anew.
+        self._buffer = torch.empty(sum(_aligned(example.nbytes) for example in from_cpu), dtype=torch.uint8)
+        self._device_buffer = torch.empty_like(self._buffer, device=examples[0].device)
+        sources, copies = (iter(_views(buffer, from_cpu)) for buffer in (self._buffer, self._device_buffer))
+        self.tensors = [
+            next(copies) if example.is_cpu else torch.empty_like(example, device=examples[0].device)
+            for example in examples
+        ]
+        self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
+
+    def fill(self, tensors: Sequence[torch.Tensor]):
+        for target, tensor in zip(self._targets, tensors):
+            if target.data_ptr() != tensor.data_ptr():
+                target.copy_(tensor, non_blocking=target.is_cuda)
+        if len(self._buffer):
+            self._device_buffer.copy_(self._buffer, non_blocking=True)
+
+
+def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors like `examples` in the bytes of the buffer, one after the other."""
+    starts = accumulate((_aligned(example.nbytes) for example in examples), initial=0)
+    return [
+        buffer[start : start + example.nbytes].view(example.dtype).view(example.shape)
+        for start, example in zip(starts, examples)
+    ]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 16) * 16  # what kernels read at once
 
 
 @lru_cache

@@ -17,6 +17,7 @@ the same bits, and which of two masks is suppressed would be a matter of their o
 """
 
 import copy
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
@@ -35,8 +36,13 @@ class Decoded(NamedTuple):
     """What P prompts gave: `iou` float32 (P, M), and `logits` (K, h, w) of the K masks whose place in it is in `kept`."""
 
     iou: torch.Tensor
-    kept: torch.Tensor  # int64 (K,), places in iou.flatten(), ascending
+    places: torch.Tensor | None  # `kept`, or None for all
     logits: torch.Tensor
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """int64 (K,), places in iou.flatten(), ascending."""
+        return places_above(self.iou, None) if self.places is None else self.places
 
 
 def why_not_fast(model: PreTrainedModel) -> str | None:
@@ -58,9 +64,6 @@ class FastMaskDecoder:
         if reason := why_not_fast(model):
             raise ValueError(reason)
         self.prompt_encoder, self.decoder = model.prompt_encoder, model.mask_decoder
-        self.embedder = self.prompt_encoder
-        if model.dtype != torch.float32:
-            self.embedder = copy.deepcopy(self.prompt_encoder).float()
         self.cuda_graphs = cuda_graphs
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # of memory that graphs may share
         # Image tokens that a graph returns stay where they are, some hundred MB for each: no more than two.
@@ -76,7 +79,8 @@ class FastMaskDecoder:
         with torch.no_grad():
             self.positions = _image_positions(model)  # (N, C)
             self.no_mask = self.prompt_encoder.no_mask_embed.weight  # (1, C)
-            self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+            self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
+            self.embed = PromptEmbedding(self.prompt_encoder)
             first, second = _as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)
             self.head = mask_head.HeadWeights(*first, decoder.upscale_layer_norm, *second)
             self.hypernetworks, self.iou_head = (
@@ -120,8 +124,8 @@ class FastMaskDecoder:
         if repeated and min_iou is None and len(prompts[0]) == 1:
             with_mask = mask_logits is not None
             inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
-            iou, logits = (output.clone() for output in self.all_masks[multimask_output, with_mask](*inputs))
-            return Decoded(iou, places_above(iou, None), logits)
+            iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
+            return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
         prompts = [prompt.to(image.device) for prompt in prompts]
         image = image + self._dense(mask_logits)
         transform = self.transform if repeated else self._transform
@@ -158,18 +162,11 @@ class FastMaskDecoder:
 
         `image` (1, N, C) or (P, N, C) has the embedding of a mask, or of none, added.
         """
-        sparse = self._embed(*prompts)
-        output_tokens = self.output_tokens.expand(len(sparse), -1, -1)
-        tokens, image_tokens = self._two_way(torch.cat([output_tokens, sparse.to(output_tokens.dtype)], dim=1), image)
+        output_tokens = self.output_tokens.expand(len(prompts[0]), -1, -1)
+        tokens = torch.cat([output_tokens, *self.embed(*prompts)], dim=1).to(image.dtype)
+        tokens, image_tokens = self._two_way(tokens, image)
         iou = _run_mlps(self.iou_head, tokens[None, :, 0].float())[0]
         return tokens[:, : len(self.output_tokens)], image_tokens, iou
-
-    def _embed(self, *prompts: torch.Tensor) -> torch.Tensor:
-        """(P, tokens, C): points (P, k, 2) and labels (P, k) come before boxes (P, 4)."""
-        points, labels = prompts[:2] if len(prompts) > 1 else (None, None)
-        boxes = prompts[-1] if len(prompts) != 2 else None
-        points, labels, boxes = (None if tensor is None else tensor[None] for tensor in (points, labels, boxes))
-        return self.embedder(points, labels, boxes, None)[0][0]
 
     def _two_way(self, embedded: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two-way transformer; `embedded` (P, T, C) are tokens as they came in, and their positions."""
@@ -266,6 +263,44 @@ class FastMaskDecoder:
     def _upscale(self, image_tokens: torch.Tensor, hyper: torch.Tensor) -> torch.Tensor:
         """(P, N, C) and (P, M, C / 8) -> logits (P, M, 4h, 4w)."""
         return mask_head.run_head(image_tokens, hyper, self.grid_size, self.head)
+
+
+class PromptEmbedding:
+    """SAM's embedding of points and boxes, in float32 and in few kernels: with one prompt, each costs its launch and no more."""
+
+    def __init__(self, encoder: SamPromptEncoder):
+        frequencies = encoder.shared_embedding.positional_embedding.float()  # (2, C / 2)
+        size, num_frequencies = encoder.input_image_size, frequencies.shape[1]
+        # The centre of a pixel in coordinates from -1 to 1; then sines, and cosines as sines of a quarter of a period later.
+        self.scale, self.shift = 2 / size, frequencies.new_tensor(1 / size - 1)
+        self.weight = 2 * math.pi * frequencies.repeat(1, 2)  # (2, C)
+        self.phase = frequencies.new_tensor([0.0, math.pi / 2]).repeat_interleave(num_frequencies)
+        off, on, *corners = (embedding.weight.float() for embedding in encoder.point_embed[:4])
+        self.corners, self.no_point = torch.cat(corners), encoder.not_a_point_embed.weight.float()
+        # What a point's position is multiplied with, and what is added, at index 0, 1, 2, -2 and -1: those labels, and beyond 2
+        # and -2 all others. Negative labels are padding, and have no position.
+        nothing = torch.zeros_like(off)
+        added = torch.cat([off, on, nothing, nothing, self.no_point])
+        factor = added.new_tensor([1, 1, 1, 0, 0])[:, None].expand_as(added)
+        self.by_label = torch.cat([factor, added], dim=1)  # (5, 2 * C)
+
+    def __call__(self, *prompts: torch.Tensor) -> list[torch.Tensor]:
+        """Tokens (P, t, C) in parts: of points (P, k, 2) with labels (P, k), of boxes (P, 4), or of both in this order."""
+        parts = []
+        if len(prompts) > 1:
+            points, labels = prompts[:2]
+            factor, added = self.by_label[labels.long().clamp(-2, 2)].chunk(2, dim=-1)
+            parts.append(torch.addcmul(added, factor, self._positions(points)))
+        if len(prompts) != 2:
+            parts.append(self._positions(prompts[-1].unflatten(1, (2, 2))) + self.corners)
+        else:
+            parts.append(self.no_point.expand(len(points), 1, -1))
+        return parts
+
+    def _positions(self, points: torch.Tensor) -> torch.Tensor:
+        """(P, k, 2) in pixels of the resized picture: (P, k, C)."""
+        x, y = torch.add(self.shift, points, alpha=self.scale).split(1, dim=-1)
+        return torch.addcmul(torch.addcmul(self.phase, x, self.weight[0]), y, self.weight[1]).sin()
 
 
 def _mask_slice(multimask_output: bool) -> slice:

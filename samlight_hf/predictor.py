@@ -1,6 +1,6 @@
 """Encode once, prompt often: points, boxes and masks in pixels of the original pictures, ragged and batched."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,7 @@ class Predictor:
         """Forgets the pictures."""
         self.images: torch.Tensor | None = None  # (pictures, ...), as the decoder prepares them
         self.sizes: list[tuple[int, int]] = []  # height, width of each picture
+        self.scales = np.zeros((0, 4), dtype=np.float32)  # of x, y, x, y: to the resized picture, which the model sees
         self._is_list = False
 
     def set_image(self, picture: Picture) -> "Predictor":
@@ -90,10 +91,10 @@ class Predictor:
         images = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
         self.images = torch.cat([image for part in images for image in part])
         self.sizes = [tuple(tensor.shape[-2:]) for tensor in tensors]
+        self.scales = np.array([self._scale(picture) for picture in range(len(tensors))], dtype=np.float32)
         self._is_list = True
         return self
 
-    @torch.inference_mode()
     def predict(
         self,
         points_xy=None,
@@ -150,6 +151,10 @@ class Predictor:
     def _resized(self, picture: int) -> tuple[int, int]:
         return resized_size(*self.sizes[picture], self.image_processor.size["longest_edge"])
 
+    def _scale(self, picture: int) -> list[float]:
+        (height, width), (new_height, new_width) = self.sizes[picture], self._resized(picture)
+        return [new_width / width, new_height / height] * 2
+
     def _check_lists(self, arguments: dict):
         for name, value in arguments.items():
             if value is not None and (not isinstance(value, list | tuple) or len(value) != len(self.sizes)):
@@ -169,16 +174,16 @@ class Predictor:
             if not torch.isfinite(logits).all():
                 raise ValueError("logits hold NaN or infinite values.")
         try:
-            return parse_prompts(picture, self.sizes[picture], self._resized(picture), logits=logits, **prompts)
+            return parse_prompts(picture, self.sizes[picture], logits=logits, **prompts)
         except ValueError as error:
             raise ValueError(f"picture {picture}: {error}" if self._is_list else str(error)) from error
 
     def _decode(self, prompts: list[Prompt], multimask_output: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (n, m) and logits (n, m, h, w), float32, of prompts in any order."""
-        num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if multimask_output else 1
         batches = list(prompt_batches(prompts, self.budget.points_per_batch))
         parts = [self._decode_batch([prompts[place] for place in batch], multimask_output) for batch in batches]
         if not parts:
+            num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if multimask_output else 1
             empty = torch.zeros(0, num_masks, *self.logits_size, device=self.model.device)
             return empty[..., 0, 0], empty
         scores, logits = (torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts))
@@ -192,13 +197,19 @@ class Predictor:
         """As `_decode`, of prompts of one kind."""
         first = prompts[0]
         pictures = [prompt.picture for prompt in prompts]
-        one_picture = len(set(pictures)) == 1
-        images = self.images[pictures[0] : pictures[0] + 1] if one_picture else self.images[pictures]
+        places = slice(pictures[0], pictures[0] + 1) if len(set(pictures)) == 1 else pictures
+        # Prompts stay on the CPU: the decoder copies them to where they are read, without waiting.
+        scales, arguments = self.scales[places], {}
+        if first.points is not None:
+            points = np.array([prompt.points for prompt in prompts], dtype=np.float32) * scales[:, None, :2]
+            labels = np.array([prompt.labels for prompt in prompts], dtype=np.int64)
+            arguments = {"points": torch.from_numpy(points), "labels": torch.from_numpy(labels)}
+        if first.box is not None:
+            boxes = np.array([prompt.box for prompt in prompts], dtype=np.float32) * scales
+            arguments["boxes"] = torch.from_numpy(boxes)
         decoded = self.decoder.decode(
-            images,
-            points=_stack(prompt.points for prompt in prompts),
-            labels=_stack(prompt.labels for prompt in prompts),
-            boxes=_stack(prompt.box for prompt in prompts),
+            self.images[places],
+            **arguments,
             mask_logits=None if first.logits is None else torch.stack([prompt.logits for prompt in prompts]),
             multimask_output=multimask_output,
             prompts_per_upscaling=self.budget.points_per_upscaling,
@@ -252,12 +263,6 @@ def segment_prompts(
     check_prompts((picture.shape[2], picture.shape[1]), boxes_xyxy, points_xy)  # before the work is done
     predictor = Predictor(model, processor, output="torch", cuda_graphs=False).set_image(picture)
     return predict_prompts(predictor, boxes_xyxy, points_xy)
-
-
-def _stack(arrays: Iterable[np.ndarray | None]) -> torch.Tensor | None:
-    """On the CPU: the decoder copies prompts to where they are read, without waiting."""
-    arrays = list(arrays)
-    return None if arrays[0] is None else torch.from_numpy(np.stack(arrays))
 
 
 def _edges(masks: np.ndarray) -> np.ndarray:

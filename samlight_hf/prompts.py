@@ -1,11 +1,10 @@
-"""Prompts in pixels of the original picture: checked, brought to the model's frame, and put into batches."""
+"""Prompts in pixels of the original picture: checked, and put into batches."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
@@ -15,12 +14,12 @@ _PROMPTS_ALONE = 8
 
 @dataclass
 class Prompt:
-    """One prompt of one picture, in the frame of the resized picture."""
+    """One prompt of one picture, in its pixels."""
 
     picture: int
-    points: np.ndarray | None  # float32 (k, 2)
-    labels: np.ndarray | None  # int64 (k,), 1 on the object and 0 beside it
-    box: np.ndarray | None  # float32 (4,)
+    points: list[list[float]] | None  # k times x, y
+    labels: list[int] | None  # k, 1 on the object and 0 beside it
+    box: list[float] | None  # x1, y1, x2, y2
     logits: torch.Tensor | None  # float32 (h, w), of an earlier mask
 
     def kind(self) -> tuple:
@@ -58,36 +57,23 @@ def check_prompts(
 def parse_prompts(
     picture: int,
     size: tuple[int, int],
-    resized: tuple[int, int],
     points_xy=None,
     labels=None,
     boxes_xyxy=None,
     logits: torch.Tensor | None = None,
 ) -> list[Prompt]:
-    """The prompts of one picture, whose sizes are (height, width), as `Predictor.predict` tells; ValueError for bad ones."""
+    """The prompts of one picture of `size` (height, width), as `Predictor.predict` tells; ValueError for bad ones."""
     points = None if points_xy is None else [_points(prompt) for prompt in _entries("points_xy", points_xy)]
     boxes = None if boxes_xyxy is None else [_numbers(box) for box in _entries("boxes_xyxy", boxes_xyxy)]
     check_prompts(size[::-1], boxes or (), [point for prompt in points or () for point in prompt])
-    lengths = {
-        name: len(value)
-        for name, value in (("points_xy", points), ("boxes_xyxy", boxes), ("logits", logits))
-        if value is not None
-    }
+    parts = {"points_xy": points, "boxes_xyxy": boxes, "logits": logits}
+    lengths = {name: len(part) for name, part in parts.items() if part is not None}
     if len(set(lengths.values())) > 1:
         each = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"all prompts need the same parts, but {each}.")
-    label_lists = _labels(labels, points)
-    scale = np.array([resized[1] / size[1], resized[0] / size[0]] * 2, dtype=np.float32)
-    return [
-        Prompt(
-            picture,
-            None if points is None else np.array(points[place], dtype=np.float32) * scale[:2],
-            None if points is None else np.array(label_lists[place], dtype=np.int64),
-            None if boxes is None else np.array(boxes[place], dtype=np.float32) * scale,
-            None if logits is None else logits[place],
-        )
-        for place in range(next(iter(lengths.values()), 0))
-    ]
+    columns = points, _labels(labels, points), boxes, logits
+    nothing = [None] * next(iter(lengths.values()), 0)
+    return [Prompt(picture, *parts) for parts in zip(*(nothing if column is None else column for column in columns))]
 
 
 def prompt_batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
@@ -107,7 +93,7 @@ def prompt_batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
 def _entries(name: str, value) -> Sequence:
     if isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "shape", None) == ():
         raise ValueError(f"{name}={value!r} must have one entry for each prompt.")
-    return value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _points(prompt) -> list[list[float]]:
@@ -122,9 +108,9 @@ def _points(prompt) -> list[list[float]]:
     return points
 
 
-def _labels(labels, points: list | None) -> list[list[int]]:
+def _labels(labels, points: list | None) -> list[list[int]] | None:
     if labels is None:
-        return [[1] * len(prompt) for prompt in points or ()]
+        return None if points is None else [[1] * len(prompt) for prompt in points]
     if points is None:
         raise ValueError("labels are given without points_xy.")
     lists = [[int(label) for label in _entries("labels", prompt)] for prompt in _entries("labels", labels)]

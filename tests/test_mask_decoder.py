@@ -5,7 +5,7 @@ import torch
 from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.cuda_graphs import GraphedFunction
+from samlight_hf.cuda_graphs import GraphedFunction, StaticInputs
 from samlight_hf.inference import PictureEncoder, PlainMaskDecoder, make_decoder
 from samlight_hf.mask_decoder import FastMaskDecoder, why_not_fast
 
@@ -52,9 +52,9 @@ def prompts_of(count, device, num_points=1):
     return {name: prompt.to(device) for name, prompt in prompts.items()}
 
 
-def embeddings(model, count=1):
+def embeddings(model, count=1, dtype=torch.float32):
     pixel_values = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return model.get_image_embeddings(pixel_values.to(model.device))
+    return model.get_image_embeddings(pixel_values.to(model.device, dtype))
 
 
 def assert_same(fast, plain):
@@ -76,6 +76,18 @@ def test_the_fast_decoder_equals_the_plain_one(loud, device, names, multimask_ou
         fast.decode(fast.prepare(image), **prompts, multimask_output=multimask_output, prompts_per_upscaling=2),
         plain.decode(plain.prepare(image), **prompts, multimask_output=multimask_output),
     )
+
+
+@pytest.mark.parametrize("names", PROMPTS, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_prompt_of_many_calls_gives_all_masks_in_float32(loud, device, names, dtype):
+    prompts = {name: prompt for name, prompt in prompts_of(1, device).items() if name in names}
+    fast, image = FastMaskDecoder(loud.to(dtype)), embeddings(loud, dtype=dtype)
+    once, often = (fast.decode(fast.prepare(image), **prompts, repeated=repeated) for repeated in (False, True))
+    assert often.kept.tolist() == once.kept.tolist() == [0, 1, 2]
+    assert often.iou.dtype == often.logits.dtype == torch.float32
+    assert torch.equal(often.iou, once.iou)
+    assert torch.equal(often.logits, once.logits.float())
 
 
 def test_a_picture_for_each_prompt(loud, device):
@@ -123,12 +135,25 @@ def test_the_work_of_prompts_that_are_left_out_is_not_done(loud, device, monkeyp
     assert sum(upscaled) == (best > best.median()).sum()
 
 
+@pytest.mark.parametrize("names", [(POINTS, LABELS), (BOXES,), (POINTS, LABELS, BOXES)], ids="+".join)
+def test_points_of_every_label_and_boxes_are_embedded_as_the_model_does(loud, device, names):
+    """-10 and -1 are padding of points and of prompts; for other labels than 0 and 1 the model embeds the place alone."""
+    prompts = prompts_of(7, device, num_points=5)
+    prompts[LABELS] = torch.tensor([-10, -1, 0, 1, 2], device=device).expand(7, -1)
+    prompts = {name: prompts[name] for name in names}
+    points, labels, boxes = (prompts[name][None] if name in names else None for name in (POINTS, LABELS, BOXES))
+    with torch.no_grad():
+        expected = loud.prompt_encoder(points, labels, boxes, None)[0][0]
+        embedded = torch.cat(FastMaskDecoder(loud).embed(*prompts.values()), dim=1)
+    assert torch.allclose(embedded, expected, rtol=0, atol=2e-5)
+
+
 def test_prompts_are_embedded_in_float32_whatever_the_models_dtype(loud):
     """In bfloat16 a coordinate has 8 bits: neighbouring pixels would be one."""
     fast = FastMaskDecoder(loud.to(torch.bfloat16))
     points = torch.tensor([[[20.0, 9.0]], [[20.01, 9.0]]], device=loud.device)
     labels = torch.ones(2, 1, dtype=torch.int64, device=loud.device)
-    embedded, plain = fast._embed(points, labels), loud.prompt_encoder(points[None], labels[None], None, None)[0][0]
+    embedded, plain = fast.embed(points, labels)[0], loud.prompt_encoder(points[None], labels[None], None, None)[0][0]
     assert (embedded.dtype, plain.dtype) == (torch.float32, torch.bfloat16)
     assert not torch.equal(embedded[0], embedded[1])
     assert torch.equal(plain[0], plain[1])
@@ -219,6 +244,36 @@ def test_a_graph_takes_later_tensors_from_the_cpu():
         result = function(first, torch.tensor([1.0, number]), torch.tensor([number]))
         assert result.tolist() == [2 + number, 4 * number]
     assert function.last_ran == "graph"
+    later = [torch.tensor(values, device="cuda") for values in ([1.0, 5.0], [7])]
+    assert function(first, *later).tolist() == [9, 22]
+    assert function(first, later[0].cpu(), later[1]).tolist() == [9, 22]
+    assert len(function) == 1
+
+
+@pytest.mark.gpu
+def test_calls_that_are_not_waited_for_keep_their_own_inputs():
+    """What comes from the CPU is read before the next call writes over it."""
+    function = GraphedFunction(lambda x, y, z: (x @ x).sum() * 0 + y + z)
+    first = torch.rand(2048, 2048, device="cuda")
+    results = [function(first, torch.tensor([n]), torch.tensor([0.5])).clone() for n in range(200)]
+    assert torch.cat(results).tolist() == [n + 0.5 for n in range(200)]
+
+
+def test_static_inputs_stay_where_they_are_and_take_values_of_any_layout(device):
+    def values(seed):
+        torch.manual_seed(seed)
+        return (
+            torch.rand(2, 3).to(device), torch.rand(3, 5, dtype=torch.float64).T, torch.randint(9, (1,)),
+            torch.rand(4).to(device), torch.tensor(True), torch.rand(0, 2), torch.rand(7).half(),
+        )  # fmt: skip
+
+    inputs = StaticInputs(values(0))
+    places = [tensor.data_ptr() for tensor in inputs.tensors]
+    for seed in range(3):
+        inputs.fill(values(seed))
+        assert all(torch.equal(tensor.cpu(), value.cpu()) for tensor, value in zip(inputs.tensors, values(seed)))
+        assert {tensor.device.type for tensor in inputs.tensors} == {device}
+    assert [tensor.data_ptr() for tensor in inputs.tensors] == places
 
 
 @pytest.mark.gpu

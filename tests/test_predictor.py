@@ -127,6 +127,12 @@ def test_numpy_and_torch_in_and_out(tiny, picture):
         assert tensor.device.type == tiny[0].device.type
         assert np.allclose(array, tensor.cpu().numpy(), atol=1e-5)
     assert as_torch.masks.dtype == torch.bool
+    refined = [
+        Predictor(*tiny).set_image(picture).predict(points, logits=logits)
+        for logits in (as_numpy.logits[:, 0], as_torch.logits[:, 0], as_torch.logits[:, 0].clone().requires_grad_())
+    ]
+    for prediction in refined[1:]:
+        assert np.allclose(prediction.logits, refined[0].logits, atol=1e-5)
 
 
 def test_logits_alone_and_their_masks_later(tiny, picture):
@@ -271,9 +277,9 @@ def test_points_that_cannot_be(point):
 
 def test_batches_are_of_one_kind_and_lose_no_prompt():
     size = (100, 100)
-    many = parse_prompts(0, size, size, points_xy=[[(1, 1)]] * 9 + [[(1, 1), (2, 2)]])
-    few = parse_prompts(1, size, size, points_xy=[[(1, 1)]] * 2, boxes_xyxy=[(0, 0, 9, 9)] * 2)
-    others = parse_prompts(2, size, size, points_xy=[[(1, 1), (2, 2)]])
+    many = parse_prompts(0, size, points_xy=[[(1, 1)]] * 9 + [[(1, 1), (2, 2)]])
+    few = parse_prompts(1, size, points_xy=[[(1, 1)]] * 2, boxes_xyxy=[(0, 0, 9, 9)] * 2)
+    others = parse_prompts(2, size, points_xy=[[(1, 1), (2, 2)]])
     prompts = many + few + others
     batches = list(prompt_batches(prompts, most=4))
     assert sorted(place for batch in batches for place in batch) == list(range(len(prompts)))
