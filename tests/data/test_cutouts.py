@@ -158,3 +158,16 @@ def test_paths_without_cutouts(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
         Cutouts(tmp_path / "empty")
+
+
+def test_objects_are_decoded_once_as_far_as_there_is_room(cutouts, monkeypatch):
+    monkeypatch.setattr("samlight_hf.data.cutouts.CACHE_BYTES", 4 * 24 * 24)
+    objects = Cutouts(cutouts)
+    first, second = objects.load(0), objects.load(1)
+    assert objects.load(0) is first
+    assert objects.load(1) is not second and objects.load(1).tobytes() == second.tobytes()
+    before = first.tobytes()
+    objects.paste(Image.new("RGB", (24, 24)), np.random.default_rng(0))
+    assert first.tobytes() == before
+    copy = pickle.loads(pickle.dumps(objects))  # as a worker process gets it: without the pixels
+    assert copy.load(0) is not first and copy.load(0).tobytes() == before and repr(copy) == repr(objects)
