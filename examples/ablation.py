@@ -1,19 +1,23 @@
-"""What the layer weights of the encoder stage are worth: the same student, with the same budget, by each schedule and several seeds.
+"""What a setting of a distillation is worth: the same training with and without it, with the same budget, by several seeds.
 
-    python examples/distill.py && python examples/ablation.py     # the demonstration's teacher and student, on a CPU
+    python examples/distill.py && python examples/ablation.py     # the layer weights, with the demonstration's teacher and student, on a CPU
     python examples/ablation.py --config examples/configs/sa1b_vit_b.yaml --seeds 0 1 2
+    python examples/ablation.py --variants examples/configs/bsds_ablation.yaml
 
-Trains the stage "encoder" of a config with dynamic, uniform and output-only weights, then the decoder stage on each, and prints
-mean and spread over seeds of what the evaluation measures. Finished runs are kept: the command can be interrupted.
+Compared are dynamic, uniform and output-only weights of a config's encoder stage, with the decoder stage after it; or the
+variants of a YAML file, which has a name and the arguments of examples/distill.py for each. Printed are mean and spread over
+seeds of what the evaluation measures. Finished runs are kept: the command can be interrupted. The students are
+OUT/VARIANT-SEED/student, for `samlight evaluate` to put side by side.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 from pathlib import Path
 
 from samlight_hf.distillation import distill, parse_arguments
-from samlight_hf.files import write_aside
+from samlight_hf.files import read_yaml, write_aside
 
 
 SCHEDULES = ("dynamic", "uniform", "output_only")
@@ -22,24 +26,27 @@ SCHEDULES = ("dynamic", "uniform", "output_only")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent / "configs/demo.yaml"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", nargs="+", default=["encoder", "decoder"])
+    parser.add_argument("--variants", help="a YAML file, instead of the layer weights of --config")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
     options, more = parser.parse_known_args()
-    results = {schedule: [] for schedule in SCHEDULES}
+    shared = shlex.join(["--config", options.config, "--stages", *options.stages])
+    variants = {schedule: f"{shared} --layer_weights {schedule}" for schedule in SCHEDULES}
+    if options.variants:
+        variants = read_yaml(options.variants)
+    results = {name: [] for name in variants}
     for seed in options.seeds:
-        for schedule in SCHEDULES:
-            folder = options.out / f"{schedule}-{seed}"
-            arguments = [
-                "--config", options.config, "--stages", *options.stages, "--output_dir", str(folder), "--resume", "--seed", str(seed),
-                "--layer_weights", schedule, "--disable_tqdm", "true", "--logging_steps", "100", *more,
-            ]  # fmt: skip
-            distill(*parse_arguments(arguments))
-            stages = {
-                stage: json.loads((folder / stage / "result.json").read_text())["metrics"] for stage in options.stages
+        for name, arguments in variants.items():
+            folder = options.out / f"{name}-{seed}"
+            own = ["--output_dir", str(folder), "--resume", "--seed", str(seed), "--disable_tqdm", "true"]
+            run, stages = parse_arguments([*shlex.split(arguments), *own, "--logging_steps", "100", *more])
+            distill(run, stages)
+            metrics = {
+                stage: json.loads((folder / stage / "result.json").read_text())["metrics"] for stage in run.stages
             }
-            results[schedule].append({"seed": seed, "stages": stages})
-            text = json.dumps({"config": options.config, "options": more, "results": results}, indent=1)
+            results[name].append({"seed": seed, "stages": metrics})
+            text = json.dumps({"variants": variants, "options": more, "results": results}, indent=1)
             write_aside(
                 options.out / "ablation.json", lambda path, text=text: path.write_text(text + "\n", encoding="utf-8")
             )
@@ -47,15 +54,21 @@ def main():
 
 
 def print_table(results: dict[str, list[dict]]):
-    stages = results[SCHEDULES[0]][0]["stages"]
-    columns = [(stage, name) for stage, metrics in stages.items() for name in metrics if name != "epoch"]
-    for stage, name in columns:
+    found = [
+        (stage, name) for runs in results.values() for stage, values in runs[0]["stages"].items() for name in values
+    ]
+    width = max(map(len, results))
+    for stage, name in dict.fromkeys(found):
+        if name == "epoch":
+            continue
         print(f"{stage}: {name.removeprefix('eval_')}")
-        for schedule, runs in results.items():
-            values = [run["stages"][stage][name] for run in runs]
+        for variant, runs in results.items():
+            values = [run["stages"][stage][name] for run in runs if name in run["stages"].get(stage, {})]
+            if not values:
+                continue
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
             listed = ", ".join(f"{value:.4f}" for value in values)
-            print(f"  {schedule:12} {statistics.mean(values):.4f} ± {spread:.4f}   ({listed})")
+            print(f"  {variant:{width}} {statistics.mean(values):.4f} ± {spread:.4f}   ({listed})")
 
 
 if __name__ == "__main__":

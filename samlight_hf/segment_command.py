@@ -31,8 +31,8 @@ EXAMPLE_IMAGES = _CLONE / "examples" / "images"
 
 DEFAULT_THRESHOLDS = 0.88, 0.95
 # The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
-BUNDLED_THRESHOLDS = 0.3, 0.65
-DEMO_POINTS_PER_SIDE = 8
+BUNDLED_THRESHOLDS = 0.4, 0.65
+DEMO_POINTS_PER_SIDE = 16
 FORMATS = ("overlay", "png", "coco", "npz")
 
 _PANEL_SIZE = 480, 360

@@ -275,12 +275,12 @@ def test_progress_is_told_in_points(tiny):
 def test_half_precision(bundled, dtype, tmp_path):
     model, processor = load_model(BUNDLED_CHECKPOINT, "cpu", dtype)
     picture = Image.open(EXAMPLE_IMAGES / "coffee.jpg")
-    settings = {**KEEP_MANY, "points_per_crop": 3}
+    settings = {**KEEP_MORE, "points_per_crop": 3}
     result = MaskGenerator(model, processor)(picture, **settings)
     well_formed(result, picture)
     exact = list(MaskGenerator(*bundled)(picture, **settings).masks)
     near = [max(intersection_over_union(mask, other) for other in exact) for mask in result.masks]
-    assert len(near) >= 2
+    assert len(near) >= 5
     assert np.mean(near) > 0.9
 
 

@@ -19,7 +19,7 @@ from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "sam-lightening-tiny"
-REPORT = ROOT / "benchmarks" / "results" / "evaluation_bsds500_val_h100.json"
+REPORT = ROOT / "benchmarks" / "results" / "evaluation_bsds500_val.json"
 BENCHMARK = ROOT / "benchmarks" / "results" / "speed_h100.json"
 
 
@@ -50,7 +50,7 @@ def test_every_number_of_the_report_is_in_metadata_and_table(report, folder):
     text = render_card(CHECKPOINT, evaluation=REPORT)
     results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
     scores = report["models"][0]["scores"]
-    assert len(results) == 2 * len(scores)
+    assert len(results) == len(scores)
     for protocol, score in scores.items():
         prompt, choice = protocol.split("/")
         result = results[f"mIoU ({prompt}, {choice} mask)"]
@@ -63,7 +63,7 @@ def test_every_number_of_the_report_is_in_metadata_and_table(report, folder):
         row = next(line for line in text.splitlines() if line.startswith(f"| {prompt} | {choice} |"))
         assert f"{score['iou']['mean']:.3f} [{score['iou']['low']:.3f}, {score['iou']['high']:.3f}]" in row
     settings = report["models"][0]["settings"]
-    for said in (settings["command"], settings["device"], settings["date"], *settings["protocols"], "5,515 masks"):
+    for said in (settings["command"], settings["device"], settings["date"], *settings["protocols"], "1,293 masks"):
         assert said in text
     assert "evaluated as" not in text
     assert "evaluated as `sam-lightening-tiny`" in render_card(folder, evaluation=REPORT)
@@ -78,7 +78,7 @@ def test_the_card_follows_its_report(report):
     assert (
         "| box | single | 0.988 |" in text and "1,234 pictures" in text and "an abacus" in text and "77.12 ms" in text
     )
-    for gone in ("0.520", "5.198", "0.231", "H100", "boundary IoU", "9.34"):
+    for gone in ("0.670", "0.579", "x86_64", "boundary IoU", "251.4"):
         assert gone not in text
 
 

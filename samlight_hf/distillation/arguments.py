@@ -164,7 +164,7 @@ class RunArguments:
     )
     initialize_from_teacher_layers: bool = field(
         default=False,
-        metadata={"help": "a preset's encoder begins as evenly spaced layers of the teacher; widths must agree"},
+        metadata={"help": "a fresh student's encoder begins as evenly spaced layers of the teacher; widths must agree"},
     )
     push_to: str | None = field(
         default=None, metadata={"help": "Hub repository that the finished student is pushed to"}

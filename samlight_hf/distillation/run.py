@@ -250,7 +250,7 @@ def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrain
         initialize_decoder(student)
         initialize_positions(student)
     elif name.endswith(".json"):
-        student = _from_config(name, teacher)
+        student = _from_config(name, teacher, run)
     else:
         student = load_model(name, device="cpu")[0]
     if run.image_size not in (None, student.config.vision_config.image_size):
@@ -258,7 +258,7 @@ def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrain
     return student
 
 
-def _from_config(path: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
+def _from_config(path: str, teacher: PreTrainedModel | None, run: RunArguments) -> PreTrainedModel:
     if not os.path.isfile(path):
         raise ValueError(f"student={path}: no such file.")
     try:
@@ -268,7 +268,7 @@ def _from_config(path: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"student={path}: model_type={config.model_type!r} must be one of {', '.join(MODEL_TYPES)}.")
     if teacher is not None and isinstance(config, SamLighteningConfig):
-        return create_student(teacher, config=config)
+        return create_student(teacher, config=config, initialize_from_teacher_layers=run.initialize_from_teacher_layers)
     config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
     student = AutoModelForMaskGeneration.from_config(config)
     initialize_decoder(student)
