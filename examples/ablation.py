@@ -2,11 +2,11 @@
 
     python examples/distill.py && python examples/ablation.py     # the layer weights, with the demonstration's teacher and student, on a CPU
     python examples/ablation.py --config examples/configs/sa1b_vit_b.yaml --seeds 0 1 2
-    python examples/ablation.py --variants examples/configs/bsds_ablation.yaml
+    python examples/ablation.py --config examples/configs/bsds_student.yaml --variants examples/configs/bsds_ablation.yaml ...
 
 Compared are dynamic, uniform and output-only weights of a config's encoder stage, with the decoder stage after it; or the
-variants of a YAML file, which has a name and the arguments of examples/distill.py for each. Printed are mean and spread over
-seeds of what the evaluation measures. Finished runs are kept: the command can be interrupted. The students are
+variants of a YAML file, which has a name for each and what of the arguments of examples/distill.py is other in it than on the
+command line. Printed are mean and spread over seeds of what the evaluation measures. Finished runs are kept: the command can be interrupted. The students are
 OUT/VARIANT-SEED/student, for `samlight evaluate` to put side by side.
 """
 
@@ -27,26 +27,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent / "configs/demo.yaml"))
     parser.add_argument("--stages", nargs="+", default=["encoder", "decoder"])
-    parser.add_argument("--variants", help="a YAML file, instead of the layer weights of --config")
+    parser.add_argument("--variants", help="a YAML file; by default the layer weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
     options, more = parser.parse_known_args()
-    shared = shlex.join(["--config", options.config, "--stages", *options.stages])
-    variants = {schedule: f"{shared} --layer_weights {schedule}" for schedule in SCHEDULES}
+    variants = {schedule: f"--layer_weights {schedule}" for schedule in SCHEDULES}
     if options.variants:
         variants = read_yaml(options.variants)
+    shared = ["--config", options.config, "--stages", *options.stages, *more]
+    shared += ["--resume", "--disable_tqdm", "true", "--logging_steps", "100"]
     results = {name: [] for name in variants}
     for seed in options.seeds:
         for name, arguments in variants.items():
             folder = options.out / f"{name}-{seed}"
-            own = ["--output_dir", str(folder), "--resume", "--seed", str(seed), "--disable_tqdm", "true"]
-            run, stages = parse_arguments([*shlex.split(arguments), *own, "--logging_steps", "100", *more])
+            own = ["--output_dir", str(folder), "--seed", str(seed)]
+            run, stages = parse_arguments([*shared, *shlex.split(arguments), *own])
             distill(run, stages)
             metrics = {
                 stage: json.loads((folder / stage / "result.json").read_text())["metrics"] for stage in run.stages
             }
             results[name].append({"seed": seed, "stages": metrics})
-            text = json.dumps({"variants": variants, "options": more, "results": results}, indent=1)
+            text = json.dumps({"shared": shared, "variants": variants, "results": results}, indent=1)
             write_aside(
                 options.out / "ablation.json", lambda path, text=text: path.write_text(text + "\n", encoding="utf-8")
             )

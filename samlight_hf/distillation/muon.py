@@ -40,14 +40,8 @@ class MuonWithAdamW(Optimizer):
             self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, **options))
         if others:
             self.parts.append(AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        # The very groups of the parts, so that who sets a learning rate here sets it there.
         super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
-        self._share_groups()
-
-    def _share_groups(self):
-        """The groups of the parts are this optimizer's own, so that who sets a learning rate here sets it there."""
-        groups = iter(self.param_groups)
-        for part in self.parts:
-            part.param_groups = [next(groups) for _ in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure=None):

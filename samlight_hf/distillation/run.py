@@ -246,9 +246,7 @@ def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrain
     if name in PRESETS and teacher is not None:
         student = create_student(teacher, name, initialize_from_teacher_layers=run.initialize_from_teacher_layers)
     elif name in PRESETS:
-        student = SamLighteningModel(SamLighteningConfig.from_preset(name))
-        initialize_decoder(student)
-        initialize_positions(student)
+        student = _initialized(SamLighteningModel(SamLighteningConfig.from_preset(name)))
     elif name.endswith(".json"):
         student = _from_config(name, teacher, run)
     else:
@@ -270,10 +268,14 @@ def _from_config(path: str, teacher: PreTrainedModel | None, run: RunArguments) 
     if teacher is not None and isinstance(config, SamLighteningConfig):
         return create_student(teacher, config=config, initialize_from_teacher_layers=run.initialize_from_teacher_layers)
     config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
-    student = AutoModelForMaskGeneration.from_config(config)
-    initialize_decoder(student)
-    initialize_positions(student)
-    return student
+    return _initialized(AutoModelForMaskGeneration.from_config(config))
+
+
+def _initialized(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without a teacher, with what transformers leaves at zero or next to it drawn so that it can be trained."""
+    initialize_decoder(model)
+    initialize_positions(model)
+    return model
 
 
 def open_sources(

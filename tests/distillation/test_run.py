@@ -271,8 +271,8 @@ def test_the_ablation_prints_mean_and_spread(folder, tmp_path):
     cosines = {name: runs[0]["stages"]["encoder"]["eval_embedding_cosine"] for name, runs in results.items()}
     assert len(set(cosines.values())) == 3  # the schedules are not the same training
     variants = tmp_path / "variants.yaml"
-    variants.write_text(f"one: --config {config} --stages encoder\nother: --config {config} --stages end_to_end\n")
-    command = [*command[:2], "--variants", variants, "--seeds", "0", "--out", tmp_path / "variants"]
+    variants.write_text("one: --stages encoder\nother: --stages end_to_end\n")
+    command = [*command[:4], "--variants", variants, "--seeds", "0", "--out", tmp_path / "variants"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert process.returncode == 0, process.stderr[-2000:]
     assert "end_to_end: box_miou\n  other " in process.stdout and "end_to_end: box_miou\n  one" not in process.stdout
