@@ -413,13 +413,17 @@ def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
+def test_on_a_gpu_half_precision_finds_the_same_masks(dtype):
+    """Over all bundled photographs: rounding tips a mask that is next to a threshold, and of 40 masks a few are."""
     settings = {**KEEP_MANY, "points_per_crop": 32}
-    exact = list(MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda"))(photograph, **settings).masks)
-    result = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", dtype))(photograph, **settings)
-    near = np.array([max(intersection_over_union(mask, other) for other in result.masks) for mask in exact])
-    print(f"{dtype}: {len(exact)} masks in float32, {len(result)} in {dtype}, {(near >= 0.95).mean():.3f} matched")
-    assert (near >= 0.95).mean() >= 0.95
+    exact, rounded = (MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", name)) for name in ("float32", dtype))
+    near = []
+    for path in sorted(EXAMPLE_IMAGES.glob("*.jpg")):
+        others = list(rounded(path, **settings).masks)
+        near += [max(intersection_over_union(mask, other) for other in others) for mask in exact(path, **settings).masks]
+    matched = np.mean(np.array(near) >= 0.95)
+    print(f"{dtype}: {len(near)} masks in float32, {matched:.3f} matched")
+    assert matched >= 0.95
 
 
 @pytest.mark.gpu
