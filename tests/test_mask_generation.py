@@ -411,19 +411,25 @@ def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
     assert_equal_to_stock(result, expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_on_a_gpu_half_precision_finds_the_same_masks(dtype):
-    """Over all bundled photographs: rounding tips a mask that is next to a threshold, and of 40 masks a few are."""
-    settings = {**KEEP_MANY, "points_per_crop": 32}
-    exact, rounded = (MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", name)) for name in ("float32", dtype))
+@pytest.mark.parametrize(
+    ("device", "dtype", "points_per_crop"),
+    [
+        ("cpu", "bfloat16", 8),
+        pytest.param("cuda", "bfloat16", 32, marks=pytest.mark.gpu),
+        pytest.param("cuda", "float16", 32, marks=pytest.mark.gpu),
+    ],
+)
+def test_half_precision_finds_the_same_masks(device, dtype, points_per_crop):
+    """Over all bundled photographs. Masks whose outline moves with the threshold move with the rounding of the weights, too."""
+    settings = {**KEEP_MANY, "stability_score_thresh": 0.75, "points_per_crop": points_per_crop}
+    exact, rounded = (MaskGenerator(*load_model(BUNDLED_CHECKPOINT, device, name)) for name in ("float32", dtype))
     near = []
     for path in sorted(EXAMPLE_IMAGES.glob("*.jpg")):
-        others = list(rounded(path, **settings).masks)
-        near += [max(intersection_over_union(mask, other) for other in others) for mask in exact(path, **settings).masks]
+        found, others = exact(path, **settings).masks, list(rounded(path, **settings).masks)
+        near += [max(intersection_over_union(mask, other) for other in others) for mask in found]
     matched = np.mean(np.array(near) >= 0.95)
     print(f"{dtype}: {len(near)} masks in float32, {matched:.3f} matched")
-    assert matched >= 0.95
+    assert len(near) >= 24 and matched >= 0.95
 
 
 @pytest.mark.gpu

@@ -50,7 +50,7 @@ def test_every_number_of_the_report_is_in_metadata_and_table(report, folder):
     text = render_card(CHECKPOINT, evaluation=REPORT)
     results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
     scores, settings = (report["models"][0][key] for key in ("scores", "settings"))
-    assert len(results) == 2 * len(scores) + len(settings["extra"])  # mIoU and boundary IoU; and what is close to the teacher
+    assert len(results) == 2 * len(scores) + len(settings["extra"])  # mIoU and boundary IoU; likeness to the teacher
     for protocol, score in scores.items():
         prompt, choice = protocol.split("/")
         result = results[f"mIoU ({prompt}, {choice} mask)"]
