@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from transformers import PreTrainedModel, SamImageProcessor
+from transformers import PreTrainedConfig, PreTrainedModel, SamImageProcessor
 from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
+from .autocast import without_autocast
 from .cuda_graphs import GraphedFunction
 from .mask_decoder import Decoded, FastMaskDecoder, places_above, why_not_fast
 from .preprocessing import preprocess
@@ -56,6 +57,7 @@ class PlainMaskDecoder:
     def prepare(self, embedding):
         return embedding
 
+    @without_autocast
     @torch.inference_mode()
     def decode(
         self,
@@ -111,6 +113,7 @@ class PictureEncoder:
         self.model, self.image_processor, self.decoder = model, image_processor, decoder
         self.encode = make_encoder(model, decoder.cuda_graphs, decoder.pool)
 
+    @without_autocast
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
         pixel_values = preprocess(self.image_processor, pictures, self.model.device, self.model.dtype)
@@ -245,11 +248,13 @@ class _FastPaths:
                 event.record(stream)
                 self._last = stream, event
 
+    @without_autocast
     @torch.no_grad()
     def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with self._turn():
             return self.encode(pixel_values).clone()
 
+    @without_autocast
     @torch.no_grad()
     def masks(
         self, embeddings: torch.Tensor, prompts: list[torch.Tensor], masks: torch.Tensor | None, multimask_output: bool
@@ -286,12 +291,19 @@ class _Optimized:
     def save_pretrained(self, *args, **kwargs):
         raise ValueError("an optimized model is for inference alone: save the model that it was made of.")
 
+    def __reduce_ex__(self, protocol):  # copy, deepcopy, pickle
+        raise TypeError(
+            "an optimized model holds CUDA graphs: copy or pickle the model that it was made of, and optimize that."
+        )
+
 
 class _OptimizedEncoder(_Optimized):
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamVisionEncoderOutput:
         size = self.config.image_size
-        if kwargs or pixel_values is None or pixel_values.requires_grad or not pixel_values.is_floating_point() or (
-            tuple(pixel_values.shape[1:]) != (self.config.num_channels, size, size)
+        if (
+            kwargs or _asks_for_more(self.config) or pixel_values is None or pixel_values.requires_grad
+            or not pixel_values.is_floating_point()
+            or tuple(pixel_values.shape[1:]) != (self.config.num_channels, size, size)
         ):  # fmt: skip
             return super().forward(pixel_values, **kwargs)  # which knows what to say of a wrong size, too
         return SamVisionEncoderOutput(last_hidden_state=self._paths.embeddings(pixel_values.to(self._paths.dtype)))
@@ -309,7 +321,8 @@ class _OptimizedModel(_Optimized):
         prompts = _prompts(input_points, input_labels, input_boxes)
         image = pixel_values if image_embeddings is None else image_embeddings
         if (
-            kwargs or not prompts or image is None or (pixel_values is not None and image_embeddings is not None)
+            kwargs or _asks_for_more(self.config, self.config.vision_config) or not prompts or image is None
+            or (pixel_values is not None and image_embeddings is not None)
             or any(len(prompt) != len(image) or prompt.shape[1] != prompts[0].shape[1] for prompt in prompts)
             or any(tensor is not None and tensor.requires_grad for tensor in (image, input_masks, *prompts))
             or (input_masks is not None and input_masks.shape[:2] != (len(image), 1))
@@ -323,6 +336,11 @@ class _OptimizedModel(_Optimized):
             image_embeddings = self.vision_encoder(pixel_values).last_hidden_state
         scores, logits = self._paths.masks(image_embeddings, prompts, input_masks, multimask_output)
         return SamImageSegmentationOutput(iou_scores=scores, pred_masks=logits)
+
+
+def _asks_for_more(*configs: PreTrainedConfig) -> bool:
+    """Whether every call is to return what the fast paths do not, or a tuple."""
+    return any(config.output_hidden_states or config.output_attentions or not config.return_dict for config in configs)
 
 
 def _prompts(points, labels, boxes) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
 
 from . import mask_head
+from .autocast import without_autocast
 from .cuda_graphs import GraphedFunction
 from .layer_norm import add_layer_norm
 
@@ -97,6 +98,7 @@ class FastMaskDecoder:
         """Image embeddings (B, C, h, w) of the encoder as image tokens (B, N, C), a copy."""
         return embedding.flatten(2).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
+    @without_autocast
     @torch.inference_mode()
     def decode(
         self,

@@ -1,5 +1,7 @@
 """An optimized model gives what the model gives, whatever it is asked."""
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -87,6 +89,33 @@ def test_what_the_fast_paths_do_not_know_runs_as_in_the_model(model):
             optimized(**wrong)
 
 
+@pytest.mark.parametrize("part", ["vision_config", None])
+def test_what_the_config_asks_of_every_call(model, part):
+    optimized, inputs = optimize(model), make_inputs(model)
+    for each in (model, optimized):
+        (each.config.vision_config if part else each.config).output_hidden_states = True
+    inputs = {name: inputs[name] for name in ("pixel_values", "input_boxes")}
+    with torch.no_grad():
+        outputs = [each(**inputs) for each in (model, optimized)]
+        assert outputs[0].keys() == outputs[1].keys()
+        assert (optimized.vision_encoder(inputs["pixel_values"]).hidden_states is not None) == bool(part)
+        for each in (model, optimized):
+            (each.config.vision_config if part else each.config).output_hidden_states = False
+            each.config.return_dict = False
+        assert [type(each(**inputs)) for each in (model, optimized)] == [tuple, tuple]
+
+
+def test_under_autocast_it_computes_in_its_own_dtype(model):
+    optimized, inputs = optimize(model), make_inputs(model)
+    prompts = {name: inputs[name] for name in ("input_points", "input_labels")}
+    expected = optimized(pixel_values=inputs["pixel_values"], **prompts)
+    embeddings = optimized.get_image_embeddings(inputs["pixel_values"])
+    with torch.autocast("cpu", torch.bfloat16):
+        again = optimized(image_embeddings=embeddings, **prompts)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(again.pred_masks, expected.pred_masks)
+
+
 def test_the_model_itself_stays_as_it_is(model):
     optimized = optimize(model)
     assert type(model) is SamLighteningModel and isinstance(optimized, SamLighteningModel)
@@ -106,6 +135,9 @@ def test_it_is_not_to_be_saved_nor_optimized_again(model, tmp_path):
         optimized.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="already"):
         optimize(optimized)
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="optimize that"):
+            duplicate(optimized)
 
 
 @pytest.mark.parametrize(

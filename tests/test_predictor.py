@@ -143,6 +143,15 @@ def test_logits_alone_and_their_masks_later(tiny, picture):
     assert np.array_equal(later, predictor.predict([[(3, 4)], [(9, 9)]]).masks[:, 1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_under_autocast_the_result_is_the_same(folder, picture, dtype):
+    predictor = Predictor(*load_model(folder, "cpu", dtype))
+    expected = predictor.set_image(picture).predict([[(9, 9), (20, 11)]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predictor.set_image(picture).predict([[(9, 9), (20, 11)]])
+    assert np.array_equal(found.logits, expected.logits)
+
+
 def test_a_picture_is_encoded_once(tiny, picture):
     encoded = []
     predictor = Predictor(*tiny, cuda_graphs=False)
