@@ -80,7 +80,7 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
             with Image.open(path) as picture:
                 _check_size(path, *picture.size)
                 picture.load()
-                return _to_rgb(ImageOps.exif_transpose(picture))
+                return to_rgb(ImageOps.exif_transpose(picture))
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
@@ -137,7 +137,8 @@ def _check_size(path: Path, width: int, height: int):
         )
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """8 bits; transparency and grey levels of more bits as `open_picture` tells."""
     if picture.mode.startswith(("I", "F")):
         return _stretch_grey(picture)
     if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import SamImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from .pictures import open_picture
+from .pictures import open_picture, to_rgb
 from .resize_kernel import resize_into
 
 
@@ -22,15 +22,15 @@ Picture = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 def picture_tensor(picture: Picture) -> torch.Tensor:
     """One picture as uint8 (3, H, W): a path, a PIL image, or grey or RGB levels, uint8, as an array or a tensor.
 
-    Arrays are (H, W) or (H, W, 3), tensors (H, W) or (3, H, W), which stay on their device. A PIL image is turned
-    upright as its EXIF orientation says.
+    Arrays are (H, W) or (H, W, 3), tensors (H, W) or (3, H, W), which stay on their device. A PIL image is what
+    `open_picture` makes of its file: upright, without transparency, of 8 bits.
     Raises ValueError for another dtype or shape and for an empty picture; PictureError, a ValueError, for a file that
     cannot be read.
     """
     if isinstance(picture, str | os.PathLike):
         picture = open_picture(picture)
     if isinstance(picture, Image.Image):
-        picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        picture = np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
     if not isinstance(picture, np.ndarray | torch.Tensor):
         raise ValueError(
             f"a picture is a {type(picture).__name__}, and must be a path, a PIL image, an array or a tensor."

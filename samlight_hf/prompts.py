@@ -64,7 +64,7 @@ def parse_prompts(
 ) -> list[Prompt]:
     """The prompts of one picture of `size` (height, width), as `Predictor.predict` tells; ValueError for bad ones."""
     points = None if points_xy is None else [_points(prompt) for prompt in _entries("points_xy", points_xy)]
-    boxes = None if boxes_xyxy is None else [_numbers(box) for box in _entries("boxes_xyxy", boxes_xyxy)]
+    boxes = None if boxes_xyxy is None else _boxes(boxes_xyxy)
     check_prompts(size[::-1], boxes or (), [point for prompt in points or () for point in prompt])
     parts = {"points_xy": points, "boxes_xyxy": boxes, "logits": logits}
     lengths = {name: len(part) for name, part in parts.items() if part is not None}
@@ -96,6 +96,16 @@ def _entries(name: str, value) -> Sequence:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _boxes(boxes) -> list[list[float]]:
+    boxes = _entries("boxes_xyxy", boxes)
+    for box in boxes:
+        if not hasattr(box, "__len__"):
+            raise ValueError(
+                f"boxes_xyxy holds {box!r} where a box is expected: it is (prompts, 4). Write [box] for one box."
+            )
+    return [_numbers(box) for box in boxes]
+
+
 def _points(prompt) -> list[list[float]]:
     points = [_numbers(point) for point in _entries("points_xy", prompt) if hasattr(point, "__len__")]
     if len(points) != len(prompt):
@@ -113,14 +123,14 @@ def _labels(labels, points: list | None) -> list[list[int]] | None:
         return None if points is None else [[1] * len(prompt) for prompt in points]
     if points is None:
         raise ValueError("labels are given without points_xy.")
-    lists = [[int(label) for label in _entries("labels", prompt)] for prompt in _entries("labels", labels)]
+    lists = [list(_entries("labels", prompt)) for prompt in _entries("labels", labels)]
     given, needed = [len(prompt) for prompt in lists], [len(prompt) for prompt in points]
     if given != needed:
         raise ValueError(f"labels are {given} for each prompt, and its points {needed}: each point needs one.")
     for label in (label for prompt in lists for label in prompt):
         if label not in (0, 1):
             raise ValueError(f"label {label} must be 1, on the object, or 0, beside it.")
-    return lists
+    return [[int(label) for label in prompt] for prompt in lists]
 
 
 def _numbers(values) -> list[float]:

@@ -116,12 +116,13 @@ def run_segment(args: argparse.Namespace) -> int:
     note = args.out / ".samlight.json"
     if args.resume and note.is_file():
         _compare_settings(note, settings)
-    jobs = [Job(*pair) for pair in zip(pictures, outputs) if not (args.resume and pair[1].exists())]
+    jobs = [Job(*pair) for pair in zip(pictures, outputs) if not (args.resume and _is_done(pair[1], note))]
     summary.already = len(pictures) - len(jobs)
     if jobs:
         model, processor = _load(model_path, args)
-        with telling_where(note):
-            write_aside(note, lambda aside: aside.write_text(json.dumps(settings), encoding="utf-8"))
+        if _read_note(note) != settings:  # which makes all results that are older another run's
+            with telling_where(note):
+                write_aside(note, lambda aside: aside.write_text(json.dumps(settings), encoding="utf-8"))
         try:
             _run_jobs(jobs, model, processor, args, model_path, summary)
         except KeyboardInterrupt:
@@ -235,14 +236,25 @@ def _settings(args: argparse.Namespace, model_path: str) -> dict:
     }  # fmt: skip
 
 
-def _compare_settings(note: Path, settings: dict):
+def _is_done(output: Path, note: Path) -> bool:
+    """Whether there is a result, and of the settings in the note: results of others are older than it."""
+    return output.exists() and note.is_file() and output.stat().st_mtime_ns >= note.stat().st_mtime_ns
+
+
+def _read_note(note: Path) -> dict | None:
+    """None where it is not there, or no note."""
     try:
-        before = json.loads(note.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {before[name]} and is {value}" for name, value in settings.items() if before[name] != value
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"--resume: {note} cannot be read. Run without --resume.") from error
+        settings = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _compare_settings(note: Path, settings: dict):
+    before = _read_note(note)
+    if before is None or settings.keys() - before.keys():
+        raise argparse.ArgumentTypeError(f"--resume: {note} cannot be read. Run without --resume.")
+    changed = [f"{name} was {before[name]} and is {value}" for name, value in settings.items() if before[name] != value]
     if changed:
         raise argparse.ArgumentTypeError(f"--resume: {note.parent} holds results of another run: {', '.join(changed)}.")
 
@@ -346,7 +358,7 @@ def _progress(items: Iterable, total: int | None = None) -> Iterable:
 
 
 def _point_progress(num_points: int, name: str):
-    """A bar for one picture; on a CPU it takes about 0.1 s a point."""
+    """A bar for one picture; on a CPU it is some hundredths of a second a point."""
     from tqdm import tqdm
 
     return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -302,6 +303,20 @@ def test_resuming_leaves_finished_pictures_alone(samlight, photos, checkpoint, t
     assert (status, stdout) == (0, "2 pictures done before.\n")
     assert samlight(*arguments)[0] == 0
     assert (out / "one.json").read_text() != "finished"
+
+
+def test_resuming_takes_no_results_of_an_earlier_run_for_its_own(samlight, photos, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["segment", photos, "--format", "coco", "--out", out, "--model", checkpoint]
+    assert samlight(*arguments, *QUICK)[0] == 0
+    others = [*arguments, *QUICK, "--points-per-side", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("samlight_hf.segment_command._run_jobs", Mock(side_effect=KeyboardInterrupt))
+        assert samlight(*others)[0] == 130
+    status, stdout, _ = samlight(*others, "--resume")
+    assert status == 0 and "done before" not in stdout
+    status, stdout, _ = samlight(*others, "--resume")
+    assert (status, stdout) == (0, "2 pictures done before.\n")
 
 
 def test_resuming_with_other_settings_is_refused(samlight, photos, checkpoint, tmp_path):

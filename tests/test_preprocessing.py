@@ -93,6 +93,18 @@ def test_logits_reach_the_pictures_size_as_the_image_processor_brings_them(size)
     assert torch.equal(upscale_logits(logits, (1024, 1024), resized, size), expected)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "LA", "P"])
+def test_a_picture_is_what_its_file_is(mode, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 255, (6, 5), dtype=np.uint8)
+    picture = (
+        Image.fromarray(levels.astype(np.uint16) * 99) if mode == "I;16" else Image.fromarray(levels).convert(mode)
+    )
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(Image.fromarray(levels))
+    picture.save(tmp_path / "picture.png")
+    assert torch.equal(picture_tensor(picture), picture_tensor(tmp_path / "picture.png"))
+
+
 def test_pictures_of_every_kind(tmp_path):
     levels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
     expected = torch.from_numpy(levels).permute(2, 0, 1)
