@@ -369,7 +369,11 @@ def test_ctrl_c_stops_a_folder_cleanly_and_resume_goes_on(checkpoint, tmp_path):
         out,
     ]
     command = [*map(str, command), "--model", checkpoint, *QUICK, "--points-per-side", "8"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background job ignores SIGINT, and what it starts would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(list(out.glob("[0-9]*.json"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
