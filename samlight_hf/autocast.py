@@ -1,4 +1,4 @@
-"""Autocast, which the fast paths stay out of: each of their steps has chosen its precision."""
+"""Autocast, which the fast paths and the teacher stay out of: their precision is chosen."""
 
 import contextlib
 import functools

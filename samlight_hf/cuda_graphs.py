@@ -7,9 +7,11 @@ from itertools import accumulate
 
 import torch
 
+from .autocast import without_autocast
+
 
 class GraphedFunction:
-    """A function of tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called.
+    """A function of tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called. Autocast does not reach it.
 
     The first tensor says where; the others may be on the CPU, from where one copy takes them all, without waiting. What it
     returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the one that was
@@ -30,6 +32,7 @@ class GraphedFunction:
         """Keeps the graphs that there are, and makes no others."""
         self._frozen = True
 
+    @without_autocast
     @torch.inference_mode()
     def __call__(self, *tensors: torch.Tensor):
         device = tensors[0].device

@@ -113,7 +113,6 @@ class PictureEncoder:
         self.model, self.image_processor, self.decoder = model, image_processor, decoder
         self.encode = make_encoder(model, decoder.cuda_graphs, decoder.pool)
 
-    @without_autocast
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
         pixel_values = preprocess(self.image_processor, pictures, self.model.device, self.model.dtype)
@@ -248,13 +247,11 @@ class _FastPaths:
                 event.record(stream)
                 self._last = stream, event
 
-    @without_autocast
     @torch.no_grad()
     def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with self._turn():
             return self.encode(pixel_values).clone()
 
-    @without_autocast
     @torch.no_grad()
     def masks(
         self, embeddings: torch.Tensor, prompts: list[torch.Tensor], masks: torch.Tensor | None, multimask_output: bool

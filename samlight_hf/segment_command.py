@@ -114,13 +114,14 @@ def run_segment(args: argparse.Namespace) -> int:
         raise argparse.ArgumentTypeError(f"--out {args.out} would replace {min(taken)}. Choose another one.")
     settings = _settings(args, model_path)
     note = args.out / ".samlight.json"
+    before = _read_note(note)
     if args.resume and note.is_file():
-        _compare_settings(note, settings)
+        _compare_settings(note, before, settings)
     jobs = [Job(*pair) for pair in zip(pictures, outputs) if not (args.resume and _is_done(pair[1], note))]
     summary.already = len(pictures) - len(jobs)
     if jobs:
         model, processor = _load(model_path, args)
-        if _read_note(note) != settings:  # which makes all results that are older another run's
+        if before != settings:  # which makes all results that are older another run's
             with telling_where(note):
                 write_aside(note, lambda aside: aside.write_text(json.dumps(settings), encoding="utf-8"))
         try:
@@ -250,8 +251,7 @@ def _read_note(note: Path) -> dict | None:
     return settings if isinstance(settings, dict) else None
 
 
-def _compare_settings(note: Path, settings: dict):
-    before = _read_note(note)
+def _compare_settings(note: Path, before: dict | None, settings: dict):
     if before is None or settings.keys() - before.keys():
         raise argparse.ArgumentTypeError(f"--resume: {note} cannot be read. Run without --resume.")
     changed = [f"{name} was {before[name]} and is {value}" for name, value in settings.items() if before[name] != value]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..autocast import without_autocast
 from ..loading import weights_fingerprint
 from .stages import encode
 
@@ -66,15 +67,14 @@ class Teacher:
         """Of the targets, in order."""
         return [*(f"layer_{index}" for index in self.layers), "embedding"]
 
+    @without_autocast  # which would cast a copy of what is in the right dtype already
     def targets(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Normalized pixels (B, 3, S, S) -> LayerNorm of each layer's output (B, h, w, C), then the embeddings (B, 256, h, w).
 
         The LayerNorm has no weights: it makes layers of very different magnitude weigh the same. The embeddings stay as they
         are, because the mask decoder reads them.
         """
-        # Autocast would cast a copy of what is in the right dtype already.
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            with torch.inference_mode():
-                states, embeddings = self._encode(self.encoder, pixel_values.to(self.dtype), self.layers)
-            with torch.no_grad():  # new tensors, which autograd may keep: those of inference mode it may not
-                return [*(F.layer_norm(state, state.shape[-1:]) for state in states), embeddings.clone()]
+        with torch.inference_mode():
+            states, embeddings = self._encode(self.encoder, pixel_values.to(self.dtype), self.layers)
+        with torch.no_grad():  # new tensors, which autograd may keep: those of inference mode it may not
+            return [*(F.layer_norm(state, state.shape[-1:]) for state in states), embeddings.clone()]
