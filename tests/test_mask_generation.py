@@ -411,6 +411,25 @@ def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
     assert_equal_to_stock(result, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(
+            "bfloat16", marks=pytest.mark.xfail(reason="0.914 of 35 masks on an H100: see docs/everything.md")
+        ),
+        "float16",
+    ],
+)
+def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
+    settings = {**KEEP_MANY, "points_per_crop": 32}
+    exact = list(MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda"))(photograph, **settings).masks)
+    result = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", dtype))(photograph, **settings)
+    near = np.array([max(intersection_over_union(mask, other) for other in result.masks) for mask in exact])
+    print(f"{dtype}: {len(exact)} masks in float32, {len(result)} in {dtype}, {(near >= 0.95).mean():.3f} matched")
+    assert (near >= 0.95).mean() >= 0.95
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "points_per_crop"),
     [
@@ -419,7 +438,7 @@ def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
         pytest.param("cuda", "float16", 32, marks=pytest.mark.gpu),
     ],
 )
-def test_half_precision_finds_the_same_masks(device, dtype, points_per_crop):
+def test_half_precision_finds_the_same_stable_masks(device, dtype, points_per_crop):
     """Over all bundled photographs. Masks whose outline moves with the threshold move with the rounding of the weights, too."""
     settings = {**KEEP_MANY, "stability_score_thresh": 0.75, "points_per_crop": points_per_crop}
     exact, rounded = (MaskGenerator(*load_model(BUNDLED_CHECKPOINT, device, name)) for name in ("float32", dtype))
