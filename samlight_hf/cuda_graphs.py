@@ -20,7 +20,8 @@ class GraphedFunction:
     """
 
     def __init__(self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None):
-        self.function, self.enabled, self.max_graphs, self.pool = function, enabled, max_graphs, pool
+        self.function = without_autocast(function)
+        self.enabled, self.max_graphs, self.pool = enabled, max_graphs, pool
         self.last_ran: str | None = None
         self._graphs: OrderedDict = OrderedDict()
         self._frozen = False
@@ -32,20 +33,22 @@ class GraphedFunction:
         """Keeps the graphs that there are, and makes no others."""
         self._frozen = True
 
-    @without_autocast
-    @torch.inference_mode()
     def __call__(self, *tensors: torch.Tensor):
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self(*tensors)
         device = tensors[0].device
         key = device, *[(tensor.shape, tensor.dtype) for tensor in tensors]
-        if not (self.enabled and device.type == "cuda") or (self._frozen and key not in self._graphs):
-            self.last_ran = "eager"
-            return self.function(*(tensor.to(device) for tensor in tensors))
-        if key not in self._graphs:
+        captured = self._graphs.get(key)
+        if captured is None:
+            if self._frozen or not self.enabled or device.type != "cuda":
+                self.last_ran = "eager"
+                return self.function(*(tensor.to(device, non_blocking=True) for tensor in tensors))
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
-            self._graphs[key] = self._capture(tensors)
+            captured = self._graphs[key] = self._capture(tensors)
         self._graphs.move_to_end(key)
-        graph, inputs, outputs = self._graphs[key]
+        graph, inputs, outputs = captured
         inputs.fill(tensors)
         graph.replay()
         self.last_ran = "graph"
@@ -92,8 +95,7 @@ class StaticInputs:
 
     def fill(self, tensors: Sequence[torch.Tensor]):
         for target, tensor in zip(self._targets, tensors):
-            if target.data_ptr() != tensor.data_ptr():
-                target.copy_(tensor, non_blocking=target.is_cuda)
+            target.copy_(tensor, non_blocking=target.is_cuda)
         if len(self._buffer):
             self._device_buffer.copy_(self._buffer, non_blocking=True)
 

@@ -128,7 +128,7 @@ class FastMaskDecoder:
             inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
             iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
             return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
-        prompts = [prompt.to(image.device) for prompt in prompts]
+        prompts = [prompt.to(image.device, non_blocking=True) for prompt in prompts]
         image = image + self._dense(mask_logits)
         transform = self.transform if repeated else self._transform
         tokens, image_tokens, iou = transform(image, *prompts)
