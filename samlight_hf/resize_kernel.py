@@ -127,15 +127,16 @@ def launch(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, i
     table_x, shift_x = _device_weights(width, size[1], picture.device)
     table_y, shift_y = _device_weights(height, size[0], picture.device)
     padded_height, padded_width = pixel_values.shape[1:]
+    num_lines = height * channels
     # Rows as long as those of the pixel values, for aligned reads of several columns at once; nobody uses their rest.
-    lines = torch.empty(height * channels, padded_width, dtype=torch.uint8, device=picture.device)
-    block = min(triton.next_power_of_2(padded_width), _LONGEST_BLOCK)
+    lines = torch.empty(num_lines, padded_width, dtype=torch.uint8, device=picture.device)
+    block = min(1 << (padded_width - 1).bit_length(), _LONGEST_BLOCK)  # a power of 2
     with torch.cuda.device_of(picture):  # where Triton launches
-        _resize_columns[(triton.cdiv(len(lines), _LINES), triton.cdiv(size[1], _COLUMNS))](
-            picture, *picture.stride(), len(lines), width, table_x, len(table_x) - 1, shift_x, lines, size[1],
+        _resize_columns[(-(-num_lines // _LINES), -(-size[1] // _COLUMNS))](
+            picture, *picture.stride(), num_lines, width, table_x, len(table_x) - 1, shift_x, lines, size[1],
             CHANNELS=channels, PITCH=padded_width, LINES=_LINES, COLUMNS=_COLUMNS,
         )  # fmt: skip
-        _resize_rows[(padded_height, channels, triton.cdiv(padded_width, block))](
+        _resize_rows[(padded_height, channels, -(-padded_width // block))](
             lines, height, table_y, len(table_y) - 1, shift_y, levels, pixel_values, *size,
             CHANNELS=channels, PITCH=padded_width, COLUMNS=block,
         )  # fmt: skip
