@@ -110,12 +110,13 @@ class PictureEncoder:
     """Pictures, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one."""
 
     def __init__(self, model: PreTrainedModel, image_processor: SamImageProcessor, decoder: Decoder):
-        self.model, self.image_processor, self.decoder = model, image_processor, decoder
+        self.device, self.dtype = model.device, model.dtype
+        self.image_processor, self.decoder = image_processor, decoder
         self.encode = make_encoder(model, decoder.cuda_graphs, decoder.pool)
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
-        pixel_values = preprocess(self.image_processor, pictures, self.model.device, self.model.dtype)
+        pixel_values = preprocess(self.image_processor, pictures, self.device, self.dtype)
         embeddings = self.encode(pixel_values)
         if isinstance(embeddings, tuple):  # SAM-HQ
             final, between = embeddings

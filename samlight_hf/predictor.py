@@ -79,7 +79,6 @@ class Predictor:
         self._is_list = False
         return self
 
-    @torch.inference_mode()
     def set_images(self, pictures: Sequence[Picture]) -> "Predictor":
         """Encodes pictures of any sizes. `predict` then takes and returns lists with one entry for each picture."""
         if isinstance(pictures, str) or not isinstance(pictures, Sequence) or not pictures:
@@ -88,8 +87,8 @@ class Predictor:
         for tensor in tensors:
             check_size(self.image_processor, *tensor.shape[-2:])
         step = self.budget.pictures_per_encoding
-        images = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
-        self.images = torch.cat([image for part in images for image in part])
+        parts = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
+        self.images = _cat([image for part in parts for image in part])
         self.sizes = [tuple(tensor.shape[-2:]) for tensor in tensors]
         self.scales = np.array([self._scale(picture) for picture in range(len(tensors))], dtype=np.float32)
         self._is_list = True
@@ -124,18 +123,16 @@ class Predictor:
             raise ValueError("there is no prompt: give points_xy, boxes_xyxy or both.")
         arguments = {"points_xy": points_xy, "labels": labels, "boxes_xyxy": boxes_xyxy, "logits": logits}
         if not self._is_list:
-            prompts = [self._parse(0, **arguments)]
-        else:
-            self._check_lists(arguments)
-            prompts = [
-                self._parse(picture, **{k: None if v is None else v[picture] for k, v in arguments.items()})
-                for picture in range(len(self.sizes))
-            ]
+            return self._result(0, *self._decode(self._parse(0, **arguments), multimask_output), full_size)
+        self._check_lists(arguments)
+        prompts = [
+            self._parse(picture, **{k: None if v is None else v[picture] for k, v in arguments.items()})
+            for picture in range(len(self.sizes))
+        ]
         scores, all_logits = self._decode([prompt for part in prompts for prompt in part], multimask_output)
         counts = [len(part) for part in prompts]
         parts = zip(scores.split(counts), all_logits.split(counts))
-        results = [self._result(picture, *part, full_size) for picture, part in enumerate(parts)]
-        return results if self._is_list else results[0]
+        return [self._result(picture, *part, full_size) for picture, part in enumerate(parts)]
 
     def to_masks(self, logits: np.ndarray | torch.Tensor, picture: int = 0) -> torch.Tensor:
         """Logits (n, h, w) of a `Prediction` as masks of that picture, bool (n, H, W), where the logits are."""
@@ -146,7 +143,7 @@ class Predictor:
             for part in torch.as_tensor(logits).split(self.budget.masks_per_step(size, size))
             if len(part)
         ]
-        return torch.cat(parts) if parts else torch.zeros(0, *size, dtype=torch.bool)
+        return _cat(parts) if parts else torch.zeros(0, *size, dtype=torch.bool)
 
     def _resized(self, picture: int) -> tuple[int, int]:
         return resized_size(*self.sizes[picture], self.image_processor.size["longest_edge"])
@@ -186,10 +183,10 @@ class Predictor:
             num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if multimask_output else 1
             empty = torch.zeros(0, num_masks, *self.logits_size, device=self.model.device)
             return empty[..., 0, 0], empty
-        scores, logits = (torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts))
+        scores, logits = map(_cat, zip(*parts))
         order = [place for batch in batches for place in batch]
         if order != sorted(order):
-            back = torch.tensor(order, device=scores.device).argsort()
+            back = torch.tensor(order).argsort().to(scores.device, non_blocking=True)
             scores, logits = scores[back], logits[back]
         return scores, logits
 
@@ -263,6 +260,11 @@ def segment_prompts(
     check_prompts((picture.shape[2], picture.shape[1]), boxes_xyxy, points_xy)  # before the work is done
     predictor = Predictor(model, processor, output="torch", cuda_graphs=False).set_image(picture)
     return predict_prompts(predictor, boxes_xyxy, points_xy)
+
+
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat` without a copy of a tensor that is alone."""
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _edges(masks: np.ndarray) -> np.ndarray:

@@ -66,18 +66,20 @@ def parse_prompts(
     points = None if points_xy is None else [_points(prompt) for prompt in _entries("points_xy", points_xy)]
     boxes = None if boxes_xyxy is None else _boxes(boxes_xyxy)
     check_prompts(size[::-1], boxes or (), [point for prompt in points or () for point in prompt])
-    parts = {"points_xy": points, "boxes_xyxy": boxes, "logits": logits}
-    lengths = {name: len(part) for name, part in parts.items() if part is not None}
-    if len(set(lengths.values())) > 1:
-        each = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+    lengths = {len(part) for part in (points, boxes, logits) if part is not None}
+    if len(lengths) > 1:
+        parts = {"points_xy": points, "boxes_xyxy": boxes, "logits": logits}
+        each = ", ".join(f"{name} has {len(part)}" for name, part in parts.items() if part is not None)
         raise ValueError(f"all prompts need the same parts, but {each}.")
-    columns = points, _labels(labels, points), boxes, logits
-    nothing = [None] * next(iter(lengths.values()), 0)
-    return [Prompt(picture, *parts) for parts in zip(*(nothing if column is None else column for column in columns))]
+    columns, nothing = (points, _labels(labels, points), boxes, logits), [None] * max(lengths, default=0)
+    return [Prompt(picture, *parts) for parts in zip(*[nothing if column is None else column for column in columns])]
 
 
 def prompt_batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
     """Places of prompts that are decoded together, at most `most`: of one kind, and of one picture where that has many."""
+    if len(prompts) == 1:
+        yield [0]
+        return
     groups = defaultdict(list)
     for place, prompt in enumerate(prompts):
         groups[prompt.kind(), prompt.picture].append(place)

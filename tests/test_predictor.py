@@ -328,3 +328,23 @@ def test_a_later_picture_does_not_change_an_earlier_prediction(folder):
     predictor.set_image(random_picture(50, 30, 1)).predict([[(30, 4)]])
     assert torch.equal(first.logits, before[0])
     assert torch.equal(first.scores, before[1])
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(folder):
+    """From a picture on the device to a mask there; torch tells of what waits."""
+    predictor = Predictor(*load_model(folder, "cuda"), output="torch")
+    picture = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, device="cuda")
+
+    def run():
+        predictor.set_image(picture)
+        for prompts in ({"points_xy": [[(3, 4)]]}, {"boxes_xyxy": [(1, 2, 40, 20)]}):
+            prediction = predictor.predict(**prompts, full_size=False)
+            predictor.to_masks(prediction.logits[0].index_select(0, prediction.scores[0].argmax(0, keepdim=True)))
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
