@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, SamImageProcessor
-from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
 from .autocast import without_autocast
@@ -193,6 +192,8 @@ class _FastPaths:
 
     def __init__(self, model: PreTrainedModel, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
         self.device, self.dtype = model.device, model.dtype
+        config = model.config.vision_config
+        self.picture_shape = config.num_channels, config.image_size, config.image_size
         self.decoder = make_decoder(model)
         self.encode = make_encoder(model, self.decoder.cuda_graphs, self.decoder.pool)
         self.encode.max_graphs = len(image_batch_sizes) or 1
@@ -203,22 +204,19 @@ class _FastPaths:
         self._lock, self._last = threading.Lock(), None
         start = time.perf_counter()
         if self.decoder.cuda_graphs:
-            self._capture(model.config.vision_config, image_batch_sizes, prompt_counts)
+            self._capture(image_batch_sizes, prompt_counts)
         for function in (self.encode, *self.decoder.all_masks.values()):
             function.freeze()
             self.report.num_graphs += len(function)
         self.report.warm_up_seconds = time.perf_counter() - start
 
     @torch.inference_mode()
-    def _capture(self, config: SamVisionConfig, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
+    def _capture(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
         torch.cuda.empty_cache()
-        before, size = torch.cuda.memory_reserved(self.device), config.image_size
+        before, size = torch.cuda.memory_reserved(self.device), self.picture_shape[-1]
         if self.encode.enabled:
             for batch_size in image_batch_sizes:
-                pixel_values = torch.zeros(
-                    batch_size, config.num_channels, size, size, device=self.device, dtype=self.dtype
-                )
-                self.encode(pixel_values)
+                self.encode(torch.zeros(batch_size, *self.picture_shape, device=self.device, dtype=self.dtype))
         tokens = torch.zeros_like(self.decoder.positions)[None]
         for count in prompt_counts:
             boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device).expand(count, -1).contiguous()
@@ -248,22 +246,22 @@ class _FastPaths:
                 event.record(stream)
                 self._last = stream, event
 
-    @torch.no_grad()
     def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with self._turn():
             return self.encode(pixel_values).clone()
 
-    @torch.no_grad()
     def masks(
         self, embeddings: torch.Tensor, prompts: list[torch.Tensor], masks: torch.Tensor | None, multimask_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (B, C, h, w) and prompts (B, P, ...) to scores (B, P, M) and logits (B, P, M, 4h, 4w)."""
         decode, found = self.decoder.all_masks[multimask_output, masks is not None], []
-        images = embeddings.to(self.dtype).flatten(2).transpose(1, 2).split(1)  # B x (1, N, C)
-        for index, image in enumerate(images):
-            mask = [] if masks is None else [masks[index].expand(len(prompts[0][index]), -1, -1)]
+        images = embeddings.to(self.dtype).flatten(2).transpose(1, 2)  # (B, N, C)
+        for index in range(len(images)):
+            inputs = [images[index : index + 1], *(prompt[index] for prompt in prompts)]
+            if masks is not None:
+                inputs.insert(1, masks[index].expand(len(inputs[-1]), -1, -1))
             with self._turn():
-                scores, logits = decode(image, *mask, *(prompt[index] for prompt in prompts))
+                scores, logits = decode(*inputs)
                 found.append(
                     (scores.to(self.dtype, copy=True), logits.unflatten(0, scores.shape).to(self.dtype, copy=True))
                 )
@@ -297,11 +295,10 @@ class _Optimized:
 
 class _OptimizedEncoder(_Optimized):
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamVisionEncoderOutput:
-        size = self.config.image_size
         if (
             kwargs or _asks_for_more(self.config) or pixel_values is None or pixel_values.requires_grad
             or not pixel_values.is_floating_point()
-            or tuple(pixel_values.shape[1:]) != (self.config.num_channels, size, size)
+            or pixel_values.shape[1:] != self._paths.picture_shape
         ):  # fmt: skip
             return super().forward(pixel_values, **kwargs)  # which knows what to say of a wrong size, too
         return SamVisionEncoderOutput(last_hidden_state=self._paths.embeddings(pixel_values.to(self._paths.dtype)))
@@ -349,8 +346,9 @@ def _prompts(points, labels, boxes) -> list[torch.Tensor]:
     if points is not None:
         if points.ndim != 4 or (labels is not None and labels.shape != points.shape[:3]):
             return []
-        labels = torch.ones(points.shape[:3], device=points.device) if labels is None else labels
-        found += [points.float(), labels.to(torch.int32)]  # as the graphs were made, whatever the processor gives
+        # As the graphs were made, whatever the processor gives. From the CPU it is one copy, and no kernel before it.
+        labels = torch.ones(points.shape[:3], dtype=torch.int32) if labels is None else labels.to(torch.int32)
+        found += [points.float(), labels]
     if boxes is not None:
         if boxes.ndim != 3:
             return []

@@ -10,8 +10,10 @@ import torch
 from transformers import SamConfig, SamModel, pipeline
 
 from samlight_hf import SamLighteningModel
+from samlight_hf.benchmark.masks import picture_to_mask
 from samlight_hf.inference import optimize
 from samlight_hf.loading import load_model
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from samlight_hf.predictor import Predictor
 
 
@@ -221,6 +223,20 @@ def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
         assert_equal(optimized(**inputs), expected, 5e-2)
         assert paths.encode.last_ran == paths.decoder.all_masks[True, False].last_ran == ran
     assert len(paths.encode) == 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device(on_gpu):
+    """From a picture on the device to a mask there; torch tells of what waits."""
+    optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,))
+    image_processor = make_processor(on_gpu.config.vision_config).image_processor
+    picture = torch.randint(0, 256, (3, 300, 500), dtype=torch.uint8, device="cuda")
+    picture_to_mask(optimized, image_processor, picture, (30, 40))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        picture_to_mask(optimized, image_processor, picture, (50, 40))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -74,7 +74,7 @@ def picture_to_mask(
     size, padded = tuple(picture.shape[-2:]), image_processor.pad_size
     resized = resized_size(*size, image_processor.size["longest_edge"])
     point = [point_xy[0] * resized[1] / size[1], point_xy[1] * resized[0] / size[0]]
-    points = torch.tensor([[[point]]], device=picture.device)
+    points = torch.tensor([[[point]]]).to(picture.device, non_blocking=True)
     pixel_values = preprocess(image_processor, [picture], picture.device, model.dtype)
     outputs = model(pixel_values=pixel_values, input_points=points)
     best = outputs.iou_scores[0, 0].argmax(dim=0, keepdim=True)
