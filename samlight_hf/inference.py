@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, SamImageProcessor
@@ -316,8 +316,8 @@ class _OptimizedModel(_Optimized):
         prompts = _prompts(input_points, input_labels, input_boxes)
         image = pixel_values if image_embeddings is None else image_embeddings
         if (
-            kwargs or _asks_for_more(self.config, self.config.vision_config) or not prompts or image is None
-            or (pixel_values is not None and image_embeddings is not None)
+            kwargs or _asks_for_more(self.config) or not prompts or image is None
+            or (pixel_values is not None and (image_embeddings is not None or _asks_for_more(self.config.vision_config)))
             or any(len(prompt) != len(image) or prompt.shape[1] != prompts[0].shape[1] for prompt in prompts)
             or any(tensor is not None and tensor.requires_grad for tensor in (image, input_masks, *prompts))
             or (input_masks is not None and input_masks.shape[:2] != (len(image), 1))
@@ -333,9 +333,10 @@ class _OptimizedModel(_Optimized):
         return SamImageSegmentationOutput(iou_scores=scores, pred_masks=logits)
 
 
-def _asks_for_more(*configs: PreTrainedConfig) -> bool:
+def _asks_for_more(config: PreTrainedConfig) -> bool:
     """Whether every call is to return what the fast paths do not, or a tuple."""
-    return any(config.output_hidden_states or config.output_attentions or not config.return_dict for config in configs)
+    read = partial(object.__getattribute__, config)  # a config's own way takes as long as a kernel's launch
+    return read("output_hidden_states") or read("output_attentions") or not read("return_dict")
 
 
 def _prompts(points, labels, boxes) -> list[torch.Tensor]:

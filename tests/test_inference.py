@@ -100,6 +100,11 @@ def test_what_the_config_asks_of_every_call(model, part):
     with torch.no_grad():
         outputs = [each(**inputs) for each in (model, optimized)]
         assert outputs[0].keys() == outputs[1].keys()
+        embeddings = {
+            "image_embeddings": outputs[0].pred_masks.new_zeros(1, 32, 8, 8),
+            "input_boxes": inputs["input_boxes"],
+        }
+        assert model(**embeddings).keys() == optimized(**embeddings).keys()
         assert (optimized.vision_encoder(inputs["pixel_values"]).hidden_states is not None) == bool(part)
         for each in (model, optimized):
             (each.config.vision_config if part else each.config).output_hidden_states = False
