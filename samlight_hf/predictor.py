@@ -68,7 +68,7 @@ class Predictor:
 
     def reset(self):
         """Forgets the pictures."""
-        self.images: torch.Tensor | None = None  # (pictures, ...), as the decoder prepares them
+        self.images: list[torch.Tensor] = []  # (1, ...) each, as the decoder prepares them
         self.sizes: list[tuple[int, int]] = []  # height, width of each picture
         self.scales = np.zeros((0, 4), dtype=np.float32)  # of x, y, x, y: to the resized picture, which the model sees
         self._is_list = False
@@ -88,7 +88,7 @@ class Predictor:
             check_size(self.image_processor, *tensor.shape[-2:])
         step = self.budget.pictures_per_encoding
         parts = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
-        self.images = _cat([image for part in parts for image in part])
+        self.images = [image for part in parts for image in part]
         self.sizes = [tuple(tensor.shape[-2:]) for tensor in tensors]
         self.scales = np.array([self._scale(picture) for picture in range(len(tensors))], dtype=np.float32)
         self._is_list = True
@@ -117,13 +117,14 @@ class Predictor:
 
         Raises ValueError, naming the value, for prompts that cannot be, and before a picture is set.
         """
-        if self.images is None:
+        if not self.images:
             raise ValueError("there is no picture yet: call set_image or set_images first.")
         if points_xy is None and boxes_xyxy is None:
             raise ValueError("there is no prompt: give points_xy, boxes_xyxy or both.")
-        arguments = {"points_xy": points_xy, "labels": labels, "boxes_xyxy": boxes_xyxy, "logits": logits}
         if not self._is_list:
-            return self._result(0, *self._decode(self._parse(0, **arguments), multimask_output), full_size)
+            prompts = self._parse(0, points_xy, labels, boxes_xyxy, logits)
+            return self._result(0, *self._decode(prompts, multimask_output), full_size)
+        arguments = {"points_xy": points_xy, "labels": labels, "boxes_xyxy": boxes_xyxy, "logits": logits}
         self._check_lists(arguments)
         prompts = [
             self._parse(picture, **{k: None if v is None else v[picture] for k, v in arguments.items()})
@@ -160,7 +161,7 @@ class Predictor:
                     f"{name} must be a list of {len(self.sizes)}, one entry for each picture, not {given}."
                 )
 
-    def _parse(self, picture: int, logits=None, **prompts) -> list[Prompt]:
+    def _parse(self, picture: int, points_xy=None, labels=None, boxes_xyxy=None, logits=None) -> list[Prompt]:
         if logits is not None:
             logits = torch.as_tensor(logits, device=self.model.device).float()
             if logits.ndim != 3 or tuple(logits.shape[1:]) != self.logits_size:
@@ -171,7 +172,7 @@ class Predictor:
             if not torch.isfinite(logits).all():
                 raise ValueError("logits hold NaN or infinite values.")
         try:
-            return parse_prompts(picture, self.sizes[picture], logits=logits, **prompts)
+            return parse_prompts(picture, self.sizes[picture], points_xy, labels, boxes_xyxy, logits)
         except ValueError as error:
             raise ValueError(f"picture {picture}: {error}" if self._is_list else str(error)) from error
 
@@ -194,18 +195,21 @@ class Predictor:
         """As `_decode`, of prompts of one kind."""
         first = prompts[0]
         pictures = [prompt.picture for prompt in prompts]
-        places = slice(pictures[0], pictures[0] + 1) if len(set(pictures)) == 1 else pictures
+        if len(set(pictures)) == 1:
+            image, scales = self.images[first.picture], self.scales[first.picture]
+        else:
+            image, scales = torch.cat([self.images[picture] for picture in pictures]), self.scales[pictures]
         # Prompts stay on the CPU: the decoder copies them to where they are read, without waiting.
-        scales, arguments = self.scales[places], {}
+        arguments = {}
         if first.points is not None:
-            points = np.array([prompt.points for prompt in prompts], dtype=np.float32) * scales[:, None, :2]
+            points = np.array([prompt.points for prompt in prompts], dtype=np.float32) * scales[..., None, :2]
             labels = np.array([prompt.labels for prompt in prompts], dtype=np.int64)
             arguments = {"points": torch.from_numpy(points), "labels": torch.from_numpy(labels)}
         if first.box is not None:
             boxes = np.array([prompt.box for prompt in prompts], dtype=np.float32) * scales
             arguments["boxes"] = torch.from_numpy(boxes)
         decoded = self.decoder.decode(
-            self.images[places],
+            image,
             **arguments,
             mask_logits=None if first.logits is None else torch.stack([prompt.logits for prompt in prompts]),
             multimask_output=multimask_output,

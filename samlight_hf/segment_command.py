@@ -166,7 +166,7 @@ def run_demo(args: argparse.Namespace) -> int:
         predictor.set_image(picture)
         results = [("boxes", predict_prompts(predictor, boxes), boxes, [])]
         results.append(("points", predict_prompts(predictor, points_xy=points), [], points))
-        everything = generator.generate(picture_tensor(picture), settings, image=predictor.images)
+        everything = generator.generate(picture_tensor(picture), settings, image=predictor.images[0])
         results.append(("everything", everything, [], []))
         seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
         for kind, result, shown_boxes, shown_points in results:
