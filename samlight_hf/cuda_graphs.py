@@ -96,7 +96,7 @@ class StaticInputs:
     def fill(self, tensors: Sequence[torch.Tensor]):
         for target, tensor in zip(self._targets, tensors):
             target.copy_(tensor, non_blocking=target.is_cuda)
-        if len(self._buffer):
+        if self._buffer.numel():
             self._device_buffer.copy_(self._buffer, non_blocking=True)
 
 
