@@ -1,7 +1,9 @@
 """Functions of CUDA tensors, replayed from CUDA graphs."""
 
+import contextlib
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -68,7 +70,7 @@ class GraphedFunction:
             torch.cuda.empty_cache()  # what the warm-up took, the graph takes once more
             graph = torch.cuda.CUDAGraph()
             # Other threads may use CUDA meanwhile, and must not make this capture fail.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with collects_no_garbage(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = self.function(*inputs.tensors)
             _forget_workspaces()  # the graph's own stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
@@ -111,6 +113,18 @@ def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // 16) * 16  # what kernels read at once
+
+
+@contextlib.contextmanager
+def collects_no_garbage() -> Iterator[None]:
+    """For a capture: an older graph, of a model that nobody holds, that is freed in the middle of it makes it fail."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @lru_cache

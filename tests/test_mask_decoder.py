@@ -1,5 +1,7 @@
 """The decoder in fewer operations gives what the model's own gives, for every kind of prompt, and says which way it ran."""
 
+import gc
+
 import pytest
 import torch
 from transformers import SamConfig, SamModel
@@ -234,6 +236,15 @@ def test_a_graph_is_replayed_with_new_inputs_and_dropped_when_it_is_the_oldest()
             assert function.last_ran == "graph"
     # Twice to warm up and once to capture: 3 is used again and stays, 4 is the oldest when 5 comes.
     assert calls == [3] * 3 + [4] * 3 + [5] * 3 + [4] * 3
+
+
+@pytest.mark.gpu
+def test_no_garbage_is_collected_in_the_middle_of_a_capture():
+    """A graph of a model that nobody holds, freed there, would make the capture fail."""
+    collects = []
+    GraphedFunction(lambda x: (collects.append(gc.isenabled()), x + 1)[1])(torch.ones(2, device="cuda"))
+    assert collects == [True, True, False]  # twice to warm up, once to capture
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..cuda_graphs import _forget_workspaces
+from ..cuda_graphs import _forget_workspaces, collects_no_garbage
 from ..messages import one_line
 
 
@@ -102,7 +102,7 @@ def capture(function: Callable[[], object], calls: int = 1) -> Callable[[], None
     torch.cuda.synchronize()
     _forget_workspaces()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with collects_no_garbage(), torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):
             outputs = function()
     _forget_workspaces()
