@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, SamImageProcessor
@@ -335,8 +335,7 @@ class _OptimizedModel(_Optimized):
 
 def _asks_for_more(config: PreTrainedConfig) -> bool:
     """Whether every call is to return what the fast paths do not, or a tuple."""
-    read = partial(object.__getattribute__, config)  # a config's own way takes as long as a kernel's launch
-    return read("output_hidden_states") or read("output_attentions") or not read("return_dict")
+    return config.output_hidden_states or config.output_attentions or not config.return_dict
 
 
 def _prompts(points, labels, boxes) -> list[torch.Tensor]:
