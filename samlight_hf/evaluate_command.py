@@ -4,7 +4,7 @@ import argparse
 import datetime
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,10 +76,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise argparse.ArgumentTypeError(f"--batch-size {args.batch_size} must be positive.")
     if args.detections and not args.annotations:
         raise argparse.ArgumentTypeError("--detections needs --annotations and --images: AP is measured against those.")
-    if len({_name(path) for path in args.model}) < len(args.model):
-        raise argparse.ArgumentTypeError(
-            "--model names a model twice: journal and report tell them by the folder's name."
-        )
+    names = _names(args.model)
     settings = prompts and ProtocolSettings(
         prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
         args.boundary_iou, args.max_instances,
@@ -92,8 +89,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     dataset = load_dataset(args.dataset or args.annotations, images=args.images, limit=args.limit)
     works = _works(dataset, settings, args, state)
     results, drawers = [], []
-    for path in args.model:
-        result, drawer = _evaluate_model(path, dataset, works, args, state)
+    for path, name in zip(args.model, names):
+        result, drawer = _evaluate_model(path, name, dataset, works, args, state)
         results.append(result)
         drawers.append(drawer)
     if not state.is_main_process:
@@ -115,21 +112,21 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate_model(
-    path: str, dataset: "PictureDataset", works: list, args: argparse.Namespace, state
+    path: str, name: str, dataset: "PictureDataset", works: list, args: argparse.Namespace, state
 ) -> "tuple[ModelResult, Callable]":
     from .data import SkipReport
     from .evaluation.evaluator import Journal, evaluate
+    from .evaluation.files import slug
     from .evaluation.report import ModelResult
 
     model = _load(path, args, state)
-    name = _name(path)
     common = {
         "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "num_pictures": len(dataset),
         "batch_size": args.batch_size, "dtype": args.dtype,
     }  # fmt: skip
     records, extra, skipped, seconds, pictures = [], {}, SkipReport(), 0.0, {}
     for kind, work, its_settings, _, summarize in works:
-        journal = Journal(args.out / "journal", f"{name}.{kind}", {**common, **its_settings})
+        journal = Journal(args.out / "journal", f"{slug(name)}.{kind}", {**common, **its_settings})
         found, skipped, its_seconds = evaluate(
             model, dataset, work, journal, args.batch_size, args.num_workers, f"{name}, {kind}"
         )
@@ -202,8 +199,14 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
     return works
 
 
-def _name(path: str) -> str:
-    return Path(path).name or path
+def _names(paths: Sequence[str]) -> list[str]:
+    """The folders' names, with as many of the parents' as tell them apart: a/student and b/student. ArgumentTypeError for one path twice."""
+    parts = [Path(path).parts or (path,) for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise argparse.ArgumentTypeError(f"--model names a model twice: {', '.join(paths)}.")
 
 
 def _load(path: str, args: argparse.Namespace, state) -> "PromptableModel":

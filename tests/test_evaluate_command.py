@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,18 @@ def test_bad_input_is_refused_in_one_line(models, tar, coco, tmp_path, capsys, a
     assert found == status
     assert said in errors
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_models_in_folders_of_one_name_are_told_apart(models, tar, tmp_path, capsys):
+    paths = [tmp_path / name / "student" for name in ("first", "second")]
+    for model, path in zip(models, paths):
+        shutil.copytree(model, path)
+    status, _, _ = run(
+        capsys, "--model", paths[0], "--model", paths[1], "--dataset", tar, "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
+    )  # fmt: skip
+    assert status == 0
+    names = [result["settings"]["model"] for result in report(tmp_path / "report")["models"]]
+    assert names == ["first/student", "second/student"]
 
 
 def test_a_model_of_another_kind_is_refused(tar, tmp_path, capsys):
