@@ -7,13 +7,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel, pipeline
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.benchmark.masks import picture_to_mask
 from samlight_hf.inference import optimize
 from samlight_hf.loading import load_model
-from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from samlight_hf.predictor import Predictor
 
 
