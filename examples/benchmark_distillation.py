@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         "--rows", nargs="+", default=["cached", "live", "decoder"], choices=["cached", "live", "decoder", "end_to_end"]
     )
     parser.add_argument("--batch-size", type=int, default=16 if CUDA else 2)
-    parser.add_argument("--live-batch-size", type=int, default=8 if CUDA else 2)
+    parser.add_argument("--live-batch-size", type=int, default=24 if CUDA else 2)
     parser.add_argument("--steps", type=int, default=60 if CUDA else 4)
     parser.add_argument("--workers", type=int, default=16 if CUDA else 1)
     parser.add_argument("--num-refinements", type=int, nargs="+", default=[0, 1])
