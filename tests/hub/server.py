@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.address = urlsplit(self.path)
         self.query = parse_qs(self.address.query)
         fault = self.hub._fault(self.command, self.address.path)
-        status = None
+        status, is_cut = None, False
         try:
             if fault:
                 time.sleep(fault.delay)
@@ -167,10 +167,11 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Cut
             self._send(status, headers, content)
         except (_Cut, ConnectionError):
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+            is_cut = self.close_connection = True
         finally:
             self.hub.requests.append(Request(self.command, self.path, status))
+        if is_cut:  # last: who sees the end of the connection may count the requests
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
 
