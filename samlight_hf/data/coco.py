@@ -104,6 +104,9 @@ class CocoDataset(FileDataset):
                 return file
         return None
 
+    def files(self) -> set:
+        return {(self.image_folder / file).resolve() for file in self._files}
+
     def sample_id(self, index: int) -> str:
         return str(self._ids[index])
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from PIL import Image, ImageOps
 
+from ..pictures import to_rgb
 from .annotations import parse_instances
 from .lazy import LazySample
 from .samples import Sample, SampleError, SkipReason, SkipReport
@@ -50,6 +51,10 @@ class PictureDataset(ABC):
     @abstractmethod
     def sample_id(self, index: int) -> str:
         """The id of the sample, without reading it."""
+
+    def files(self) -> set:
+        """What is read, wherever it is named from: two datasets that share a file share pictures."""
+        return set()
 
     def __getitem__(self, index: int) -> Sample:
         """The sample without its bad instances. Raises `SampleError` where the picture itself cannot be used."""
@@ -115,7 +120,7 @@ def check_limit(limit: int | None):
 
 
 def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """A picture file as RGB, pixels as stored: annotations are made in that frame.
+    """A picture file as RGB, see `to_rgb`, pixels where they are stored: annotations are made in that frame.
 
     `size` is the (width, height) of the annotations. Where it fits only the picture turned upright by its EXIF
     orientation, the annotations were made on that, and that is returned.
@@ -128,7 +133,7 @@ def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Im
             picture.load()
             if size and picture.size != size:
                 picture = ImageOps.exif_transpose(picture)
-            image = picture.convert("RGB")
+            image = to_rgb(picture)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError

@@ -44,6 +44,9 @@ class ImageFolderDataset(FileDataset):
     def sample_id(self, index: int) -> str:
         return str(self._files[index])
 
+    def files(self) -> set:
+        return {(self.folder / str(file)).resolve() for file in self._files}
+
     def _set_files(self, files: list[str]):
         # An array, because worker processes would copy millions of strings page by page as they touch them.
         self._files = np.array(files, dtype=str)
@@ -82,7 +85,7 @@ class MaskFolderDataset(ImageFolderDataset):
         if not self.mask_folder.is_dir():
             raise ValueError(f"{self.mask_folder}: no such folder. Masks are expected beside {self.folder}.")
         self.index_report = SkipReport()
-        masks = {path.relative_to(self.mask_folder).as_posix() for path in self.mask_folder.rglob("*.png")}
+        masks = {path.relative_to(self.mask_folder).as_posix() for path in self.mask_folder.rglob("[!.]*.png")}
         mask_names = {name.removesuffix(".png") for name in masks} | {os.path.dirname(name) for name in masks}
         files, seen = [], set()
         for file in _relative_paths(self.folder):
@@ -109,7 +112,7 @@ class MaskFolderDataset(ImageFolderDataset):
             labels = _read_labels(label_map)
             segments = dict(_runs_of_labels(labels))
         else:
-            files = sorted(name.glob("*.png"))
+            files = sorted(name.glob("[!.]*.png"))  # none of those that macOS leaves beside them
             if not files:
                 raise SampleError(SkipReason.MISSING_MASK)
             masks = {file.stem: _read_labels(file) != 0 for file in files}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..pictures import to_rgb
 from .annotations import parse_instance, run_lengths
 from .samples import Instance, SampleError, SkipReason
 
@@ -41,7 +42,7 @@ class LazySample:
             if min_size and (draft := self.picture.draft(None, min_size)):
                 reduction = self.width / draft[1][2]
             self.picture.load()
-            return self.picture.convert("RGB"), reduction
+            return to_rgb(self.picture), reduction
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything on damaged files

@@ -62,6 +62,9 @@ class Sa1bDataset(FileDataset):
     def __len__(self) -> int:
         return len(self._names)
 
+    def files(self) -> set:
+        return {path.resolve() for path in self.paths}
+
     def sample_id(self, index: int) -> str:
         return str(self._names[index])
 

@@ -1,5 +1,6 @@
 """Counts of skipped pictures that all worker processes write and the main process reads."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,13 +25,15 @@ class SkipCounter:
     `NOTHING_IN_VIEW` is counted but not held against the data: only the view is to blame.
 
     Args:
-        max_skipped: the share of the pictures read above which `check` raises.
+        max_skipped: the share of the pictures read above which `check` raises. Until all have been read, by more than chance
+            explains: bad ones may come first.
+        num_pictures: how many there are, where that is known.
     """
 
-    def __init__(self, max_skipped: float = MAX_SKIPPED_SHARE):
+    def __init__(self, max_skipped: float = MAX_SKIPPED_SHARE, num_pictures: float = math.inf):
         if not 0 <= max_skipped <= 1:
             raise ValueError(f"max_skipped={max_skipped!r} must be from 0 to 1.")
-        self.max_skipped = max_skipped
+        self.max_skipped, self.num_pictures = max_skipped, num_pictures
         self._num_read = torch.zeros(NUM_ROWS, dtype=torch.int64).share_memory_()
         # (row, 0 for pictures or 1 for instances, reason, count and the first one's source and picture)
         self._skipped = torch.zeros(NUM_ROWS, 2, len(REASONS), 3, dtype=torch.int64).share_memory_()
@@ -68,7 +71,11 @@ class SkipCounter:
             return
         blamed = self._skipped[:, 0, :, 0].sum(0)
         blamed[REASONS.index(SkipReason.NOTHING_IN_VIEW)] = 0
-        if int(blamed.sum()) > self.max_skipped * num_read:
+        # Four standard deviations: it is looked at after each picture that is skipped.
+        chance = (
+            4 * math.sqrt(num_read * self.max_skipped * (1 - self.max_skipped)) if num_read < self.num_pictures else 0
+        )
+        if int(blamed.sum()) > self.max_skipped * num_read + chance:
             raise ValueError(
                 f"{int(blamed.sum())} of the {num_read} pictures read so far cannot be used, more than "
                 f"max_skipped={self.max_skipped:.0%}. Mend the data, or raise max_skipped if this is as it should be. "

@@ -40,6 +40,9 @@ class SyntheticScenes(PictureDataset):
     def __len__(self) -> int:
         return self._length
 
+    def files(self) -> set:
+        return {("synthetic", self.seed)}
+
     def sample_id(self, index: int) -> str:
         return f"scene_{self.image_size}px_{self.seed}_{index}"
 

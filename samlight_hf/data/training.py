@@ -102,7 +102,7 @@ class TrainingExamples(Dataset):
         sizes = [len(source) for source in self.sources]
         self._order = ExampleOrder(sizes, source_weights, seed)
         self._first_ids = np.cumsum([0, *sizes]).tolist()
-        self._counter = SkipCounter(max_skipped)
+        self._counter = SkipCounter(max_skipped, sum(len(source) for source in self.sources))
         self._check_indices()
 
     def __len__(self) -> int:
@@ -157,8 +157,8 @@ class TrainingExamples(Dataset):
         return {"pictures": pictures, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
 
     def order(self) -> dict:
-        """What the order of the pictures depends on, besides `preprocessing`."""
-        return {"turns": self._order.turns}
+        """What the order of the pictures and the prompts depend on, besides `preprocessing`."""
+        return {"turns": self._order.turns, "prompts": repr(self.maker.prompts)}
 
     @property
     def num_read(self) -> int:

@@ -11,6 +11,7 @@ from samlight_hf.data import (
     TrainingExamples,
     load_dataset,
 )
+from samlight_hf.pictures import open_picture
 
 from .files import HEIGHT, WIDTH, box_mask, counts, jpeg, png
 
@@ -37,6 +38,24 @@ def test_all_pictures_of_a_folder_in_order(tmp_path):
     assert [dataset[i].id for i in range(len(dataset))] == ["a/c.PNG", "b.jpg"]
     assert all(sample.instances == () and sample.image.mode == "RGB" for sample in dataset.samples(SkipReport()))
     assert len(ImageFolderDataset(tmp_path, limit=1)) == 1
+
+
+def test_pictures_of_16_bits_and_transparent_ones_are_those_of_inference(tmp_path):
+    levels = np.linspace(8000, 34000, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    clear = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    write(tmp_path, {"deep.png": png(levels), "clear.png": png(clear)})
+    dataset = ImageFolderDataset(tmp_path)
+    for index, name in enumerate(("clear.png", "deep.png")):
+        expected = np.asarray(open_picture(tmp_path / name))
+        assert np.array_equal(np.asarray(dataset[index].image), expected), name
+        assert np.array_equal(np.asarray(dataset.open(index).decode()[0]), expected), name
+
+
+def test_what_macos_leaves_beside_masks_is_none(tmp_path):
+    files = {"images/a.jpg": jpeg(), "masks/a/1.png": png(labels(255)), "masks/a/._1.png": b"x", "masks/._a.png": b"x"}
+    dataset = MaskFolderDataset(write(tmp_path, files))
+    assert len(dataset[0].instances) == 1
+    assert not dataset.index_report
 
 
 def test_broken_pictures_of_a_folder_are_counted(tmp_path):

@@ -16,12 +16,14 @@ from samlight_hf.data import (
     PromptSampling,
     Sa1bDataset,
     SkipReason,
+    SkipReport,
     SyntheticScenes,
     TrainingExamples,
 )
 from samlight_hf.data.augmentation import View, to_cells
 from samlight_hf.data.lazy import decode_columns
 from samlight_hf.data.order import ExampleOrder
+from samlight_hf.data.skip_counter import SkipCounter
 
 from .files import annotation, box_mask, coloured_objects, coloured_tar, jpeg, png, rle, sa1b_json, write_tar
 
@@ -450,3 +452,22 @@ def test_what_a_spawned_worker_gets_counts_in_the_same_memory(tmp_path):
     received = ForkingPickler.loads(ForkingPickler.dumps(made))  # how DataLoader hands it over
     assert all(same(received[n], made[n]) for n in range(10))
     assert made.num_read == received.num_read > 20
+
+
+def test_chance_stops_nobody_before_all_has_been_read():
+    def counter(num_bad: int, num_pictures: int, seed: int) -> SkipCounter:
+        counter, bad = SkipCounter(0.05, num_pictures), SkipReport()
+        bad.add_picture(SkipReason.BROKEN_PICTURE, "x")
+        for number in np.random.default_rng(seed).permutation(num_pictures):
+            counter.add(bad if number < num_bad else SkipReport(), 0, int(number))
+            counter.check(lambda source, picture: str(picture))
+        return counter
+
+    for seed in range(10):
+        counter(40, 1000, seed)
+        with pytest.raises(
+            ValueError, match="of the 1000 pictures read so far cannot be used, more than max_skipped=5%"
+        ):
+            counter(51, 1000, seed)
+    with pytest.raises(ValueError, match="of the 1.. pictures read so far"):
+        counter(500, 1000, 0)
