@@ -99,7 +99,8 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     """16 hex digits that change with the weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.double().sum().item()!r}\n".encode())
+        bits = weight.double().view(torch.int64).sum().item()  # exact: the same by any number of threads, on any device
+        digest.update(f"{name} {tuple(weight.shape)} {bits}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.loading import CheckpointError, find_device, load_model
+from samlight_hf.loading import CheckpointError, find_device, load_model, weights_fingerprint
 
 from .conftest import tiny_config
 
@@ -184,3 +184,17 @@ def test_devices_and_dtypes(folder):
     with pytest.raises(ValueError, match="int8"):
         load_model(folder, "cpu", "int8")
     assert find_device("auto").type in ("cpu", "cuda")
+
+
+def test_a_fingerprint_does_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1000, 1000)
+    before, found = torch.get_num_threads(), set()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        found.add(weights_fingerprint(model))
+    torch.set_num_threads(before)
+    assert len(found) == 1
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-6
+    assert weights_fingerprint(model) not in found

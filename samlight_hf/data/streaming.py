@@ -118,6 +118,10 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         tars = [os.path.basename(tar) for tar in self._tars]
         return {"tars": tars, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
 
+    def order(self) -> dict:
+        """What the prompts depend on, besides `preprocessing`."""
+        return {"prompts": repr(self.maker.prompts)}
+
     def state_dict(self) -> dict:
         """Where iteration in this process is: behind the last example."""
         return dict(self._state)

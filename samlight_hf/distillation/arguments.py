@@ -13,7 +13,7 @@ What is said on the command line wins over the stage's section, and that over th
 
 import argparse
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -100,6 +100,12 @@ class DistillationArguments(TrainingArguments):
             if self.hub_model_id is None:
                 raise ValueError("push_to_hub=true needs hub_model_id, such as org/name.")
             check_target(self.hub_model_id, self.hub_revision, tag=None, create_pr=False)
+        if self.num_train_epochs != 3:  # Trainer's default, which max_steps overrides
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs} is not possible here: there are no epochs. Use max_steps."
+            )
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "box_miou"  # Trainer's own is a loss, which no evaluation here returns
         super().__post_init__()
 
     def layer_weight_schedule(self) -> LayerWeightSchedule:
@@ -248,8 +254,11 @@ def _make_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
 def _check_keys(sections: dict[str, dict]):
     """Raises ValueError for a key that no option has. The file itself is the section ""."""
     _, actions = _make_parser()
+    of_the_run = {field.name for field in fields(RunArguments)}
     for name, section in sections.items():
         for key in section:
+            if name and key in of_the_run:
+                raise ValueError(f"the config's {name}: {key!r} holds for all stages: move it to the top of the file.")
             if key not in actions:
                 near = difflib.get_close_matches(str(key), actions, n=1)
                 where = f"{name}: " if name else ""

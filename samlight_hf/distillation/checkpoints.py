@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..files import write_aside
+from ..loading import weights_fingerprint
 from .arguments import DistillationArguments
+from .stages import TRAINABLE
 from .teacher import Teacher
 
 
@@ -24,6 +28,8 @@ _RUN_DEFINING = (
     "fp16", "num_focus_layers", "layer_weights", "ramp_fraction", "teacher_dtype", "num_prompts", "box_share",
     "num_refinements", "focal_weight", "bce_weight", "dice_weight", "iou_weight",
 )  # fmt: skip
+# What a config says of where its weights were, and not of what is computed.
+_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 _OF_THE_PROCESSES = ("world_size", "per_device_train_batch_size", "dataloader_num_workers")
 
 
@@ -31,8 +37,10 @@ class CheckpointChangedError(ValueError):
     """A run that cannot go on from a checkpoint, because it was made with other settings."""
 
 
-def run_settings(args: DistillationArguments, examples: Dataset, teacher: Teacher | None) -> dict:
-    """What defines a run, as a checkpoint remembers it: settings, and what is known of data and teacher.
+def run_settings(
+    args: DistillationArguments, examples: Dataset, teacher: Teacher | None, student: PreTrainedModel
+) -> dict:
+    """What defines a run, as a checkpoint remembers it: settings, and what is known of data, teacher, and the student as it began.
 
     Reads the names of all pictures. The data are known by what `preprocessing` and `order` say of them, where they have these.
     """
@@ -40,6 +48,11 @@ def run_settings(args: DistillationArguments, examples: Dataset, teacher: Teache
     settings = {name: getattr(args, name) for name in (*_RUN_DEFINING, *_OF_THE_PROCESSES)}
     settings["data"] = _digest(data)
     settings["teacher"] = None if teacher is None else _digest([teacher.fingerprint, teacher.layers])
+    config = student.config.vision_config.to_dict()
+    architecture = {name: value for name, value in config.items() if name not in _OF_THE_FILE}
+    parts = {name: weights_fingerprint(part) for name, part in student.named_children()}
+    frozen = {name: fingerprint for name, fingerprint in parts.items() if name not in TRAINABLE[args.stage]}
+    settings["student"], settings["frozen"] = _digest([parts, architecture]), _digest([frozen, architecture])
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -57,12 +70,21 @@ def read_settings(checkpoint: str | os.PathLike) -> dict:
     return json.loads((Path(checkpoint) / SETTINGS_NAME).read_text(encoding="utf-8"))
 
 
-def check_same_run(where: str | os.PathLike, saved: dict, current: dict, streams: bool) -> str | None:
+def check_same_run(
+    where: str | os.PathLike, saved: dict, current: dict, streams: bool, is_finished: bool = False
+) -> str | None:
     """Raises CheckpointChangedError where a setting that defines the run has changed; a sentence where the world size has.
 
-    Both are as `run_settings` gives them. The order of examples that are streamed depends on the processes too.
+    Both are as `run_settings` gives them. The order of examples that are streamed depends on the processes too. A checkpoint
+    brings the weights that are trained, and so the student must have its others; a stage that is finished, all of those it began with.
     """
-    names = (*_RUN_DEFINING, "data", "teacher", *(_OF_THE_PROCESSES if streams else ()))
+    names = (
+        *_RUN_DEFINING,
+        "data",
+        "teacher",
+        "student" if is_finished else "frozen",
+        *(_OF_THE_PROCESSES if streams else ()),
+    )
     changed = [name for name in names if saved.get(name) != current[name]]
     if changed:
         listed = ", ".join(f"{name}={current[name]} (was {saved.get(name)})" for name in changed)
@@ -86,6 +108,16 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def checkpoint_step(checkpoint: str | os.PathLike) -> int:
     """The optimizer step at which it was saved."""
     return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+def find_best_again(checkpoint: str | os.PathLike, output_dir: str | os.PathLike):
+    """The best checkpoint is remembered by its path: in a folder that was moved, it is made the one that is there."""
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    state = json.loads(path.read_text(encoding="utf-8"))
+    best = state["best_model_checkpoint"]
+    if best and not os.path.isdir(best) and (moved := Path(output_dir) / Path(best).name).is_dir():
+        text = json.dumps({**state, "best_model_checkpoint": str(moved)}, indent=2)
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def publish_checkpoint(staged: Path, final: Path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,12 @@ from ..data import (
     Cutouts,
     PictureDataset,
     PromptSampling,
-    Sa1bDataset,
     SkipReport,
     SyntheticScenes,
     TrainingExamples,
     load_dataset,
 )
+from ..data.sa1b import find_tars
 from ..files import write_aside
 from ..hub import PublishError
 from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
@@ -97,14 +98,13 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
     sources = open_sources(run.train_data, run.train_annotations, run.train_images)
     eval_pictures = open_eval_pictures(run, sources)
-    student, folder = None, None
+    student, folder = make_student(run, teacher), None
     for args in stages:
         folder = Path(args.output_dir) / "student"
-        if was_finished := (Path(args.output_dir) / RESULT_NAME).is_file():
-            student = load_model(folder, device="cpu")[0]
-        elif student is None:
-            student = make_student(run, teacher)
+        was_finished = (Path(args.output_dir) / RESULT_NAME).is_file()
         result = train_stage(student, args, run, sources, eval_pictures, teacher, publisher)
+        if was_finished:
+            student = load_model(folder, device="cpu")[0]
         if publisher is not None:
             is_last = args is stages[-1]
             if args.push_to_hub and (
@@ -184,7 +184,10 @@ def train_stage(
     teacher_model: PreTrainedModel | None,
     publisher: HubPublisher | None = None,
 ) -> dict:
-    """Trains `student` in place; writes the stage's result, and returns it. A finished stage is kept, if it was made with these settings."""
+    """Trains `student` in place; writes the stage's result, and returns it.
+
+    A finished stage is kept, and `student` as it is, if it was made with these settings and of this student.
+    """
     start = time.time()
     output_dir = Path(args.output_dir)
     teacher = None
@@ -195,7 +198,8 @@ def train_stage(
     examples = make_examples(student, args, run, sources)
     if (output_dir / RESULT_NAME).is_file():
         saved = json.loads((output_dir / RESULT_NAME).read_text(encoding="utf-8"))
-        check_same_run(output_dir, saved["settings"], run_settings(args, examples, teacher), bool(run.stream_data))
+        settings = run_settings(args, examples, teacher, student)
+        check_same_run(output_dir, saved["settings"], settings, bool(run.stream_data), is_finished=True)
         print(f"{output_dir}: finished before, and kept.")
         return saved
     callbacks = []
@@ -216,9 +220,10 @@ def train_stage(
     result = {
         "stage": args.stage,
         "settings": trainer.run_settings,
-        "seconds": time.time() - start,
-        "train_loss": output.training_loss,
-        "images_per_second": output.metrics.get("train_samples_per_second"),
+        # What Trainer itself reports is of the time since it was resumed.
+        "seconds": None if checkpoint else time.time() - start,
+        "train_loss": statistics.mean(_logged(trainer, "loss") or [output.training_loss]),
+        "images_per_second": statistics.median(_logged(trainer, "images_per_second") or [None]),
         "metrics": metrics,
         "skipped": skipped.to_dict(),
     }
@@ -235,6 +240,10 @@ def train_stage(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     return result
+
+
+def _logged(trainer: DistillationTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrainedModel:
@@ -313,25 +322,16 @@ def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset
         raise ValueError(
             f"eval_data={run.eval_data} names {len(sources)} datasets. Give one: scores are means over one dataset."
         )
+    name = f"eval_annotations={run.eval_annotations}" if run.eval_annotations else f"eval_data={run.eval_data}"
+    streamed = {tar.resolve() for path in run.stream_data if "://" not in path for tar in find_tars(path)}
     for source in sources:
         if not source.has_masks:
-            raise ValueError(f"eval_data={run.eval_data} has no masks to compare with. Give pictures with masks.")
-        held_out = _files(source)
-        if any(held_out & _files(other) for other in train_sources):
+            raise ValueError(f"{name} has no masks to compare with. Give pictures with masks.")
+        if source.files() & streamed.union(*(other.files() for other in train_sources)):
             raise ValueError(
-                f"eval_data={run.eval_data} is trained on too: scores would say nothing. Leave it out of train_data (patterns count)."
+                f"{name} is trained on too: scores would say nothing. Leave its pictures out of what is trained on (patterns count)."
             )
     return sources[0] if sources else None
-
-
-def _files(source: PictureDataset) -> set:
-    """What a dataset reads, to tell whether two share pictures."""
-    if isinstance(source, SyntheticScenes):
-        return {("synthetic", source.seed)}
-    if isinstance(source, Sa1bDataset):
-        return {path.resolve() for path in source.paths}
-    folder = getattr(source, "folder", None) or getattr(source, "image_folder", None)
-    return {Path(folder).resolve() / source.sample_id(index) for index in range(len(source))}
 
 
 def make_examples(

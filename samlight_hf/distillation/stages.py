@@ -15,7 +15,13 @@ from torch import nn
 from .losses import bce_loss, dice_loss, feature_loss, focal_loss, true_iou
 
 
-STAGES = ("encoder", "decoder", "end_to_end")
+# What each trains: parts of the student, by the names of its children.
+TRAINABLE = {
+    "encoder": ("vision_encoder",),
+    "decoder": ("mask_decoder",),
+    "end_to_end": ("vision_encoder", "prompt_encoder", "mask_decoder"),
+}
+STAGES = tuple(TRAINABLE)
 POSITIVE = 1
 
 
@@ -25,7 +31,7 @@ class Stage(nn.Module):
     `forward` returns {"loss": scalar, name: scalar without gradient, ...}.
     """
 
-    trainable: tuple[str, ...] = ()  # parts of the student, by the names of its children
+    trainable: tuple[str, ...] = ()
 
     def __init__(self, student: nn.Module):
         super().__init__()
@@ -62,7 +68,7 @@ class EncoderStage(Stage):
         teacher_width: of the teacher's hidden states.
     """
 
-    trainable = ("vision_encoder",)
+    trainable = TRAINABLE["encoder"]
 
     def __init__(self, student: nn.Module, focus_layers: Sequence[int], teacher_width: int):
         super().__init__(student)
@@ -145,9 +151,7 @@ class MaskStage(Stage):
     ):
         if stage not in ("decoder", "end_to_end"):
             raise ValueError(f'stage={stage!r} must be "decoder" or "end_to_end".')
-        self.trainable = (
-            ("mask_decoder",) if stage == "decoder" else ("vision_encoder", "prompt_encoder", "mask_decoder")
-        )
+        self.trainable = TRAINABLE[stage]
         super().__init__(student)
         self.encoder_is_frozen = stage == "decoder"
         self.loss_weights = loss_weights

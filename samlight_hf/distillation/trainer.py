@@ -1,7 +1,6 @@
 """transformers' Trainer for the three stages of distillation."""
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from .checkpoints import (
     CheckpointChangedError,
     check_same_run,
     checkpoint_step,
+    find_best_again,
     last_checkpoint,
     publish_checkpoint,
     read_settings,
@@ -60,7 +60,7 @@ class DistillationTrainer(PushingTrainer):
         processor: the student's; saved with it.
         teacher: for the stage "encoder", with the layers that `focus_layers` gives.
         eval_pictures: pictures with masks.
-        callbacks: further ones.
+        callbacks: further ones. A `LayerWeightCallback` among them takes the place of the one that `layer_weights` names.
         publisher: carries out the pushes, with `push_to_hub`; by default one of its own.
 
     Raises:
@@ -86,10 +86,12 @@ class DistillationTrainer(PushingTrainer):
         self._sums: dict[str, torch.Tensor] = {}  # of what a stage returns beside the loss, since the last log
         self._num_summed = 0
         self._staging: str | None = None
+        # What defines the run: see `run_settings` in checkpoints.py. Now, because the student is about to change.
+        self.run_settings = run_settings(args, getattr(train_dataset, "examples", train_dataset), teacher, student)
         if args.ddp_find_unused_parameters is None:  # else DDP looks for some at every step
             args.ddp_find_unused_parameters = args.stage == "end_to_end"
         callbacks = [FiniteLossCallback(), ThroughputCallback(), *(callbacks or [])]
-        if args.stage == "encoder":
+        if args.stage == "encoder" and not any(isinstance(callback, LayerWeightCallback) for callback in callbacks):
             callbacks.append(LayerWeightCallback(args.layer_weight_schedule()))
         super().__init__(
             model=self._make_stage(args),
@@ -137,6 +139,9 @@ class DistillationTrainer(PushingTrainer):
                 raise ValueError(f"{self.args.output_dir}: holds no whole checkpoint to resume from.")
         if resume_from_checkpoint:
             self._check_resumable(resume_from_checkpoint)
+            if self.args.should_save:
+                find_best_again(resume_from_checkpoint, self.args.output_dir)
+            self.accelerator.wait_for_everyone()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _check_resumable(self, checkpoint: str):
@@ -153,11 +158,6 @@ class DistillationTrainer(PushingTrainer):
             self.args.ignore_data_skip = True
             num_batches = checkpoint_step(checkpoint) * self.args.gradient_accumulation_steps
             self.train_dataset.skip_batches(num_batches, self.args.per_device_train_batch_size)
-
-    @functools.cached_property
-    def run_settings(self) -> dict:
-        """What defines the run: see `run_settings` in checkpoints.py."""
-        return run_settings(self.args, getattr(self.train_dataset, "examples", self.train_dataset), self.teacher)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: DistillationArguments, model=None) -> tuple[type, dict]:

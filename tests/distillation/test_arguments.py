@@ -70,6 +70,8 @@ def test_without_a_file():
     ("text", "message"),
     [
         ("teachr: x", r"the config's 'teachr' is not known. Did you mean teacher\?"),
+        ("encoder: {min_scale: 0.5}", "the config's encoder: 'min_scale' holds for all stages: move it to the top"),
+        ("num_train_epochs: 2", "num_train_epochs=2.0 is not possible here: there are no epochs. Use max_steps"),
         ("encoder: {max_step: 3}", r"the config's encoder: 'max_step' is not known. Did you mean max_steps\?"),
         ("max_steps: 3.5", "max_steps=3.5 must be an integer"),
         ("stage: decoder", "stage is set by stages"),

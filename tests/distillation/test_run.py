@@ -16,7 +16,7 @@ from samlight_hf.data import SyntheticScenes
 from samlight_hf.distillation import distill, parse_arguments
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
-from tests.data.files import sa1b_json, write_tar
+from tests.data.files import HEIGHT, WIDTH, box_mask, png, rle, sa1b_json, write_coco, write_tar
 
 from .conftest import ROOT, make_teacher, torchrun
 
@@ -85,6 +85,58 @@ def test_a_finished_stage_is_kept_and_an_interrupted_one_goes_on(folder, tmp_pat
     with pytest.raises(ValueError, match=r"encoder was made with other settings: max_steps=5 \(was 4\)"):
         run(folder, tmp_path / "parts", "--resume", "--max_steps", "5", stages=("encoder", "decoder"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_finished_stage_of_another_student_is_not_kept(folder, tmp_path):
+    run(folder, tmp_path, stages=("encoder", "decoder"))
+    shutil.rmtree(tmp_path / "encoder")
+    run(folder, tmp_path, "--resume", "--learning_rate", "1e-2", stages=("encoder",))
+    with pytest.raises(ValueError, match=r"decoder was made with other settings: .*student=\w+ \(was \w+\)"):
+        run(folder, tmp_path, "--resume", "--learning_rate", "1e-2", stages=("encoder", "decoder"))
+
+
+def test_pictures_that_are_trained_on_are_known_by_their_files(folder, tmp_path):
+    pictures = {f"{number}.png": png(box_mask().astype("uint8") * 255) for number in range(4)}
+
+    def coco(name: str, numbers, first_id: int) -> str:
+        images = [
+            {"id": first_id + n, "file_name": f"{number}.png", "height": HEIGHT, "width": WIDTH}
+            for n, number in enumerate(numbers)
+        ]
+        annotations = [
+            {"id": image["id"], "image_id": image["id"], "category_id": 1, "iscrowd": 0, "bbox": [2, 2, 20, 20], "area": 400,
+             "segmentation": rle(box_mask(2, 2, 20, 20))}
+            for image in images
+        ]  # fmt: skip
+        path, _ = write_coco(tmp_path, images, annotations, pictures)
+        return str(path.rename(tmp_path / name))
+
+    images = str(tmp_path / "pictures")
+    train, other, same = coco("train.json", (0, 1), 1), coco("other.json", (2, 3), 1), coco("same.json", (1, 2), 900)
+    data = ("--train_annotations", train, "--train_images", images)
+
+    def with_eval(*options):
+        arguments = [
+            "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--use_cpu", "--max_steps", "1",
+            "--per_device_train_batch_size", "2", "--num_focus_layers", "1", "--teacher_dtype", "float32", "--disable_tqdm", "true",
+            "--stages", "encoder", *options,
+        ]  # fmt: skip
+        distill(*parse_arguments(arguments))
+
+    with_eval(*data, "--eval_annotations", other, "--eval_images", images, "--output_dir", str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="eval_annotations=.*same.json is trained on too"):
+        with_eval(*data, "--eval_annotations", same, "--eval_images", images, "--output_dir", str(tmp_path / "b"))
+    with pytest.raises(ValueError, match="eval_annotations=.*same.json is trained on too"):
+        with_eval(
+            "--train_data",
+            images,
+            "--eval_annotations",
+            same,
+            "--eval_images",
+            images,
+            "--output_dir",
+            str(tmp_path / "c"),
+        )
 
 
 def test_cached_targets_from_the_command_line(folder, tmp_path):

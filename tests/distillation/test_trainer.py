@@ -12,12 +12,13 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, pipeline
 
-from samlight_hf.data import SyntheticScenes
+from samlight_hf.data import PromptSampling, SyntheticScenes, TrainingExamples
 from samlight_hf.distillation import (
     CachedExamples,
     CheckpointChangedError,
     DistillationTrainer,
     EmbeddingCache,
+    LayerWeightCallback,
     MaskPictureCallback,
     Teacher,
     TrainingDivergedError,
@@ -30,8 +31,8 @@ from samlight_hf.loading import load_model
 from .conftest import ROOT, make_arguments, make_examples, make_student, make_teacher, torchrun
 
 
-def make_trainer(args, examples=None, teacher=None, **options) -> DistillationTrainer:
-    student = make_student()
+def make_trainer(args, examples=None, teacher=None, student=None, **options) -> DistillationTrainer:
+    student = student or make_student()
     if args.stage == "encoder" and teacher is None:
         layers = [
             layer for _, layer in focus_layers(student, make_teacher().config.vision_config, args.num_focus_layers)
@@ -103,6 +104,14 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_layers(tmp_path):
     for entry in trainer.state.log_history[:-1]:
         expected = sum(entry[f"layer_weight/{n}"] * entry[f"layer_loss/{n}"] for n in (1, 2, 3))
         assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_ones_own_layer_weights_take_the_place_of_the_default_ones(tmp_path):
+    callback = LayerWeightCallback(lambda step, max_steps, num_layers: [0.25] * num_layers)
+    trainer = make_trainer(make_arguments(tmp_path, stage="encoder", max_steps=2), callbacks=[callback])
+    trainer.train()
+    for number in (1, 2, 3):
+        assert logged(trainer, f"layer_weight/{number}") == [0.25, 0.25]
 
 
 def test_gradient_accumulation_is_a_larger_batch(tmp_path):
@@ -339,6 +348,59 @@ def test_the_teacher_may_not_change(tmp_path):
     )
     with pytest.raises(CheckpointChangedError, match=r"teacher=.* \(was "):
         other.train(str(tmp_path / "checkpoint-2"))
+
+
+def test_what_is_frozen_may_not_change_and_what_is_trained_comes_from_the_checkpoint(tmp_path):
+    settings = {"stage": "decoder", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(make_arguments(tmp_path, **settings)).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = make_trainer(make_arguments(tmp_path, **settings), student=load_model(checkpoint, "cpu")[0])
+    resumed.train(checkpoint)
+    student = make_student()
+    with torch.no_grad():
+        student.vision_encoder.neck.conv2.weight.mul_(2)
+    with pytest.raises(CheckpointChangedError, match=r"frozen=.* \(was "):
+        make_trainer(make_arguments(tmp_path, **settings), student=student).train(checkpoint)
+
+
+def test_prompts_may_not_change(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(make_arguments(tmp_path, **settings)).train()
+    examples = TrainingExamples(
+        SyntheticScenes(20, 32), 16, 32, mask_size=32, prompts=PromptSampling(4, 4, box_noise=0.9)
+    )
+    with pytest.raises(CheckpointChangedError, match=r"data=.* \(was "):
+        make_trainer(make_arguments(tmp_path, **settings), examples).train(str(tmp_path / "checkpoint-2"))
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path):
+    settings = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1,
+        "load_best_model_at_end": True, "eval_max_instances": 2,
+    }  # fmt: skip
+
+    def trainer(folder):
+        made = make_trainer(make_arguments(folder, **settings), eval_pictures=SyntheticScenes(1, 32, seed=1))
+        assert made.args.metric_for_best_model == "box_miou"
+        return made
+
+    first = trainer(tmp_path / "old")
+    first.evaluate = lambda *args, **kwargs: scored(first, 1.0 / first.state.global_step)  # the first is the best
+    first.args.max_steps = 4
+    first.train()
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    resumed = trainer(tmp_path / "new")
+    resumed.evaluate = lambda *args, **kwargs: scored(resumed, 0.0)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "new/checkpoint-2")
+    best = load_model(tmp_path / "new/checkpoint-2", "cpu")[0].state_dict()
+    assert_equal(resumed.student.state_dict(), best)
+
+
+def scored(trainer, score: float) -> dict[str, float]:
+    metrics = {"eval_box_miou": score}
+    trainer.log(metrics)
+    return metrics
 
 
 def test_a_checkpoint_without_optimizer_is_refused(tmp_path):
