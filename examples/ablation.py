@@ -33,7 +33,7 @@ def main():
     options, more = parser.parse_known_args()
     variants = {schedule: f"--layer_weights {schedule}" for schedule in SCHEDULES}
     if options.variants:
-        variants = read_yaml(options.variants)
+        variants = {str(name): arguments or "" for name, arguments in read_yaml(options.variants).items()}
     shared = ["--config", options.config, "--stages", *options.stages, *more]
     shared += ["--resume", "--disable_tqdm", "true", "--logging_steps", "100"]
     results = {name: [] for name in variants}

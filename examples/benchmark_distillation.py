@@ -87,7 +87,7 @@ def measure(name: str, student, options, teacher=None, wrap=None, **settings) ->
         args = DistillationArguments(
             folder, per_device_train_batch_size=batch_size, max_steps=options.steps, logging_steps=5 if CUDA else 1,
             save_strategy="no", bf16=CUDA, torch_compile=not options.no_compile, dataloader_num_workers=options.workers,
-            dataloader_prefetch_factor=4, disable_tqdm=True, use_cpu=not CUDA, tf32=True if CUDA else None, **settings,
+            dataloader_prefetch_factor=4 if options.workers else None, disable_tqdm=True, use_cpu=not CUDA, tf32=True if CUDA else None, **settings,
         )  # fmt: skip
         pictures = load_dataset(options.data) if options.data else SyntheticScenes(1000)
         prompts = PromptSampling(args.num_prompts, max(1, args.num_refinements)) if args.stage != "encoder" else None
