@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from samlight_hf import SamLighteningModel
 from samlight_hf.cli import main
 from tests.conftest import tiny_config
-from tests.data.files import annotation, box_mask, jpeg, rle, sa1b_json, write_coco, write_tar
+from tests.data.files import annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
 
 
 @pytest.fixture
@@ -114,6 +115,53 @@ def test_started_again_it_computes_nothing_and_says_the_same(models, tar, tmp_pa
     assert status == 0
     assert again["scores"] == first["scores"]
     assert again["settings"]["latency_ms"]["encoder"] is None
+
+
+@pytest.mark.parametrize("changed", ["dataset", "detections"])
+def test_numbers_of_files_that_have_changed_are_not_reported_again(models, coco, tmp_path, capsys, changed):
+    path, folder = coco
+    detections = tmp_path / "boxes.json"
+    box = {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9}
+    detections.write_text(json.dumps([box]))
+    arguments = (
+        "--model", models[0], "--annotations", path, "--images", folder, "--protocol", "box", "--detections", detections, "--no-plots",
+        "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments)[0] == 0
+    if changed == "dataset":
+        content = json.loads(Path(path).read_text())
+        content["annotations"][0]["segmentation"] = [[5, 4, 9, 4, 9, 12, 5, 12]]
+        Path(path).write_text(json.dumps(content))
+    else:
+        detections.write_text(json.dumps([{**box, "bbox": [1, 2, 20, 20]}]))
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1
+    assert f"was written with another {changed}_content. Choose another --out" in errors
+
+
+def test_a_tar_that_has_changed_is_noticed(models, tar, tmp_path, capsys):
+    arguments = (
+        "--model", models[0], "--dataset", tar, "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
+    )  # fmt: skip
+    assert run(capsys, *arguments)[0] == 0
+    os.utime(tar, ns=(0, 0))
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1 and "another dataset_content" in errors
+
+
+def test_a_folder_of_masks(models, tmp_path, capsys):
+    masks = tmp_path / "mine" / "masks" / "a.png"
+    for path, content in ((tmp_path / "mine" / "images" / "a.jpg", jpeg()), (masks, png(box_mask()))):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    arguments = (
+        "--model", models[0], "--dataset", tmp_path / "mine", "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
+    )  # fmt: skip
+    assert run(capsys, *arguments)[0] == 0
+    masks.write_bytes(png(box_mask(1, 2, 20, 20)))
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1 and "another dataset_content" in errors
 
 
 def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_path, capsys):
