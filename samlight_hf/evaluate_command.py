@@ -190,8 +190,12 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
         if boxes.num_other:
             sentence += f"; {boxes.num_other} boxes of other pictures left out"
 
-        def summarize(results):
-            return detection.average_precision(args.annotations, results, dataset.ids, args.lvis)
+        detection.check_annotations(args.annotations, dataset.ids, args.lvis)
+
+        def summarize(records):
+            results = [result for record in records for result in record["predictions"]]
+            image_ids = [record["image_id"] for record in records]  # without pictures that could not be read
+            return detection.average_precision(args.annotations, results, image_ids, args.lvis)
 
         about = {"detections": args.detections, "detections_content": content_digest(args.detections)}
         works.append(("detections", boxes, about, [sentence], summarize))

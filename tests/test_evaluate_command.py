@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.cli import main
+from samlight_hf.evaluate_command import EVERYTHING
 from tests.conftest import tiny_config
 from tests.data.files import annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
 
@@ -184,6 +187,44 @@ def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_
     )
     assert "AP all" in printed
     assert "1 boxes of other pictures left out" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_picture_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path, capsys, monkeypatch):
+    """Masks that fill their boxes, which is what the annotations are: AP is 1 of the pictures that there are."""
+    from samlight_hf.evaluation.models import PromptableModel
+
+    def filled(model, encoded, boxes_xyxy, multimask_output):
+        masks = [box_mask(x, y, right - x, bottom - y) for x, y, right, bottom in boxes_xyxy.int().tolist()]
+        return SimpleNamespace(masks=torch.tensor(np.array(masks))[:, None])
+
+    monkeypatch.setattr(PromptableModel, "predict", filled)
+    annotations = json.loads(Path(coco[0]).read_text())["annotations"]
+    boxes = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9} for a in annotations[:2]]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    (picture,) = Path(coco[1]).glob("*139.jpg")
+    picture.write_bytes(picture.read_bytes()[:200])
+    status, _, _ = run(
+        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--protocol", EVERYTHING, "--points-per-side", 2,
+        "--detections", tmp_path / "boxes.json", "--no-plots", "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert status == 0
+    settings = report(tmp_path / "report")["models"][0]["settings"]
+    assert settings["num_pictures"] == 1
+    assert settings["extra"]["AP all"] == pytest.approx(1.0)
+
+
+def test_what_ap_lacks_is_said_before_anything_is_evaluated(models, coco, tmp_path, capsys):
+    content = json.loads(Path(coco[0]).read_text())
+    del content["categories"]
+    Path(coco[0]).write_text(json.dumps(content))
+    box = {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9}
+    (tmp_path / "boxes.json").write_text(json.dumps([box]))
+    status, _, errors = run(
+        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--detections", tmp_path / "boxes.json",
+        "--no-plots", "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert status == 1 and "no categories" in errors
+    assert not (tmp_path / "report").exists()
 
 
 def test_lvis(models, coco, tmp_path, capsys):
