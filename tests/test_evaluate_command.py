@@ -281,6 +281,7 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
         (["--dataset", "{empty}"], 1, "no picture that can be used"),
         (["--dataset", "{tar}", "--batch-size", "0"], 2, "--batch-size 0"),
         (["--dataset", "{tar}", "--clicks", "0"], 1, "num_clicks"),
+        (["--dataset", "{tar}", "--max-instances", "-1"], 1, "max_instances=-1"),
         (["--dataset", "{tar}", "--model", "{model}"], 2, "twice"),
         (["--dataset", "{tar}", "--model", "nowhere"], 1, "nowhere"),
         (["--annotations", "{coco}", "--images", "{images}", "--detections", "{other}"], 1, "none of its 1 boxes"),
