@@ -208,13 +208,23 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The folders' names, with as many of the parents' as tell them apart: a/student and b/student. ArgumentTypeError for one path twice."""
+    """The folders' names, with as many of the parents' as tell them apart, as names of files too: a/student and b/student.
+
+    ArgumentTypeError for one path twice, and for paths that files cannot tell apart.
+    """
+    from .evaluation.files import slug
+
     parts = [Path(path).parts or (path,) for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(map(slug, names))) == len(names):
             return names
-    raise argparse.ArgumentTypeError(f"--model names a model twice: {', '.join(paths)}.")
+    if len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"--model names a model twice: {', '.join(paths)}.")
+    raise argparse.ArgumentTypeError(
+        f"--model names models that the report's files would not tell apart: {', '.join(paths)}. Rename a folder: file names "
+        "keep only letters, digits, _, - and dots."
+    )
 
 
 def _load(path: str, args: argparse.Namespace, state) -> "PromptableModel":

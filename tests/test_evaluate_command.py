@@ -311,6 +311,18 @@ def test_models_in_folders_of_one_name_are_told_apart(models, tar, tmp_path, cap
     assert names == ["first/student", "second/student"]
 
 
+def test_models_whose_files_would_have_one_name_are_refused_at_once(models, tar, tmp_path, capsys):
+    paths = [tmp_path / "a b", tmp_path / "a_b"]
+    for model, path in zip(models, paths):
+        shutil.copytree(model, path)
+    status, _, errors = run(
+        capsys, "--model", paths[0], "--model", paths[1], "--dataset", tar, "--no-plots", "--out", tmp_path / "report"
+    )
+    assert status == 2
+    assert "would not tell apart" in errors and str(paths[0]) in errors
+    assert not (tmp_path / "report").exists()
+
+
 def test_a_model_of_another_kind_is_refused(tar, tmp_path, capsys):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
