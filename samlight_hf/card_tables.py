@@ -130,6 +130,9 @@ def training_rows(training: Mapping | Sequence[Mapping] | None) -> Rows:
     if not all(isinstance(stage, Mapping) for stage in stages):
         raise ValueError("training must be the result.json of a stage, or several: mappings of settings and values.")
     flat = [{**stage, **(stage.get("settings") or {})} for stage in stages]
+    for stage in flat:
+        if stage.get("muon"):  # `optim` is then of the other weights
+            stage["optim"] = f"Muon for matrices, {stage.get('optim') or 'AdamW'} for the rest"
     rows = [["setting", *(str(stage.get("stage") or "value") for stage in flat)]]
     for key in _TRAINING:
         values = [stage.get(key) for stage in flat]

@@ -166,6 +166,15 @@ def test_results_of_several_stages_stand_side_by_side(folder, tmp_path):
         assert row in text
 
 
+def test_muon_is_said(folder):
+    stages = [{"stage": "encoder", "muon": True, "optim": "adamw_torch_fused"}, {"settings": {"muon": True}}, {"muon": False, "optim": "sgd"}]  # fmt: skip
+    text = render_card(folder, training=stages)
+    assert (
+        "| optim | Muon for matrices, adamw_torch_fused for the rest | Muon for matrices, AdamW for the rest | sgd |"
+        in text
+    )
+
+
 @pytest.mark.parametrize("teacher", ["outputs/teacher.pth", "/data/sam_vit_h.pth", "../teacher", 7])
 def test_a_teacher_that_the_hub_does_not_know_is_no_base_model(folder, teacher):
     text = render_card(folder, training={"teacher": teacher, "stages": []})
