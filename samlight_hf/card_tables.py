@@ -59,6 +59,11 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
     models = report.get("models")
     if report.get("format_version") != 1 or not isinstance(models, list) or not models:
         raise ValueError("the evaluation is no report.json of `samlight evaluate` (format_version 1).")
+    if not all(map(_is_result, models)):
+        raise ValueError(
+            "the evaluation is no whole report.json: one of its models lacks settings, with the model, or scores. Run "
+            "`samlight evaluate` again."
+        )
     found = [model for model in models if model["settings"]["model"] in names] if len(models) > 1 else models
     if len(found) != 1:
         known = ", ".join(str(model["settings"]["model"]) for model in models)
@@ -94,6 +99,17 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
         "extra": extra,
         "settings": settings,
     }  # fmt: skip
+
+
+def _is_result(model) -> bool:
+    """Whether a report says of a model what a card is made of."""
+    settings, scores = (model.get(key) if isinstance(model, Mapping) else None for key in ("settings", "scores"))
+    return (
+        isinstance(settings, Mapping)
+        and "model" in settings
+        and isinstance(scores, Mapping)
+        and all(key.count("/") == 1 and isinstance(score, Mapping) for key, score in scores.items())
+    )
 
 
 def evaluation_results(section: Mapping) -> list[EvalResult]:
