@@ -59,6 +59,11 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
     models = report.get("models")
     if report.get("format_version") != 1 or not isinstance(models, list) or not models:
         raise ValueError("the evaluation is no report.json of `samlight evaluate` (format_version 1).")
+    if not all(map(_is_result, models)):
+        raise ValueError(
+            "the evaluation is no whole report.json: one of its models lacks settings, with the model, or scores. Run "
+            "`samlight evaluate` again."
+        )
     found = [model for model in models if model["settings"]["model"] in names] if len(models) > 1 else models
     if len(found) != 1:
         known = ", ".join(str(model["settings"]["model"]) for model in models)
@@ -96,6 +101,17 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
     }  # fmt: skip
 
 
+def _is_result(model) -> bool:
+    """Whether a report says of a model what a card is made of."""
+    settings, scores = (model.get(key) if isinstance(model, Mapping) else None for key in ("settings", "scores"))
+    return (
+        isinstance(settings, Mapping)
+        and "model" in settings
+        and isinstance(scores, Mapping)
+        and all(key.count("/") == 1 and isinstance(score, Mapping) for key, score in scores.items())
+    )
+
+
 def evaluation_results(section: Mapping) -> list[EvalResult]:
     """The Hub's metadata of an `evaluation_section`: one result for each protocol and metric that has a number."""
     common = {
@@ -130,6 +146,9 @@ def training_rows(training: Mapping | Sequence[Mapping] | None) -> Rows:
     if not all(isinstance(stage, Mapping) for stage in stages):
         raise ValueError("training must be the result.json of a stage, or several: mappings of settings and values.")
     flat = [{**stage, **(stage.get("settings") or {})} for stage in stages]
+    for stage in flat:
+        if stage.get("muon"):  # `optim` is then of the other weights
+            stage["optim"] = f"Muon for matrices, {stage.get('optim') or 'AdamW'} for the rest"
     rows = [["setting", *(str(stage.get("stage") or "value") for stage in flat)]]
     for key in _TRAINING:
         values = [stage.get(key) for stage in flat]

@@ -65,6 +65,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         from accelerate import PartialState
 
         from .data import load_dataset
+        from .evaluation.files import dataset_digest
         from .evaluation.protocols import ProtocolSettings
         from .evaluation.report import console_table, require_matplotlib, worst_cases, write_report
     except ImportError as error:
@@ -87,10 +88,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
         raise argparse.ArgumentTypeError("give --dataset for SA-1B tars, or --annotations and --images.")
     dataset = load_dataset(args.dataset or args.annotations, images=args.images, limit=args.limit)
+    digest = dataset_digest(dataset, args.dataset or args.annotations)
     works = _works(dataset, settings, args, state)
     results, drawers = [], []
     for path, name in zip(args.model, names):
-        result, drawer = _evaluate_model(path, name, dataset, works, args, state)
+        result, drawer = _evaluate_model(path, name, dataset, digest, works, args, state)
         results.append(result)
         drawers.append(drawer)
     if not state.is_main_process:
@@ -112,7 +114,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate_model(
-    path: str, name: str, dataset: "PictureDataset", works: list, args: argparse.Namespace, state
+    path: str, name: str, dataset: "PictureDataset", digest: str, works: list, args: argparse.Namespace, state
 ) -> "tuple[ModelResult, Callable]":
     from .data import SkipReport
     from .evaluation.evaluator import Journal, evaluate
@@ -121,8 +123,8 @@ def _evaluate_model(
 
     model = _load(path, args, state)
     common = {
-        "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "num_pictures": len(dataset),
-        "batch_size": args.batch_size, "dtype": args.dtype,
+        "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "dataset_content": digest,
+        "num_pictures": len(dataset), "batch_size": args.batch_size, "dtype": args.dtype,
     }  # fmt: skip
     records, extra, skipped, seconds, pictures = [], {}, SkipReport(), 0.0, {}
     for kind, work, its_settings, _, summarize in works:
@@ -168,6 +170,7 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
     """What is run: name, work, what its journal must know, sentences for readers, and a summary but for the instances."""
     from .evaluation import average_precision as detection
     from .evaluation.fidelity import Fidelity, summarize_fidelity
+    from .evaluation.files import content_digest
     from .evaluation.protocols import InstanceProtocols
 
     works = []
@@ -187,10 +190,15 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
         if boxes.num_other:
             sentence += f"; {boxes.num_other} boxes of other pictures left out"
 
-        def summarize(results):
-            return detection.average_precision(args.annotations, results, dataset.ids, args.lvis)
+        detection.check_annotations(args.annotations, dataset.ids, args.lvis)
 
-        works.append(("detections", boxes, {"detections": args.detections}, [sentence], summarize))
+        def summarize(records):
+            results = [result for record in records for result in record["predictions"]]
+            image_ids = [record["image_id"] for record in records]  # without pictures that could not be read
+            return detection.average_precision(args.annotations, results, image_ids, args.lvis)
+
+        about = {"detections": args.detections, "detections_content": content_digest(args.detections)}
+        works.append(("detections", boxes, about, [sentence], summarize))
     if args.teacher:
         teacher = _load(args.teacher, args, state)
         about = {"teacher": teacher.fingerprint(), "max_instances": args.max_instances}
@@ -200,13 +208,23 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The folders' names, with as many of the parents' as tell them apart: a/student and b/student. ArgumentTypeError for one path twice."""
+    """The folders' names, with as many of the parents' as tell them apart, as names of files too: a/student and b/student.
+
+    ArgumentTypeError for one path twice, and for paths that files cannot tell apart.
+    """
+    from .evaluation.files import slug
+
     parts = [Path(path).parts or (path,) for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(map(slug, names))) == len(names):
             return names
-    raise argparse.ArgumentTypeError(f"--model names a model twice: {', '.join(paths)}.")
+    if len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"--model names a model twice: {', '.join(paths)}.")
+    raise argparse.ArgumentTypeError(
+        f"--model names models that the report's files would not tell apart: {', '.join(paths)}. Rename a folder: file names "
+        "keep only letters, digits, _, - and dots."
+    )
 
 
 def _load(path: str, args: argparse.Namespace, state) -> "PromptableModel":

@@ -33,6 +33,8 @@ from .original_checkpoints import ORIGINAL_SUFFIXES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")  # a copy of the repository's, for wheels
 FACTS_NAME, EVALUATION_NAME, TRAINING_NAME = "card.yaml", "evaluation.json", "training.json"
+# Of the facts that are mappings of texts, the keys.
+_KEYS = {"training_data": ("name", "terms", "id"), "evaluation": ("name", "id", "split", "note")}
 # Of the facts that are no text.
 _KINDS = {"training_data": list, "tags": list, "evaluation": dict, "thresholds": dict, "base_model": (str, list)}
 
@@ -102,7 +104,19 @@ class CardFacts:
         facts = cls(**{key: value.strip() if isinstance(value, str) else value for key, value in content.items()})
         if not all(isinstance(row, Mapping) and row.get("name") for row in facts.training_data):
             raise ValueError(f"{where}: each of training_data needs a name, and should have terms.")
+        for row in facts.training_data:
+            _check_texts(row, "training_data", where)
+        _check_texts(facts.evaluation, "evaluation", where)
         return facts
+
+
+def _check_texts(facts: Mapping, name: str, where: str):
+    """Raises ValueError for a key of training_data or evaluation that is not known, and for a value that is no text."""
+    for key, value in facts.items():
+        if key not in _KEYS[name]:
+            raise ValueError(f"{where}: {key!r} of {name} is not known. Use some of {', '.join(_KEYS[name])}.")
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"{where}: {key} of {name} is {value!r}, which is no text. Put it in quotes.")
 
 
 def render_card(

@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.cli import main
+from samlight_hf.evaluate_command import EVERYTHING
 from tests.conftest import tiny_config
-from tests.data.files import annotation, box_mask, jpeg, rle, sa1b_json, write_coco, write_tar
+from tests.data.files import annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
 
 
 @pytest.fixture
@@ -116,6 +120,53 @@ def test_started_again_it_computes_nothing_and_says_the_same(models, tar, tmp_pa
     assert again["settings"]["latency_ms"]["encoder"] is None
 
 
+@pytest.mark.parametrize("changed", ["dataset", "detections"])
+def test_numbers_of_files_that_have_changed_are_not_reported_again(models, coco, tmp_path, capsys, changed):
+    path, folder = coco
+    detections = tmp_path / "boxes.json"
+    box = {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9}
+    detections.write_text(json.dumps([box]))
+    arguments = (
+        "--model", models[0], "--annotations", path, "--images", folder, "--protocol", "box", "--detections", detections, "--no-plots",
+        "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments)[0] == 0
+    if changed == "dataset":
+        content = json.loads(Path(path).read_text())
+        content["annotations"][0]["segmentation"] = [[5, 4, 9, 4, 9, 12, 5, 12]]
+        Path(path).write_text(json.dumps(content))
+    else:
+        detections.write_text(json.dumps([{**box, "bbox": [1, 2, 20, 20]}]))
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1
+    assert f"was written with another {changed}_content. Choose another --out" in errors
+
+
+def test_a_tar_that_has_changed_is_noticed(models, tar, tmp_path, capsys):
+    arguments = (
+        "--model", models[0], "--dataset", tar, "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
+    )  # fmt: skip
+    assert run(capsys, *arguments)[0] == 0
+    os.utime(tar, ns=(0, 0))
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1 and "another dataset_content" in errors
+
+
+def test_a_folder_of_masks(models, tmp_path, capsys):
+    masks = tmp_path / "mine" / "masks" / "a.png"
+    for path, content in ((tmp_path / "mine" / "images" / "a.jpg", jpeg()), (masks, png(box_mask()))):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    arguments = (
+        "--model", models[0], "--dataset", tmp_path / "mine", "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
+    )  # fmt: skip
+    assert run(capsys, *arguments)[0] == 0
+    masks.write_bytes(png(box_mask(1, 2, 20, 20)))
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1 and "another dataset_content" in errors
+
+
 def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_path, capsys):
     """The README's commands for COCO val2017, on a stand-in of its layout."""
     boxes = [
@@ -136,6 +187,44 @@ def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_
     )
     assert "AP all" in printed
     assert "1 boxes of other pictures left out" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_picture_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path, capsys, monkeypatch):
+    """Masks that fill their boxes, which is what the annotations are: AP is 1 of the pictures that there are."""
+    from samlight_hf.evaluation.models import PromptableModel
+
+    def filled(model, encoded, boxes_xyxy, multimask_output):
+        masks = [box_mask(x, y, right - x, bottom - y) for x, y, right, bottom in boxes_xyxy.int().tolist()]
+        return SimpleNamespace(masks=torch.tensor(np.array(masks))[:, None])
+
+    monkeypatch.setattr(PromptableModel, "predict", filled)
+    annotations = json.loads(Path(coco[0]).read_text())["annotations"]
+    boxes = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9} for a in annotations[:2]]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    (picture,) = Path(coco[1]).glob("*139.jpg")
+    picture.write_bytes(picture.read_bytes()[:200])
+    status, _, _ = run(
+        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--protocol", EVERYTHING, "--points-per-side", 2,
+        "--detections", tmp_path / "boxes.json", "--no-plots", "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert status == 0
+    settings = report(tmp_path / "report")["models"][0]["settings"]
+    assert settings["num_pictures"] == 1
+    assert settings["extra"]["AP all"] == pytest.approx(1.0)
+
+
+def test_what_ap_lacks_is_said_before_anything_is_evaluated(models, coco, tmp_path, capsys):
+    content = json.loads(Path(coco[0]).read_text())
+    del content["categories"]
+    Path(coco[0]).write_text(json.dumps(content))
+    box = {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9}
+    (tmp_path / "boxes.json").write_text(json.dumps([box]))
+    status, _, errors = run(
+        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--detections", tmp_path / "boxes.json",
+        "--no-plots", "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert status == 1 and "no categories" in errors
+    assert not (tmp_path / "report").exists()
 
 
 def test_lvis(models, coco, tmp_path, capsys):
@@ -192,6 +281,7 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
         (["--dataset", "{empty}"], 1, "no picture that can be used"),
         (["--dataset", "{tar}", "--batch-size", "0"], 2, "--batch-size 0"),
         (["--dataset", "{tar}", "--clicks", "0"], 1, "num_clicks"),
+        (["--dataset", "{tar}", "--max-instances", "-1"], 1, "max_instances=-1"),
         (["--dataset", "{tar}", "--model", "{model}"], 2, "twice"),
         (["--dataset", "{tar}", "--model", "nowhere"], 1, "nowhere"),
         (["--annotations", "{coco}", "--images", "{images}", "--detections", "{other}"], 1, "none of its 1 boxes"),
@@ -219,6 +309,18 @@ def test_models_in_folders_of_one_name_are_told_apart(models, tar, tmp_path, cap
     assert status == 0
     names = [result["settings"]["model"] for result in report(tmp_path / "report")["models"]]
     assert names == ["first/student", "second/student"]
+
+
+def test_models_whose_files_would_have_one_name_are_refused_at_once(models, tar, tmp_path, capsys):
+    paths = [tmp_path / "a b", tmp_path / "a_b"]
+    for model, path in zip(models, paths):
+        shutil.copytree(model, path)
+    status, _, errors = run(
+        capsys, "--model", paths[0], "--model", paths[1], "--dataset", tar, "--no-plots", "--out", tmp_path / "report"
+    )
+    assert status == 2
+    assert "would not tell apart" in errors and str(paths[0]) in errors
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_model_of_another_kind_is_refused(tar, tmp_path, capsys):

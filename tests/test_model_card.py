@@ -166,6 +166,15 @@ def test_results_of_several_stages_stand_side_by_side(folder, tmp_path):
         assert row in text
 
 
+def test_muon_is_said(folder):
+    stages = [{"stage": "encoder", "muon": True, "optim": "adamw_torch_fused"}, {"settings": {"muon": True}}, {"muon": False, "optim": "sgd"}]  # fmt: skip
+    text = render_card(folder, training=stages)
+    assert (
+        "| optim | Muon for matrices, adamw_torch_fused for the rest | Muon for matrices, AdamW for the rest | sgd |"
+        in text
+    )
+
+
 @pytest.mark.parametrize("teacher", ["outputs/teacher.pth", "/data/sam_vit_h.pth", "../teacher", 7])
 def test_a_teacher_that_the_hub_does_not_know_is_no_base_model(folder, teacher):
     text = render_card(folder, training={"teacher": teacher, "stages": []})
@@ -230,6 +239,17 @@ def test_another_file_for_a_report(folder, tmp_path, content):
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [1, {}, {"settings": {"model": "a"}}, {"settings": {}, "scores": {}}, {"settings": {"model": "a"}, "scores": {"box": {}}}],
+)  # fmt: skip
+def test_a_report_that_lacks_what_a_card_needs(folder, tmp_path, entry, capsys):
+    (tmp_path / "report.json").write_text(json.dumps({"format_version": 1, "models": [entry]}))
+    assert cli.main(["card", str(folder), "--evaluation", str(tmp_path / "report.json")]) == 1
+    error = capsys.readouterr().err
+    assert "lacks settings, with the model, or scores" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         ("licence: mit", "'licence' is not known"),
@@ -238,6 +258,10 @@ def test_another_file_for_a_report(folder, tmp_path, content):
         ("- a", "keys and values"),
         ("a: {", "cannot be read"),
         ("limits: 3", "limits is a int"),
+        ("evaluation: {name: 5}", "name of evaluation is 5, which is no text"),
+        ("evaluation: {nmae: COCO}", "'nmae' of evaluation is not known. Use some of name, id, split, note"),
+        ("training_data: [{name: SA-1B, trems: research}]", "'trems' of training_data is not known"),
+        ("training_data: [{name: 5}]", "name of training_data is 5"),
     ],
 )
 def test_facts_that_are_wrong(folder, content, words):

@@ -1,6 +1,7 @@
 """Masks scored as detections are: AP for a detector's boxes, AR for everything mode, by COCOeval (faster-coco-eval)."""
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from ..data import Sample
+from ..data.annotations import annotation_id
 from .models import Encoded, PromptableModel
 from .work import Work
 
@@ -19,11 +21,12 @@ SIZES = ("all", "small", "medium", "large")
 class DetectorBoxes(Work):
     """The boxes of a detector (ViTDet's for one) as prompts, one mask each (`multimask_output=False`).
 
-    One record for each box: a COCO result, {"image_id", "category_id", "score": the detector's, "segmentation": RLE}.
+    One record for each picture, which thereby counts in AP: {"image_id", "predictions": COCO results, [{"image_id",
+    "category_id", "score": the detector's, "segmentation": RLE}]}.
 
     Args:
         path: a COCO results file, [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].
-        image_ids: the dataset's; boxes of other pictures are counted in `num_other`.
+        image_ids: the dataset's; boxes of other pictures are counted in `num_other`. Results may have them as text.
 
     Raises:
         ValueError: for a file that is no such list, or has no box of these pictures.
@@ -33,37 +36,34 @@ class DetectorBoxes(Work):
         try:
             results = json.loads(Path(path).read_text(encoding="utf-8"))
             by_picture = defaultdict(list)
-            for result in results:
+            for number, result in enumerate(results):
                 box = tuple(float(result["bbox"][i]) for i in range(4))
-                by_picture[str(result["image_id"])].append(
-                    {
-                        "image_id": result["image_id"],
-                        "category_id": result["category_id"],
-                        "score": result["score"],
-                        "box": box,
-                    }
-                )
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+                score = float(result["score"])
+                if not all(map(math.isfinite, (*box, score))):
+                    raise ValueError(f"result {number} has bbox {list(box)} and score {score}, which must be finite")
+                by_picture[str(result["image_id"])].append((int(result["category_id"]), score, box))
+        except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise ValueError(
                 f"{path}: not a COCO results file, a list of image_id, category_id, bbox and score ({error!r})."
             ) from error
-        known = {str(image_id) for image_id in image_ids}
-        self.by_picture = {picture: boxes for picture, boxes in by_picture.items() if picture in known}
+        self.image_ids = {str(image_id): image_id for image_id in image_ids}
+        self.by_picture = {picture: boxes for picture, boxes in by_picture.items() if picture in self.image_ids}
         self.num_other = len(results) - sum(map(len, self.by_picture.values()))
         if not self.by_picture:
             raise ValueError(f"{path}: none of its {len(results)} boxes is of a picture of this dataset.")
 
     def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:
-        results = self.by_picture.get(sample.id, [])
+        image_id, results = self.image_ids[sample.id], self.by_picture.get(sample.id)
         if not results:
-            return []
-        x, y, width, height = torch.tensor([result["box"] for result in results]).unbind(1)
+            return [{"image_id": image_id, "predictions": []}]
+        x, y, width, height = torch.tensor([box for _, _, box in results]).unbind(1)
         boxes = torch.stack([x, y, x + width, y + height], dim=1)
         masks = model.predict(encoded, boxes_xyxy=boxes, multimask_output=False).masks[:, 0].cpu().numpy()
-        return [
-            {**{name: result[name] for name in ("image_id", "category_id", "score")}, "segmentation": encode_rle(mask)}
-            for result, mask in zip(results, masks, strict=True)
+        predictions = [
+            {"image_id": image_id, "category_id": category_id, "score": score, "segmentation": encode_rle(mask)}
+            for (category_id, score, _), mask in zip(results, masks, strict=True)
         ]
+        return [{"image_id": image_id, "predictions": predictions}]
 
 
 class Everything(Work):
@@ -97,19 +97,32 @@ class Everything(Work):
         return [{"picture": sample.id, "predictions": predictions, "targets": targets}]
 
 
+def check_annotations(annotation_json: str | Path, image_ids: list, lvis: bool = False):
+    """Raises ValueError where `average_precision` could not be computed: to be known before anything is predicted."""
+    _read_truth(annotation_json, image_ids, lvis)
+
+
 def average_precision(
     annotation_json: str | Path, results: list[dict], image_ids: list, lvis: bool = False
 ) -> dict[str, float]:
-    """COCO's or LVIS's mask AP, 0 to 1, of results on the pictures `image_ids`.
+    """COCO's or LVIS's mask AP, 0 to 1, of results on the pictures `image_ids`, which alone count.
 
     AP is the mean over IoU thresholds 0.5:0.05:0.95, by COCOeval: 100 detections a picture for COCO; 300, with federated
     annotations and AP by frequency of the category, for LVIS. A size or frequency that no annotation has is left out.
+    Annotations without an area have their mask's.
+
+    Raises:
+        ValueError: for annotations without what AP needs.
     """
     from faster_coco_eval import COCO
 
-    with open(annotation_json, encoding="utf-8") as file:
-        truth = COCO(json.load(file))
-    evaluation = _run(truth, results, image_ids, [300] if lvis else [1, 10, 100], lvis_style=lvis)
+    content, numbers = _read_truth(annotation_json, image_ids, lvis)
+    truth = COCO(content)
+    for annotation in content["annotations"]:
+        if annotation.get("area") is None:
+            annotation["area"] = float(coco_mask.area(truth.annToRLE(annotation)))
+    results = [{**r, "image_id": numbers[r["image_id"]]} for r in results if r["image_id"] in numbers]
+    evaluation = _run(truth, results, list(truth.imgs), [300] if lvis else [1, 10, 100], lvis_style=lvis)
     precision = evaluation.eval["precision"]  # (thresholds, recalls, categories, sizes, max detections)
     scores = {f"AP {size}": precision[:, :, :, i, -1] for i, size in enumerate(SIZES)}
     scores |= {"AP50": precision[0, :, :, 0, -1], "AP75": precision[5, :, :, 0, -1]}
@@ -150,6 +163,46 @@ def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str,
 def encode_rle(mask: np.ndarray) -> dict:
     """Bool (H, W) -> compressed COCO RLE with counts as text, for JSON."""
     return _text_rle(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))))
+
+
+def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tuple[dict, dict[int | str, int]]:
+    """The annotations of these pictures for COCOeval, and the numbers of the pictures in it by their ids.
+
+    Numbers, because COCOeval takes no text for an id, and an annotation 0 for one that was not found.
+    """
+    content = json.loads(Path(annotation_json).read_bytes())
+    categories = content.get("categories")
+    if not (isinstance(categories, list) and categories and all(_has_integer(c, "id") for c in categories)):
+        raise ValueError(
+            f"{annotation_json}: no categories with ids: AP is a mean over them. Add them, or leave out --detections."
+        )
+    if lvis and not all(category.get("frequency") in ("r", "c", "f") for category in categories):
+        raise ValueError(f"{annotation_json}: categories without LVIS's frequency (r, c or f). Leave out --lvis.")
+    numbers = {image_id: n for n, image_id in enumerate(sorted(image_ids, key=lambda i: (isinstance(i, str), i)), 1)}
+    images = {}
+    for image in content["images"]:
+        if (image_id := annotation_id(image)) in numbers:
+            if not (_has_integer(image, "width") and _has_integer(image, "height")):
+                raise ValueError(f"{annotation_json}: image {image_id!r} needs a width and a height for AP.")
+            images.setdefault(image_id, {**image, "id": numbers[image_id]})
+    annotations = []
+    for place, annotation in enumerate(content["annotations"]):
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if not isinstance(image_id, int | str) or image_id not in numbers:
+            continue
+        mask = annotation.get("segmentation")
+        has_mask = isinstance(mask, list) or (isinstance(mask, dict) and {"size", "counts"} <= mask.keys())
+        if not (has_mask and _has_integer(annotation, "category_id")):
+            name = annotation_id(annotation, f"number {place}")
+            raise ValueError(f"{annotation_json}: annotation {name} needs a category_id and a segmentation for AP.")
+        annotations.append({**annotation, "id": len(annotations) + 1, "image_id": numbers[image_id]})
+    if not annotations:
+        raise ValueError(f"{annotation_json}: none of its annotations is of these pictures: there is no AP of them.")
+    return {"images": list(images.values()), "annotations": annotations, "categories": categories}, numbers
+
+
+def _has_integer(entry, key: str) -> bool:
+    return isinstance(entry, dict) and type(entry.get(key)) is int
 
 
 def _text_rle(rle: dict) -> dict:

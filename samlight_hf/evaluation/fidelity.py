@@ -8,7 +8,7 @@ from ..data import Sample
 from .clicks import deepest_point
 from .metrics.mask_iou.iou import mask_iou
 from .models import Encoded, PromptableModel
-from .protocols import box_xyxy, select
+from .protocols import box_xyxy, check_max_instances, select
 from .work import Work
 
 
@@ -23,10 +23,11 @@ class Fidelity(Work):
     scale, 1 being equal. Student layer i of n is matched to teacher layer round(i * m / n) of m.
 
     Raises:
-        ValueError: for a teacher whose image embeddings have another shape.
+        ValueError: for a teacher whose image embeddings have another shape, and for `max_instances` below 1.
     """
 
     def __init__(self, teacher: PromptableModel, max_instances: int | None = None):
+        check_max_instances(max_instances)
         self.teacher, self.max_instances = teacher, max_instances
 
     def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:

@@ -1,6 +1,7 @@
-"""Files of a report: names and plain JSON."""
+"""Files of a report: names, plain JSON, and digests of what was measured."""
 
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -8,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+
+from ..data import CocoDataset, PictureDataset, Sa1bDataset
 
 
 def is_missing(value) -> bool:
@@ -28,6 +31,21 @@ def plain(value):
 
 def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name.replace("/", "--")).strip("_.-") or "_"
+
+
+def content_digest(path: str | Path) -> str:
+    """Tells a file from another of the same name."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def dataset_digest(dataset: PictureDataset, path: str | Path) -> str:
+    """Tells the dataset of `path` from another: a JSON by its content, tars and mask files by names, sizes and times."""
+    if isinstance(dataset, CocoDataset):
+        return content_digest(path)
+    files = dataset.paths if isinstance(dataset, Sa1bDataset) else sorted(dataset.mask_folder.rglob("*.png"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def write_records(path: Path, records: Iterable[Mapping]):

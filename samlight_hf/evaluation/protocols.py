@@ -29,7 +29,7 @@ _CHUNK_BYTES = 2**29
 
 @dataclass(frozen=True)
 class ProtocolSettings:
-    """What is asked of a model. Raises ValueError for a prompt, a choice of mask or a number of clicks that is not known.
+    """What is asked of a model. Raises ValueError for a prompt or a choice of mask that is not known, or a number below 1.
 
     Attributes:
         prompts: of `PROMPTS`.
@@ -58,6 +58,7 @@ class ProtocolSettings:
                 raise ValueError(f"{name}={tuple(values)} must be some of {', '.join(known)}.")
         if not self.num_clicks or min(self.num_clicks) < 1:
             raise ValueError(f"num_clicks={tuple(self.num_clicks)} must be positive.")
+        check_max_instances(self.max_instances)
 
     def sentences(self) -> list[str]:
         """What a reader must know beside the numbers."""
@@ -83,6 +84,12 @@ class ProtocolSettings:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def check_max_instances(max_instances: int | None):
+    """Raises ValueError unless it is None or at least 1."""
+    if max_instances is not None and max_instances < 1:
+        raise ValueError(f"max_instances={max_instances} must be at least 1, or None for all.")
 
 
 class InstanceProtocols(Work):

@@ -11,6 +11,7 @@ from samlight_hf.evaluation.average_precision import (
     Everything,
     average_precision,
     average_recall,
+    check_annotations,
     encode_rle,
 )
 from tests.data.files import box_mask, jpeg, rle, write_coco
@@ -91,6 +92,54 @@ def test_only_the_pictures_of_the_run_count(tmp_path):
     assert scores["AP all"] == pytest.approx(precision[precision > -1].mean(), abs=1e-12)
 
 
+def test_annotations_without_an_area_have_their_masks(tmp_path):
+    path, _, results = truth_and_results(tmp_path)
+    expected = average_precision(path, results, list(range(1, 9)))
+    assert {"AP small", "AP medium", "AP large"} < expected.keys()
+    content = json.loads(path.read_text())
+    for place, annotation in enumerate(content["annotations"]):
+        del annotation["area"]
+        if place % 2:  # polygons too
+            x, y, side, _ = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + side, y, x + side, y + side, x, y + side]]
+    path.write_text(json.dumps(content))
+    assert average_precision(path, results, list(range(1, 9))) == pytest.approx(expected)
+
+
+def test_ids_that_are_text_or_zero(tmp_path):
+    path, _, results = truth_and_results(tmp_path)
+    expected = average_precision(path, results, list(range(1, 9)))
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["id"] = f"picture {image['id']}"
+    for annotation in content["annotations"]:
+        annotation |= {"id": annotation["id"] - 1, "image_id": f"picture {annotation['image_id']}"}
+    path.write_text(json.dumps(content))
+    results = [{**result, "image_id": f"picture {result['image_id']}"} for result in results]
+    assert average_precision(path, results, [image["id"] for image in content["images"]]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "lvis", "said"),
+    [
+        (lambda content: content.pop("categories"), False, "no categories"),
+        (lambda content: content["categories"][0].pop("frequency"), True, "Leave out --lvis"),
+        (lambda content: content["images"][0].pop("width"), False, "image 1 needs a width"),
+        (lambda content: content["annotations"][1].pop("category_id"), False, "annotation 2 needs a category_id"),
+        (lambda content: content["annotations"][1].pop("segmentation"), False, "annotation 2 needs .* a segmentation"),
+        (lambda content: content["annotations"].clear(), False, "none of its annotations"),
+    ],
+)
+def test_annotations_that_ap_cannot_be_computed_of(tmp_path, change, lvis, said):
+    path, _, _ = truth_and_results(tmp_path)
+    check_annotations(path, [1, 2, 3], True)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said):
+        check_annotations(path, [1, 2, 3], lvis)
+
+
 def test_lvis_scores_by_frequency(tmp_path):
     path, _, results = truth_and_results(tmp_path)
     content = json.loads(path.read_text())
@@ -147,10 +196,41 @@ def test_detector_boxes(promptable, tmp_path):
     assert work.num_other == 1
     sample = dataset[0]
     (encoded,) = promptable.encode([sample.image])
-    records = work(promptable, encoded, sample)
-    assert [(r["image_id"], r["category_id"], r["score"]) for r in records] == [(1, 2, 0.8), (1, 1, 0.4)]
-    assert records[0]["segmentation"]["size"] == [SIZE, SIZE]
-    assert work(promptable, encoded, dataset[1]) == []
+    (record,) = work(promptable, encoded, sample)
+    found = record["predictions"]
+    assert record["image_id"] == 1
+    assert [(r["image_id"], r["category_id"], r["score"]) for r in found] == [(1, 2, 0.8), (1, 1, 0.4)]
+    assert found[0]["segmentation"]["size"] == [SIZE, SIZE]
+    assert work(promptable, encoded, dataset[1]) == [{"image_id": 2, "predictions": []}]
+
+
+def test_a_detectors_text_stands_for_numbers(promptable, tmp_path):
+    """The image ids are the dataset's own, whose annotations COCOeval knows."""
+    path, folder, _ = truth_and_results(tmp_path)
+    dataset = load_dataset(path, images=folder, limit=1)
+    box = {"image_id": "1", "category_id": "2", "bbox": [10, 10, 50, 60], "score": "0.8"}
+    (tmp_path / "boxes.json").write_text(json.dumps([box]))
+    work = DetectorBoxes(tmp_path / "boxes.json", dataset.ids)
+    (record,) = work(promptable, promptable.encode([dataset[0].image])[0], dataset[0])
+    (found,) = record["predictions"]
+    assert (found["image_id"], found["category_id"], found["score"]) == (1, 2, 0.8)
+    assert average_precision(path, [found], dataset.ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"score": float("nan")}, "result 1 .*score nan"),
+        ({"score": "high"}, "'high'"),
+        ({"bbox": [0, 0, float("inf"), 1]}, "result 1 .*inf"),
+        ({"category_id": "cat"}, "'cat'"),
+    ],
+)
+def test_a_result_that_could_not_be_scored_is_refused(tmp_path, fields, said):
+    box = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 1}
+    (tmp_path / "boxes.json").write_text(json.dumps([box, {**box, **fields}]))
+    with pytest.raises(ValueError, match=rf"boxes\.json: .*{said}"):
+        DetectorBoxes(tmp_path / "boxes.json", [1])
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 import dataclasses
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from samlight_hf.evaluation.clicks import deepest_point
+from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.models import Prediction, PromptableModel
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings, box_xyxy
 
@@ -148,6 +150,14 @@ def test_unknown_settings_are_refused():
         ProtocolSettings(mask_choices=("best",))
     with pytest.raises(ValueError, match="num_clicks"):
         ProtocolSettings(num_clicks=(0, 1))
+
+
+@pytest.mark.parametrize("max_instances", [0, -1])
+def test_fewer_than_one_instance_is_refused(max_instances):
+    """-1 would be all but the last."""
+    for work in (ProtocolSettings, partial(Fidelity, None)):
+        with pytest.raises(ValueError, match=f"max_instances={max_instances} must be at least 1"):
+            work(max_instances=max_instances)
 
 
 def test_many_instances_go_in_chunks_with_the_same_result(promptable, dataset, monkeypatch):
