@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         status = _run(arguments)
-        sys.stdout.flush()  # here, where an error of it can still be answered
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error of it can still be answered
         return status
     except KeyboardInterrupt:
         return _fail("interrupted.", EXIT_INTERRUPTED)

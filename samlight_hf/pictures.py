@@ -18,6 +18,9 @@ from .messages import one_line
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
+# In a folder of results of `samlight segment`: the settings they were made with, and of which pictures.
+NOTE_NAME = ".samlight.json"
+
 Item, Read = TypeVar("Item"), TypeVar("Read")
 
 # 300 MB as RGB. The masks of one picture can take as many bytes each as it has pixels.
@@ -36,7 +39,7 @@ def find_pictures(
     A file is taken whatever its suffix. A folder stands for the pictures in it and in its subfolders, in sorted order,
     without hidden ones; suffixes match in any case. A path that does not exist is read as a pattern (`*`, `?`, `**`).
 
-    `exclude` is a folder, such as the one results are written to, that is left out where it lies inside a searched one.
+    `exclude` is the folder that results are written to: inside a searched one it is left out, as are those of earlier runs.
     """
     found: dict[Path, Path] = {}
     problems = []
@@ -67,6 +70,8 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
     Raises:
         PictureError: for a file that is not there, is no picture, is damaged, or has more than `MAX_PIXELS` pixels.
     """
+    if "://" in os.fspath(path):
+        raise PictureError(f"{path}: is an address, and files alone are read. Download it.")
     path = Path(path)
     if not path.exists():
         raise PictureError(f"{path}: no such file. Check the name.")
@@ -119,10 +124,14 @@ def _in_folder(folder: Path, excluded: Path | None) -> list[Path]:
     pictures = []
     for root, folders, files in os.walk(folder):
         folders[:] = [
-            name for name in folders if not name.startswith(".") and (Path(root) / name).resolve() != excluded
+            name for name in folders if not name.startswith(".") and not _holds_results(Path(root) / name, excluded)
         ]
         pictures += [Path(root) / name for name in files if not name.startswith(".")]
     return sorted(picture for picture in pictures if _is_picture(picture))
+
+
+def _holds_results(folder: Path, excluded: Path | None) -> bool:
+    return excluded is not None and (folder.resolve() == excluded or (folder / NOTE_NAME).is_file())
 
 
 def _is_picture(path: Path) -> bool:

@@ -4,18 +4,21 @@ What reads pictures and runs models is imported inside the functions that need i
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import write_aside
 from .messages import one_line
+from .pictures import NOTE_NAME
 from .segment_summary import MAX_PANELS, Row, Summary, count, telling_where
 
 
@@ -113,19 +116,21 @@ def run_segment(args: argparse.Namespace) -> int:
     if taken:
         raise argparse.ArgumentTypeError(f"--out {args.out} would replace {min(taken)}. Choose another one.")
     settings = _settings(args, model_path)
-    note = args.out / ".samlight.json"
-    before = _read_note(note)
+    note = args.out / NOTE_NAME
+    before, done = _read_note(note)
     if args.resume and note.is_file():
         _compare_settings(note, before, settings)
-    jobs = [Job(*pair) for pair in zip(pictures, outputs) if not (args.resume and _is_done(pair[1], note))]
+    if before != settings:
+        done = {}  # results of another run
+    jobs = [Job(*pair) for pair in zip(pictures, outputs) if not (args.resume and _is_done(*pair, done))]
     summary.already = len(pictures) - len(jobs)
     if jobs:
         model, processor = _load(model_path, args)
-        if before != settings:  # which makes all results that are older another run's
-            with telling_where(note):
-                write_aside(note, lambda aside: aside.write_text(json.dumps(settings), encoding="utf-8"))
+        text = "".join(f"{json.dumps(line)}\n" for line in (settings, *([name, *of] for name, of in done.items())))
+        with telling_where(note):
+            write_aside(note, lambda aside: aside.write_text(text, encoding="utf-8"))
         try:
-            _run_jobs(jobs, model, processor, args, model_path, summary)
+            _run_jobs(jobs, model, processor, args, model_path, summary, note)
         except KeyboardInterrupt:
             print(
                 f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(pictures)} pictures are done. The same "
@@ -177,8 +182,8 @@ def run_demo(args: argparse.Namespace) -> int:
     return summary.finish()
 
 
-def _run_jobs(jobs, model, processor, args: argparse.Namespace, model_path: str, summary: "Summary"):
-    """Segments the jobs and adds them to the summary."""
+def _run_jobs(jobs, model, processor, args: argparse.Namespace, model_path: str, summary: "Summary", note: Path):
+    """Segments the jobs, adds them to the summary, and says in the note which picture each result is of."""
     from .segment_run import Run, Segmented
 
     prompt = _describe(args.box, args.point)
@@ -192,13 +197,15 @@ def _run_jobs(jobs, model, processor, args: argparse.Namespace, model_path: str,
         panel = _write(
             job.output, args.format, picture, job.path.name, prompt, result, args.box, args.point, with_panel
         )
+        with telling_where(note), noting, note.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([job.output.name, *(_identity(job.path) or ())]) + "\n")
         return Row(str(job.path), picture.size, prompt, len(result), segmented.seconds, job.output), panel
 
     def skip(error: BaseException, path: Path):
         _report(error, path)
         summary.skipped += 1
 
-    shown = {job.output for job in jobs[:MAX_PANELS]}
+    shown, noting = {job.output for job in jobs[:MAX_PANELS]}, threading.Lock()
     segment = _segmenter(model, processor, args, model_path)
     start = time.perf_counter()
     with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as results:
@@ -229,26 +236,44 @@ def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
 def _settings(args: argparse.Namespace, model_path: str) -> dict:
     """What decides about results: it is noted beside them, since results of different runs must not be mixed."""
     pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
+    folder = Path(model_path).expanduser()
+    weights = [[file.name, *_identity(file)[1:]] for file in sorted(folder.glob("*.safetensors"))]
     return {
-        "--model": str(model_path), "--dtype": args.dtype, "--format": args.format, "--box": [*map(list, args.box)],
+        "--model": str(folder.resolve()) if folder.is_dir() else model_path,
+        "the model's weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8], "--dtype": args.dtype, "--format": args.format, "--box": [*map(list, args.box)],
         "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
         "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
         "--min-area": args.min_area, "--max-masks": args.max_masks,
     }  # fmt: skip
 
 
-def _is_done(output: Path, note: Path) -> bool:
-    """Whether there is a result, and of the settings in the note: results of others are older than it."""
-    return output.exists() and note.is_file() and output.stat().st_mtime_ns >= note.stat().st_mtime_ns
-
-
-def _read_note(note: Path) -> dict | None:
-    """None where it is not there, or no note."""
+def _identity(path: Path) -> list | None:
+    """What tells a file from another, also from one that takes its place; None where it is gone."""
     try:
-        settings = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stat = path.stat()
+    except OSError:
         return None
-    return settings if isinstance(settings, dict) else None
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _is_done(picture: Path, output: Path, done: dict[str, list]) -> bool:
+    """Whether there is a result, and of this very picture."""
+    return output.exists() and done.get(output.name) == _identity(picture) is not None
+
+
+def _read_note(note: Path) -> tuple[dict | None, dict[str, list]]:
+    """The settings, or None where there is no note; and what picture each result is of, by the result's name."""
+    done = {}
+    try:
+        first, *lines = note.read_text(encoding="utf-8").splitlines()
+        settings = json.loads(first)
+    except (OSError, ValueError):
+        return None, done
+    for line in lines:
+        with suppress(ValueError):  # a line that was cut off
+            name, *identity = json.loads(line)
+            done[name] = identity
+    return settings if isinstance(settings, dict) else None, done
 
 
 def _compare_settings(note: Path, before: dict | None, settings: dict):

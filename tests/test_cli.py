@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -317,6 +318,46 @@ def test_resuming_takes_no_results_of_an_earlier_run_for_its_own(samlight, photo
     assert status == 0 and "done before" not in stdout
     status, stdout, _ = samlight(*others, "--resume")
     assert (status, stdout) == (0, "2 pictures done before.\n")
+
+
+def test_resuming_knows_pictures_from_others_of_their_names(samlight, photos, checkpoint, tmp_path):
+    def picture_of(path: Path) -> tuple[int, int]:
+        image = json.loads(path.read_text())["images"][0]
+        return image["width"], image["height"]
+
+    for folder, size in (("p/in", (40, 30)), ("q/in", (30, 40))):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", size, "teal").save(tmp_path / folder / "0001.png")
+    out = tmp_path / "out"
+    arguments = ["--format", "coco", "--out", out, "--model", checkpoint, *QUICK, "--resume"]
+    assert samlight("segment", tmp_path / "p", *arguments)[0] == 0
+    status, stdout, _ = samlight("segment", tmp_path / "q", *arguments)
+    assert status == 0 and "done before" not in stdout
+    assert picture_of(out / "0001.json") == (30, 40)
+    Image.new("RGB", (50, 30), "navy").save(tmp_path / "q/in/0001.png")  # another one in its place
+    assert "done before" not in samlight("segment", tmp_path / "q", *arguments)[1]
+    assert picture_of(out / "0001.json") == (50, 30)
+    for folders in (("p", "q"), ("q", "p")):
+        samlight("segment", *(tmp_path / folder for folder in folders), *arguments)
+        found = [picture_of(out / name) for name in ("in_0001_png.json", "in_0001_png-2.json")]
+        assert found == [(40, 30), (50, 30)] if folders == ("p", "q") else found == [(50, 30), (40, 30)]
+
+
+def test_resuming_with_other_weights_is_refused(samlight, photos, checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    arguments = ["segment", photos, "--out", tmp_path / "out", *QUICK, "--model"]
+    assert samlight(*arguments, model)[0] == 0
+    assert samlight(*arguments, f"{model}/", "--resume")[:2] == (0, "2 pictures done before.\n")
+    os.utime(next(model.glob("*.safetensors")))
+    status, _, stderr = samlight(*arguments, model, "--resume")
+    assert status == 2
+    one_line(stderr, "another run: the model's weights was")
+
+
+def test_results_are_no_pictures_to_another_run(samlight, photos, checkpoint):
+    for name in ("first", "second"):
+        assert samlight("segment", photos, "--out", photos / name, "--model", checkpoint, *QUICK)[0] == 0
+    assert {"one_masks.png", "two_masks.png", "contact_sheet.png"} >= names(photos / "second")
 
 
 def test_resuming_with_other_settings_is_refused(samlight, photos, checkpoint, tmp_path):
