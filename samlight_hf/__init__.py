@@ -38,6 +38,8 @@ if TASK not in PIPELINE_REGISTRY.supported_tasks:
         default={"model": ("facebook/sam-vit-huge", "87aecf0")},
         type="image",
     )
+    # By which save_pretrained would copy the pipeline's file, and have config.json ask for it: it is this package's.
+    del FastMaskGenerationPipeline._registered_impl
 
 __all__ = [
     "FastMaskGenerationPipeline",

@@ -1,5 +1,7 @@
 """pipeline("fast-mask-generation") takes what the stock task takes, and gives the same dictionary."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,17 @@ def test_arguments_of_the_model_are_given_with_it(checkpoint):
     assert task._forward_params == {"points_per_crop": 3}
     with pytest.raises(ValueError, match="cuda_graphs=True needs a model on a CUDA device"):
         pipeline("fast-mask-generation", model=checkpoint, device="cpu", cuda_graphs=True)
+
+
+def test_a_saved_pipeline_asks_for_no_code_of_a_pipeline(fast, tmp_path):
+    """It is this package's, which the file of one class would not be."""
+    fast.save_pretrained(tmp_path)
+    assert "custom_pipelines" not in json.loads((tmp_path / "config.json").read_text())
+    assert not (tmp_path / "pipelines.py").exists()
+    assert (
+        type(pipeline("fast-mask-generation", model=str(tmp_path), trust_remote_code=False))
+        is FastMaskGenerationPipeline
+    )
 
 
 def test_registered_once():
