@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from itertools import product
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class MaskGenerationSettings:
     def __post_init__(self):
         for name, least in (("points_per_crop", 1), ("crops_n_layers", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 kind = "a positive integer" if least else "an integer of at least 0"
                 raise ValueError(f"{name}={value!r} must be {kind}.")
         for name in ("pred_iou_thresh", "stability_score_thresh", "crops_nms_thresh", "crop_overlap_ratio"):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, SamImageProcessor
@@ -169,10 +170,12 @@ def optimize(
     if reason := why_not_fast(model):
         raise ValueError(f"optimize needs a SAM: {reason}")
     for name, values in (("image_batch_sizes", image_batch_sizes), ("prompt_counts", prompt_counts)):
-        if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
-            raise ValueError(f"{name}={values!r} must be integers of 1 and more.")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be a floating point type.")
+        if isinstance(values, Integral) or any(
+            isinstance(value, bool) or not isinstance(value, Integral) or value < 1 for value in values
+        ):
+            raise ValueError(f"{name}={values!r} must be integers of 1 and more, such as (1, 8).")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be a floating point type, such as torch.bfloat16.")
     on_cuda = model.device.type == "cuda"
     if on_cuda and model.dtype != dtype:
         optimized = copy.deepcopy(model).to(dtype)

@@ -10,6 +10,7 @@ the decoder's logits, outlines are those of the masks that stay, and everything 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ from .upscaled_masks import Frame, measure, why_not_triton
 _CROP_EDGE_TOLERANCE = 20  # pixels of the picture
 
 
+def _check_part(part):
+    """A number would give fields without their first dimension, and let the result be walked through, pixel row by pixel row."""
+    if isinstance(part, Integral):
+        raise TypeError(f"[{part}] of masks is not possible: use result.masks[{part}], or a slice such as result[:10].")
+
+
 @dataclass(frozen=True)
 class MaskResult:
     """n masks of a picture of H x W pixels; all fields are well formed where n is 0.
@@ -54,7 +61,8 @@ class MaskResult:
     def __len__(self) -> int:
         return len(self.masks)
 
-    def __getitem__(self, part: slice) -> "MaskResult":
+    def __getitem__(self, part: slice | np.ndarray) -> "MaskResult":
+        _check_part(part)
         return MaskResult(self.masks[part], self.scores[part], self.boxes_xyxy[part])
 
 
@@ -82,6 +90,7 @@ class GeneratedMasks:
         return len(self.masks)
 
     def __getitem__(self, part: slice | np.ndarray) -> "GeneratedMasks":
+        _check_part(part)
         return GeneratedMasks(*(getattr(self, field.name)[part] for field in fields(self)))
 
     def to_result(self) -> MaskResult:

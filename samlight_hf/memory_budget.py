@@ -1,6 +1,7 @@
 """How much is done at once, so that it fits into the memory of a device."""
 
 import math
+from numbers import Integral
 
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ class MemoryBudget:
     """How much of each step of everything mode fits into `max_memory_mb` at once, by arithmetic; see `MaskGenerator`."""
 
     def __init__(self, model: PreTrainedModel, max_memory_mb: float, points_per_batch: int | None = None):
-        if points_per_batch is not None and (not isinstance(points_per_batch, int) or points_per_batch < 1):
+        if points_per_batch is not None and (not isinstance(points_per_batch, Integral) or points_per_batch < 1):
             raise ValueError(f"points_per_batch={points_per_batch!r} must be a positive integer.")
         if not max_memory_mb > 0:
             raise ValueError(f"max_memory_mb={max_memory_mb!r} must be a positive number.")

@@ -18,6 +18,8 @@ from .prompts import Prompt, check_prompts, parse_prompts, prompt_batches
 class Prediction:
     """What n prompts on one picture of H x W pixels gave, m masks each: numpy arrays, or tensors on the model's device.
 
+    Tensors are those of torch's inference mode: `clone()` what is to be changed in place or to take part in a gradient.
+
     Attributes:
         masks: bool (n, m, H, W), or None where they were not asked for.
         scores: float32 (n, m), the IoU with the true mask that the model predicts.
@@ -83,6 +85,7 @@ class Predictor:
         """Encodes pictures of any sizes. `predict` then takes and returns lists with one entry for each picture."""
         if isinstance(pictures, str) or not isinstance(pictures, Sequence) or not pictures:
             raise ValueError("set_images takes a list of at least one picture; set_image takes one picture.")
+        self.reset()  # whatever comes: masks of the last pictures would be taken for those of these
         tensors = [picture_tensor(picture) for picture in pictures]
         for tensor in tensors:
             check_size(self.image_processor, *tensor.shape[-2:])
@@ -137,11 +140,15 @@ class Predictor:
 
     def to_masks(self, logits: np.ndarray | torch.Tensor, picture: int = 0) -> torch.Tensor:
         """Logits (n, h, w) of a `Prediction` as masks of that picture, bool (n, H, W), where the logits are."""
-        size, pad_size = self.sizes[picture], self.image_processor.pad_size
+        logits, size, pad_size = _tensor(logits), self.sizes[picture], self.image_processor.pad_size
+        if logits.ndim != 3:
+            raise ValueError(
+                f"logits have the shape {tuple(logits.shape)}, and must be (n, h, w): logits[:, i] of a prediction."
+            )
         padded = pad_size["height"], pad_size["width"]
         parts = [
             upscale_logits(part, padded, self._resized(picture), size) > 0
-            for part in torch.as_tensor(logits).split(self.budget.masks_per_step(size, size))
+            for part in logits.split(self.budget.masks_per_step(size, size))
             if len(part)
         ]
         return _cat(parts) if parts else torch.zeros(0, *size, dtype=torch.bool)
@@ -163,7 +170,7 @@ class Predictor:
 
     def _parse(self, picture: int, points_xy=None, labels=None, boxes_xyxy=None, logits=None) -> list[Prompt]:
         if logits is not None:
-            logits = torch.as_tensor(logits, device=self.model.device).float()
+            logits = _tensor(logits).to(self.model.device, torch.float32)
             if logits.ndim != 3 or tuple(logits.shape[1:]) != self.logits_size:
                 raise ValueError(
                     f"logits have the shape {tuple(logits.shape)}, and must be (prompts, {self.logits_size[0]}, "
@@ -264,6 +271,11 @@ def segment_prompts(
     check_prompts((picture.shape[2], picture.shape[1]), boxes_xyxy, points_xy)  # before the work is done
     predictor = Predictor(model, processor, output="torch", cuda_graphs=False).set_image(picture)
     return predict_prompts(predictor, boxes_xyxy, points_xy)
+
+
+def _tensor(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Of any array, also of one that is flipped or read-only, which torch does not take."""
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -16,6 +16,8 @@ from samlight_hf.inference import optimize
 from samlight_hf.loading import load_model
 from samlight_hf.predictor import Predictor
 
+from .conftest import tiny_config
+
 
 def make_inputs(model, batch_size: int = 1, num_prompts: int = 3) -> dict:
     size = model.config.vision_config.image_size
@@ -285,3 +287,14 @@ def test_on_a_gpu_float32_is_exact(on_gpu):
     assert optimized.report.encoder.startswith("plain: ")
     with torch.no_grad():
         assert_equal(optimized(**inputs), model(**inputs), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dtype": "bfloat16"}, {"dtype": torch.int8}, {"image_batch_sizes": 4}, {"prompt_counts": (0,)}],
+    ids=str,
+)
+def test_arguments_that_cannot_be(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name}=.* must be"):
+        optimize(SamLighteningModel(tiny_config()), **arguments)

@@ -509,3 +509,11 @@ def test_triton_kernels_that_are_asked_for_and_cannot_be(tiny):
     with pytest.raises(ValueError, match="triton_kernels=True is not possible: .*(cpu|not installed)"):
         MaskGenerator(*tiny, triton_kernels=True)
     assert not MaskGenerator(*tiny).use_triton
+
+
+def test_a_result_is_sliced_and_not_walked_through(bundled, photograph):
+    generated = MaskGenerator(*bundled)(photograph, **KEEP_MANY, points_per_crop=np.int64(2))
+    assert len(generated[:1]) == 1
+    for result in (generated, generated.to_result()):
+        with pytest.raises(TypeError, match=r"use result.masks\[0\]"):
+            list(result)

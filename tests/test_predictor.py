@@ -250,8 +250,22 @@ def test_uses_that_cannot_be(tiny, picture):
         predictor.predict([[(1, 1)]])
     with pytest.raises(ValueError, match="output='jax'"):
         Predictor(*tiny, output="jax")
+    predictor.set_image(picture)
     with pytest.raises(ValueError, match="too thin"):
         predictor.set_image(Image.new("RGB", (20_000, 100)))
+    with pytest.raises(ValueError, match="no picture yet"):  # and not the last one's masks
+        predictor.predict([[(1, 1)]])
+
+
+def test_logits_of_any_array(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    logits = predictor.predict([[(3, 4)]], multimask_output=False).logits[:, 0]
+    flipped = logits[:, :, ::-1]
+    expected = predictor.predict([[(3, 4)]], logits=flipped.copy()).logits
+    assert np.array_equal(predictor.predict([[(3, 4)]], logits=flipped).logits, expected)
+    assert torch.equal(predictor.to_masks(flipped), predictor.to_masks(torch.from_numpy(flipped.copy())))
+    with pytest.raises(ValueError, match=r"must be \(n, h, w\): logits\[:, i\]"):
+        predictor.to_masks(expected)
 
 
 def test_empty_prompts_give_empty_results(tiny, picture):
