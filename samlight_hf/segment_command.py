@@ -126,7 +126,8 @@ def run_segment(args: argparse.Namespace) -> int:
     summary.already = len(pictures) - len(jobs)
     if jobs:
         model, processor = _load(model_path, args)
-        text = "".join(f"{json.dumps(line)}\n" for line in (settings, *([name, *of] for name, of in done.items())))
+        kept = done.keys() - {job.output.name for job in jobs}
+        text = "".join(f"{json.dumps(line)}\n" for line in (settings, *([name, *done[name]] for name in sorted(kept))))
         with telling_where(note):
             write_aside(note, lambda aside: aside.write_text(text, encoding="utf-8"))
         try:
@@ -237,7 +238,7 @@ def _settings(args: argparse.Namespace, model_path: str) -> dict:
     """What decides about results: it is noted beside them, since results of different runs must not be mixed."""
     pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
     folder = Path(model_path).expanduser()
-    weights = [[file.name, *_identity(file)[1:]] for file in sorted(folder.glob("*.safetensors"))]
+    weights = [_identity(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
     return {
         "--model": str(folder.resolve()) if folder.is_dir() else model_path,
         "the model's weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8], "--dtype": args.dtype, "--format": args.format, "--box": [*map(list, args.box)],
