@@ -207,9 +207,8 @@ class SamLighteningConfig(SamConfig):
         if not hasattr(vision, "layer_patterns"):  # None, a dict, or a plain SAM's config
             given = vision.to_dict() if isinstance(vision, SamVisionConfig) else dict(vision or {})
             given.pop("model_type", None)
-            if isinstance(
-                vision, SamVisionConfig
-            ):  # whose defaults suit weights that are there, and none that are to be trained
+            if isinstance(vision, SamVisionConfig):
+                # Its defaults suit weights that are there, and none that are to be trained.
                 for name, default in (("scale", vision.hidden_size // 2), ("initializer_range", 1e-10)):
                     if given[name] == default:
                         del given[name]

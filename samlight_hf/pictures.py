@@ -21,6 +21,8 @@ PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", 
 # In a folder of results of `samlight segment`: the settings they were made with, and of which pictures.
 NOTE_NAME = ".samlight.json"
 
+_NO_ADDRESS = "{}: is an address, and files alone are read. Download it."
+
 Item, Read = TypeVar("Item"), TypeVar("Read")
 
 # 300 MB as RGB. The masks of one picture can take as many bytes each as it has pixels.
@@ -44,7 +46,11 @@ def find_pictures(
     found: dict[Path, Path] = {}
     problems = []
     excluded = None if exclude is None else Path(exclude).resolve()
-    for path in map(Path, paths):
+    for path in paths:
+        if _is_address(path):
+            problems.append(PictureError(_NO_ADDRESS.format(path)))
+            continue
+        path = Path(path)
         if path.is_dir():
             pictures = _in_folder(path, excluded)
             missing = f"{path}: no pictures in this folder (looked for {', '.join(sorted(PICTURE_SUFFIXES))})."
@@ -70,8 +76,8 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
     Raises:
         PictureError: for a file that is not there, is no picture, is damaged, or has more than `MAX_PIXELS` pixels.
     """
-    if "://" in os.fspath(path):
-        raise PictureError(f"{path}: is an address, and files alone are read. Download it.")
+    if _is_address(path):
+        raise PictureError(_NO_ADDRESS.format(path))
     path = Path(path)
     if not path.exists():
         raise PictureError(f"{path}: no such file. Check the name.")
@@ -118,6 +124,10 @@ def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], num_threads:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _is_address(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)  # of which a Path would keep one slash
 
 
 def _in_folder(folder: Path, excluded: Path | None) -> list[Path]:

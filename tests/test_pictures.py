@@ -184,3 +184,11 @@ def test_what_reading_raises_comes_in_its_place():
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_an_address_is_called_one():
+    address = "https://example.com/a.jpg"
+    with pytest.raises(PictureError, match=f"{address}: is an address.* Download it"):
+        open_picture(address)
+    found, (problem,) = find_pictures([address])
+    assert not found and str(problem).startswith(f"{address}: is an address")

@@ -83,7 +83,13 @@ def test_a_plain_sams_vision_config_is_converted_or_refused():
     with pytest.raises(ValueError, match="use_rel_pos=True"):
         SamLighteningConfig(vision_config=SamVisionConfig())
     plain = SamVisionConfig(use_rel_pos=False, window_size=0, num_hidden_layers=6)
-    assert type(SamLighteningConfig(vision_config=plain).vision_config) is SamLighteningVisionConfig
+    converted = SamLighteningConfig(vision_config=plain).vision_config
+    assert type(converted) is SamLighteningVisionConfig
+    ours = SamLighteningVisionConfig()  # and not SAM's, with which nothing fresh is learned
+    assert (converted.scale, converted.initializer_range) == (ours.scale, ours.initializer_range)
+    given = SamVisionConfig(use_rel_pos=False, window_size=0, num_hidden_layers=6, scale=3.0, initializer_range=0.1)
+    converted = SamLighteningConfig(vision_config=given).vision_config
+    assert (converted.scale, converted.initializer_range) == (3.0, 0.1)
 
 
 def test_parts_agree_on_what_the_vision_config_says():
