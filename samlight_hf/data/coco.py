@@ -110,7 +110,7 @@ class CocoDataset(FileDataset):
     def sample_id(self, index: int) -> str:
         return str(self._ids[index])
 
-    def _picture_bytes(self, index: int) -> bytes:
+    def picture_bytes(self, index: int) -> bytes:
         try:
             return (self.image_folder / self._files[index]).read_bytes()
         except FileNotFoundError as error:

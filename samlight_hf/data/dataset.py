@@ -90,7 +90,7 @@ class FileDataset(PictureDataset):
         annotations = []
         try:
             annotations, size = self._annotations(index)
-            image = decode_picture(self._picture_bytes(index), size)
+            image = decode_picture(self.picture_bytes(index), size)
         except SampleError as error:
             report.add_picture(error.reason, sample_id)
             report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
@@ -102,10 +102,10 @@ class FileDataset(PictureDataset):
     def open(self, index: int) -> LazySample:
         index = range(len(self))[index]
         annotations, size = self._annotations(index)
-        return LazySample(self.sample_id(index), open_picture(self._picture_bytes(index), size), annotations)
+        return LazySample(self.sample_id(index), open_picture(self.picture_bytes(index), size), annotations)
 
     @abstractmethod
-    def _picture_bytes(self, index: int) -> bytes:
+    def picture_bytes(self, index: int) -> bytes:
         """The picture's file. Raises `SampleError`."""
 
     @abstractmethod

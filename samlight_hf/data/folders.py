@@ -52,7 +52,7 @@ class ImageFolderDataset(FileDataset):
         self._files = np.array(files, dtype=str)
         self._check_not_empty(str(self.folder))
 
-    def _picture_bytes(self, index: int) -> bytes:
+    def picture_bytes(self, index: int) -> bytes:
         try:
             return (self.folder / str(self._files[index])).read_bytes()
         except FileNotFoundError as error:

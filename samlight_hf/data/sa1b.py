@@ -68,7 +68,7 @@ class Sa1bDataset(FileDataset):
     def sample_id(self, index: int) -> str:
         return str(self._names[index])
 
-    def _picture_bytes(self, index: int) -> bytes:
+    def picture_bytes(self, index: int) -> bytes:
         archive, offset, size = self._places[index, :3]
         return self._read(archive, offset, size)
 

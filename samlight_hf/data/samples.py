@@ -29,6 +29,7 @@ class SkipReason(StrEnum):
     MALFORMED_MASK = "mask file damaged, or no map of labels"
     BROKEN_CUTOUT = "pasted cut-out damaged, or without transparency"
     NO_INSTANCE = "no instance that can be used"
+    TOO_THIN = "picture too thin for the model"
     NOTHING_IN_VIEW = "no instance large enough in the part that is seen"
     # of instances
     UNKNOWN_PICTURE = "annotation of a picture that the JSON does not list"

@@ -165,6 +165,10 @@ class RunArguments:
     box_noise: float = field(
         default=0.1, metadata={"help": "deviation of a prompt's box on each side, as a share of its width or height"}
     )
+    deepest_share: float = field(
+        default=0.5,
+        metadata={"help": "share of the point prompts deepest inside their object; the others are anywhere in it"},
+    )
     num_views: int | None = field(
         default=None, metadata={"help": "augmented views of a picture that come round again; needed by cache_dir"}
     )

@@ -352,7 +352,9 @@ def make_examples(
         ),
         "prompts": None
         if args.stage == "encoder"
-        else PromptSampling(args.num_prompts, max(1, args.num_refinements), run.box_noise),
+        else PromptSampling(
+            args.num_prompts, max(1, args.num_refinements), run.box_noise, deepest_share=run.deepest_share
+        ),
         "cutouts": Cutouts(run.cutouts) if run.cutouts else None,
         "num_views": run.num_views if args.stage == "encoder" else None,
         "seed": args.seed,

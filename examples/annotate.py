@@ -1,0 +1,142 @@
+"""A tar in SA-1B's layout of one's own photographs, with the masks that a model finds: data to train the next model on.
+
+    python examples/annotate.py photos/ --out photos.tar --model checkpoints/sam-lightening-tiny --dtype bfloat16
+
+Segment Anything calls this the fully automatic stage of its data engine. Masks that the photographs have already (tars, `images/` with
+`masks/`) are kept, and those that the model finds besides are added. The tar appears when it is finished.
+"""
+
+import argparse
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from samlight_hf import MaskGenerator
+from samlight_hf.data import SkipReason, SkipReport, load_dataset
+from samlight_hf.files import write_aside
+from samlight_hf.loading import load_model
+
+
+SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+SAME = 0.8  # IoU from which two masks are one
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", help="a folder of pictures, one with images/ and masks/, or tars in SA-1B's layout")
+    parser.add_argument("--out", type=Path, required=True, help="the tar that is written")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--points-per-side", type=int, default=32)
+    parser.add_argument("--pred-iou-thresh", type=float, default=0.5)
+    parser.add_argument("--stability-score-thresh", type=float, default=0.75)
+    parser.add_argument("--min-area", type=int, default=64, help="pixels of the picture")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many pictures")
+    args = parser.parse_args()
+    dataset = load_dataset(args.pictures, limit=args.limit, require_masks=False)
+    generator = MaskGenerator(*load_model(args.model, device=args.device, dtype=args.dtype))
+    settings = {
+        "points_per_crop": args.points_per_side,
+        "pred_iou_thresh": args.pred_iou_thresh,
+        "stability_score_thresh": args.stability_score_thresh,
+    }
+    report, num_found = SkipReport(), 0
+
+    def write(path: Path):
+        nonlocal num_found
+        with tarfile.open(path, "w") as tar:
+            for index in tqdm(range(len(dataset)), unit="picture"):
+                sample, skipped = dataset.load(index)
+                report.merge(skipped)
+                if sample is None:
+                    continue
+                try:
+                    found = _found(generator(sample.image, **settings), args.min_area)
+                except ValueError:
+                    report.add_picture(SkipReason.TOO_THIN, sample.id)
+                    continue
+                given = [_given(instance) for instance in sample.instances]
+                new = _none_of([annotation["segmentation"] for annotation in given], found)
+                num_found += len(new)
+                annotations = [{"id": number, **each} for number, each in enumerate(given + new, start=1)]
+                suffix, picture = _picture(dataset.picture_bytes(index), sample.image)
+                name = f"sa_{index + 1}"
+                image = {
+                    "image_id": index + 1,
+                    "file_name": name + suffix,
+                    "width": sample.width,
+                    "height": sample.height,
+                }
+                _add(tar, name + suffix, picture)
+                _add(tar, f"{name}.json", json.dumps({"image": image, "annotations": annotations}).encode())
+
+    write_aside(args.out, write)
+    report.merge(dataset.index_report)
+    print(f"{args.out}: {num_found} new masks. {report.summary()}")
+
+
+def _picture(file: bytes, image: Image.Image) -> tuple[str, bytes]:
+    """A file as it is, where tars of SA-1B may hold its kind, and its suffix; otherwise a PNG of the same pixels."""
+    with Image.open(io.BytesIO(file)) as opened:
+        if opened.format in SUFFIXES and opened.size == image.size:
+            return SUFFIXES[opened.format], file
+    png = io.BytesIO()
+    image.save(png, "png")
+    return ".png", png.getvalue()
+
+
+def _given(instance) -> dict:
+    counts = instance.rle["counts"]
+    return {
+        "segmentation": {
+            "size": list(instance.rle["size"]),
+            "counts": counts if isinstance(counts, str) else counts.decode(),
+        },
+        "bbox": list(instance.bbox_xywh),
+        "area": int(instance.area),
+        "iscrowd": int(instance.is_crowd),
+    }
+
+
+def _found(result, min_area: int) -> list[dict]:
+    """What a model found of at least `min_area` pixels, as SA-1B has it."""
+    result = result[result.masks.areas >= min_area]
+    columns = zip(result.masks.to_coco(), result.masks.areas, result.scores, result.stability_scores, result.points_xy)
+    return [
+        {
+            "segmentation": rle,
+            "bbox": coco_mask.toBbox(rle).tolist(),
+            "area": int(area),
+            "predicted_iou": round(float(score), 4),
+            "stability_score": round(float(stability), 4),
+            "point_coords": [point.tolist()],
+        }
+        for rle, area, score, stability, point in columns
+    ]
+
+
+def _none_of(given: list[dict], found: list[dict]) -> list[dict]:
+    """Those of `found`, the best first, that are none of the `given` masks and none of one another."""
+    taken, new = list(given), []
+    for annotation in found:
+        rle = annotation["segmentation"]
+        if not taken or coco_mask.iou([rle], taken, [0] * len(taken)).max() < SAME:
+            taken.append(rle)
+            new.append(annotation)
+    return new
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+if __name__ == "__main__":
+    main()
