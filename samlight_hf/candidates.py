@@ -40,7 +40,16 @@ class Candidates:
     def __init__(self, picture: tuple[int, int], threshold: float, max_bytes: float, use_triton: bool):
         self.picture, self.threshold, self.max_bytes, self.use_triton = picture, threshold, max_bytes, use_triton
         self._parts: list[_Part] = []
+        self._scores: list[torch.Tensor] = []
         self._waiting_bytes = 0
+
+    def note_scores(self, scores: torch.Tensor):
+        """The predicted IoU (P, M) of all masks of a batch, also of those that no filter keeps."""
+        self._scores.append(scores)
+
+    def have_numbers(self) -> bool:
+        """False where a score is NaN. Waits for the device."""
+        return not self._scores or not bool(torch.cat(self._scores).isnan().any())
 
     def add(self, table: Table, frame: Frame, logits: torch.Tensor, step: int):
         """Masks of `logits` (n, h, w), of which `step` may be at the picture's size at once."""

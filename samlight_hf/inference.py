@@ -24,10 +24,14 @@ PLAIN_MODEL_TYPES = ("sam", "sam_lightening", "sam_hq")
 
 
 def make_decoder(
-    model: PreTrainedModel, cuda_graphs: bool | None = None, triton_kernels: bool | None = None
+    model: PreTrainedModel,
+    cuda_graphs: bool | None = None,
+    triton_kernels: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> "Decoder":
     """The fastest decoder that can run this model, with CUDA graphs by default on CUDA devices, and Triton kernels.
 
+    It computes in `dtype`, by default the model's; a decoder that only the model itself can run, always in the model's.
     Raises ValueError for a model that is no SAM in its decoder, and where `cuda_graphs` or `triton_kernels` is True and
     cannot be.
     """
@@ -40,7 +44,7 @@ def make_decoder(
         raise ValueError(f"model_type={model.config.model_type!r} cannot be used here: {reason}")
     if reason:
         return PlainMaskDecoder(model)
-    return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels)
+    return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels, dtype)
 
 
 class PlainMaskDecoder:

@@ -58,13 +58,25 @@ class FastMaskDecoder:
     """The prompt encoder and mask decoder of a `SamModel` or `SamLighteningModel`, for inference.
 
     The model's weights are read when this is made; make another after they have changed or moved. `triton_kernels` are used
-    by default where they can run; ValueError for True where they cannot in half precision.
+    by default where they can run; ValueError for True where they cannot in half precision. It computes in `dtype`, by default
+    the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, cuda_graphs: bool = False, triton_kernels: bool | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cuda_graphs: bool = False,
+        triton_kernels: bool | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         if reason := why_not_fast(model):
             raise ValueError(reason)
+        self.dtype = dtype or model.dtype
         self.prompt_encoder, self.decoder = model.prompt_encoder, model.mask_decoder
+        if self.dtype != model.dtype:
+            self.prompt_encoder, self.decoder = (
+                copy.deepcopy(part).to(self.dtype) for part in (self.prompt_encoder, self.decoder)
+            )
         self.cuda_graphs = cuda_graphs
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # of memory that graphs may share
         # Image tokens that a graph returns stay where they are, some hundred MB for each: no more than two.
@@ -78,10 +90,10 @@ class FastMaskDecoder:
         }
         decoder = self.decoder
         with torch.no_grad():
-            self.positions = _image_positions(model)  # (N, C)
+            self.positions = _image_positions(model).to(self.dtype)  # (N, C)
             self.no_mask = self.prompt_encoder.no_mask_embed.weight  # (1, C)
             self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
-            self.embed = PromptEmbedding(self.prompt_encoder)
+            self.embed = PromptEmbedding(model.prompt_encoder)
             first, second = _as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)
             self.head = mask_head.HeadWeights(*first, decoder.upscale_layer_norm, *second)
             self.hypernetworks, self.iou_head = (
@@ -91,12 +103,13 @@ class FastMaskDecoder:
         self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
         self.why_not_triton = mask_head.why_not_triton(self.head)
         self.use_head_kernel = self.why_not_triton is None and triton_kernels is not False
-        if triton_kernels and self.why_not_triton and model.dtype != torch.float32:
+        if triton_kernels and self.why_not_triton and self.dtype != torch.float32:
             raise ValueError(f"triton_kernels=True is not possible: {self.why_not_triton}")
 
     def prepare(self, embedding: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, C, h, w) of the encoder as image tokens (B, N, C), a copy."""
-        return embedding.flatten(2).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        tokens = embedding.flatten(2).transpose(1, 2)
+        return tokens.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
 
     @without_autocast
     @torch.inference_mode()
@@ -316,12 +329,12 @@ def places_above(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
 
 
 def _image_positions(model: PreTrainedModel) -> torch.Tensor:
-    """Where each of the image tokens is, (N, C), computed in float32."""
+    """Where each of the image tokens is, float32 (N, C)."""
     embedding, size = model.shared_image_embedding, model.config.prompt_encoder_config.image_embedding_size
     line = (torch.arange(size, device=model.device) + 0.5) / size
     y, x = torch.meshgrid(line, line, indexing="ij")
     positions = copy.deepcopy(embedding).float()(torch.stack([x, y], dim=-1)[None])
-    return positions.flatten(0, 2).to(embedding.positional_embedding.dtype)
+    return positions.flatten(0, 2)
 
 
 def _attend(attention: SamAttention, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
