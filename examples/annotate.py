@@ -1,9 +1,10 @@
-"""A tar in SA-1B's layout of one's own photographs, with the masks that a model finds: data to train the next model on.
+"""Writes a tar in SA-1B's layout: photographs with the masks that a model finds on them, to train the next model on.
 
     python examples/annotate.py photos/ --out photos.tar --model checkpoints/sam-lightening-tiny --dtype bfloat16
 
 Segment Anything calls this the fully automatic stage of its data engine. Masks that the photographs have already (tars, `images/` with
-`masks/`) are kept, and those that the model finds besides are added. The tar appears when it is finished.
+`masks/`) are kept, and those that the model finds besides are added. Names and ids are new, of the masks that are kept too. The tar
+appears when it is finished.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from samlight_hf import MaskGenerator
+from samlight_hf import MaskGenerationSettings, MaskGenerator
 from samlight_hf.data import SkipReason, SkipReport, load_dataset
 from samlight_hf.files import write_aside
 from samlight_hf.loading import load_model
+from samlight_hf.preprocessing import check_size
 
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -40,12 +42,12 @@ def main():
     parser.add_argument("--limit", type=int, default=None, help="only the first so many pictures")
     args = parser.parse_args()
     dataset = load_dataset(args.pictures, limit=args.limit, require_masks=False)
+    settings = MaskGenerationSettings(
+        args.points_per_side,
+        pred_iou_thresh=args.pred_iou_thresh,
+        stability_score_thresh=args.stability_score_thresh,
+    )
     generator = MaskGenerator(*load_model(args.model, device=args.device, dtype=args.dtype))
-    settings = {
-        "points_per_crop": args.points_per_side,
-        "pred_iou_thresh": args.pred_iou_thresh,
-        "stability_score_thresh": args.stability_score_thresh,
-    }
     report, num_found = SkipReport(), 0
 
     def write(path: Path):
@@ -57,16 +59,17 @@ def main():
                 if sample is None:
                     continue
                 try:
-                    found = _found(generator(sample.image, **settings), args.min_area)
+                    check_size(generator.image_processor, sample.height, sample.width)
                 except ValueError:
                     report.add_picture(SkipReason.TOO_THIN, sample.id)
                     continue
+                found = _found(generator(sample.image, settings), args.min_area)
                 given = [_given(instance) for instance in sample.instances]
                 new = _none_of([annotation["segmentation"] for annotation in given], found)
                 num_found += len(new)
                 annotations = [{"id": number, **each} for number, each in enumerate(given + new, start=1)]
                 suffix, picture = _picture(dataset.picture_bytes(index), sample.image)
-                name = f"sa_{index + 1}"
+                name = f"{args.out.stem}_{index + 1}"  # tars beside each other must not share a name
                 image = {
                     "image_id": index + 1,
                     "file_name": name + suffix,

@@ -56,7 +56,7 @@ class PlainMaskDecoder:
     cuda_graphs, pool = False, None
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model, self.dtype = model, model.dtype
 
     def prepare(self, embedding):
         return embedding

@@ -62,6 +62,7 @@ class FastMaskDecoder:
     the model's.
     """
 
+    @without_autocast
     def __init__(
         self,
         model: PreTrainedModel,
@@ -136,6 +137,7 @@ class FastMaskDecoder:
         that batches of this shape come again and again, which is what repays the capture of a CUDA graph.
         """
         prompts = [tensor for tensor in (points, labels, boxes) if tensor is not None]
+        image = image.to(self.dtype)  # which another decoder may have prepared
         if repeated and min_iou is None and len(prompts[0]) == 1:
             with_mask = mask_logits is not None
             inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)

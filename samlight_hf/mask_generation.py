@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
+from .autocast import without_autocast
 from .candidates import Candidates, Table
 from .crops import (
     DEFAULT_POINTS_PER_SIDE,
@@ -27,6 +28,7 @@ from .crops import (
     point_grid,
 )
 from .inference import Decoder, PictureEncoder, make_decoder
+from .mask_decoder import why_not_fast
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .pictures import read_ahead
 from .preprocessing import Picture, check_size, picture_tensor, resized_size
@@ -104,9 +106,9 @@ class MaskGenerator:
     than about 10 million pixels may need more. Results do not depend on it, but for rounding. `points_per_batch` sets
     how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs,
     and `triton_kernels` compute masks and their outlines: both by default on CUDA devices, the latter where Triton runs,
-    and a warning tells once where it does not. `decoder_dtype` is what the mask decoder computes in: by default the model's dtype, and
-    float16 for bfloat16 on CUDA devices, which is as fast and tells near duplicates apart as float32 does. The model's weights
-    are read when this is made.
+    and a warning tells once where it does not. `decoder_dtype` is what a SAM's mask decoder computes in: by default the model's dtype, and float16
+    for bfloat16 on CUDA devices, whose three more bits tell near duplicates apart, where the weights fit into it. The model's
+    weights are read when this is made.
 
     Raises ValueError for a budget that the model does not fit into, and for CUDA graphs or Triton kernels that are asked
     for and cannot be.
@@ -129,11 +131,13 @@ class MaskGenerator:
         if triton_kernels and reason:
             raise ValueError(f"triton_kernels=True is not possible: {reason}")
         self.use_triton = reason is None and triton_kernels is not False
-        if decoder_dtype is None and model.dtype == torch.bfloat16 and self.device.type == "cuda":
-            decoder_dtype = torch.float16
+        if decoder_dtype is None:
+            decoder_dtype = _decoder_dtype(model)
+        elif not isinstance(decoder_dtype, torch.dtype) or not decoder_dtype.is_floating_point:
+            raise ValueError(f"decoder_dtype={decoder_dtype!r} must be a floating point type, such as torch.float16.")
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
         self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
-        self.budget = MemoryBudget(model, max_memory_mb, points_per_batch)
+        self.budget = MemoryBudget(model, max_memory_mb, points_per_batch, self.decoder.dtype)
 
     def __call__(
         self, pictures: Picture | Sequence[Picture], settings: MaskGenerationSettings | None = None, **changes
@@ -155,6 +159,7 @@ class MaskGenerator:
         for picture in read_ahead(picture_tensor, pictures):
             yield self.generate(picture, settings)
 
+    @without_autocast
     @torch.inference_mode()
     def generate(
         self, picture: torch.Tensor, settings: MaskGenerationSettings, progress=None, image=None
@@ -163,8 +168,7 @@ class MaskGenerator:
 
         `progress`, such as a tqdm bar, has its `update` called with the number of points decoded. `image` is what
         `encoder` made of this picture, for callers that have it already.
-        Raises ValueError for a picture, or a crop of it, that is too thin for the model, and where the decoder's numbers do
-        not fit into its dtype.
+        Raises ValueError for a picture, or a crop of it, that is too thin for the model, and where a mask's score is NaN.
         """
         size = tuple(picture.shape[-2:])
         crops = crop_boxes(*size, settings)
@@ -268,10 +272,11 @@ class MaskGenerator:
         from torchvision.ops import batched_nms
 
         if not found.have_numbers():
-            raise ValueError(
-                "the mask decoder gave NaN: its numbers do not fit into its dtype. Use "
-                "MaskGenerator(..., decoder_dtype=torch.bfloat16), or a model in float32."
-            )
+            dtype = self.decoder.dtype
+            advice = "" if dtype == torch.float32 else ": its numbers may not fit into it. Use a model in float32"
+            if dtype != self.model.dtype:
+                advice += f", or decoder_dtype={self.model.dtype}"
+            raise ValueError(f"the model's scores are NaN, with a mask decoder in {dtype}{advice}.")
         columns = found.columns()
         if columns is None:
             columns = torch.zeros(0, 8, device=self.device)
@@ -311,6 +316,15 @@ def segment_everything(
     # One picture would not repay the capture of CUDA graphs.
     generator = MaskGenerator(model, processor, points_per_batch=points_per_batch, cuda_graphs=False)
     return generator.generate(picture_tensor(picture), settings, progress).to_result()
+
+
+def _decoder_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """float16 for a decoder in bfloat16 on a CUDA device, where its weights fit; None for the model's own dtype."""
+    if model.dtype != torch.bfloat16 or model.device.type != "cuda" or why_not_fast(model):
+        return None
+    weights = [weight for part in (model.prompt_encoder, model.mask_decoder) for weight in part.parameters()]
+    largest = torch.stack([weight.detach().abs().max() for weight in weights]).max()
+    return torch.float16 if largest < torch.finfo(torch.float16).max else None
 
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:

@@ -3,6 +3,7 @@
 import math
 from numbers import Integral
 
+import torch
 from transformers import PreTrainedModel
 
 
@@ -16,12 +17,18 @@ _WORKSPACES = 128 * 2**20  # of cuBLAS, its light sister and cuDNN
 class MemoryBudget:
     """How much of each step of everything mode fits into `max_memory_mb` at once, by arithmetic; see `MaskGenerator`."""
 
-    def __init__(self, model: PreTrainedModel, max_memory_mb: float, points_per_batch: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_memory_mb: float,
+        points_per_batch: int | None = None,
+        decoder_dtype: torch.dtype | None = None,
+    ):
         if points_per_batch is not None and (not isinstance(points_per_batch, Integral) or points_per_batch < 1):
             raise ValueError(f"points_per_batch={points_per_batch!r} must be a positive integer.")
         if not max_memory_mb > 0:
             raise ValueError(f"max_memory_mb={max_memory_mb!r} must be a positive number.")
-        config, item_size = model.config, model.dtype.itemsize
+        config, item_size = model.config, (decoder_dtype or model.dtype).itemsize
         num_tokens = config.prompt_encoder_config.image_embedding_size**2
         decoder = config.mask_decoder_config
         tokens = num_tokens * decoder.hidden_size * item_size  # image tokens of one prompt

@@ -69,7 +69,9 @@ class FastMaskGenerationPipeline(Pipeline):
         return {"picture": picture_tensor(load_image(image, timeout=timeout))}
 
     def _forward(self, model_inputs, points_per_batch: int | None = None, **settings) -> dict[str, GeneratedMasks]:
-        self.generator.budget = MemoryBudget(self.model, self.max_memory_mb, points_per_batch)
+        self.generator.budget = MemoryBudget(
+            self.model, self.max_memory_mb, points_per_batch, self.generator.decoder.dtype
+        )
         return {"generated": self.generator.generate(model_inputs["picture"], MaskGenerationSettings(**settings))}
 
     def postprocess(self, model_outputs, output_masks=True, output_rle_mask=False, output_bboxes_mask=False) -> dict:

@@ -60,8 +60,8 @@ def test_a_folder_becomes_a_tar_to_train_on(annotated):
     tar, printed = annotated
     assert "2 pictures" in printed and "damaged" in printed and "too thin" in printed, printed
     with tarfile.open(tar) as opened:
-        assert opened.getnames() == ["sa_1.jpg", "sa_1.json", "sa_2.png", "sa_2.json"]
-        assert opened.extractfile("sa_1.jpg").read() == COFFEE.read_bytes()
+        assert opened.getnames() == ["out_1.jpg", "out_1.json", "out_2.png", "out_2.json"]
+        assert opened.extractfile("out_1.jpg").read() == COFFEE.read_bytes()
     dataset = Sa1bDataset(tar)
     assert [(sample.width, sample.height) for sample in dataset] == [(600, 400), (300, 200)]
     masks = dataset[0].instances

@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamImageProcessor, SamProcessor
 
-from samlight_hf import MaskGenerationSettings, MaskGenerator, SamLighteningModel
+from samlight_hf import MaskGenerationSettings, MaskGenerator, Predictor, SamLighteningModel
 from samlight_hf.crops import crop_boxes, point_grid
 from samlight_hf.inference import PlainMaskDecoder
 from samlight_hf.loading import load_model, quiet_transformers
 from samlight_hf.mask_decoder import FastMaskDecoder
 from samlight_hf.mask_generation import GeneratedMasks, segment_everything
 from samlight_hf.memory_budget import MemoryBudget
+from samlight_hf.preprocessing import picture_tensor
 from samlight_hf.segment_command import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
 from samlight_hf.upscaled_masks import mask_boxes
 
@@ -366,6 +367,7 @@ class _OnCuda:
 def test_less_memory_means_smaller_steps(bundled):
     model = _OnCuda(bundled[0])
     budgets = [MemoryBudget(model, megabytes) for megabytes in (512, 1500, 100_000)]
+    assert MemoryBudget(model, 1500, None, torch.float16).points_per_upscaling > budgets[1].points_per_upscaling
     for name in ("points_per_batch", "points_per_upscaling", "pictures_per_encoding"):
         sizes = [getattr(budget, name) for budget in budgets]
         assert sizes == sorted(sizes)
@@ -425,8 +427,8 @@ def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
     settings = {**KEEP_MANY, "points_per_crop": 32}
     exact = list(MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda"))(photograph, **settings).masks)
     generator = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", dtype))
-    assert generator.decoder.dtype == torch.float16
     result = generator(photograph, **settings)
+    assert generator.decoder.dtype == torch.float16
     near = np.array([max(intersection_over_union(mask, other) for other in result.masks) for mask in exact])
     print(f"{dtype}: {len(exact)} masks in float32, {len(result)} in {dtype}, {(near >= 0.95).mean():.3f} matched")
     assert (near >= 0.95).mean() >= 0.95
@@ -471,8 +473,29 @@ def test_numbers_that_leave_the_range_of_the_decoder_are_told(tiny):
     picture, settings = random_picture(40, 30), {**KEEP_ALL, "points_per_crop": 3}
     well_formed(MaskGenerator(model, processor)(picture, **settings), picture)
     generator = MaskGenerator(model, processor, decoder_dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"do not fit into its dtype.*decoder_dtype=torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"NaN, with a mask decoder in torch.float16.*float32, or decoder_dtype=torch.bfl"
+    ):
         generator(picture, **settings)
+    with pytest.raises(ValueError, match="decoder_dtype='float16' must be a floating point type"):
+        MaskGenerator(model, processor, decoder_dtype="float16")
+
+
+def test_a_decoder_in_another_dtype_than_the_model(tiny):
+    """Given what another decoder prepared, and made and called under autocast."""
+    model, processor = tiny
+    model = SamLighteningModel(model.config).bfloat16()
+    model.load_state_dict(tiny[0].state_dict())
+    picture, settings = random_picture(40, 30), MaskGenerationSettings(**KEEP_ALL, points_per_crop=3)
+    generator = MaskGenerator(model, processor, decoder_dtype=torch.float16)
+    expected = generator(picture, settings)
+    prepared = Predictor(model, processor).set_image(picture).images[0]
+    assert prepared.dtype == torch.bfloat16
+    again = generator.generate(picture_tensor(picture), settings, image=prepared)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = MaskGenerator(model, processor, decoder_dtype=torch.float16)(picture, settings)
+    for result in (again, under_autocast):
+        np.testing.assert_array_equal(result.scores, expected.scores)
 
 
 @pytest.mark.gpu

@@ -140,6 +140,7 @@ def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Im
         raise SampleError(SkipReason.BROKEN_PICTURE) from error
     if size and image.size != size:
         raise SampleError(SkipReason.PICTURE_SIZE)
+    image.getexif().clear()  # or who segments it would turn it, away from its annotations
     return image
 
 

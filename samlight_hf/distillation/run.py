@@ -142,6 +142,8 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
             "before it, or give the encoder stage's folder as student, such as outputs/x/encoder/student."
         )
     for args in stages:
+        if args.stage != "encoder":
+            _prompt_sampling(run, args)
         if args.stage == "encoder" and args.cache_dir and run.stream_data:
             raise ValueError(
                 f"cache_dir={args.cache_dir} needs pictures that can be enumerated: use train_data, not stream_data."
@@ -334,6 +336,12 @@ def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset
     return sources[0] if sources else None
 
 
+def _prompt_sampling(run: RunArguments, args: DistillationArguments) -> PromptSampling:
+    return PromptSampling(
+        args.num_prompts, max(1, args.num_refinements), run.box_noise, deepest_share=run.deepest_share
+    )
+
+
 def make_examples(
     student: PreTrainedModel, args: DistillationArguments, run: RunArguments, sources: Sequence[PictureDataset]
 ) -> "TrainingExamples | StreamedExamples":
@@ -350,11 +358,7 @@ def make_examples(
             contrast=run.color_jitter,
             saturation=run.color_jitter,
         ),
-        "prompts": None
-        if args.stage == "encoder"
-        else PromptSampling(
-            args.num_prompts, max(1, args.num_refinements), run.box_noise, deepest_share=run.deepest_share
-        ),
+        "prompts": None if args.stage == "encoder" else _prompt_sampling(run, args),
         "cutouts": Cutouts(run.cutouts) if run.cutouts else None,
         "num_views": run.num_views if args.stage == "encoder" else None,
         "seed": args.seed,

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from samlight_hf.data import (
     ImageFolderDataset,
@@ -171,3 +171,12 @@ def test_prompts_need_masks_or_cutouts(tmp_path):
     assert len(list(TrainingExamples(photos, 3, 40))) == 3
     with pytest.raises(ValueError, match="ImageFolderDataset has none"):
         TrainingExamples(photos, 3, 40, prompts=PromptSampling(2))
+
+
+def test_pixels_stay_as_they_are_stored_whoever_turns_pictures_upright_later(tmp_path):
+    """Masks are made in that frame: what segments a sample's picture must not turn it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    (tmp_path / "a.jpg").write_bytes(jpeg(exif=exif))
+    image = ImageFolderDataset(tmp_path)[0].image
+    assert ImageOps.exif_transpose(image).size == image.size == (WIDTH, HEIGHT)

@@ -207,6 +207,12 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
                 [*arguments, "--train_data", "synthetic", "--stages", "end_to_end", "--eval_strategy", "steps"]
             )
         )
+    with pytest.raises(ValueError, match="deepest_share=1.5 must be from 0 to 1"):  # not after the encoder stage
+        distill(
+            *parse_arguments(
+                [*arguments, "--train_data", "synthetic", "--teacher", "nowhere", "--deepest_share", "1.5"]
+            )
+        )
 
 
 def test_the_script_on_two_processes(folder, tmp_path):
