@@ -12,35 +12,19 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from samlight_hf.data import Sa1bDataset
+from samlight_hf.segment_command import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 
 from .data.files import rle
 
 
 ROOT = Path(__file__).resolve().parent.parent
-COFFEE = ROOT / "examples" / "images" / "coffee.jpg"
+COFFEE = EXAMPLE_IMAGES / "coffee.jpg"
 
 
-def annotate(pictures, out, *options):
-    command = [
-        sys.executable,
-        "examples/annotate.py",
-        pictures,
-        "--out",
-        out,
-        "--device",
-        "cpu",
-        "--points-per-side",
-        "4",
-    ]
-    command += [
-        "--model",
-        "checkpoints/sam-lightening-tiny",
-        "--pred-iou-thresh",
-        "0.4",
-        "--stability-score-thresh",
-        "0.65",
-    ]
-    run = subprocess.run([*map(str, command), *options], cwd=ROOT, capture_output=True, text=True)
+def annotate(pictures, out):
+    options = "--device cpu --points-per-side 4 --pred-iou-thresh 0.4 --stability-score-thresh 0.65"
+    command = [sys.executable, "examples/annotate.py", pictures, "--out", out, "--model", BUNDLED_CHECKPOINT]
+    run = subprocess.run([*map(str, command), *options.split()], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
