@@ -9,7 +9,6 @@ appears when it is finished.
 
 import argparse
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -18,9 +17,12 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator
-from samlight_hf.data import SkipReason, SkipReport, load_dataset
+from samlight_hf.data import PictureDataset, SkipReason, SkipReport, load_dataset
+from samlight_hf.data.annotations import text_rle
+from samlight_hf.data.sa1b import add_sample
 from samlight_hf.files import write_aside
 from samlight_hf.loading import load_model
+from samlight_hf.mask_files import coco_document
 from samlight_hf.preprocessing import check_size
 
 
@@ -48,40 +50,47 @@ def main():
         stability_score_thresh=args.stability_score_thresh,
     )
     generator = MaskGenerator(*load_model(args.model, device=args.device, dtype=args.dtype))
-    report, num_found = SkipReport(), 0
+    report = dataset.index_report
+    samples = tqdm(annotated(dataset, generator, settings, args.min_area, report), total=len(dataset), unit="picture")
+    num_new = 0
 
     def write(path: Path):
-        nonlocal num_found
+        nonlocal num_new
         with tarfile.open(path, "w") as tar:
-            for index in tqdm(range(len(dataset)), unit="picture"):
-                sample, skipped = dataset.load(index)
-                report.merge(skipped)
-                if sample is None:
-                    continue
-                try:
-                    check_size(generator.image_processor, sample.height, sample.width)
-                except ValueError:
-                    report.add_picture(SkipReason.TOO_THIN, sample.id)
-                    continue
-                found = _found(generator(sample.image, settings), args.min_area)
-                given = [_given(instance) for instance in sample.instances]
-                new = _none_of([annotation["segmentation"] for annotation in given], found)
-                num_found += len(new)
-                annotations = [{"id": number, **each} for number, each in enumerate(given + new, start=1)]
-                suffix, picture = _picture(dataset.picture_bytes(index), sample.image)
+            for index, sample, given, new in samples:
+                num_new += len(new)
+                annotations = [{**each, "id": number} for number, each in enumerate(given + new, start=1)]
                 name = f"{args.out.stem}_{index + 1}"  # tars beside each other must not share a name
-                image = {
-                    "image_id": index + 1,
-                    "file_name": name + suffix,
-                    "width": sample.width,
-                    "height": sample.height,
-                }
-                _add(tar, name + suffix, picture)
-                _add(tar, f"{name}.json", json.dumps({"image": image, "annotations": annotations}).encode())
+                suffix, picture = _picture(dataset.picture_bytes(index), sample.image)
+                add_sample(tar, name, suffix, picture, sample.width, sample.height, annotations)
 
     write_aside(args.out, write)
-    report.merge(dataset.index_report)
-    print(f"{args.out}: {num_found} new masks. {report.summary()}")
+    print(f"{args.out}: {num_new} new masks. {report.summary()}")
+
+
+def annotated(dataset: PictureDataset, generator: MaskGenerator, settings, min_area: int, report: SkipReport):
+    """Yields index, sample, the annotations that it has and those of new masks; what is skipped is added to `report`."""
+    for index in range(len(dataset)):
+        sample, skipped = dataset.load(index)
+        report.merge(skipped)
+        if sample is None:
+            continue
+        size = sample.width, sample.height
+        try:
+            check_size(generator.image_processor, *size[::-1])
+        except ValueError:
+            report.add_picture(SkipReason.TOO_THIN, sample.id)
+            continue
+        result = generator(sample.image, settings)
+        found = coco_document(sample.id, size, result[result.masks.areas >= min_area])["annotations"]
+        given = [
+            {
+                "segmentation": text_rle(instance.rle), "bbox": list(instance.bbox_xywh), "area": instance.area,
+                "iscrowd": int(instance.is_crowd),
+            }
+            for instance in sample.instances
+        ]  # fmt: skip
+        yield index, sample, given, _none_of([annotation["segmentation"] for annotation in given], found)
 
 
 def _picture(file: bytes, image: Image.Image) -> tuple[str, bytes]:
@@ -94,36 +103,6 @@ def _picture(file: bytes, image: Image.Image) -> tuple[str, bytes]:
     return ".png", png.getvalue()
 
 
-def _given(instance) -> dict:
-    counts = instance.rle["counts"]
-    return {
-        "segmentation": {
-            "size": list(instance.rle["size"]),
-            "counts": counts if isinstance(counts, str) else counts.decode(),
-        },
-        "bbox": list(instance.bbox_xywh),
-        "area": int(instance.area),
-        "iscrowd": int(instance.is_crowd),
-    }
-
-
-def _found(result, min_area: int) -> list[dict]:
-    """What a model found of at least `min_area` pixels, as SA-1B has it."""
-    result = result[result.masks.areas >= min_area]
-    columns = zip(result.masks.to_coco(), result.masks.areas, result.scores, result.stability_scores, result.points_xy)
-    return [
-        {
-            "segmentation": rle,
-            "bbox": coco_mask.toBbox(rle).tolist(),
-            "area": int(area),
-            "predicted_iou": round(float(score), 4),
-            "stability_score": round(float(stability), 4),
-            "point_coords": [point.tolist()],
-        }
-        for rle, area, score, stability, point in columns
-    ]
-
-
 def _none_of(given: list[dict], found: list[dict]) -> list[dict]:
     """Those of `found`, the best first, that are none of the `given` masks and none of one another."""
     taken, new = list(given), []
@@ -133,12 +112,6 @@ def _none_of(given: list[dict], found: list[dict]) -> list[dict]:
             taken.append(rle)
             new.append(annotation)
     return new
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 if __name__ == "__main__":

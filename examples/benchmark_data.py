@@ -25,6 +25,8 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from samlight_hf.data import Augmentation, Cutouts, PictureDataset, PromptSampling, Sa1bDataset, TrainingExamples
+from samlight_hf.data.annotations import text_rle
+from samlight_hf.data.sa1b import add_sample
 
 
 PHOTOGRAPHS = Path(__file__).parent / "images"
@@ -133,14 +135,8 @@ def make_tar(path: Path, num_pictures: int = 12) -> Path:
             pixels = np.asarray(photograph) + generator.normal(scale=4, size=(HEIGHT, WIDTH, 1))
             file = io.BytesIO()
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
-            content = {
-                "image": {"width": WIDTH, "height": HEIGHT},
-                "annotations": [{"id": k, "segmentation": frayed_ellipse(generator)} for k in range(NUM_MASKS)],
-            }
-            for name, data in ((f"sa_{i}.jpg", file.getvalue()), (f"sa_{i}.json", json.dumps(content).encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            annotations = [{"id": k, "segmentation": frayed_ellipse(generator)} for k in range(NUM_MASKS)]
+            add_sample(tar, f"sa_{i}", ".jpg", file.getvalue(), WIDTH, HEIGHT, annotations)
     return path
 
 
@@ -154,8 +150,7 @@ def frayed_ellipse(generator: np.random.Generator) -> dict:
     rows = np.arange(HEIGHT)[:, None]
     mask = (rows >= top) & (rows <= bottom) & (inside > 0)
     mask[int(y), int(x)] = True
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
+    return text_rle(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
 def processor() -> str:

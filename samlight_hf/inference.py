@@ -47,6 +47,12 @@ def make_decoder(
     return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels, dtype)
 
 
+def check_floating_point(name: str, dtype: torch.dtype):
+    """Raises ValueError for what is no floating point type of torch's."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name}={dtype!r} must be a floating point type, such as torch.bfloat16.")
+
+
 class PlainMaskDecoder:
     """A SAM's prompt encoder and mask decoder as they are in the model; `FastMaskDecoder` tells shapes and meaning.
 
@@ -178,8 +184,7 @@ def optimize(
             isinstance(value, bool) or not isinstance(value, Integral) or value < 1 for value in values
         ):
             raise ValueError(f"{name}={values!r} must be integers of 1 and more, such as (1, 8).")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} must be a floating point type, such as torch.bfloat16.")
+    check_floating_point("dtype", dtype)
     on_cuda = model.device.type == "cuda"
     if on_cuda and model.dtype != dtype:
         optimized = copy.deepcopy(model).to(dtype)

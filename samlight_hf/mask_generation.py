@@ -27,7 +27,7 @@ from .crops import (
     crop_boxes,
     point_grid,
 )
-from .inference import Decoder, PictureEncoder, make_decoder
+from .inference import Decoder, PictureEncoder, check_floating_point, make_decoder
 from .mask_decoder import why_not_fast
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .pictures import read_ahead
@@ -133,8 +133,8 @@ class MaskGenerator:
         self.use_triton = reason is None and triton_kernels is not False
         if decoder_dtype is None:
             decoder_dtype = _decoder_dtype(model)
-        elif not isinstance(decoder_dtype, torch.dtype) or not decoder_dtype.is_floating_point:
-            raise ValueError(f"decoder_dtype={decoder_dtype!r} must be a floating point type, such as torch.float16.")
+        else:
+            check_floating_point("decoder_dtype", decoder_dtype)
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
         self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
         self.budget = MemoryBudget(model, max_memory_mb, points_per_batch, self.decoder.dtype)

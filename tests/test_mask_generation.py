@@ -426,9 +426,7 @@ def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
 def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
     settings = {**KEEP_MANY, "points_per_crop": 32}
     exact = list(MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda"))(photograph, **settings).masks)
-    generator = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", dtype))
-    result = generator(photograph, **settings)
-    assert generator.decoder.dtype == torch.float16
+    result = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", dtype))(photograph, **settings)
     near = np.array([max(intersection_over_union(mask, other) for other in result.masks) for mask in exact])
     print(f"{dtype}: {len(exact)} masks in float32, {len(result)} in {dtype}, {(near >= 0.95).mean():.3f} matched")
     assert (near >= 0.95).mean() >= 0.95
@@ -461,6 +459,16 @@ def test_half_precision_finds_the_same_masks_before_one_is_chosen(device, dtype,
     shares = [np.mean(np.array(best) >= 0.95) for best in (chosen, near)]
     print(f"{dtype}: of {len(near)} masks in float32 {shares[0]:.3f} are chosen too, {shares[1]:.3f} are there before")
     assert len(near) >= 24 and shares[0] >= 0.95 and shares[1] >= 0.99
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_bfloat16_is_decoded_in_float16_where_its_weights_fit():
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cuda", "bfloat16")
+    assert MaskGenerator(model, processor).decoder.dtype == torch.float16
+    assert MaskGenerator(model, processor, decoder_dtype=torch.bfloat16).decoder.dtype == torch.bfloat16
+    model.mask_decoder.iou_token.weight.data[0, 0] = 1e5
+    assert MaskGenerator(model, processor).decoder.dtype == torch.bfloat16
+    assert MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda")).decoder.dtype == torch.float32
 
 
 def test_numbers_that_leave_the_range_of_the_decoder_are_told(tiny):

@@ -68,6 +68,12 @@ def parse_instance(annotation: dict, width: int, height: int) -> Instance:
     )
 
 
+def text_rle(rle: dict) -> dict:
+    """A compressed RLE as JSON takes it: counts as a string."""
+    counts = rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
 def run_lengths(counts: str | bytes) -> np.ndarray:
     """The runs of a compressed COCO RLE, int64 (runs,): pixels outside and inside the mask in turn, column by column.
 

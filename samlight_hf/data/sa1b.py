@@ -1,6 +1,7 @@
 """SA-1B's tars: `NAME.jpg` beside `NAME.json`, masks as COCO RLE."""
 
 import glob
+import io
 import json
 import os
 import tarfile
@@ -98,6 +99,18 @@ def parse_json(content: bytes) -> tuple[list, tuple[int, int] | None]:
     if not isinstance(annotations, list):
         raise SampleError(SkipReason.MALFORMED_JSON)
     return annotations, (width, height) if isinstance(width, int) and isinstance(height, int) else None
+
+
+def add_sample(
+    tar: tarfile.TarFile, name: str, suffix: str, picture: bytes, width: int, height: int, annotations: list
+):
+    """Adds a picture's file, of `width` x `height` pixels, and its annotations to a tar that `Sa1bDataset` reads."""
+    image = {"file_name": name + suffix, "width": width, "height": height}
+    document = json.dumps({"image": image, "annotations": annotations}).encode()
+    for member_name, content in ((name + suffix, picture), (f"{name}.json", document)):
+        member = tarfile.TarInfo(member_name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
 
 
 def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:

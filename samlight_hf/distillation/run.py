@@ -143,7 +143,7 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
         )
     for args in stages:
         if args.stage != "encoder":
-            _prompt_sampling(run, args)
+            _prompt_sampling(run, args)  # which raises for what is out of range
         if args.stage == "encoder" and args.cache_dir and run.stream_data:
             raise ValueError(
                 f"cache_dir={args.cache_dir} needs pictures that can be enumerated: use train_data, not stream_data."

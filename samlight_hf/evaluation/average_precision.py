@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from ..data import Sample
-from ..data.annotations import annotation_id
+from ..data.annotations import annotation_id, text_rle
 from .models import Encoded, PromptableModel
 from .work import Work
 
@@ -92,7 +92,7 @@ class Everything(Work):
             for mask, score in zip(result.masks, result.scores, strict=True)
         ]
         targets = [
-            {"segmentation": _text_rle(i.rle), "area": i.area, "iscrowd": int(i.is_crowd)} for i in sample.instances
+            {"segmentation": text_rle(i.rle), "area": i.area, "iscrowd": int(i.is_crowd)} for i in sample.instances
         ]
         return [{"picture": sample.id, "predictions": predictions, "targets": targets}]
 
@@ -162,7 +162,7 @@ def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str,
 
 def encode_rle(mask: np.ndarray) -> dict:
     """Bool (H, W) -> compressed COCO RLE with counts as text, for JSON."""
-    return _text_rle(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))))
+    return text_rle(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))))
 
 
 def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tuple[dict, dict[int | str, int]]:
@@ -203,11 +203,6 @@ def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tup
 
 def _has_integer(entry, key: str) -> bool:
     return isinstance(entry, dict) and type(entry.get(key)) is int
-
-
-def _text_rle(rle: dict) -> dict:
-    counts = rle["counts"]
-    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
 def _run(truth, results: list[dict], image_ids: list, max_detections: list[int], use_categories=True, lvis_style=False):
