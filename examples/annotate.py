@@ -50,7 +50,8 @@ def main():
         stability_score_thresh=args.stability_score_thresh,
     )
     generator = MaskGenerator(*load_model(args.model, device=args.device, dtype=args.dtype))
-    report = dataset.index_report
+    report = SkipReport()
+    report.merge(dataset.index_report)
     samples = tqdm(annotated(dataset, generator, settings, args.min_area, report), total=len(dataset), unit="picture")
     num_new = 0
 
