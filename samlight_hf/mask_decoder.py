@@ -8,8 +8,8 @@ What the decoder costs is the image side: N = 4096 tokens of 256 channels for ev
   projection of an image token is computed, written or read.
 - Everything stays in the layout (prompts, tokens, channels): transposed convolutions of stride 2 are matrix products, and
   only the finished masks are put into the order of their pixels.
-- Masks are computed for prompts that are kept by their predicted IoU, where the caller asks for a least one; in half
-  precision by one Triton kernel.
+- Masks are computed for prompts that are kept by their predicted IoU, where the caller asks for a least one.
+- In half precision three Triton kernels do what is left of the image side: `image_attention` and `mask_head`.
 
 What is small is computed in float32 whatever the model's dtype: where prompts and image tokens are (in bfloat16 a coordinate of a
 picture of 1024 pixels is off by up to a pixel), the predicted IoU (one score in a hundred would have a neighbour with
@@ -25,9 +25,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
+from transformers.models.sam.modeling_sam import (
+    SamAttention,
+    SamFeedForward,
+    SamMaskDecoder,
+    SamPromptEncoder,
+    SamTwoWayAttentionBlock,
+)
 
-from . import mask_head
+from . import image_attention, mask_head
 from .autocast import without_autocast
 from .cuda_graphs import GraphedFunction
 from .layer_norm import add_layer_norm
@@ -102,8 +108,10 @@ class FastMaskDecoder:
                 for mlps in (decoder.output_hypernetworks_mlps, [decoder.iou_prediction_head])
             )
         self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
-        self.why_not_triton = mask_head.why_not_triton(self.head)
-        self.use_head_kernel = self.why_not_triton is None and triton_kernels is not False
+        self.why_not_triton = mask_head.why_not_triton(self.head) or image_attention.why_not_triton(
+            model.device, self.dtype, self.positions.shape[1], model.config.mask_decoder_config.num_attention_heads
+        )
+        self.use_kernels = self.why_not_triton is None and triton_kernels is not False
         if triton_kernels and self.why_not_triton and self.dtype != torch.float32:
             raise ValueError(f"triton_kernels=True is not possible: {self.why_not_triton}")
 
@@ -167,7 +175,7 @@ class FastMaskDecoder:
         tokens, image_tokens, iou = self._transform(image, *prompts)
         iou = iou[:, masks].float()
         hyper = self._hyper(tokens[:, 1:][:, masks], masks)
-        if self.use_head_kernel:
+        if self.use_kernels:
             slots = torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
             logits = mask_head.launch(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
         else:
@@ -197,8 +205,7 @@ class FastMaskDecoder:
             tokens = tokens + self._tokens_to_image(layer.cross_attn_token_to_image, tokens + embedded, image)
             tokens = layer.layer_norm2(tokens)
             tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
-            attended = self._image_to_tokens(layer.cross_attn_image_to_token, image, tokens + embedded, tokens)
-            image = add_layer_norm(attended, layer.layer_norm4, residual=image)
+            image = self._image_to_tokens(layer, image, tokens + embedded, tokens)
         attention = self._tokens_to_image(transformer.final_attn_token_to_image, tokens + embedded, image)
         return transformer.layer_norm_final_attn(tokens + attention), image
 
@@ -206,7 +213,8 @@ class FastMaskDecoder:
         """Cross attention of tokens (P, T, C) to image tokens (1, N, C) or (P, N, C) with positions, values without."""
         heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, tokens.shape
         query = _heads(attention.q_proj(tokens), heads) * attention.scaling  # (P, T, H, D)
-        if len(image) == 1:  # shared: project it once
+        use_kernels = self.use_kernels and image_attention.fits(heads, num_tokens)
+        if len(image) == 1 and not use_kernels:  # shared: project it once
             key = _heads(attention.k_proj(image[0] + self.positions), heads)  # (N, H, D)
             value = _heads(attention.v_proj(image[0]), heads)
             scores = query.permute(2, 0, 1, 3).flatten(1, 2) @ key.permute(1, 2, 0)  # (H, P * T, N)
@@ -215,44 +223,41 @@ class FastMaskDecoder:
         else:
             # The key's bias adds the same to all scores of a token, and softmax does not see it.
             query = _to_image_side(query, attention.k_proj.weight)  # (P, H * T, C)
-            probabilities = self._scores(query, image).softmax(dim=-1)  # (P, H * T, N)
-            seen = (probabilities @ image).view(num_prompts, heads, num_tokens, -1)  # (P, H, T, C)
+            see = image_attention.launch_seen if use_kernels else image_attention.seen_reference
+            seen = see(query, image, self.positions).view(num_prompts, heads, num_tokens, -1)  # (P, H, T, C)
             weight = attention.v_proj.weight.view(heads, -1, seen.shape[-1])  # (H, D, C)
             output = (seen @ weight.transpose(1, 2)).transpose(1, 2)  # (P, T, H, D)
             output = output + attention.v_proj.bias.view(heads, -1)  # probabilities sum to 1
         return attention.out_proj(output.flatten(2))
 
     def _image_to_tokens(
-        self, attention: SamAttention, image: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, layer: SamTwoWayAttentionBlock, image: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of the image tokens to the tokens: (P, N, C)."""
+        """The image tokens (P, N, C) after their attention to the tokens, and its layer norm."""
+        attention, norm = layer.cross_attn_image_to_token, layer.layer_norm4
         heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, keys.shape
+        use_kernels = self.use_kernels and image_attention.fits(heads, num_tokens)
         key = _heads(attention.k_proj(keys), heads) * attention.scaling  # (P, T, H, D)
-        if len(image) == 1:
-            query = _heads(attention.q_proj(image[0] + self.positions), heads)  # (N, H, D)
-            scores = key.permute(2, 0, 1, 3).flatten(1, 2) @ query.permute(1, 2, 0)  # (H, P * T, N)
-            scores = scores.view(heads, num_prompts, num_tokens, -1).transpose(0, 1)
-        else:
-            # The query's bias, in contrast, adds to each token's score what that token's key makes of it.
-            bias = (key * attention.q_proj.bias.view(heads, -1)).sum(dim=-1).transpose(1, 2).reshape(num_prompts, -1, 1)
-            scores = self._scores(_to_image_side(key, attention.q_proj.weight), image, bias)
-            scores = scores.view(num_prompts, heads, num_tokens, -1)
-        probabilities = scores.softmax(dim=2).reshape(num_prompts, heads * num_tokens, -1)  # of the tokens
         value = _to_image_side(_heads(attention.v_proj(values), heads), attention.out_proj.weight.T)  # (P, H * T, C)
         # Each of the heads' probabilities sums to 1, so together they add the bias once.
         value = value + attention.out_proj.bias / heads
-        return probabilities.transpose(1, 2) @ value
-
-    def _scores(self, query: torch.Tensor, image: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """query (P, R, C) times image tokens with positions (P, N, C), without adding the positions to each of those."""
-        scores = query @ self.positions.T  # (P, R, N)
-        return (scores if bias is None else scores.add_(bias)).baddbmm_(query, image.transpose(1, 2))
+        if len(image) == 1 and not use_kernels:
+            query = _heads(attention.q_proj(image[0] + self.positions), heads)  # (N, H, D)
+            scores = key.permute(2, 0, 1, 3).flatten(1, 2) @ query.permute(1, 2, 0)  # (H, P * T, N)
+            scores = scores.view(heads, num_prompts, num_tokens, -1).transpose(0, 1)
+            probabilities = scores.softmax(dim=2).reshape(num_prompts, heads * num_tokens, -1)  # of the tokens
+            return add_layer_norm(probabilities.transpose(1, 2) @ value, norm, residual=image)
+        # The query's bias, in contrast, adds to each token's score what that token's key makes of it.
+        bias = (key * attention.q_proj.bias.view(heads, -1)).sum(dim=-1).transpose(1, 2).flatten(1)  # (P, H * T)
+        key = _to_image_side(key, attention.q_proj.weight)
+        update = image_attention.launch_update if use_kernels else image_attention.update_reference
+        return update(image, self.positions, key, bias, value, norm, heads)
 
     def _masks(self, tokens, image_tokens, shape, kept, masks: slice, prompts_at_once: int | None) -> torch.Tensor:
         """Logits (K, 4h, 4w) of the masks `kept` (K,), places in the `shape` (P, M) of all."""
         height, width = (4 * size for size in self.grid_size)
         num_masks = shape[1]
-        if self.use_head_kernel:
+        if self.use_kernels:
             slots = torch.full(shape, -1, dtype=torch.int32, device=kept.device)
             slots.view(-1)[kept] = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
             hyper = self._hyper(tokens, masks)

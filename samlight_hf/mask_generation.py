@@ -27,7 +27,7 @@ from .crops import (
     crop_boxes,
     point_grid,
 )
-from .inference import Decoder, PictureEncoder, check_floating_point, make_decoder
+from .inference import Decoder, PictureEncoder, PlainMaskDecoder, check_floating_point, make_decoder
 from .mask_decoder import why_not_fast
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .pictures import read_ahead
@@ -137,7 +137,12 @@ class MaskGenerator:
             check_floating_point("decoder_dtype", decoder_dtype)
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
         self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
-        self.budget = MemoryBudget(model, max_memory_mb, points_per_batch, self.decoder.dtype)
+        self.set_budget(max_memory_mb, points_per_batch)
+
+    def set_budget(self, max_memory_mb: float, points_per_batch: int | None = None):
+        """As when this was made, from the next picture on."""
+        use_triton = self.use_triton and not isinstance(self.decoder, PlainMaskDecoder)
+        self.budget = MemoryBudget(self.model, max_memory_mb, points_per_batch, self.decoder, use_triton)
 
     def __call__(
         self, pictures: Picture | Sequence[Picture], settings: MaskGenerationSettings | None = None, **changes

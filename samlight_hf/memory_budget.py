@@ -3,40 +3,48 @@
 import math
 from numbers import Integral
 
-import torch
 from transformers import PreTrainedModel
 
 
 DEFAULT_MEMORY_MB = 1500
 
-_MAX_POINTS_PER_BATCH = 64
+_MAX_POINTS_PER_BATCH = 192
 _CPU_POINTS_PER_BATCH = 8  # more leave the caches
 _WORKSPACES = 128 * 2**20  # of cuBLAS, its light sister and cuDNN
 
 
 class MemoryBudget:
-    """How much of each step of everything mode fits into `max_memory_mb` at once, by arithmetic; see `MaskGenerator`."""
+    """How much of each step of everything mode fits into `max_memory_mb` at once, by arithmetic; see `MaskGenerator`.
+
+    `decoder` is what decodes, by default as the model without kernels; `use_triton` says that masks are measured by kernels.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         max_memory_mb: float,
         points_per_batch: int | None = None,
-        decoder_dtype: torch.dtype | None = None,
+        decoder=None,
+        use_triton: bool = False,
     ):
         if points_per_batch is not None and (not isinstance(points_per_batch, Integral) or points_per_batch < 1):
             raise ValueError(f"points_per_batch={points_per_batch!r} must be a positive integer.")
         if not max_memory_mb > 0:
             raise ValueError(f"max_memory_mb={max_memory_mb!r} must be a positive number.")
-        config, item_size = model.config, (decoder_dtype or model.dtype).itemsize
+        config, item_size = model.config, (decoder or model).dtype.itemsize
         num_tokens = config.prompt_encoder_config.image_embedding_size**2
-        decoder = config.mask_decoder_config
-        tokens = num_tokens * decoder.hidden_size * item_size  # image tokens of one prompt
-        scores = (
-            num_tokens * 7 * decoder.num_attention_heads * item_size
-        )  # of one prompt's tokens, 5 and 2 of the point
+        decoder_config = config.mask_decoder_config
+        tokens = num_tokens * decoder_config.hidden_size * item_size  # image tokens of one prompt
+        # Of one prompt's tokens: 5, and 2 of the point.
+        scores = 7 * decoder_config.num_attention_heads * num_tokens * item_size
         masks = 3 * 16 * num_tokens * 4  # logits of one point's masks, float32
-        per_point = 4 * tokens + 3 * scores + 2 * masks
+        # With the shares of what is free for points, their upscaling and waiting logits: these are in use at the same time.
+        if decoder is not None and decoder.use_kernels:  # no scores and no steps in memory
+            per_point, shares = 2.25 * tokens + 3 * masks, (0.85, 0.05, 0.1)
+        elif use_triton:
+            per_point, shares = 3.25 * tokens + 3 * scores + 2 * masks, (0.7, 0.15, 0.15)
+        else:
+            per_point, shares = 4 * tokens + 3 * scores + 2 * masks, (0.55, 0.15, 0.15)
         per_upscaling = 8 * tokens
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         fixed = 2 * weights + _WORKSPACES
@@ -49,11 +57,11 @@ class MemoryBudget:
             )
         free = max(free, least)
         most = _CPU_POINTS_PER_BATCH if model.device.type == "cpu" else _MAX_POINTS_PER_BATCH
-        # Shares of what is free: they are in use at the same time, but for the encoder's.
-        self.points_per_batch = points_per_batch or _between(1, 0.55 * free / per_point, most)
-        self.points_per_upscaling = _between(1, 0.15 * free / per_upscaling, most)
+        for_points, for_upscaling, for_waiting = (share * free for share in shares)
+        self.points_per_batch = points_per_batch or _between(1, for_points / per_point, most)
+        self.points_per_upscaling = _between(1, for_upscaling / per_upscaling, most)
         self.pictures_per_encoding = 1 if model.device.type == "cpu" else _between(1, 0.25 * free / (25 * tokens), 4)
-        self.waiting_bytes = 0.15 * free  # logits of masks whose outlines are not known yet
+        self.waiting_bytes = for_waiting  # logits of masks whose outlines are not known yet
         self._for_masks = 0.15 * free
         self._input_pixels = config.vision_config.image_size**2
 

@@ -5,7 +5,7 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 
 from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
-from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
+from .memory_budget import DEFAULT_MEMORY_MB
 from .preprocessing import picture_tensor
 
 
@@ -69,9 +69,7 @@ class FastMaskGenerationPipeline(Pipeline):
         return {"picture": picture_tensor(load_image(image, timeout=timeout))}
 
     def _forward(self, model_inputs, points_per_batch: int | None = None, **settings) -> dict[str, GeneratedMasks]:
-        self.generator.budget = MemoryBudget(
-            self.model, self.max_memory_mb, points_per_batch, self.generator.decoder.dtype
-        )
+        self.generator.set_budget(self.max_memory_mb, points_per_batch)
         return {"generated": self.generator.generate(model_inputs["picture"], MaskGenerationSettings(**settings))}
 
     def postprocess(self, model_outputs, output_masks=True, output_rle_mask=False, output_bboxes_mask=False) -> dict:

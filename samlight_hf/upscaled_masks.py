@@ -138,18 +138,26 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
 
 
 def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, (height, width) = logits.contiguous(), frame.picture
-    blocks = triton.cdiv(height * width, _POSITIONS)
-    counts = torch.zeros(len(logits), blocks, dtype=torch.int32, device=logits.device)
+    num_positions = frame.picture[0] * frame.picture[1]
+    blocks = triton.cdiv(num_positions, _POSITIONS)
+    counts = torch.empty(len(logits), blocks, dtype=torch.int32, device=logits.device)
     if not len(logits):
         return counts.view(-1), counts.view(-1)
+    bits = torch.zeros(len(logits), blocks * _POSITIONS // 32, dtype=torch.int32, device=logits.device)
+    # No pixel is inside unless one of the logits around it is.
+    spans = mask_boxes(logits > threshold)[:, 0::2].int().contiguous()  # the first and the last such column
+    columns = logits.transpose(1, 2).contiguous()  # in the order of the positions
+    with torch.cuda.device_of(logits):
+        _bits_kernel[(blocks, len(logits))](
+            columns, spans, bits, *_geometry(logits, frame), *frame.corner, *frame.picture, float(threshold),
+            POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
+        )  # fmt: skip
 
     def run(positions: torch.Tensor, starts: torch.Tensor, write: bool):
         with torch.cuda.device_of(logits):
             _changes_kernel[(blocks, len(logits))](
-                logits, counts, starts, positions, *_geometry(logits, frame), *frame.corner, *frame.picture, float(threshold),
-                POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, WRITE=write, num_warps=8,
-            )  # fmt: skip
+                bits, counts, starts, positions, num_positions, POSITIONS=_POSITIONS, WRITE=write, num_warps=4
+            )
 
     run(counts, counts, write=False)  # counted first, to know where each block's changes go
     ends = counts.view(-1).cumsum(0)
@@ -180,13 +188,19 @@ if triton is not None:
         return first, tl.minimum(first + 1, length - 1), source - first.to(tl.float32)
 
     @triton.jit
-    def _resize_once(logits, y, x, low_height, low_width, scale_y, scale_x):
+    def _resize_once(
+        logits, y, x, low_height, low_width, scale_y, scale_x, BY_COLUMN: tl.constexpr
+    ):  # fmt: skip
         y1, y2, weight_y = _neighbours(y, scale_y, low_height)
         x1, x2, weight_x = _neighbours(x, scale_x, low_width)
-        upper_left = tl.load(logits + y1 * low_width + x1).to(tl.float32)
-        upper_right = tl.load(logits + y1 * low_width + x2).to(tl.float32)
-        lower_left = tl.load(logits + y2 * low_width + x1).to(tl.float32)
-        lower_right = tl.load(logits + y2 * low_width + x2).to(tl.float32)
+        if BY_COLUMN:
+            x1, x2 = x1 * low_height, x2 * low_height
+        else:
+            y1, y2 = y1 * low_width, y2 * low_width
+        upper_left = tl.load(logits + y1 + x1).to(tl.float32)
+        upper_right = tl.load(logits + y1 + x2).to(tl.float32)
+        lower_left = tl.load(logits + y2 + x1).to(tl.float32)
+        lower_right = tl.load(logits + y2 + x2).to(tl.float32)
         upper = (1.0 - weight_x) * upper_left + weight_x * upper_right
         lower = (1.0 - weight_x) * lower_left + weight_x * lower_right
         return (1.0 - weight_y) * upper + weight_y * lower
@@ -194,21 +208,21 @@ if triton is not None:
     @triton.jit
     def _pixel(
         logits, y, x, low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x,
-        TWICE: tl.constexpr,
+        TWICE: tl.constexpr, BY_COLUMN: tl.constexpr,
     ):  # fmt: skip
-        """Logits at the places y, x of the crop."""
+        """Logits at the places y, x of the crop; in memory they lie row by row, or column by column."""
         if TWICE:
             y1, y2, weight_y = _neighbours(y, scale_y, height)
             x1, x2, weight_x = _neighbours(x, scale_x, width)
-            upper_left = _resize_once(logits, y1, x1, low_height, low_width, low_scale_y, low_scale_x)
-            upper_right = _resize_once(logits, y1, x2, low_height, low_width, low_scale_y, low_scale_x)
-            lower_left = _resize_once(logits, y2, x1, low_height, low_width, low_scale_y, low_scale_x)
-            lower_right = _resize_once(logits, y2, x2, low_height, low_width, low_scale_y, low_scale_x)
+            upper_left = _resize_once(logits, y1, x1, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+            upper_right = _resize_once(logits, y1, x2, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+            lower_left = _resize_once(logits, y2, x1, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+            lower_right = _resize_once(logits, y2, x2, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
             upper = (1.0 - weight_x) * upper_left + weight_x * upper_right
             lower = (1.0 - weight_x) * lower_left + weight_x * lower_right
             value = (1.0 - weight_y) * upper + weight_y * lower
         else:
-            value = _resize_once(logits, y, x, low_height, low_width, low_scale_y, low_scale_x)
+            value = _resize_once(logits, y, x, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
         return value
 
     @triton.jit(do_not_specialize=["num_partial", *_SIZES])
@@ -230,7 +244,7 @@ if triton is not None:
             x = start + tl.arange(0, COLUMNS)[None, :]
             value = _pixel(
                 logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),
-                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE,
+                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=False,
             )  # fmt: skip
             real = (y < crop_height) & (x < crop_width)
             area_high += (real & (value > high)).to(tl.int32)
@@ -250,36 +264,51 @@ if triton is not None:
         tl.store(place + 5 * num_partial, tl.max(tl.max(last_y, axis=1), axis=0))
 
     @triton.jit(do_not_specialize=[*_SIZES, *_PLACES])
-    def _changes_kernel(
-        logits, counts, starts, positions,
+    def _bits_kernel(
+        logits, spans, bits,
         low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
         top, left, picture_height, picture_width, threshold,
-        POSITIONS: tl.constexpr, TWICE: tl.constexpr, WRITE: tl.constexpr,
+        POSITIONS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
-        """A block of one mask's column-major positions: how many pixels differ from the one before, or which ones."""
+        """A block of one mask's column-major positions, 32 in a word; words without a pixel inside are left as they are."""
         mask = tl.program_id(1)
-        logits += mask.to(tl.int64) * low_height * low_width
-        position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-        real = position < picture_height * picture_width
-        before = tl.maximum(position - 1, 0)
-        y, x = position % picture_height - top, position // picture_height - left
-        inside = real & (y >= 0) & (x >= 0) & (y < crop_height) & (x < crop_width)
-        value = _pixel(
-            logits, tl.minimum(tl.maximum(y, 0), crop_height - 1), tl.minimum(tl.maximum(x, 0), crop_width - 1),
-            low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE,
-        )  # fmt: skip
-        inside = inside & (value > threshold)
-        y, x = before % picture_height - top, before // picture_height - left
-        was_inside = (position > 0) & (y >= 0) & (x >= 0) & (y < crop_height) & (x < crop_width)
-        value = _pixel(
-            logits, tl.minimum(tl.maximum(y, 0), crop_height - 1), tl.minimum(tl.maximum(x, 0), crop_width - 1),
-            low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE,
-        )  # fmt: skip
-        was_inside = was_inside & (value > threshold)
-        changed = (real & (inside != was_inside)).to(tl.int32)
-        block = mask.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        start = tl.program_id(0) * POSITIONS
+        # May one be inside? Two bilinear resizes reach less than two logits further.
+        scale = low_scale_x * scale_x
+        first = scale * ((start // picture_height - left).to(tl.float32) + 0.5) - 2.5
+        last = scale * (((start + POSITIONS - 1) // picture_height - left).to(tl.float32) + 0.5) + 1.5
+        if (last > tl.load(spans + 2 * mask)) & (first < tl.load(spans + 2 * mask + 1)):
+            logits += mask.to(tl.int64) * low_height * low_width
+            position = start + tl.arange(0, POSITIONS)
+            y, x = position % picture_height - top, position // picture_height - left
+            real = (x < picture_width - left) & (y >= 0) & (x >= 0) & (y < crop_height) & (x < crop_width)
+            value = _pixel(
+                logits, tl.minimum(tl.maximum(y, 0), crop_height - 1), tl.minimum(tl.maximum(x, 0), crop_width - 1),
+                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=True,
+            )  # fmt: skip
+            inside = (real & (value > threshold)).to(tl.int32)
+            words = tl.sum(tl.reshape(inside, (POSITIONS // 32, 32)) << tl.arange(0, 32)[None, :], axis=1)
+            place = (mask.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (POSITIONS // 32)
+            tl.store(bits + place + tl.arange(0, POSITIONS // 32), words)
+
+    @triton.jit(do_not_specialize=["num_positions"])
+    def _changes_kernel(bits, counts, starts, positions, num_positions, POSITIONS: tl.constexpr, WRITE: tl.constexpr):
+        """A block of one mask's positions: how many pixels differ from the one before, or which ones."""
+        mask = tl.program_id(1).to(tl.int64)
+        block = mask * tl.num_programs(0) + tl.program_id(0)
+        wanted = True
         if WRITE:
-            place = tl.load(starts + block) + tl.cumsum(changed, axis=0) - changed
-            tl.store(positions + place, position, mask=changed > 0)
-        else:
-            tl.store(counts + block, tl.sum(changed, axis=0))
+            wanted = tl.load(counts + block) > 0
+        if wanted:
+            position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+            real = position < num_positions
+            own = bits + mask * tl.num_programs(0) * (POSITIONS // 32)
+            inside = (tl.load(own + position // 32) >> (position % 32)) & 1
+            before = tl.maximum(position - 1, 0)
+            was_inside = (tl.load(own + before // 32) >> (before % 32)) & (position > 0).to(tl.int32)
+            changed = (real & (inside != was_inside)).to(tl.int32)
+            if WRITE:
+                place = tl.load(starts + block) + tl.cumsum(changed, axis=0) - changed
+                tl.store(positions + place, position, mask=changed > 0)
+            else:
+                tl.store(counts + block, tl.sum(changed, axis=0))

@@ -25,7 +25,7 @@ def relative_error(width, dtype, num_residuals, gelu, device="cpu"):
     values = torch.randn(3, 37, width, device=device).to(dtype) + 2
     residual = torch.randn(num_residuals, 37, width, device=device).to(dtype) if num_residuals else None
     with torch.no_grad():
-        output = launch(values, norm, residual, gelu)
+        output = launch(values.clone(), norm, residual, gelu)
         assert (output.dtype, output.shape) == (dtype, values.shape)
         expected = add_layer_norm_reference(
             values.double(), norm.double(), None if residual is None else residual.double(), gelu

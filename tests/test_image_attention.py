@@ -1,0 +1,108 @@
+"""The Triton kernels of the decoder's attention give what the steps give that they replace."""
+
+import pytest
+import torch
+from torch import nn
+
+from samlight_hf.image_attention import (
+    fits,
+    launch_seen,
+    launch_update,
+    seen_reference,
+    update_reference,
+    why_not_triton,
+)
+from samlight_hf.layer_norm import add_layer_norm_reference
+from samlight_hf.triton_support import triton
+
+from .interpreter import run_in_tritons_interpreter
+
+
+CASES = [  # prompts, pictures, tokens of a prompt, heads, image tokens, channels
+    (2, 2, 7, 8, 200, 128),  # no multiple of a block
+    (2, 1, 8, 8, 64, 256),
+    (1, 1, 13, 4, 130, 128),
+    (1, 1, 3, 8, 300, 128),
+    (3, 3, 7, 1, 64, 128),
+]
+ON_A_GPU = [(1, 1, 7, 8, 4096, 256), (64, 64, 7, 8, 4096, 256), (70, 1, 7, 8, 4096, 256), (5, 5, 8, 8, 4096, 256)]
+TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def relative_errors(case, dtype, device="cpu") -> list[float]:
+    """Of the kernels against the steps in float32 on the same rounded numbers: of what tokens see, and of what is made of the image."""
+    prompts, pictures, own, heads, tokens, channels = case
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+    image, positions = numbers(pictures, tokens, channels), numbers(tokens, channels)
+    queries, keys, values = (numbers(prompts, heads * own, channels, scale=0.15) for _ in range(3))
+    biases, norm = numbers(prompts, heads * own), nn.LayerNorm(channels, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm = norm.to(device, dtype)
+    with torch.no_grad():
+        found = [
+            launch_seen(queries, image, positions),
+            launch_update(image, positions, keys, biases, values, norm, heads),
+        ]
+        image, positions, queries, keys, values, biases = (
+            tensor.float() for tensor in (image, positions, queries, keys, values, biases)
+        )
+        expected = [
+            seen_reference(queries, image, positions),
+            update_reference(
+                image, positions, keys, biases, values, norm.float(), heads, add_layer_norm_reference
+            ),
+        ]  # fmt: skip
+    assert all(a.shape == b.shape and a.dtype == dtype for a, b in zip(found, expected))
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected)]
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_the_kernels_in_tritons_interpreter():
+    assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES + ON_A_GPU, ids=str)
+def test_the_kernels_on_a_gpu(case, dtype):
+    assert why_not_triton(torch.device("cuda"), dtype, case[-1], case[3]) is None
+    assert max(relative_errors(case, dtype, "cuda")) < TOLERANCES[dtype]
+
+
+def test_the_steps_are_attention():
+    """Against torch's own, one head after the other."""
+    prompts, own, heads, tokens, channels = 3, 5, 2, 11, 8
+    image, positions = torch.randn(prompts, tokens, channels), torch.randn(tokens, channels)
+    queries, keys, values = torch.randn(3, prompts, heads * own, channels)
+    biases, norm = torch.randn(prompts, heads * own), nn.LayerNorm(channels)
+    attention = nn.functional.scaled_dot_product_attention
+    expected = attention(queries, image + positions, image, scale=1.0)
+    assert torch.allclose(seen_reference(queries, image, positions), expected, atol=1e-5)
+    attended = sum(
+        attention(image + positions, keys[:, part], values[:, part], attn_mask=biases[:, None, part], scale=1.0)
+        for part in (slice(0, own), slice(own, None))
+    )
+    with torch.no_grad():
+        found = update_reference(image, positions, keys, biases, values, norm, heads)
+        assert torch.allclose(found, norm(image + attended), atol=1e-5)
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_why_the_kernels_do_not_run():
+    assert "on cpu" in why_not_triton(torch.device("cpu"), torch.float16, 256, 8)
+    assert "float32" in why_not_triton(torch.device("cuda"), torch.float32, 256, 8)
+    assert "64 channels" in why_not_triton(torch.device("cuda"), torch.float16, 64, 8)
+    assert "6 heads" in why_not_triton(torch.device("cuda"), torch.float16, 256, 6)
+    assert fits(8, 8) and not fits(8, 9)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        errors = relative_errors(case, torch.float16)
+        assert max(errors) < TOLERANCES[torch.float16], (case, errors)
+    print(f"{len(CASES)} cases")
