@@ -180,10 +180,12 @@ def speed_section(section: Mapping | None, benchmark: Mapping | None, config: Pr
                 [what, row["dtype"], str(row["batch_size"]), f"{row['ms']:.2f} ms", f"{row['peak_memory_mb']:.0f} MB"]
             )
     if measured:
-        versions = ", ".join(f"{name} {benchmark['versions'][name]}" for name in ("torch", "transformers"))
+        # Rows that later runs with --append have kept are of an earlier one.
+        run = next(head for head in (benchmark, *benchmark.get("earlier", ())) if "encoder" in head["parts"])
+        versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
         sources.append(
-            f"By batches: an encoder of this shape with random weights, on {benchmark['device']}, {benchmark['date']}, {versions}; "
-            f"memory with the encoder's weights; `{without_absolute_paths(benchmark['command'])}`."
+            f"By batches: an encoder of this shape with random weights, on {run['device']}, {run['date']}, {versions}; "
+            f"memory with the encoder's weights; `{without_absolute_paths(run['command'])}`."
         )
     return rows, "\n".join(sources)
 
