@@ -181,7 +181,7 @@ def speed_section(section: Mapping | None, benchmark: Mapping | None, config: Pr
             )
     if measured:
         # Rows that later runs with --append have kept are of an earlier one.
-        run = next(head for head in (benchmark, *benchmark.get("earlier", ())) if "encoder" in head["parts"])
+        run = next(head for head in (benchmark, *reversed(benchmark.get("earlier", ()))) if "encoder" in head["parts"])
         versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
         sources.append(
             f"By batches: an encoder of this shape with random weights, on {run['device']}, {run['date']}, {versions}; "

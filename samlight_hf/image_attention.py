@@ -1,4 +1,4 @@
-"""The mask decoder's attention between a prompt's tokens and the image tokens, each direction in one Triton kernel.
+"""The mask decoder's attention between a prompt's tokens and the image tokens, in Triton kernels: one, and one that sums up.
 
 A prompt has few tokens and N = 4096 image tokens. Step by step, scores and what was attended are written and read several
 times for each prompt; the kernels read image tokens once, write new ones once, and keep the scores in registers. Their
@@ -15,10 +15,10 @@ from .triton_support import failure, tl, triton
 
 
 _BLOCK = 32  # image tokens
-_PROGRAMS = 528  # that a device is filled with: four on each multiprocessor of an H100
+_PROGRAMS = 528  # that a device is given: two at a time on each multiprocessor of an H100, twice
+_MOST_PARTS = 128  # of an image
 _BLOCKS = 4  # of image tokens that a program updates, one after the other
 _MOST_ROWS = 64  # of a prompt: its tokens times heads
-_SHARED_MEMORY = 140_000  # bytes of a multiprocessor, from which the next block is loaded while one is computed
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_heads: int) -> str | None:
@@ -113,7 +113,7 @@ def launch_seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Ten
     """`seen_reference` by the kernels: parts of the image by themselves, and their sum."""
     (num_prompts, num_rows, channels), num_tokens, image = queries.shape, image.shape[1], image.contiguous()
     blocks = triton.cdiv(num_tokens, _BLOCK)
-    blocks_of_part = max(1, num_prompts * blocks // _PROGRAMS)
+    blocks_of_part = max(1, num_prompts * blocks // _PROGRAMS, triton.cdiv(blocks, _MOST_PARTS))
     num_parts = triton.cdiv(blocks, blocks_of_part)
     rows = max(16, triton.next_power_of_2(num_rows))
     sums = torch.empty(num_prompts, num_parts, num_rows, channels, dtype=torch.float32, device=image.device)
@@ -125,7 +125,7 @@ def launch_seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Ten
     with torch.cuda.device_of(image):  # where Triton launches
         _seen_kernel[(num_parts, num_prompts)](
             queries.contiguous(), image, positions, sums, *statistics, num_rows, num_tokens, _stride(image), blocks_of_part,
-            CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=_num_stages(image.device),
+            CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2,
         )  # fmt: skip
         _sum_kernel[(num_rows, num_prompts)](
             sums, *statistics, seen, num_parts, CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts)
@@ -153,15 +153,9 @@ def launch_update(
             image, positions, keys.contiguous(), biases.contiguous(), values.contiguous(), norm.weight, norm.bias, updated,
             rows, num_tokens, _stride(image), _BLOCKS, norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)), BLOCK=_BLOCK,
-            num_warps=4, num_stages=_num_stages(image.device),
+            num_warps=4, num_stages=2,
         )  # fmt: skip
     return updated
-
-
-@lru_cache
-def _num_stages(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return 2 if getattr(properties, "shared_memory_per_block_optin", 0) >= _SHARED_MEMORY else 1
 
 
 def _stride(image: torch.Tensor) -> int:

@@ -59,7 +59,7 @@ class PlainMaskDecoder:
     The reference that the fast one is held to, and the way for models of another build, such as SAM-HQ.
     """
 
-    cuda_graphs, use_kernels, pool = False, False, None
+    cuda_graphs, is_lean, pool = False, False, None
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.dtype = model, model.dtype

@@ -9,7 +9,7 @@ What the decoder costs is the image side: N = 4096 tokens of 256 channels for ev
 - Everything stays in the layout (prompts, tokens, channels): transposed convolutions of stride 2 are matrix products, and
   only the finished masks are put into the order of their pixels.
 - Masks are computed for prompts that are kept by their predicted IoU, where the caller asks for a least one.
-- In half precision three Triton kernels do what is left of the image side: `image_attention` and `mask_head`.
+- In half precision Triton kernels do what is left of the image side: `image_attention` and `mask_head`.
 
 What is small is computed in float32 whatever the model's dtype: where prompts and image tokens are (in bfloat16 a coordinate of a
 picture of 1024 pixels is off by up to a pixel), the predicted IoU (one score in a hundred would have a neighbour with
@@ -108,12 +108,23 @@ class FastMaskDecoder:
                 for mlps in (decoder.output_hypernetworks_mlps, [decoder.iou_prediction_head])
             )
         self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
-        self.why_not_triton = mask_head.why_not_triton(self.head) or image_attention.why_not_triton(
-            model.device, self.dtype, self.positions.shape[1], model.config.mask_decoder_config.num_attention_heads
+        heads = model.config.mask_decoder_config.num_attention_heads
+        self.why_not_triton = {
+            "attention": image_attention.why_not_triton(model.device, self.dtype, self.positions.shape[1], heads),
+            "head": mask_head.why_not_triton(self.head),
+        }
+        reasons = [reason for reason in self.why_not_triton.values() if reason]
+        if triton_kernels and reasons and self.dtype != torch.float32:
+            raise ValueError(f"triton_kernels=True is not possible: {reasons[0]}")
+        self.use_attention_kernels, self.use_head_kernel = (
+            reason is None and triton_kernels is not False for reason in self.why_not_triton.values()
         )
-        self.use_kernels = self.why_not_triton is None and triton_kernels is not False
-        if triton_kernels and self.why_not_triton and self.dtype != torch.float32:
-            raise ValueError(f"triton_kernels=True is not possible: {self.why_not_triton}")
+        # Whether of a prompt with one point nothing but tokens and masks is ever in memory; see `MemoryBudget`.
+        self.is_lean = (
+            self.use_attention_kernels
+            and self.use_head_kernel
+            and image_attention.fits(heads, len(self.output_tokens) + 2)
+        )
 
     def prepare(self, embedding: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, C, h, w) of the encoder as image tokens (B, N, C), a copy."""
@@ -145,6 +156,8 @@ class FastMaskDecoder:
         that batches of this shape come again and again, which is what repays the capture of a CUDA graph.
         """
         prompts = [tensor for tensor in (points, labels, boxes) if tensor is not None]
+        if len(image) not in (1, len(prompts[0])):
+            raise ValueError(f"{len(image)} pictures for {len(prompts[0])} prompts: give one picture, or one for each.")
         image = image.to(self.dtype)  # which another decoder may have prepared
         if repeated and min_iou is None and len(prompts[0]) == 1:
             with_mask = mask_logits is not None
@@ -175,7 +188,7 @@ class FastMaskDecoder:
         tokens, image_tokens, iou = self._transform(image, *prompts)
         iou = iou[:, masks].float()
         hyper = self._hyper(tokens[:, 1:][:, masks], masks)
-        if self.use_kernels:
+        if self.use_head_kernel:
             slots = torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
             logits = mask_head.launch(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
         else:
@@ -213,7 +226,7 @@ class FastMaskDecoder:
         """Cross attention of tokens (P, T, C) to image tokens (1, N, C) or (P, N, C) with positions, values without."""
         heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, tokens.shape
         query = _heads(attention.q_proj(tokens), heads) * attention.scaling  # (P, T, H, D)
-        use_kernels = self.use_kernels and image_attention.fits(heads, num_tokens)
+        use_kernels = self.use_attention_kernels and image_attention.fits(heads, num_tokens)
         if len(image) == 1 and not use_kernels:  # shared: project it once
             key = _heads(attention.k_proj(image[0] + self.positions), heads)  # (N, H, D)
             value = _heads(attention.v_proj(image[0]), heads)
@@ -236,7 +249,7 @@ class FastMaskDecoder:
         """The image tokens (P, N, C) after their attention to the tokens, and its layer norm."""
         attention, norm = layer.cross_attn_image_to_token, layer.layer_norm4
         heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, keys.shape
-        use_kernels = self.use_kernels and image_attention.fits(heads, num_tokens)
+        use_kernels = self.use_attention_kernels and image_attention.fits(heads, num_tokens)
         key = _heads(attention.k_proj(keys), heads) * attention.scaling  # (P, T, H, D)
         value = _to_image_side(_heads(attention.v_proj(values), heads), attention.out_proj.weight.T)  # (P, H * T, C)
         # Each of the heads' probabilities sums to 1, so together they add the bias once.
@@ -257,7 +270,7 @@ class FastMaskDecoder:
         """Logits (K, 4h, 4w) of the masks `kept` (K,), places in the `shape` (P, M) of all."""
         height, width = (4 * size for size in self.grid_size)
         num_masks = shape[1]
-        if self.use_kernels:
+        if self.use_head_kernel:
             slots = torch.full(shape, -1, dtype=torch.int32, device=kept.device)
             slots.view(-1)[kept] = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
             hyper = self._hyper(tokens, masks)

@@ -16,7 +16,8 @@ _WORKSPACES = 128 * 2**20  # of cuBLAS, its light sister and cuDNN
 class MemoryBudget:
     """How much of each step of everything mode fits into `max_memory_mb` at once, by arithmetic; see `MaskGenerator`.
 
-    `decoder` is what decodes, by default as the model without kernels; `use_triton` says that masks are measured by kernels.
+    `decoder` is what decodes, by default as the model does without kernels; `use_triton` says that layer norms and masks at the
+    picture's size are kernels'.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class MemoryBudget:
         scores = 7 * decoder_config.num_attention_heads * num_tokens * item_size
         masks = 3 * 16 * num_tokens * 4  # logits of one point's masks, float32
         # With the shares of what is free for points, their upscaling and waiting logits: these are in use at the same time.
-        if decoder is not None and decoder.use_kernels:  # no scores and no steps in memory
-            per_point, shares = 2.25 * tokens + 3 * masks, (0.85, 0.05, 0.1)
+        # Left is what outlines need: at most 64 MB with kernels, `masks_per_step` without.
+        if decoder is not None and decoder.is_lean:  # upscaling takes nothing
+            per_point, shares = 2.25 * tokens + 3 * masks, (0.85, 0.0, 0.1)
         elif use_triton:
-            per_point, shares = 3.25 * tokens + 3 * scores + 2 * masks, (0.7, 0.15, 0.15)
+            per_point, shares = 3.25 * tokens + 3 * scores + 2 * masks, (0.7, 0.15, 0.1)
         else:
             per_point, shares = 4 * tokens + 3 * scores + 2 * masks, (0.55, 0.15, 0.15)
         per_upscaling = 8 * tokens

@@ -3,7 +3,7 @@
 A decoder's logits are 256 x 256 numbers a mask, and at the picture's size a million. What the filters of everything mode ask
 of them, and where a mask's outline runs, are a few numbers again. The Triton kernels compute each pixel from its neighbours among the
 logits, as the two bilinear resizes of the image processor do one after the other, and keep nothing of it but counts,
-extremes, and in the end the positions at which a mask changes.
+extremes, and in the end one bit a pixel, of which the positions are made at which a mask changes.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from .triton_support import failure, tl, triton
 
 _ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of the blocks of the kernels
 _NUM_MEASURES = 6
+_OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are looked for at once
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,15 @@ def measure(
 def changes(
     logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mask_changes` of the masks of logits (n, h, w), at the picture's size; nothing is inside beyond their crop."""
-    if use_triton:
-        return launch_changes(logits, frame, threshold)
-    parts = [changes_reference(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
+    """`mask_changes` of the masks of logits (n, h, w), at the picture's size; nothing is inside beyond their crop.
+
+    At most `step` masks are at the picture's size at once where there is no kernel.
+    """
+    launch = launch_changes if use_triton else changes_reference
+    if use_triton:  # bits, and the logits in another order and above the threshold
+        bytes_of_mask = frame.picture[0] * frame.picture[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
+        step = max(1, _OUTLINE_BYTES // bytes_of_mask)
+    parts = [launch(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
     if not parts:
         empty = torch.zeros(0, dtype=torch.int32, device=logits.device)
         return empty, empty
@@ -145,11 +151,11 @@ def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tupl
         return counts.view(-1), counts.view(-1)
     bits = torch.zeros(len(logits), blocks * _POSITIONS // 32, dtype=torch.int32, device=logits.device)
     # No pixel is inside unless one of the logits around it is.
-    spans = mask_boxes(logits > threshold)[:, 0::2].int().contiguous()  # the first and the last such column
+    spans = mask_boxes(logits.float() > threshold)[:, 0::2].int().contiguous()  # the first and the last such column
     columns = logits.transpose(1, 2).contiguous()  # in the order of the positions
     with torch.cuda.device_of(logits):
         _bits_kernel[(blocks, len(logits))](
-            columns, spans, bits, *_geometry(logits, frame), *frame.corner, *frame.picture, float(threshold),
+            columns, spans, bits, *_geometry(logits, frame), *frame.corner, frame.picture[0], float(threshold),
             POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
         )  # fmt: skip
 
@@ -178,7 +184,7 @@ def _geometry(logits: torch.Tensor, frame: Frame) -> tuple:
 if triton is not None:
     # Sizes change from picture to picture, and must not make Triton compile a kernel for each.
     _SIZES = ["low_height", "low_width", "height", "width", "crop_height", "crop_width"]
-    _PLACES = ["top", "left", "picture_height", "picture_width"]
+    _PLACES = ["top", "left", "picture_height"]
 
     @triton.jit
     def _neighbours(position, scale, length):
@@ -267,21 +273,21 @@ if triton is not None:
     def _bits_kernel(
         logits, spans, bits,
         low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
-        top, left, picture_height, picture_width, threshold,
+        top, left, picture_height, threshold,
         POSITIONS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
         """A block of one mask's column-major positions, 32 in a word; words without a pixel inside are left as they are."""
         mask = tl.program_id(1)
         start = tl.program_id(0) * POSITIONS
-        # May one be inside? Two bilinear resizes reach less than two logits further.
-        scale = low_scale_x * scale_x
-        first = scale * ((start // picture_height - left).to(tl.float32) + 0.5) - 2.5
-        last = scale * (((start + POSITIONS - 1) // picture_height - left).to(tl.float32) + 0.5) + 1.5
+        # May one be inside? The second resize reaches less than a pixel of the first further, and that less than a logit.
+        scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
+        first = scale * ((start // picture_height - left).to(tl.float32) + 0.5) - 0.5 - reach
+        last = scale * (((start + POSITIONS - 1) // picture_height - left).to(tl.float32) + 0.5) - 0.5 + reach
         if (last > tl.load(spans + 2 * mask)) & (first < tl.load(spans + 2 * mask + 1)):
             logits += mask.to(tl.int64) * low_height * low_width
             position = start + tl.arange(0, POSITIONS)
             y, x = position % picture_height - top, position // picture_height - left
-            real = (x < picture_width - left) & (y >= 0) & (x >= 0) & (y < crop_height) & (x < crop_width)
+            real = (y >= 0) & (x >= 0) & (y < crop_height) & (x < crop_width)
             value = _pixel(
                 logits, tl.minimum(tl.maximum(y, 0), crop_height - 1), tl.minimum(tl.maximum(x, 0), crop_width - 1),
                 low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=True,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import SamConfig, SamModel
 
 from samlight_hf.image_attention import (
     fits,
@@ -12,7 +13,9 @@ from samlight_hf.image_attention import (
     update_reference,
     why_not_triton,
 )
+from samlight_hf.inference import PlainMaskDecoder
 from samlight_hf.layer_norm import add_layer_norm_reference
+from samlight_hf.mask_decoder import FastMaskDecoder
 from samlight_hf.triton_support import triton
 
 from .interpreter import run_in_tritons_interpreter
@@ -61,6 +64,44 @@ def relative_errors(case, dtype, device="cpu") -> list[float]:
     return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected)]
 
 
+def check_decoder(device="cpu"):
+    """Every kind of prompt through the whole decoder with its kernels in float16, against the model's own in float32."""
+    vision = {"hidden_size": 32, "output_channels": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 64, "num_pos_feats": 64, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": [0]}
+    prompt_encoder = {"hidden_size": 128, "image_size": 64, "image_embedding_size": 4}
+    decoder = {"hidden_size": 128, "mlp_dim": 64, "iou_head_hidden_dim": 32, "num_attention_heads": 8}
+    torch.manual_seed(0)
+    model = SamModel(
+        SamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder, mask_decoder_config=decoder)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.08 * torch.randn_like(parameter))
+    model = model.to(device)
+    plain, fast = PlainMaskDecoder(model), FastMaskDecoder(model, dtype=torch.float16)
+    if device == "cpu":  # Triton's interpreter
+        fast.use_attention_kernels = fast.use_head_kernel = True
+    assert fast.use_attention_kernels and fast.use_head_kernel
+    points, labels = 64 * torch.rand(3, 1, 2), torch.ones(3, 1, dtype=torch.int64)
+    boxes = (64 * torch.rand(3, 2, 2)).sort(dim=1).values.flatten(1)
+    for prompts in (
+        {"points": points, "labels": labels},
+        {"boxes": boxes},
+        {"points": points, "labels": labels, "boxes": boxes, "mask_logits": torch.randn(3, 16, 16)},
+        {"points": points.repeat(1, 4, 1), "labels": labels.repeat(1, 4)},  # too many for the kernels of attention
+    ):
+        for num_pictures in (1, 3):
+            prompts = {name: prompt.to(device) for name, prompt in prompts.items()}
+            image = torch.randn(num_pictures, 128, 4, 4, device=device)
+            found = fast.decode(fast.prepare(image), **prompts)
+            expected = plain.decode(plain.prepare(image), **prompts)
+            assert found.logits.shape == expected.logits.shape
+            assert (found.logits - expected.logits).norm() < 5e-3 * expected.logits.norm(), (
+                prompts.keys(),
+                num_pictures,
+            )
+
+
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
@@ -72,6 +113,11 @@ def test_the_kernels_in_tritons_interpreter():
 def test_the_kernels_on_a_gpu(case, dtype):
     assert why_not_triton(torch.device("cuda"), dtype, case[-1], case[3]) is None
     assert max(relative_errors(case, dtype, "cuda")) < TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+def test_the_decoder_on_a_gpu():
+    check_decoder("cuda")
 
 
 def test_the_steps_are_attention():
@@ -105,4 +151,5 @@ if __name__ == "__main__":
     for case in CASES:
         errors = relative_errors(case, torch.float16)
         assert max(errors) < TOLERANCES[torch.float16], (case, errors)
+    check_decoder()
     print(f"{len(CASES)} cases")

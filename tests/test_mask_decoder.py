@@ -105,6 +105,12 @@ def test_a_picture_for_each_prompt(loud, device):
         assert torch.allclose(alone.iou[0], together.iou[place], rtol=1e-4, atol=1e-5)
 
 
+def test_pictures_that_are_not_one_for_each_prompt(loud):
+    fast = FastMaskDecoder(loud)
+    with pytest.raises(ValueError, match="2 pictures for 3 prompts: give one picture, or one for each"):
+        fast.decode(fast.prepare(embeddings(loud, 2)), boxes=prompts_of(3, loud.device)[BOXES])
+
+
 def test_masks_below_the_least_iou_are_left_out(loud, device):
     prompts = prompts_of(9, device)
     prompts = {name: prompts[name] for name in (POINTS, LABELS)}

@@ -368,8 +368,8 @@ class _OnCuda:
 def test_less_memory_means_smaller_steps(bundled):
     model = _OnCuda(bundled[0])
     budgets = [MemoryBudget(model, megabytes) for megabytes in (512, 1500, 100_000)]
-    half, kernels = (SimpleNamespace(dtype=torch.float16, use_kernels=use) for use in (False, True))
-    more = [MemoryBudget(model, 1500, None, *arguments) for arguments in ((None, True), (half,), (kernels, True))]
+    half, lean = (SimpleNamespace(dtype=torch.float16, is_lean=is_lean) for is_lean in (False, True))
+    more = [MemoryBudget(model, 1500, None, *arguments) for arguments in ((None, True), (half,), (lean, True))]
     sizes = [budget.points_per_batch for budget in (budgets[1], *more)]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 4
@@ -419,13 +419,7 @@ def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "bfloat16",
-        "float16",
-    ],
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
     settings = {**KEEP_MANY, "points_per_crop": 32}
     exact = list(MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda"))(photograph, **settings).masks)
@@ -550,7 +544,8 @@ def test_on_a_gpu_triton_kernels_give_what_torch_gives(photograph, dtype, settin
     settings = {**KEEP_MANY, **settings}
     results = {use: MaskGenerator(model, processor, triton_kernels=use) for use in (True, False)}
     assert [generator.use_triton for generator in results.values()] == [True, False]
-    assert results[True].decoder.use_kernels == (dtype == "bfloat16")
+    assert results[True].decoder.is_lean == (dtype == "bfloat16")
+    assert not results[False].decoder.is_lean
     found, expected = (generator(photograph, **settings) for generator in results.values())
     assert len(expected) >= 10
     near = np.array([max(intersection_over_union(mask, other) for other in found.masks) for mask in expected.masks])

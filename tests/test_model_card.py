@@ -316,6 +316,21 @@ def test_template_is_at_the_top_and_in_the_package():
         assert f"## {heading}\n" in TEMPLATE.read_text(encoding="utf-8")
 
 
+def test_speed_is_of_the_run_that_measured_it(tmp_path):
+    """Three runs with --append: the rows of the encoder are the second one's."""
+    benchmark, path = json.loads(BENCHMARK.read_text()), tmp_path / "speed.json"
+    head = {name: benchmark[name] for name in ("device", "versions")}
+    runs = [
+        {**head, "date": date, "command": f"command of {date}", "parts": parts}
+        for date, parts in (("day 1", ["encoder", "peers"]), ("day 2", ["encoder"]), ("day 3", ["training"]))
+    ]
+    path.write_text(json.dumps({**runs[2], "earlier": runs[:2], "rows": benchmark["rows"]}))
+    text = render_card(CHECKPOINT, benchmark=path)
+    assert "day 2, torch" in text
+    assert "`command of day 2`" in text
+    assert "day 3" not in text
+
+
 def test_speed_of_a_published_shape_alone(folder):
     text = render_card(CHECKPOINT, benchmark=BENCHMARK)
     row = next(r for r in json.loads(BENCHMARK.read_text())["rows"] if r.get("mode") == "optimize()")

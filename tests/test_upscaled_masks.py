@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from samlight_hf import upscaled_masks
 from samlight_hf.candidates import Candidates, Table
 from samlight_hf.rle import RunLengthMasks
 from samlight_hf.triton_support import failure, triton
@@ -33,10 +34,12 @@ CASES = {  # logits' size, frame
 
 
 def logits_of(size, count=1, device="cpu", dtype=torch.float32):
-    """Blobs, an empty mask, and one that is full."""
+    """Blobs, a narrow one, an empty mask, and one that is full."""
     generator = torch.Generator().manual_seed(size[0])
     blobs = 3 * torch.randn(count, *size, generator=generator)
-    return torch.cat([blobs, torch.full((1, *size), -7.0), torch.full((1, *size), 7.0)]).to(device, dtype)
+    empty, narrow = torch.full((2, 1, *size), -7.0)
+    narrow[:, 1:-1, size[1] // 3] = 90.0  # columns far from its own are not looked at
+    return torch.cat([blobs, narrow, empty, torch.full((1, *size), 7.0)]).to(device, dtype)
 
 
 def check(name: str, device="cpu", dtype=torch.float32):
@@ -102,12 +105,26 @@ def test_why_the_kernels_do_not_run_on_a_cpu_and_what_runs_there():
     logits = logits_of(size)
     assert triton is None or "the tensors are on cpu" in why_not_triton(logits)
     whole = changes_reference(logits, frame, 0.0)
-    for step in (1, 2, 100):
+    for step in (1, 3, 100):
         assert torch.equal(
             measure(logits, frame, THRESHOLDS, step, False), measure_reference(logits, frame, THRESHOLDS)
         )
         assert all(map(torch.equal, changes(logits, frame, 0.0, step, False), whole))
     assert measure(logits[:0], frame, THRESHOLDS, 2, False).shape == (0, 6)
+
+
+@pytest.mark.parametrize("pixels, at_once", [((683, 1024), 161), ((4000, 6000), 20), ((60_000, 60_000), 1)])
+def test_outlines_of_large_pictures_are_made_of_fewer_masks_at_once(monkeypatch, pixels, at_once):
+    parts = []
+
+    def launch(part, frame, threshold):
+        parts.append(len(part))
+        return torch.zeros(0, dtype=torch.int32), torch.zeros(len(part), dtype=torch.int32)
+
+    monkeypatch.setattr(upscaled_masks, "launch_changes", launch)
+    frame = Frame((1024, 1024), (1024, 1024), pixels, (0, 0), pixels)
+    _, counts = changes(torch.zeros(1, 1, 1).expand(400, 256, 256), frame, 0.0, 1, use_triton=True)
+    assert (len(counts), max(parts)) == (400, at_once)
 
 
 def test_a_kernel_that_fails_is_told_once_and_why():
@@ -137,8 +154,8 @@ def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
             RunLengthMasks.from_changes(*crop.picture, *map(torch.Tensor.numpy, changes_reference(logits, frame, 0.0)))
         )
     expected = [mask for part in masks for mask in part]
-    assert len(found.columns()) == len(expected) == 20
-    kept = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:13].numpy()
+    assert len(found.columns()) == len(expected) == 25
+    kept = torch.randperm(25, generator=torch.Generator().manual_seed(0))[:13].numpy()
     for mask, number in zip(found.outlines(kept, step=3), kept, strict=True):
         assert (mask == expected[number]).all()
     assert len(found.outlines(kept[:0], step=3)) == 0
