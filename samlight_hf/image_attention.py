@@ -1,4 +1,4 @@
-"""The mask decoder's attention between a prompt's tokens and the image tokens, in Triton kernels: one, and one that sums up.
+"""The mask decoder's attention between a prompt's tokens and the image tokens, in Triton kernels.
 
 A prompt has few tokens and N = 4096 image tokens. Step by step, scores and what was attended are written and read several
 times for each prompt; the kernels read image tokens once, write new ones once, and keep the scores in registers. Their
