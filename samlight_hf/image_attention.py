@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .triton_support import failure, tl, triton
+from .triton_support import failure, normal_numbers, tl, triton, why_not_decoder
 
 
 _BLOCK = 32  # image tokens
@@ -23,14 +23,8 @@ _MOST_ROWS = 64  # of a prompt: its tokens times heads
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_heads: int) -> str | None:
     """Why the kernels cannot run with these: a sentence, or None where they can."""
-    if triton is None:
-        return "Triton is not installed."
-    if device.type != "cuda":
-        return f"the weights are on {device}."
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"{dtype} has no tensor cores that keep its precision."
-    if channels not in (128, 256):
-        return f"the decoder has {channels} channels, and not 128 or 256."
+    if reason := why_not_decoder(device, dtype, channels):
+        return reason
     if num_heads not in (1, 2, 4, 8):
         return f"the decoder has {num_heads} heads, and not 1, 2, 4 or 8."
     return _why_not_at_all(channels, dtype)
@@ -40,15 +34,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_
 def _why_not_at_all(channels: int, dtype: torch.dtype) -> str | None:
     @torch.inference_mode()
     def attempt() -> bool:
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def numbers(*shape):
-            return torch.randn(shape, device="cuda", generator=generator).to(dtype)
-
+        numbers, norm = normal_numbers(), nn.LayerNorm(channels).to("cuda", dtype)
         # So many that a program goes through several blocks, the last of them not full.
-        image, positions, norm = numbers(64, 1000, channels), numbers(1000, channels), nn.LayerNorm(channels)
-        queries, keys, values = (0.1 * numbers(3, 64, 56, channels)).unbind()
-        norm, biases = norm.to("cuda", dtype), numbers(64, 56)
+        image, positions = numbers(64, 1000, channels).to(dtype), numbers(1000, channels).to(dtype)
+        queries, keys, values = (0.1 * numbers(3, 64, 56, channels)).to(dtype).unbind()
+        biases = numbers(64, 56).to(dtype)
         pairs = [
             (launch_seen(queries, image, positions), seen_reference(*_floats(queries, image, positions))),
             (

@@ -120,11 +120,7 @@ class FastMaskDecoder:
             reason is None and triton_kernels is not False for reason in self.why_not_triton.values()
         )
         # Whether of a prompt with one point nothing but tokens and masks is ever in memory; see `MemoryBudget`.
-        self.is_lean = (
-            self.use_attention_kernels
-            and self.use_head_kernel
-            and image_attention.fits(heads, len(self.output_tokens) + 2)
-        )
+        self.is_lean = self.use_head_kernel and self._has_kernels_for(heads, len(self.output_tokens) + 2)
 
     def prepare(self, embedding: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, C, h, w) of the encoder as image tokens (B, N, C), a copy."""
@@ -222,11 +218,14 @@ class FastMaskDecoder:
         attention = self._tokens_to_image(transformer.final_attn_token_to_image, tokens + embedded, image)
         return transformer.layer_norm_final_attn(tokens + attention), image
 
+    def _has_kernels_for(self, num_heads: int, num_tokens: int) -> bool:
+        return self.use_attention_kernels and image_attention.fits(num_heads, num_tokens)
+
     def _tokens_to_image(self, attention: SamAttention, tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Cross attention of tokens (P, T, C) to image tokens (1, N, C) or (P, N, C) with positions, values without."""
         heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, tokens.shape
         query = _heads(attention.q_proj(tokens), heads) * attention.scaling  # (P, T, H, D)
-        use_kernels = self.use_attention_kernels and image_attention.fits(heads, num_tokens)
+        use_kernels = self._has_kernels_for(heads, num_tokens)
         if len(image) == 1 and not use_kernels:  # shared: project it once
             key = _heads(attention.k_proj(image[0] + self.positions), heads)  # (N, H, D)
             value = _heads(attention.v_proj(image[0]), heads)
@@ -249,7 +248,7 @@ class FastMaskDecoder:
         """The image tokens (P, N, C) after their attention to the tokens, and its layer norm."""
         attention, norm = layer.cross_attn_image_to_token, layer.layer_norm4
         heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, keys.shape
-        use_kernels = self.use_attention_kernels and image_attention.fits(heads, num_tokens)
+        use_kernels = self._has_kernels_for(heads, num_tokens)
         key = _heads(attention.k_proj(keys), heads) * attention.scaling  # (P, T, H, D)
         value = _to_image_side(_heads(attention.v_proj(values), heads), attention.out_proj.weight.T)  # (P, H * T, C)
         # Each of the heads' probabilities sums to 1, so together they add the bias once.

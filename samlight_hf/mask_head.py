@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .triton_support import failure, tl, triton
+from .triton_support import failure, normal_numbers, tl, triton, why_not_decoder
 
 
 _BLOCK = 64  # image tokens
@@ -32,28 +32,16 @@ class HeadWeights(NamedTuple):
 
 def why_not_triton(weights: HeadWeights) -> str | None:
     """Why the kernel cannot run with these: a sentence, or None where it can."""
-    if triton is None:
-        return "Triton is not installed."
     weight = weights.weight1
-    if not weight.is_cuda:
-        return f"the weights are on {weight.device}."
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return f"{weight.dtype} has no tensor cores that keep its precision."
-    channels = weight.shape[1]
-    if channels not in (128, 256):
-        return f"the decoder has {channels} channels, and not 128 or 256."
-    return _why_not_at_all(channels, weight.dtype)
+    reason = why_not_decoder(weight.device, weight.dtype, weight.shape[1])
+    return reason or _why_not_at_all(weight.shape[1], weight.dtype)
 
 
 @lru_cache(maxsize=8)
 def _why_not_at_all(channels: int, dtype: torch.dtype) -> str | None:
     @torch.inference_mode()
     def attempt() -> bool:
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def numbers(*shape):
-            return torch.randn(shape, device="cuda", generator=generator)
-
+        numbers = normal_numbers()
         norm = nn.LayerNorm(channels // 4, eps=1e-6, device="cuda", dtype=dtype)
         weights = HeadWeights(
             0.1 * numbers(channels, channels).to(dtype), numbers(channels).to(dtype), norm,

@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Callable
 
+import torch
+
 from .messages import one_line
 
 
@@ -11,6 +13,25 @@ try:
     import triton.language as tl
 except ImportError:  # a platform without Triton
     triton = tl = None
+
+
+def why_not_decoder(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    """Why a mask decoder's kernels for half precision cannot run with these weights: a sentence, or None where they may be tried."""
+    if triton is None:
+        return "Triton is not installed."
+    if device.type != "cuda":
+        return f"the weights are on {device}."
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} has no tensor cores that keep its precision."
+    if channels not in (128, 256):
+        return f"the decoder has {channels} channels, and not 128 or 256."
+    return None
+
+
+def normal_numbers() -> Callable[..., torch.Tensor]:
+    """For attempts: gives normally distributed numbers of a shape, float32 on the GPU, always the same ones."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return lambda *shape: torch.randn(shape, device="cuda", generator=generator)
 
 
 def failure(name: str, attempt: Callable[[], bool]) -> str | None:
