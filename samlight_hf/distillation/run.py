@@ -387,14 +387,19 @@ def with_cache(examples: Dataset, args: DistillationArguments, run: RunArguments
 def verify_export(folder: Path, student: PreTrainedModel | None):
     """Loads the folder again, strictly, and runs it once. Raises RuntimeError where it is not the student that was trained.
 
+    The weights must be equal, and the masks up to rounding: on some CPUs a product depends on where its weights lie in memory.
     None for a student whose weights are in shards, which cannot be run beside it.
     """
     loaded, _ = load_model(folder, device="cpu" if student is None else str(student.device))
     if student is None:
         return
-    size = student.config.vision_config.image_size
-    pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(student.device)
-    boxes = torch.tensor([[[size / 4, size / 4, size / 2, size / 2]]], device=student.device)
-    masks = [model.eval()(pixel_values, input_boxes=boxes).pred_masks for model in (student, loaded)]
-    if not torch.equal(*masks):
-        raise RuntimeError(f"{folder} does not give the masks of the student that was trained. It is not to be used.")
+    trained, saved = student.state_dict(), loaded.state_dict()
+    same = trained.keys() == saved.keys() and all(torch.equal(trained[name], saved[name]) for name in trained)
+    if same:
+        size = student.config.vision_config.image_size
+        pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(student.device)
+        boxes = torch.tensor([[[size / 4, size / 4, size / 2, size / 2]]], device=student.device)
+        expected, found = (model.eval()(pixel_values, input_boxes=boxes).pred_masks for model in (student, loaded))
+        same = (found - expected).norm() <= 1e-3 * expected.norm()
+    if not same:
+        raise RuntimeError(f"{folder} is not the student that was trained. It is not to be used.")

@@ -14,6 +14,7 @@ from transformers import SamModel
 from samlight_hf import SamLighteningModel
 from samlight_hf.data import SyntheticScenes
 from samlight_hf.distillation import distill, parse_arguments
+from samlight_hf.distillation.run import verify_export
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
 from tests.data.files import HEIGHT, WIDTH, box_mask, png, rle, sa1b_json, write_coco, write_tar
@@ -157,6 +158,31 @@ def test_a_teacher_from_scratch(folder, tmp_path):
     assert type(model) is SamModel
     # SamVisionConfig would scale the coordinate features by hidden_size // 2 = 24
     assert model.shared_image_embedding.positional_embedding.std() < 2
+
+
+def test_an_export_is_the_student_that_was_trained(tmp_path):
+    student = SamLighteningModel(tiny_config())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    student.save_pretrained(tmp_path)
+    make_processor(student.config.vision_config).save_pretrained(tmp_path)
+    verify_export(tmp_path, student)
+    with torch.no_grad():
+        for parameter in student.parameters():  # from elsewhere in memory, products may round otherwise
+            parameter.data = torch.cat([parameter.flatten()[:1], parameter.flatten()])[1:].view_as(parameter)
+    verify_export(tmp_path, student)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rates = config["vision_config"]["dilation_rate"]
+    config["vision_config"]["dilation_rate"] = [1] * len(rates)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="is not the student that was trained"):
+        verify_export(tmp_path, student)
+    config["vision_config"]["dilation_rate"] = rates
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    student.mask_decoder.iou_prediction_head.proj_out.bias.data += 1e-6
+    with pytest.raises(RuntimeError, match="is not the student that was trained"):
+        verify_export(tmp_path, student)
 
 
 @pytest.mark.parametrize(
