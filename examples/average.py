@@ -1,0 +1,37 @@
+"""Averages the weights of checkpoints that were trained apart from a common beginning, and writes the result as one more.
+
+python examples/average.py outputs/a/student outputs/b/student --out outputs/average
+samlight evaluate --model outputs/a/student --model outputs/average --dataset held_out.tar
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from samlight_hf.averaging import average_models
+from samlight_hf.loading import find_dtype, load_model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="folders or Hub names; the first one's processor is kept")
+    parser.add_argument("--shares", nargs="+", type=float, help="of each, relative to the others; by default the same")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32", help="of the weights that are written")
+    parser.add_argument("--max-shard-size", default="5GB")
+    args = parser.parse_args()
+    try:
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
+        loaded = [load_model(name, device="cpu") for name in args.models]
+        average = average_models([model for model, _ in loaded], args.shares)
+        average.to(find_dtype(args.dtype)).save_pretrained(args.out, max_shard_size=args.max_shard_size)
+        loaded[0][1].save_pretrained(args.out)
+        load_model(args.out, device="cpu")  # whole, finite, and of its config
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out}: the average of {len(args.models)} models")
+
+
+if __name__ == "__main__":
+    main()
