@@ -20,6 +20,7 @@ from tests.conftest import tiny_config
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "sam-lightening-tiny"
 REPORT = ROOT / "benchmarks" / "results" / "evaluation_bsds500_val.json"
+WITH_TEACHER = REPORT.with_name("evaluation_bsds500_second.json")  # of weights before these
 BENCHMARK = ROOT / "benchmarks" / "results" / "speed_h100.json"
 
 
@@ -46,10 +47,12 @@ def test_the_bundled_card_is_what_the_command_makes(monkeypatch, tmp_path, capsy
     assert (tmp_path / "README.md").read_bytes() == (CHECKPOINT / "README.md").read_bytes()
 
 
-def test_every_number_of_the_report_is_in_metadata_and_table(report, folder):
-    text = render_card(CHECKPOINT, evaluation=REPORT)
+@pytest.mark.parametrize("path", [REPORT, WITH_TEACHER], ids=["alone", "beside its teacher"])
+def test_every_number_of_the_report_is_in_metadata_and_table(path, folder):
+    text = render_card(CHECKPOINT, evaluation=path)
     results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
-    scores, settings = (report["models"][0][key] for key in ("scores", "settings"))
+    scores, settings = (json.loads(path.read_text())["models"][0][key] for key in ("scores", "settings"))
+    assert bool(settings["extra"]) == (path == WITH_TEACHER)
     assert len(results) == 2 * len(scores) + len(settings["extra"])  # mIoU and boundary IoU; likeness to the teacher
     for protocol, score in scores.items():
         prompt, choice = protocol.split("/")
@@ -65,7 +68,7 @@ def test_every_number_of_the_report_is_in_metadata_and_table(report, folder):
     for said in (settings["command"], settings["device"], settings["date"], *settings["protocols"], "5,515 masks"):
         assert said in text
     assert "evaluated as" not in text
-    assert "evaluated as `sam-lightening-tiny`" in render_card(folder, evaluation=REPORT)
+    assert "evaluated as `sam-lightening-tiny`" in render_card(folder, evaluation=path)
 
 
 def test_the_card_follows_its_report(report):
