@@ -21,14 +21,15 @@ def main():
     parser.add_argument("--max-shard-size", default="5GB")
     args = parser.parse_args()
     try:
+        dtype = find_dtype(args.dtype)
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
         loaded = [load_model(name, device="cpu") for name in args.models]
         average = average_models([model for model, _ in loaded], args.shares)
-        average.to(find_dtype(args.dtype)).save_pretrained(args.out, max_shard_size=args.max_shard_size)
+        average.to(dtype).save_pretrained(args.out, max_shard_size=args.max_shard_size)
         loaded[0][1].save_pretrained(args.out)
         load_model(args.out, device="cpu")  # whole, finite, and of its config
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: the average of {len(args.models)} models")
 
