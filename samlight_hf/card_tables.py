@@ -239,7 +239,9 @@ def _calibration(scores: Mapping) -> str:
     for protocol, score in scores.items():
         if (gap := _mean(score.get("calibration_gap"))) is not None:
             prompt, choice = protocol.split("/")
-            return f"{gap:.2f} on average in the evaluation above ({prompt}, {choice} mask)"
+            error = _mean(score.get("calibration_error"))  # reports of before it was measured have none
+            binned = "" if error is None else f"; its expected calibration error, in ten bins, is {error:.3f}"
+            return f"{gap:.2f} on average in the evaluation above ({prompt}, {choice} mask){binned}"
     return ""
 
 

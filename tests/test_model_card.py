@@ -84,6 +84,18 @@ def test_the_card_follows_its_report(report):
         assert gone not in text
 
 
+def test_calibration_is_told_as_far_as_it_was_measured(report):
+    """Reports of before calibration errors were measured have the gap alone."""
+    changed = json.loads(json.dumps(report))
+    iou = changed["models"][0]["scores"]["box/single"]["iou"]
+    both = "; its expected calibration error, in ten bins, is 0.057"
+    for measured, words in (({}, ""), ({"calibration_error": {"mean": 0.0567}}, both)):
+        score = {"iou": iou, "calibration_gap": {"mean": 0.1234}, **measured}
+        changed["models"][0]["scores"] = {"box/single": score}
+        text = render_card(CHECKPOINT, evaluation=changed)
+        assert f"off by 0.12 on average in the evaluation above (box, single mask){words}.\n" in text
+
+
 def test_metadata(folder):
     facts = CardFacts.of(
         {

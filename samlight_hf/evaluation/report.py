@@ -16,7 +16,7 @@ from ..files import write_aside
 from ..messages import text_table
 from .files import is_missing, plain, slug, write_records
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
-from .statistics import CONFIDENCE, NUM_RESAMPLES, SIZES, ModelResult, protocol_differences
+from .statistics import CONFIDENCE, NUM_BINS, NUM_RESAMPLES, SIZES, ModelResult, protocol_differences
 from .worst_cases import worst_cases
 
 
@@ -29,7 +29,7 @@ _SETTINGS = dict.fromkeys(
 # Title of each score, and where `ModelResult.score` finds it.
 _PATHS = {
     "mIoU": ("iou",), **{f"mIoU of {size}": ("by_size", size) for size in SIZES}, "boundary IoU": ("boundary_iou",),
-    "calibration gap": ("calibration_gap",),
+    "calibration gap": ("calibration_gap",), "calibration error": ("calibration_error",),
 }  # fmt: skip
 
 
@@ -208,7 +208,9 @@ def _protocol_blocks(results: Sequence[ModelResult]) -> list[str]:
         f"Brackets hold {CONFIDENCE:.0%} intervals: a percentile bootstrap of {NUM_RESAMPLES:,} draws over pictures, each "
         "with all of its instances; means are over instances. Differences are paired on the same instances; their "
         "two-sided p-values are not corrected for the number of comparisons. Small, medium, large: below 32², below 96², "
-        "and other areas. Calibration gap: mean distance of the model's own estimate of the IoU from the IoU."
+        "and other areas. Calibration gap: mean distance of the model's own estimate of the IoU from the IoU. Calibration "
+        f"error: distance of the means of both over the masks whose estimate is in one of {NUM_BINS} bins of equal width, "
+        "averaged over bins by their masks (expected calibration error)."
     )
     if num_pictures < 20:
         note += (

@@ -16,6 +16,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
+NUM_BINS = 10  # of predicted IoUs, for the calibration error
 MEASURES = "iou", "boundary_iou", "predicted_iou"
 SIZES = "small", "medium", "large"
 _SMALL_BELOW, _MEDIUM_BELOW = 32**2, 96**2  # square pixels of the original picture, as in COCO
@@ -188,24 +189,39 @@ def calibration_gap(predicted_iou: Sequence[float], iou: Sequence[float]) -> flo
     Raises:
         ValueError: for different lengths, no values, NaN or infinite ones.
     """
-    if len(predicted_iou) != len(iou):
-        raise ValueError(f"{len(predicted_iou)} predicted and {len(iou)} true IoUs cannot be compared.")
-    return float(np.abs(_checked(predicted_iou, "predicted_iou") - _checked(iou, "iou")).mean())
+    return float(np.abs(np.subtract(*_checked_pair(predicted_iou, iou))).mean())
+
+
+def calibration_error(predicted_iou: Sequence[float], iou: Sequence[float]) -> float:
+    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017) over (n,) instances: |mean predicted - mean true IoU|
+    of those whose predicted IoU is in one of ten bins of equal width, averaged over bins by their instances.
+
+    Where annotators disagree about a thing, no estimate is right for each of their masks, and the gap stays above zero; this
+    is zero where estimates are right on average. It is never more than the gap. Of few instances it comes out too large, and
+    of what the bootstrap draws from them larger still: chance in one bin does not cancel that in another.
+
+    Raises ValueError as `calibration_gap` does.
+    """
+    predicted, true = _checked_pair(predicted_iou, iou)
+    return _summed_magnitudes(_binned(predicted, predicted - true))
 
 
 def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **options) -> dict[str, dict]:
     """Every protocol's scores over instance records (see `ModelResult`), by protocol.
 
-    Returns for each {"iou": score, "boundary_iou": score, "calibration_gap": score, "by_size": {"small": score, ...}},
-    where a score is {"mean", "low", "high", "n"}. A mean is taken over all instances or not at all: where a value is
-    missing or NaN, the three are None and "reason" tells how many and which is the first. With a single picture, low and
-    high are None and "reason" says so.
+    Returns for each {"iou": score, "boundary_iou": score, "calibration_gap": score, "calibration_error": score,
+    "by_size": {"small": score, ...}}, where a score is {"mean", "low", "high", "n"}. A mean is taken over all instances or
+    not at all: where a value is missing or NaN, the three are None and "reason" tells how many and which is the first.
+    With a single picture, low and high are None and "reason" says so.
 
     `options` are `confidence`, `num_resamples` and `seed` of `bootstrap_interval`.
     """
     iou, boundary, predicted = (values_of(records, measure, protocols) for measure in MEASURES)
-    gap = np.abs(predicted - iou)
-    blocks = [_scores(block, records, **options) for block in (iou, boundary, gap)]
+    measured = {
+        "iou": iou, "boundary_iou": boundary, "calibration_gap": np.abs(predicted - iou),
+        "calibration_error": _binned(predicted, predicted - iou),
+    }  # fmt: skip
+    blocks = {name: _scores(values, records, **options) for name, values in measured.items()}
     sizes = np.array([size_class(record["area"]) for record in records])
     by_size = {}
     for size in SIZES:
@@ -213,7 +229,7 @@ def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **opti
         by_size[size] = _scores(iou[rows], [records[row] for row in rows], **options)
     return {
         protocol: {
-            **dict(zip(("iou", "boundary_iou", "calibration_gap"), (block[column] for block in blocks))),
+            **{name: scores[column] for name, scores in blocks.items()},
             "by_size": {size: scores[column] for size, scores in by_size.items()},
         }
         for column, protocol in enumerate(protocols)
@@ -279,18 +295,37 @@ def instance_key(record: Mapping) -> tuple:
 
 
 def _scores(values: np.ndarray, records: Sequence[Mapping], **options) -> list[dict]:
-    """One score for each column of (instances, protocols): see `protocol_scores`."""
+    """One score for each column of (instances, protocols): see `protocol_scores`. Of (instances, protocols, bins), as
+    `_binned` makes them, a score is the sum of the magnitudes of the bins' means."""
     keys = [instance_key(record) for record in records]
-    problems = [_problem(column, keys) if keys else "no such instances" for column in values.T]
+    values = values[..., None] if values.ndim == 2 else values
+    problems = [_problem(column, keys) if keys else "no such instances" for column in values.sum(axis=2).T]
     whole = [column for column, problem in enumerate(problems) if not problem]
     scores = [{"mean": None, "low": None, "high": None, "n": len(keys), "reason": problem} for problem in problems]
     if whole:
         options = _options(options)
         # All protocols are scored on the same draws: one pass serves them all.
-        means = _resampled_means(values[:, whole], _group_index([picture for picture, _ in keys], len(keys)), **options)
+        columns = values[:, whole].reshape(len(keys), -1)
+        means = _resampled_means(columns, _group_index([picture for picture, _ in keys], len(keys)), **options)
+        means = np.abs(means.reshape(len(means), len(whole), -1)).sum(axis=2)
         for column, low, high in zip(whole, *_ends(means, options["confidence"])):
-            scores[column] = {"mean": float(values[:, column].mean()), "n": len(keys)} | _interval(low=low, high=high)
+            mean = _summed_magnitudes(values[:, column])
+            scores[column] = {"mean": mean, "n": len(keys)} | _interval(low=low, high=high)
     return scores
+
+
+def _binned(predicted: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(...) twice -> (..., NUM_BINS): each value in the bin of its prediction, 0 in the others; where it is NaN, NaN in all.
+
+    Bins hold their lower end, and the last one 1; predictions outside of 0 to 1 are in the bin at that end.
+    """
+    bins = np.clip(np.floor(predicted * NUM_BINS), 0, NUM_BINS - 1)
+    return values[..., None] * (bins[..., None] == np.arange(NUM_BINS))
+
+
+def _summed_magnitudes(values: np.ndarray) -> float:
+    """(n, bins): |mean over n| of each bin, added up: of one bin that holds nothing below zero, its mean."""
+    return float(sum(abs(column.mean()) for column in values.T))
 
 
 def _problem(values: np.ndarray, keys: Sequence[tuple]) -> str:
@@ -330,6 +365,12 @@ def _checked(values: Sequence[float], name: str) -> np.ndarray:
             "Leaving them out would change the mean: find out where they come from."
         )
     return values
+
+
+def _checked_pair(predicted_iou: Sequence[float], iou: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    if len(predicted_iou) != len(iou):
+        raise ValueError(f"{len(predicted_iou)} predicted and {len(iou)} true IoUs cannot be compared.")
+    return _checked(predicted_iou, "predicted_iou"), _checked(iou, "iou")
 
 
 def _group_index(groups: Sequence[Hashable] | None, num_values: int) -> np.ndarray:

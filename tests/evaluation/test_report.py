@@ -109,7 +109,8 @@ def test_missing_numbers_are_said(tmp_path):
     assert (
         "broken, mIoU: 1 of 100 values are missing or not finite, first: picture sa_1, instance 5 (box/single)" in text
     )
-    assert "broken, calibration gap: 1 of 100 values are missing" in text
+    for measure in ("gap", "error"):
+        assert f"broken, calibration {measure}: 1 of 100 values are missing" in text
     assert "num_instances is 101, but there are 100 records" in text
     assert "Protocol missing" in text
     assert "| skipped: zero area | 3 | missing |" in text

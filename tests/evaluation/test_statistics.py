@@ -9,6 +9,7 @@ from samlight_hf.evaluation import statistics
 from samlight_hf.evaluation.statistics import (
     ModelResult,
     bootstrap_interval,
+    calibration_error,
     calibration_gap,
     paired_bootstrap,
     protocol_differences,
@@ -160,9 +161,33 @@ def test_size_classes_are_cocos():
 
 def test_calibration_gap():
     assert calibration_gap([0.5, 1.1], [0.7, 1.0]) == pytest.approx(0.15)  # signs do not cancel
+
+
+def test_calibration_error():
+    # In the bin from 0.7 sums of 1.5 and 1.3, in the last one, which holds 1 and what is above it, of 3.0 and 2.5.
+    predicted, iou = [0.72, 0.9, 0.78, 1.0, 1.1], [0.9, 0.8, 0.4, 0.9, 0.8]
+    assert calibration_error(predicted, iou) == pytest.approx((0.2 + 0.5) / 5)
+    assert calibration_error([0.65, 0.75], [0.75, 0.65]) == pytest.approx(0.1)  # bins do not cancel
+    assert calibration_error([0.75, 0.75], [0.95, 0.55]) == pytest.approx(0)  # right on average, each off by 0.2
+
+
+@pytest.mark.parametrize("measure", [calibration_gap, calibration_error])
+def test_calibration_of_what_cannot_be_compared(measure):
     for predicted, iou in (([0.5], [0.5, 0.6]), ([], []), ([math.nan], [0.5])):
         with pytest.raises(ValueError):
-            calibration_gap(predicted, iou)
+            measure(predicted, iou)
+
+
+def test_interval_of_the_calibration_error_by_enumeration():
+    # Draws of two pictures: AA, AB, BA, BB with 0.2, (|0.2 - 0.2| + 0.1) / 3 twice, and (0.4 + 0.2) / 4.
+    records = [
+        record("A", 0, predicted_iou=0.55, iou=0.75),
+        record("B", 1, predicted_iou=0.55, iou=0.35),
+        record("B", 2, predicted_iou=0.85, iou=0.75),
+    ]
+    for confidence, high in ((0.9, 0.2), (0.4, 0.15)):
+        score = protocol_scores(records, ["box/single"], confidence=confidence)["box/single"]["calibration_error"]
+        assert score == pytest.approx({"mean": 0.1 / 3, "low": 0.1 / 3, "high": high, "n": 3})
 
 
 def test_protocol_scores_are_those_of_the_single_functions():
@@ -178,7 +203,9 @@ def test_protocol_scores_are_those_of_the_single_functions():
     for name in ("iou", "boundary_iou"):
         expected = bootstrap_interval(values[name], pictures)
         assert scores[name] == pytest.approx({"n": 60, **expected._asdict()})
-    assert scores["calibration_gap"]["mean"] == pytest.approx(calibration_gap(values["predicted_iou"], values["iou"]))
+    for name, measure in (("calibration_gap", calibration_gap), ("calibration_error", calibration_error)):
+        assert scores[name]["mean"] == pytest.approx(measure(values["predicted_iou"], values["iou"]))
+    assert 0 < scores["calibration_error"]["mean"] < scores["calibration_gap"]["mean"]
     medium = [r for r in records if 1024 <= r["area"] < 9216]
     expected = bootstrap_interval([r["iou"]["box/single"] for r in medium], [r["picture"] for r in medium])
     assert scores["by_size"]["medium"] == {"n": len(medium), **expected._asdict()}
@@ -193,7 +220,7 @@ def test_missing_value_takes_the_mean_with_it_and_is_named(gone):
         record("c", 8, 5000, iou=0.5, boundary_iou=0.4, predicted_iou=0.6),
     ]
     scores = protocol_scores(records, ["box/single"])["box/single"]
-    for score in (scores["iou"], scores["calibration_gap"]):
+    for score in (scores["iou"], scores["calibration_gap"], scores["calibration_error"]):
         assert score["mean"] is score["low"] is score["high"] is None
         assert score["reason"] == "1 of 3 values are missing or not finite, first: picture b, instance 7"
     assert scores["boundary_iou"]["mean"] == pytest.approx(0.4)
