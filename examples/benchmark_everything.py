@@ -34,6 +34,7 @@ from samlight_hf import (
     upscaled_masks,
 )
 from samlight_hf.candidates import Candidates
+from samlight_hf.cuda_graphs import GraphedFunction
 from samlight_hf.loading import load_model, quiet_transformers
 from samlight_hf.mask_files import write_masks
 from samlight_hf.segment_run import Everything, Job, Run
@@ -289,6 +290,8 @@ def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
             spent[name] += time.perf_counter() - start
             return result
 
+        if isinstance(function, GraphedFunction):
+            call.empty = function.empty  # which pictures are written to
         return call
 
     patches = [

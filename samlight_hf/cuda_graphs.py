@@ -27,6 +27,7 @@ class GraphedFunction:
         self.last_ran: str | None = None
         self._graphs: OrderedDict = OrderedDict()
         self._frozen = False
+        self._lent: torch.Tensor | None = None  # by `empty`, for a graph that there is not yet
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -35,10 +36,24 @@ class GraphedFunction:
         """Keeps the graphs that there are, and makes no others."""
         self._frozen = True
 
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As `torch.empty`, for the one tensor of the next call: what the graph for it reads, or will read, so that nothing is copied.
+
+        That tensor is always the same: the next call with another one of its kind overwrites it. From here to the end of
+        the call nobody else may call this function.
+        """
+        captured = self._graphs.get((device, (torch.Size(shape), dtype)))
+        if captured is not None:
+            return captured[1].tensors[0]
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        self._lent = tensor if self.enabled and not self._frozen else None
+        return tensor
+
     def __call__(self, *tensors: torch.Tensor):
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self(*tensors)
+        lent, self._lent = self._lent, None
         device = tensors[0].device
         key = device, *[(tensor.shape, tensor.dtype) for tensor in tensors]
         captured = self._graphs.get(key)
@@ -48,7 +63,7 @@ class GraphedFunction:
                 return self.function(*(tensor.to(device, non_blocking=True) for tensor in tensors))
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
-            captured = self._graphs[key] = self._capture(tensors)
+            captured = self._graphs[key] = self._capture(tensors, lent)
         self._graphs.move_to_end(key)
         graph, inputs, outputs = captured
         inputs.fill(tensors)
@@ -56,9 +71,9 @@ class GraphedFunction:
         self.last_ran = "graph"
         return outputs
 
-    def _capture(self, tensors: tuple[torch.Tensor, ...]):
+    def _capture(self, tensors: tuple[torch.Tensor, ...], lent: torch.Tensor | None):
         with torch.cuda.device(tensors[0].device):
-            inputs = StaticInputs(tensors)
+            inputs = StaticInputs(tensors, lent)
             inputs.fill(tensors)
             stream = _warm_up_stream(tensors[0].device)
             stream.wait_stream(torch.cuda.current_stream())
@@ -79,25 +94,31 @@ class GraphedFunction:
 class StaticInputs:
     """Tensors like `examples`, all where the first is, that stay where they are in memory while `fill` gives them values.
 
-    Those of examples on the CPU lie side by side in one buffer there and one on the device: each copy between them takes as
-    long as several kernels of a short graph. Later values may be on the CPU or on the device, whatever the examples were.
+    An example that is `lent` becomes one of them. Those of examples on the CPU lie side by side in one buffer there and one on
+    the device: each copy between them takes as long as several kernels of a short graph. Later values may be on the CPU or on
+    the device, whatever the examples were.
     """
 
-    def __init__(self, examples: Sequence[torch.Tensor]):
+    def __init__(self, examples: Sequence[torch.Tensor], lent: torch.Tensor | None = None):
         from_cpu = [example for example in examples if example.is_cpu]
         # Not pinned: when a copy from there returns, it has been read, and may be filled anew.
         self._buffer = torch.empty(sum(_aligned(example.nbytes) for example in from_cpu), dtype=torch.uint8)
         self._device_buffer = torch.empty_like(self._buffer, device=examples[0].device)
         sources, copies = (iter(_views(buffer, from_cpu)) for buffer in (self._buffer, self._device_buffer))
         self.tensors = [
-            next(copies) if example.is_cpu else torch.empty_like(example, device=examples[0].device)
+            next(copies)
+            if example.is_cpu
+            else example
+            if example is lent
+            else torch.empty_like(example, device=examples[0].device)
             for example in examples
         ]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
 
     def fill(self, tensors: Sequence[torch.Tensor]):
         for target, tensor in zip(self._targets, tensors):
-            target.copy_(tensor, non_blocking=target.is_cuda)
+            if tensor is not target:  # which may have been written by the caller
+                target.copy_(tensor, non_blocking=target.is_cuda)
         if self._buffer.numel():
             self._device_buffer.copy_(self._buffer, non_blocking=True)
 

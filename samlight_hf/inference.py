@@ -126,7 +126,7 @@ class PictureEncoder:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
-        pixel_values = preprocess(self.image_processor, pictures, self.device, self.dtype)
+        pixel_values = preprocess(self.image_processor, pictures, self.device, self.dtype, self.encode.empty)
         embeddings = self.encode(pixel_values)
         if isinstance(embeddings, tuple):  # SAM-HQ
             final, between = embeddings

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
+from . import upscaled_masks
 from .inference import Decoder, PictureEncoder, make_decoder
 from .mask_generation import MaskResult
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
-from .preprocessing import Picture, check_size, picture_tensor, resized_size, upscale_logits
+from .preprocessing import Picture, check_size, picture_tensor, resized_size
 from .prompts import Prompt, check_prompts, parse_prompts, prompt_batches
+from .upscaled_masks import Frame
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,9 @@ class Predictor:
             raise ValueError(
                 f"logits have the shape {tuple(logits.shape)}, and must be (n, h, w): logits[:, i] of a prediction."
             )
-        padded = pad_size["height"], pad_size["width"]
-        parts = [
-            upscale_logits(part, padded, self._resized(picture), size) > 0
-            for part in logits.split(self.budget.masks_per_step(size, size))
-            if len(part)
-        ]
-        return _cat(parts) if parts else torch.zeros(0, *size, dtype=torch.bool)
+        frame = Frame((pad_size["height"], pad_size["width"]), self._resized(picture), size, (0, 0), size)
+        step = self.budget.masks_per_step(size, size)
+        return upscaled_masks.masks(logits, frame, 0.0, step, upscaled_masks.why_not_triton(logits) is None)
 
     def _resized(self, picture: int) -> tuple[int, int]:
         return resized_size(*self.sizes[picture], self.image_processor.size["longest_edge"])

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -70,18 +70,21 @@ def preprocess(
     pictures: Sequence[torch.Tensor],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    empty: Callable[..., torch.Tensor] = torch.empty,
 ) -> torch.Tensor:
     """Pictures, uint8 (3, H, W) of any sizes and on any device, to pixel values (B, 3, S, S), in `dtype` and on `device`.
 
     Resized to the image processor's longest edge, normalised, and padded with zeros at the right and at the bottom: in
-    float32, rounded to `dtype`. Raises ValueError for an image processor that resizes to more than it pads to.
+    float32, rounded to `dtype`. `empty`, called as `torch.empty`, gives the tensor that kernels write them to; on the CPU,
+    and where the image processor does it itself, it is not asked. Raises ValueError for an image processor that resizes to
+    more than it pads to.
     """
     if device.type == "cpu" or why_not_on_device(image_processor):
         inputs = image_processor(list(pictures), return_tensors="pt", device=device if device.type != "cpu" else None)
         return inputs["pixel_values"].to(dtype)
     height, width = image_processor.pad_size["height"], image_processor.pad_size["width"]
     levels = normalised_levels(image_processor, dtype, device)
-    pixel_values = torch.empty(len(pictures), 3, height, width, dtype=dtype, device=device)
+    pixel_values = empty(len(pictures), 3, height, width, dtype=dtype, device=device)
     for place, picture in zip(pixel_values, pictures):
         size = resized_size(*picture.shape[-2:], image_processor.size["longest_edge"])
         resize_into(place, picture.to(device, non_blocking=True), size, levels)

@@ -1,11 +1,12 @@
-"""Pictures resized to the model's input, bit for bit as torch resizes them on a CPU, and normalised, in two passes.
+"""Pictures resized to the model's input, bit for bit as torch resizes them on a CPU, and normalised, in one kernel.
 
 On a CPU torch resizes uint8 with integer arithmetic, and on a GPU in floating point with another rounding: one grey level
 here and there, which is enough for a mask at a threshold to come or go. So the integer arithmetic is repeated here: columns
 first, then rows, each as a sum of a few neighbours with integer weights, rounded to uint8.
 
-What follows can only be one of 256 values for each channel. They come in a table, so that the second Triton kernel
-writes the pixel values themselves, in the model's dtype and to the bit, however they are normalised.
+What follows can only be one of 256 values for each channel. They come in a table, so that the Triton kernel writes the
+pixel values themselves, in the model's dtype and to the bit, however they are normalised. It resizes the columns of a
+source row again for each row of pixel values that needs it, which spares a second launch and a buffer between.
 """
 
 import math
@@ -16,8 +17,7 @@ import torch
 from .triton_support import failure, tl, triton
 
 
-_LINES, _COLUMNS = 8, 128  # a block's rows of pixels and results in each, where columns are resized
-_LONGEST_BLOCK = 1024  # results of a block, all in a row, where rows are resized
+_LINES, _COLUMNS = 8, 128  # of the kernel's blocks
 
 
 def resize_into(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
@@ -98,7 +98,7 @@ def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, int
 
 
 def why_not_triton(pixel_values: torch.Tensor) -> str | None:
-    """Why the kernels cannot write these pixel values: a sentence, or None where they can."""
+    """Why the kernel cannot write these pixel values: a sentence, or None where it can."""
     if triton is None:
         return "Triton is not installed."
     if not pixel_values.is_cuda:
@@ -123,75 +123,60 @@ def _why_not_at_all() -> str | None:
 
 
 def launch(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
-    channels, height, width = picture.shape
-    table_x, shift_x = _device_weights(width, size[1], picture.device)
+    (channels, height, width), (_, padded_height, padded_width) = picture.shape, pixel_values.shape
     table_y, shift_y = _device_weights(height, size[0], picture.device)
-    padded_height, padded_width = pixel_values.shape[1:]
-    num_lines = height * channels
-    # Rows as long as those of the pixel values, for aligned reads of several columns at once; nobody uses their rest.
-    lines = torch.empty(num_lines, padded_width, dtype=torch.uint8, device=picture.device)
-    block = min(1 << (padded_width - 1).bit_length(), _LONGEST_BLOCK)  # a power of 2
+    table_x, shift_x = _device_weights(width, size[1], picture.device)
+    grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS)
     with torch.cuda.device_of(picture):  # where Triton launches
-        _resize_columns[(-(-num_lines // _LINES), -(-size[1] // _COLUMNS))](
-            picture, *picture.stride(), num_lines, width, table_x, len(table_x) - 1, shift_x, lines, size[1],
-            CHANNELS=channels, PITCH=padded_width, LINES=_LINES, COLUMNS=_COLUMNS,
-        )  # fmt: skip
-        _resize_rows[(padded_height, channels, -(-padded_width // block))](
-            lines, height, table_y, len(table_y) - 1, shift_y, levels, pixel_values, *size,
-            CHANNELS=channels, PITCH=padded_width, COLUMNS=block,
+        _resize_kernel[grid](
+            picture, *picture.stride(), height, width,
+            table_y, len(table_y) - 1, shift_y, table_x, len(table_x) - 1, shift_x, *size,
+            levels, pixel_values, padded_height, padded_width, CHANNELS=channels, LINES=_LINES, COLUMNS=_COLUMNS,
         )  # fmt: skip
 
 
 if triton is not None:
-    # What differs between pictures is not compiled into the kernels.
-    _STRIDES, _WEIGHTS = ["channel_stride", "row_stride", "column_stride"], ["num_neighbours", "shift"]
+    # What differs between pictures is not compiled into the kernel. Nor is the width of the pixel values: rows that are
+    # known to be aligned would be written 8 columns a thread, and then they are read so too, whose bytes lie far apart.
+    _STRIDES, _WEIGHTS = ["channel_stride", "row_stride", "column_stride"], ["num_neighbours_y", "num_neighbours_x"]
+    _SIZES = ["height", "width", "new_height", "new_width", "padded_height", "padded_width"]
 
     @triton.jit(
-        do_not_specialize=["num_lines", "width", "new_width", *_STRIDES, *_WEIGHTS],
+        do_not_specialize=[*_STRIDES, *_WEIGHTS, "shift_y", "shift_x", *_SIZES],
         do_not_specialize_on_alignment=["picture"],
     )
-    def _resize_columns(
-        picture, channel_stride, row_stride, column_stride, num_lines, width, table, num_neighbours, shift, lines, new_width,
-        CHANNELS: tl.constexpr, PITCH: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    def _resize_kernel(
+        picture, channel_stride, row_stride, column_stride, height, width,
+        table_y, num_neighbours_y, shift_y, table_x, num_neighbours_x, shift_x, new_height, new_width,
+        levels, pixel_values, padded_height, padded_width,
+        CHANNELS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """`picture` to `lines`, (height * CHANNELS, PITCH): the channels of a row next to each other.
+        """A block of `pixel_values`, (CHANNELS, padded height, padded width): some lines, which are the channels of a row next to each other.
 
         So a block finds the channels of a picture (height, width, channels) in the same lines of the cache.
         """
-        line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        inside = column < new_width
-        inside_lines = line < num_lines
-        source = picture + line % CHANNELS * channel_stride + line // CHANNELS * row_stride
-        first = tl.load(table + column, mask=inside, other=0)
-        total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift - 1))
-        for neighbour in range(num_neighbours):
-            weight = tl.load(table + (neighbour + 1) * new_width + column, mask=inside, other=0)
-            place = tl.minimum(first + neighbour, width - 1).to(tl.int64) * column_stride
-            total += tl.load(source + place, mask=inside & inside_lines, other=0).to(tl.int32) * weight
-        # Beyond the new width too, since a mask that is not aligned would have single bytes written.
-        resized = tl.minimum(total >> shift, 255).to(tl.uint8)
-        tl.store(lines + line * PITCH + column, resized, mask=inside_lines & (column < PITCH))
-
-    @triton.jit(do_not_specialize=["height", "new_height", "new_width", *_WEIGHTS])
-    def _resize_rows(
-        lines, height, table, num_neighbours, shift, levels, pixel_values, new_height, new_width,
-        CHANNELS: tl.constexpr, PITCH: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        """`lines`, (height * CHANNELS, PITCH), to `pixel_values`, (CHANNELS, programs, PITCH)."""
-        row, channel, start = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
-        column = start + tl.arange(0, COLUMNS)
-        inside = column < PITCH
-        values = tl.zeros((COLUMNS,), pixel_values.dtype.element_ty)
-        if (row < new_height) & (start < new_width):
-            first = tl.load(table + row)
-            total = tl.zeros((COLUMNS,), tl.int32) + (1 << (shift - 1))
-            for neighbour in range(num_neighbours):
-                weight = tl.load(table + (neighbour + 1) * new_height + row)
-                line = tl.minimum(first + neighbour, height - 1).to(tl.int64) * CHANNELS + channel
-                total += tl.load(lines + line * PITCH + column, mask=inside, other=0).to(tl.int32) * weight
-            # Beyond the new width there may be anything, but no level above 255.
-            resized = tl.load(levels + channel * 256 + tl.minimum(total >> shift, 255))
-            values = tl.where(column < new_width, resized, values)
-        line = channel.to(tl.int64) * tl.num_programs(0) + row
-        tl.store(pixel_values + line * PITCH + column, values, mask=inside)
+        first_line, first_column = tl.program_id(0) * LINES, tl.program_id(1) * COLUMNS
+        line = first_line + tl.arange(0, LINES)[:, None]
+        row, channel = line // CHANNELS, (line % CHANNELS).to(tl.int64)
+        column = first_column + tl.arange(0, COLUMNS)[None, :]
+        values = tl.zeros((LINES, COLUMNS), pixel_values.dtype.element_ty)
+        if (first_line // CHANNELS < new_height) & (first_column < new_width):
+            # Beyond the new size the last pixel is computed again, without masks in the loops, and nobody uses it.
+            y, x = tl.minimum(row, new_height - 1), tl.minimum(column, new_width - 1)
+            step = column_stride.to(tl.int64)
+            first_row, first_place, last_place = tl.load(table_y + y), tl.load(table_x + x) * step, (width - 1) * step
+            total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift_y - 1))
+            for neighbour_y in range(num_neighbours_y):
+                source_row = tl.minimum(first_row + neighbour_y, height - 1).to(tl.int64)
+                source = picture + channel * channel_stride + source_row * row_stride
+                line_total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift_x - 1))
+                for neighbour_x in range(num_neighbours_x):
+                    place = tl.minimum(first_place + neighbour_x * step, last_place)
+                    weight_x = tl.load(table_x + (neighbour_x + 1) * new_width + x)
+                    line_total += tl.load(source + place).to(tl.int32) * weight_x
+                weight_y = tl.load(table_y + (neighbour_y + 1) * new_height + y)
+                total += tl.minimum(line_total >> shift_x, 255) * weight_y
+            resized = tl.load(levels + channel * 256 + tl.minimum(total >> shift_y, 255))
+            values = tl.where((row < new_height) & (column < new_width), resized, values)
+        output = pixel_values + (channel * padded_height + row) * padded_width + column
+        tl.store(output, values, mask=(row < padded_height) & (column < padded_width))

@@ -1,9 +1,10 @@
-"""Masks at the picture's size, seen without being made: areas, boxes and outlines straight from the decoder's logits.
+"""Masks at the picture's size straight from the decoder's logits; and areas, boxes and outlines, without masks being made.
 
 A decoder's logits are 256 x 256 numbers a mask, and at the picture's size a million. What the filters of everything mode ask
 of them, and where a mask's outline runs, are a few numbers again. The Triton kernels compute each pixel from its neighbours among the
 logits, as the two bilinear resizes of the image processor do one after the other, and keep nothing of it but counts,
-extremes, and in the end one bit a pixel, of which the positions are made at which a mask changes.
+extremes, and in the end one bit a pixel, of which the positions are made at which a mask changes. Where masks themselves
+are asked for, they are all that is written: the logits never are at the picture's size.
 """
 
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ def _why_not_at_all() -> str | None:
         )
         positions, counts = launch_changes(logits, frame, 0.0)
         _, expected_counts = changes_reference(logits, frame, 0.0)
+        different = launch_masks(logits, frame, 0.0) != masks_reference(logits, frame, 0.0)
         # A pixel at the threshold may fall on either side.
-        differences = (found - expected).abs().max(), (counts - expected_counts).abs().max()
+        differences = (found - expected).abs().max(), (counts - expected_counts).abs().max(), different.sum()
         return max(differences).item() <= 2 and len(positions) == counts.sum()
 
     return failure("masks at the picture's size", attempt)
@@ -99,6 +101,23 @@ def changes(
     return tuple(map(torch.cat, zip(*parts)))
 
 
+def masks(logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool) -> torch.Tensor:
+    """Masks of logits (n, h, w), at the size of their crop: bool (n, H, W).
+
+    At most `step` masks' logits are at that size at once where there is no kernel.
+    """
+    if use_triton:
+        return launch_masks(logits, frame, threshold)
+    parts = [masks_reference(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
+    if len(parts) == 1:  # without a copy
+        return parts[0]
+    return torch.cat(parts) if parts else torch.zeros(0, *frame.crop, dtype=torch.bool, device=logits.device)
+
+
+def masks_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.Tensor:
+    return upscale_logits(logits, frame.padded, frame.resized, frame.crop) > threshold
+
+
 def measure_reference(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
     logits = upscale_logits(logits, frame.padded, frame.resized, frame.crop)
     middle, high, low = thresholds
@@ -107,7 +126,7 @@ def measure_reference(logits: torch.Tensor, frame: Frame, thresholds: tuple[floa
 
 
 def changes_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    masks = upscale_logits(logits, frame.padded, frame.resized, frame.crop) > threshold
+    masks = masks_reference(logits, frame, threshold)
     (top, left), (height, width) = frame.corner, frame.picture
     if frame.crop != frame.picture:
         right, bottom = width - left - frame.crop[1], height - top - frame.crop[0]
@@ -125,6 +144,18 @@ def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
         edges.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
     (x1, x2), (y1, y2) = edges
     return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
+
+
+def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.Tensor:
+    logits, (height, width) = logits.contiguous(), frame.crop
+    masks = torch.empty(len(logits), height, width, dtype=torch.bool, device=logits.device)
+    if len(logits):
+        with torch.cuda.device_of(logits):
+            _masks_kernel[(len(logits), -(-width // _COLUMNS), -(-height // _ROWS))](
+                logits, masks, *_geometry(logits, frame), float(threshold),
+                ROWS=_ROWS, COLUMNS=_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
+            )  # fmt: skip
+    return masks
 
 
 def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
@@ -230,6 +261,25 @@ if triton is not None:
         else:
             value = _resize_once(logits, y, x, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
         return value
+
+    @triton.jit(do_not_specialize=_SIZES)
+    def _masks_kernel(
+        logits, masks,
+        low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
+        threshold,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
+    ):  # fmt: skip
+        """A block of one mask's pixels."""
+        mask = tl.program_id(0).to(tl.int64)
+        logits += mask * low_height * low_width
+        y = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
+        x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        value = _pixel(
+            logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),
+            low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=False,
+        )  # fmt: skip
+        place = masks + (mask * crop_height + y) * crop_width + x
+        tl.store(place, value > threshold, mask=(y < crop_height) & (x < crop_width))
 
     @triton.jit(do_not_specialize=["num_partial", *_SIZES])
     def _measure_kernel(

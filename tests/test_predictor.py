@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from samlight_hf import Predictor, SamLighteningModel
+from samlight_hf import Predictor, SamLighteningModel, upscaled_masks
 from samlight_hf.loading import load_model
 from samlight_hf.predictor import predict_prompts, segment_prompts
 from samlight_hf.prompts import check_prompts, parse_prompts, prompt_batches
@@ -331,6 +331,50 @@ def test_a_single_prompt_is_replayed_from_a_graph(folder, picture):
             assert graphed.decoder.all_masks[multimask_output, False].last_ran == "graph"
     assert graphed.encoder.encode.last_ran == "graph"
     assert eager.encoder.encode.last_ran == "eager"
+
+
+def events_on_device(run) -> list[str]:
+    """What a second run of it does there, in order."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.gpu
+def test_pixel_values_are_written_where_the_encoders_graph_reads_them(folder, monkeypatch):
+    model, processor = load_model(folder, "cuda")
+    encoder, eager = (Predictor(model, processor, cuda_graphs=on).encoder for on in (True, False))
+    one, other = torch.randint(0, 256, (2, 3, 30, 50), dtype=torch.uint8, device="cuda")
+    for pictures in ([one], [other], [one, other], [other, one, one], [other, one], [one]):
+        for found, expected in zip(encoder(pictures), eager(pictures), strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
+    written = events_on_device(lambda: encoder([one]))
+    monkeypatch.setattr(encoder.encode, "empty", torch.empty)
+    copied = events_on_device(lambda: encoder([one]))
+    assert written[0] == copied[0] == "_resize_kernel"
+    assert "Memcpy" in copied[1] and copied[2:] == written[1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(50, 30), (20, 64), (1100, 700)])
+def test_masks_are_all_that_is_written_at_the_pictures_size(folder, size, monkeypatch):
+    predictor = Predictor(*load_model(folder, "cuda"), output="torch").set_image(random_picture(*size))
+    logits = predictor.predict([[(3, 4)], [(9, 9)]], full_size=False).logits.flatten(0, 1)
+    assert events_on_device(lambda: predictor.to_masks(logits)) == ["_masks_kernel"]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masks = predictor.to_masks(logits)
+    assert torch.cuda.max_memory_allocated() - before <= masks.nbytes + 2**20  # what torch may round up
+    assert masks.shape == (6, *size[::-1])
+    assert not predictor.to_masks(logits.cpu()).is_cuda
+    assert predictor.to_masks(logits[:0]).is_cuda
+    monkeypatch.setattr(upscaled_masks, "why_not_triton", lambda logits: "not asked for")
+    expected = predictor.to_masks(logits)
+    assert (masks != expected).float().mean() < 1e-4
 
 
 @pytest.mark.gpu

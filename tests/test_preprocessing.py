@@ -29,7 +29,7 @@ def random_picture(height, width, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_pixel_values_are_those_of_the_cpu_on_any_device(device, dtype):
-    """On a GPU by the kernels, in every layout and of every size."""
+    """On a GPU by the kernel, in every layout and of every size."""
     if device == "cuda":
         assert why_not_triton(torch.empty(1, 1, 1, device=device)) is None
     processor = SamImageProcessor()
@@ -60,7 +60,7 @@ def test_resized_levels_are_normalised_as_the_image_processor_does(settings, dty
 
 
 @pytest.mark.gpu
-def test_a_warm_call_launches_two_kernels_and_copies_nothing():
+def test_a_warm_call_launches_one_kernel_a_picture_and_copies_nothing():
     processor, pictures = SamImageProcessor(), [random_picture(683, 1024).cuda(), random_picture(500, 333).cuda()]
 
     def run():
@@ -72,7 +72,7 @@ def test_a_warm_call_launches_two_kernels_and_copies_nothing():
         run()
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert on_device == ["_resize_columns", "_resize_rows"] * len(pictures)
+    assert on_device == ["_resize_kernel"] * len(pictures)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Pictures are resized as torch resizes them on a CPU, to the bit, by PyTorch's operations as by the Triton kernels.
+"""Pictures are resized as torch resizes them on a CPU, to the bit, by PyTorch's operations as by the Triton kernel.
 
-The kernels run in Triton's interpreter everywhere, and on a GPU where there is one.
+The kernel runs in Triton's interpreter everywhere, and on a GPU where there is one.
 """
 
 from functools import partial
@@ -36,6 +36,7 @@ CASES = [
     ((23, 40), (11, 40), (16, 48)),
     ((1, 1), (1, 1), (3, 3)),
     ((5, 700), (8, 1400), (9, 1500)),  # several blocks wide
+    ((200, 333), (24, 40), (24, 40)),  # many neighbours
 ]
 LAYOUTS = {
     "planes": lambda picture: picture,
@@ -44,6 +45,8 @@ LAYOUTS = {
     "a crop": lambda picture: torch.nn.functional.pad(picture, (3, 2, 1, 4), value=99)[:, 1:-4, 3:-2],
     "transposed": lambda picture: picture.mT.contiguous().mT,
 }
+# Strides of a picture (3, 5, 6), whose pixels lie further apart than 32 bits count.
+FAR_APART = [(2**30 + 9, 50, 3), (20, 2**29 + 9, 3), (20, 70, 2**29 + 9)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,7 +55,7 @@ def random_picture(height, width, seed=0):
 
 
 def check_kernel(size, resized, padded, layout="planes", dtype=torch.float32, device="cpu"):
-    """The kernels write every pixel value, and write what torch makes of the picture on a CPU."""
+    """The kernel writes every pixel value, and writes what torch makes of the picture on a CPU."""
     picture = random_picture(*size)
     levels = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = torch.empty(3, *padded, dtype=dtype)
@@ -62,11 +65,21 @@ def check_kernel(size, resized, padded, layout="planes", dtype=torch.float32, de
     assert torch.equal(found.cpu(), expected), (size, resized, padded, layout, dtype)
 
 
+def check_far_apart(strides, device="cpu"):
+    picture, levels = random_picture(5, 6).to(device), torch.rand(3, 256, device=device)
+    spread = torch.empty_strided(picture.shape, strides, dtype=torch.uint8, device=device).copy_(picture)
+    found, expected = torch.empty(2, 3, 4, 5, device=device)
+    launch(found, spread, (4, 5), levels)
+    resize_into_reference(expected, picture, (4, 5), levels)
+    assert torch.equal(found, expected), strides
+
+
 def every_check():
     """For the interpreter, which is slow: the layouts and the dtypes on one of the cases."""
     yield from (partial(check_kernel, *case) for case in CASES)
     yield from (partial(check_kernel, *CASES[1], layout) for layout in LAYOUTS)
     yield from (partial(check_kernel, *CASES[1], dtype=dtype) for dtype in DTYPES[1:])
+    yield from (partial(check_far_apart, strides) for strides in FAR_APART)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -96,21 +109,27 @@ def test_what_does_not_fit_is_not_written(size):
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
-def test_the_kernels_in_tritons_interpreter():
+def test_the_kernel_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(list(every_check()))} checks\n"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_kernels_on_a_gpu(layout, dtype):
+def test_the_kernel_on_a_gpu(layout, dtype):
     assert why_not_triton(torch.empty(1, 1, 1, device="cuda")) is None
     for case in [*CASES, ((683, 1021), (685, 1024), (1024, 1024)), ((3024, 4032), (768, 1024), (1024, 1024))]:
         check_kernel(*case, layout, dtype, device="cuda")
 
 
 @pytest.mark.gpu
-def test_what_the_kernels_cannot_take_goes_to_the_reference():
+@pytest.mark.parametrize("strides", FAR_APART, ids=str)
+def test_pixels_far_apart_on_a_gpu(strides):
+    check_far_apart(strides, "cuda")
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_cannot_take_goes_to_the_reference():
     pixel_values, levels = torch.empty(3, 8, 16, device="cuda")[..., ::2], torch.rand(3, 256)
     assert "not contiguous" in why_not_triton(pixel_values)
     resize_into(pixel_values, random_picture(12, 9).cuda(), (8, 6), levels.cuda())

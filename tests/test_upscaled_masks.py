@@ -12,7 +12,9 @@ from samlight_hf.upscaled_masks import (
     changes,
     changes_reference,
     launch_changes,
+    launch_masks,
     launch_measure,
+    masks_reference,
     measure,
     measure_reference,
     why_not_triton,
@@ -49,6 +51,9 @@ def check(name: str, device="cpu", dtype=torch.float32):
     found, expected = launch_measure(logits, frame, THRESHOLDS), measure_reference(logits, frame, THRESHOLDS)
     assert (found.dtype, found.shape) == (torch.int32, expected.shape), name
     assert (found - expected).abs().max() <= 1, (name, found, expected)
+    written, expected = launch_masks(logits, frame, 0.0), masks_reference(logits, frame, 0.0)
+    assert (written.dtype, written.shape) == (torch.bool, expected.shape), name
+    assert (written != expected).flatten(1).sum(dim=1).max() <= 1, name
     masks = [
         RunLengthMasks.from_changes(*frame.picture, *(tensor.cpu().numpy() for tensor in result)).to_masks()
         for result in (launch_changes(logits, frame, 0.0), changes_reference(logits, frame, 0.0))
@@ -56,6 +61,7 @@ def check(name: str, device="cpu", dtype=torch.float32):
     for mask, other in zip(*masks, strict=True):
         assert (mask != other).sum() <= 1, name
     assert not launch_measure(logits[:0], frame, THRESHOLDS).numel()
+    assert launch_masks(logits[:0], frame, 0.0).shape == (0, *frame.crop)
     assert [len(tensor) for tensor in launch_changes(logits[:0], frame, 0.0)] == [0, 0]
     assert [len(tensor) for tensor in launch_changes(logits[-2:-1], frame, 0.0)] == [0, 1]
 
@@ -98,6 +104,18 @@ def test_masks_of_the_published_size_on_a_gpu(frame):
     )
     union, intersection = ((part).flatten(1).sum(1) for part in (masks | others, masks & others))
     assert (intersection / union).min() >= 0.999
+    different = launch_masks(logits, frame, 0.0) != masks_reference(logits, frame, 0.0)
+    assert different.float().mean() < 1e-5
+
+
+@pytest.mark.gpu
+def test_masks_of_more_pixels_than_32_bits_count():
+    frame = Frame((1024, 1024), (683, 1024), (2000, 3000), (0, 0), (2000, 3000))
+    logits = torch.linspace(-9, 9, 64 * 64, device="cuda").sin().view(1, 64, 64).repeat(360, 1, 1)
+    logits[-1] *= -1
+    masks = launch_masks(logits, frame, 0.0)
+    assert torch.equal(masks[-2:], launch_masks(logits[-2:], frame, 0.0))
+    assert not torch.equal(masks[-1], masks[-2])
 
 
 def test_why_the_kernels_do_not_run_on_a_cpu_and_what_runs_there():

@@ -9,7 +9,8 @@ from transformers import SamImageProcessor
 from ..inference import make_decoder
 from ..modeling.modeling_sam_lightening import make_processor
 from ..predictor import Predictor
-from ..preprocessing import preprocess, resized_size, upscale_logits
+from ..preprocessing import preprocess, resized_size
+from ..upscaled_masks import Frame, masks, why_not_triton
 from .encoders import COMPILED, EAGER, GRAPH, OPTIMIZED, OURS, optimized, report_of
 from .measure import MEGABYTE, attempt, capture, peak_memory, random_tensor, synchronize, time_calls, wall_clock_ms
 from .settings import Settings
@@ -49,7 +50,7 @@ def _time_decoder(mode: str, num_prompts: int, settings: Settings) -> dict:
             image, labels = decoder.prepare(embeddings), torch.ones(num_prompts, 1, dtype=torch.long, device=device)
 
             def call():
-                return decoder.decode(image, points[0], labels, repeated=True)
+                return decoder.decode(image, points[0], labels, repeated=num_prompts == 1)  # as Predictor does
         else:
             if mode == COMPILED:
                 model.mask_decoder.compile(dynamic=False)
@@ -79,7 +80,8 @@ def picture_to_mask(
     outputs = model(pixel_values=pixel_values, input_points=points)
     best = outputs.iou_scores[0, 0].argmax(dim=0, keepdim=True)
     logits = outputs.pred_masks[0, 0].index_select(0, best)
-    return upscale_logits(logits, (padded["height"], padded["width"]), resized, size)[0] > 0
+    frame = Frame((padded["height"], padded["width"]), resized, size, (0, 0), size)
+    return masks(logits, frame, 0.0, len(logits), why_not_triton(logits) is None)[0]
 
 
 def prompt_rows(settings: Settings) -> Iterator[dict]:
@@ -176,5 +178,6 @@ def _preprocessing(size: tuple[int, int], settings: Settings) -> Callable[[], to
 def _upscaling(size: tuple[int, int], settings: Settings) -> Callable[[], torch.Tensor]:
     image_size = settings.config.vision_config.image_size
     side = 4 * settings.config.prompt_encoder_config.image_embedding_size
-    logits, resized = random_tensor((1, side, side), settings.device, settings.dtype), resized_size(*size, image_size)
-    return lambda: upscale_logits(logits, (image_size, image_size), resized, size) > 0
+    logits = random_tensor((1, side, side), settings.device, settings.dtype)
+    frame = Frame((image_size, image_size), resized_size(*size, image_size), size, (0, 0), size)
+    return lambda: masks(logits, frame, 0.0, 1, why_not_triton(logits) is None)
