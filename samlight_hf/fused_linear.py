@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .triton_support import failure, tl, triton
+from .triton_support import failure, overlap_options, tl, triton
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,20 @@ class FusedLinear:
         self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
         self.eps, self.gelu = 0.0 if norm is None else norm.eps, gelu
 
-    def __call__(self, rows: Rows, residual: torch.Tensor | None = None, statistics: bool = False) -> Rows:
-        """(M, K) -> (M, N). `residual` is (M, N), or (M / n, N) which is then added n times over."""
+    def __call__(
+        self,
+        rows: Rows,
+        residual: torch.Tensor | None = None,
+        statistics: bool = False,
+        memory: torch.Tensor | None = None,
+    ) -> Rows:
+        """(M, K) -> (M, N). `residual` is (M, N), or (M / n, N) which is then added n times over.
+
+        The kernel writes its result at the beginning of `memory` (at least M * N,), where that is given.
+        """
         if why_not_triton(self, len(rows.values), rows.values, residual):
             return fused_linear_reference(self, rows, residual, statistics)
-        return launch(self, rows, residual, statistics)
+        return launch(self, rows, residual, statistics, memory=memory)
 
 
 def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> Rows:
@@ -158,13 +167,13 @@ def launch(
     residual: torch.Tensor | None = None,
     statistics: bool = False,
     tile: dict[str, int] | None = None,
+    memory: torch.Tensor | None = None,
 ) -> Rows:
     values, (out_features, in_features) = rows.values, layer.weight.shape
     num_rows, normalizes = len(values), layer.row_sums is not None
     tile = tile or tile_of(num_rows, out_features, in_features)
     block = tile["BLOCK_M"], tile["BLOCK_N"]
-    output, found, programs = _results(values, num_rows, out_features, block, statistics)
-    overlap = values.is_cuda and _can_overlap(values.device)
+    output, found, programs = _results(values, num_rows, out_features, block, statistics, memory)
     with torch.cuda.device_of(values):  # where Triton launches
         _linear_kernel[(programs,)](
             _descriptor(values, [block[0], tile["BLOCK_K"]]),
@@ -175,7 +184,7 @@ def launch(
             num_rows, num_rows if residual is None else len(residual), layer.eps,
             N=out_features, K=in_features, GIVEN_PARTS=len(rows.statistics) if normalizes else 0,
             NORM=normalizes, GELU=layer.gelu, RESIDUAL=residual is not None, STATISTICS=statistics,
-            PTX=values.is_cuda and torch.version.cuda is not None, OVERLAP=overlap, **({"launch_pdl": True} if overlap else {}), **tile,
+            PTX=values.is_cuda and torch.version.cuda is not None, **overlap_options(values), **tile,
         )  # fmt: skip
     return Rows(output, found)
 
@@ -212,21 +221,23 @@ def _descriptor(tensor: torch.Tensor, block: list[int]):
     return TensorDescriptor.from_tensor(tensor, block)
 
 
-def _results(values: torch.Tensor, num_rows: int, out_features: int, block: tuple[int, int], statistics: bool):
+def _results(
+    values: torch.Tensor,
+    num_rows: int,
+    out_features: int,
+    block: tuple[int, int],
+    statistics: bool,
+    memory: torch.Tensor | None = None,
+):
     """Memory for the output and its statistics, and the number of tiles."""
-    parts = out_features // block[1]
+    parts, size = out_features // block[1], num_rows * out_features
     found = torch.empty(parts, 2, num_rows, device=values.device) if statistics else None
-    return values.new_empty(num_rows, out_features), found, num_rows // block[0] * parts
-
-
-@lru_cache
-def _can_overlap(device: torch.device) -> bool:
-    """Whether a kernel can start before the one before it has ended (programmatic dependent launch, from Hopper on)."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+    output = values.new_empty(size) if memory is None else memory[:size]
+    return output.view(num_rows, out_features), found, num_rows // block[0] * parts
 
 
 if triton is not None:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from .triton_support import wait_for_the_last_kernel
 
     @triton.jit
     def _linear_kernel(
@@ -243,9 +254,7 @@ if triton is not None:
         shift = tl.load(bias + columns)
         if NORM:
             sums = tl.load(row_sums + columns)
-        if OVERLAP:  # the kernel before this one may be running until here
-            gdc_wait()
-            gdc_launch_dependents()
+        wait_for_the_last_kernel(OVERLAP)
         if NORM:
             mean, factor = _mean_and_factor(given, rows, num_rows, eps, K, GIVEN_PARTS, BLOCK_M)
         if RESIDUAL:

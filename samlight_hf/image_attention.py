@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .triton_support import failure, normal_numbers, tl, triton, why_not_decoder
+from .triton_support import failure, normal_numbers, overlap_options, tl, triton, why_not_decoder
 
 
 _BLOCK = 32  # image tokens
 _PROGRAMS = 528  # that a device is given: two at a time on each multiprocessor of an H100, twice
 _MOST_PARTS = 128  # of an image
-_BLOCKS = 4  # of image tokens that a program updates, one after the other
+_MOST_BLOCKS = 4  # of image tokens that a program updates, one after the other
 _MOST_ROWS = 64  # of a prompt: its tokens times heads
 
 
@@ -115,11 +115,12 @@ def launch_seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Ten
     with torch.cuda.device_of(image):  # where Triton launches
         _seen_kernel[(num_parts, num_prompts)](
             queries.contiguous(), image, positions, sums, *statistics, num_rows, num_tokens, _stride(image), blocks_of_part,
-            CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2,
+            CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2, **overlap_options(image),
         )  # fmt: skip
         _sum_kernel[(num_rows, num_prompts)](
-            sums, *statistics, seen, num_parts, CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts)
-        )
+            sums, *statistics, seen, num_parts,
+            CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts), **overlap_options(image),
+        )  # fmt: skip
     return seen
 
 
@@ -134,16 +135,17 @@ def launch_update(
 ) -> torch.Tensor:
     """`update_reference` by the kernel."""
     (num_prompts, num_rows, channels), num_tokens, image = keys.shape, image.shape[1], image.contiguous()
-    rows = num_rows // num_heads
+    rows, blocks = num_rows // num_heads, triton.cdiv(num_tokens, _BLOCK)
+    blocks_of_part = max(1, min(_MOST_BLOCKS, num_prompts * blocks // _PROGRAMS))
     updated = torch.empty(num_prompts, num_tokens, channels, dtype=image.dtype, device=image.device)
     if not updated.numel():
         return updated
     with torch.cuda.device_of(image):  # where Triton launches
-        _update_kernel[(triton.cdiv(num_tokens, _BLOCKS * _BLOCK), num_prompts)](
+        _update_kernel[(triton.cdiv(blocks, blocks_of_part), num_prompts)](
             image, positions, keys.contiguous(), biases.contiguous(), values.contiguous(), norm.weight, norm.bias, updated,
-            rows, num_tokens, _stride(image), _BLOCKS, norm.eps,
+            rows, num_tokens, _stride(image), blocks_of_part, norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)), BLOCK=_BLOCK,
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=2, **overlap_options(image),
         )  # fmt: skip
     return updated
 
@@ -154,13 +156,15 @@ def _stride(image: torch.Tensor) -> int:
 
 
 if triton is not None:
+    from .triton_support import wait_for_the_last_kernel
 
     @triton.jit
     def _seen_kernel(
         queries, image, positions, sums, maxima, totals, num_rows, num_tokens, image_stride, blocks_of_part,
-        CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """What all queries of one prompt see of a part of the image."""
+        wait_for_the_last_kernel(OVERLAP)
         prompt = tl.program_id(1)
         row = tl.arange(0, ROWS)
         channel = tl.arange(0, CHANNELS)
@@ -194,8 +198,11 @@ if triton is not None:
         tl.store(sums + places, seen, mask=wanted[:, None])
 
     @triton.jit
-    def _sum_kernel(sums, maxima, totals, seen, num_parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    def _sum_kernel(
+        sums, maxima, totals, seen, num_parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr
+    ):
         """One row of one prompt, of all parts."""
+        wait_for_the_last_kernel(OVERLAP)
         row, num_rows, prompt = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
         part = tl.arange(0, PARTS)
         channel = tl.arange(0, CHANNELS)
@@ -213,9 +220,10 @@ if triton is not None:
     def _update_kernel(
         image, positions, keys, biases, values, norm_weight, norm_bias, updated,
         num_own, num_tokens, image_stride, blocks_of_part, eps,
-        CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+        CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """A part of the image tokens and all tokens of one prompt, `num_own` of them in each head."""
+        wait_for_the_last_kernel(OVERLAP)
         prompt = tl.program_id(1)
         channel = tl.arange(0, CHANNELS)
         column = tl.arange(0, HEADS * TOKENS)

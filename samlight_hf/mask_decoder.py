@@ -10,6 +10,7 @@ What the decoder costs is the image side: N = 4096 tokens of 256 channels for ev
   only the finished masks are put into the order of their pixels.
 - Masks are computed for prompts that are kept by their predicted IoU, where the caller asks for a least one.
 - In half precision Triton kernels do what is left of the image side: `image_attention` and `mask_head`.
+- With few prompts the tokens' side, too: `token_kernels`.
 
 What is small is computed in float32 whatever the model's dtype: where prompts and image tokens are (in bfloat16 a coordinate of a
 picture of 1024 pixels is off by up to a pixel), the predicted IoU (one score in a hundred would have a neighbour with
@@ -17,8 +18,7 @@ the same bits, and which of two masks is suppressed would be a matter of their o
 """
 
 import copy
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -33,10 +33,12 @@ from transformers.models.sam.modeling_sam import (
     SamTwoWayAttentionBlock,
 )
 
-from . import image_attention, mask_head
+from . import image_attention, mask_head, token_kernels
 from .autocast import without_autocast
 from .cuda_graphs import GraphedFunction
 from .layer_norm import add_layer_norm
+from .prompt_embedding import PromptEmbedding
+from .token_kernels import TokenKernels
 
 
 class Decoded(NamedTuple):
@@ -64,7 +66,8 @@ class FastMaskDecoder:
     """The prompt encoder and mask decoder of a `SamModel` or `SamLighteningModel`, for inference.
 
     The model's weights are read when this is made; make another after they have changed or moved. `triton_kernels` are used
-    by default where they can run; ValueError for True where they cannot in half precision. It computes in `dtype`, by default
+    by default where they can run; ValueError for True where they cannot in half precision, but for those of a few prompts'
+    tokens, which are tried when such prompts come. It computes in `dtype`, by default
     the model's.
     """
 
@@ -119,6 +122,8 @@ class FastMaskDecoder:
         self.use_attention_kernels, self.use_head_kernel = (
             reason is None and triton_kernels is not False for reason in self.why_not_triton.values()
         )
+        self.use_token_kernels = None if self.use_attention_kernels else False  # None until it is tried
+        self.token_kernels: TokenKernels | None = None
         # Whether of a prompt with one point nothing but tokens and masks is ever in memory; see `MemoryBudget`.
         self.is_lean = self.use_head_kernel and self._has_kernels_for(heads, len(self.output_tokens) + 2)
 
@@ -155,11 +160,15 @@ class FastMaskDecoder:
         if len(image) not in (1, len(prompts[0])):
             raise ValueError(f"{len(image)} pictures for {len(prompts[0])} prompts: give one picture, or one for each.")
         image = image.to(self.dtype)  # which another decoder may have prepared
+        with_mask = mask_logits is not None
+        inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
         if repeated and min_iou is None and len(prompts[0]) == 1:
-            with_mask = mask_logits is not None
-            inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
             iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
             return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
+        if not repeated and min_iou is None and self.use_head_kernel and self._have_token_kernels_for(prompts):
+            inputs = (tensor.to(image.device, non_blocking=True) for tensor in inputs)
+            iou, logits = self._all_masks(multimask_output, with_mask, *inputs)
+            return Decoded(iou, None, logits)
         prompts = [prompt.to(image.device, non_blocking=True) for prompt in prompts]
         image = image + self._dense(mask_logits)
         transform = self.transform if repeated else self._transform
@@ -181,15 +190,29 @@ class FastMaskDecoder:
         """Predicted IoU (P, M) and the logits (P * M, 4h, 4w) of all masks, without a look at what was computed."""
         masks = _mask_slice(multimask_output)
         image, prompts = image + self._dense(prompts[0] if with_mask else None), prompts[with_mask:]
-        tokens, image_tokens, iou = self._transform(image, *prompts)
-        iou = iou[:, masks].float()
-        hyper = self._hyper(tokens[:, 1:][:, masks], masks)
+        if self._have_token_kernels_for(prompts):
+            iou, hyper, image_tokens = self.token_kernels(image, prompts, masks)
+        else:
+            tokens, image_tokens, iou = self._transform(image, *prompts)
+            iou = iou[:, masks].float()
+            hyper = self._hyper(tokens[:, 1:][:, masks], masks)
         if self.use_head_kernel:
             slots = torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
             logits = mask_head.launch(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
         else:
             logits = self._upscale(image_tokens, hyper).flatten(0, 1)
         return iou, logits
+
+    def _have_token_kernels_for(self, prompts: Sequence[torch.Tensor]) -> bool:
+        """They are tried, and made, for the first prompts that fit: everything mode does without them."""
+        if self.use_token_kernels is False or not token_kernels.fits(self.decoder, prompts):
+            return False
+        if self.use_token_kernels is None:
+            reason = token_kernels.why_not_triton(self.decoder, self.positions.device, self.dtype)
+            self.why_not_triton["tokens"], self.use_token_kernels = reason, reason is None
+        if self.use_token_kernels and self.token_kernels is None:
+            self.token_kernels = TokenKernels(self.decoder, self.embed, self.positions)
+        return self.use_token_kernels
 
     def _transform(self, image: torch.Tensor, *prompts: torch.Tensor):
         """Tokens (P, 1 + masks, C), image tokens (P, N, C), and predicted IoU (P, masks), all masks of the decoder.
@@ -297,44 +320,6 @@ class FastMaskDecoder:
     def _upscale(self, image_tokens: torch.Tensor, hyper: torch.Tensor) -> torch.Tensor:
         """(P, N, C) and (P, M, C / 8) -> logits (P, M, 4h, 4w)."""
         return mask_head.run_head(image_tokens, hyper, self.grid_size, self.head)
-
-
-class PromptEmbedding:
-    """SAM's embedding of points and boxes, in float32 and in few kernels: with one prompt, each costs its launch and no more."""
-
-    def __init__(self, encoder: SamPromptEncoder):
-        frequencies = encoder.shared_embedding.positional_embedding.float()  # (2, C / 2)
-        size, num_frequencies = encoder.input_image_size, frequencies.shape[1]
-        # The centre of a pixel in coordinates from -1 to 1; then sines, and cosines as sines of a quarter of a period later.
-        self.scale, self.shift = 2 / size, frequencies.new_tensor(1 / size - 1)
-        self.weight = 2 * math.pi * frequencies.repeat(1, 2)  # (2, C)
-        self.phase = frequencies.new_tensor([0.0, math.pi / 2]).repeat_interleave(num_frequencies)
-        off, on, *corners = (embedding.weight.float() for embedding in encoder.point_embed[:4])
-        self.corners, self.no_point = torch.cat(corners), encoder.not_a_point_embed.weight.float()
-        # What a point's position is multiplied with, and what is added, at index 0, 1, 2, -2 and -1: those labels, and beyond 2
-        # and -2 all others. Negative labels are padding, and have no position.
-        nothing = torch.zeros_like(off)
-        added = torch.cat([off, on, nothing, nothing, self.no_point])
-        factor = added.new_tensor([1, 1, 1, 0, 0])[:, None].expand_as(added)
-        self.by_label = torch.cat([factor, added], dim=1)  # (5, 2 * C)
-
-    def __call__(self, *prompts: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens (P, t, C) in parts: of points (P, k, 2) with labels (P, k), of boxes (P, 4), or of both in this order."""
-        parts = []
-        if len(prompts) > 1:
-            points, labels = prompts[:2]
-            factor, added = self.by_label[labels.long().clamp(-2, 2)].chunk(2, dim=-1)
-            parts.append(torch.addcmul(added, factor, self._positions(points)))
-        if len(prompts) != 2:
-            parts.append(self._positions(prompts[-1].unflatten(1, (2, 2))) + self.corners)
-        else:
-            parts.append(self.no_point.expand(len(points), 1, -1))
-        return parts
-
-    def _positions(self, points: torch.Tensor) -> torch.Tensor:
-        """(P, k, 2) in pixels of the resized picture: (P, k, C)."""
-        x, y = torch.add(self.shift, points, alpha=self.scale).split(1, dim=-1)
-        return torch.addcmul(torch.addcmul(self.phase, x, self.weight[0]), y, self.weight[1]).sin()
 
 
 def _mask_slice(multimask_output: bool) -> slice:

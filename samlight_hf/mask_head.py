@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .triton_support import failure, normal_numbers, tl, triton, why_not_decoder
+from .triton_support import failure, normal_numbers, overlap_options, tl, triton, why_not_decoder
 
 
 _BLOCK = 64  # image tokens
+_PROGRAMS = 528  # that a device is given at least: two at a time on each multiprocessor of an H100, twice
 
 
 class HeadWeights(NamedTuple):
@@ -97,17 +98,21 @@ def launch(
     (num_prompts, num_tokens, channels), (height, width) = image_tokens.shape, grid
     logits = torch.empty(num_kept, 4 * height, 4 * width, dtype=torch.float32, device=image_tokens.device)
     image_tokens, hyper, slots = image_tokens.contiguous(), hyper.contiguous(), slots.contiguous()
+    blocks = triton.cdiv(num_tokens, _BLOCK)
+    # A program makes all four parts of an image token, or with few prompts one of them.
+    programs_of_block = 1 if num_prompts * blocks >= _PROGRAMS else 4
     if num_kept:
         with torch.cuda.device_of(image_tokens):  # where Triton launches
-            _kernel[(triton.cdiv(num_tokens, _BLOCK), num_prompts)](
+            _kernel[(blocks, num_prompts, programs_of_block)](
                 image_tokens, weights.weight1, weights.bias1, weights.norm.weight, weights.norm.bias,
-                weights.weight2, weights.bias2, hyper, slots, logits, num_tokens, width, weights.norm.eps,
-                CHANNELS=channels, MASKS=hyper.shape[1], BLOCK=_BLOCK, num_warps=4, num_stages=1,
+                weights.weight2, weights.bias2, hyper, slots, logits, num_tokens, width, weights.norm.eps, 4 // programs_of_block,
+                CHANNELS=channels, MASKS=hyper.shape[1], BLOCK=_BLOCK, num_warps=4, num_stages=1, **overlap_options(image_tokens),
             )  # fmt: skip
     return logits
 
 
 if triton is not None:
+    from .triton_support import wait_for_the_last_kernel
 
     @triton.jit
     def _gelu(values):
@@ -116,12 +121,13 @@ if triton is not None:
     @triton.jit
     def _kernel(
         image_tokens, weight1, bias1, norm_weight, norm_bias, weight2, bias2, hyper, slots, logits,
-        num_tokens, grid_width, eps,
-        CHANNELS: tl.constexpr, MASKS: tl.constexpr, BLOCK: tl.constexpr,
+        num_tokens, grid_width, eps, parts,
+        CHANNELS: tl.constexpr, MASKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         QUARTER: tl.constexpr = CHANNELS // 4
         EIGHTH: tl.constexpr = CHANNELS // 8
         prompt = tl.program_id(1)
+        wait_for_the_last_kernel(OVERLAP)
         wanted = -1
         for place in tl.static_range(MASKS):
             wanted = tl.maximum(wanted, tl.load(slots + prompt * MASKS + place))
@@ -137,7 +143,7 @@ if triton is not None:
             shift = tl.load(norm_bias + quarter).to(tl.float32)[None, :]
             # The first pixel of each token, in a mask of 4 times the grid's width.
             corner = (token // grid_width) * 16 * grid_width + (token % grid_width) * 4
-            for part in range(4):  # 2 x 2 of each token
+            for part in range(tl.program_id(2) * parts, (tl.program_id(2) + 1) * parts):  # of 2 x 2 of each token
                 rows = part * QUARTER + quarter
                 weight = tl.load(weight1 + rows[None, :] * CHANNELS + channel[:, None])
                 hidden = tl.dot(image, weight) + tl.load(bias1 + rows).to(tl.float32)[None, :]

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -34,6 +35,19 @@ def normal_numbers() -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.randn(shape, device="cuda", generator=generator)
 
 
+def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
+    """Options of a launch that may begin before the kernel before it has ended, for one that calls `wait_for_the_last_kernel`."""
+    return (
+        {"OVERLAP": True, "launch_pdl": True} if tensor.is_cuda and _can_overlap(tensor.device) else {"OVERLAP": False}
+    )
+
+
+@lru_cache
+def _can_overlap(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch, from Hopper on."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def failure(name: str, attempt: Callable[[], bool]) -> str | None:
     """Why a kernel does not run on this machine, told as a warning too: a sentence, or None where `attempt` is right.
 
@@ -44,8 +58,21 @@ def failure(name: str, attempt: Callable[[], bool]) -> str | None:
         reason = None if attempt() else "its result is wrong"
     except Exception as error:  # of any kind: what is missing decides
         reason = one_line(error, 300)
+    if torch.cuda.is_initialized():  # or what stays in memory would lie scattered over what the attempt took
+        torch.cuda.empty_cache()
     if reason is None:
         return None
     reason = f"the Triton kernel for {name} does not run here: {reason}."
     warnings.warn(f"{reason} PyTorch's operations are used instead, which are slower.", stacklevel=2)
     return reason
+
+
+if triton is not None:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    @triton.jit
+    def wait_for_the_last_kernel(OVERLAP: tl.constexpr):
+        """The kernel before this one may be running until here: what it writes is read afterwards. The next one may begin."""
+        if OVERLAP:
+            gdc_wait()
+            gdc_launch_dependents()

@@ -48,6 +48,7 @@ class FastVisionEncoder:
         self.patch_embedding = FusedLinear(projection.weight.flatten(1), projection.bias)
         self.positions = None if encoder.pos_embed is None else encoder.pos_embed.flatten(0, 2).contiguous()
         self.layers = [_Layer(layer) for layer in encoder.layers]
+        self.largest_width = max(len(linear.weight) for layer in self.layers for linear in (layer.qkv, layer.lin1))
         neck = encoder.neck
         self.reduce = FusedLinear(neck.conv1.weight.flatten(1), None)
         self.convolution = neck.conv2.weight.to(memory_format=torch.channels_last)
@@ -57,9 +58,11 @@ class FastVisionEncoder:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         batch_size, _, height, width = pixel_values.shape
         grid = height // self.patch_size, width // self.patch_size
+        # Of a layer's two large intermediate results the first is not needed any more when the second is made.
+        memory = self.convolution.new_empty(self.largest_width * batch_size * grid[0] * grid[1])
         rows = embed_patches(self.patch_embedding, pixel_values, self.positions)
         for layer in self.layers:
-            rows = layer(rows, batch_size)
+            rows = layer(rows, batch_size, memory)
         tokens = add_layer_norm(self.reduce(rows).values.unflatten(0, (batch_size, -1)), self.norms[0])
         image = tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, h, w), channels last
         image = F.conv2d(image, self.convolution, padding=1)
@@ -81,9 +84,9 @@ class _Layer:
         self.lin1 = FusedLinear(mlp.lin1.weight, mlp.lin1.bias, layer.layer_norm2, gelu=True)
         self.lin2 = FusedLinear(mlp.lin2.weight, mlp.lin2.bias)
 
-    def __call__(self, rows: Rows, batch_size: int) -> Rows:
-        qkv = self.qkv(rows).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
+    def __call__(self, rows: Rows, batch_size: int, memory: torch.Tensor) -> Rows:
+        qkv = self.qkv(rows, memory=memory).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
         attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
         attended = Rows(attended.reshape(rows.values.shape))
         rows = self.proj(attended, rows.values, statistics=True)
-        return self.lin2(self.lin1(rows), rows.values, statistics=True)
+        return self.lin2(self.lin1(rows, memory=memory), rows.values, statistics=True)

@@ -83,6 +83,16 @@ def kernel_errors(case, dtype, device, tile=None, **sizes) -> tuple[float, float
     return error(result.values, expected), wrong
 
 
+def check_memory(device="cpu", tile=SMALL):
+    """A result lies at the beginning of the memory that is given for it, whatever was there."""
+    layer, rows, residual, expected = make(CASES[0], torch.float16, device)
+    memory = torch.full((expected.numel() + 7,), 5, dtype=torch.float16, device=device)
+    with torch.no_grad():
+        result = launch(layer, rows, residual, tile=tile, memory=memory).values
+    assert result.data_ptr() == memory.data_ptr() and memory[-7:].eq(5).all()
+    assert error(result, expected) < TOLERANCES[torch.float16]
+
+
 def patches_error(dtype, device, tile=None) -> float:
     torch.manual_seed(0)
     layer = FusedLinear(torch.randn(128, 768, device=device).to(dtype) / 28, torch.randn(128, device=device))
@@ -179,4 +189,5 @@ if __name__ == "__main__":
         values, statistics = kernel_errors(case, torch.float16, "cpu", SMALL)
         assert values < TOLERANCES[torch.float16] and statistics < 1e-3, (case, values, statistics)
     assert patches_error(torch.float16, "cpu", SMALL) < TOLERANCES[torch.float16]
+    check_memory()
     print(f"{len(CASES)} cases")

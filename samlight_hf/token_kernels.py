@@ -1,0 +1,531 @@
+"""A prompt's tokens on their way through SAM's mask decoder, in seven Triton kernels a layer, with the image's three.
+
+With few prompts a decoder is a hundred operations on seven tokens, each of which takes longer to start than to compute.
+Here each kernel does what lies between two points at which all of a prompt's tokens must be known: a head of the self-attention
+with its projections, or a linear layer with the norm before it and the residual after it. They are spread over
+heads or columns, so that many multiprocessors read the weights at once. On Hopper each starts while the kernel before it is running
+(programmatic dependent launch), and those that read a weight at once do so meanwhile. The image's side is in `image_attention`.
+
+Between kernels tokens are float32, before their layer norm: whoever reads them applies it. Products are summed in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers import SamConfig
+from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
+
+from . import image_attention
+from .prompt_embedding import PromptEmbedding
+from .triton_support import failure, normal_numbers, overlap_options, tl, triton, why_not_decoder
+
+
+MOST_PROMPTS = 64  # up to which the kernels were measured: there they still win by a tenth
+
+_ROWS = 16  # of a block, which holds all of a prompt's tokens
+_FEATURES = 32  # of a linear layer, that a program computes
+_FEW_FEATURES = 16  # the same where it has many inputs
+_INPUTS = 256  # that are read at once
+
+
+def fits(decoder: SamMaskDecoder, prompts: Sequence[torch.Tensor]) -> bool:
+    """Whether these are few enough, and have few enough tokens."""
+    num_tokens = 1 + decoder.num_mask_tokens + _num_tokens(prompts)
+    few_tokens = num_tokens <= _ROWS and image_attention.fits(decoder.config.num_attention_heads, num_tokens)
+    return len(prompts[0]) <= MOST_PROMPTS and few_tokens
+
+
+def why_not_triton(decoder: SamMaskDecoder, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run this mask decoder with such weights: a sentence, or None where they can."""
+    config = decoder.config
+    channels, heads = config.hidden_size, config.num_attention_heads
+    if reason := why_not_decoder(device, dtype, channels):
+        return reason
+    for head_dim in (channels // heads, channels // config.attention_downsample_rate // heads):
+        if head_dim not in (16, 32, 64):
+            return f"an attention's heads have {head_dim} channels, and not 16, 32 or 64."
+    if config.hidden_act != "relu":
+        return f"hidden_act={config.hidden_act!r} is not 'relu'."
+    if config.mlp_dim % _INPUTS:
+        return f"mlp_dim={config.mlp_dim} is no multiple of {_INPUTS}."
+    if (config.iou_head_depth, config.iou_head_hidden_dim) != (3, channels):
+        return (
+            f"the IoU head has {config.iou_head_depth} layers of {config.iou_head_hidden_dim}, and not 3 of {channels}."
+        )
+    if decoder.num_mask_tokens >= _ROWS or not config.num_hidden_layers:
+        return f"the decoder has {decoder.num_mask_tokens} masks and {config.num_hidden_layers} layers."
+    if not all(parameter.is_contiguous() for parameter in decoder.transformer.parameters()):
+        return "the weights are not contiguous."
+    shape = "hidden_size", "num_attention_heads", "attention_downsample_rate", "mlp_dim", "num_multimask_outputs"
+    names = (*shape, "num_hidden_layers", "iou_head_hidden_dim")
+    return _why_not_at_all(dtype, tuple((name, getattr(config, name)) for name in names))
+
+
+@lru_cache(maxsize=8)
+def _why_not_at_all(dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> str | None:
+    @torch.inference_mode()
+    def attempt() -> bool:
+        channels, masks = dict(shape)["hidden_size"], slice(1, None)
+        config = SamConfig(
+            vision_config={"num_pos_feats": channels // 2},
+            prompt_encoder_config={"hidden_size": channels, "image_size": 256, "image_embedding_size": 16},
+            mask_decoder_config=dict(shape),
+        )
+        with torch.random.fork_rng([torch.cuda.current_device()]), torch.device("cuda"):
+            torch.manual_seed(0)
+            decoder, encoder = SamMaskDecoder(config.mask_decoder_config).to(dtype), SamPromptEncoder(config).to(dtype)
+        numbers = normal_numbers()
+        image, positions = numbers(1, 256, channels).to(dtype), numbers(256, channels).to(dtype)
+        prompts = 100 + 50 * numbers(2, 1, 2), torch.ones(2, 1, dtype=torch.int32, device="cuda")
+        found = TokenKernels(decoder, PromptEmbedding(encoder), positions)(image, prompts, masks)
+        expected = reference(decoder.float(), encoder.float(), positions, image, prompts, masks)
+        return all(bool((a - b).norm() < 0.02 * b.norm()) for a, b in zip(found, expected))
+
+    return failure("a prompt's tokens", attempt)
+
+
+def reference(decoder, encoder, positions, image, prompts, masks: slice):
+    """What `TokenKernels` gives, by the decoder's own modules."""
+    batched = (None if prompt is None else prompt[None] for prompt in _by_name(prompts))
+    given, _ = encoder(*batched, None)  # (1, P, t, C)
+    outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(1, len(prompts[0]), -1, -1)
+    side = int(len(positions) ** 0.5)
+    maps = [part.to(outputs.dtype).mT.unflatten(-1, (side, -1)) for part in (image, positions[None])]
+    tokens, image_tokens = decoder.transformer(torch.cat([outputs, given], dim=2), *maps, None)[:2]
+    mlps = enumerate(decoder.output_hypernetworks_mlps, start=1)
+    hyper = torch.stack([mlp(tokens[0, :, place]) for place, mlp in mlps], dim=1)
+    return decoder.iou_prediction_head(tokens[0, :, 0])[:, masks], hyper[:, masks], image_tokens.flatten(0, 1)
+
+
+class TokenKernels:
+    """A mask decoder but for its end: from prompts and image tokens to scores, and to what masks are made with.
+
+    Weights are read when they are used, but those of the heads and of the prompts' embedding, which are copied here.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: SamMaskDecoder, embed: PromptEmbedding, positions: torch.Tensor):
+        self.transformer, self.heads = decoder.transformer, decoder.config.num_attention_heads
+        self.positions, self.dtype, self.channels = positions, positions.dtype, positions.shape[1]
+        mlps = [_linears(mlp) for mlp in (decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps)]
+        widths = self.channels, self.channels, self.channels // 8
+        self.mlps = [_stack(same, width) for width, same in zip(widths, zip(*mlps))]
+        self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
+        self.scale, self.shift = embed.scale, float(embed.shift)
+        self.waves = torch.cat([embed.weight, embed.phase[None]])
+        corners = torch.cat([torch.ones_like(embed.corners), embed.corners], dim=1)
+        self.kinds = torch.cat([embed.by_label, corners])  # by labels, the last of which is no point, and corners
+
+    def __call__(
+        self, image: torch.Tensor, prompts: tuple[torch.Tensor, ...], masks: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predicted IoU (P, M) and hypernetworks (P, M, C / 8), float32, of the `masks`, and image tokens (P, N, C).
+
+        `image` and `prompts` are those of `FastMaskDecoder._transform`.
+        """
+        tokens = embedded = self.embed(prompts)
+        norm = None
+        for layer in self.transformer.layers:
+            attended = self._attend(layer.self_attn, tokens, norm, None if norm is None else embedded)
+            tokens = self._add(layer.self_attn.out_proj, attended, None if norm is None else tokens, norm)
+            tokens = self._see(layer.cross_attn_token_to_image, tokens, layer.layer_norm1, embedded, image)
+            hidden = self._hidden(layer.mlp.lin1, tokens, layer.layer_norm2)
+            tokens, norm = self._add(layer.mlp.lin2, hidden, tokens, layer.layer_norm2), layer.layer_norm3
+            image = self._update(layer, tokens, norm, embedded, image)
+        tokens = self._see(self.transformer.final_attn_token_to_image, tokens, norm, embedded, image)
+        return *self._run_heads(tokens, self.transformer.layer_norm_final_attn, masks), image
+
+    def embed(self, prompts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The tokens that come in, float32 (P, T, C): those of the outputs, and what `PromptEmbedding` makes."""
+        points, labels, boxes = _by_name(tuple(prompt.contiguous() for prompt in prompts))
+        num_points = 0 if points is None else points.shape[1]
+        num_outputs, num_prompts = len(self.output_tokens), len(prompts[0])
+        embedded = self._new(num_prompts, num_outputs + _num_tokens(prompts), self.channels)
+        self._launch(
+            _embed_kernel, embedded.shape[1], embedded, self.output_tokens, self.waves, self.kinds,
+            points, labels, boxes, num_outputs, num_points, embedded.shape[1], self.scale, self.shift,
+            CHANNELS=self.channels, POINTS=points is not None, BOXES=boxes is not None,
+        )  # fmt: skip
+        return embedded
+
+    def _attend(self, attention: SamAttention, tokens, norm, embedded) -> torch.Tensor:
+        """The self-attention's heads, (P, T, C); `embedded` is added to queries and keys."""
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        attended = torch.empty_like(tokens, dtype=self.dtype)
+        self._launch(
+            _attend_kernel, self.heads, tokens, *_norm(norm), embedded,
+            query.weight, query.bias, key.weight, key.bias, value.weight, value.bias, attended,
+            tokens.shape[1], attention.scaling,
+            CHANNELS=self.channels, HEAD=self.channels // self.heads, ROWS=_ROWS, NORM=norm is not None,
+        )  # fmt: skip
+        return attended
+
+    def _add(self, linear: nn.Linear, values: torch.Tensor, tokens, norm) -> torch.Tensor:
+        """LayerNorm(tokens), or nothing, plus linear(values): float32 (P, T, C)."""
+        output = self._new(*values.shape[:2], self.channels)
+        features = _FEATURES if linear.in_features <= _INPUTS else _FEW_FEATURES
+        self._launch(
+            _add_kernel, self.channels // features, values, linear.weight, linear.bias, tokens, *_norm(norm), output,
+            values.shape[1], IN=linear.in_features, BLOCK=min(linear.in_features, _INPUTS), CHANNELS=self.channels,
+            FEATURES=features, ROWS=_ROWS, RESIDUAL=tokens is not None, NORM=norm is not None,
+        )  # fmt: skip
+        return output
+
+    def _hidden(self, linear: nn.Linear, tokens: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """relu(linear(LayerNorm(tokens))), (P, T, features)."""
+        hidden = tokens.new_empty(*tokens.shape[:2], linear.out_features, dtype=self.dtype)
+        self._launch(
+            _hidden_kernel, linear.out_features // _FEATURES, tokens, *_norm(norm), linear.weight, linear.bias, hidden,
+            tokens.shape[1], OUT=linear.out_features, CHANNELS=self.channels, FEATURES=_FEATURES, ROWS=_ROWS,
+        )  # fmt: skip
+        return hidden
+
+    def _see(self, attention: SamAttention, tokens, norm, embedded, image) -> torch.Tensor:
+        """LayerNorm(tokens) plus what they see of the image tokens (1, N, C) or (P, N, C): float32 (P, T, C)."""
+        queries, _, _ = self._to_image(attention.q_proj, attention.k_proj, attention, tokens, norm, embedded)
+        seen = image_attention.launch_seen(queries, image, self.positions)  # (P, H * T, C)
+        output, value, out = torch.empty_like(tokens), attention.v_proj, attention.out_proj
+        self._launch(
+            _add_seen_kernel, self.channels // _FEATURES, seen, value.weight, value.bias, out.weight, out.bias,
+            tokens, *_norm(norm), output, tokens.shape[1],
+            CHANNELS=self.channels, HEADS=self.heads, HEAD=value.out_features // self.heads, FEATURES=_FEATURES, ROWS=_ROWS,
+        )  # fmt: skip
+        return output
+
+    def _update(self, layer: nn.Module, tokens, norm, embedded, image) -> torch.Tensor:
+        """The image tokens (P, N, C) after their attention to the tokens, and its layer norm."""
+        attention = layer.cross_attn_image_to_token
+        sides = self._to_image(attention.k_proj, attention.q_proj, attention, tokens, norm, embedded, with_values=True)
+        keys, biases, values = sides
+        return image_attention.launch_update(image, self.positions, keys, biases, values, layer.layer_norm4, self.heads)
+
+    def _to_image(self, own: nn.Linear, other: nn.Linear, attention, tokens, norm, embedded, with_values=False):
+        """Each head of the tokens by their `own` projection times the `other` one's weight, as channels of the image:
+        (P, H * T, C); and with values, what `other`'s bias adds to each score, (P, H * T), and the values with the output's projection."""
+        num_prompts, num_tokens, channels = tokens.shape
+        shape = num_prompts, self.heads * num_tokens
+        sides = tokens.new_empty(*shape, channels, dtype=self.dtype)
+        biases = tokens.new_empty(shape, dtype=self.dtype) if with_values else None
+        values = torch.empty_like(sides) if with_values else None
+        value, out = attention.v_proj, attention.out_proj
+        self._launch(
+            _to_image_kernel, self.heads, tokens, *_norm(norm), embedded, own.weight, own.bias, other.weight, other.bias,
+            value.weight, value.bias, out.weight, out.bias, sides, biases, values, num_tokens, attention.scaling,
+            CHANNELS=channels, HEADS=self.heads, HEAD=own.out_features // self.heads, ROWS=_ROWS, VALUES=with_values,
+        )  # fmt: skip
+        return sides, biases, values
+
+    def _run_heads(self, tokens, norm: nn.LayerNorm, masks: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The IoU head on its token and the hypernetworks of the `masks` on theirs, side by side, in float32."""
+        first, stop, _ = masks.indices(len(self.output_tokens) - 1)
+        values = tokens
+        for depth, (weight, bias) in enumerate(self.mlps):
+            width = weight.shape[2]
+            features = min(_FEATURES, width)
+            output = self._new(len(tokens), 1 + stop - first, width)
+            self._launch(
+                _mlp_kernel, output.shape[1] * width // features, values, *_norm(norm), weight, bias, output,
+                tokens.shape[1], first, output.shape[1], IN=self.channels, OUT=width, FEATURES=features,
+                FIRST=depth == 0, LAST=depth == len(self.mlps) - 1,
+            )  # fmt: skip
+            values = output
+        return values[:, 0, first:stop], values[:, 1:]
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.positions.device)
+
+    def _launch(self, kernel: Callable, num_parts: int, *arguments, **options):
+        """`num_parts` programs for each prompt, of which the first argument has one for each row."""
+        with torch.cuda.device_of(self.positions):  # where Triton launches
+            kernel[(num_parts, len(arguments[0]))](*arguments, **overlap_options(self.positions), **options)
+
+
+def _by_name(prompts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Points, labels and boxes, of which there are the first two, the last or all."""
+    return (*prompts, None)[:3] if len(prompts) > 1 else (None, None, prompts[0])
+
+
+def _num_tokens(prompts: Sequence[torch.Tensor]) -> int:
+    """Points and a place for none, or corners of boxes, or both points and corners."""
+    points = prompts[0].shape[1] if len(prompts) > 1 else 0
+    return points + (1 if len(prompts) == 2 else 2)
+
+
+def _norm(norm: nn.LayerNorm | None) -> tuple:
+    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+
+
+def _linears(mlp: SamFeedForward) -> list[nn.Linear]:
+    return [mlp.proj_in, *mlp.layers, mlp.proj_out]
+
+
+def _stack(linears: tuple[nn.Linear, ...], out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (M, in, out) and biases (M, out) of M linear layers; zeros where one has fewer features."""
+    weight = linears[0].weight.new_zeros(len(linears), linears[0].in_features, out_features)
+    bias = weight.new_zeros(len(linears), out_features)
+    for place, linear in enumerate(linears):
+        weight[place, :, : linear.out_features] = linear.weight.T
+        bias[place, : linear.out_features] = linear.bias
+    return weight, bias
+
+
+if triton is not None:
+    from .triton_support import wait_for_the_last_kernel
+
+    @triton.jit
+    def _read(
+        tokens, scale, shift, eps, prompt, num_tokens, CHANNELS: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr
+    ):
+        """LayerNorm(tokens) of one prompt, or the tokens, float32 (ROWS, CHANNELS); beyond its tokens anything finite."""
+        row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+        places = (prompt * num_tokens + row)[:, None] * CHANNELS + channel[None, :]
+        values = tl.load(tokens + places, mask=(row < num_tokens)[:, None], other=0.0)
+        if NORM:
+            mean, factor = _moments(values, eps, CHANNELS)
+            values = (values - mean[:, None]) * factor[:, None]
+            values = values * tl.load(scale + channel).to(tl.float32)[None, :]
+            values += tl.load(shift + channel).to(tl.float32)[None, :]
+        return values
+
+    @triton.jit
+    def _moments(values, eps, CHANNELS: tl.constexpr):
+        """Mean and 1 / standard deviation of rows."""
+        mean = tl.sum(values, axis=1) / CHANNELS
+        centred = values - mean[:, None]
+        return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)
+
+    @triton.jit
+    def _weight(weight, first_row, first_column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """A block of a matrix of so many columns."""
+        row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+        return tl.load(weight + row[:, None] * stride + column[None, :])
+
+    @triton.jit(do_not_specialize=["num_points"])
+    def _embed_kernel(
+        embedded, output_tokens, waves, kinds, points, labels, boxes, num_outputs, num_points, num_tokens, scale, shift,
+        CHANNELS: tl.constexpr, POINTS: tl.constexpr, BOXES: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """One token: an output's, then a point's, and a box's corner or the one that stands for no further point."""
+        token, prompt = tl.program_id(0), tl.program_id(1)
+        number, channel = token - num_outputs, tl.arange(0, CHANNELS)
+        wait_for_the_last_kernel(OVERLAP)
+        x, y, kind = 0.0, 0.0, -1
+        if POINTS:
+            is_point = (number >= 0) & (number < num_points)
+            place = prompt * num_points + number
+            label = tl.load(labels + place, mask=is_point, other=-1).to(tl.int32)
+            x = tl.load(points + 2 * place, mask=is_point, other=0.0)
+            y = tl.load(points + 2 * place + 1, mask=is_point, other=0.0)
+            kind = tl.where(is_point, tl.minimum(tl.maximum(label, -2), 2), -1)
+        kind += tl.where(kind < 0, 5, 0)
+        if BOXES:
+            corner = number - num_points
+            place = 4 * prompt + 2 * corner
+            x = tl.where(corner >= 0, tl.load(boxes + place, mask=corner >= 0, other=0.0), x)
+            y = tl.where(corner >= 0, tl.load(boxes + place + 1, mask=corner >= 0, other=0.0), y)
+            kind = tl.where(corner >= 0, 5 + corner, kind)
+        x, y = shift + scale * x, shift + scale * y
+        angles = tl.load(waves + 2 * CHANNELS + channel)
+        angles += x * tl.load(waves + channel) + y * tl.load(waves + CHANNELS + channel)
+        factor = tl.load(kinds + kind * 2 * CHANNELS + channel)
+        values = tl.load(kinds + kind * 2 * CHANNELS + CHANNELS + channel) + factor * tl.sin(angles)
+        is_output = (channel >= 0) & (number < 0)  # the same for all channels
+        output = tl.load(output_tokens + token * CHANNELS + channel, mask=is_output, other=0.0)
+        tl.store(embedded + (prompt * num_tokens + token) * CHANNELS + channel, tl.where(is_output, output, values))
+
+    @triton.jit
+    def _attend_kernel(
+        tokens, scale, shift, eps, embedded, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias,
+        attended, num_tokens, scaling,
+        CHANNELS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """A head of the self-attention of one prompt's tokens."""
+        first, prompt = tl.program_id(0) * HEAD, tl.program_id(1)
+        row, feature = tl.arange(0, ROWS), first + tl.arange(0, HEAD)
+        own = row < num_tokens
+        weight_q = _weight(query_weight, first, 0, CHANNELS, HEAD, CHANNELS)
+        weight_k = _weight(key_weight, first, 0, CHANNELS, HEAD, CHANNELS)
+        weight_v = _weight(value_weight, first, 0, CHANNELS, HEAD, CHANNELS)
+        wait_for_the_last_kernel(OVERLAP)
+        values = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, NORM)
+        with_positions = values
+        if NORM:  # the first layer's tokens are what they are embedded as, and have no norm before them
+            with_positions += _read(embedded, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, False)
+        values, with_positions = values.to(weight_v.dtype), with_positions.to(weight_v.dtype)
+        query = tl.dot(with_positions, tl.trans(weight_q)) + tl.load(query_bias + feature).to(tl.float32)[None, :]
+        key = tl.dot(with_positions, tl.trans(weight_k)) + tl.load(key_bias + feature).to(tl.float32)[None, :]
+        value = tl.dot(values, tl.trans(weight_v)) + tl.load(value_bias + feature).to(tl.float32)[None, :]
+        scores = tl.dot((query * scaling).to(weight_v.dtype), tl.trans(key.to(weight_v.dtype)))
+        scores = tl.where(own[None, :], scores, float("-inf"))
+        weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+        result = tl.dot(weights.to(weight_v.dtype), value.to(weight_v.dtype))
+        places = (prompt * num_tokens + row)[:, None] * CHANNELS + feature[None, :]
+        tl.store(attended + places, result.to(weight_v.dtype), mask=own[:, None])
+
+    @triton.jit
+    def _plus_residual(
+        total, tokens, scale, shift, eps, output, prompt, num_tokens, first,
+        CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    ):  # fmt: skip
+        """Stores `total`, features from `first` on, plus the same of LayerNorm(tokens), of the tokens or of nothing."""
+        row, feature = tl.arange(0, ROWS), first + tl.arange(0, FEATURES)
+        own = (row < num_tokens)[:, None]
+        places = (prompt * num_tokens + row)[:, None] * CHANNELS + feature[None, :]
+        if RESIDUAL:
+            residual = tl.load(tokens + places, mask=own, other=0.0)
+            if NORM:
+                all_values = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, False)
+                mean, factor = _moments(all_values, eps, CHANNELS)
+                residual = (residual - mean[:, None]) * factor[:, None]
+                residual = residual * tl.load(scale + feature).to(tl.float32)[None, :]
+                residual += tl.load(shift + feature).to(tl.float32)[None, :]
+            total += residual
+        tl.store(output + places, total, mask=own)
+
+    @triton.jit
+    def _add_kernel(
+        values, weight, bias, tokens, scale, shift, eps, output, num_tokens,
+        IN: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
+        RESIDUAL: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        first, prompt = tl.program_id(0) * FEATURES, tl.program_id(1)
+        row, inner = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        own = (row < num_tokens)[:, None]
+        places = (prompt * num_tokens + row)[:, None] * IN + inner[None, :]
+        total = tl.zeros((ROWS, FEATURES), tl.float32)
+        total += tl.load(bias + first + tl.arange(0, FEATURES)).to(tl.float32)[None, :]
+        if IN == BLOCK:
+            block = _weight(weight, first, 0, IN, FEATURES, BLOCK)
+            wait_for_the_last_kernel(OVERLAP)
+            total = tl.dot(tl.load(values + places, mask=own, other=0.0), tl.trans(block), total)
+        else:
+            wait_for_the_last_kernel(OVERLAP)
+            for start in range(0, IN, BLOCK):
+                block = _weight(weight, first, start, IN, FEATURES, BLOCK)
+                total = tl.dot(tl.load(values + places + start, mask=own, other=0.0), tl.trans(block), total)
+        _plus_residual(
+            total,
+            tokens,
+            scale,
+            shift,
+            eps,
+            output,
+            prompt,
+            num_tokens,
+            first,
+            CHANNELS,
+            FEATURES,
+            ROWS,
+            RESIDUAL,
+            NORM,
+        )
+
+    @triton.jit
+    def _hidden_kernel(
+        tokens, scale, shift, eps, weight, bias, hidden, num_tokens,
+        OUT: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        first, prompt = tl.program_id(0) * FEATURES, tl.program_id(1)
+        row, feature = tl.arange(0, ROWS), first + tl.arange(0, FEATURES)
+        block = _weight(weight, first, 0, CHANNELS, FEATURES, CHANNELS)
+        wait_for_the_last_kernel(OVERLAP)
+        values = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, True)
+        result = tl.dot(values.to(block.dtype), tl.trans(block)) + tl.load(bias + feature).to(tl.float32)[None, :]
+        places = (prompt * num_tokens + row)[:, None] * OUT + feature[None, :]
+        tl.store(hidden + places, tl.maximum(result, 0.0).to(block.dtype), mask=(row < num_tokens)[:, None])
+
+    @triton.jit
+    def _to_image_kernel(
+        tokens, scale, shift, eps, embedded, own_weight, own_bias, other_weight, other_bias, value_weight, value_bias,
+        out_weight, out_bias, sides, biases, values, num_tokens, scaling,
+        CHANNELS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """A head of one prompt's tokens on the image's side."""
+        head, prompt = tl.program_id(0), tl.program_id(1)
+        first, row, channel = head * HEAD, tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+        feature, own = first + tl.arange(0, HEAD), row < num_tokens
+        weight = _weight(own_weight, first, 0, CHANNELS, HEAD, CHANNELS)
+        other = _weight(other_weight, first, 0, CHANNELS, HEAD, CHANNELS)
+        if VALUES:
+            weight_v = _weight(value_weight, first, 0, CHANNELS, HEAD, CHANNELS)
+            weight_out = tl.load(out_weight + channel[None, :] * (HEADS * HEAD) + feature[:, None])  # transposed
+        wait_for_the_last_kernel(OVERLAP)
+        normed = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, True)
+        positions = _read(embedded, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, False)
+        projected = tl.dot((normed + positions).to(weight.dtype), tl.trans(weight))
+        projected = (projected + tl.load(own_bias + feature).to(tl.float32)[None, :]) * scaling
+        line = (prompt * HEADS + head) * num_tokens + row
+        places = line[:, None] * CHANNELS + channel[None, :]
+        side = tl.dot(projected.to(weight.dtype), other)
+        tl.store(sides + places, side.to(weight.dtype), mask=own[:, None])
+        if VALUES:
+            bias = tl.sum(projected * tl.load(other_bias + feature).to(tl.float32)[None, :], axis=1)
+            tl.store(biases + line, bias.to(weight.dtype), mask=own)
+            value = tl.dot(normed.to(weight.dtype), tl.trans(weight_v))
+            value += tl.load(value_bias + feature).to(tl.float32)[None, :]
+            value = tl.dot(value.to(weight.dtype), weight_out)
+            # Each head's probabilities sum to 1, so together they add the bias once.
+            value += tl.load(out_bias + channel).to(tl.float32)[None, :] / HEADS
+            tl.store(values + places, value.to(weight.dtype), mask=own[:, None])
+
+    @triton.jit
+    def _add_seen_kernel(
+        seen, value_weight, value_bias, out_weight, out_bias, tokens, scale, shift, eps, output, num_tokens,
+        CHANNELS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Some features of the values that all heads saw, projected, plus LayerNorm(tokens)."""
+        first, prompt = tl.program_id(0) * FEATURES, tl.program_id(1)
+        row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+        own = (row < num_tokens)[:, None]
+        total = tl.zeros((ROWS, FEATURES), tl.float32)
+        total += tl.load(out_bias + first + tl.arange(0, FEATURES)).to(tl.float32)[None, :]
+        wait_for_the_last_kernel(OVERLAP)
+        for head in range(HEADS):
+            line = (prompt * HEADS + head) * num_tokens + row
+            image = tl.load(seen + line[:, None] * CHANNELS + channel[None, :], mask=own, other=0.0)
+            weight = _weight(value_weight, head * HEAD, 0, CHANNELS, HEAD, CHANNELS)
+            value = tl.dot(image, tl.trans(weight))
+            value += tl.load(value_bias + head * HEAD + tl.arange(0, HEAD)).to(tl.float32)[
+                None, :
+            ]  # probabilities sum to 1
+            block = _weight(out_weight, first, head * HEAD, HEADS * HEAD, FEATURES, HEAD)
+            total = tl.dot(value.to(block.dtype), tl.trans(block), total)
+        _plus_residual(
+            total, tokens, scale, shift, eps, output, prompt, num_tokens, first, CHANNELS, FEATURES, ROWS, True, True
+        )
+
+    @triton.jit(do_not_specialize=["first_mask", "num_mlps"])
+    def _mlp_kernel(
+        values, scale, shift, eps, weight, bias, output, num_tokens, first_mask, num_mlps,
+        IN: tl.constexpr, OUT: tl.constexpr, FEATURES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Some features of a layer of the IoU head or of one mask's hypernetwork, without tensor cores, which would round."""
+        number, first, prompt = (
+            tl.program_id(0) // (OUT // FEATURES),
+            tl.program_id(0) % (OUT // FEATURES) * FEATURES,
+            tl.program_id(1),
+        )
+        token = tl.where(number == 0, 0, first_mask + number)  # and MLP
+        inner, feature = tl.arange(0, IN), first + tl.arange(0, FEATURES)
+        block = _weight(weight + token * IN * OUT, 0, first, OUT, IN, FEATURES)
+        wait_for_the_last_kernel(OVERLAP)
+        row = prompt * num_mlps + number
+        if FIRST:
+            given = tl.load(values + (prompt * num_tokens + token) * IN + inner)
+            centred = given - tl.sum(given, axis=0) / IN
+            given = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / IN + eps)
+            given = given * tl.load(scale + inner).to(tl.float32) + tl.load(shift + inner).to(tl.float32)
+        else:
+            given = tl.load(values + row * IN + inner)
+        result = tl.sum(given[:, None] * block.to(tl.float32), axis=0) + tl.load(bias + token * OUT + feature).to(
+            tl.float32
+        )
+        if not LAST:
+            result = tl.maximum(result, 0.0)
+        tl.store(output + row * OUT + feature, result)
