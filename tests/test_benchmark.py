@@ -145,6 +145,10 @@ def test_targets_say_how_far():
         {"part": "prompt", "mode": "optimize()", "ms": 0.6, "serving_memory_mb": 130, "picture_width": 1024},
         {"part": "prompt", "mode": "optimize()", "ms": 0.9, "serving_memory_mb": 230, "picture_width": 3000},
         {"part": "prompt", "mode": "eager", "step": "preprocessing", "ms": 0.1},
+        *(
+            {"part": "resolution", "image_size": 4096, "mode": "optimize()", "pattern": pattern, "ms": ms}
+            for pattern, ms in ((FULL, 40.0), (DILATED, 5.0), (SAME_GROUPS, 4.0))
+        ),
     ]
     checked = {row["target"]: row for row in check_targets(rows)}
     assert checked["encoder, batch 1"]["says"] == "missed by 11.1%"
@@ -152,6 +156,8 @@ def test_targets_say_how_far():
     sdpa, eager = (checked[name] for name in checked if name.startswith("SAM ViT-H"))
     assert sdpa["value"] == 80 and sdpa["says"] == "missed by 11.1%" and eager["says"] == "not measured"
     assert checked["picture in to mask of one point"]["value"] == 0.9
+    assert checked["4096 px: full attention against w=4096, r=4"]["value"] == 8
+    assert checked["4096 px: dilation's overhead over the same groups"]["value"] == pytest.approx(25)
     assert checked["memory, one picture (1024 px) and one prompt"]["value"] == 130  # of the way that is that fast
 
 
