@@ -26,7 +26,7 @@ better = predictor.predict(clicks, labels, box, logits=first.logits[:, 0], multi
 print(f"box and clicks: {better.masks[0, 0].sum()} pixels, predicted IoU {better.scores[0, 0]:.2f}")
 
 # Everything. This checkpoint was trained briefly and scores low, so the thresholds are lower than the defaults.
-settings = {"points_per_crop": 8, "pred_iou_thresh": 0.4, "stability_score_thresh": 0.65}
+settings = {"points_per_crop": 8, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.65}
 everything = MaskGenerator(model, processor)(photograph, **settings)
 print(f"everything: {len(everything)} masks, the best of {everything.masks.areas[0]} pixels")
 

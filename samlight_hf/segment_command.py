@@ -34,7 +34,7 @@ EXAMPLE_IMAGES = _CLONE / "examples" / "images"
 
 DEFAULT_THRESHOLDS = 0.88, 0.95
 # The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
-BUNDLED_THRESHOLDS = 0.4, 0.65
+BUNDLED_THRESHOLDS = 0.5, 0.65
 DEMO_POINTS_PER_SIDE = 16
 FORMATS = ("overlay", "png", "coco", "npz")
 
