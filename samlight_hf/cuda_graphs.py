@@ -105,14 +105,13 @@ class StaticInputs:
         self._buffer = torch.empty(sum(_aligned(example.nbytes) for example in from_cpu), dtype=torch.uint8)
         self._device_buffer = torch.empty_like(self._buffer, device=examples[0].device)
         sources, copies = (iter(_views(buffer, from_cpu)) for buffer in (self._buffer, self._device_buffer))
-        self.tensors = [
-            next(copies)
-            if example.is_cpu
-            else example
-            if example is lent
-            else torch.empty_like(example, device=examples[0].device)
-            for example in examples
-        ]
+
+        def stays(example: torch.Tensor) -> torch.Tensor:
+            if example.is_cpu:
+                return next(copies)
+            return example if example is lent else torch.empty_like(example, device=examples[0].device)
+
+        self.tensors = [stays(example) for example in examples]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
 
     def fill(self, tensors: Sequence[torch.Tensor]):

@@ -18,8 +18,8 @@ the same bits, and which of two masks is suppressed would be a matter of their o
 """
 
 import copy
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.sam.modeling_sam import (
     SamAttention,
-    SamFeedForward,
     SamMaskDecoder,
     SamPromptEncoder,
     SamTwoWayAttentionBlock,
@@ -38,7 +37,7 @@ from .autocast import without_autocast
 from .cuda_graphs import GraphedFunction
 from .layer_norm import add_layer_norm
 from .prompt_embedding import PromptEmbedding
-from .token_kernels import TokenKernels
+from .token_kernels import TokenKernels, stack_layers
 
 
 class Decoded(NamedTuple):
@@ -107,7 +106,7 @@ class FastMaskDecoder:
             first, second = _as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)
             self.head = mask_head.HeadWeights(*first, decoder.upscale_layer_norm, *second)
             self.hypernetworks, self.iou_head = (
-                [(weight.float(), bias.float()) for weight, bias in _stack_layers(mlps)]
+                [(weight.float(), bias.float()) for weight, bias in stack_layers(mlps)]
                 for mlps in (decoder.output_hypernetworks_mlps, [decoder.iou_prediction_head])
             )
         self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
@@ -122,8 +121,6 @@ class FastMaskDecoder:
         self.use_attention_kernels, self.use_head_kernel = (
             reason is None and triton_kernels is not False for reason in self.why_not_triton.values()
         )
-        self.use_token_kernels = None if self.use_attention_kernels else False  # None until it is tried
-        self.token_kernels: TokenKernels | None = None
         # Whether of a prompt with one point nothing but tokens and masks is ever in memory; see `MemoryBudget`.
         self.is_lean = self.use_head_kernel and self._has_kernels_for(heads, len(self.output_tokens) + 2)
 
@@ -203,16 +200,17 @@ class FastMaskDecoder:
             logits = self._upscale(image_tokens, hyper).flatten(0, 1)
         return iou, logits
 
+    @cached_property
+    def token_kernels(self) -> TokenKernels | None:
+        """Tried, and made, for the first prompts that fit: everything mode does without them."""
+        if not self.use_attention_kernels:
+            return None
+        reason = token_kernels.why_not_triton(self.decoder, self.positions.device, self.dtype)
+        self.why_not_triton["tokens"] = reason
+        return None if reason else TokenKernels(self.decoder, self.embed, self.positions)
+
     def _have_token_kernels_for(self, prompts: Sequence[torch.Tensor]) -> bool:
-        """They are tried, and made, for the first prompts that fit: everything mode does without them."""
-        if self.use_token_kernels is False or not token_kernels.fits(self.decoder, prompts):
-            return False
-        if self.use_token_kernels is None:
-            reason = token_kernels.why_not_triton(self.decoder, self.positions.device, self.dtype)
-            self.why_not_triton["tokens"], self.use_token_kernels = reason, reason is None
-        if self.use_token_kernels and self.token_kernels is None:
-            self.token_kernels = TokenKernels(self.decoder, self.embed, self.positions)
-        return self.use_token_kernels
+        return token_kernels.fits(self.decoder, prompts) and self.token_kernels is not None
 
     def _transform(self, image: torch.Tensor, *prompts: torch.Tensor):
         """Tokens (P, 1 + masks, C), image tokens (P, N, C), and predicted IoU (P, masks), all masks of the decoder.
@@ -367,16 +365,7 @@ def _as_linear(convolution: nn.ConvTranspose2d) -> tuple[torch.Tensor, torch.Ten
 
 
 def _run_mlps(layers: list[tuple[torch.Tensor, torch.Tensor]], hidden: torch.Tensor) -> torch.Tensor:
-    """M MLPs of `_stack_layers`, each on its own (M, P, in): (M, P, out), with ReLU between layers."""
+    """M MLPs of `stack_layers`, each on its own (M, P, in): (M, P, out), with ReLU between layers."""
     for index, (weight, bias) in enumerate(layers):
         hidden = torch.baddbmm(bias, hidden if index == 0 else hidden.relu(), weight)
     return hidden
-
-
-def _stack_layers(mlps: Iterable[SamFeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer the weights (M, in, out) and biases (M, 1, out) of M equal MLPs."""
-    layers = zip(*([mlp.proj_in, *mlp.layers, mlp.proj_out] for mlp in mlps))
-    return [
-        (torch.stack([linear.weight.T for linear in same]), torch.stack([linear.bias for linear in same])[:, None])
-        for same in layers
-    ]

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import SamConfig
 from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
 
@@ -34,7 +35,7 @@ if triton is not None:
     )
 
 
-MOST_PROMPTS = 64  # up to which the kernels were measured: there they still win by a tenth
+MOST_PROMPTS = 64  # with more, torch's operations have enough to do
 
 _ROWS = 16  # of a block, which holds all of a prompt's tokens
 _FEATURES = 32  # of a linear layer, that a program computes
@@ -121,9 +122,7 @@ class TokenKernels:
     def __init__(self, decoder: SamMaskDecoder, embed: PromptEmbedding, positions: torch.Tensor):
         self.transformer, self.heads = decoder.transformer, decoder.config.num_attention_heads
         self.positions, self.dtype, self.channels = positions, positions.dtype, positions.shape[1]
-        mlps = [_linears(mlp) for mlp in (decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps)]
-        widths = self.channels, self.channels, self.channels // 8
-        self.mlps = [_stack(same, width) for width, same in zip(widths, zip(*mlps))]
+        self.mlps = stack_layers([decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps])
         self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
         self.scale, self.shift = embed.scale, float(embed.shift)
         self.waves = torch.cat([embed.weight, embed.phase[None]])
@@ -269,15 +268,14 @@ def _norm(norm: nn.LayerNorm | None) -> tuple:
     return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
-def _linears(mlp: SamFeedForward) -> list[nn.Linear]:
-    return [mlp.proj_in, *mlp.layers, mlp.proj_out]
-
-
-def _stack(linears: tuple[nn.Linear, ...], out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (M, in, out) and biases (M, out) of M linear layers; zeros where one has fewer features."""
-    weight = linears[0].weight.new_zeros(len(linears), linears[0].in_features, out_features)
-    bias = weight.new_zeros(len(linears), out_features)
-    for place, linear in enumerate(linears):
-        weight[place, :, : linear.out_features] = linear.weight.T
-        bias[place, : linear.out_features] = linear.bias
-    return weight, bias
+def stack_layers(mlps: Sequence[SamFeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each layer the weights (M, in, out) and biases (M, 1, out) of M MLPs; zeros where one has fewer features than another."""
+    stacked = []
+    for same in zip(*([mlp.proj_in, *mlp.layers, mlp.proj_out] for mlp in mlps)):
+        width = max(linear.out_features for linear in same)
+        parts = [
+            (F.pad(part, (0, width - part.shape[-1])) for part in (linear.weight.T, linear.bias[None]))
+            for linear in same
+        ]
+        stacked.append(tuple(torch.stack(tensors) for tensors in zip(*parts)))
+    return stacked

@@ -16,9 +16,7 @@ def _read(
     values = tl.load(tokens + places, mask=(row < num_tokens)[:, None], other=0.0)
     if NORM:
         mean, factor = _moments(values, eps, CHANNELS)
-        values = (values - mean[:, None]) * factor[:, None]
-        values = values * tl.load(scale + channel).to(tl.float32)[None, :]
-        values += tl.load(shift + channel).to(tl.float32)[None, :]
+        values = _normed(values, mean, factor, scale, shift, channel)
     return values
 
 
@@ -28,6 +26,14 @@ def _moments(values, eps, CHANNELS: tl.constexpr):
     mean = tl.sum(values, axis=1) / CHANNELS
     centred = values - mean[:, None]
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)
+
+
+@triton.jit
+def _normed(values, mean, factor, scale, shift, columns):
+    """The layer norm of some columns of rows with these moments."""
+    values = (values - mean[:, None]) * factor[:, None]
+    values = values * tl.load(scale + columns).to(tl.float32)[None, :]
+    return values + tl.load(shift + columns).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -116,9 +122,7 @@ def _plus_residual(
         if NORM:
             all_values = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, False)
             mean, factor = _moments(all_values, eps, CHANNELS)
-            residual = (residual - mean[:, None]) * factor[:, None]
-            residual = residual * tl.load(scale + feature).to(tl.float32)[None, :]
-            residual += tl.load(shift + feature).to(tl.float32)[None, :]
+            residual = _normed(residual, mean, factor, scale, shift, feature)
         total += residual
     tl.store(output + places, total, mask=own)
 
@@ -135,31 +139,15 @@ def add_kernel(
     places = (prompt * num_tokens + row)[:, None] * IN + inner[None, :]
     total = tl.zeros((ROWS, FEATURES), tl.float32)
     total += tl.load(bias + first + tl.arange(0, FEATURES)).to(tl.float32)[None, :]
-    if IN == BLOCK:
-        block = _weight(weight, first, 0, IN, FEATURES, BLOCK)
-        wait_for_the_last_kernel(OVERLAP)
-        total = tl.dot(tl.load(values + places, mask=own, other=0.0), tl.trans(block), total)
-    else:
-        wait_for_the_last_kernel(OVERLAP)
-        for start in range(0, IN, BLOCK):
-            block = _weight(weight, first, start, IN, FEATURES, BLOCK)
-            total = tl.dot(tl.load(values + places + start, mask=own, other=0.0), tl.trans(block), total)
+    block = _weight(weight, first, 0, IN, FEATURES, BLOCK)
+    wait_for_the_last_kernel(OVERLAP)
+    total = tl.dot(tl.load(values + places, mask=own, other=0.0), tl.trans(block), total)
+    for start in range(BLOCK, IN, BLOCK):
+        block = _weight(weight, first, start, IN, FEATURES, BLOCK)
+        total = tl.dot(tl.load(values + places + start, mask=own, other=0.0), tl.trans(block), total)
     _plus_residual(
-        total,
-        tokens,
-        scale,
-        shift,
-        eps,
-        output,
-        prompt,
-        num_tokens,
-        first,
-        CHANNELS,
-        FEATURES,
-        ROWS,
-        RESIDUAL,
-        NORM,
-    )
+        total, tokens, scale, shift, eps, output, prompt, num_tokens, first, CHANNELS, FEATURES, ROWS, RESIDUAL, NORM
+    )  # fmt: skip
 
 
 @triton.jit
