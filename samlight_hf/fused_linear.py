@@ -1,4 +1,4 @@
-"""Linear layers of the image encoder, each with what surrounds it, as one Triton kernel.
+"""Linear layers of the image encoder, each with what surrounds it, as one kernel, in Triton or, for Hopper GPUs, in CUDA.
 
     y = act(LayerNorm(x) W^T + b) + residual
 
@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import hopper_linear
+from .hopper_linear import Input, neighbours_of, rows_of
 from .triton_support import failure, overlap_options, tl, triton
 
 
@@ -72,6 +74,9 @@ class FusedLinear:
 
         The kernel writes its result at the beginning of `memory` (at least M * N,), where that is given.
         """
+        x = rows_of(rows.values)
+        if why_not_hopper(self, x, residual) is None:
+            return launch_on_hopper(self, x, rows.statistics, residual, statistics, memory=memory)
         if why_not_triton(self, len(rows.values), rows.values, residual):
             return fused_linear_reference(self, rows, residual, statistics)
         return launch(self, rows, residual, statistics, memory=memory)
@@ -90,6 +95,21 @@ def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: tor
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
         return layer(Rows(patches), positions, statistics=True)
     return launch_patches(layer, pixel_values, positions)
+
+
+def convolve(layer: FusedLinear, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """3 x 3 convolution, zero beyond the images: tokens (B, h * w, C) to (B, h * w, channels), by a `layer` of 9 * C features.
+
+    Its features are in the order (y, x, channel).
+    """
+    batch_size, _, channels = tokens.shape
+    images = tokens.unflatten(1, grid)
+    neighbours = neighbours_of(images)
+    # Many images keep cuDNN's kernel busy, which is then the faster one.
+    if neighbours.num_rows <= hopper_linear.FEW_ROWS and why_not_hopper(layer, neighbours) is None:
+        return launch_on_hopper(layer, neighbours).values.unflatten(0, (batch_size, -1))
+    weight = layer.weight.view(-1, 3, 3, channels).permute(0, 3, 1, 2)  # channels last
+    return F.conv2d(images.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def fused_linear_reference(
@@ -136,15 +156,53 @@ def why_not_at_all() -> str | None:
     """Why Triton's kernel does not run on this machine, or None."""
 
     def attempt() -> bool:
-        layer = nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
-        fused = FusedLinear(layer.weight, layer.bias, nn.LayerNorm(64, device="cuda"), gelu=True)
-        values = torch.linspace(-1, 2, 128 * 64, device="cuda").sin().view(128, 64).bfloat16()
-        rows = with_statistics(values)
-        found, expected = launch(fused, rows, values, True), fused_linear_reference(fused, rows, values)
+        fused, rows = _small_layer()
+        found, expected = launch(fused, rows, rows.values, True), fused_linear_reference(fused, rows, rows.values)
         return torch.allclose(found.values.float(), expected.values.float(), atol=2e-2)
 
     with torch.inference_mode():
         return failure("linear layers", attempt)
+
+
+def why_not_hopper(layer: FusedLinear, x: Input, residual: torch.Tensor | None = None) -> str | None:
+    """Why the kernel for Hopper GPUs cannot run on these inputs: a sentence, or None where it can."""
+    return hopper_linear.why_not(layer, x, residual) or why_not_hopper_at_all()
+
+
+@lru_cache(maxsize=1)
+def why_not_hopper_at_all() -> str | None:
+    """Why the kernel for Hopper GPUs does not run on this machine, which has one, or None."""
+
+    def attempt() -> bool:
+        fused, rows = _small_layer()
+        found = launch_on_hopper(fused, rows_of(rows.values), rows.statistics)
+        return torch.allclose(found.values.float(), fused_linear_reference(fused, rows).values.float(), atol=2e-2)
+
+    with torch.inference_mode():
+        return failure("linear layers", attempt, "CUDA", "Triton's kernels")
+
+
+def _small_layer() -> tuple[FusedLinear, Rows]:
+    layer = nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+    values = torch.linspace(-1, 2, 128 * 64, device="cuda").sin().view(128, 64).bfloat16()
+    return FusedLinear(layer.weight, layer.bias, nn.LayerNorm(64, device="cuda"), gelu=True), with_statistics(values)
+
+
+def launch_on_hopper(
+    layer: FusedLinear,
+    x: Input,
+    given: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    statistics: bool = False,
+    tile: hopper_linear.Tile | None = None,
+    memory: torch.Tensor | None = None,
+) -> Rows:
+    """The layer of x by the kernel for Hopper GPUs; `given` are the statistics of x's rows, where these are normalized."""
+    out_features = len(layer.weight)
+    tile = tile or hopper_linear.tile_of(x.num_rows, out_features, layer.row_sums is not None, layer.gelu)
+    output, found = _results(layer.weight, x.num_rows, out_features, tile.columns, statistics, memory)
+    hopper_linear.launch(layer, x, tile, output, given, found, residual)
+    return Rows(output, found)
 
 
 def tile_of(num_rows: int, out_features: int, in_features: int) -> dict[str, int]:
@@ -173,7 +231,8 @@ def launch(
     num_rows, normalizes = len(values), layer.row_sums is not None
     tile = tile or tile_of(num_rows, out_features, in_features)
     block = tile["BLOCK_M"], tile["BLOCK_N"]
-    output, found, programs = _results(values, num_rows, out_features, block, statistics, memory)
+    output, found = _results(values, num_rows, out_features, block[1], statistics, memory)
+    programs = num_rows // block[0] * (out_features // block[1])
     with torch.cuda.device_of(values):  # where Triton launches
         _linear_kernel[(programs,)](
             _descriptor(values, [block[0], tile["BLOCK_K"]]),
@@ -202,7 +261,8 @@ def launch_patches(
     num_rows = batch_size * grid[0] * grid[1]
     tile = tile or _tile(64, 64 if out_features % 128 else 128, num_warps=4, num_stages=3)
     block = tile["BLOCK_M"], tile["BLOCK_N"]
-    output, found, programs = _results(layer.weight, num_rows, out_features, block, True)
+    output, found = _results(layer.weight, num_rows, out_features, block[1], True)
+    programs = num_rows // block[0] * (out_features // block[1])
     with torch.cuda.device_of(pixel_values):
         _patch_kernel[(programs,)](
             pixel_values, _descriptor(layer.weight, [block[1], tile["BLOCK_K"]]), layer.bias,
@@ -222,18 +282,18 @@ def _descriptor(tensor: torch.Tensor, block: list[int]):
 
 
 def _results(
-    values: torch.Tensor,
+    like: torch.Tensor,
     num_rows: int,
     out_features: int,
-    block: tuple[int, int],
+    columns: int,
     statistics: bool,
     memory: torch.Tensor | None = None,
-):
-    """Memory for the output and its statistics, and the number of tiles."""
-    parts, size = out_features // block[1], num_rows * out_features
-    found = torch.empty(parts, 2, num_rows, device=values.device) if statistics else None
-    output = values.new_empty(size) if memory is None else memory[:size]
-    return output.view(num_rows, out_features), found, num_rows // block[0] * parts
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for the output, and for its statistics by parts of so many columns."""
+    size = num_rows * out_features
+    found = torch.empty(out_features // columns, 2, num_rows, device=like.device) if statistics else None
+    output = like.new_empty(size) if memory is None else memory[:size]
+    return output.view(num_rows, out_features), found
 
 
 if triton is not None:

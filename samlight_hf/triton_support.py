@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run: found out by running one, and told once where they cannot."""
+"""Whether kernels can run: found out by running one, and told once where they cannot."""
 
 import warnings
 from collections.abc import Callable
@@ -48,11 +48,13 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def failure(name: str, attempt: Callable[[], bool]) -> str | None:
+def failure(
+    name: str, attempt: Callable[[], bool], language: str = "Triton", instead: str = "PyTorch's operations"
+) -> str | None:
     """Why a kernel does not run on this machine, told as a warning too: a sentence, or None where `attempt` is right.
 
-    Triton needs a C compiler and a GPU that it knows, which shows when it is tried. `attempt` runs the kernel on a small
-    input and returns whether the result is right. Callers keep the answer.
+    Compilers need other tools, and a GPU that they know, which shows when they are tried. `attempt` runs the kernel on a
+    small input and returns whether the result is right. Callers keep the answer. `instead` is what runs otherwise.
     """
     try:
         reason = None if attempt() else "its result is wrong"
@@ -62,8 +64,8 @@ def failure(name: str, attempt: Callable[[], bool]) -> str | None:
         torch.cuda.empty_cache()
     if reason is None:
         return None
-    reason = f"the Triton kernel for {name} does not run here: {reason}."
-    warnings.warn(f"{reason} PyTorch's operations are used instead, which are slower.", stacklevel=2)
+    reason = f"the {language} kernel for {name} does not run here: {reason}."
+    warnings.warn(f"{reason} {instead} are used instead, which are slower.", stacklevel=2)
     return reason
 
 

@@ -1,18 +1,17 @@
 """SAM-Lightening's image encoder in fewer kernels: the same results, up to rounding.
 
-A layer of five kernels: LayerNorm and projection to queries, keys and values; attention; projection and residual;
-LayerNorm, linear layer and GELU; linear layer and residual (fused_linear.py). All in the layout (B * N, channels), tokens in raster
+A layer of five kernels: LayerNorm and projection to queries, keys and values; attention (hopper_attention.py, or as in the
+model); projection and residual; LayerNorm, linear layer and GELU; linear layer and residual (fused_linear.py). All in the layout (B * N, channels), tokens in raster
 order. The projection's features are in the order (head, q/k/v, head dimension), in which every dilated group is a view,
 so that dilation copies nothing.
 """
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from . import fused_linear
-from .fused_linear import FusedLinear, Rows, embed_patches
+from . import fused_linear, hopper_attention
+from .fused_linear import FusedLinear, Rows, convolve, embed_patches
 from .layer_norm import add_layer_norm
 from .modeling.dilated_attention import dilated_attention
 
@@ -51,7 +50,7 @@ class FastVisionEncoder:
         self.largest_width = max(len(linear.weight) for layer in self.layers for linear in (layer.qkv, layer.lin1))
         neck = encoder.neck
         self.reduce = FusedLinear(neck.conv1.weight.flatten(1), None)
-        self.convolution = neck.conv2.weight.to(memory_format=torch.channels_last)
+        self.convolution = FusedLinear(neck.conv2.weight.permute(0, 2, 3, 1).flatten(1), None)
         self.norms = neck.layer_norm1, neck.layer_norm2
 
     @torch.inference_mode()
@@ -59,15 +58,13 @@ class FastVisionEncoder:
         batch_size, _, height, width = pixel_values.shape
         grid = height // self.patch_size, width // self.patch_size
         # Of a layer's two large intermediate results the first is not needed any more when the second is made.
-        memory = self.convolution.new_empty(self.largest_width * batch_size * grid[0] * grid[1])
+        memory = self.convolution.weight.new_empty(self.largest_width * batch_size * grid[0] * grid[1])
         rows = embed_patches(self.patch_embedding, pixel_values, self.positions)
         for layer in self.layers:
             rows = layer(rows, batch_size, memory)
         tokens = add_layer_norm(self.reduce(rows).values.unflatten(0, (batch_size, -1)), self.norms[0])
-        image = tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, h, w), channels last
-        image = F.conv2d(image, self.convolution, padding=1)
-        tokens = add_layer_norm(image.permute(0, 2, 3, 1).flatten(1, 2), self.norms[1])
-        return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+        tokens = add_layer_norm(convolve(self.convolution, tokens, grid), self.norms[1])
+        return tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, h, w), channels last
 
 
 class _Layer:
@@ -86,7 +83,9 @@ class _Layer:
 
     def __call__(self, rows: Rows, batch_size: int, memory: torch.Tensor) -> Rows:
         qkv = self.qkv(rows, memory=memory).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
-        attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
-        attended = Rows(attended.reshape(rows.values.shape))
-        rows = self.proj(attended, rows.values, statistics=True)
+        if hopper_attention.why_not(qkv, *self.pattern) is None:
+            attended = hopper_attention.launch(qkv, *self.pattern[:2], self.scaling)
+        else:
+            attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
+        rows = self.proj(Rows(attended.reshape(rows.values.shape)), rows.values, statistics=True)
         return self.lin2(self.lin1(rows, memory=memory), rows.values, statistics=True)

@@ -73,14 +73,18 @@ def kernel_errors(case, dtype, device, tile=None, **sizes) -> tuple[float, float
     layer, rows, residual, expected = make(case, dtype, device, **sizes)
     with torch.no_grad():
         result = launch(layer, rows, residual, case[3], tile)
-    wrong = 0.0
-    if case[3]:
-        width = result.values.shape[1] // len(result.statistics)
-        mean = result.statistics[:, 0].mean(dim=0)
-        squares = result.statistics[:, 1] + width * (result.statistics[:, 0] - mean) ** 2
-        whole = with_statistics(result.values).statistics[0]
-        wrong = max(error(mean, whole[0].double()), error(squares.sum(dim=0), whole[1].double()))
-    return error(result.values, expected), wrong
+    return error(result.values, expected), statistics_error(result)
+
+
+def statistics_error(rows: Rows) -> float:
+    """Of the mean and the variance that the statistics say, where there are any."""
+    if rows.statistics is None:
+        return 0.0
+    width = rows.values.shape[1] // len(rows.statistics)
+    mean = rows.statistics[:, 0].mean(dim=0)
+    squares = rows.statistics[:, 1] + width * (rows.statistics[:, 0] - mean) ** 2
+    whole = with_statistics(rows.values).statistics[0]
+    return max(error(mean, whole[0].double()), error(squares.sum(dim=0), whole[1].double()))
 
 
 def check_memory(device="cpu", tile=SMALL):

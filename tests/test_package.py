@@ -30,7 +30,7 @@ import samlight_hf
 print(sorted(set(sys.modules) - before))
 """
     added = ast.literal_eval(run("-c", script))
-    heavy = ("datasets", "accelerate", "triton", "matplotlib", "evaluate", "pycocotools", "flash_attn", "onnx")
+    heavy = ("datasets", "accelerate", "triton", "cuda", "matplotlib", "evaluate", "pycocotools", "flash_attn", "onnx")
     assert not [name for name in added if name.startswith(heavy)]
 
 
@@ -56,6 +56,8 @@ def test_wheel_and_sdist_hold_the_package(tmp_path):
         "samlight_hf/__init__.py",
         "samlight_hf/cli.py",
         "samlight_hf/model_card.md",
+        "samlight_hf/hopper.cuh",
+        "samlight_hf/hopper_linear.cu",
         "samlight_hf/modeling/modeling_sam_lightening.py",
     ):
         assert name in names

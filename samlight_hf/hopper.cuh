@@ -1,0 +1,115 @@
+// What the kernels for Hopper GPUs (sm_90a) have in common: barriers in shared memory, copies to it, and half precision.
+// BFLOAT16 is defined, or the numbers are float16.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int WARPGROUP = 128;
+
+// ---- barriers in shared memory ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+__device__ __forceinline__ void make_barrier(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Before other threads, and copies, use what was made.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_and_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+}
+
+// Until the barrier's phase of this number, counted from 0, is complete; the one before it must be.
+__device__ __forceinline__ void wait(u64* barrier, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(address(barrier)), "r"(phase & 1) : "memory");
+}
+
+// The kernel before this one may be running until here: what it writes is read afterwards.
+__device__ __forceinline__ void wait_for_the_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void let_the_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- the tensor memory accelerator ------------------------------------------------------------------------------------------------
+
+struct alignas(64) TensorMap { char bytes[128]; };
+
+__device__ __forceinline__ void prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// A box of a tensor of five dimensions, the innermost first; rows of 128 bytes come to be swizzled.
+__device__ __forceinline__ void load(
+    const TensorMap* map, void* to, u64* barrier, int first, int second, int third, int fourth, int fifth) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+            address(to)), "l"(map), "r"(address(barrier)), "r"(first), "r"(second), "r"(third), "r"(fourth), "r"(fifth) : "memory");
+}
+
+// ---- the tensor cores -------------------------------------------------------------------------------------------------------------
+
+// An instruction's descriptor of a matrix of rows of 128 bytes in shared memory, as `load` leaves it. It counts in 16 bytes.
+__device__ __forceinline__ u64 matrix(const void* block) {
+    return (u64)(address(block) >> 4 & 0x3FFF) | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all but the last `pending` groups of products are there.
+template <int pending>
+__device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// For registers that products are written to, which the compiler does not see: they are so before, and after.
+template <int count>
+__device__ __forceinline__ void keep(float (&registers)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// ---- numbers ----------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+#if BFLOAT16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+    return both;
+}
+
+__device__ __forceinline__ float2 unpack_float16(u32 both) {
+    float2 found;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(found.x), "=f"(found.y) : "r"(both));
+    return found;
+}
+
+__device__ __forceinline__ float2 unpack(u32 both) {
+#if BFLOAT16
+    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xFFFF0000));
+#else
+    return unpack_float16(both);
+#endif
+}
+
+// Of the four threads that have a row between them.
+__device__ __forceinline__ float sum_of_four_threads(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
+}
+
+__device__ __forceinline__ float maximum_of_four_threads(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
+}

@@ -1,0 +1,183 @@
+"""Kernels for Hopper GPUs, written in CUDA, compiled when they are first needed, and launched.
+
+Hopper's tensor cores, and what copies to them, are reached fully in CUDA alone. What this takes comes with PyTorch: NVIDIA's
+compiler as a library, and `cuda.bindings`, which are imported when they are needed.
+"""
+
+import ctypes
+import hashlib
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from cuda.bindings.driver import CUfunction, CUtensorMap
+
+_HEADER = Path(__file__).with_suffix(".cuh")
+_OPTIONS = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-v"]
+
+
+@lru_cache
+def has_bindings() -> bool:
+    """Whether there are `cuda.bindings`, without which nothing is compiled or launched."""
+    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
+def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel of this kind can run with tensors of this kind: a sentence, or None where some may."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the tensors are on {device}."
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "the GPU is no Hopper."
+    if not has_bindings():
+        return "cuda.bindings is not installed."
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, and not {str(dtype).removeprefix('torch.')}."
+    return None
+
+
+def product(name: str, columns: int, dtype: str, from_registers: bool = False) -> str:
+    """A function in CUDA: a matrix 64 x 16 times one 16 x `columns`, added to a warpgroup's registers.
+
+    The first matrix is in shared memory, and so is the second, transposed. Or the first is in registers, and the second as it is.
+    """
+    count = columns // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
+    if from_registers:
+        parameters = "".join(f"unsigned x{i}, " for i in range(4))
+        first = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+        inputs = "".join(f'"r"(x{i}), ' for i in range(4))
+        second, options = f"%{count + 4}", "1, 1, 1, 1"
+    else:
+        parameters, first, inputs = "unsigned long long x, ", f"%{count}", '"l"(x), '
+        second, options = f"%{count + 1}", "1, 1, 1, 0, 0"
+    return (
+        f"__device__ __forceinline__ void {name}(float (&sums)[{count}], {parameters}unsigned long long y) {{\n"
+        f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} {{{sums}}}, '
+        f'{first}, {second}, {options};" : {operands} : {inputs}"l"(y));\n}}\n'
+    )
+
+
+def source_of(path: Path, constants: dict[str, int | str], functions: str = "") -> str:
+    """A file in CUDA, before which `constants` are defined, after these `functions`."""
+    defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    return defined + functions + path.read_text().replace(f'#include "{_HEADER.name}"', _HEADER.read_text())
+
+
+def compile_source(source: str) -> tuple[bytes, str]:
+    """Machine code (a cubin), and what the compiler says of registers and memory. It needs no GPU."""
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
+    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+    _checked(nvrtc.nvrtcGetProgramLog(program, log))
+    log = log.decode().strip("\0 ")
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(log)
+    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return code, log
+
+
+def compiled(source: str) -> bytes:
+    """Machine code: that of an earlier process, from Triton's cache, or new."""
+    from cuda.bindings import nvrtc
+    from triton.runtime.cache import get_cache_manager
+
+    version = _checked(nvrtc.nvrtcVersion())
+    cache = get_cache_manager(hashlib.sha256(repr((version, _OPTIONS, source)).encode()).hexdigest())
+    if (kept := cache.get_file("kernel.cubin")) is None:
+        kept = cache.put(compile_source(source)[0], "kernel.cubin")
+    return Path(kept).read_bytes()
+
+
+def load_kernel(device: torch.device, code: bytes, name: str, shared_bytes: int) -> "CUfunction":
+    """A kernel on a device, ready to be launched with as much shared memory."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        module = _checked(driver.cuModuleLoadData(code))
+        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+    return function
+
+
+def tensor_map(
+    tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> "CUtensorMap":
+    """What the tensor memory accelerator must know to copy boxes of a tensor of five dimensions, the innermost first.
+
+    `strides` are those of all but the innermost, in elements. A box has 64 elements of the innermost.
+    """
+    from cuda.bindings import driver
+
+    kinds, u32, u64 = driver.CUtensorMapDataType, driver.cuuint32_t, driver.cuuint64_t
+    bfloat16 = tensor.dtype == torch.bfloat16
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            len(sizes),
+            tensor.data_ptr(),
+            [u64(size) for size in sizes],
+            [u64(stride * tensor.element_size()) for stride in strides],
+            [u32(size) for size in box],
+            [u32(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def launch_kernel(
+    kernel: "CUfunction",
+    device: torch.device,
+    num_programs: int,
+    num_threads: int,
+    shared_bytes: int,
+    *arguments: "torch.Tensor | int | float | CUtensorMap | None",
+):
+    """Launches a kernel that may begin before the one before it has ended, and waits for that by itself."""
+    from cuda.bindings import driver
+
+    overlap = driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = num_programs, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    config.attrs, config.numAttrs = [overlap], 1
+    values, types = zip(*map(_argument, arguments))
+    with torch.cuda.device(device):
+        _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
+
+
+def _argument(value) -> tuple:
+    """Value and type of a kernel's argument."""
+    if value is None or isinstance(value, torch.Tensor):
+        return 0 if value is None else value.data_ptr(), ctypes.c_void_p
+    return value, {int: ctypes.c_int, float: ctypes.c_float}.get(type(value))
+
+
+@lru_cache
+def num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _checked(answer: tuple):
+    """What a function of `cuda.bindings` returns beside its status. Raises RuntimeError for a status that is not success."""
+    status, *values = answer
+    if int(status):
+        raise RuntimeError(f"CUDA says {status.name}.")
+    return values[0] if len(values) == 1 else values

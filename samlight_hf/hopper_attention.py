@@ -1,0 +1,98 @@
+"""Dilated attention of the image encoder on Hopper GPUs, by a kernel in CUDA (hopper_attention.cu).
+
+It reads queries, keys and values where the projection wrote them, and overlaps with the kernels before and after it.
+"""
+
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+from . import hopper
+from .modeling.dilated_attention import dilated_attention_reference
+from .triton_support import failure, normal_numbers
+
+
+_DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in hopper_attention.cu
+
+
+def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, dilation_offsets: str) -> str | None:
+    """Why the kernel cannot run with these, as of `attend`: a sentence, or None where it can."""
+    _, num_tokens, _, _, head_dim = qkv.shape
+    if reason := hopper.why_not_hopper(qkv.device, qkv.dtype):
+        return reason
+    if head_dim != _DIM:
+        return f"heads have {head_dim} features, and not {_DIM}."
+    if dilation_rate > 1 and dilation_offsets != "all":
+        return f"dilation_offsets={dilation_offsets!r}, and it has 'all'."
+    group = (segment_length or num_tokens) // dilation_rate
+    if group % _KEYS:
+        return f"groups of {group} tokens are no multiple of {_KEYS}."
+    if not qkv.is_contiguous():
+        return "the tensor is not contiguous."
+    return _why_not_at_all()
+
+
+@lru_cache(maxsize=1)
+def _why_not_at_all() -> str | None:
+    """Why the kernel does not run on this machine, which has a Hopper GPU, or None."""
+
+    @torch.inference_mode()
+    def attempt() -> bool:
+        qkv = normal_numbers()(1, 512, 2, 3, _DIM).bfloat16()
+        expected, _ = dilated_attention_reference(*qkv.float().unbind(3), 512, 2)
+        found = launch(qkv, 512, 2, _DIM**-0.5)
+        return bool((found.view_as(expected).float() - expected).norm() < 0.01 * expected.norm())
+
+    return failure("attention", attempt, "CUDA", "cuDNN's kernels")
+
+
+def launch(
+    qkv: torch.Tensor,
+    segment_length: int | None,
+    dilation_rate: int,
+    scaling: float,
+    warpgroups: int | None = None,
+) -> torch.Tensor:
+    """(B, N, H, 3, 64), of queries, keys and values, to (B * N, H * 64): `dilated_attention` with the offsets `"all"`."""
+    batch_size, num_tokens, num_heads, _, head_dim = qkv.shape
+    segment_length = segment_length or num_tokens
+    group, num_segments = segment_length // dilation_rate, batch_size * num_tokens // segment_length
+    num_groups = num_heads * dilation_rate * num_segments
+    # Three warpgroups share keys, and compute ahead, if there is room for all at once; else two, and another program beside them.
+    if warpgroups is None:
+        few = num_groups * -(-group // (3 * _WARPGROUP_QUERIES)) <= hopper.num_processors(qkv.device)
+        warpgroups = 3 if few else 2
+    queries = warpgroups * _WARPGROUP_QUERIES
+    kernel, shared_bytes = _kernel(
+        qkv.device, BFLOAT16=int(qkv.dtype == torch.bfloat16), HEADS=num_heads, DILATION=dilation_rate, GROUP=group,
+        WARPGROUPS=warpgroups, STAGES=5 if warpgroups == 3 else 3,
+    )  # fmt: skip
+    row = 3 * num_heads * head_dim
+    sizes = head_dim, group, dilation_rate, 3 * num_heads, num_segments
+    strides = dilation_rate * row, row, head_dim, segment_length * row
+    output = qkv.new_empty(batch_size * num_tokens, num_heads * head_dim)
+    hopper.launch_kernel(
+        kernel, qkv.device, num_groups * -(-group // queries), 128 * warpgroups, shared_bytes,
+        hopper.tensor_map(qkv, sizes, strides, (head_dim, queries, 1, 1, 1)),
+        hopper.tensor_map(qkv, sizes, strides, (head_dim, _KEYS, 1, 1, 1)),
+        output, scaling * 1.4426950408889634,  # exponentials are of two
+    )  # fmt: skip
+    return output
+
+
+@cache
+def _kernel(device: torch.device, **constants: int):
+    """The kernel, and the shared memory that it takes."""
+    shared_bytes = 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * constants["STAGES"])
+    shared_bytes += 8 * (1 + 3 * constants["STAGES"])
+    return hopper.load_kernel(device, hopper.compiled(source_of(**constants)), "attention", shared_bytes), shared_bytes
+
+
+def source_of(**constants: int) -> str:
+    """The kernel for these constants, which are those in capitals in hopper_attention.cu."""
+    dtype = "bf16" if constants["BFLOAT16"] else "f16"
+    functions = hopper.product("query_key_product", _KEYS, dtype) + hopper.product(
+        "weight_value_product", _DIM, dtype, True
+    )
+    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, functions)

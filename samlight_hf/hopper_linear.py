@@ -1,0 +1,152 @@
+"""The linear layers of `fused_linear` on Hopper GPUs, by a kernel in CUDA (hopper_linear.cu).
+
+Triton's kernels leave the tensor cores idle while a tile is finished and written; here they work on the next one meanwhile.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import hopper
+
+
+FEW_ROWS = 8192  # pictures of 4096 rows, one or two
+_BLOCK_M, _BLOCK_K = 128, 64  # as in hopper_linear.cu
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel goes about its work: columns of a tile, blocks that are asked for ahead, and warpgroups that multiply."""
+
+    columns: int
+    stages: int
+    consumers: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """What `Shared` of hopper_linear.cu takes."""
+        of_stage = 2 * _BLOCK_K * (_BLOCK_M + self.columns) + 2 * 8
+        return self.stages * of_stage + self.consumers * 8 * (self.columns + _BLOCK_M + 1)
+
+    @property
+    def programs(self) -> int:
+        """On a multiprocessor, at once: `__launch_bounds__` of hopper_linear.cu."""
+        return 3 - self.consumers
+
+
+TILES = (
+    Tile(192, 5, 2),
+    Tile(128, 6, 2),
+    Tile(96, 7, 2),
+    Tile(64, 6, 2),
+)  # what was fastest on an H100, the widest first
+# With one consumer two programs have room on a multiprocessor: of the next kernel, where there are few tiles.
+NARROW_TILE = Tile(96, 3, 1)
+
+
+def tile_of(num_rows: int, out_features: int, normalizes: bool, gelu: bool) -> Tile:
+    """Few rows want narrow tiles, for each multiprocessor to have as many columns; but with GELU there is much to finish."""
+    if num_rows > FEW_ROWS or gelu:
+        tiles = TILES
+    else:
+        tiles = TILES[2:] if normalizes else (NARROW_TILE, *TILES[3:])
+    return next(tile for tile in tiles if out_features % tile.columns == 0)
+
+
+@dataclass(frozen=True)
+class Input:
+    """x of the kernel, (rows, features), in the memory of a tensor: five dimensions of it, the innermost first.
+
+    `box` is what a block of 128 rows and 64 features is of them.
+    """
+
+    kind: str
+    values: torch.Tensor
+    num_rows: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]  # of all but the innermost, in elements
+    box: tuple[int, ...]
+    grid: tuple[int, int] = (1, 1)  # rows of an image: lines, and columns
+
+
+def rows_of(values: torch.Tensor) -> Input:
+    """A matrix (rows, features)."""
+    (num_rows, features), every = values.shape, values.numel()
+    sizes, strides = (features, num_rows, 1, 1, 1), (features, every, every, every)
+    return Input("ROWS", values, num_rows, sizes, strides, (_BLOCK_K, _BLOCK_M, 1, 1, 1))
+
+
+def neighbours_of(values: torch.Tensor) -> Input:
+    """The 3 x 3 places around each of images (B, H, W, C), zero beyond them, features in the order (y, x, channel)."""
+    batch_size, lines, columns, channels = values.shape
+    sizes = channels, columns, lines, batch_size, 1
+    strides = channels, channels * columns, channels * columns * lines, values.numel()
+    # 128 places of an image, one after the other.
+    block = (columns, _BLOCK_M // columns) if columns < _BLOCK_M else (_BLOCK_M, 1)
+    box = (_BLOCK_K, *block, 1, 1)
+    return Input("NEIGHBOURS", values, batch_size * lines * columns, sizes, strides, box, (lines, columns))
+
+
+def why_not(layer, x: Input, residual: torch.Tensor | None = None) -> str | None:
+    """Why the kernel cannot run with these: a sentence, or None where it can."""
+    out_features, in_features = layer.weight.shape
+    if reason := hopper.why_not_hopper(layer.weight.device, layer.weight.dtype):
+        return reason
+    if x.values.dtype != layer.weight.dtype:
+        return f"the weights are {layer.weight.dtype}, and their input is {x.values.dtype}."
+    if in_features % _BLOCK_K or out_features % 64 or x.num_rows % _BLOCK_M:
+        return f"{x.num_rows} rows, {in_features} and {out_features} features are no multiples of 128, 64 and 64."
+    if x.grid != (1, 1) and x.grid[1] % _BLOCK_M and _BLOCK_M % x.grid[1]:
+        return f"lines of {x.grid[1]} do not fit its blocks of {_BLOCK_M} rows."
+    if residual is not None and (layer.row_sums is not None or layer.gelu):
+        return "it adds no residual to what is normalized, or GELU's."
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (x.values, residual)):
+        return "the tensors are not contiguous."
+    return None
+
+
+def launch(
+    layer,
+    x: Input,
+    tile: Tile,
+    output: torch.Tensor,
+    given: torch.Tensor | None = None,
+    found: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+):
+    """Writes the layer's (rows, N) to `output`, and their statistics to `found`, of `Rows`; `given` are those of x."""
+    weight, normalizes = layer.weight, layer.row_sums is not None
+    out_features, in_features = weight.shape
+    kernel = _kernel(
+        weight.device, tile, KIND=x.kind, HEIGHT=x.grid[0], WIDTH=x.grid[1], BFLOAT16=int(weight.dtype == torch.bfloat16),
+        K=in_features, N=out_features, NORM=int(normalizes), PARTS=len(given) if normalizes else 1, GELU=int(layer.gelu),
+        RESIDUAL=int(residual is not None), STATISTICS=int(found is not None),
+    )  # fmt: skip
+    # Rows in the order in which `load_weight` of hopper_linear.cu wants them.
+    sizes, strides = (in_features, 2, 4, 4, out_features // 32), tuple(in_features * n for n in (1, 8, 2, 32))
+    # As many programs as there is room for, or fewer that have as much to do.
+    tiles = x.num_rows // _BLOCK_M * (out_features // tile.columns)
+    turns = math.ceil(tiles / (hopper.num_processors(weight.device) * tile.programs))
+    hopper.launch_kernel(
+        kernel, weight.device, math.ceil(tiles / turns), 128 * (1 + tile.consumers), tile.shared_bytes,
+        hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
+        hopper.tensor_map(weight, sizes, strides, (_BLOCK_K, 2, 4, 4, tile.columns // 32)),
+        layer.bias, layer.row_sums, given if normalizes else None, residual, output, found,
+        x.num_rows, x.num_rows if residual is None else len(residual), float(layer.eps),
+    )  # fmt: skip
+
+
+@cache
+def _kernel(device: torch.device, tile: Tile, **constants: int | str):
+    code = hopper.compiled(source_of(tile, **constants))
+    return hopper.load_kernel(device, code, "linear", tile.shared_bytes)
+
+
+def source_of(tile: Tile, **constants: int | str) -> str:
+    """The kernel for these constants."""
+    constants |= {"TILE_N": tile.columns, "STAGES": tile.stages, "CONSUMERS": tile.consumers}
+    function = hopper.product("warpgroup_product", tile.columns, "bf16" if constants["BFLOAT16"] else "f16")
+    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, function)

@@ -1,0 +1,49 @@
+"""The attention kernel for Hopper GPUs: it compiles anywhere without spilling registers, and computes what the reference does."""
+
+import pytest
+import torch
+from samlight_hf.modeling.dilated_attention import dilated_attention_reference
+
+from samlight_hf import hopper, hopper_attention
+from samlight_hf.hopper_attention import launch, source_of, why_not
+
+from .test_hopper_linear import needs_compiler, needs_hopper, spilled_bytes
+
+
+@needs_compiler
+@pytest.mark.parametrize("constants", [{"WARPGROUPS": 2, "STAGES": 3}, {"WARPGROUPS": 3, "STAGES": 5}], ids=str)
+@pytest.mark.parametrize("bfloat16", [0, 1])
+def test_the_kernel_compiles_without_spilling(constants, bfloat16):
+    code, log = hopper.compile_source(source_of(BFLOAT16=bfloat16, HEADS=6, GROUP=2048, DILATION=2, **constants))
+    assert code[:4] == b"\x7fELF" and spilled_bytes(log) == 0, log
+
+
+def test_every_reason_not_to_run_it(monkeypatch):
+    qkv = torch.zeros(1, 512, 2, 3, 64)
+    assert "cpu" in why_not(qkv, None, 1, "all")
+    monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
+    monkeypatch.setattr(hopper_attention, "_why_not_at_all", lambda: None)
+    assert why_not(qkv, None, 2, "all") is None
+    assert "32 features" in why_not(qkv[..., :32], None, 1, "all")
+    assert "per_head" in why_not(qkv, None, 2, "per_head")
+    assert "groups of 64 tokens" in why_not(qkv, 128, 2, "all")
+    assert "not contiguous" in why_not(qkv.transpose(0, 1).expand(-1, 512, -1, -1, -1), None, 1, "all")
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("warpgroups", [2, 3])
+@pytest.mark.parametrize("pattern", [(None, 1), (None, 2), (256, 1), (512, 4), (1024, 2), (2048, 2)], ids=str)
+def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype):
+    """Scores that grow from key to key, so that what they are relative to changes; and groups that three do not divide."""
+    assert why_not(torch.zeros(1, 512, 2, 3, 64, device="cuda", dtype=dtype), None, 1, "all") is None
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv = torch.randn(2, 2048, 3, 3, 64, device="cuda", generator=generator)
+    qkv[:, :, :, 1] *= torch.linspace(0.1, 4, 2048, device="cuda")[:, None, None]
+    qkv = qkv.to(dtype)
+    with torch.no_grad():
+        expected, _ = dilated_attention_reference(*qkv.double().unbind(3), pattern[0] or 2048, pattern[1])
+        found = launch(qkv, *pattern, 0.125, warpgroups).view_as(expected)
+    assert found.isfinite().all()
+    assert (found - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 6e-4) * expected.norm()

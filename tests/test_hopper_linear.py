@@ -1,0 +1,122 @@
+"""The kernel for Hopper GPUs: it compiles anywhere without spilling registers, and computes there what the layer does."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from samlight_hf import hopper
+from samlight_hf.fused_linear import FusedLinear, Rows, convolve, launch_on_hopper, why_not_hopper
+from samlight_hf.hopper_linear import NARROW_TILE, TILES, neighbours_of, rows_of, source_of, tile_of
+
+from .test_fused_linear import CASES, TOLERANCES, error, make, statistics_error
+
+
+ALL_TILES = (*TILES, NARROW_TILE)
+# Those of the encoder: projections, the second linear layer, the first, the neck.
+KERNELS = [
+    {"NORM": 1, "PARTS": 4},
+    {"RESIDUAL": 1, "STATISTICS": 1},
+    {"NORM": 1, "PARTS": 2, "GELU": 1},
+    {"KIND": "NEIGHBOURS", "HEIGHT": 64, "WIDTH": 64, "BFLOAT16": 0},
+]
+PLAIN = {
+    "KIND": "ROWS", "HEIGHT": 1, "WIDTH": 1, "BFLOAT16": 1, "K": 1152, "N": 1152, "NORM": 0, "PARTS": 1, "GELU": 0,
+    "RESIDUAL": 0, "STATISTICS": 0,
+}  # fmt: skip
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+needs_compiler = pytest.mark.skipif(not hopper.has_bindings(), reason="cuda.bindings is not installed")
+
+
+def spilled_bytes(log: str) -> int:
+    """Of registers, as the compiler says, without a warning."""
+    assert "warning" not in log, log
+    (count,) = re.findall(r"(\d+) bytes spill stores", log)
+    return int(count)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tile", ALL_TILES, ids=str)
+@pytest.mark.parametrize("constants", KERNELS, ids=str)
+def test_the_kernel_compiles_without_spilling(tile, constants):
+    code, log = hopper.compile_source(source_of(tile, **PLAIN | constants))
+    assert code[:4] == b"\x7fELF" and spilled_bytes(log) <= 16, log
+
+
+def test_tiles_fit():
+    """Whatever passes `why_not` is divided by its tile, and programs have room on a multiprocessor."""
+    for num_rows in (128, 4096, 4096 * 32):
+        for out_features in range(64, 3072 + 1, 64):
+            for normalizes, gelu in ((False, False), (True, False), (True, True)):
+                tile = tile_of(num_rows, out_features, normalizes, gelu)
+                assert tile in ALL_TILES and out_features % tile.columns == 0
+    assert all(tile.programs * (tile.shared_bytes + 1024) <= 228 * 1024 for tile in ALL_TILES)
+
+
+def test_every_reason_not_to_run_it(monkeypatch):
+    layer, rows, image = FusedLinear(torch.zeros(64, 64), None), torch.zeros(128, 64), torch.zeros(1, 8, 48, 64)
+    assert "cpu" in why_not_hopper(layer, rows_of(rows))
+    monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
+    monkeypatch.setattr("samlight_hf.fused_linear.why_not_hopper_at_all", lambda: None)
+    assert why_not_hopper(layer, rows_of(rows), rows) is None
+    assert "torch.float64" in why_not_hopper(layer, rows_of(rows.double()))
+    assert "100 rows" in why_not_hopper(layer, rows_of(rows[:100]))
+    assert "lines of 48" in why_not_hopper(layer, neighbours_of(image))
+    assert "not contiguous" in why_not_hopper(layer, rows_of(rows.T.contiguous().T))
+    layer.gelu = True
+    assert "no residual" in why_not_hopper(layer, rows_of(rows), rows)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("tile", ALL_TILES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not (case[2] and (case[0] or case[1]))], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_the_kernel_computes_what_the_modules_do(case, dtype, tile):
+    """More tiles than there are programs, so that each takes several."""
+    layer, rows, residual, expected = make(case, dtype, "cuda", num_rows=256 * 129, out_features=768)
+    with torch.no_grad():
+        found = launch_on_hopper(layer, rows_of(rows.values), rows.statistics, residual, case[3], tile)
+    assert error(found.values, expected) < TOLERANCES[dtype]
+    assert statistics_error(found) < 1e-4
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_it_runs_by_itself_and_again_to_the_bit(monkeypatch):
+    """One layer after the other, each beginning before the last has ended."""
+    layers = [
+        make(case, torch.bfloat16, "cuda", in_features=384, out_features=384)[0]
+        for case in (CASES[3], CASES[1], CASES[3])
+    ]
+    _, rows, _, _ = make(CASES[0], torch.bfloat16, "cuda", num_rows=4096, in_features=384, out_features=384)
+    assert why_not_hopper(layers[0], rows_of(rows.values)) is None
+    monkeypatch.delattr("samlight_hf.fused_linear.launch")
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            first = layers[0](Rows(rows.values), rows.values, statistics=True)
+            return layers[2](layers[1](first), first.values, statistics=True).values
+
+    expected = run()
+    torch.cuda.synchronize()
+    for _ in range(20):
+        assert torch.equal(run(), expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("grid", [(8, 16), (32, 32), (4, 128), (64, 64), (2, 256)], ids=str)
+def test_the_neck_is_its_convolution(grid, monkeypatch):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(128, 64, 3, padding=1, bias=False).to("cuda", torch.bfloat16)
+    tokens = torch.randn(2, grid[0] * grid[1], 128, device="cuda", dtype=torch.bfloat16)
+    layer = FusedLinear(convolution.weight.permute(0, 2, 3, 1).flatten(1), None)
+    with torch.no_grad():
+        image = tokens.double().transpose(1, 2).unflatten(2, grid)
+        expected = convolution.double()(image).flatten(2).transpose(1, 2)
+        monkeypatch.delattr("samlight_hf.fused_linear.F.conv2d")
+        found = convolve(layer, tokens, grid)
+    assert error(found, expected) < TOLERANCES[torch.bfloat16]
