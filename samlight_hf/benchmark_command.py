@@ -8,7 +8,7 @@ from .segment_command import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 
 
 PART_NAMES = (
-    "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "profile"
+    "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear", "profile"
 )  # fmt: skip
 
 

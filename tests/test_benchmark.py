@@ -14,7 +14,16 @@ from torch import nn
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
 from samlight_hf.benchmark import equality, masks, measure, peers
-from samlight_hf.benchmark.encoders import DILATED, FULL, SAME_GROUPS, encoder_gflop, resolution_patterns
+from samlight_hf.benchmark.encoders import (
+    DILATED,
+    FULL,
+    FUSED_GRAPH,
+    SAME_GROUPS,
+    encoder_gflop,
+    fused_encoder,
+    resolution_patterns,
+)
+from samlight_hf.benchmark.linear import CUDA, linear_rows
 from samlight_hf.benchmark.report import check_targets, format_table
 from samlight_hf.benchmark.run import PARTS, run_benchmark
 from samlight_hf.benchmark.settings import Settings
@@ -50,7 +59,7 @@ def quick_ceiling(monkeypatch):
 def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
     settings = tiny_settings(checkpoint=checkpoint, images=ROOT / "examples" / "images")
     out, plot = tmp_path / "results" / "cpu.json", tmp_path / "cpu.png"
-    parts = [name for name in PARTS if name not in ("peers", "attention", "projection", "profile")]
+    parts = [name for name in PARTS if name not in ("peers", "attention", "projection", "linear", "profile")]
     result = run_benchmark(settings, parts, out, plot)
     assert json.loads(out.read_text()) == result
     for part in parts:
@@ -257,13 +266,30 @@ def test_graphs_and_memory_on_a_gpu():
 
 
 @pytest.mark.gpu
+def test_linear_layers_and_the_fused_encoder_on_a_gpu():
+    settings = Settings(torch.device("cuda"), batch_sizes=(1,))
+    rows = list(linear_rows(settings))
+    assert len(rows) == 15 and all(row["error"] < 6e-3 for row in rows if row["kernel"] != CUDA)
+    assert all(row["error"] < 6e-3 for row in rows if "error" in row)
+    with torch.inference_mode():
+        assert fused_encoder(settings.config, settings)(
+            torch.zeros(1, 3, 1024, 1024, device="cuda").bfloat16()
+        ).shape == (1, 256, 64, 64)
+
+
+@pytest.mark.gpu
 def test_every_part_of_ours_runs_on_a_gpu(checkpoint):
     settings = tiny_settings(
         torch.device("cuda"), batch_sizes=(1, 2), checkpoint=checkpoint, images=ROOT / "examples" / "images"
     )
     parts = ["encoder", "decoder", "prompt", "resolution", "training", "equality"]
     rows = run_benchmark(settings, parts)["rows"]
-    failed = [row for row in rows if "cannot_run" in row and "flash" not in row.get("attn_implementation", "")]
+    # The tiny encoder is too narrow to be fused.
+    failed = [
+        row
+        for row in rows
+        if "cannot_run" in row and row.get("mode") != FUSED_GRAPH and "flash" not in row.get("attn_implementation", "")
+    ]
     assert not failed
     assert {"CUDA graph", "optimize()"} <= {row.get("mode") for row in rows}
     assert all(row["peak_memory_mb"] > 0 for row in rows if row["part"] in ("encoder", "decoder") and "ms" in row)

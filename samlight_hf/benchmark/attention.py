@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import hopper_attention
 from ..modeling.dilated_attention import (
     BACKENDS,
     dense_attention,
@@ -36,6 +37,8 @@ def attention_rows(settings: Settings) -> Iterator[dict]:
         for backend in BACKENDS:
             yield from _backend_rows(backend, shape, settings)
     yield from overhead_rows(settings)
+    if settings.on_cuda:
+        yield from packed_rows(settings)
 
 
 def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Settings) -> Iterator[dict]:
@@ -78,6 +81,31 @@ def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Sett
     if "ms" in forward and "ms" in together:
         together["backward_over_forward"] = together["ms"] / forward["ms"] - 1
     yield together
+
+
+def packed_rows(settings: Settings) -> Iterator[dict]:
+    """The fused encoder's two kinds of layer, on q, k and v as its projection writes them, with and without its own kernel."""
+    for batch_size in settings.batch_sizes:
+        qkv = random_tensor((batch_size, 4096, NUM_HEADS, 3, HEAD_DIM), settings.device, settings.dtype)
+        for pattern in ((None, 2, "all"), (512, 1, "all")):
+            ways = {
+                "CUDA": lambda q=qkv, p=pattern: hopper_attention.launch(q, *p[:2], HEAD_DIM**-0.5),
+                "dilated_attention": lambda q=qkv, p=pattern: dilated_attention(*q.unbind(3), *p),
+            }
+            for kernel, function in ways.items():
+                row = {
+                    "part": "attention", "what": "packed q, k and v", "kernel": kernel, "dtype": settings.dtype_name,
+                    "batch_size": batch_size, "segment_length": pattern[0], "dilation_rate": pattern[1],
+                }  # fmt: skip
+                reason = hopper_attention.why_not(qkv, *pattern) if kernel == "CUDA" else None
+                yield attempt(row, lambda f=function, r=reason: _graph_ms(f, r, settings))
+
+
+@torch.inference_mode()
+def _graph_ms(function, reason: str | None, settings: Settings) -> dict:
+    if reason:
+        raise ValueError(reason)
+    return {"ms": graph_time_ms(function, settings.device)}
 
 
 def overhead_rows(settings: Settings) -> Iterator[dict]:

@@ -20,6 +20,7 @@ from .attention import attention_rows, projection_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
 from .kernels import profile_rows
+from .linear import linear_rows
 from .masks import decoder_rows, prompt_rows
 from .measure import attempt, reason, release_memory
 from .peers import peer_rows
@@ -39,6 +40,7 @@ PARTS: dict[str, Part] = {
     "training": training_rows,
     "equality": equality_rows,
     "projection": projection_rows,
+    "linear": linear_rows,
     "profile": profile_rows,
 }
 _OPTIONAL_PACKAGES = ("timm", "triton", "flash-attn-4")
