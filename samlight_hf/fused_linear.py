@@ -74,6 +74,8 @@ class FusedLinear:
 
         The kernel writes its result at the beginning of `memory` (at least M * N,), where that is given.
         """
+        if self.row_sums is not None and rows.statistics is None:
+            rows = with_statistics(rows.values)
         x = rows_of(rows.values)
         if why_not_hopper(self, x, residual) is None:
             return launch_on_hopper(self, x, rows.statistics, residual, statistics, memory=memory)
@@ -166,19 +168,19 @@ def why_not_at_all() -> str | None:
 
 def why_not_hopper(layer: FusedLinear, x: Input, residual: torch.Tensor | None = None) -> str | None:
     """Why the kernel for Hopper GPUs cannot run on these inputs: a sentence, or None where it can."""
-    return hopper_linear.why_not(layer, x, residual) or why_not_hopper_at_all()
+    return hopper_linear.why_not(layer, x, residual) or why_not_hopper_at_all(layer.weight.device)
 
 
-@lru_cache(maxsize=1)
-def why_not_hopper_at_all() -> str | None:
-    """Why the kernel for Hopper GPUs does not run on this machine, which has one, or None."""
+@lru_cache
+def why_not_hopper_at_all(device: torch.device) -> str | None:
+    """Why the kernel for Hopper GPUs does not run on this device, which is one, or None."""
 
     def attempt() -> bool:
         fused, rows = _small_layer()
         found = launch_on_hopper(fused, rows_of(rows.values), rows.statistics)
         return torch.allclose(found.values.float(), fused_linear_reference(fused, rows).values.float(), atol=2e-2)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.cuda.device(device):
         return failure("linear layers", attempt, "CUDA", "Triton's kernels")
 
 

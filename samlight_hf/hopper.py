@@ -24,13 +24,18 @@ _OPTIONS = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-v"]
 @lru_cache
 def has_bindings() -> bool:
     """Whether there are `cuda.bindings`, without which nothing is compiled or launched."""
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    try:
+        return find_spec("cuda.bindings") is not None
+    except ImportError:  # no `cuda`, or another one
+        return False
 
 
 def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no kernel of this kind can run with tensors of this kind: a sentence, or None where some may."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda":
         return f"the tensors are on {device}."
+    if torch.version.cuda is None:
+        return "this PyTorch is not made for CUDA."
     if torch.cuda.get_device_capability(device) != (9, 0):
         return "the GPU is no Hopper."
     if not has_bindings():
@@ -38,6 +43,11 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, and not {str(dtype).removeprefix('torch.')}."
     return None
+
+
+def are_aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether tensors, where they are there, are contiguous and begin where 16 bytes can be read at once."""
+    return all(tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0) for tensor in tensors)
 
 
 def product(name: str, columns: int, dtype: str, from_registers: bool = False) -> str:
@@ -64,7 +74,7 @@ def product(name: str, columns: int, dtype: str, from_registers: bool = False) -
 
 
 def source_of(path: Path, constants: dict[str, int | str], functions: str = "") -> str:
-    """A file in CUDA, before which `constants` are defined, after these `functions`."""
+    """Definitions of `constants`, then `functions`, then a file in CUDA."""
     defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     return defined + functions + path.read_text().replace(f'#include "{_HEADER.name}"', _HEADER.read_text())
 
@@ -74,16 +84,18 @@ def compile_source(source: str) -> tuple[bytes, str]:
     from cuda.bindings import nvrtc
 
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
-    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-    _checked(nvrtc.nvrtcGetProgramLog(program, log))
-    log = log.decode().strip("\0 ")
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise RuntimeError(log)
-    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
-    return code, log
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        log = log.decode().strip("\0 ")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(log)
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code, log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
 
 
 def compiled(source: str) -> bytes:

@@ -25,17 +25,19 @@ def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, d
         return f"heads have {head_dim} features, and not {_DIM}."
     if dilation_rate > 1 and dilation_offsets != "all":
         return f"dilation_offsets={dilation_offsets!r}, and it has 'all'."
-    group = (segment_length or num_tokens) // dilation_rate
-    if group % _KEYS:
+    segment_length = segment_length or num_tokens
+    if not qkv.numel() or num_tokens % segment_length or segment_length % dilation_rate:
+        return f"{num_tokens} tokens are not made of segments of {segment_length}, or these of {dilation_rate} groups."
+    if (group := segment_length // dilation_rate) % _KEYS:
         return f"groups of {group} tokens are no multiple of {_KEYS}."
-    if not qkv.is_contiguous():
-        return "the tensor is not contiguous."
-    return _why_not_at_all()
+    if not hopper.are_aligned(qkv):
+        return "the tensor is not contiguous, or begins at an odd address."
+    return _why_not_at_all(qkv.device)
 
 
-@lru_cache(maxsize=1)
-def _why_not_at_all() -> str | None:
-    """Why the kernel does not run on this machine, which has a Hopper GPU, or None."""
+@lru_cache
+def _why_not_at_all(device: torch.device) -> str | None:
+    """Why the kernel does not run on this device, a Hopper GPU, or None."""
 
     @torch.inference_mode()
     def attempt() -> bool:
@@ -44,7 +46,8 @@ def _why_not_at_all() -> str | None:
         found = launch(qkv, 512, 2, _DIM**-0.5)
         return bool((found.view_as(expected).float() - expected).norm() < 0.01 * expected.norm())
 
-    return failure("attention", attempt, "CUDA", "cuDNN's kernels")
+    with torch.cuda.device(device):
+        return failure("attention", attempt, "CUDA", "other kernels")
 
 
 def launch(

@@ -46,7 +46,7 @@ __device__ __forceinline__ void load_weight(const TensorMap* map, void* to, u64*
 // What one thread does: all blocks of all tiles, each as soon as the one whose memory it takes was used.
 __device__ __forceinline__ void load_blocks(Shared& shared, const TensorMap* x, const TensorMap* weight, int num_tiles) {
     constexpr int EARLY = STAGES < STEPS ? STAGES : STEPS;
-    for (int step = 0; step < EARLY; step++) {  // of the weights, which no kernel writes
+    for (int step = 0; step < EARLY; step++) {  // of the weights, which the kernel before this one does not write
         arrive_and_expect(&shared.loaded[step], BLOCK_BYTES);
         load_weight(weight, shared.weight[step], &shared.loaded[step], step * BLOCK_K, blockIdx.x % COLUMN_TILES * TILE_N);
     }
@@ -135,7 +135,8 @@ __device__ __forceinline__ void begin(Tile& tile, const uint4* residual, const f
 
 __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int number, int consumer) {
     int block = number * STEPS, lane = threadIdx.x % 32;
-    // In turn, for the blocks come in the order of the tiles.
+    // In turn. The blocks come in the order of the tiles, and a barrier's phase can be waited for only if the one before it is complete:
+    // the other consumer has waited for all earlier ones by then, each of its threads.
     if (CONSUMERS > 1 && number) wait(&shared.asked[1 - consumer], (number - 1) / CONSUMERS);
     keep(tile.sums[0]), keep(tile.sums[1]);
     for (int step = 0; step < STEPS; step++, block++) {
@@ -185,7 +186,6 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
                     low = fmaf(low, norm[i].x, fmaf(norm[i].y, columns[j].y, columns[j].x));
                     high = fmaf(high, norm[i].x, fmaf(norm[i].y, columns[j].w, columns[j].z));
                 }
-                if (GELU && !NORM) low *= HALF, high *= HALF;
                 if (GELU) gelu(low, high);
                 pairs[j] = pack(low, high);
                 if (STATISTICS) {

@@ -66,6 +66,7 @@ class Input:
     kind: str
     values: torch.Tensor
     num_rows: int
+    features: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]  # of all but the innermost, in elements
     box: tuple[int, ...]
@@ -76,7 +77,7 @@ def rows_of(values: torch.Tensor) -> Input:
     """A matrix (rows, features)."""
     (num_rows, features), every = values.shape, values.numel()
     sizes, strides = (features, num_rows, 1, 1, 1), (features, every, every, every)
-    return Input("ROWS", values, num_rows, sizes, strides, (_BLOCK_K, _BLOCK_M, 1, 1, 1))
+    return Input("ROWS", values, num_rows, features, sizes, strides, (_BLOCK_K, _BLOCK_M, 1, 1, 1))
 
 
 def neighbours_of(values: torch.Tensor) -> Input:
@@ -87,7 +88,8 @@ def neighbours_of(values: torch.Tensor) -> Input:
     # 128 places of an image, one after the other.
     block = (columns, _BLOCK_M // columns) if columns < _BLOCK_M else (_BLOCK_M, 1)
     box = (_BLOCK_K, *block, 1, 1)
-    return Input("NEIGHBOURS", values, batch_size * lines * columns, sizes, strides, box, (lines, columns))
+    num_rows = batch_size * lines * columns
+    return Input("NEIGHBOURS", values, num_rows, 9 * channels, sizes, strides, box, (lines, columns))
 
 
 def why_not(layer, x: Input, residual: torch.Tensor | None = None) -> str | None:
@@ -95,16 +97,22 @@ def why_not(layer, x: Input, residual: torch.Tensor | None = None) -> str | None
     out_features, in_features = layer.weight.shape
     if reason := hopper.why_not_hopper(layer.weight.device, layer.weight.dtype):
         return reason
-    if x.values.dtype != layer.weight.dtype:
-        return f"the weights are {layer.weight.dtype}, and their input is {x.values.dtype}."
-    if in_features % _BLOCK_K or out_features % 64 or x.num_rows % _BLOCK_M:
+    for tensor in (x.values, *(() if residual is None else (residual,))):
+        if tensor.dtype != layer.weight.dtype:
+            return f"the weights are {layer.weight.dtype}, and what they are given is {tensor.dtype}."
+    if in_features % _BLOCK_K or out_features % 64 or x.num_rows % _BLOCK_M or not x.num_rows:
         return f"{x.num_rows} rows, {in_features} and {out_features} features are no multiples of 128, 64 and 64."
-    if x.grid != (1, 1) and x.grid[1] % _BLOCK_M and _BLOCK_M % x.grid[1]:
-        return f"lines of {x.grid[1]} do not fit its blocks of {_BLOCK_M} rows."
-    if residual is not None and (layer.row_sums is not None or layer.gelu):
-        return "it adds no residual to what is normalized, or GELU's."
-    if not all(tensor is None or tensor.is_contiguous() for tensor in (x.values, residual)):
-        return "the tensors are not contiguous."
+    if x.features != in_features or (residual is not None and residual.shape[1] != out_features):
+        return f"it is given other features than {in_features}, or other ones to add than {out_features}."
+    lines, columns = x.grid
+    if x.grid != (1, 1) and (lines * columns % _BLOCK_M or (columns % _BLOCK_M and _BLOCK_M % columns)):
+        return f"images of {lines} x {columns} are not made of its blocks of {_BLOCK_M} places."
+    if layer.gelu and layer.row_sums is None:
+        return "it has GELU only of what is normalized."
+    if residual is not None and layer.row_sums is not None:
+        return "it adds no residual to what is normalized."
+    if not hopper.are_aligned(layer.weight, x.values, residual):
+        return "the tensors are not contiguous, or begin at odd addresses."
     return None
 
 

@@ -1,9 +1,9 @@
 """SAM-Lightening's image encoder in fewer kernels: the same results, up to rounding.
 
-A layer of five kernels: LayerNorm and projection to queries, keys and values; attention (hopper_attention.py, or as in the
-model); projection and residual; LayerNorm, linear layer and GELU; linear layer and residual (fused_linear.py). All in the layout (B * N, channels), tokens in raster
-order. The projection's features are in the order (head, q/k/v, head dimension), in which every dilated group is a view,
-so that dilation copies nothing.
+A layer of five kernels: LayerNorm and projection to queries, keys and values; attention (hopper_attention.py, or as in
+the model); projection and residual; LayerNorm, linear layer and GELU; linear layer and residual (fused_linear.py). All in
+the layout (B * N, channels), tokens in raster order. The projection's features are in the order (head, q/k/v, head
+dimension), in which every dilated group is a view, so that dilation copies nothing.
 """
 
 import torch

@@ -22,19 +22,23 @@ def test_every_reason_not_to_run_it(monkeypatch):
     qkv = torch.zeros(1, 512, 2, 3, 64)
     assert "cpu" in why_not(qkv, None, 1, "all")
     monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
-    monkeypatch.setattr(hopper_attention, "_why_not_at_all", lambda: None)
+    monkeypatch.setattr(hopper_attention, "_why_not_at_all", lambda device: None)
     assert why_not(qkv, None, 2, "all") is None
     assert "32 features" in why_not(qkv[..., :32], None, 1, "all")
     assert "per_head" in why_not(qkv, None, 2, "per_head")
     assert "groups of 64 tokens" in why_not(qkv, 128, 2, "all")
+    assert "segments of 384" in why_not(qkv, 384, 1, "all")
+    assert "3 groups" in why_not(qkv, 512, 3, "all")
+    assert "0 tokens" in why_not(qkv[:, :0], None, 1, "all")
+    assert "odd address" in why_not(torch.zeros(512 * 384 + 1)[1:].view(1, 512, 2, 3, 64), None, 1, "all")
     assert "not contiguous" in why_not(qkv.transpose(0, 1).expand(-1, 512, -1, -1, -1), None, 1, "all")
 
 
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("warpgroups", [2, 3])
-@pytest.mark.parametrize("pattern", [(None, 1), (None, 2), (256, 1), (512, 4), (1024, 2), (2048, 2)], ids=str)
+@pytest.mark.parametrize("warpgroups", [2, 3, None])
+@pytest.mark.parametrize("pattern", [(None, 1), (None, 2), (256, 1), (512, 4), (1024, 2)], ids=str)
 def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype):
     """Scores that grow from key to key, so that what they are relative to changes; and groups that three do not divide."""
     assert why_not(torch.zeros(1, 512, 2, 3, 64, device="cuda", dtype=dtype), None, 1, "all") is None

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from samlight_hf import hopper
-from samlight_hf.fused_linear import FusedLinear, Rows, convolve, launch_on_hopper, why_not_hopper
+from samlight_hf.fused_linear import (
+    FusedLinear,
+    Rows,
+    convolve,
+    fused_linear_reference,
+    launch_on_hopper,
+    why_not_hopper,
+)
 from samlight_hf.hopper_linear import NARROW_TILE, TILES, neighbours_of, rows_of, source_of, tile_of
 
 from .test_fused_linear import CASES, TOLERANCES, error, make, statistics_error
@@ -27,7 +34,20 @@ PLAIN = {
 }  # fmt: skip
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
-needs_compiler = pytest.mark.skipif(not hopper.has_bindings(), reason="cuda.bindings is not installed")
+
+
+def has_compiler() -> bool:
+    if not hopper.has_bindings():
+        return False
+    from cuda.bindings import nvrtc
+
+    try:
+        return int(nvrtc.nvrtcVersion()[0]) == 0
+    except RuntimeError:  # the library is not there
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs cuda.bindings and NVRTC")
 
 
 def spilled_bytes(log: str) -> int:
@@ -56,17 +76,28 @@ def test_tiles_fit():
 
 
 def test_every_reason_not_to_run_it(monkeypatch):
-    layer, rows, image = FusedLinear(torch.zeros(64, 64), None), torch.zeros(128, 64), torch.zeros(1, 8, 48, 64)
+    layer, rows = FusedLinear(torch.zeros(64, 64), None), torch.zeros(128, 64)
     assert "cpu" in why_not_hopper(layer, rows_of(rows))
     monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
-    monkeypatch.setattr("samlight_hf.fused_linear.why_not_hopper_at_all", lambda: None)
+    monkeypatch.setattr("samlight_hf.fused_linear.why_not_hopper_at_all", lambda device: None)
     assert why_not_hopper(layer, rows_of(rows), rows) is None
     assert "torch.float64" in why_not_hopper(layer, rows_of(rows.double()))
+    assert "torch.float64" in why_not_hopper(layer, rows_of(rows), rows.double())
     assert "100 rows" in why_not_hopper(layer, rows_of(rows[:100]))
-    assert "lines of 48" in why_not_hopper(layer, neighbours_of(image))
+    assert "0 rows" in why_not_hopper(layer, rows_of(rows[:0]))
+    assert "other features than 64" in why_not_hopper(layer, rows_of(rows.view(-1).repeat(2).view(128, 128)))
+    assert "to add than 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
     assert "not contiguous" in why_not_hopper(layer, rows_of(rows.T.contiguous().T))
+    assert "odd addresses" in why_not_hopper(layer, rows_of(torch.zeros(128 * 64 + 1)[1:].view(128, 64)))
     layer.gelu = True
+    assert "GELU" in why_not_hopper(layer, rows_of(rows))
+    layer.row_sums = torch.zeros(64)
+    assert why_not_hopper(layer, rows_of(rows)) is None
     assert "no residual" in why_not_hopper(layer, rows_of(rows), rows)
+    convolution = FusedLinear(torch.zeros(64, 9 * 64), None)
+    assert why_not_hopper(convolution, neighbours_of(torch.zeros(2, 2, 64, 64))) is None
+    for grid in ((8, 48), (8, 8), (6, 32)):  # a block of 128 places would reach into the next image
+        assert f"{grid[0]} x {grid[1]}" in why_not_hopper(convolution, neighbours_of(torch.zeros(2, *grid, 64)))
 
 
 @pytest.mark.gpu
@@ -74,13 +105,17 @@ def test_every_reason_not_to_run_it(monkeypatch):
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if not (case[2] and (case[0] or case[1]))], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_the_kernel_computes_what_the_modules_do(case, dtype, tile):
+@pytest.mark.parametrize("in_features", [192, 768])  # fewer blocks than are asked for ahead, and more
+def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile):
     """More tiles than there are programs, so that each takes several."""
-    layer, rows, residual, expected = make(case, dtype, "cuda", num_rows=256 * 129, out_features=768)
+    sizes = {"num_rows": 256 * 129, "in_features": in_features, "out_features": 768}
+    layer, rows, residual, expected = make(case, dtype, "cuda", **sizes)
+    memory = torch.full((expected.numel() + 8,), 5, dtype=dtype, device="cuda")
     with torch.no_grad():
-        found = launch_on_hopper(layer, rows_of(rows.values), rows.statistics, residual, case[3], tile)
+        found = launch_on_hopper(layer, rows_of(rows.values), rows.statistics, residual, case[3], tile, memory)
     assert error(found.values, expected) < TOLERANCES[dtype]
-    assert statistics_error(found) < 1e-4
+    assert (found.statistics is not None) == case[3] and statistics_error(found) < 1e-4
+    assert found.values.data_ptr() == memory.data_ptr() and memory[-8:].eq(5).all()
 
 
 @pytest.mark.gpu
@@ -93,17 +128,19 @@ def test_it_runs_by_itself_and_again_to_the_bit(monkeypatch):
     ]
     _, rows, _, _ = make(CASES[0], torch.bfloat16, "cuda", num_rows=4096, in_features=384, out_features=384)
     assert why_not_hopper(layers[0], rows_of(rows.values)) is None
-    monkeypatch.delattr("samlight_hf.fused_linear.launch")
 
-    def run() -> torch.Tensor:
-        with torch.no_grad():
-            first = layers[0](Rows(rows.values), rows.values, statistics=True)
-            return layers[2](layers[1](first), first.values, statistics=True).values
+    @torch.no_grad()
+    def run(call) -> torch.Tensor:
+        first = call(layers[0], Rows(rows.values), rows.values, True)
+        return call(layers[2], call(layers[1], first, None, False), first.values, True).values
 
-    expected = run()
-    torch.cuda.synchronize()
+    expected = run(fused_linear_reference)
+    for name in ("launch", "fused_linear_reference"):
+        monkeypatch.delattr(f"samlight_hf.fused_linear.{name}")
+    found = run(FusedLinear.__call__)
+    assert error(found, expected.double()) < TOLERANCES[torch.bfloat16]
     for _ in range(20):
-        assert torch.equal(run(), expected)
+        assert torch.equal(run(FusedLinear.__call__), found)
 
 
 @pytest.mark.gpu

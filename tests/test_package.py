@@ -58,6 +58,7 @@ def test_wheel_and_sdist_hold_the_package(tmp_path):
         "samlight_hf/model_card.md",
         "samlight_hf/hopper.cuh",
         "samlight_hf/hopper_linear.cu",
+        "samlight_hf/hopper_attention.cu",
         "samlight_hf/modeling/modeling_sam_lightening.py",
     ):
         assert name in names

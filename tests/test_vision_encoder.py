@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from samlight_hf import SamLighteningModel, fused_linear
+from samlight_hf import SamLighteningModel, fused_linear, vision_encoder
 from samlight_hf.vision_encoder import FastVisionEncoder, why_not_fast_encoder
 
 from .conftest import tiny_config
+from .test_hopper_linear import needs_hopper
 
 
 WIDE = {
@@ -28,6 +29,8 @@ PATTERNS = {
     },
     "no positions": {"use_abs_pos": False},
 }
+# What the attention kernel for Hopper GPUs takes: heads of 64 features, groups of multiples of 128 tokens.
+LONG = {"num_attention_heads": 2, "num_hidden_layers": 2, "segment_length": (256, None), "dilation_rate": (1, 2)}
 
 
 def make_model(**vision) -> SamLighteningModel:
@@ -57,6 +60,14 @@ def test_it_computes_what_the_model_does(vision):
     assert relative_error(model, pixel_values, expected, FastVisionEncoder(model.vision_encoder)) < 1e-5
 
 
+def test_other_layers_run_where_rows_come_without_statistics():
+    """As what comes from elsewhere does."""
+    layer = fused_linear.FusedLinear(torch.randn(64, 64), None, nn.LayerNorm(64))
+    values = torch.randn(128, 64)
+    expected = nn.functional.layer_norm(values, (64,), eps=1e-5) @ layer.weight.T
+    assert torch.allclose(layer(fused_linear.Rows(values)).values, expected, atol=1e-5)
+
+
 def test_every_reason_why_it_is_not_used():
     model = make_model()
     assert "float32 on cpu" in why_not_fast_encoder(model)
@@ -79,3 +90,24 @@ def test_on_a_gpu_it_is_as_close_to_float32_as_the_model_itself(vision, dtype, m
     monkeypatch.delattr(fused_linear, "fused_linear_reference")  # every layer runs the kernel
     fast = relative_error(model, pixel_values, expected, FastVisionEncoder(model.vision_encoder))
     assert fast < 1.5 * plain + 1e-3
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_hopper_it_runs_its_own_kernels_alone(dtype, monkeypatch):
+    model = make_model(**WIDE | LONG)
+    pixel_values = torch.randn(2, 3, 512, 512)
+    with torch.no_grad():
+        expected = model.vision_encoder(pixel_values).last_hidden_state.double()
+    model = model.to("cuda", dtype)
+    plain = relative_error(model, pixel_values, expected, lambda x: model.vision_encoder(x).last_hidden_state)
+    encode = FastVisionEncoder(model.vision_encoder)
+    encode(pixel_values.to("cuda", dtype))  # kernels are tried, against the reference
+    for module, name in (
+        (fused_linear, "launch"),
+        (fused_linear, "fused_linear_reference"),
+        (vision_encoder, "dilated_attention"),
+    ):
+        monkeypatch.delattr(module, name)
+    assert relative_error(model, pixel_values, expected, encode) < 1.5 * plain + 1e-3
