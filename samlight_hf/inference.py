@@ -47,6 +47,18 @@ def make_decoder(
     return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels, dtype)
 
 
+def decoder_dtype_of(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
+    """What the decoder of a model that is to run in `dtype` computes in: float16 for bfloat16 on a CUDA device, where its weights fit.
+
+    Most of what bfloat16 changes in masks is its rounding of the decoder's weights.
+    """
+    if dtype != torch.bfloat16 or model.device.type != "cuda" or why_not_fast(model):
+        return dtype
+    weights = [weight for part in (model.prompt_encoder, model.mask_decoder) for weight in part.parameters()]
+    largest = torch.stack([weight.detach().abs().max() for weight in weights]).max()
+    return torch.float16 if largest < torch.finfo(torch.float16).max else dtype
+
+
 def check_floating_point(name: str, dtype: torch.dtype):
     """Raises ValueError for what is no floating point type of torch's."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -158,6 +170,7 @@ def optimize(
     dtype: torch.dtype = torch.bfloat16,
     image_batch_sizes: Sequence[int] = (1, 8),
     prompt_counts: Sequence[int] = (1, 16, 64),
+    decoder_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model for inference with the same calls and outputs, its encoder and decoder fused and replayed from CUDA graphs.
 
@@ -168,6 +181,9 @@ def optimize(
     Graphs are made here for batches of `image_batch_sizes` pictures, and for `prompt_counts` prompts on a picture, which are
     a point or a box each, with three masks and with one. Other shapes run too, fused and without graphs; what the
     fast paths do not know (gradients, hidden states, attention weights, PerSAM's arguments) runs as in `model`.
+
+    The mask decoder computes in `decoder_dtype`, with weights that come straight from `model`'s: by default in `dtype`, and
+    in float16 for bfloat16, whose three more bits make masks those of float32 much more often, where the weights fit into it.
 
     Returned is a model of `model`'s class and weights: the same tensors where they have this `dtype` already, and the
     original must then not be changed. It may be called from several threads and on several streams, one call after the other;
@@ -185,8 +201,12 @@ def optimize(
         ):
             raise ValueError(f"{name}={values!r} must be integers of 1 and more, such as (1, 8).")
     check_floating_point("dtype", dtype)
+    if decoder_dtype is not None:
+        check_floating_point("decoder_dtype", decoder_dtype)
     on_cuda = model.device.type == "cuda"
-    if on_cuda and model.dtype != dtype:
+    dtype = dtype if on_cuda else model.dtype
+    decoder_dtype = decoder_dtype or decoder_dtype_of(model, dtype)
+    if model.dtype != dtype:
         optimized = copy.deepcopy(model).to(dtype)
     else:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -194,7 +214,8 @@ def optimize(
     optimized.eval()
     for module, kind in ((optimized.vision_encoder, _OptimizedEncoder), (optimized, _OptimizedModel)):
         module.__class__ = _optimized_class(kind, type(module))
-    paths = _FastPaths(optimized, image_batch_sizes, prompt_counts)
+    decoder = make_decoder(optimized if decoder_dtype == dtype else model, dtype=decoder_dtype)
+    paths = _FastPaths(optimized, decoder, image_batch_sizes, prompt_counts)
     optimized._paths = optimized.vision_encoder._paths = paths
     return optimized
 
@@ -202,11 +223,17 @@ def optimize(
 class _FastPaths:
     """What runs instead of a model's encoder and decoder. Graphs have one set of buffers: callers take turns."""
 
-    def __init__(self, model: PreTrainedModel, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoder: FastMaskDecoder,
+        image_batch_sizes: Sequence[int],
+        prompt_counts: Sequence[int],
+    ):
         self.device, self.dtype = model.device, model.dtype
         config = model.config.vision_config
         self.picture_shape = config.num_channels, config.image_size, config.image_size
-        self.decoder = make_decoder(model)
+        self.decoder = decoder
         self.encode = make_encoder(model, self.decoder.cuda_graphs, self.decoder.pool)
         self.encode.max_graphs = len(image_batch_sizes) or 1
         for function in self.decoder.all_masks.values():
@@ -267,7 +294,7 @@ class _FastPaths:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (B, C, h, w) and prompts (B, P, ...) to scores (B, P, M) and logits (B, P, M, 4h, 4w)."""
         decode, found = self.decoder.all_masks[multimask_output, masks is not None], []
-        images = embeddings.to(self.dtype).flatten(2).transpose(1, 2)  # (B, N, C)
+        images = embeddings.to(self.decoder.dtype).flatten(2).transpose(1, 2)  # (B, N, C)
         for index in range(len(images)):
             inputs = [images[index : index + 1], *(prompt[index] for prompt in prompts)]
             if masks is not None:

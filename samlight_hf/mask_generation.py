@@ -27,8 +27,14 @@ from .crops import (
     crop_boxes,
     point_grid,
 )
-from .inference import Decoder, PictureEncoder, PlainMaskDecoder, check_floating_point, make_decoder
-from .mask_decoder import why_not_fast
+from .inference import (
+    Decoder,
+    PictureEncoder,
+    PlainMaskDecoder,
+    check_floating_point,
+    decoder_dtype_of,
+    make_decoder,
+)
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .pictures import read_ahead
 from .preprocessing import Picture, check_size, picture_tensor, resized_size
@@ -132,7 +138,7 @@ class MaskGenerator:
             raise ValueError(f"triton_kernels=True is not possible: {reason}")
         self.use_triton = reason is None and triton_kernels is not False
         if decoder_dtype is None:
-            decoder_dtype = _decoder_dtype(model)
+            decoder_dtype = decoder_dtype_of(model, model.dtype)
         else:
             check_floating_point("decoder_dtype", decoder_dtype)
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
@@ -321,15 +327,6 @@ def segment_everything(
     # One picture would not repay the capture of CUDA graphs.
     generator = MaskGenerator(model, processor, points_per_batch=points_per_batch, cuda_graphs=False)
     return generator.generate(picture_tensor(picture), settings, progress).to_result()
-
-
-def _decoder_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """float16 for a decoder in bfloat16 on a CUDA device, where its weights fit; None for the model's own dtype."""
-    if model.dtype != torch.bfloat16 or model.device.type != "cuda" or why_not_fast(model):
-        return None
-    weights = [weight for part in (model.prompt_encoder, model.mask_decoder) for weight in part.parameters()]
-    largest = torch.stack([weight.detach().abs().max() for weight in weights]).max()
-    return torch.float16 if largest < torch.finfo(torch.float16).max else None
 
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:

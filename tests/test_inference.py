@@ -15,6 +15,7 @@ from samlight_hf.benchmark.masks import picture_to_mask
 from samlight_hf.inference import optimize
 from samlight_hf.loading import load_model
 from samlight_hf.predictor import Predictor
+from samlight_hf.preprocessing import picture_tensor, preprocess
 
 from .conftest import tiny_config
 
@@ -155,6 +156,7 @@ def test_it_is_not_to_be_saved_nor_optimized_again(model, tmp_path):
         ({"image_batch_sizes": (0,)}, r"image_batch_sizes=\(0,\)"),
         ({"prompt_counts": (1, True)}, "prompt_counts"),
         ({"dtype": torch.uint8}, "dtype=torch.uint8"),
+        ({"decoder_dtype": "float16"}, "decoder_dtype='float16' must be a floating point type"),
     ],
 )
 def test_bad_arguments(model, arguments, message):
@@ -183,6 +185,17 @@ def test_other_models():
     inputs = make_inputs(sam)
     with torch.no_grad():
         assert_equal(optimize(sam)(**inputs), sam(**inputs))
+
+
+def test_a_decoder_in_another_dtype(model):
+    inputs = make_inputs(model)
+    optimized = optimize(model, decoder_dtype=torch.float16)
+    assert optimized._paths.decoder.dtype == torch.float16
+    assert optimized.mask_decoder.iou_token.weight.dtype == torch.float32
+    with torch.no_grad():
+        found, expected = optimized(**inputs), model(**inputs)
+    assert_equal(found, expected, 1e-2)
+    assert not torch.equal(found.pred_masks, expected.pred_masks)
 
 
 def test_the_stock_pipeline_takes_it():
@@ -230,6 +243,21 @@ def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
         assert_equal(optimized(**inputs), expected, 5e-2)
         assert paths.encode.last_ran == paths.decoder.all_masks[True, False].last_ran == ran
     assert len(paths.encode) == 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_bfloat16_is_decoded_in_float16_which_is_nearer_to_float32():
+    model, processor = load_model("checkpoints/sam-lightening-tiny", "cuda")
+    picture = picture_tensor("examples/images/rocket.jpg")
+    pixel_values = preprocess(processor.image_processor, [picture], torch.device("cuda"))
+    inputs = {"pixel_values": pixel_values, "input_points": torch.tensor([[[[500.0, 400.0]]]], device="cuda")}
+    with torch.no_grad():
+        expected, errors = model(**inputs).pred_masks, {}
+        for decoder_dtype in (None, torch.bfloat16):
+            optimized = optimize(model, image_batch_sizes=(1,), prompt_counts=(1,), decoder_dtype=decoder_dtype)
+            found = optimized(**inputs).pred_masks
+            errors[optimized._paths.decoder.dtype] = ((found.float() - expected).norm() / expected.norm()).item()
+    assert errors[torch.float16] < errors[torch.bfloat16] < 0.1
 
 
 @pytest.mark.gpu

@@ -74,7 +74,7 @@ def _load(settings: Settings) -> dict:
 
 
 def _optimize(settings: Settings):
-    model, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
+    model, _ = load_model(settings.checkpoint, str(settings.device))  # as `from_pretrained` gives it
     return optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(POINTS_PER_SIDE**2,))
 
 
