@@ -37,12 +37,8 @@ class Tile:
         return 3 - self.consumers
 
 
-TILES = (
-    Tile(192, 5, 2),
-    Tile(128, 6, 2),
-    Tile(96, 7, 2),
-    Tile(64, 6, 2),
-)  # what was fastest on an H100, the widest first
+# What was fastest on an H100, the widest first.
+TILES = (Tile(192, 5, 2), Tile(128, 6, 2), Tile(96, 7, 2), Tile(64, 6, 2))
 # With one consumer two programs have room on a multiprocessor: of the next kernel, where there are few tiles.
 NARROW_TILE = Tile(96, 3, 1)
 
