@@ -17,7 +17,7 @@ _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in hopper_attention.cu
 
 
 def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, dilation_offsets: str) -> str | None:
-    """Why the kernel cannot run with these, as of `attend`: a sentence, or None where it can."""
+    """Why the kernel cannot run with what `launch` is given: a sentence, or None where it can."""
     _, num_tokens, _, _, head_dim = qkv.shape
     if reason := hopper.why_not_hopper(qkv.device, qkv.dtype):
         return reason

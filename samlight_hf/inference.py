@@ -47,11 +47,15 @@ def make_decoder(
     return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels, dtype)
 
 
-def decoder_dtype_of(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
-    """What the decoder of a model that is to run in `dtype` computes in: float16 for bfloat16 on a CUDA device, where its weights fit.
+def decoder_dtype_of(model: PreTrainedModel, dtype: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
+    """What the decoder of a model that is to run in `dtype` computes in: what is `asked` for, `decoder_dtype` by name, or the best.
 
-    Most of what bfloat16 changes in masks is its rounding of the decoder's weights.
+    That is `dtype`, but float16 for bfloat16 on a CUDA device, where its weights fit: most of what bfloat16 changes in masks
+    is its rounding of the decoder's weights. Raises ValueError where no floating point type is asked for.
     """
+    if asked is not None:
+        check_floating_point("decoder_dtype", asked)
+        return asked
     if dtype != torch.bfloat16 or model.device.type != "cuda" or why_not_fast(model):
         return dtype
     weights = [weight for part in (model.prompt_encoder, model.mask_decoder) for weight in part.parameters()]
@@ -201,11 +205,9 @@ def optimize(
         ):
             raise ValueError(f"{name}={values!r} must be integers of 1 and more, such as (1, 8).")
     check_floating_point("dtype", dtype)
-    if decoder_dtype is not None:
-        check_floating_point("decoder_dtype", decoder_dtype)
     on_cuda = model.device.type == "cuda"
     dtype = dtype if on_cuda else model.dtype
-    decoder_dtype = decoder_dtype or decoder_dtype_of(model, dtype)
+    decoder_dtype = decoder_dtype_of(model, dtype, decoder_dtype)
     if model.dtype != dtype:
         optimized = copy.deepcopy(model).to(dtype)
     else:

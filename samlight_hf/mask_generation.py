@@ -27,14 +27,7 @@ from .crops import (
     crop_boxes,
     point_grid,
 )
-from .inference import (
-    Decoder,
-    PictureEncoder,
-    PlainMaskDecoder,
-    check_floating_point,
-    decoder_dtype_of,
-    make_decoder,
-)
+from .inference import Decoder, PictureEncoder, PlainMaskDecoder, decoder_dtype_of, make_decoder
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .pictures import read_ahead
 from .preprocessing import Picture, check_size, picture_tensor, resized_size
@@ -137,10 +130,7 @@ class MaskGenerator:
         if triton_kernels and reason:
             raise ValueError(f"triton_kernels=True is not possible: {reason}")
         self.use_triton = reason is None and triton_kernels is not False
-        if decoder_dtype is None:
-            decoder_dtype = decoder_dtype_of(model, model.dtype)
-        else:
-            check_floating_point("decoder_dtype", decoder_dtype)
+        decoder_dtype = decoder_dtype_of(model, model.dtype, decoder_dtype)
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
         self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
         self.set_budget(max_memory_mb, points_per_batch)

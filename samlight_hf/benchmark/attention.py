@@ -14,7 +14,7 @@ from ..modeling.dilated_attention import (
     split_groups,
     why_not,
 )
-from .measure import attempt, capture, graph_time_ms, random_tensor, relative_error, time_calls
+from .measure import attempt, capture, graph_time_ms, random_tensor, relative_error, require, time_calls
 from .settings import Settings
 
 
@@ -55,13 +55,9 @@ def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Sett
     def both():
         return torch.autograd.grad(run(), tokens, direction)
 
-    def require():
-        if reason := why_not(backend, *tokens):
-            raise ValueError(reason)
-
     @torch.no_grad()
     def measure_forward() -> dict:
-        require()
+        require(why_not(backend, *tokens))
         milliseconds = graph_time_ms(run, device)
         return {
             "ms": milliseconds, "ms_launched_alone": time_calls(run, device)["ms"], "tflops": gflop / milliseconds,
@@ -69,7 +65,7 @@ def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Sett
         }  # fmt: skip
 
     def measure_both() -> dict:
-        require()
+        require(why_not(backend, *tokens))
         gradients = torch.autograd.grad(expected, doubles, direction[:1].double())
         errors = [relative_error(found[:1], e) for found, e in zip(both(), gradients, strict=True)]
         return {"ms": graph_time_ms(both, device), "gradient_errors_qkv": errors}
@@ -103,8 +99,7 @@ def packed_rows(settings: Settings) -> Iterator[dict]:
 
 @torch.inference_mode()
 def _graph_ms(function, reason: str | None, settings: Settings) -> dict:
-    if reason:
-        raise ValueError(reason)
+    require(reason)
     return {"ms": graph_time_ms(function, settings.device)}
 
 

@@ -17,6 +17,7 @@ from .measure import (
     count_gflop,
     peak_memory,
     random_tensor,
+    require,
     time_calls,
 )
 from .settings import Settings
@@ -111,8 +112,7 @@ def plain_encoder(config: SamLighteningConfig, settings: Settings, attn_implemen
 def fused_encoder(config: SamLighteningConfig, settings: Settings) -> FastVisionEncoder:
     """The image encoder that `optimize` has, without what is around it. Raises ValueError where that would be the plain one."""
     model = settings.make_model(config)
-    if reason := why_not_fast_encoder(model):
-        raise ValueError(reason)
+    require(why_not_fast_encoder(model))
     return FastVisionEncoder(model.vision_encoder)
 
 

@@ -18,7 +18,7 @@ from ..fused_linear import (
     why_not_triton,
     with_statistics,
 )
-from .measure import attempt, building, graph_time_ms, random_tensor, relative_error
+from .measure import attempt, building, graph_time_ms, random_tensor, relative_error, require
 from .settings import Settings
 
 
@@ -81,8 +81,7 @@ def _layer_rows(layer: Layer, batch_size: int, settings: Settings) -> Iterator[d
         return found if residual is None else found + residual
 
     def measure(function: Callable[[], torch.Tensor], reason: str | None) -> dict:
-        if reason:
-            raise ValueError(reason)
+        require(reason)
         milliseconds = graph_time_ms(function, device)
         tflops = 2e-9 * num_rows * layer.in_features * layer.out_features / milliseconds
         return {"ms": milliseconds, "tflops": tflops, "error": relative_error(function()[some], expected)}

@@ -31,6 +31,12 @@ def attempt(row: dict, measure: Callable[[], dict]) -> dict:
         return {**row, "cannot_run": reason(error)}
 
 
+def require(reason_against: str | None):
+    """For what `attempt` measures: raises ValueError with the reason why it cannot be, where there is one."""
+    if reason_against:
+        raise ValueError(reason_against)
+
+
 def reason(error: Exception) -> str:
     """Why a row is not there, in one line."""
     return f"{type(error).__name__}: {one_line(error, _REASON_LIMIT)}"
