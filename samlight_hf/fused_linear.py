@@ -62,6 +62,8 @@ class FusedLinear:
         # Of the rounded weight, or the mean would not vanish.
         self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
         self.eps, self.gelu = 0.0 if norm is None else norm.eps, gelu
+        if self.weight.is_cuda:  # kernels read all this before what ran last has ended
+            torch.cuda.current_stream(self.weight.device).synchronize()
 
     def __call__(
         self,
@@ -271,7 +273,7 @@ def launch_patches(
             None if positions is None else _descriptor(positions, list(block)),
             _descriptor(output, list(block)), found, num_rows,
             N=out_features, CHANNELS=channels, SIZE=size, HEIGHT=grid[0], WIDTH=grid[1],
-            POSITIONS=positions is not None, **tile,
+            POSITIONS=positions is not None, **overlap_options(pixel_values), **tile,
         )  # fmt: skip
     return Rows(output, found)
 
@@ -352,7 +354,7 @@ if triton is not None:
     def _patch_kernel(
         pixels, weight, bias, positions, output, found, num_rows,
         N: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-        POSITIONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        POSITIONS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         tile = tl.program_id(0)
         first_row, first_column = tile // (N // BLOCK_N) * BLOCK_M, tile % (N // BLOCK_N) * BLOCK_N
@@ -360,6 +362,7 @@ if triton is not None:
         shift = tl.load(bias + columns)
         if POSITIONS:
             added = positions.load([first_row % (HEIGHT * WIDTH), first_column])
+        wait_for_the_last_kernel(OVERLAP)
         line, image = rows // WIDTH % HEIGHT, (rows // (HEIGHT * WIDTH)).to(tl.int64)
         corners = image * (CHANNELS * HEIGHT * WIDTH * SIZE * SIZE) + line * (SIZE * SIZE * WIDTH) + rows % WIDTH * SIZE
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

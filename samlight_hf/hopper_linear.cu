@@ -2,9 +2,10 @@
 // what is in capitals, and warpgroup_product. x is (rows, K), W (N, K), y (rows, N) and the residual (its rows, N), half precision and
 // contiguous; sums are float32.
 //
-// Programs stay and take tile after tile of y. Of each one's warpgroups the first has the tensor memory accelerator copy blocks of x and
-// W, STAGES of them ahead. Each of CONSUMERS others multiplies a tile of 128 rows and TILE_N columns by itself: with two of them, the
-// tensor cores work on one's tile while the other finishes its own and writes it.
+// Programs stay and take tile after tile of y, of the same columns. Of each one's warpgroups the first has the tensor memory accelerator
+// copy blocks of x and W, STAGES of them ahead; where W_STAYS, the rows of W for these columns are copied once. Each of CONSUMERS others
+// multiplies a tile of 128 rows and TILE_N columns by itself: with two of them, the tensor cores work on one's tile while the other
+// finishes its own and writes it.
 
 #include "hopper.cuh"
 
@@ -14,15 +15,20 @@
 
 constexpr int BLOCK_M = 128, BLOCK_K = 64, STEPS = K / BLOCK_K, COLUMN_TILES = N / TILE_N;
 constexpr float HALF = GELU ? 0.5f : 1;  // of what it is that GELU is given
-constexpr u32 BLOCK_BYTES = (BLOCK_M + TILE_N) * BLOCK_K * 2;
+// Where a thread has the registers for it, a residual is added when the products are there; else it is where their sums begin.
+constexpr bool KEEPS_RESIDUAL = RESIDUAL && CONSUMERS == 1;
+constexpr int UNROLLED = RESIDUAL && !KEEPS_RESIDUAL ? 1 : 6;  // steps: those registers would spill
+constexpr int WEIGHT_BLOCKS = W_STAYS ? STEPS : STAGES;
+constexpr u32 X_BYTES = BLOCK_M * BLOCK_K * 2, WEIGHT_BYTES = TILE_N * BLOCK_K * 2;
 
 struct Shared {
-    char x[STAGES][BLOCK_M * BLOCK_K * 2];
-    char weight[STAGES][TILE_N * BLOCK_K * 2];
-    float2 columns[CONSUMERS][TILE_N];  // bias, and sum of the weight's row
+    char x[STAGES][X_BYTES];
+    char weight[WEIGHT_BLOCKS][WEIGHT_BYTES];
+    float2 columns[TILE_N];  // bias, and sum of the weight's row
     float2 rows[CONSUMERS][BLOCK_M];  // what the norm multiplies a row's products by, and what it adds to them for each row sum
-    u64 loaded[STAGES], used[STAGES], asked[CONSUMERS];
+    u64 x_loaded[STAGES], weight_loaded[WEIGHT_BLOCKS], used[STAGES], asked[CONSUMERS];
 };
+static_assert(sizeof(Shared) == SHARED_BYTES);
 
 // ---- copies to shared memory ------------------------------------------------------------------------------------------------------
 
@@ -44,25 +50,24 @@ __device__ __forceinline__ void load_weight(const TensorMap* map, void* to, u64*
 }
 
 // What one thread does: all blocks of all tiles, each as soon as the one whose memory it takes was used.
-__device__ __forceinline__ void load_blocks(Shared& shared, const TensorMap* x, const TensorMap* weight, int num_tiles) {
-    constexpr int EARLY = STAGES < STEPS ? STAGES : STEPS;
-    for (int step = 0; step < EARLY; step++) {  // of the weights, which the kernel before this one does not write
-        arrive_and_expect(&shared.loaded[step], BLOCK_BYTES);
-        load_weight(weight, shared.weight[step], &shared.loaded[step], step * BLOCK_K, blockIdx.x % COLUMN_TILES * TILE_N);
-    }
+__device__ __forceinline__ void load_blocks(
+    Shared& shared, const TensorMap* x, const TensorMap* weight, int first_row, int next_row, int num_rows, int column) {
+    auto load_weight_block = [&](int block, int step) {
+        arrive_and_expect(&shared.weight_loaded[block], WEIGHT_BYTES);
+        load_weight(weight, shared.weight[block], &shared.weight_loaded[block], step * BLOCK_K, column);
+    };
+    constexpr int EARLY = WEIGHT_BLOCKS < STEPS ? WEIGHT_BLOCKS : STEPS;
+    for (int step = 0; step < EARLY; step++) load_weight_block(step, step);  // which the kernel before this one does not write
     wait_for_the_last_kernel();
     let_the_next_kernel_begin();
     int block = 0;
-    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        int row = tile / COLUMN_TILES * BLOCK_M, column = tile % COLUMN_TILES * TILE_N;
+    for (int row = first_row; row < num_rows; row += next_row) {
         for (int step = 0; step < STEPS; step++, block++) {
             int stage = block % STAGES;
-            if (block >= EARLY) {
-                if (block >= STAGES) wait(&shared.used[stage], block / STAGES - 1);
-                arrive_and_expect(&shared.loaded[stage], BLOCK_BYTES);
-                load_weight(weight, shared.weight[stage], &shared.loaded[stage], step * BLOCK_K, column);
-            }
-            load_x(x, shared.x[stage], &shared.loaded[stage], step, row);
+            if (block >= STAGES) wait(&shared.used[stage], block / STAGES - 1);
+            if (!W_STAYS && block >= EARLY) load_weight_block(stage, step);
+            arrive_and_expect(&shared.x_loaded[stage], X_BYTES);
+            load_x(x, shared.x[stage], &shared.x_loaded[stage], step, row);
         }
     }
 }
@@ -97,6 +102,7 @@ __device__ __forceinline__ void synchronize_warpgroup(int consumer) {
 // A warpgroup's tile of 128 rows, by two products of 64. Of four of the rows a thread has eight of every 32 columns.
 struct Tile {
     float sums[2][TILE_N / 2];
+    uint4 residual[KEEPS_RESIDUAL ? TILE_N / 32 : 1][4];
 
     static __device__ __forceinline__ int row(int i) {  // in the tile, of the thread's four
         return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8 + i / 2 * 64;
@@ -111,24 +117,27 @@ struct Tile {
 #pragma unroll
             for (int i = 0; i < TILE_N / 2; i++) sums[half][i] = 0;
     }
+
+    __device__ __forceinline__ void add(uint4 eight, int group, int i) {
+        u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int j = 0; j < 8; j++) at(i, group, j) += j % 2 ? unpack(pairs[j / 2]).y : unpack(pairs[j / 2]).x;
+    }
 };
 
 // Products are added to the bias, and to the residual.
-__device__ __forceinline__ void begin(Tile& tile, const uint4* residual, const float4* bias, int first_row, int num_residual_rows) {
+__device__ __forceinline__ void begin(Shared& shared, Tile& tile, const uint4* residual, int first_row, int num_residual_rows) {
 #pragma unroll
     for (int group = 0; group < TILE_N / 32; group++) {
-        float4 low = bias[tile.column(group) / 4], high = bias[tile.column(group) / 4 + 1];
-        float shift[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        const float2* shift = shared.columns + tile.column(group);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            uint4 added = {};
-            if (RESIDUAL) added = residual[((u64)((first_row + tile.row(i)) % num_residual_rows) * N + tile.column(group)) / 8];
-            u32 pairs[4] = {added.x, added.y, added.z, added.w};
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float2 pair = unpack(pairs[j / 2]);
-                tile.at(i, group, j) = shift[j] + (RESIDUAL ? j % 2 ? pair.y : pair.x : 0);
-            }
+            for (int j = 0; j < 8; j++) tile.at(i, group, j) = shift[j].x;
+            if (!RESIDUAL) continue;
+            uint4 found = residual[((u64)((first_row + tile.row(i)) % num_residual_rows) * N + tile.column(group)) / 8];
+            if (KEEPS_RESIDUAL) tile.residual[group][i] = found;
+            else tile.add(found, group, i);
         }
     }
 }
@@ -139,10 +148,13 @@ __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int 
     // the other consumer has waited for all earlier ones by then, each of its threads.
     if (CONSUMERS > 1 && number) wait(&shared.asked[1 - consumer], (number - 1) / CONSUMERS);
     keep(tile.sums[0]), keep(tile.sums[1]);
+#pragma unroll UNROLLED
     for (int step = 0; step < STEPS; step++, block++) {
         int stage = block % STAGES;
-        wait(&shared.loaded[stage], block / STAGES);
-        u64 x = matrix(shared.x[stage]), weight = matrix(shared.weight[stage]);
+        int weight_block = W_STAYS ? step : stage;
+        wait(&shared.weight_loaded[weight_block], W_STAYS ? 0 : block / STAGES);
+        wait(&shared.x_loaded[stage], block / STAGES);
+        u64 x = matrix(shared.x[stage]), weight = matrix(shared.weight[weight_block]);
         begin_products();
 #pragma unroll
         for (int k = 0; k < BLOCK_K / 16; k++) {  // 16 features further on are 32 bytes
@@ -164,7 +176,7 @@ __device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int num
     keep(tile.sums[0]), keep(tile.sums[1]);
 }
 
-// Norm, GELU, rounding; to memory.
+// Residual, norm, GELU, rounding; to memory.
 __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer, uint4* y, float* found, int first_row, int num_rows) {
     float2 norm[4];
     float totals[4] = {};
@@ -175,9 +187,10 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
         float4 columns[4];  // bias and sum of two
         if (NORM)
 #pragma unroll
-            for (int j = 0; j < 4; j++) columns[j] = ((float4*)shared.columns[consumer])[tile.column(group) / 2 + j];
+            for (int j = 0; j < 4; j++) columns[j] = ((float4*)shared.columns)[tile.column(group) / 2 + j];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
+            if (KEEPS_RESIDUAL) tile.add(tile.residual[group][i], group, i);
             u32 pairs[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -213,76 +226,65 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
     }
 }
 
-// What a thread knows of its row's and its columns' part in the norm, from before the products, for all to know after them.
+// What a thread knows of its row's part in the norm, from before the products, for all to know after them.
 struct Norm {
-    static constexpr int COLUMNS = (TILE_N + WARPGROUP - 1) / WARPGROUP;
-    float factor, mean, bias[COLUMNS], sums[COLUMNS];
+    float factor, mean;
 
-    __device__ __forceinline__ void load(
-        const float* given, const float* all_bias, const float* all_sums, int row, int column, int num_rows, float eps) {
-        int thread = threadIdx.x % WARPGROUP;
+    __device__ __forceinline__ void load(const float* given, int row, int num_rows, float eps) {
         float means[PARTS], squares = 0;
         mean = 0;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            means[part] = given[2 * part * num_rows + row + thread];
-            squares += given[(2 * part + 1) * num_rows + row + thread];
+            means[part] = given[2 * part * num_rows + row];
+            squares += given[(2 * part + 1) * num_rows + row];
             mean += means[part] / PARTS;
         }
 #pragma unroll
         for (int part = 0; part < PARTS; part++) squares += (means[part] - mean) * (means[part] - mean) * (K / PARTS);
         factor = rsqrtf(squares / K + eps);
-#pragma unroll
-        for (int i = 0; i < COLUMNS; i++) {
-            int own = column + min(thread + WARPGROUP * i, TILE_N - 1);
-            bias[i] = all_bias[own], sums[i] = all_sums[own];
-        }
     }
 
-    __device__ __forceinline__ void store(Shared& shared, int consumer) {
-        int thread = threadIdx.x % WARPGROUP;
-        shared.rows[consumer][thread] = make_float2(HALF * factor, -mean * HALF * factor);
-#pragma unroll
-        for (int i = 0; i < COLUMNS; i++)
-            if (thread + WARPGROUP * i < TILE_N)
-                shared.columns[consumer][thread + WARPGROUP * i] = make_float2(HALF * bias[i], sums[i]);
-    }
+    __device__ __forceinline__ float2 scale_and_shift() { return make_float2(HALF * factor, -mean * HALF * factor); }
 };
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 3 - CONSUMERS) linear(
+extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAME(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* bias, const float* row_sums,
     const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows, float eps) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
-    int num_tiles = num_rows / BLOCK_M * COLUMN_TILES;
+    // Programs of the same rows are neighbours: they read these rows at about the same time, from the cache.
+    int column = blockIdx.x % COLUMN_TILES * TILE_N, first_row = blockIdx.x / COLUMN_TILES * BLOCK_M;
+    int next_row = gridDim.x / COLUMN_TILES * BLOCK_M;
     if (threadIdx.x == 0) {
         prefetch(&x), prefetch(&weight);
         for (int stage = 0; stage < STAGES; stage++) {
-            make_barrier(&shared.loaded[stage], 1);
+            make_barrier(&shared.x_loaded[stage], 1);
             make_barrier(&shared.used[stage], WARPGROUP / 32);
         }
+        for (int block = 0; block < WEIGHT_BLOCKS; block++) make_barrier(&shared.weight_loaded[block], 1);
         for (int consumer = 0; consumer < CONSUMERS; consumer++) make_barrier(&shared.asked[consumer], WARPGROUP);
         show_barriers();
     }
+    for (int i = threadIdx.x; i < TILE_N; i += blockDim.x)
+        shared.columns[i] = make_float2(HALF * bias[column + i], NORM ? row_sums[column + i] : 0);
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS > 1 ? 24 : 40));
-        if (threadIdx.x == 0) load_blocks(shared, &x, &weight, num_tiles);
+        if (CONSUMERS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 0) load_blocks(shared, &x, &weight, first_row, next_row, num_rows, column);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS > 1 ? 240 : 216));
-        int consumer = threadIdx.x / WARPGROUP - 1;
+        if (CONSUMERS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
         if (NORM || RESIDUAL) wait_for_the_last_kernel();
-        for (int number = consumer, index; (index = blockIdx.x + number * gridDim.x) < num_tiles; number += CONSUMERS) {
-            int row = index / COLUMN_TILES * BLOCK_M, column = index % COLUMN_TILES * TILE_N;
+        for (int number = consumer, row; (row = first_row + number * next_row) < num_rows; number += CONSUMERS) {
             Tile tile;
             Norm norm;
-            if (NORM) tile.clear(), norm.load(given, bias, row_sums, row, column, num_rows, eps);
-            else begin(tile, residual + column / 8, (const float4*)(bias + column), row, num_residual_rows);
+            if (NORM) tile.clear(), norm.load(given, row + thread, num_rows, eps);
+            else begin(shared, tile, residual + column / 8, row, num_residual_rows);
             multiply_blocks(shared, tile, number, consumer);
             if (NORM) {
-                norm.store(shared, consumer);
+                shared.rows[consumer][thread] = norm.scale_and_shift();
                 synchronize_warpgroup(consumer);
             }
             end_products(shared, tile, number);

@@ -15,32 +15,32 @@ from . import hopper
 
 FEW_ROWS = 8192  # pictures of 4096 rows, one or two
 _BLOCK_M, _BLOCK_K = 128, 64  # as in hopper_linear.cu
+_SHARED_BYTES = 227 * 1024  # what a program may have
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel goes about its work: columns of a tile, blocks that are asked for ahead, and warpgroups that multiply."""
+    """How the kernel goes about its work: columns of a tile, and warpgroups that multiply, each a tile."""
 
     columns: int
-    stages: int
     consumers: int
 
-    @property
-    def shared_bytes(self) -> int:
-        """What `Shared` of hopper_linear.cu takes."""
-        of_stage = 2 * _BLOCK_K * (_BLOCK_M + self.columns) + 2 * 8
-        return self.stages * of_stage + self.consumers * 8 * (self.columns + _BLOCK_M + 1)
+    def layout(self, in_features: int) -> tuple[bool, int, int]:
+        """Of shared memory: whether the weight for a tile's columns stays there, blocks of x that are asked for ahead, and bytes.
 
-    @property
-    def programs(self) -> int:
-        """On a multiprocessor, at once: `__launch_bounds__` of hopper_linear.cu."""
-        return 3 - self.consumers
+        It stays where there is room for it beside four blocks of x; else as many blocks of it are asked for ahead as of x.
+        """
+        of_x, of_weight = 2 * _BLOCK_K * _BLOCK_M + 2 * 8, 2 * _BLOCK_K * self.columns + 8
+        rest, weight = 8 * self.columns + self.consumers * 8 * (_BLOCK_M + 1), in_features // _BLOCK_K * of_weight
+        stays = rest + weight + 4 * of_x <= _SHARED_BYTES
+        fixed, of_stage = (rest + weight, of_x) if stays else (rest, of_x + of_weight)
+        stages = (_SHARED_BYTES - fixed) // of_stage
+        return stays, stages, fixed + stages * of_stage
 
 
 # What was fastest on an H100, the widest first.
-TILES = (Tile(192, 5, 2), Tile(128, 6, 2), Tile(96, 7, 2), Tile(64, 6, 2))
-# With one consumer two programs have room on a multiprocessor: of the next kernel, where there are few tiles.
-NARROW_TILE = Tile(96, 3, 1)
+TILES = (Tile(192, 2), Tile(128, 2), Tile(96, 2), Tile(64, 2))
+NARROW_TILES = (Tile(96, 1), Tile(64, 1))  # where a multiprocessor has about one of them
 
 
 def tile_of(num_rows: int, out_features: int, normalizes: bool, gelu: bool) -> Tile:
@@ -48,7 +48,7 @@ def tile_of(num_rows: int, out_features: int, normalizes: bool, gelu: bool) -> T
     if num_rows > FEW_ROWS or gelu:
         tiles = TILES
     else:
-        tiles = TILES[2:] if normalizes else (NARROW_TILE, *TILES[3:])
+        tiles = TILES[2:] if normalizes else NARROW_TILES
     return next(tile for tile in tiles if out_features % tile.columns == 0)
 
 
@@ -94,14 +94,16 @@ def why_not(layer, x: Input, residual: torch.Tensor | None = None) -> str | None
     if reason := hopper.why_not_hopper(layer.weight.device, layer.weight.dtype):
         return reason
     for tensor in (x.values, *(() if residual is None else (residual,))):
-        if tensor.dtype != layer.weight.dtype:
-            return f"the weights are {layer.weight.dtype}, and what they are given is {tensor.dtype}."
+        if (tensor.dtype, tensor.device) != (layer.weight.dtype, layer.weight.device):
+            return f"the weights are {layer.weight.dtype} on {layer.weight.device}, and what they are given is {tensor.dtype} on {tensor.device}."
     if in_features % _BLOCK_K or out_features % 64 or x.num_rows % _BLOCK_M or not x.num_rows:
         return f"{x.num_rows} rows, {in_features} and {out_features} features are no multiples of 128, 64 and 64."
     if x.features != in_features or (residual is not None and residual.shape[1] != out_features):
         return f"it is given other features than {in_features}, or other ones to add than {out_features}."
     lines, columns = x.grid
-    if x.grid != (1, 1) and (lines * columns % _BLOCK_M or (columns % _BLOCK_M and _BLOCK_M % columns)):
+    if residual is not None and (not len(residual) or x.num_rows % len(residual)):
+        return f"{x.num_rows} rows are no multiple of the {len(residual)} that are to be added."
+    if x.kind == "NEIGHBOURS" and (lines * columns % _BLOCK_M or (columns % _BLOCK_M and _BLOCK_M % columns)):
         return f"images of {lines} x {columns} are not made of its blocks of {_BLOCK_M} places."
     if layer.gelu and layer.row_sums is None:
         return "it has GELU only of what is normalized."
@@ -124,18 +126,19 @@ def launch(
     """Writes the layer's (rows, N) to `output`, and their statistics to `found`, of `Rows`; `given` are those of x."""
     weight, normalizes = layer.weight, layer.row_sums is not None
     out_features, in_features = weight.shape
-    kernel = _kernel(
+    kernel, shared_bytes = _kernel(
         weight.device, tile, KIND=x.kind, HEIGHT=x.grid[0], WIDTH=x.grid[1], BFLOAT16=int(weight.dtype == torch.bfloat16),
         K=in_features, N=out_features, NORM=int(normalizes), PARTS=len(given) if normalizes else 1, GELU=int(layer.gelu),
         RESIDUAL=int(residual is not None), STATISTICS=int(found is not None),
     )  # fmt: skip
     # Rows in the order in which `load_weight` of hopper_linear.cu wants them.
     sizes, strides = (in_features, 2, 4, 4, out_features // 32), tuple(in_features * n for n in (1, 8, 2, 32))
-    # As many programs as there is room for, or fewer that have as much to do.
-    tiles = x.num_rows // _BLOCK_M * (out_features // tile.columns)
-    turns = math.ceil(tiles / (hopper.num_processors(weight.device) * tile.programs))
+    # Equally many programs for each tile's columns, as there is room for, or fewer that have as much to do.
+    row_tiles, column_tiles = x.num_rows // _BLOCK_M, out_features // tile.columns
+    turns = math.ceil(row_tiles / max(1, hopper.num_processors(weight.device) // column_tiles))
+    programs = math.ceil(row_tiles / turns) * column_tiles
     hopper.launch_kernel(
-        kernel, weight.device, math.ceil(tiles / turns), 128 * (1 + tile.consumers), tile.shared_bytes,
+        kernel, weight.device, programs, 128 * (1 + tile.consumers), shared_bytes,
         hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
         hopper.tensor_map(weight, sizes, strides, (_BLOCK_K, 2, 4, 4, tile.columns // 32)),
         layer.bias, layer.row_sums, given if normalizes else None, residual, output, found,
@@ -145,12 +148,23 @@ def launch(
 
 @cache
 def _kernel(device: torch.device, tile: Tile, **constants: int | str):
+    """The kernel, and the shared memory that it takes."""
+    _, _, shared_bytes = tile.layout(constants["K"])
     code = hopper.compiled(source_of(tile, **constants))
-    return hopper.load_kernel(device, code, "linear", tile.shared_bytes)
+    return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
 def source_of(tile: Tile, **constants: int | str) -> str:
-    """The kernel for these constants."""
-    constants |= {"TILE_N": tile.columns, "STAGES": tile.stages, "CONSUMERS": tile.consumers}
+    """The kernel for these constants, which are those in capitals in hopper_linear.cu."""
+    stays, stages, shared_bytes = tile.layout(constants["K"])
+    constants |= {
+        "NAME": _name(constants), "TILE_N": tile.columns, "CONSUMERS": tile.consumers,
+        "STAGES": stages, "W_STAYS": int(stays), "SHARED_BYTES": shared_bytes,
+    }  # fmt: skip
     function = hopper.product("warpgroup_product", tile.columns, "bf16" if constants["BFLOAT16"] else "f16")
     return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, function)
+
+
+def _name(constants: dict[str, int | str]) -> str:
+    """What profilers show."""
+    return f"linear_{constants['K']}_{constants['N']}"

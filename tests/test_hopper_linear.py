@@ -15,21 +15,22 @@ from samlight_hf.fused_linear import (
     launch_on_hopper,
     why_not_hopper,
 )
-from samlight_hf.hopper_linear import NARROW_TILE, TILES, neighbours_of, rows_of, source_of, tile_of
+from samlight_hf.hopper_linear import NARROW_TILES, TILES, neighbours_of, rows_of, source_of, tile_of
 
 from .test_fused_linear import CASES, TOLERANCES, error, make, statistics_error
 
 
-ALL_TILES = (*TILES, NARROW_TILE)
-# Those of the encoder: projections, the second linear layer, the first, the neck.
+ALL_TILES = (*TILES, *NARROW_TILES)
+# Those of the encoder: projections to attention and from it, the first linear layer, the second, the neck.
 KERNELS = [
     {"NORM": 1, "PARTS": 4},
     {"RESIDUAL": 1, "STATISTICS": 1},
     {"NORM": 1, "PARTS": 2, "GELU": 1},
-    {"KIND": "NEIGHBOURS", "HEIGHT": 64, "WIDTH": 64, "BFLOAT16": 0},
+    {"RESIDUAL": 1, "STATISTICS": 1, "K": 1536},
+    {"KIND": "NEIGHBOURS", "HEIGHT": 64, "WIDTH": 64, "K": 2304},
 ]
 PLAIN = {
-    "KIND": "ROWS", "HEIGHT": 1, "WIDTH": 1, "BFLOAT16": 1, "K": 1152, "N": 1152, "NORM": 0, "PARTS": 1, "GELU": 0,
+    "KIND": "ROWS", "HEIGHT": 1, "WIDTH": 1, "K": 384, "N": 1152, "NORM": 0, "PARTS": 1, "GELU": 0,
     "RESIDUAL": 0, "STATISTICS": 0,
 }  # fmt: skip
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -51,8 +52,8 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs cuda.bindi
 
 
 def spilled_bytes(log: str) -> int:
-    """Of registers, as the compiler says, without a warning."""
-    assert "warning" not in log, log
+    """Of registers, as the compiler says, without a warning, and without a word on products that wait for each other."""
+    assert "warning" not in log and "Performance Loss" not in log, log
     (count,) = re.findall(r"(\d+) bytes spill stores", log)
     return int(count)
 
@@ -60,19 +61,26 @@ def spilled_bytes(log: str) -> int:
 @needs_compiler
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("constants", KERNELS, ids=str)
-def test_the_kernel_compiles_without_spilling(tile, constants):
-    code, log = hopper.compile_source(source_of(tile, **PLAIN | constants))
-    assert code[:4] == b"\x7fELF" and spilled_bytes(log) <= 16, log
+@pytest.mark.parametrize("bfloat16", [0, 1])
+def test_the_kernel_compiles_without_spilling(tile, constants, bfloat16):
+    code, log = hopper.compile_source(source_of(tile, **PLAIN | constants | {"BFLOAT16": bfloat16}))
+    # Before and after the products a residual in float16 takes a few words more than there is room for beside the widest tile.
+    assert spilled_bytes(log) <= (48 if tile.columns == 192 and "RESIDUAL" in constants and not bfloat16 else 0), log
+    assert code[:4] == b"\x7fELF"
 
 
 def test_tiles_fit():
-    """Whatever passes `why_not` is divided by its tile, and programs have room on a multiprocessor."""
+    """Whatever passes `why_not` is divided by its tile, and a program has room on a multiprocessor; short weights stay there."""
     for num_rows in (128, 4096, 4096 * 32):
         for out_features in range(64, 3072 + 1, 64):
             for normalizes, gelu in ((False, False), (True, False), (True, True)):
                 tile = tile_of(num_rows, out_features, normalizes, gelu)
                 assert tile in ALL_TILES and out_features % tile.columns == 0
-    assert all(tile.programs * (tile.shared_bytes + 1024) <= 228 * 1024 for tile in ALL_TILES)
+    for tile in ALL_TILES:
+        for in_features in range(64, 3072 + 1, 64):
+            stays, stages, shared_bytes = tile.layout(in_features)
+            assert shared_bytes <= 227 * 1024 and stages >= 4
+            assert stays or in_features > 384
 
 
 def test_every_reason_not_to_run_it(monkeypatch):
@@ -83,12 +91,15 @@ def test_every_reason_not_to_run_it(monkeypatch):
     assert why_not_hopper(layer, rows_of(rows), rows) is None
     assert "torch.float64" in why_not_hopper(layer, rows_of(rows.double()))
     assert "torch.float64" in why_not_hopper(layer, rows_of(rows), rows.double())
+    assert "on meta" in why_not_hopper(layer, rows_of(rows), rows.to("meta"))
     assert "100 rows" in why_not_hopper(layer, rows_of(rows[:100]))
     assert "0 rows" in why_not_hopper(layer, rows_of(rows[:0]))
     assert "other features than 64" in why_not_hopper(layer, rows_of(rows.view(-1).repeat(2).view(128, 128)))
     assert "to add than 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
     assert "not contiguous" in why_not_hopper(layer, rows_of(rows.T.contiguous().T))
     assert "odd addresses" in why_not_hopper(layer, rows_of(torch.zeros(128 * 64 + 1)[1:].view(128, 64)))
+    for count in (0, 100):
+        assert f"the {count} that are to be added" in why_not_hopper(layer, rows_of(rows), rows[:count])
     layer.gelu = True
     assert "GELU" in why_not_hopper(layer, rows_of(rows))
     layer.row_sums = torch.zeros(64)
@@ -96,8 +107,8 @@ def test_every_reason_not_to_run_it(monkeypatch):
     assert "no residual" in why_not_hopper(layer, rows_of(rows), rows)
     convolution = FusedLinear(torch.zeros(64, 9 * 64), None)
     assert why_not_hopper(convolution, neighbours_of(torch.zeros(2, 2, 64, 64))) is None
-    for grid in ((8, 48), (8, 8), (6, 32)):  # a block of 128 places would reach into the next image
-        assert f"{grid[0]} x {grid[1]}" in why_not_hopper(convolution, neighbours_of(torch.zeros(2, *grid, 64)))
+    for grid in ((8, 48), (8, 8), (6, 32), (1, 1)):  # a block of 128 places would reach into the next image
+        assert f"{grid[0]} x {grid[1]}" in why_not_hopper(convolution, neighbours_of(torch.zeros(128, *grid, 64)))
 
 
 @pytest.mark.gpu
@@ -105,7 +116,7 @@ def test_every_reason_not_to_run_it(monkeypatch):
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if not (case[2] and (case[0] or case[1]))], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("in_features", [192, 768])  # fewer blocks than are asked for ahead, and more
+@pytest.mark.parametrize("in_features", [192, 1536])  # fewer blocks than are asked for ahead, and more
 def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile):
     """More tiles than there are programs, so that each takes several."""
     sizes = {"num_rows": 256 * 129, "in_features": in_features, "out_features": 768}
