@@ -69,11 +69,17 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// For registers that products are written to, which the compiler does not see: they are so before, and after.
+// For registers that products read or write while the program goes on, which the compiler does not see: before, and after.
 template <int count>
 __device__ __forceinline__ void keep(float (&registers)[count]) {
 #pragma unroll
     for (int i = 0; i < count; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+template <int count>
+__device__ __forceinline__ void keep(u32 (&registers)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 // ---- numbers ----------------------------------------------------------------------------------------------------------------------

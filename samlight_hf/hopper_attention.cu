@@ -8,8 +8,10 @@
 #include "hopper.cuh"
 
 constexpr int DIM = 64, KEYS = 128, BLOCKS = GROUP / KEYS, QUERIES = WARPGROUPS * 64, TILES = (GROUP + QUERIES - 1) / QUERIES;
-// Whether there are registers for scores of the next block while this one's weights are in use.
+// Whether a block's scores become weights while values of the block before are multiplied, for which it takes more registers.
 constexpr bool AHEAD = WARPGROUPS == 3;
+// Memory that was used so many blocks ago is written anew: by then the other warpgroups are likely to be done with it, too.
+constexpr int LAG = WARPGROUPS > 1 ? 2 : 1;
 constexpr u32 BLOCK_BYTES = KEYS * DIM * 2, QUERY_BYTES = QUERIES * DIM * 2;
 
 struct Shared {
@@ -57,7 +59,46 @@ __device__ __forceinline__ void multiply_queries(Shared& shared, float (&scores)
     commit_products();
 }
 
-extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, WARPGROUPS > 2 ? 1 : 2) attention(
+// What a thread knows of the softmax of its two queries.
+struct Softmax {
+    float reference[2] = {MINUS_INFINITY, MINUS_INFINITY}, totals[2] = {}, factors[2];
+    bool grown[2];
+
+    // Scores become weights, relative to the largest score so far, or to one that was, if it has grown little since.
+    __device__ __forceinline__ void weigh(u32 (&weights)[KEYS / 4], const float (&scores)[KEYS / 2], float scale) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            float largest = reference[row];
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++) largest = fmaxf(largest, scores[i / 2 * 4 + row * 2 + i % 2]);
+            largest = maximum_of_four_threads(largest);
+            grown[row] = __any_sync(0xFFFFFFFF, (largest - reference[row]) * scale > 8);
+            if (grown[row]) {
+                factors[row] = power_of_two((reference[row] - largest) * scale);
+                reference[row] = largest, totals[row] *= factors[row];
+            }
+            float shift = -reference[row] * scale;
+#pragma unroll
+            for (int i = 0; i < KEYS / 8; i++) {
+                float low = power_of_two(fmaf(scores[i * 4 + row * 2], scale, shift));
+                float high = power_of_two(fmaf(scores[i * 4 + row * 2 + 1], scale, shift));
+                totals[row] += low + high;
+                weights[i * 2 + row] = pack(low, high);
+            }
+        }
+    }
+
+    // What was summed with other weights.
+    __device__ __forceinline__ void rescale(float (&sums)[DIM / 2]) {
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+            if (grown[row])
+#pragma unroll
+                for (int i = 0; i < DIM / 4; i++) sums[i / 2 * 4 + row * 2 + i % 2] *= factors[row];
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGROUPS) NAME(
     const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap block_map, u32* output, float scale) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
@@ -84,66 +125,70 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, WARPGROUPS 
     if (warpgroup >= warpgroups) return;
 
     // Of 64 queries a thread has two, `lane / 4` and 8 further on of its warp's 16, and of these, of each eight columns, two.
-    float sums[DIM / 2] = {}, scores[KEYS / 2], reference[2] = {MINUS_INFINITY, MINUS_INFINITY}, totals[2] = {};
+    float sums[DIM / 2] = {}, scores[KEYS / 2];
+    Softmax softmax;
+    u32 weights[KEYS / 4];
     u64 queries = matrix(shared.queries + warpgroup * 64 * DIM * 2);
     wait(&shared.queries_loaded, 0);
-    for (int block = 0; block < BLOCKS; block++) {
-        int stage = block % STAGES;
-        // The next block's memory was used by the last but one, which the other warpgroups are likely to be done with.
-        int next = block - 2 + STAGES;
-        if (threadIdx.x == 0 && block >= 2 && next < BLOCKS) {
+
+    auto load_ahead = [&](int block) {
+        int next = block - LAG + STAGES;
+        if (threadIdx.x == 0 && block >= LAG && next < BLOCKS) {
             wait(&shared.used[next % STAGES], next / STAGES - 1);
             group.load_block(shared, &block_map, next);
         }
         __syncwarp();
-
-        if (!AHEAD || block == 0) {
-            multiply_queries(shared, scores, queries, block);
-            wait_for_products<0>();
-            keep(scores);
-        }
-        u32 weights[KEYS / 4];
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            float largest = reference[row];
-#pragma unroll
-            for (int i = 0; i < KEYS / 4; i++) largest = fmaxf(largest, scores[i / 2 * 4 + row * 2 + i % 2]);
-            largest = maximum_of_four_threads(largest);
-            // Weights are relative to the largest score so far, or to one that was, if it has grown little since.
-            if (__any_sync(0xFFFFFFFF, (largest - reference[row]) * scale > 8)) {
-                float factor = power_of_two((reference[row] - largest) * scale);
-                reference[row] = largest, totals[row] *= factor;
-#pragma unroll
-                for (int i = 0; i < DIM / 4; i++) sums[i / 2 * 4 + row * 2 + i % 2] *= factor;
-            }
-            float shift = -reference[row] * scale;
-#pragma unroll
-            for (int i = 0; i < KEYS / 8; i++) {
-                float low = power_of_two(fmaf(scores[i * 4 + row * 2], scale, shift));
-                float high = power_of_two(fmaf(scores[i * 4 + row * 2 + 1], scale, shift));
-                totals[row] += low + high;
-                weights[i * 2 + row] = pack(low, high);
-            }
-        }
-
-        wait(&shared.values_loaded[stage], block / STAGES);
-        u64 values = matrix(shared.values[stage]);
-        keep(sums);
+    };
+    auto weigh_block = [&](int block) {
+        multiply_queries(shared, scores, queries, block);
+        wait_for_products<0>();
+        keep(scores);
+        softmax.weigh(weights, scores, scale);
+        softmax.rescale(sums);
+    };
+    auto wait_for_values = [&](int block) { wait(&shared.values_loaded[block % STAGES], block / STAGES); };
+    auto multiply_values = [&](int block) {
+        if (!AHEAD || block == 0) wait_for_values(block);
+        u64 values = matrix(shared.values[block % STAGES]);
+        keep(sums), keep(weights);
         begin_products();
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++)  // 16 keys further on are 16 rows of 128 bytes
             weight_value_product(sums, weights[k * 4], weights[k * 4 + 1], weights[k * 4 + 2], weights[k * 4 + 3], values + 128 * k);
         commit_products();
-        if (AHEAD && block + 1 < BLOCKS) multiply_queries(shared, scores, queries, block + 1);
+    };
+    auto end_values = [&]() {
         wait_for_products<0>();
-        keep(sums);
-        if (AHEAD) keep(scores);
-        if (lane == 0) arrive(&shared.used[stage]);
+        keep(sums), keep(weights);
+    };
+
+    if (AHEAD) weigh_block(0);
+    for (int block = 0; block < BLOCKS - AHEAD; block++) {
+        load_ahead(block);
+        if (AHEAD) {
+            u32 next[KEYS / 4];
+            multiply_queries(shared, scores, queries, block + 1);
+            multiply_values(block);
+            wait_for_products<1>();
+            keep(scores);
+            softmax.weigh(next, scores, scale);  // while values are still multiplied
+            wait_for_values(block + 1);  // or the compiler would move the wait for products ahead of the exponentials
+            end_values();
+            softmax.rescale(sums);
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++) weights[i] = next[i];
+        } else {
+            weigh_block(block);
+            multiply_values(block);
+            end_values();
+        }
+        if (lane == 0) arrive(&shared.used[block % STAGES]);
     }
+    if (AHEAD) multiply_values(BLOCKS - 1), end_values();
 
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        float factor = 1 / sum_of_four_threads(totals[row]);
+        float factor = 1 / sum_of_four_threads(softmax.totals[row]);
         int query = first + warpgroup * 64 + thread / 32 * 16 + row * 8 + lane / 4;
         u64 token = (u64)group.segment * (GROUP * DILATION) + query * DILATION + group.offset;
         u32* to = output + (token * HEADS + group.head) * (DIM / 2) + lane % 4;

@@ -3,6 +3,7 @@
 It reads queries, keys and values where the projection wrote them, and overlaps with the kernels before and after it.
 """
 
+import math
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .modeling.dilated_attention import dilated_attention_reference
 from .triton_support import failure, normal_numbers
 
 
+STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by a program's warpgroups
 _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in hopper_attention.cu
 
 
@@ -62,21 +64,18 @@ def launch(
     segment_length = segment_length or num_tokens
     group, num_segments = segment_length // dilation_rate, batch_size * num_tokens // segment_length
     num_groups = num_heads * dilation_rate * num_segments
-    # Three warpgroups share keys, and compute ahead, if there is room for all at once; else two, and another program beside them.
-    if warpgroups is None:
-        few = num_groups * -(-group // (3 * _WARPGROUP_QUERIES)) <= hopper.num_processors(qkv.device)
-        warpgroups = 3 if few else 2
+    warpgroups = warpgroups or warpgroups_of(num_groups, group, hopper.num_processors(qkv.device))
     queries = warpgroups * _WARPGROUP_QUERIES
     kernel, shared_bytes = _kernel(
         qkv.device, BFLOAT16=int(qkv.dtype == torch.bfloat16), HEADS=num_heads, DILATION=dilation_rate, GROUP=group,
-        WARPGROUPS=warpgroups, STAGES=5 if warpgroups == 3 else 3,
+        WARPGROUPS=warpgroups, STAGES=STAGES[warpgroups],
     )  # fmt: skip
     row = 3 * num_heads * head_dim
     sizes = head_dim, group, dilation_rate, 3 * num_heads, num_segments
     strides = dilation_rate * row, row, head_dim, segment_length * row
     output = qkv.new_empty(batch_size * num_tokens, num_heads * head_dim)
     hopper.launch_kernel(
-        kernel, qkv.device, num_groups * -(-group // queries), 128 * warpgroups, shared_bytes,
+        kernel, qkv.device, num_groups * math.ceil(group / queries), 128 * warpgroups, shared_bytes,
         hopper.tensor_map(qkv, sizes, strides, (head_dim, queries, 1, 1, 1)),
         hopper.tensor_map(qkv, sizes, strides, (head_dim, _KEYS, 1, 1, 1)),
         output, scaling * 1.4426950408889634,  # exponentials are of two
@@ -84,18 +83,31 @@ def launch(
     return output
 
 
+def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
+    """Of a program. Three look ahead, and one leaves each multiprocessor as much to do, if there is room for all programs at once; else two."""
+    for warpgroups, at_once in ((3, 1), (1, 3)):
+        if num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) <= at_once * num_processors:
+            return warpgroups
+    return 2
+
+
 @cache
 def _kernel(device: torch.device, **constants: int):
     """The kernel, and the shared memory that it takes."""
     shared_bytes = 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * constants["STAGES"])
     shared_bytes += 8 * (1 + 3 * constants["STAGES"])
-    return hopper.load_kernel(device, hopper.compiled(source_of(**constants)), "attention", shared_bytes), shared_bytes
+    code = hopper.compiled(source_of(**constants))
+    return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
 def source_of(**constants: int) -> str:
     """The kernel for these constants, which are those in capitals in hopper_attention.cu."""
     dtype = "bf16" if constants["BFLOAT16"] else "f16"
-    functions = hopper.product("query_key_product", _KEYS, dtype) + hopper.product(
-        "weight_value_product", _DIM, dtype, True
-    )
-    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, functions)
+    functions = hopper.product("query_key_product", _KEYS, dtype)
+    functions += hopper.product("weight_value_product", _DIM, dtype, from_registers=True)
+    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants | {"NAME": _name(constants)}, functions)
+
+
+def _name(constants: dict[str, int]) -> str:
+    """What profilers show."""
+    return f"attention_{constants['GROUP']}"

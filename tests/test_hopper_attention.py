@@ -5,17 +5,25 @@ import torch
 from samlight_hf.modeling.dilated_attention import dilated_attention_reference
 
 from samlight_hf import hopper, hopper_attention
-from samlight_hf.hopper_attention import launch, source_of, why_not
+from samlight_hf.hopper_attention import STAGES, launch, source_of, warpgroups_of, why_not
 
 from .test_hopper_linear import needs_compiler, needs_hopper, spilled_bytes
 
 
 @needs_compiler
-@pytest.mark.parametrize("constants", [{"WARPGROUPS": 2, "STAGES": 3}, {"WARPGROUPS": 3, "STAGES": 5}], ids=str)
+@pytest.mark.parametrize(("warpgroups", "stages"), STAGES.items())
 @pytest.mark.parametrize("bfloat16", [0, 1])
-def test_the_kernel_compiles_without_spilling(constants, bfloat16):
-    code, log = hopper.compile_source(source_of(BFLOAT16=bfloat16, HEADS=6, GROUP=2048, DILATION=2, **constants))
+def test_the_kernel_compiles_without_spilling(warpgroups, stages, bfloat16):
+    constants = {"HEADS": 6, "GROUP": 2048, "DILATION": 2, "WARPGROUPS": warpgroups, "STAGES": stages}
+    code, log = hopper.compile_source(source_of(BFLOAT16=bfloat16, **constants))
     assert code[:4] == b"\x7fELF" and spilled_bytes(log) == 0, log
+
+
+def test_programs_are_as_large_as_leaves_all_multiprocessors_busy():
+    """Of 132: a picture's whole image in two groups a head, its bands of 512 tokens, and those of eight pictures."""
+    assert warpgroups_of(6 * 2, 2048, 132) == 3
+    assert warpgroups_of(6 * 8, 512, 132) == 1
+    assert warpgroups_of(8 * 6 * 8, 512, 132) == warpgroups_of(8 * 6 * 2, 2048, 132) == 2
 
 
 def test_every_reason_not_to_run_it(monkeypatch):
@@ -37,7 +45,7 @@ def test_every_reason_not_to_run_it(monkeypatch):
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("warpgroups", [2, 3, None])
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
 @pytest.mark.parametrize("pattern", [(None, 1), (None, 2), (256, 1), (512, 4), (1024, 2)], ids=str)
 def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype):
     """Scores that grow from key to key, so that what they are relative to changes; and groups that three do not divide."""
