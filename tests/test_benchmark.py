@@ -125,6 +125,17 @@ def test_gflop_are_those_of_the_architecture():
     assert encoder_gflop(SamLighteningConfig()) == pytest.approx(expected / 1e9, rel=1e-6)
 
 
+def test_gflop_are_counted_where_autocast_is_off():
+    """As EfficientViT's attention has it, on the device that its tensors name."""
+
+    class Exact(nn.Linear):
+        def forward(self, x):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x)
+
+    assert measure.count_gflop(Exact(3, 5), torch.zeros(7, 3)) == pytest.approx(2e-9 * 7 * 3 * 5)
+
+
 def test_patterns_of_one_resolution_differ_in_what_they_say():
     config = {
         name: SamLighteningConfig(vision_config={**layers, "image_size": 2048})

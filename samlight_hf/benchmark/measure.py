@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..cuda_graphs import _forget_workspaces, collects_no_garbage
@@ -159,10 +161,11 @@ def count_gflop(module: nn.Module, *inputs: torch.Tensor) -> float:
 
     A multiplication and an addition are two. Nothing is computed, and no memory is taken.
     """
-    named = (*module.named_parameters(), *module.named_buffers())
-    on_meta = {name: tensor.to("meta") for name, tensor in named}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(module, on_meta, tuple(tensor.to("meta") for tensor in inputs))
+    # Not on the device "meta", for which modules that say where autocast is off cannot.
+    fake = FakeTensorMode()
+    named = {name: fake.from_tensor(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(module, named, tuple(fake.from_tensor(tensor) for tensor in inputs))
     return counter.get_total_flops() / 1e9
 
 
