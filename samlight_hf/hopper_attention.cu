@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     };
     auto wait_for_values = [&](int block) { wait(&shared.values_loaded[block % STAGES], block / STAGES); };
     auto multiply_values = [&](int block) {
-        if (!AHEAD || block == 0) wait_for_values(block);
+        if (!AHEAD || block == 0) wait_for_values(block);  // else they have been waited for
         u64 values = matrix(shared.values[block % STAGES]);
         keep(sums), keep(weights);
         begin_products();
