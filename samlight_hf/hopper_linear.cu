@@ -25,7 +25,7 @@ struct Shared {
     char x[STAGES][X_BYTES];
     char weight[WEIGHT_BLOCKS][WEIGHT_BYTES];
     float2 columns[TILE_N];  // bias, and sum of the weight's row
-    float2 rows[CONSUMERS][BLOCK_M];  // what the norm multiplies a row's products by, and what it adds to them for each row sum
+    float2 rows[CONSUMERS][BLOCK_M];  // `norm_of` each
     u64 x_loaded[STAGES], weight_loaded[WEIGHT_BLOCKS], used[STAGES], asked[CONSUMERS];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES);
@@ -226,26 +226,20 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
     }
 }
 
-// What a thread knows of its row's part in the norm, from before the products, for all to know after them.
-struct Norm {
-    float factor, mean;
-
-    __device__ __forceinline__ void load(const float* given, int row, int num_rows, float eps) {
-        float means[PARTS], squares = 0;
-        mean = 0;
+// What the norm multiplies a row's products by, and what it adds to them for each row sum, from the statistics of the row's parts.
+__device__ __forceinline__ float2 norm_of(const float* given, int row, int num_rows, float eps) {
+    float means[PARTS], mean = 0, squares = 0;
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            means[part] = given[2 * part * num_rows + row];
-            squares += given[(2 * part + 1) * num_rows + row];
-            mean += means[part] / PARTS;
-        }
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) squares += (means[part] - mean) * (means[part] - mean) * (K / PARTS);
-        factor = rsqrtf(squares / K + eps);
+    for (int part = 0; part < PARTS; part++) {
+        means[part] = given[2 * part * num_rows + row];
+        squares += given[(2 * part + 1) * num_rows + row];
+        mean += means[part] / PARTS;
     }
-
-    __device__ __forceinline__ float2 scale_and_shift() { return make_float2(HALF * factor, -mean * HALF * factor); }
-};
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) squares += (means[part] - mean) * (means[part] - mean) * (K / PARTS);
+    float factor = rsqrtf(squares / K + eps);
+    return make_float2(HALF * factor, -mean * HALF * factor);
+}
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------------------
 
@@ -279,12 +273,12 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         if (NORM || RESIDUAL) wait_for_the_last_kernel();
         for (int number = consumer, row; (row = first_row + number * next_row) < num_rows; number += CONSUMERS) {
             Tile tile;
-            Norm norm;
-            if (NORM) tile.clear(), norm.load(given, row + thread, num_rows, eps);
+            float2 norm;  // of the thread's row, from before the products, for all to know after them
+            if (NORM) tile.clear(), norm = norm_of(given, row + thread, num_rows, eps);
             else begin(shared, tile, residual + column / 8, row, num_residual_rows);
             multiply_blocks(shared, tile, number, consumer);
             if (NORM) {
-                shared.rows[consumer][thread] = norm.scale_and_shift();
+                shared.rows[consumer][thread] = norm;
                 synchronize_warpgroup(consumer);
             }
             end_products(shared, tile, number);
