@@ -23,6 +23,7 @@ from samlight_hf.benchmark.encoders import (
     fused_encoder,
     resolution_patterns,
 )
+from samlight_hf.benchmark.kernels import kernels_of
 from samlight_hf.benchmark.linear import CUDA, linear_rows
 from samlight_hf.benchmark.report import check_targets, format_table
 from samlight_hf.benchmark.run import PARTS, run_benchmark
@@ -134,6 +135,16 @@ def test_gflop_are_counted_where_autocast_is_off():
                 return super().forward(x)
 
     assert measure.count_gflop(Exact(3, 5), torch.zeros(7, 3)) == pytest.approx(2e-9 * 7 * 3 * 5)
+
+
+def test_kernels_that_start_early_count_from_the_end_of_the_one_before():
+    """In each of two calls b starts 3 us before a ends; nothing runs for 5 us before a's second launch."""
+    call = [(0.0, 10.0, "a"), (7.0, 15.0, "b"), (20.0, 21.0, "a")]
+    spans = [(start + later, end + later, name) for later in (100.0, 200.0) for start, end, name in reversed(call)]
+    assert kernels_of(spans, 2) == [
+        {"kernel": "a", "launches": 2, "us": pytest.approx(11)},
+        {"kernel": "b", "launches": 1, "us": pytest.approx(5)},
+    ]
 
 
 def test_patterns_of_one_resolution_differ_in_what_they_say():

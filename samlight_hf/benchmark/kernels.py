@@ -1,6 +1,7 @@
 """Where the image encoder's time goes: its kernels on the device, as it is and optimized."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.autograd import DeviceType
@@ -46,18 +47,22 @@ def _kernels(mode: str, batch_size: int, settings: Settings) -> list[dict]:
         for _ in range(REPEATS):
             model.vision_encoder(pixel_values)
             torch.cuda.synchronize(settings.device)
-    times = [
-        (event.time_range.end, event.time_range.start, event.name[:100])
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name[:100])
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA
     ]
-    found: dict[str, dict] = {}
-    last = 0.0
-    for end, start, name in sorted(times):
-        kernel = found.setdefault(name, {"kernel": name, "launches": 0, "us": 0.0})
-        kernel["launches"] += 1
-        kernel["us"] += (end - max(start, last)) / REPEATS
+    return kernels_of(spans, REPEATS)
+
+
+def kernels_of(spans: Iterable[tuple[float, float, str]], repeats: int) -> list[dict]:
+    """Of kernels' starts, ends, in microseconds, and names: by name, what they come to in one of so many calls."""
+    launches, times, last = Counter(), Counter(), 0.0
+    for start, end, name in sorted(spans, key=lambda span: span[1]):
+        launches[name] += 1
+        times[name] += end - max(start, last)
         last = end
-    for kernel in found.values():
-        kernel["launches"] /= REPEATS
-    return sorted(found.values(), key=lambda kernel: -kernel["us"])
+    return [
+        {"kernel": name, "launches": launches[name] / repeats, "us": time / repeats}
+        for name, time in times.most_common()
+    ]

@@ -161,7 +161,7 @@ def count_gflop(module: nn.Module, *inputs: torch.Tensor) -> float:
 
     A multiplication and an addition are two. Nothing is computed, and no memory is taken.
     """
-    # Not on the device "meta", for which modules that say where autocast is off cannot.
+    # Not on the device "meta", for which modules that say where autocast is off cannot; attention as products, which are counted.
     fake = FakeTensorMode()
     named = {name: fake.from_tensor(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, FlopCounterMode(display=False) as counter:
