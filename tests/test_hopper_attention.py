@@ -45,7 +45,7 @@ def test_every_reason_not_to_run_it(monkeypatch):
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("warpgroups", [1, 2, 3, None])
 @pytest.mark.parametrize("pattern", [(None, 1), (None, 2), (256, 1), (512, 4), (1024, 2)], ids=str)
 def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype):
     """Scores that grow from key to key, so that what they are relative to changes; and groups that three do not divide."""

@@ -116,7 +116,9 @@ def test_every_reason_not_to_run_it(monkeypatch):
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if not (case[2] and (case[0] or case[1]))], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("in_features", [192, 1536])  # fewer blocks than are asked for ahead, and more
+@pytest.mark.parametrize(
+    "in_features", [192, 768, 1536]
+)  # fewer blocks than are asked for ahead, and more; weights that stay, some or none
 def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile):
     """More tiles than there are programs, so that each takes several."""
     sizes = {"num_rows": 256 * 129, "in_features": in_features, "out_features": 768}
