@@ -70,6 +70,8 @@ def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
     assert {row["num_prompts"] for row in result["rows"] if row["part"] == "decoder"} == {1, 3}
     plain = [row for row in result["rows"] if row["part"] == "equality" and row.get("mode") == "eager"]
     assert len(plain) == 4 and all(row["embedding_error"] == 0 and row["mask_iou_min"] == 1 for row in plain)
+    rounded = [row for row in result["rows"] if row["part"] == "equality" and row.get("mode") == equality.FP8]
+    assert len(rounded) == 4 and all(1e-3 < row["embedding_error"] < 0.1 for row in rounded)
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "encoder, batch 1" in printed and "not measured" in printed
@@ -190,6 +192,12 @@ def test_targets_say_how_far():
     assert checked["4096 px: full attention against w=4096, r=4"]["value"] == 8
     assert checked["4096 px: dilation's overhead over the same groups"]["value"] == pytest.approx(25)
     assert checked["memory, one picture (1024 px) and one prompt"]["value"] == 130  # of the way that is that fast
+
+
+def test_fp8_keeps_three_bits_of_each_number_and_each_rows_largest():
+    values = torch.tensor([[448.0, 17.0, -1.0, 0.0], [44.8, 1.7, -0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    kept = torch.tensor([[448.0, 16.0, -1.0, 0.0], [44.8, 1.6, -0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(equality._to_fp8_and_back(values), kept)
 
 
 def test_comparison_sees_a_difference():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, SamImageProcessor
 
 from ..evaluation.metrics.mask_iou import iou
@@ -17,13 +18,14 @@ from .settings import Settings
 
 POINTS_PER_SIDE = 4
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
+FP8 = "float32, products in fp8 simulated"
 
 
 def equality_rows(settings: Settings) -> Iterator[dict]:
     """Each photograph with a grid of points, a prompt each, and all three masks of each at the photograph's size.
 
-    In the benchmark's dtype, plain eager and optimized against plain eager in float32, and optimized against plain.
-    Photographs are prepared as transformers' image processor does on a CPU, once for all.
+    In the benchmark's dtype, plain eager and optimized against plain eager in float32, and optimized against plain. And
+    what fp8 would add to that: float32 with the encoder's linear layers as fp8 would have them. Photographs are prepared as transformers' image processor does on a CPU, once for all.
     """
     row = {
         "part": "equality",
@@ -44,14 +46,18 @@ def equality_rows(settings: Settings) -> Iterator[dict]:
         if "cannot_run" in failed:
             yield failed
             continue
-        pairs = [(EAGER, "float32"), (OPTIMIZED, "float32"), (OPTIMIZED, EAGER)]
+        pairs = [(EAGER, "float32"), (OPTIMIZED, "float32"), (OPTIMIZED, EAGER), (FP8, "float32")]
         for mode, reference in pairs:
             against = f"eager, {'float32' if reference == 'float32' else settings.dtype_name}"
             compared = {**row, "photograph": path.name, "mode": mode, "against": against}
             if mode not in found:
                 yield {**compared, "cannot_run": setup["cannot_run"]}
                 continue
-            yield {**compared, **_compare(found[mode], found[reference]), **setup["report"]}
+            yield {
+                **compared,
+                **_compare(found[mode], found[reference]),
+                **(setup["report"] if mode == OPTIMIZED else {}),
+            }
 
 
 def _load(settings: Settings) -> dict:
@@ -62,7 +68,9 @@ def _load(settings: Settings) -> dict:
         raise ValueError(f"{settings.images} holds no photograph ({', '.join(PHOTOGRAPH_SUFFIXES)}).")
     reference, processor = load_model(settings.checkpoint, str(settings.device))
     plain, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
-    models = {"float32": reference, EAGER: plain}
+    rounded, _ = load_model(settings.checkpoint, str(settings.device))
+    _simulate_fp8(rounded.vision_encoder)
+    models = {"float32": reference, EAGER: plain, FP8: rounded}
     made = {}
     failed = attempt({}, lambda: made.update(model=_optimize(settings)) or {})
     if made:
@@ -71,6 +79,19 @@ def _load(settings: Settings) -> dict:
         "paths": paths, "models": models, "image_processor": processor.image_processor,
         "report": report_of(made["model"]) if made else {}, "cannot_run": failed.get("cannot_run"),
     }  # fmt: skip
+
+
+def _simulate_fp8(encoder: nn.Module):
+    """Rounds what the linear layers multiply, each row of a weight and each token with a scale of its own: as exact as fp8 gets."""
+    for linear in encoder.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight.data = _to_fp8_and_back(linear.weight.data)
+            linear.register_forward_pre_hook(lambda module, inputs: (_to_fp8_and_back(inputs[0]),))
+
+
+def _to_fp8_and_back(values: torch.Tensor) -> torch.Tensor:
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
 
 
 def _optimize(settings: Settings):

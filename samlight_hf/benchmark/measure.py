@@ -22,6 +22,7 @@ from ..messages import one_line
 
 WARM_UP_SECONDS = 0.05  # after the first call, so that the clocks are up
 MEGABYTE = 2**20
+GRAPH_MS = 2.0  # beside which the launch of a graph, some tens of microseconds, is little
 _REASON_LIMIT = 300
 
 
@@ -121,11 +122,15 @@ def capture(function: Callable[[], object], calls: int = 1) -> Callable[[], None
     return replay
 
 
-def graph_time_ms(function: Callable[[], object], device: torch.device, calls: int = 10) -> float:
-    """Median time of one call, in ms, where `calls` of them are replayed from one CUDA graph: no launch counts."""
+def graph_time_ms(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of one call, in ms, in a CUDA graph of so many that their launch does not count."""
     if device.type != "cuda":
         return time_calls(function, device)["ms"]
-    return time_calls(capture(function, calls), device)["ms"] / calls
+    for calls in (10, 100):
+        milliseconds = time_calls(capture(function, calls), device)["ms"]
+        if milliseconds > GRAPH_MS:
+            break
+    return milliseconds / calls
 
 
 def release_memory(device: torch.device):
