@@ -1,6 +1,6 @@
 // softmax(scale q k^T) v within the groups of dilated attention, on Hopper GPUs: the kernel of hopper_attention.py, which defines what
 // is in capitals. q, k and v have 64 features and lie side by side in a token's row, head by head; the tokens of a group lie
-// DILATION rows apart in a segment.
+// DILATION rows apart in a segment. PER_HEAD, a head has one of a segment's groups, and is zero in the others' tokens.
 //
 // A program has WARPGROUPS * 64 queries of a group, each warpgroup 64 of them, and sees all keys, KEYS at a time. Sums and the softmax are
 // float32. While some warpgroups compute exponentials, the tensor cores work for the others.
@@ -105,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
     int first = blockIdx.x % TILES * QUERIES, number = blockIdx.x / TILES;
     Group group = {number % HEADS, number / HEADS % DILATION, number / (HEADS * DILATION)};
+    if (PER_HEAD) group.offset = group.head % DILATION, group.segment = number / HEADS;
     // Those that have queries at all.
     int warpgroups = min(WARPGROUPS, (GROUP - first) / 64);
     if (threadIdx.x == 0) {
@@ -190,9 +191,17 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     for (int row = 0; row < 2; row++) {
         float factor = 1 / sum_of_four_threads(softmax.totals[row]);
         int query = first + warpgroup * 64 + thread / 32 * 16 + row * 8 + lane / 4;
-        u64 token = (u64)group.segment * (GROUP * DILATION) + query * DILATION + group.offset;
-        u32* to = output + (token * HEADS + group.head) * (DIM / 2) + lane % 4;
+        auto row_of = [&](int offset) {
+            u64 token = (u64)group.segment * (GROUP * DILATION) + query * DILATION + offset;
+            return output + (token * HEADS + group.head) * (DIM / 2) + lane % 4;
+        };
+        u32* to = row_of(group.offset);
 #pragma unroll
         for (int i = 0; i < DIM / 8; i++) to[i * 4] = pack(sums[i * 4 + row * 2] * factor, sums[i * 4 + row * 2 + 1] * factor);
+        for (int other = 1; PER_HEAD && other < DILATION; other++) {
+            u32* zeros = row_of((group.offset + other) % DILATION);
+#pragma unroll
+            for (int i = 0; i < DIM / 8; i++) zeros[i * 4] = 0;
+        }
     }
 }

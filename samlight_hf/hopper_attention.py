@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import hopper
-from .modeling.dilated_attention import dilated_attention_reference
+from .modeling.dilated_attention import check_pattern, dilated_attention_reference
 from .triton_support import failure, normal_numbers
 
 
@@ -20,32 +20,34 @@ _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in hopper_attention.cu
 
 def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, dilation_offsets: str) -> str | None:
     """Why the kernel cannot run with what `launch` is given: a sentence, or None where it can."""
-    _, num_tokens, _, _, head_dim = qkv.shape
+    _, num_tokens, num_heads, _, head_dim = qkv.shape
     if reason := hopper.why_not_hopper(qkv.device, qkv.dtype):
         return reason
     if head_dim != _DIM:
         return f"heads have {head_dim} features, and not {_DIM}."
-    if dilation_rate > 1 and dilation_offsets != "all":
-        return f"dilation_offsets={dilation_offsets!r}, and it has 'all'."
     segment_length = segment_length or num_tokens
-    if not qkv.numel() or num_tokens % segment_length or segment_length % dilation_rate:
-        return f"{num_tokens} tokens are not made of segments of {segment_length}, or these of {dilation_rate} groups."
+    try:
+        check_pattern(num_tokens, num_heads, segment_length, dilation_rate, dilation_offsets)
+    except ValueError as error:
+        return str(error)
     if (group := segment_length // dilation_rate) % _KEYS:
         return f"groups of {group} tokens are no multiple of {_KEYS}."
+    if not qkv.numel():
+        return "there are no images."
     if not hopper.are_aligned(qkv):
         return "the tensor is not contiguous, or begins at an odd address."
-    return _why_not_at_all(qkv.device)
+    return _why_not_at_all(qkv.device, dilation_offsets)
 
 
 @lru_cache
-def _why_not_at_all(device: torch.device) -> str | None:
+def _why_not_at_all(device: torch.device, dilation_offsets: str) -> str | None:
     """Why the kernel does not run on this device, a Hopper GPU, or None."""
 
     @torch.inference_mode()
     def attempt() -> bool:
         qkv = normal_numbers()(1, 512, 2, 3, _DIM).bfloat16()
-        expected, _ = dilated_attention_reference(*qkv.float().unbind(3), 512, 2)
-        found = launch(qkv, 512, 2, _DIM**-0.5)
+        expected, _ = dilated_attention_reference(*qkv.float().unbind(3), 512, 2, dilation_offsets)
+        found = launch(qkv, 512, 2, dilation_offsets, _DIM**-0.5)
         return bool((found.view_as(expected).float() - expected).norm() < 0.01 * expected.norm())
 
     with torch.cuda.device(device):
@@ -56,19 +58,21 @@ def launch(
     qkv: torch.Tensor,
     segment_length: int | None,
     dilation_rate: int,
+    dilation_offsets: str,
     scaling: float,
     warpgroups: int | None = None,
 ) -> torch.Tensor:
-    """(B, N, H, 3, 64), of queries, keys and values, to (B * N, H * 64): `dilated_attention` with the offsets `"all"`."""
+    """(B, N, H, 3, 64), of queries, keys and values, to (B * N, H * 64): `dilated_attention`."""
     batch_size, num_tokens, num_heads, _, head_dim = qkv.shape
     segment_length = segment_length or num_tokens
     group, num_segments = segment_length // dilation_rate, batch_size * num_tokens // segment_length
-    num_groups = num_heads * dilation_rate * num_segments
+    per_head = dilation_offsets == "per_head" and dilation_rate > 1
+    num_groups = num_heads * num_segments * (1 if per_head else dilation_rate)
     warpgroups = warpgroups or warpgroups_of(num_groups, group, hopper.num_processors(qkv.device))
     queries = warpgroups * _WARPGROUP_QUERIES
     kernel, shared_bytes = _kernel(
         qkv.device, BFLOAT16=int(qkv.dtype == torch.bfloat16), HEADS=num_heads, DILATION=dilation_rate, GROUP=group,
-        WARPGROUPS=warpgroups, STAGES=STAGES[warpgroups],
+        PER_HEAD=int(per_head), WARPGROUPS=warpgroups, STAGES=STAGES[warpgroups],
     )  # fmt: skip
     row = 3 * num_heads * head_dim
     sizes = head_dim, group, dilation_rate, 3 * num_heads, num_segments
@@ -84,11 +88,14 @@ def launch(
 
 
 def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
-    """Of a program. Three look ahead, and one leaves each multiprocessor as much to do, if there is room for all programs at once; else two."""
+    """Of a program: where there is room for all programs at once, three, which look ahead, or one, if the busiest multiprocessor
+    has fewer then; else two."""
+    busiest = {}
     for warpgroups, at_once in ((3, 1), (1, 3)):
-        if num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) <= at_once * num_processors:
-            return warpgroups
-    return 2
+        programs = math.ceil(num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) / num_processors)
+        if programs <= at_once:
+            busiest[warpgroups] = warpgroups * programs
+    return min(busiest, key=busiest.get, default=2)
 
 
 @cache

@@ -84,7 +84,7 @@ class _Layer:
     def __call__(self, rows: Rows, batch_size: int, memory: torch.Tensor) -> Rows:
         qkv = self.qkv(rows, memory=memory).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
         if hopper_attention.why_not(qkv, *self.pattern) is None:
-            attended = hopper_attention.launch(qkv, *self.pattern[:2], self.scaling)
+            attended = hopper_attention.launch(qkv, *self.pattern, self.scaling)
         else:
             attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
         rows = self.proj(Rows(attended.reshape(rows.values.shape)), rows.values, statistics=True)

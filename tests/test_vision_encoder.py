@@ -95,8 +95,9 @@ def test_on_a_gpu_it_is_as_close_to_float32_as_the_model_itself(vision, dtype, m
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_on_hopper_it_runs_its_own_kernels_alone(dtype, monkeypatch):
-    model = make_model(**WIDE | LONG)
+@pytest.mark.parametrize("dilation_offsets", ["all", "per_head"])
+def test_on_hopper_it_runs_its_own_kernels_alone(dilation_offsets, dtype, monkeypatch):
+    model = make_model(**WIDE | LONG, dilation_offsets=dilation_offsets)
     pixel_values = torch.randn(2, 3, 512, 512)
     with torch.no_grad():
         expected = model.vision_encoder(pixel_values).last_hidden_state.double()

@@ -80,18 +80,19 @@ def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Sett
 
 
 def packed_rows(settings: Settings) -> Iterator[dict]:
-    """The fused encoder's two kinds of layer, on q, k and v as its projection writes them, with and without its own kernel."""
+    """The fused encoder's kinds of layer, on q, k and v as its projection writes them, with and without its own kernel."""
     for batch_size in settings.batch_sizes:
         qkv = random_tensor((batch_size, 4096, NUM_HEADS, 3, HEAD_DIM), settings.device, settings.dtype)
-        for pattern in ((None, 2, "all"), (512, 1, "all")):
+        for pattern in ((None, 2, "all"), (None, 2, "per_head"), (512, 1, "all")):
             ways = {
-                "CUDA": lambda q=qkv, p=pattern: hopper_attention.launch(q, *p[:2], HEAD_DIM**-0.5),
+                "CUDA": lambda q=qkv, p=pattern: hopper_attention.launch(q, *p, HEAD_DIM**-0.5),
                 "dilated_attention": lambda q=qkv, p=pattern: dilated_attention(*q.unbind(3), *p),
             }
             for kernel, function in ways.items():
                 row = {
                     "part": "attention", "what": "packed q, k and v", "kernel": kernel, "dtype": settings.dtype_name,
                     "batch_size": batch_size, "segment_length": pattern[0], "dilation_rate": pattern[1],
+                    "dilation_offsets": pattern[2],
                 }  # fmt: skip
                 reason = hopper_attention.why_not(qkv, *pattern) if kernel == "CUDA" else None
                 yield attempt(row, lambda f=function, r=reason: _graph_ms(f, r, settings))
