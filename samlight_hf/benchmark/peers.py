@@ -108,7 +108,7 @@ def _sam_rows(name: str, settings: Settings) -> Iterator[dict]:
             if mode == LAYERWISE:  # layers share what is compiled, which takes minutes for 32 of them otherwise
                 for layer in encoder.layers:
                     layer.compile(dynamic=False)
-            return encoder
+            return _MakesTensorsOn(settings.device, encoder) if mode == GRAPH else encoder
 
         for batch_size in batch_sizes:
             row = {
@@ -140,6 +140,18 @@ def make_edgetam() -> nn.Module:
     arguments = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
     backbone = TimmWrapperConfig(architecture="repvit_m1", model_args=arguments)
     return EdgeTamVisionModel(EdgeTamVisionConfig(backbone_config=backbone))
+
+
+class _MakesTensorsOn(nn.Module):
+    """A module whose new tensors are on `device`: SAM makes positions on the CPU in each call, which no CUDA graph can copy."""
+
+    def __init__(self, device: torch.device, module: nn.Module):
+        super().__init__()
+        self.device, self.module = device, module
+
+    def forward(self, pixel_values: torch.Tensor):
+        with self.device:
+            return self.module(pixel_values)
 
 
 class _Features(nn.Module):
