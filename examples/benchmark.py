@@ -8,8 +8,9 @@ Parts of `samlight benchmark`: "encoder": the image encoder, plain in every attn
 "peers": transformers' SAM, SAM 2 and EdgeTAM, and the backbones of light SAMs; "decoder": by the number of prompts;
 "prompt": from a picture to a mask; "resolution": full attention against dilated; "attention": every backend, forward and
 backward; "training": a step; "equality": what is fast against what is plain; "projection": ways to bring q, k and v into
-the layout in which dilation is free; "linear": the encoder's linear layers by every kernel. Of its own: "everything", everything mode and single prompts; with --dataset,
-"evaluation", the box protocol of `samlight evaluate`, end to end.
+the layout in which dilation is free; "linear": the encoder's linear layers by every kernel; "profile": the encoder's
+kernels. Of its own: "everything", everything mode and single prompts; with --dataset, "evaluation", the box protocol of
+`samlight evaluate`, end to end.
 """
 
 import argparse

@@ -88,8 +88,7 @@ def launch(
 
 
 def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
-    """Of a program: where there is room for all programs at once, three, which look ahead, or one, if the busiest multiprocessor
-    has fewer then; else two."""
+    """Of a program. If all programs fit at once, three, which look ahead, or one, if the busiest multiprocessor has fewer then; else two."""
     busiest = {}
     for warpgroups, at_once in ((3, 1), (1, 3)):
         programs = math.ceil(num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) / num_processors)

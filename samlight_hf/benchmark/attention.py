@@ -14,7 +14,7 @@ from ..modeling.dilated_attention import (
     split_groups,
     why_not,
 )
-from .measure import attempt, capture, graph_time_ms, random_tensor, relative_error, require, time_calls
+from .measure import attempt, capture, graph_calls, graph_time_ms, random_tensor, relative_error, require, time_calls
 from .settings import Settings
 
 
@@ -131,10 +131,17 @@ def _overhead(batch_size: int, num_tokens: int, pattern: tuple[int, int], layout
     if layout == "packed":
         tokens = qkv.permute(1, 2, 0, 3, 4).contiguous().unbind(2)
     groups = [split_groups(t.contiguous(), *pattern) for t in tokens]
-    replay = capture if settings.on_cuda else lambda function, calls: function
-    calls = 10 if settings.on_cuda else 1
-    dilated = replay(lambda: dilated_attention(*tokens, *pattern), calls)
-    dense = replay(lambda: dense_attention(*groups), calls)
+
+    def dilated():
+        return dilated_attention(*tokens, *pattern)
+
+    def dense():
+        return dense_attention(*groups)
+
+    calls = 1
+    if settings.on_cuda:
+        calls = graph_calls(dense, settings.device)
+        dilated, dense = capture(dilated, calls), capture(dense, calls)
     times = [[time_calls(function, settings.device)["ms"] / calls for function in (dilated, dense)] for _ in range(5)]
     dilated_ms, dense_ms = (sorted(way)[2] for way in zip(*times))
     return {"ms": dilated_ms, "dense_ms": dense_ms, "overhead": dilated_ms / dense_ms - 1}

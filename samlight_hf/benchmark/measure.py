@@ -5,6 +5,7 @@ Python counts, as it does for whoever calls the model. Elsewhere than on CUDA a 
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from ..messages import one_line
 
 WARM_UP_SECONDS = 0.05  # after the first call, so that the clocks are up
 MEGABYTE = 2**20
-GRAPH_MS = 2.0  # beside which the launch of a graph, some tens of microseconds, is little
+GRAPH_MS = 2.0  # a graph's launch is some 20 microseconds
 _REASON_LIMIT = 300
 
 
@@ -123,14 +124,16 @@ def capture(function: Callable[[], object], calls: int = 1) -> Callable[[], None
 
 
 def graph_time_ms(function: Callable[[], object], device: torch.device) -> float:
-    """Median time of one call, in ms, in a CUDA graph of so many that their launch does not count."""
+    """Median time of one call, in ms, in a CUDA graph of so many that its launch is a hundredth of them."""
     if device.type != "cuda":
         return time_calls(function, device)["ms"]
-    for calls in (10, 100):
-        milliseconds = time_calls(capture(function, calls), device)["ms"]
-        if milliseconds > GRAPH_MS:
-            break
-    return milliseconds / calls
+    calls = graph_calls(function, device)
+    return time_calls(capture(function, calls), device)["ms"] / calls
+
+
+def graph_calls(function: Callable[[], object], device: torch.device) -> int:
+    """How many calls take `GRAPH_MS`, but no less than ten."""
+    return max(10, math.ceil(10 * GRAPH_MS / time_calls(capture(function, 10), device)["ms"]))
 
 
 def release_memory(device: torch.device):
