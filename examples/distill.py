@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from samlight_hf.distillation import demonstrate, distill, parse_arguments
+from samlight_hf.distillation import demonstrate, distill, leave_process_group, parse_arguments
 from samlight_hf.messages import one_line
 
 
@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
         result = json.loads(Path(args.output_dir, "result.json").read_text(encoding="utf-8"))
         print(args.stage, json.dumps(result["metrics"]))
     print(f"The student: {folder}")
+    leave_process_group()
     return 0
 
 

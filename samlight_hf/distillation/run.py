@@ -1,6 +1,7 @@
 """A distillation from settings to a student's folder: the stages one after another, each from where the last one ended."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -73,6 +74,16 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
     if publisher is not None:
         _report_pushes(publisher, student)
     return student
+
+
+def leave_process_group():
+    """The last that a script does on each process, once its trainers are out of scope.
+
+    What is left of the last communication is freed by a thread of Gloo's. If it comes to that while the interpreter ends, the
+    process aborts, with everything done (PyTorch issue 179291).
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def _make_publisher(run: RunArguments, stages: Sequence[DistillationArguments]):

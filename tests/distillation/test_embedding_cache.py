@@ -118,6 +118,7 @@ def test_a_picture_replaced_under_its_name_is_found(filled, examples):
 _RANK = """
 import sys, time, torch
 from accelerate import PartialState
+from samlight_hf.distillation import leave_process_group
 from tests.distillation.conftest import make_examples
 from tests.distillation.test_embedding_cache import fill, make_cache
 
@@ -127,6 +128,7 @@ cache, teacher = make_cache(sys.argv[1], examples)
 time.sleep(0.5 * state.process_index)  # the others have begun to write
 fill(cache, examples, teacher)
 assert not cache.missing_shards(), cache.missing_shards()
+leave_process_group()
 """
 
 

@@ -495,6 +495,7 @@ def test_examples_are_trained_in_their_order_and_skipped_without_being_read(tmp_
 _RANK = """
 import os, sys
 import torch
+from samlight_hf.distillation import leave_process_group
 from tests.distillation.conftest import make_arguments
 from tests.distillation.test_trainer import *
 
@@ -505,6 +506,8 @@ trainer.train(resume_from_checkpoint=sys.argv[3] if len(sys.argv) > 3 else None)
 trainer.export(sys.argv[1] + "/student")
 if trainer.is_world_process_zero():
     torch.save({"weights": weights(trainer), "log": trainer.state.log_history, "world": args.world_size}, sys.argv[1] + "/result.pt")
+del trainer
+leave_process_group()
 """
 
 
