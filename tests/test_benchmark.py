@@ -130,6 +130,14 @@ def test_gflop_are_those_of_the_architecture():
     assert encoder_gflop(SamLighteningConfig()) == pytest.approx(expected / 1e9, rel=1e-6)
 
 
+def test_gflop_of_the_decoder_are_those_of_its_prompts():
+    """Of each of 4,096 places: ten projections, five attentions with seven tokens, two transposed convolutions, four masks."""
+    config = SamLighteningConfig()
+    place = 10 * 256 * 128 + 5 * 2 * 7 * 128 + 256 * 4 * 64 + 4 * 64 * 4 * 32 + 16 * 32 * 4
+    assert masks.decoder_gflop(config, 1) == pytest.approx(2 * 4096 * place / 1e9, rel=0.02)
+    assert masks.decoder_gflop(config, 16) == pytest.approx(16 * masks.decoder_gflop(config, 1), rel=1e-6)
+
+
 def test_gflop_are_counted_where_autocast_is_off():
     """As EfficientViT's attention has it, on the device that its tensors name."""
 

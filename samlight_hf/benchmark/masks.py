@@ -1,18 +1,31 @@
 """Mask decoders by the number of prompts, and the whole way from a picture to a mask: time and memory."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import SamImageProcessor
 
+from .. import SamLighteningConfig
 from ..inference import make_decoder
 from ..modeling.modeling_sam_lightening import make_processor
 from ..predictor import Predictor
 from ..preprocessing import preprocess, resized_size
 from ..upscaled_masks import Frame, masks, why_not_triton
 from .encoders import COMPILED, EAGER, GRAPH, OPTIMIZED, OURS, optimized, report_of
-from .measure import MEGABYTE, attempt, capture, peak_memory, random_tensor, synchronize, time_calls, wall_clock_ms
+from .measure import (
+    MEGABYTE,
+    arithmetic,
+    attempt,
+    capture,
+    count_gflop,
+    peak_memory,
+    random_tensor,
+    synchronize,
+    time_calls,
+    wall_clock_ms,
+)
 from .settings import Settings
 
 
@@ -21,7 +34,10 @@ COMPILED_PROMPT_COUNTS = (1, 64)  # each takes a while to compile
 
 
 def decoder_rows(settings: Settings) -> Iterator[dict]:
-    """One point a prompt on one encoded picture, three masks each, logits and scores out."""
+    """One point a prompt on one encoded picture, three masks each, logits and scores out.
+
+    `gflop` are those of the model's own decoder, of which the fast ones need half.
+    """
     graph = (GRAPH,) if settings.on_cuda else ()
     compiled = (COMPILED,) if settings.compile else ()
     for mode in (EAGER, *graph, *compiled, PREDICTOR, *([PREDICTOR_GRAPHS] if graph else []), OPTIMIZED):
@@ -62,7 +78,18 @@ def _time_decoder(mode: str, num_prompts: int, settings: Settings) -> dict:
     if mode in (COMPILED, OPTIMIZED):
         torch.compiler.reset()
     report = report_of(model) if mode == OPTIMIZED else {}
-    return {**timing, "prompts_per_second": 1e3 * num_prompts / timing["ms"], **memory, **report}
+    counted = arithmetic(decoder_gflop(settings.config, num_prompts), timing["ms"], settings.ceiling["tflops"])
+    return {**timing, "prompts_per_second": 1e3 * num_prompts / timing["ms"], **memory, **counted, **report}
+
+
+def decoder_gflop(config: SamLighteningConfig, num_prompts: int) -> float:
+    """10^9 operations of the mask decoder for so many prompts of one point on one picture."""
+    meta, side = torch.device("meta"), config.prompt_encoder_config.image_embedding_size
+    channels = config.vision_config.output_channels
+    decoder = Settings(meta, config=config, dtype=torch.float32).make_model().mask_decoder
+    decoder.forward = partial(decoder.forward, multimask_output=True)
+    image = torch.empty(1, channels, side, side, device=meta)
+    return count_gflop(decoder, image, image, torch.empty(1, num_prompts, 2, channels, device=meta), image)
 
 
 def picture_to_mask(
