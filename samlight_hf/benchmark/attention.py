@@ -140,7 +140,7 @@ def _overhead(batch_size: int, num_tokens: int, pattern: tuple[int, int], layout
 
     calls = 1
     if settings.on_cuda:
-        calls = graph_calls(dense, settings.device)
+        calls = graph_calls(dense)
         dilated, dense = capture(dilated, calls), capture(dense, calls)
     times = [[time_calls(function, settings.device)["ms"] / calls for function in (dilated, dense)] for _ in range(5)]
     dilated_ms, dense_ms = (sorted(way)[2] for way in zip(*times))

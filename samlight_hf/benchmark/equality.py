@@ -1,5 +1,6 @@
 """Whether what is fast computes the same: embeddings and masks of photographs, against the plain eager model."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def _load(settings: Settings) -> dict:
     plain, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
     models = {"float32": reference, EAGER: plain}
     for mode, names in FP8.items():
-        models[mode], _ = load_model(settings.checkpoint, str(settings.device))
+        models[mode] = copy.deepcopy(reference)
         _simulate_fp8(models[mode].vision_encoder, names)
     made = {}
     failed = attempt({}, lambda: made.update(model=_optimize(settings)) or {})

@@ -40,6 +40,7 @@ def decoder_rows(settings: Settings) -> Iterator[dict]:
     """
     graph = (GRAPH,) if settings.on_cuda else ()
     compiled = (COMPILED,) if settings.compile else ()
+    gflop = {num_prompts: decoder_gflop(settings.config, num_prompts) for num_prompts in settings.prompt_counts}
     for mode in (EAGER, *graph, *compiled, PREDICTOR, *([PREDICTOR_GRAPHS] if graph else []), OPTIMIZED):
         for num_prompts in settings.prompt_counts:
             if mode == COMPILED and num_prompts not in COMPILED_PROMPT_COUNTS:
@@ -47,11 +48,11 @@ def decoder_rows(settings: Settings) -> Iterator[dict]:
             row = {
                 "part": "decoder", "model": OURS, "mode": mode, "dtype": settings.dtype_name, "num_prompts": num_prompts
             }  # fmt: skip
-            yield attempt(row, lambda m=mode, n=num_prompts: _time_decoder(m, n, settings))
+            yield attempt(row, lambda m=mode, n=num_prompts: _time_decoder(m, n, gflop[n], settings))
 
 
 @torch.inference_mode()
-def _time_decoder(mode: str, num_prompts: int, settings: Settings) -> dict:
+def _time_decoder(mode: str, num_prompts: int, gflop: float, settings: Settings) -> dict:
     device, side = settings.device, settings.config.prompt_encoder_config.image_embedding_size
     channels, image_size = settings.config.vision_config.output_channels, settings.config.vision_config.image_size
     with peak_memory(device) as memory:
@@ -78,7 +79,7 @@ def _time_decoder(mode: str, num_prompts: int, settings: Settings) -> dict:
     if mode in (COMPILED, OPTIMIZED):
         torch.compiler.reset()
     report = report_of(model) if mode == OPTIMIZED else {}
-    counted = arithmetic(decoder_gflop(settings.config, num_prompts), timing["ms"], settings.ceiling["tflops"])
+    counted = arithmetic(gflop, timing["ms"], settings.ceiling["tflops"])
     return {**timing, "prompts_per_second": 1e3 * num_prompts / timing["ms"], **memory, **counted, **report}
 
 

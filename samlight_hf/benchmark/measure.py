@@ -127,13 +127,15 @@ def graph_time_ms(function: Callable[[], object], device: torch.device) -> float
     """Median time of one call, in ms, in a CUDA graph of so many that its launch is a hundredth of them."""
     if device.type != "cuda":
         return time_calls(function, device)["ms"]
-    calls = graph_calls(function, device)
+    calls = graph_calls(function)
     return time_calls(capture(function, calls), device)["ms"] / calls
 
 
-def graph_calls(function: Callable[[], object], device: torch.device) -> int:
-    """How many calls take `GRAPH_MS`, but no less than ten."""
-    return max(10, math.ceil(10 * GRAPH_MS / time_calls(capture(function, 10), device)["ms"]))
+def graph_calls(function: Callable[[], object]) -> int:
+    """How many calls take about `GRAPH_MS` in a CUDA graph, but no less than ten."""
+    replay = capture(function, 10)
+    replay()
+    return max(10, math.ceil(10 * GRAPH_MS / _cuda_ms(replay)))
 
 
 def release_memory(device: torch.device):
