@@ -36,12 +36,18 @@ def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, d
         return "there are no images."
     if not hopper.are_aligned(qkv):
         return "the tensor is not contiguous, or begins at an odd address."
-    return _why_not_at_all(qkv.device, dilation_offsets)
+    return _why_not_at_all(qkv.device, _is_per_head(dilation_rate, dilation_offsets))
+
+
+def _is_per_head(dilation_rate: int, dilation_offsets: str) -> bool:
+    """Whether it is the kernel of one residue class a head: with a rate of 1 there is one alone."""
+    return dilation_offsets == "per_head" and dilation_rate > 1
 
 
 @lru_cache
-def _why_not_at_all(device: torch.device, dilation_offsets: str) -> str | None:
+def _why_not_at_all(device: torch.device, per_head: bool) -> str | None:
     """Why the kernel does not run on this device, a Hopper GPU, or None."""
+    dilation_offsets = "per_head" if per_head else "all"
 
     @torch.inference_mode()
     def attempt() -> bool:
@@ -66,7 +72,7 @@ def launch(
     batch_size, num_tokens, num_heads, _, head_dim = qkv.shape
     segment_length = segment_length or num_tokens
     group, num_segments = segment_length // dilation_rate, batch_size * num_tokens // segment_length
-    per_head = dilation_offsets == "per_head" and dilation_rate > 1
+    per_head = _is_per_head(dilation_rate, dilation_offsets)
     num_groups = num_heads * num_segments * (1 if per_head else dilation_rate)
     warpgroups = warpgroups or warpgroups_of(num_groups, group, hopper.num_processors(qkv.device))
     queries = warpgroups * _WARPGROUP_QUERIES
