@@ -16,7 +16,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from samlight_hf.distillation import distill, parse_arguments
+from samlight_hf.distillation import distill, leave_process_group, parse_arguments
 from samlight_hf.files import read_yaml, write_aside
 
 
@@ -52,6 +52,7 @@ def main():
                 options.out / "ablation.json", lambda path, text=text: path.write_text(text + "\n", encoding="utf-8")
             )
     print_table(results)
+    leave_process_group()
 
 
 def print_table(results: dict[str, list[dict]]):
