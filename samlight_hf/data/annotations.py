@@ -1,6 +1,7 @@
 """Annotations of one picture, as COCO and SA-1B write them in JSON, to instances with checked masks."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -74,8 +75,9 @@ def text_rle(rle: dict) -> dict:
     return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
+@lru_cache(maxsize=1)  # a mask is checked, and then decoded
 def run_lengths(counts: str | bytes) -> np.ndarray:
-    """The runs of a compressed COCO RLE, int64 (runs,): pixels outside and inside the mask in turn, column by column.
+    """The runs of a compressed COCO RLE, int64 (runs,), not to be changed: pixels outside and inside the mask in turn, column by column.
 
     Each number is written in groups of 5 bits, lowest first, one character each: 48 + bits + 32 where another group
     follows. The highest bit of the last group is the sign. From the fourth run on, the difference from the run before
@@ -102,6 +104,7 @@ def run_lengths(counts: str | bytes) -> np.ndarray:
     runs -= (codes[ends - 1] & 16 > 0) * (1 << 5 * num_groups)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
+    runs.flags.writeable = False
     return runs
 
 
@@ -112,7 +115,12 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
         raise SampleError(SkipReason.MALFORMED_RLE)
     if tuple(size) != (height, width):
         raise SampleError(SkipReason.RLE_SIZE)
-    if isinstance(counts, str | bytes):
+    if isinstance(counts, str):
+        try:
+            counts = counts.encode("ascii")
+        except UnicodeEncodeError as error:
+            raise SampleError(SkipReason.MALFORMED_RLE) from error
+    if isinstance(counts, bytes):
         runs = run_lengths(counts)
     elif isinstance(counts, list) and all(map(_is_integer, counts)) and counts:
         runs = np.array(counts, dtype=object)  # as large as they come: the check below must not overflow
@@ -125,8 +133,6 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
         from pycocotools import mask as coco_mask
 
         counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
-    elif isinstance(counts, str):
-        counts = counts.encode("ascii")
     return {"size": [height, width], "counts": counts}, int(runs[1::2].sum())
 
 

@@ -5,9 +5,12 @@ in cells of `image_size / mask_size` pixels.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from .lazy import LazySample, decode_columns
 
@@ -56,9 +59,44 @@ class Augmentation:
         size = tuple(max(1, int(side * scale + 0.5)) for side in stretched)
         return View(width, height, (left, top, left + crop[0], top + crop[1]), size, flip, image_size)
 
-    def recolour(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        """An RGB image with other brightness, contrast and saturation."""
-        return recolour(image, generator, self.brightness, self.contrast, self.saturation)
+    def colours(self, generator: np.random.Generator) -> "Colours | None":
+        """How the colours change; None where they do not."""
+        return draw_colours(generator, self.brightness, self.contrast, self.saturation)
+
+
+class Colours(NamedTuple):
+    """A change of brightness, contrast and saturation: all three are linear in the colours, so one pass makes them.
+
+    A channel c of a pixel whose luma is y becomes `own * c + luma * y + shift`.
+    """
+
+    own: float
+    luma: float
+    shift: float
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (3, H, W) -> the same, changed."""
+        # numpy rounds each operation by itself: the same bytes whatever the processor and the number of threads.
+        red, green, blue = changed = pixels.astype(np.float32)
+        luma = red * np.float32(0.299 * self.luma)
+        luma += green * np.float32(0.587 * self.luma)
+        luma += blue * np.float32(0.114 * self.luma)
+        luma += np.float32(self.shift + 0.5)  # what follows cuts off the fraction
+        changed *= np.float32(self.own)
+        changed += luma
+        return changed.clip(0, 255, out=changed).astype(np.uint8)
+
+
+def draw_colours(
+    generator: np.random.Generator, brightness: float, contrast: float, saturation: float
+) -> Colours | None:
+    """Brightness, contrast and saturation multiplied by factors drawn from 1 - x to 1 + x; None where all of them are 0."""
+    draws = generator.uniform(-1, 1, 3)
+    if not (brightness or contrast or saturation):
+        return None
+    bright, contrasted, saturated = (1 + draws * (brightness, contrast, saturation)).tolist()
+    factor = bright * contrasted  # contrast is around the middle grey
+    return Colours(factor * saturated, factor * (1 - saturated), 127.5 * (1 - contrasted))
 
 
 @dataclass(frozen=True)
@@ -80,23 +118,37 @@ class View:
     flip: bool
     image_size: int
 
-    def image(self, sample: LazySample) -> Image.Image:
-        """What is seen of the picture, RGB of `size`. Raises `SampleError` for a damaged picture."""
+    def pixels(self, sample: LazySample, colours: Colours | None = None) -> np.ndarray:
+        """What is seen of the picture with changed colours, uint8 (3, height, width) of `size`.
+
+        Colours are changed and pixels mirrored where there are fewer of them, before or after resizing.
+
+        Raises:
+            SampleError: for a damaged picture.
+        """
         left, top, right, bottom = self.crop
         # So large must the whole picture be for the crop not to be enlarged.
         enough = (
             max(1, self.width * self.size[0] // (right - left)),
             max(1, self.height * self.size[1] // (bottom - top)),
         )
-        image, reduction = sample.decode(enough)
-        box = (
-            left / reduction,
-            top / reduction,
-            min(right / reduction, image.width),
-            min(bottom / reduction, image.height),
-        )
-        image = image.resize(self.size, Image.Resampling.BILINEAR, box)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+        pixels, reduction = sample.pixels(enough)
+        if reduction == 1:
+            pixels = pixels[:, top:bottom, left:right]
+            is_enlarged = pixels[0].size < self.size[0] * self.size[1]
+            if is_enlarged:
+                pixels = self._varied(pixels, colours)
+            pixels = resize(pixels, self.size)
+            return pixels if is_enlarged else self._varied(pixels, colours)
+        # The crop begins and ends within pixels of what a JPEG was reduced to, which torch cannot do.
+        height, width = pixels.shape[1:]
+        box = left / reduction, top / reduction, min(right / reduction, width), min(bottom / reduction, height)
+        return self._varied(resize_box(pixels, self.size, box), colours)
+
+    def _varied(self, pixels: np.ndarray, colours: Colours | None) -> np.ndarray:
+        if self.flip:
+            pixels = pixels[:, :, ::-1]
+        return colours(pixels) if colours else pixels
 
     def mask(self, rle: dict, mask_size: int) -> tuple[np.ndarray, np.ndarray, float] | None:
         """What is seen of a mask, or None where nothing of it is.
@@ -164,19 +216,19 @@ def to_cells(
     return grid
 
 
-def recolour(
-    image: Image.Image, generator: np.random.Generator, brightness: float, contrast: float, saturation: float
-) -> Image.Image:
-    """An RGB image with brightness, contrast and saturation multiplied by factors drawn from 1 - x to 1 + x."""
-    draws = generator.uniform(-1, 1, 3)
-    if not (brightness or contrast or saturation):
-        return image
-    bright, contrasted, saturated = 1 + draws * (brightness, contrast, saturation)
-    # All three are linear in the colours: one matrix, one pass. Contrast is around the middle grey.
-    luma = np.array([0.299, 0.587, 0.114])
-    colours = bright * contrasted * (saturated * np.eye(3) + (1 - saturated) * luma)
-    shift = np.full((3, 1), 127.5 * (1 - contrasted))
-    return image.convert("RGB", tuple(np.hstack([colours, shift]).ravel().tolist()))
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (C, H, W) at `size`, (width, height): as `resize_box` of the whole, in a third of the time."""
+    if pixels.shape[:0:-1] == tuple(size):
+        return pixels
+    # In whole numbers, which are the same for any number of threads.
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+    return F.interpolate(pixels, size[::-1], mode="bilinear", antialias=True)[0].numpy()
+
+
+def resize_box(pixels: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+    """What lies in `box`, xyxy in pixels of uint8 (C, H, W) and fractions of them, at `size`, (width, height)."""
+    resized = [Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR, box) for channel in pixels]
+    return np.stack([np.asarray(channel) for channel in resized])
 
 
 def check_strengths(settings, *names: str):

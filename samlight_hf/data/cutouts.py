@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from .augmentation import check_strengths, recolour, to_cells
+from .augmentation import check_strengths, draw_colours, resize, to_cells
+from .lazy import planes
 from .sa1b import tar_members
 from .samples import SampleError, SkipReason
 
@@ -84,7 +87,7 @@ class Cutouts:
         self.max_rotation_degrees = max_rotation_degrees
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
         check_strengths(self, "brightness", "contrast", "saturation")
-        self._decoded: dict[int, Image.Image] = {}
+        self._decoded: dict[int, np.ndarray] = {}
         self._room = CACHE_BYTES
         self._files: list[str] = []
         places = []
@@ -126,62 +129,114 @@ class Cutouts:
             raise ValueError(f"{path}: no {' or '.join(sorted(CUTOUT_SUFFIXES))} file here.")
         return places
 
-    def load(self, index: int) -> Image.Image:
-        """One object, RGBA, not to be changed. Raises `SampleError` for a file that is damaged or has no transparency."""
+    def load(self, index: int) -> np.ndarray:
+        """One object, RGBA as uint8 (4, H, W), not to be changed.
+
+        Raises:
+            SampleError: for a file that is damaged or has no transparency.
+        """
         if index not in self._decoded:
             cutout = self._decode(index)
-            num_bytes = 4 * cutout.width * cutout.height
-            if num_bytes > self._room:
+            if cutout.nbytes > self._room:
                 return cutout
-            self._room -= num_bytes
+            self._room -= cutout.nbytes
             self._decoded[index] = cutout
         return self._decoded[index]
 
-    def _decode(self, index: int) -> Image.Image:
+    def _decode(self, index: int) -> np.ndarray:
         file, offset, size = self._places[index]
         try:
             with open(self._files[file], "rb") as stream:
                 stream.seek(offset)
                 picture = Image.open(io.BytesIO(stream.read(size)))
             if picture.has_transparency_data:
-                return picture.convert("RGBA")
+                return planes(picture.convert("RGBA"))
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything on damaged files
             raise SampleError(SkipReason.BROKEN_CUTOUT, f"{self._files[file]}, cut-out {index}") from error
         raise SampleError(SkipReason.BROKEN_CUTOUT, f"{self._files[file]}, cut-out {index}")
 
-    def paste(self, image: Image.Image, generator: np.random.Generator) -> list[Pasted]:
-        """Pastes objects onto an RGB image, in place. In the order of pasting, those with a pixel in the image.
+    def paste(self, pixels: np.ndarray, generator: np.random.Generator) -> list[Pasted]:
+        """Pastes objects onto uint8 (3, H, W), in place. In the order of pasting, those with a pixel in the picture.
 
         Raises:
             SampleError: for an object that cannot be used. Whether it is drawn depends on the generator alone.
         """
         number = generator.integers(self.number[0], self.number[1] + 1)
-        objects = (self._paste_one(image, generator) for _ in range(number))
+        objects = (self._paste_one(pixels, generator) for _ in range(number))
         return [each for each in objects if each]
 
-    def _paste_one(self, image: Image.Image, generator: np.random.Generator) -> Pasted | None:
+    def _paste_one(self, pixels: np.ndarray, generator: np.random.Generator) -> Pasted | None:
         cutout = self.load(int(generator.integers(len(self))))
-        side = max(image.size) * np.exp(generator.uniform(*np.log(self.scale)))
-        flip, degrees, centre = generator.random(), generator.uniform(-1, 1), generator.random(2)
-        factor = side / max(cutout.size)
-        cutout = cutout.resize([max(1, round(length * factor)) for length in cutout.size], Image.Resampling.BILINEAR)
+        height, width = pixels.shape[1:]
+        side = max(height, width) * np.exp(generator.uniform(*np.log(self.scale)))
+        flip, degrees, (across, down) = generator.random(), generator.uniform(-1, 1), generator.random(2).tolist()
+        colours = draw_colours(generator, self.brightness, self.contrast, self.saturation)
         if self.flip and flip < 0.5:
-            cutout = cutout.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.max_rotation_degrees:
-            cutout = cutout.rotate(degrees * self.max_rotation_degrees, Image.Resampling.BILINEAR, expand=True)
-        colours = recolour(cutout.convert("RGB"), generator, self.brightness, self.contrast, self.saturation)
-        alpha = cutout.getchannel("A")
-        left, top = (round(u * length - own / 2) for u, length, own in zip(centre, image.size, cutout.size))
-        image.paste(colours, (left, top), alpha)
-
-        whole = (np.asarray(alpha) >= MIN_ALPHA).view(np.uint8)
-        x, y = max(0, -left), max(0, -top)
-        seen = whole[y : image.height - top, x : image.width - left]
+            cutout = cutout[:, :, ::-1]
+        factor = side / max(cutout.shape[1:])
+        size = tuple(max(1, round(length * factor)) for length in cutout.shape[:0:-1])
+        angle = np.radians(degrees * self.max_rotation_degrees)
+        turned = _extent(size, angle)
+        left, top = (round(u * length - own / 2) for u, length, own in zip((across, down), (width, height), turned))
+        x, y, x_end, y_end = max(0, left), max(0, top), min(width, left + turned[0]), min(height, top + turned[1])
+        if x >= x_end or y >= y_end:
+            return None
+        layer = _turn(_premultiplied(cutout, colours), size, angle, (x - left, y - top, x_end - left, y_end - top))
+        _lay_over(pixels[:, y:y_end, x:x_end], layer)
+        seen = (layer[3] >= MIN_ALPHA).view(np.uint8)
         columns, rows = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
         if not len(columns):
             return None
         tight = seen[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        share = np.count_nonzero(tight) / np.count_nonzero(whole)
-        return Pasted(tight, int(left + x + columns[0]), int(top + y + rows[0]), share)
+        share = 1.0
+        if (x_end - x, y_end - y) != turned:
+            # As many pixels as the object had, were all of it in the picture.
+            whole = np.count_nonzero(cutout[3] >= MIN_ALPHA) * size[0] * size[1] / cutout[3].size
+            share = min(1.0, np.count_nonzero(tight) / max(1.0, whole))
+        return Pasted(tight, int(x + columns[0]), int(y + rows[0]), share)
+
+
+def _lay_over(pixels: np.ndarray, layer: np.ndarray):
+    """Lays premultiplied RGBA, float32 (4, H, W), over uint8 (3, H, W), in place."""
+    mixed = pixels.astype(np.float32)
+    mixed *= 1 - layer[3] / np.float32(255)
+    mixed += layer[:3]
+    mixed += np.float32(0.5)  # the conversion to bytes cuts off the fraction
+    pixels[:] = mixed.clip(0, 255, out=mixed).astype(np.uint8)
+
+
+def _extent(size: tuple[int, int], angle: float) -> tuple[int, int]:
+    """(width, height) that holds a rectangle of `size` turned by `angle`."""
+    cosine, sine = abs(np.cos(angle)), abs(np.sin(angle))
+    sides = size[0] * cosine + size[1] * sine, size[0] * sine + size[1] * cosine
+    return tuple(max(1, int(np.ceil(side - 1e-6))) for side in sides)
+
+
+def _premultiplied(cutout: np.ndarray, colours) -> np.ndarray:
+    """RGBA as uint8 (4, H, W) with other colours, each times alpha: what is transparent has no colour to mix in."""
+    alpha = cutout[3]
+    opaque = alpha.astype(np.float32) / np.float32(255)
+    painted = (colours(cutout[:3]) if colours else cutout[:3]) * opaque + np.float32(0.5)
+    return np.concatenate([painted.astype(np.uint8), alpha[None]])
+
+
+def _turn(
+    cutout: np.ndarray, size: tuple[int, int], angle: float, box: tuple[int, int, int, int]
+) -> np.ndarray:
+    """A part of an object that is resized to `size`, turned counterclockwise by `angle` around its centre and padded to
+    hold the corners: what lies in `box`, xyxy in its pixels, of uint8 (C, H, W). float32 of the same values."""
+    height, width = cutout.shape[1:]
+    if size[0] < width:  # averaged first: what follows takes four pixels alone
+        cutout, (width, height) = resize(cutout, size), size
+    source = torch.from_numpy(np.ascontiguousarray(cutout)).float()[None]
+    turned = _extent(size, angle)
+    columns, rows = (torch.arange(start, stop) + 0.5 for start, stop in ((box[0], box[2]), (box[1], box[3])))
+    columns, rows = columns[None] - turned[0] / 2, rows[:, None] - turned[1] / 2
+    cosine, sine = float(np.cos(angle)), float(np.sin(angle))
+    # Where each pixel comes from, as a share of half of the object's sides from its centre.
+    grid = torch.empty(1, rows.shape[0], columns.shape[1], 2)
+    torch.add(columns * (2 * cosine / size[0]), rows * (-2 * sine / size[0]), out=grid[0, ..., 0])
+    torch.add(columns * (2 * sine / size[1]), rows * (2 * cosine / size[1]), out=grid[0, ..., 1])
+    return F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0].numpy()

@@ -3,6 +3,7 @@
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
@@ -10,6 +11,10 @@ from ..pictures import to_rgb
 from .annotations import parse_instances
 from .lazy import LazySample
 from .samples import Sample, SampleError, SkipReason, SkipReport
+
+
+if TYPE_CHECKING:
+    from .image_cache import ImageCache
 
 
 class PictureDataset(ABC):
@@ -82,7 +87,13 @@ class PictureDataset(ABC):
 
 
 class FileDataset(PictureDataset):
-    """Pictures from files or parts of files, annotations as JSON has them."""
+    """Pictures from files or parts of files, annotations as JSON has them.
+
+    Attributes:
+        image_cache: where `open` finds and keeps decoded pictures; None for nowhere.
+    """
+
+    image_cache: "ImageCache | None" = None
 
     def load(self, index: int) -> tuple[Sample | None, SkipReport]:
         index = range(len(self))[index]  # negative ones, and IndexError
@@ -102,7 +113,9 @@ class FileDataset(PictureDataset):
     def open(self, index: int) -> LazySample:
         index = range(len(self))[index]
         annotations, size = self._annotations(index)
-        return LazySample(self.sample_id(index), open_picture(self.picture_bytes(index), size), annotations)
+        data = self.picture_bytes(index)
+        picture = open_picture(data, size) if self.image_cache is None else self.image_cache.pixels(data, size)
+        return LazySample(self.sample_id(index), picture, annotations)
 
     @abstractmethod
     def picture_bytes(self, index: int) -> bytes:

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .augmentation import Augmentation, View
 from .cutouts import Cutouts, Pasted
@@ -62,10 +61,13 @@ class ExampleMaker:
         """
         # The pixels depend on the first generator alone: an embedding holds whatever the prompts are.
         view = self.augmentation.view(view_generator, sample.width, sample.height, self.image_size)
-        image = self.augmentation.recolour(view.image(sample), view_generator)
-        pasted = self.cutouts.paste(image, view_generator) if self.cutouts else []
+        pixels = view.pixels(sample, self.augmentation.colours(view_generator))
+        frame = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
+        seen = frame[:, : pixels.shape[1], : pixels.shape[2]]
+        seen[:] = pixels
+        pasted = self.cutouts.paste(seen, view_generator) if self.cutouts else []
         example = {
-            "pixel_values": _in_frame(image, self.image_size),
+            "pixel_values": frame,
             "reshaped_input_sizes": np.array(view.size[::-1]),
         }
         if self.prompts:
@@ -142,11 +144,3 @@ class ExampleMaker:
         if num_cells < self.prompts.min_mask_cells or share < self.prompts.min_visible:
             return None
         return mask, box
-
-
-def _in_frame(image: Image.Image, image_size: int) -> np.ndarray:
-    """An RGB image at the upper left of zeros, uint8 (3, S, S)."""
-    frame = np.zeros((3, image_size, image_size), dtype=np.uint8)
-    for plane, channel in zip(frame, image.split()):  # faster than to transpose the pixels
-        plane[: image.height, : image.width] = np.asarray(channel)
-    return frame

@@ -17,16 +17,25 @@ class LazySample:
 
     Attributes:
         id: as in `Sample`.
-        picture: as PIL opened it; `decode` may be called once.
+        picture: as PIL opened it, of which `decode` or `pixels` may be called once; or its pixels, uint8 (3, H, W).
         annotations: as JSON has them, or checked instances.
     """
 
     id: str
-    picture: Image.Image
+    picture: Image.Image | np.ndarray
     annotations: Sequence[dict | Instance]
 
     def __post_init__(self):
-        self.width, self.height = self.picture.size  # decoding at a smaller size changes the picture's
+        # Now: decoding at a smaller size changes the picture's.
+        is_decoded = isinstance(self.picture, np.ndarray)
+        self.width, self.height = self.picture.shape[:0:-1] if is_decoded else self.picture.size
+
+    def pixels(self, min_size: tuple[int, int] | None = None) -> tuple[np.ndarray, float]:
+        """The whole picture as uint8 (3, H, W), and by how much it is smaller than the file says, as `decode`."""
+        if isinstance(self.picture, np.ndarray):
+            return self.picture, 1.0
+        image, reduction = self.decode(min_size)
+        return planes(image), reduction
 
     def decode(self, min_size: tuple[int, int] | None = None) -> tuple[Image.Image, float]:
         """The whole picture as RGB, and by how much it is smaller than the file says: 1, 2, 4 or 8.
@@ -54,6 +63,11 @@ class LazySample:
         if isinstance(annotation, Instance):
             return annotation
         return parse_instance(annotation, self.width, self.height)
+
+
+def planes(image: Image.Image) -> np.ndarray:
+    """An RGB image as uint8 (3, H, W), channel by channel in memory."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def decode_columns(rle: dict, start: int, stop: int) -> np.ndarray:

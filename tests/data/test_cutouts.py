@@ -167,7 +167,7 @@ def test_objects_are_decoded_once_as_far_as_there_is_room(cutouts, monkeypatch):
     assert objects.load(0) is first
     assert objects.load(1) is not second and objects.load(1).tobytes() == second.tobytes()
     before = first.tobytes()
-    objects.paste(Image.new("RGB", (24, 24)), np.random.default_rng(0))
+    objects.paste(np.zeros((3, 24, 24), np.uint8), np.random.default_rng(0))
     assert first.tobytes() == before
     copy = pickle.loads(pickle.dumps(objects))  # as a worker process gets it: without the pixels
     assert copy.load(0) is not first and copy.load(0).tobytes() == before and repr(copy) == repr(objects)
