@@ -6,6 +6,12 @@ The student is SAM-Lightening tiny at 1024 px, in bfloat16, compiled. Rows: the 
 SAM ViT-H (random weights) as a live teacher, beside that teacher's own forward alone; the decoder stage with 16 prompts a
 picture. Images a second are medians over windows of several steps, after the first ones, in which it compiles. Without a GPU
 everything is small: a trial of the script.
+
+With --config, the first stage of a config of distill.py is measured instead, on its own data and student, in as many processes as
+the launcher starts: the loader alone, one batch repeated, and both together. Options of distill.py may follow --.
+
+    accelerate launch --multi_gpu --num_processes 2 examples/benchmark_distillation.py --config examples/configs/bsds_seeds.yaml \
+        --steps 60 --out benchmarks/results/loader_2_gpus.json -- --dataloader_num_workers 14
 """
 
 import argparse
@@ -22,6 +28,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object, send_to_device
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel, SamVisionConfig
 
@@ -36,7 +44,11 @@ from samlight_hf.distillation import (
     EmbeddingCache,
     Teacher,
     fill_cache,
+    leave_process_group,
 )
+from samlight_hf.distillation import parse_arguments as parse_distillation
+from samlight_hf.distillation.run import make_examples, open_train_sources
+from samlight_hf.distillation.run import make_student as student_of
 from samlight_hf.distillation.trainer import focus_layers
 
 
@@ -64,7 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=16 if CUDA else 1)
     parser.add_argument("--num-refinements", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--config", help="a config of distill.py, whose first stage is measured; no other row is")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("overrides", nargs="*", help="with --config, behind --: options of distill.py")
     return parser.parse_args()
 
 
@@ -107,6 +121,91 @@ def measure(name: str, student, options, teacher=None, wrap=None, **settings) ->
     if CUDA:
         row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return row
+
+
+class RepeatedBatch(DistillationTrainer):
+    """Trains on its first batch again and again, which lies on the device: nothing is loaded."""
+
+    def get_train_dataloader(self) -> list[dict]:
+        size = self.args.per_device_train_batch_size
+        first = self.args.process_index * size
+        batch = torch.utils.data.default_collate([self.train_dataset[first + i] for i in range(size)])
+        return [send_to_device(batch, self.args.device)] * (self.args.max_steps * self.args.gradient_accumulation_steps)
+
+
+def config_rows(options):
+    """The loader alone, one batch repeated, and both together, of the first stage of `options.config`."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            "--output_dir",
+            folder,
+            "--max_steps",
+            str(options.steps),
+            "--save_strategy",
+            "no",
+            "--eval_strategy",
+            "no",
+        ]
+        overrides += ["--logging_steps", "5" if CUDA else "1", "--disable_tqdm", "true"]
+        run, (args, *_) = parse_distillation(["--config", options.config, *overrides, *options.overrides])
+        if args.stage == "encoder":
+            raise SystemExit(
+                f"{options.config}: begins with the encoder, which needs a teacher: the rows cached and live."
+            )
+        sources = open_train_sources(run)
+        settings = {
+            "stage": args.stage, "processes": args.world_size, "batch_size_per_process": args.per_device_train_batch_size,
+            "workers_per_process": args.dataloader_num_workers, "compiled": args.torch_compile, "steps": args.max_steps,
+        }  # fmt: skip
+        rates = {}
+        for name, trainer_class in (
+            ("loader alone", None),
+            ("one batch repeated", RepeatedBatch),
+            ("loader included", DistillationTrainer),
+        ):
+            student = student_of(run, None)
+            examples = make_examples(student, args, run, sources)
+            processor = make_processor(student.config.vision_config)
+            trainer = (trainer_class or DistillationTrainer)(student, args, examples, processor)
+            windows = loader_windows(trainer, options.steps) if trainer_class is None else train_windows(trainer)
+            rates[name] = statistics.median(windows[len(windows) // 2 :])
+            row = {
+                "row": name,
+                "images_per_second": rates[name],
+                "windows": [round(rate, 1) for rate in windows],
+                **settings,
+            }
+            row |= {"image_size": student.config.vision_config.image_size}
+            if CUDA and trainer_class is not None:
+                row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            if name == "loader included":
+                row["share_of_one_batch_repeated"] = rates[name] / rates["one batch repeated"]
+                row["skipped"] = examples.skip_report().to_dict()["pictures"]
+            trainer.accelerator.free_memory()
+            yield row
+
+
+def train_windows(trainer: DistillationTrainer) -> list[float]:
+    """Images a second over all processes, in windows of `logging_steps`."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    return [entry["images_per_second"] for entry in trainer.state.log_history if "images_per_second" in entry]
+
+
+def loader_windows(trainer: DistillationTrainer, num_steps: int) -> list[float]:
+    """Images a second that reach the devices of all processes, in windows of a quarter of the steps."""
+    windows, start, since = [], None, 0
+    for step, _ in zip(range(num_steps), trainer.get_train_dataloader()):
+        if CUDA:
+            torch.cuda.synchronize()
+        if start is not None and (step - since) == max(1, num_steps // 4):
+            now = time.perf_counter()
+            windows.append((step - since) * trainer.args.per_device_train_batch_size / (now - start))
+            start, since = now, step
+        elif start is None:
+            start, since = time.perf_counter(), step
+    return [sum(each) for each in zip(*gather_object([windows]))]
 
 
 def forward_row(teacher: Teacher, batch_size: int) -> dict:
@@ -176,12 +275,15 @@ def main():
         "dtype": "bfloat16 autocast" if CUDA else "float32", "rows": [],
     }  # fmt: skip
     transformers.utils.logging.set_verbosity_error()
-    for row in rows(options):
-        print({name: value for name, value in row.items() if name != "windows"}, flush=True)
+    for row in config_rows(options) if options.config else rows(options):
         report["rows"].append(row)
+        if not PartialState().is_main_process:
+            continue
+        print({name: value for name, value in row.items() if name != "windows"}, flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if pixels.shape[:0:-1] == tuple(size):
         return pixels
     # In whole numbers, which are the same for any number of threads.
-    pixels = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+    pixels = torch.from_numpy(np.require(pixels, requirements="CW"))[None]
     return F.interpolate(pixels, size[::-1], mode="bilinear", antialias=True)[0].numpy()
 
 

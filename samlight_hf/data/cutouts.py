@@ -222,15 +222,12 @@ def _premultiplied(cutout: np.ndarray, colours) -> np.ndarray:
     return np.concatenate([painted.astype(np.uint8), alpha[None]])
 
 
-def _turn(
-    cutout: np.ndarray, size: tuple[int, int], angle: float, box: tuple[int, int, int, int]
-) -> np.ndarray:
+def _turn(cutout: np.ndarray, size: tuple[int, int], angle: float, box: tuple[int, int, int, int]) -> np.ndarray:
     """A part of an object that is resized to `size`, turned counterclockwise by `angle` around its centre and padded to
     hold the corners: what lies in `box`, xyxy in its pixels, of uint8 (C, H, W). float32 of the same values."""
-    height, width = cutout.shape[1:]
-    if size[0] < width:  # averaged first: what follows takes four pixels alone
-        cutout, (width, height) = resize(cutout, size), size
-    source = torch.from_numpy(np.ascontiguousarray(cutout)).float()[None]
+    if size[0] < cutout.shape[2]:  # averaged first: what follows takes four pixels alone
+        cutout = resize(cutout, size)
+    source = torch.from_numpy(np.require(cutout, requirements="CW")).float()[None]
     turned = _extent(size, angle)
     columns, rows = (torch.arange(start, stop) + 0.5 for start, stop in ((box[0], box[2]), (box[1], box[3])))
     columns, rows = columns[None] - turned[0] / 2, rows[:, None] - turned[1] / 2

@@ -43,5 +43,7 @@ class ImageCache:
             aside.replace(path)
         except OSError as error:  # full: what is not kept is decoded again
             aside.unlink(missing_ok=True)
-            warnings.warn(f"{self.folder}: cannot be written ({error.strerror}), so images are decoded again.", stacklevel=2)
+            warnings.warn(
+                f"{self.folder}: cannot be written ({error.strerror}), so images are decoded again.", stacklevel=2
+            )
         return pixels

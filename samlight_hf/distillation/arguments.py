@@ -16,6 +16,7 @@ import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..files import read_yaml
@@ -106,6 +107,10 @@ class DistillationArguments(TrainingArguments):
             )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "box_miou"  # Trainer's own is a loss, which no evaluation here returns
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.accelerator_config is None and self.dataloader_pin_memory and on_gpu:
+            # Else each batch waits until the GPU is done with the step before, and the GPU for the next one's launches.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
 
     def layer_weight_schedule(self) -> LayerWeightSchedule:
@@ -113,6 +118,12 @@ class DistillationArguments(TrainingArguments):
 
     def loss_weights(self) -> dict[str, float]:
         return {name: getattr(self, f"{name}_weight") for name in ("focal", "bce", "dice", "iou")}
+
+    @property
+    def trains_every_parameter(self) -> bool:
+        """Whether each parameter that the stage trains gets a gradient in each step: every kind of prompt occurs."""
+        num_boxes = round(self.box_share * self.num_prompts)
+        return self.stage != "end_to_end" or (0 < num_boxes < self.num_prompts and self.num_refinements > 0)
 
     @property
     def global_batch_size(self) -> int:
@@ -168,6 +179,9 @@ class RunArguments:
     deepest_share: float = field(
         default=0.5,
         metadata={"help": "share of the point prompts deepest inside their object; the others are anywhere in it"},
+    )
+    image_cache_dir: str | None = field(
+        default=None, metadata={"help": "keep the decoded images of train_data here: 1 MB for each of 640 x 480"}
     )
     num_views: int | None = field(
         default=None, metadata={"help": "augmented views of a picture that come round again; needed by cache_dir"}

@@ -34,6 +34,8 @@ from ..data import (
     TrainingExamples,
     load_dataset,
 )
+from ..data.dataset import FileDataset
+from ..data.image_cache import ImageCache
 from ..data.sa1b import find_tars
 from ..files import write_aside
 from ..hub import PublishError
@@ -107,7 +109,7 @@ def _report_pushes(publisher: HubPublisher, student: Path):
 def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publisher: HubPublisher | None) -> Path:
     set_seed(stages[0].seed)
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
-    sources = open_sources(run.train_data, run.train_annotations, run.train_images)
+    sources = open_train_sources(run)
     eval_pictures = open_eval_pictures(run, sources)
     student, folder = make_student(run, teacher), None
     for args in stages:
@@ -174,7 +176,8 @@ def _check_folders(run: RunArguments, args: DistillationArguments):
     output_dir = Path(args.output_dir)
     if not run.resume and output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} is not empty. Use --resume to go on with it, or another output_dir.")
-    for name, folder in (("output_dir", output_dir), ("cache_dir", args.cache_dir)):
+    folders = {"output_dir": output_dir, "cache_dir": args.cache_dir, "image_cache_dir": run.image_cache_dir}
+    for name, folder in folders.items():
         if folder is not None:
             _check_writable(name, Path(folder))
 
@@ -318,6 +321,17 @@ def open_sources(
         if not (annotations and images):
             raise ValueError(f"annotations={annotations} and images={images} go together: give both.")
         sources.append(load_dataset(annotations, images=images, limit=limit))
+    return sources
+
+
+def open_train_sources(run: RunArguments) -> list[PictureDataset]:
+    """What is trained on, with decoded images kept where `image_cache_dir` says so. Raises ValueError for what is no dataset."""
+    sources = open_sources(run.train_data, run.train_annotations, run.train_images)
+    if run.image_cache_dir:
+        cache = ImageCache(run.image_cache_dir)
+        for source in sources:
+            if isinstance(source, FileDataset):
+                source.image_cache = cache
     return sources
 
 

@@ -1,6 +1,7 @@
 """The teacher's side of feature distillation: what the student's features are compared with."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import nn
@@ -20,12 +21,18 @@ def normalize_pixels(pixel_values: torch.Tensor, reshaped_input_sizes: torch.Ten
 
     The same as SamImageProcessor, on the device: a byte a channel travels there, and not a float.
     """
-    shape = (1, 3, 1, 1)
-    mean, std = (torch.tensor(values, device=pixel_values.device).view(shape) for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = _pixel_statistics(pixel_values.device)
     rows, columns = (torch.arange(size, device=pixel_values.device) for size in pixel_values.shape[-2:])
     heights, widths = reshaped_input_sizes.to(pixel_values.device).unbind(1)
     inside = (rows < heights[:, None])[:, None, :, None] & (columns < widths[:, None])[:, None, None, :]
     return (pixel_values - mean) / std * inside
+
+
+@cache
+def _pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, (1, 3, 1, 1) each. Once a device: each copy from the CPU waits for all that the GPU has to do."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
 
 
 class Teacher:

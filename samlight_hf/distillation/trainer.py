@@ -89,7 +89,10 @@ class DistillationTrainer(PushingTrainer):
         # What defines the run: see `run_settings` in checkpoints.py. Now, because the student is about to change.
         self.run_settings = run_settings(args, getattr(train_dataset, "examples", train_dataset), teacher, student)
         if args.ddp_find_unused_parameters is None:  # else DDP looks for some at every step
-            args.ddp_find_unused_parameters = args.stage == "end_to_end"
+            args.ddp_find_unused_parameters = not args.trains_every_parameter
+        if args.torch_compile and args.world_size > 1:
+            # One graph: split for DDP's buckets it fuses less, and there is little to send behind it (70 MB for tiny).
+            torch._dynamo.config.optimize_ddp = False
         callbacks = [FiniteLossCallback(), ThroughputCallback(), *(callbacks or [])]
         if args.stage == "encoder" and not any(isinstance(callback, LayerWeightCallback) for callback in callbacks):
             callbacks.append(LayerWeightCallback(args.layer_weight_schedule()))
