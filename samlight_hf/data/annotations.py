@@ -62,7 +62,7 @@ def parse_instance(annotation: dict, width: int, height: int) -> Instance:
         id=identifier,
         rle=rle,
         bbox_xywh=_box(annotation.get("bbox"), width, height) or tuple(coco_mask.toBbox(rle).tolist()),
-        area=float(area) if _is_number(area) and area > 0 else float(mask_area),
+        area=float(area) if is_number(area) and area > 0 else float(mask_area),
         is_crowd=bool(is_crowd),
         category_id=category_id,
         point_xy=_point(annotation.get("point_coords"), width, height),
@@ -145,7 +145,7 @@ def _polygons_to_rle(segmentation, width: int, height: int) -> dict:
     if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
         raise SampleError(SkipReason.MALFORMED_ANNOTATION)
     for polygon in segmentation:
-        if not all(map(_is_number, polygon)) or len(polygon) % 2:
+        if not all(map(is_number, polygon)) or len(polygon) % 2:
             raise SampleError(SkipReason.MALFORMED_ANNOTATION)
         if len(polygon) < 6:  # pycocotools would take four numbers for a box
             raise SampleError(SkipReason.TOO_FEW_POINTS)
@@ -161,7 +161,7 @@ def _box(bbox, width: int, height: int) -> tuple[float, float, float, float] | N
     """The annotated box, or None where there is none with an area."""
     if bbox is None:
         return None
-    if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_number, bbox))):
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox))):
         raise SampleError(SkipReason.MALFORMED_ANNOTATION)
     x, y, box_width, box_height = map(float, bbox)
     if box_width <= 0 or box_height <= 0:
@@ -176,7 +176,7 @@ def _point(points, width: int, height: int) -> tuple[float, float] | None:
     if not points:
         return None
     point = points[0] if isinstance(points, list) else None
-    if not (isinstance(point, list) and len(point) == 2 and all(map(_is_number, point))):
+    if not (isinstance(point, list) and len(point) == 2 and all(map(is_number, point))):
         raise SampleError(SkipReason.MALFORMED_ANNOTATION)
     x, y = map(float, point)
     if not (0 <= x <= width and 0 <= y <= height):
@@ -188,7 +188,7 @@ def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     """A finite number that fits a float: JSON also has NaN, Infinity and integers of any length."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

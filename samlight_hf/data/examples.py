@@ -96,8 +96,14 @@ class ExampleMaker:
         for grid in reversed(grids):
             covers.insert(0, covers[0] | grid)
 
+        def areas() -> np.ndarray:
+            (left, top, right, bottom), (width, height) = view.crop, view.size
+            pixel = (right - left) * (bottom - top) / (width * height)  # of the frame, in those of the picture
+            own = [pixel * max(1, np.count_nonzero(each.pixels)) for each in pasted]
+            return np.array([*map(sample.area, range(num_annotations)), *own])
+
         masks, boxes, num_valid = [], [], 0
-        for position in generator.permutation(num_annotations + len(pasted)):
+        for position in self.prompts.order(areas, num_annotations + len(pasted), generator):
             if position >= num_annotations:
                 number = position - num_annotations
                 seen, cover = (grids[number], *pasted[number].extent), covers[number + 1]

@@ -34,7 +34,7 @@ class ImageCache:
         path = self.folder / digest[:2] / f"{digest}.npy"
         try:
             return np.load(path, mmap_mode="r")
-        except (FileNotFoundError, ValueError):  # ValueError: cut short by a machine that went down
+        except (FileNotFoundError, ValueError, EOFError):  # the last two: cut short by a machine that went down
             pixels = planes(decode_picture(data, size))
         aside = path.with_name(f".{digest}.{os.getpid()}.npy")
         try:

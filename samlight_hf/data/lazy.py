@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ..pictures import to_rgb
-from .annotations import parse_instance, run_lengths
+from .annotations import is_number, parse_instance, run_lengths
 from .samples import Instance, SampleError, SkipReason
 
 
@@ -63,6 +63,17 @@ class LazySample:
         if isinstance(annotation, Instance):
             return annotation
         return parse_instance(annotation, self.width, self.height)
+
+    def area(self, position: int) -> float:
+        """About how many pixels an annotation covers, at least 1; nothing is decoded where the annotation says it."""
+        annotation = self.annotations[position]
+        area = annotation.get("area") if isinstance(annotation, dict) else None
+        if not (is_number(area) and area > 0):
+            try:
+                area = self.instance(position).area
+            except SampleError:  # counted where it is drawn
+                return 1.0
+        return float(np.clip(area, 1, self.width * self.height))
 
 
 def planes(image: Image.Image) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Boxes and points as a person would give them for an object, drawn at random for training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,9 @@ class PromptSampling:
         deepest_share: how many of the points lie deepest in the mask; the others lie anywhere in it.
         min_visible: an object of which less than this share is seen, in the crop and not covered, is left out.
         min_mask_cells: an object of fewer cells of the mask is left out.
+        area_power: the next object is drawn in proportion to its area to this power. 0 takes all alike, so that where a
+            person is one mask and her clothes are fifteen, few prompts ask for the person; with 0.5 an object of four
+            times the area comes twice as often.
     """
 
     num_prompts: int = 16
@@ -29,17 +33,25 @@ class PromptSampling:
     deepest_share: float = 0.5
     min_visible: float = 0.2
     min_mask_cells: int = 4
+    area_power: float = 0.0
 
     def __post_init__(self):
         for name, lowest in (("num_prompts", 1), ("num_uniforms", 0), ("min_mask_cells", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least {lowest}.")
-        for name in ("box_noise", "max_box_noise_px"):
+        for name in ("box_noise", "max_box_noise_px", "area_power"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
         for name in ("deepest_share", "min_visible"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be from 0 to 1.")
+
+    def order(self, areas: Callable[[], np.ndarray], number: int, generator: np.random.Generator) -> np.ndarray:
+        """All of `number` objects in the order in which they are drawn; `areas` is asked for them where they matter."""
+        if not self.area_power:
+            return generator.permutation(number)
+        # The largest of log-weights with Gumbel noise is a draw in proportion to the weights, and so is each next one.
+        return np.argsort(-(self.area_power * np.log(areas()) + generator.gumbel(size=number)), kind="stable")
 
     def boxes(
         self, boxes: np.ndarray, size: tuple[int, int], image_size: int, generator: np.random.Generator

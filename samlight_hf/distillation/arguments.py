@@ -121,9 +121,9 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def trains_every_parameter(self) -> bool:
-        """Whether each parameter that the stage trains gets a gradient in each step: every kind of prompt occurs."""
+        """Whether each parameter that the stage trains gets a gradient in each step: boxes, clicks and masks all occur."""
         num_boxes = round(self.box_share * self.num_prompts)
-        return self.stage != "end_to_end" or (0 < num_boxes < self.num_prompts and self.num_refinements > 0)
+        return self.stage != "end_to_end" or (num_boxes > 0 and self.num_refinements > 0)
 
     @property
     def global_batch_size(self) -> int:
@@ -179,6 +179,12 @@ class RunArguments:
     deepest_share: float = field(
         default=0.5,
         metadata={"help": "share of the point prompts deepest inside their object; the others are anywhere in it"},
+    )
+    area_power: float = field(
+        default=0.0,
+        metadata={
+            "help": "objects are drawn in proportion to their area to this power; above 0, large ones more often"
+        },
     )
     image_cache_dir: str | None = field(
         default=None, metadata={"help": "keep the decoded images of train_data here: 1 MB for each of 640 x 480"}

@@ -363,7 +363,11 @@ def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset
 
 def _prompt_sampling(run: RunArguments, args: DistillationArguments) -> PromptSampling:
     return PromptSampling(
-        args.num_prompts, max(1, args.num_refinements), run.box_noise, deepest_share=run.deepest_share
+        args.num_prompts,
+        max(1, args.num_refinements),
+        run.box_noise,
+        deepest_share=run.deepest_share,
+        area_power=run.area_power,
     )
 
 

@@ -20,8 +20,9 @@ from samlight_hf.data import (
     SyntheticScenes,
     TrainingExamples,
 )
-from samlight_hf.data.augmentation import View, to_cells
-from samlight_hf.data.lazy import decode_columns
+from samlight_hf.data import augmentation as augmentation_module
+from samlight_hf.data.augmentation import Colours, View, resize, resize_box, to_cells
+from samlight_hf.data.lazy import LazySample, decode_columns, planes
 from samlight_hf.data.order import ExampleOrder
 from samlight_hf.data.skip_counter import SkipCounter
 
@@ -399,6 +400,49 @@ def test_large_pictures_decoded_at_a_fraction_look_like_the_whole_ones(tmp_path,
         difference = np.abs(np.asarray(image, np.float32) - np.asarray(expected, np.float32))
         shifted = np.abs(np.asarray(expected, np.float32)[:, 1:] - np.asarray(expected, np.float32)[:, :-1])
         assert difference.mean() < 0.25 * shifted.mean()  # far less than being one pixel off
+
+
+@pytest.mark.parametrize("size", [(96, 72), (40, 31), (200, 40), (64, 48)])
+def test_whole_pixels_are_resized_as_fractions_of_them_are(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 64), dtype=np.uint8)
+    expected = resize_box(pixels, size, (0, 0, 64, 48))
+    found = resize(pixels[:, :, ::-1][:, :, ::-1], size)
+    assert found.shape == expected.shape == (3, size[1], size[0])
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_which_way_of_resizing_runs(tmp_path, monkeypatch):
+    ran = []
+    for name in ("resize", "resize_box"):
+        function = getattr(augmentation_module, name)
+        monkeypatch.setattr(augmentation_module, name, lambda *a, n=name, f=function: ran.append(n) or f(*a))
+    for side, expected in ((100, "resize"), (300, "resize_box")):  # the larger JPEG is decoded at a half
+        content = sa1b_json(width=side, height=side)
+        tar = Sa1bDataset(write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(side, side), "a.json": content}))
+        examples(tar, 1, S, augmentation=None, prompts=None)[0]
+        assert ran.pop() == expected and not ran
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_colours_are_the_same_whether_changed_before_or_after_resizing(tmp_path, scale):
+    photograph = Image.open("examples/images/coffee.jpg").convert("RGB").resize((150, 100))
+    sample = LazySample("a", photograph, [])
+    view = View(150, 100, (20, 10, 120, 90), (round(100 * scale), round(80 * scale)), True, 256)
+    colours = Colours(0.7, 0.1, 20.0)  # none of which is cut off at black or white
+    expected = colours(resize_box(planes(photograph)[:, 10:90, 20:120], view.size, (0, 0, 100, 80)))[:, :, ::-1]
+    assert np.abs(view.pixels(sample, colours).astype(int) - expected).max() <= 2
+
+
+def test_large_objects_come_more_often_with_area_power(tmp_path):
+    masks = [box_mask(x=1, width=2, height=2), box_mask(x=10, width=4, height=4), box_mask(x=20, width=16, height=16)]
+    content = sa1b_json(*(annotation(i, mask, **({"area": 16} if i == 1 else {})) for i, mask in enumerate(masks)))
+    tar = Sa1bDataset(write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(), "a.json": content}))
+    for power, expected in ((0.0, [1 / 3] * 3), (0.5, [2 / 22, 4 / 22, 16 / 22])):
+        prompts = PromptSampling(1, min_mask_cells=1, area_power=power)
+        made = examples(tar, 600, 64, mask_size=64, augmentation=None, prompts=prompts)
+        areas = [int(example["masks"].sum()) for example in made]
+        shares = [np.mean([area < 30 for area in areas]), np.mean([30 <= area < 100 for area in areas])]
+        np.testing.assert_allclose(shares, expected[:2], atol=0.06)
 
 
 def test_colours_vary_and_by_default_do_not(tmp_path):

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from samlight_hf.distillation.muon import MuonWithAdamW
+from samlight_hf.distillation.muon import BatchedMuon, MuonWithAdamW, orthogonalize
 
 
 def make_model(seed: int = 0) -> nn.ModuleDict:
@@ -53,6 +53,39 @@ def test_matrices_go_the_way_of_muon_and_everything_else_that_of_adamw():
     assert not torch.equal(model["first"].weight, make_model()["first"].weight)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_matrices_of_one_shape_go_together_the_way_each_goes_alone(monkeypatch):
+    shapes = [(48, 64), (64, 48), (48, 64), (32, 32), (64, 48), (48, 64)]
+    sizes = []
+
+    def counted(matrices, *settings):
+        sizes.append(tuple(matrices.shape))
+        return orthogonalize(matrices, *settings)
+
+    monkeypatch.setattr("samlight_hf.distillation.muon.orthogonalize", counted)
+    generator = torch.Generator().manual_seed(0)
+    mine = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in mine]
+    options = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    ours, torchs = BatchedMuon(mine, **options), torch.optim.Muon(theirs, **options)
+    for step in range(4):
+        for left, right in zip(mine, theirs):
+            left.grad = right.grad = torch.randn(left.shape, generator=generator)
+        mine[3].grad = theirs[3].grad = None if step == 2 else mine[3].grad
+        before = [parameter.detach().clone() for parameter in theirs]
+        ours.step()
+        torchs.step()
+        for old, left, right in zip(before, mine, theirs):
+            # A bfloat16 has 8 bits, and each iteration goes on from rounded products.
+            assert (left - right).norm() <= 0.02 * (right - old).norm()
+            right.data.copy_(left)
+    assert sizes[:3] == [(3, 48, 64), (2, 64, 48), (1, 32, 32)] and len(sizes) == 11
+    assert ours.state_dict()["state"].keys() == torchs.state_dict()["state"].keys()
+
+
+def test_the_optimizer_takes_matrices_together():
+    assert isinstance(MuonWithAdamW(groups(make_model())).parts[0], BatchedMuon)
 
 
 def test_going_on_from_its_state_is_bit_exact():

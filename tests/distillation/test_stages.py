@@ -6,7 +6,7 @@ from samlight_hf.distillation import EncoderStage, MaskStage, Teacher, match_lay
 from samlight_hf.distillation.losses import bce_loss, dice_loss, focal_loss, true_iou
 from samlight_hf.distillation.stages import encode, sample_clicks
 
-from .conftest import IMAGE_SIZE, MASK_SIZE, make_student, make_teacher
+from .conftest import IMAGE_SIZE, MASK_SIZE, make_arguments, make_student, make_teacher
 
 
 LOSS_WEIGHTS = {"focal": 20.0, "bce": 0.5, "dice": 1.0, "iou": 2.0}
@@ -194,6 +194,18 @@ def test_where_nothing_is_wrong_the_target_is_clicked():
     clicks, labels = sample_clicks(target, target, torch.tensor([0.0, 0.9999]))
     assert clicks.tolist() == [[3, 2], [3, 2]]
     assert labels.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("box_share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("num_refinements", [0, 1])
+@pytest.mark.parametrize("stage", ["decoder", "end_to_end"])
+def test_what_is_said_to_train_every_parameter_does(tmp_path, student, batch, stage, box_share, num_refinements):
+    """DDP waits forever for a gradient that does not come, where it was told that each of them does."""
+    settings = {"stage": stage, "box_share": box_share, "num_refinements": num_refinements}
+    MaskStage(student, stage, LOSS_WEIGHTS, box_share, num_refinements)(**batch)["loss"].backward()
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    every = all(parameter.grad is not None for parameter in trained)
+    assert make_arguments(tmp_path, **settings).trains_every_parameter == every
 
 
 def test_an_unknown_stage_is_refused(student):
