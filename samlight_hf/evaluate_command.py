@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .segment_command import not_empty
+from .segment_command import fraction, not_empty
 
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     protocol.add_argument(
         "--points-per-side", type=int, default=32, metavar="N", help="of everything mode (%(default)s)"
     )
+    for option, what in (("--pred-iou-thresh", "predicted IoU"), ("--stability-score-thresh", "stability")):
+        protocol.add_argument(
+            option, type=fraction, default=0.0, metavar="T",
+            help=f"everything mode keeps masks with a {what} above it (%(default)s)",
+        )  # fmt: skip
     protocol.add_argument("--detections", metavar="JSON", help="a detector's COCO results: mask AP with its boxes")
     protocol.add_argument("--lvis", action="store_true", help="LVIS's AP for --detections, not COCO's")
     protocol.add_argument("--teacher", metavar="DIR", help="how close each model is to this one")
@@ -177,13 +182,22 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
     if settings:
         works.append(("instances", InstanceProtocols(settings), settings.to_dict(), settings.sentences(), None))
     if EVERYTHING in args.protocol:
-        work = detection.Everything(args.points_per_side)
-        sentence = (
-            f"AR@1000: everything mode, {args.points_per_side}x{args.points_per_side} points, no thresholds but NMS"
+        arguments = {
+            "points_per_side": args.points_per_side, "pred_iou_thresh": args.pred_iou_thresh,
+            "stability_score_thresh": args.stability_score_thresh,
+        }  # fmt: skip
+        kept = (
+            f"predicted IoU above {args.pred_iou_thresh} and stability above {args.stability_score_thresh}"
+            if args.pred_iou_thresh or args.stability_score_thresh
+            else "no thresholds but NMS"
         )
-        works.append(
-            (EVERYTHING, work, {"points_per_side": args.points_per_side}, [sentence], detection.average_recall)
-        )
+        sentences = [
+            f"AR@1000: everything mode, {args.points_per_side}x{args.points_per_side} points, {kept}",
+            "masks right@0.5: share of its masks whose IoU with an annotated region is at least 0.5; ranking AUC: how often "
+            "a right mask has a higher score than a wrong one of the same image",
+        ]
+        work = detection.Everything(**arguments)
+        works.append((EVERYTHING, work, arguments, sentences, detection.summarize_everything))
     if args.detections:
         boxes = detection.DetectorBoxes(args.detections, dataset.ids)
         sentence = f"{'LVIS' if args.lvis else 'COCO'} mask AP: boxes of {args.detections}, one mask each"

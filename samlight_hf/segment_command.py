@@ -79,7 +79,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         ("--stability-score-thresh", "stability", DEFAULT_THRESHOLDS[1], BUNDLED_THRESHOLDS[1]),
     ):
         everything.add_argument(
-            option, type=_fraction, metavar="T",
+            option, type=fraction, metavar="T",
             help=f"keep masks with a {what} above it ({default}; {bundled} for the bundled checkpoint)",
         )  # fmt: skip
     everything.add_argument("--min-area", type=_positive, default=1, metavar="PIXELS", help="of a mask (%(default)s)")
@@ -433,7 +433,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -253,7 +253,7 @@ def test_everything_alone(models, tar, tmp_path, capsys):
         capsys, "--model", models[0], "--dataset", tar, "--protocol", "everything", "--points-per-side", 2, "--no-plots", "--out", tmp_path / "report"
     )  # fmt: skip
     assert status == 0
-    assert "AR@1000 all" in printed
+    assert "AR@1000 all" in printed and "masks per image" in printed
 
 
 def test_what_was_skipped_is_told(models, tmp_path, capsys):

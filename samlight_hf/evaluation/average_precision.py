@@ -70,7 +70,7 @@ class Everything(Work):
     """Everything mode, transformers' mask generation over a grid of points, against all annotated masks.
 
     One record for each picture: {"picture", "predictions": [{"segmentation", "score"}], "targets": [{"segmentation", "area",
-    "iscrowd"}]}.
+    "iscrowd"}]}. Thresholds of 0 keep every mask that is not suppressed.
     """
 
     needs_embeddings = False
@@ -95,6 +95,49 @@ class Everything(Work):
             {"segmentation": text_rle(i.rle), "area": i.area, "iscrowd": int(i.is_crowd)} for i in sample.instances
         ]
         return [{"picture": sample.id, "predictions": predictions, "targets": targets}]
+
+
+def summarize_everything(records: list[dict]) -> dict[str, float]:
+    """Return `average_recall` and `precision` of the records of `Everything`."""
+    return average_recall(records) | precision(records)
+
+
+def precision(records: list[dict], min_iou: float = 0.5) -> dict[str, float]:
+    """Measure how many masks everything mode finds, how many of them are right, and how well scores rank them.
+
+    A mask is right if its IoU with an annotated region is at least `min_iou`; several masks may match one region. This
+    says something only of images that are annotated completely, such as panoptic ones.
+
+    Args:
+        records: those of `Everything`.
+        min_iou: from 0 to 1.
+
+    Returns:
+        `masks per image`; `masks right@0.5`, the share of all masks that are right; and `ranking AUC`, the probability
+        that a right mask has a higher score than a wrong one of the same image, mean over the images with both. A value
+        that no image defines is left out.
+    """
+    if not records:
+        return {}
+    right, areas_under_curve = [], []
+    for record in records:
+        predicted = [prediction["segmentation"] for prediction in record["predictions"]]
+        targets = [target["segmentation"] for target in record["targets"]]
+        if not predicted:
+            continue
+        ious = coco_mask.iou(predicted, targets, [0] * len(targets)) if targets else np.zeros((len(predicted), 1))
+        is_right = ious.max(axis=1) >= min_iou
+        right.append(is_right)
+        if 0 < is_right.sum() < len(is_right):
+            scores = np.array([prediction["score"] for prediction in record["predictions"]])
+            higher = scores[is_right][:, None] - scores[~is_right]
+            areas_under_curve.append(((higher > 0) + 0.5 * (higher == 0)).mean())
+    found = {"masks per image": sum(map(len, right)) / len(records)}
+    if right:
+        found[f"masks right@{min_iou:g}"] = float(np.concatenate(right).mean())
+    if areas_under_curve:
+        found["ranking AUC"] = float(np.mean(areas_under_curve))
+    return found
 
 
 def check_annotations(annotation_json: str | Path, image_ids: list, lvis: bool = False):

@@ -13,6 +13,8 @@ from samlight_hf.evaluation.average_precision import (
     average_recall,
     check_annotations,
     encode_rle,
+    precision,
+    summarize_everything,
 )
 from tests.data.files import box_mask, jpeg, rle, write_coco
 
@@ -262,3 +264,32 @@ def test_everything_mode_of_a_stretched_frame_is_refused(promptable, dataset):
     promptable.keeps_aspect = False  # as SAM 2's
     with pytest.raises(ValueError, match="everything mode takes SAM's frame"):
         Everything()(promptable, None, dataset[0])
+
+
+def rectangle(x1: int, y1: int, x2: int, y2: int) -> dict:
+    mask = np.zeros((20, 20), dtype=bool)
+    mask[y1:y2, x1:x2] = True
+    return encode_rle(mask)
+
+
+def test_precision_counts_right_masks_and_how_scores_rank_them():
+    """Two right masks (IoU 1 and 0.5) and two wrong ones, one of which has a score between theirs; and an empty image."""
+    target = {"segmentation": rectangle(0, 0, 10, 10), "area": 100, "iscrowd": 0}
+    masks = {(0, 0, 10, 10): 0.9, (0, 0, 10, 5): 0.3, (10, 10, 20, 20): 0.5, (0, 15, 5, 20): 0.1}
+    predictions = [{"segmentation": rectangle(*box), "score": score} for box, score in masks.items()]
+    records = [
+        {"picture": "a", "predictions": predictions, "targets": [target]},
+        {"picture": "b", "predictions": [], "targets": [target]},
+    ]
+    assert precision(records) == {"masks per image": 2.0, "masks right@0.5": 0.5, "ranking AUC": 0.75}
+    assert precision(records, min_iou=0.6) == {
+        "masks per image": 2.0, "masks right@0.6": 0.25, "ranking AUC": 1.0,
+    }  # fmt: skip
+    assert set(summarize_everything(records)) > {"masks right@0.5", "AR@1000 all"}
+
+
+def test_precision_leaves_out_what_is_not_defined():
+    assert precision([]) == {}
+    assert precision([{"picture": "a", "predictions": [], "targets": []}]) == {"masks per image": 0.0}
+    wrong = {"picture": "a", "predictions": [{"segmentation": rectangle(0, 0, 2, 2), "score": 1.0}], "targets": []}
+    assert precision([wrong]) == {"masks per image": 1.0, "masks right@0.5": 0.0}
