@@ -1,0 +1,45 @@
+"""Rescales a checkpoint's scores so that everything mode finds masks at SAM's default thresholds; no mask changes.
+
+    python examples/calibrate.py outputs/x/student --data coco-train.tar --out outputs/calibrated
+
+The images must be annotated completely, and must not be those that the result is evaluated on: see `calibrate` in
+samlight_hf/evaluation/calibration.py for what is rescaled, and by which rule.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from samlight_hf.data import load_dataset
+from samlight_hf.evaluation.calibration import calibrate
+from samlight_hf.loading import load_model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub name")
+    parser.add_argument("--data", nargs="+", required=True, help="tars of SA-1B's layout")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--masks-per-image", type=float, default=20.0, help="at the default thresholds (%(default)s)")
+    parser.add_argument("--points-per-side", type=int, default=32, help="(%(default)s)")
+    parser.add_argument("--limit", type=int, help="the first so many images")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--max-shard-size", default="5GB")
+    args = parser.parse_args()
+    try:
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
+        dataset = load_dataset(args.data, limit=args.limit)
+        model, processor = load_model(args.model, device=args.device)
+        result = calibrate(model, processor, dataset, args.masks_per_image, args.points_per_side)
+        model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
+        processor.save_pretrained(args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out}: {json.dumps(dataclasses.asdict(result))}")
+
+
+if __name__ == "__main__":
+    main()

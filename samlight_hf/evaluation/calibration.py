@@ -1,0 +1,148 @@
+"""Scores on SAM's scale: mask logits and predicted IoUs rescaled inside the weights, without changing any mask.
+
+Everything mode keeps masks whose predicted IoU is above 0.88 and whose stability is above 0.95. These defaults suit a
+model that was trained on masks of its own style. One that was trained on masks of many people scores lower, however
+good its masks are. `calibrate` finds the thresholds at which such a model finds the wanted number of masks, and maps
+them onto the defaults.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..crops import DEFAULT_PRED_IOU_THRESH, DEFAULT_STABILITY_SCORE_THRESH, MaskGenerationSettings
+from ..data import PictureDataset
+from ..mask_generation import MaskGenerator
+from .average_precision import precision
+
+
+LOGIT_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The result of `calibrate`.
+
+    Attributes:
+        logit_scale: factor by which mask logits were multiplied.
+        pred_iou_thresh: predicted IoU before calibration that is now `DEFAULT_PRED_IOU_THRESH`.
+        top_score: predicted IoU before calibration that is now 1.
+        masks_per_image: masks of everything mode at the default thresholds, mean over the images.
+        share_right: share of them with IoU >= 0.5 with an annotated region.
+        ranking_auc: how often a right mask has a higher score than a wrong one. Calibration does not change it.
+    """
+
+    logit_scale: float
+    pred_iou_thresh: float
+    top_score: float
+    masks_per_image: float
+    share_right: float
+    ranking_auc: float
+
+
+@torch.no_grad()
+def scale_mask_logits(model: PreTrainedModel, factor: float):
+    """Multiply a SAM's mask logits by a factor, in place, in the last layers of its hypernetworks.
+
+    Masks stay as they are, since their threshold is 0. Stability rises with the factor. Logits that are fed back as a
+    mask prompt are divided by it, in the first convolution that reads them.
+
+    Raises:
+        ValueError: for a factor that is not positive and finite.
+    """
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"factor={factor!r} must be positive and finite.")
+    for network in model.mask_decoder.output_hypernetworks_mlps:
+        network.proj_out.weight.mul_(factor)
+        network.proj_out.bias.mul_(factor)
+    model.prompt_encoder.mask_embed.conv1.weight.div_(factor)
+
+
+@torch.no_grad()
+def map_scores(model: PreTrainedModel, low: tuple[float, float], high: tuple[float, float]):
+    """Map the predicted IoUs of the three masks of an ambiguous prompt linearly, in place, in the last layer of the IoU head.
+
+    Their order stays as it is. The score of the single mask, which boxes get, is not changed.
+
+    Args:
+        low, high: each a predicted IoU, and what it becomes.
+
+    Raises:
+        ValueError: unless both rise from low to high.
+    """
+    if not (low[0] < high[0] and low[1] < high[1]):
+        raise ValueError(f"low={low} must be below high={high}, before and after.")
+    slope = (high[1] - low[1]) / (high[0] - low[0])
+    last = model.mask_decoder.iou_prediction_head.proj_out
+    last.weight[1:] *= slope
+    last.bias[1:] = last.bias[1:] * slope + (low[1] - slope * low[0])
+
+
+def calibrate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: PictureDataset,
+    masks_per_image: float = 20.0,
+    points_per_side: int = 32,
+    logit_scales: Sequence[float] = LOGIT_SCALES,
+) -> Calibration:
+    """Rescale a SAM, in place, so that everything mode finds about `masks_per_image` masks at the default thresholds.
+
+    Of the scales of the logits, the one is taken at which most of these masks are right.
+
+    Args:
+        model: a SAM or SAM-Lightening.
+        processor: the model's.
+        dataset: images that are annotated completely, and that the model is not evaluated on afterwards.
+        masks_per_image: mean over the images.
+        points_per_side: side of the grid of points.
+        logit_scales: factors to try.
+
+    Raises:
+        ValueError: where no scale gives so many masks.
+    """
+    generator, found = MaskGenerator(model, processor), []
+    for scale in logit_scales:
+        # At logits multiplied by `scale`, an offset of 1 is one of 1 / scale before.
+        settings = MaskGenerationSettings(
+            points_per_side,
+            pred_iou_thresh=0.0,
+            stability_score_thresh=DEFAULT_STABILITY_SCORE_THRESH,
+            stability_score_offset=1 / scale,
+        )
+        records = [_record(generator, sample, settings) for sample in dataset]
+        scores = np.sort([each["score"] for record in records for each in record["predictions"]])[::-1]
+        number = round(masks_per_image * len(records))
+        if len(scores) <= number:
+            continue
+        threshold, top = float(scores[number]), float(scores[0])
+        ranking = precision(records).get("ranking AUC", float("nan"))
+        kept = [
+            {**record, "predictions": [each for each in record["predictions"] if each["score"] > threshold]}
+            for record in records
+        ]
+        measured = precision(kept)
+        found.append(
+            Calibration(scale, threshold, top, measured["masks per image"], measured["masks right@0.5"], ranking)
+        )
+    if not found:
+        raise ValueError(
+            f"masks_per_image={masks_per_image} is more than the model finds with a stability above "
+            f"{DEFAULT_STABILITY_SCORE_THRESH} at any of the logit scales {tuple(logit_scales)}. Ask for fewer, or give larger scales."
+        )
+    best = max(found, key=lambda each: each.share_right)
+    scale_mask_logits(model, best.logit_scale)
+    map_scores(model, (best.pred_iou_thresh, DEFAULT_PRED_IOU_THRESH), (best.top_score, 1.0))
+    return best
+
+
+def _record(generator: MaskGenerator, sample, settings: MaskGenerationSettings) -> dict:
+    result = generator(sample.image, settings)
+    predictions = [
+        {"segmentation": rle, "score": float(score)} for rle, score in zip(result.masks.to_coco(), result.scores)
+    ]
+    targets = [{"segmentation": instance.rle} for instance in sample.instances]
+    return {"picture": sample.id, "predictions": predictions, "targets": targets}
