@@ -23,7 +23,7 @@ from ..files import read_yaml
 from ..hub import check_target
 from ..model_card import CardFacts
 from .layer_weights import LayerWeightSchedule, layer_weight_schedule
-from .stages import STAGES
+from .stages import POINT_TARGETS, STAGES
 
 
 @dataclass
@@ -57,6 +57,12 @@ class DistillationArguments(TrainingArguments):
     num_prompts: int = field(default=16, metadata={"help": "decoder, end_to_end: objects prompted in a picture"})
     box_share: float = field(default=0.5, metadata={"help": "decoder, end_to_end: share of prompts that are boxes"})
     num_refinements: int = field(default=1, metadata={"help": "decoder, end_to_end: clicks added one by one"})
+    point_targets: str = field(
+        default="own",
+        metadata={
+            "help": "decoder, end_to_end: own, or all: a point trains on every object of its image that it lies in"
+        },
+    )
     focal_weight: float = field(default=20.0, metadata={"help": "decoder, end_to_end: weight of the focal loss"})
     bce_weight: float = field(
         default=0.0, metadata={"help": "decoder, end_to_end: of cross-entropy; from scratch use 5 here and 0 for focal"}
@@ -95,6 +101,8 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"muon=true goes with optim=adamw_torch, not with optim={self.optim}.")
         if not 0 <= self.box_share <= 1:
             raise ValueError(f"box_share={self.box_share} must be from 0 to 1.")
+        if self.point_targets not in POINT_TARGETS:
+            raise ValueError(f"point_targets={self.point_targets!r} must be one of {', '.join(POINT_TARGETS)}.")
         if self.stage != "encoder" and not self.focal_weight + self.bce_weight + self.dice_weight:
             raise ValueError("focal_weight, bce_weight and dice_weight are all 0: no loss would train the masks.")
         if self.push_to_hub:

@@ -25,7 +25,7 @@ STAGING_NAME = ".saving"
 _RUN_DEFINING = (
     "stage", "max_steps", "global_batch_size", "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "weight_decay", "muon", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
-    "fp16", "num_focus_layers", "layer_weights", "ramp_fraction", "teacher_dtype", "num_prompts", "box_share",
+    "fp16", "num_focus_layers", "layer_weights", "ramp_fraction", "teacher_dtype", "num_prompts", "box_share", "point_targets",
     "num_refinements", "focal_weight", "bce_weight", "dice_weight", "iou_weight",
 )  # fmt: skip
 # What a config says of where its weights were, and not of what is computed.

@@ -37,6 +37,44 @@ def true_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.where(union > 0, (predicted & targets).sum(dim=(-2, -1)) / union.clamp(min=1), 1.0)
 
 
+def pairwise_mask_losses(
+    logits: torch.Tensor, targets: torch.Tensor, weights: dict[str, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the mask loss and the true IoU of every predicted mask with every target of its image, by matrix products.
+
+    For a target of zeros and ones, the sum over pixels of a loss f(x, t) is sum f(x, 0) + (f(x, 1) - f(x, 0)) . t.
+
+    Args:
+        logits: (B, m, M, M).
+        targets: bool (B, P, M, M).
+        weights: of "focal", "bce" and "dice", as in `MaskStage`.
+
+    Returns:
+        The weighted sum of `focal_loss`, `bce_loss` and `dice_loss`, and `true_iou`, each float32 (B, m, P).
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, targets = logits.float().flatten(2), targets.flatten(2)
+        columns = targets.float().transpose(1, 2)  # (B, M * M, P)
+        num_pixels, sizes = logits.shape[-1], columns.sum(dim=1)[:, None]
+        probabilities = logits.sigmoid()
+        losses = torch.zeros((), device=logits.device)
+        if weights["bce"]:
+            outside = F.softplus(logits).sum(dim=2, keepdim=True)
+            losses = losses + weights["bce"] * (outside - logits @ columns) / num_pixels
+        if weights["focal"]:
+            outside = 0.75 * probabilities**2 * F.softplus(logits)
+            inside = 0.25 * (1 - probabilities) ** 2 * F.softplus(-logits)
+            total = outside.sum(dim=2, keepdim=True) + (inside - outside) @ columns
+            losses = losses + weights["focal"] * total / num_pixels
+        if weights["dice"]:
+            total = probabilities.sum(dim=2, keepdim=True) + sizes
+            losses = losses + weights["dice"] * (1 - (2 * (probabilities @ columns) + 1) / (total + 1))
+        predicted = (logits > 0).float()
+        overlap = predicted @ columns
+        union = predicted.sum(dim=2, keepdim=True) + sizes - overlap
+        return losses, torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
+
+
 def feature_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean squared error of two feature maps of one shape: a scalar."""
     return F.mse_loss(student.float(), teacher.float())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .losses import bce_loss, dice_loss, feature_loss, focal_loss, true_iou
+from .losses import bce_loss, dice_loss, feature_loss, focal_loss, pairwise_mask_losses, true_iou
 
 
 # What each trains: parts of the student, by the names of its children.
@@ -22,6 +22,7 @@ TRAINABLE = {
     "end_to_end": ("vision_encoder", "prompt_encoder", "mask_decoder"),
 }
 STAGES = tuple(TRAINABLE)
+POINT_TARGETS = ("own", "all")
 POSITIVE = 1
 
 
@@ -135,10 +136,15 @@ class MaskStage(Stage):
     `num_refinements` rounds adds one click, drawn evenly from the pixels that are wrong, and trains the single mask.
     The IoU head learns the IoU of every predicted mask.
 
+    With `point_targets="all"` a point trains its three masks on every object of the image that it lies in, a part and
+    the whole alike: each takes the mask that fits it best. The IoU head then learns the IoU with the object that a mask
+    fits best, whichever of the image that is.
+
     Args:
         student: a SamLighteningModel or a SamModel.
         stage: "decoder" or "end_to_end".
         loss_weights: of "focal", "bce", "dice" and "iou".
+        point_targets: one of `POINT_TARGETS`.
     """
 
     def __init__(
@@ -148,6 +154,7 @@ class MaskStage(Stage):
         loss_weights: dict[str, float],
         box_share: float = 0.5,
         num_refinements: int = 1,
+        point_targets: str = "own",
     ):
         if stage not in ("decoder", "end_to_end"):
             raise ValueError(f'stage={stage!r} must be "decoder" or "end_to_end".')
@@ -157,6 +164,7 @@ class MaskStage(Stage):
         self.loss_weights = loss_weights
         self.box_share = box_share
         self.num_refinements = num_refinements
+        self.point_targets = point_targets
 
     def forward(
         self,
@@ -180,12 +188,12 @@ class MaskStage(Stage):
                 continue
             # One prompt for each element of the batch: SAM takes one fed-back mask for each of them.
             flat = [tensor[:, start:stop].flatten(0, 1) for tensor in (masks, boxes, points, uniforms)]
-            losses = self._rounds(kind, embeddings.repeat_interleave(stop - start, 0), *flat, logs)
+            losses = self._rounds(kind, embeddings.repeat_interleave(stop - start, 0), *flat, masks, logs)
             parts.append(losses.mean() * (stop - start) / num_prompts)
         return {"loss": sum(parts), **logs}
 
-    def _rounds(self, kind, embeddings, targets, boxes, points, uniforms, logs) -> torch.Tensor:
-        """The loss of each of n prompts (n,), a mean over its rounds."""
+    def _rounds(self, kind, embeddings, targets, boxes, points, uniforms, image_targets, logs) -> torch.Tensor:
+        """The loss of each of n prompts (n,), a mean over its rounds. `image_targets` are all of an image's, (B, P, M, M)."""
         scale = self.student.config.vision_config.image_size / targets.shape[-1]
         prompts = {"input_boxes": boxes[:, None]} if kind == "box" else {"input_points": points[:, None, None]}
         if kind == "point":
@@ -195,7 +203,10 @@ class MaskStage(Stage):
             multimask = kind == "point" and step == 0
             outputs = self.student(image_embeddings=embeddings, multimask_output=multimask, **prompts)
             logits, predicted_iou = outputs.pred_masks[:, 0], outputs.iou_scores[:, 0]  # (n, m, M, M), (n, m)
-            loss, ious = self._loss(logits, predicted_iou, targets)
+            if multimask and self.point_targets == "all":
+                loss, ious = self._loss_of_all(logits, predicted_iou, targets, points / scale, image_targets)
+            else:
+                loss, ious = self._loss(logits, predicted_iou, targets)
             total = total + loss
             chosen = predicted_iou.argmax(dim=1)
             each = torch.arange(len(chosen), device=chosen.device)
@@ -221,6 +232,23 @@ class MaskStage(Stage):
         # All the masks' IoUs are learned, not the best one's alone: at inference they choose between the three.
         iou_loss = (predicted_iou.float() - ious).square().mean(dim=1)
         return mask_loss.min(dim=1).values + self.loss_weights["iou"] * iou_loss, ious
+
+    def _loss_of_all(self, logits, predicted_iou, targets, cells, image_targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_loss`, for points in `cells` (n, 2) of the masks, on every target of their image that holds them."""
+        num_images, size = len(image_targets), logits.shape[-1]
+        per_image = (num_images, -1, *logits.shape[1:2])  # (B, k, m)
+        losses, ious = pairwise_mask_losses(
+            logits.reshape(num_images, -1, size, size), image_targets, self.loss_weights
+        )  # (B, k * m, P)
+        best = losses.unflatten(1, per_image[1:]).min(dim=2).values.flatten(0, 1)  # (n, P)
+        column, row = cells.long().clamp(0, size - 1).unflatten(0, (num_images, -1)).unbind(-1)  # (B, k)
+        each = torch.arange(num_images, device=cells.device)[:, None]
+        holds = image_targets.bool()[each, :, row, column].flatten(0, 1).float()  # (n, P)
+        mask_loss = (best * holds).sum(dim=1) / holds.sum(dim=1).clamp(min=1)
+        fit = ious.detach().max(dim=2).values.reshape(predicted_iou.shape)
+        iou_loss = (predicted_iou.float() - fit).square().mean(dim=1)
+        own = true_iou(logits.detach(), targets[:, None].expand_as(logits))
+        return mask_loss + self.loss_weights["iou"] * iou_loss, own
 
 
 def _add_clicks(prompts: dict, clicks: torch.Tensor, labels: torch.Tensor) -> dict:

@@ -110,7 +110,8 @@ class DistillationTrainer(PushingTrainer):
 
     def _make_stage(self, args: DistillationArguments) -> torch.nn.Module:
         if args.stage != "encoder":
-            return MaskStage(self.student, args.stage, args.loss_weights(), args.box_share, args.num_refinements)
+            settings = args.loss_weights(), args.box_share, args.num_refinements, args.point_targets
+            return MaskStage(self.student, args.stage, *settings)
         if self.teacher is None:
             raise ValueError('stage="encoder" needs a teacher.')
         pairs = focus_layers(self.student, self.teacher.config, args.num_focus_layers)

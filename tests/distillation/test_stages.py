@@ -136,6 +136,34 @@ def test_the_mask_loss_is_the_formula(student, batch):
     torch.testing.assert_close(outputs["loss"], sum(losses) / 8)
 
 
+def test_a_point_can_train_on_every_object_that_it_lies_in(student, batch):
+    """Against a loop over points, targets and masks; the IoU head learns the IoU with the best fitting target."""
+    batch["points"] = batch["boxes"][..., 2:] - 1  # where one object begins before another ends
+    stage = MaskStage(student, "end_to_end", LOSS_WEIGHTS, box_share=0.0, num_refinements=0, point_targets="all")
+    outputs = stage(**batch)
+    embeddings = student.vision_encoder(batch["pixel_values"]).last_hidden_state
+    losses, num_nested = [], 0
+    for i in range(2):
+        for j in range(4):
+            point, targets = batch["points"][i, j], batch["masks"][i]
+            predicted = student(image_embeddings=embeddings[i : i + 1], input_points=point[None, None, None])
+            logits = predicted.pred_masks[0, 0]
+            x, y = (point * targets.shape[-1] / batch["pixel_values"].shape[-1]).int().tolist()
+            holding = [target for target in targets if target[y, x]]
+            num_nested += len(holding) > 1
+            mask_losses = [
+                min(
+                    20 * focal_loss(mask, target) + 0.5 * bce_loss(mask, target) + dice_loss(mask, target)
+                    for mask in logits
+                )
+                for target in holding
+            ]
+            ious = torch.stack([torch.stack([true_iou(mask, target) for target in targets]).max() for mask in logits])
+            losses.append(sum(mask_losses) / len(mask_losses) + 2 * F.mse_loss(predicted.iou_scores[0, 0], ious))
+    assert num_nested  # else there is nothing to see
+    torch.testing.assert_close(outputs["loss"], sum(losses) / 8)
+
+
 def test_of_three_masks_the_best_takes_the_gradient(student, batch):
     stage = MaskStage(student, "decoder", {**LOSS_WEIGHTS, "iou": 0.0}, box_share=0.0, num_refinements=0)
     one = {name: value[:1, :1] if name != "pixel_values" else value[:1] for name, value in batch.items()}
