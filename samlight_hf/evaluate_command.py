@@ -152,6 +152,7 @@ def _evaluate_model(
             "skipped": {
                 **{f"picture, {reason}": s.count for reason, s in skipped.pictures.items()},
                 **{f"instance, {reason}": s.count for reason, s in skipped.instances.items()},
+                **{f"part of an instance, {reason}": s.count for reason, s in skipped.parts.items()},
             },
             "num_pictures": dataset.num_pictures - skipped.num_pictures,
             "num_instances": len(records),

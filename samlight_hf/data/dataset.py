@@ -110,7 +110,10 @@ class FileDataset(PictureDataset):
 
     @abstractmethod
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
-        """The annotations as JSON has them, and (width, height) of the picture if it is said. Raises `SampleError`."""
+        """The annotations as JSON has them, and (width, height) of the picture if it is said. Raises `SampleError`.
+
+        A `SampleError` among the annotations stands for one that is left out, and is counted.
+        """
 
 
 def check_limit(limit: int | None):

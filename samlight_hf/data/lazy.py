@@ -18,12 +18,12 @@ class LazySample:
     Attributes:
         id: as in `Sample`.
         picture: as PIL opened it; `decode` may be called once.
-        annotations: as JSON has them, or checked instances.
+        annotations: as JSON has them, checked instances, or the errors of those that a reader has refused.
     """
 
     id: str
     picture: Image.Image
-    annotations: Sequence[dict | Instance]
+    annotations: Sequence[dict | Instance | SampleError]
 
     def __post_init__(self):
         self.width, self.height = self.picture.size  # decoding at a smaller size changes the picture's
@@ -48,12 +48,16 @@ class LazySample:
         except Exception as error:  # decoders raise nearly anything on damaged files
             raise SampleError(SkipReason.BROKEN_PICTURE) from error
 
-    def instance(self, position: int) -> Instance:
-        """The checked instance of one annotation. Raises `SampleError` for one that cannot be used."""
+    def instance(self, position: int, left_out: list[SkipReason] | None = None) -> Instance:
+        """The checked instance of one annotation, see `parse_instance`.
+
+        Raises:
+            SampleError: for one that cannot be used.
+        """
         annotation = self.annotations[position]
         if isinstance(annotation, Instance):
             return annotation
-        return parse_instance(annotation, self.width, self.height)
+        return parse_instance(annotation, self.width, self.height, position, left_out)
 
 
 def decode_columns(rle: dict, start: int, stop: int) -> np.ndarray:
