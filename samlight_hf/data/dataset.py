@@ -92,7 +92,7 @@ class FileDataset(PictureDataset):
             annotations, size = self._annotations(index)
             image = decode_picture(self.picture_bytes(index), size)
         except SampleError as error:
-            report.add_picture(error.reason, sample_id)
+            report.add_picture(error.reason, f"{sample_id} ({error.where})" if error.where else sample_id)
             report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
             return None, report
         width, height = image.size
