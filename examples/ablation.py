@@ -14,10 +14,12 @@ import argparse
 import json
 import shlex
 import statistics
+import sys
 from pathlib import Path
 
 from samlight_hf.distillation import distill, leave_process_group, parse_arguments
 from samlight_hf.files import read_yaml, write_aside
+from samlight_hf.messages import one_line
 
 
 SCHEDULES = ("dynamic", "uniform", "output_only")
@@ -74,4 +76,7 @@ def print_table(results: dict[str, list[dict]]):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")

@@ -9,6 +9,7 @@ appears when it is finished.
 
 import argparse
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from samlight_hf.data.sa1b import add_sample
 from samlight_hf.files import write_aside
 from samlight_hf.loading import load_model
 from samlight_hf.mask_files import coco_document
+from samlight_hf.messages import one_line
 from samlight_hf.preprocessing import check_size
 
 
@@ -65,7 +67,8 @@ def main():
                 suffix, picture = _picture(dataset.picture_bytes(index), sample.image)
                 add_sample(tar, name, suffix, picture, sample.width, sample.height, annotations)
 
-    write_aside(args.out, write)
+    with samples:  # or an error would be told behind the progress bar, on the same line
+        write_aside(args.out, write)
     print(f"{args.out}: {num_new} new masks. {report.summary()}")
 
 
@@ -116,4 +119,7 @@ def _none_of(given: list[dict], found: list[dict]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")

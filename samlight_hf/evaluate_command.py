@@ -25,10 +25,21 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
         "--model", action="append", required=True, type=not_empty, metavar="DIR",
         help="checkpoint's folder or Hub name; may be repeated, and the first is what the others are compared with",
     )  # fmt: skip
-    data = parser.add_argument_group("data: SA-1B tars, or a COCO-shaped JSON with its pictures")
-    data.add_argument("--dataset", metavar="TARS", help="tar file, folder or pattern of SA-1B's layout")
+    data = parser.add_argument_group(
+        "data: SA-1B tars, a COCO-shaped JSON with its pictures, or a folder of mask files"
+    )
+    data.add_argument(
+        "--dataset", metavar="PATH", help="tar file, folder or pattern of SA-1B's layout, or a folder with images/ and masks/"
+    )  # fmt: skip
     data.add_argument("--annotations", metavar="JSON", help="annotations of COCO, LVIS, or of the same shape")
     data.add_argument("--images", metavar="DIR", help="folder of the annotated pictures")
+    data.add_argument(
+        "--ignore-label", default="auto", metavar="N",
+        help="label of mask files that is void; auto: 255 beside labels from 1 to 126 alone; none: no label (%(default)s)",
+    )  # fmt: skip
+    data.add_argument(
+        "--binary-masks", action="store_true", help="mask files are one object each, from half the brightness on"
+    )
     data.add_argument("--limit", type=int, metavar="N", help="the first N pictures")
     data.add_argument("--max-instances", type=int, metavar="N", help="the first N instances of each picture")
     data.add_argument("--include-crowd", action="store_true", help="crowd instances too, which are left out otherwise")
@@ -69,7 +80,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     try:
         from accelerate import PartialState
 
-        from .data import load_dataset
         from .evaluation.files import dataset_digest
         from .evaluation.protocols import ProtocolSettings
         from .evaluation.report import console_table, require_matplotlib, worst_cases, write_report
@@ -92,7 +102,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         require_matplotlib()
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
         raise argparse.ArgumentTypeError("give --dataset for SA-1B tars, or --annotations and --images.")
-    dataset = load_dataset(args.dataset or args.annotations, images=args.images, limit=args.limit)
+    dataset = _open_dataset(args)
     digest = dataset_digest(dataset, args.dataset or args.annotations)
     works = _works(dataset, settings, args, state)
     results, drawers = [], []
@@ -118,10 +128,32 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _open_dataset(args: argparse.Namespace) -> "PictureDataset":
+    from .data import MaskFolderDataset, load_dataset
+    from .data.label_maps import MaskReading, parse_ignore_label
+
+    try:
+        reading = MaskReading(parse_ignore_label(args.ignore_label), args.binary_masks)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"--ignore-label: {error}") from error
+    dataset = load_dataset(
+        args.dataset or args.annotations,
+        images=args.images,
+        limit=args.limit,
+        ignore_label=reading.ignore_label,
+        binary_masks=reading.binary,
+    )
+    if reading != MaskReading() and not isinstance(dataset, MaskFolderDataset):
+        raise argparse.ArgumentTypeError(
+            "--ignore-label and --binary-masks say how mask files are read: they go with a folder with images/ and masks/."
+        )
+    return dataset
+
+
 def _evaluate_model(
     path: str, name: str, dataset: "PictureDataset", digest: str, works: list, args: argparse.Namespace, state
 ) -> "tuple[ModelResult, Callable]":
-    from .data import SkipReport
+    from .data import MaskFolderDataset, SkipReport
     from .evaluation.evaluator import Journal, evaluate
     from .evaluation.files import slug
     from .evaluation.report import ModelResult
@@ -131,6 +163,8 @@ def _evaluate_model(
         "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "dataset_content": digest,
         "num_pictures": len(dataset), "batch_size": args.batch_size, "dtype": args.dtype,
     }  # fmt: skip
+    if isinstance(dataset, MaskFolderDataset):
+        common["mask_reading"] = dataset.reading.to_dict()
     records, extra, skipped, seconds, pictures = [], {}, SkipReport(), 0.0, {}
     for kind, work, its_settings, _, summarize in works:
         journal = Journal(args.out / "journal", f"{slug(name)}.{kind}", {**common, **its_settings})
@@ -157,6 +191,7 @@ def _evaluate_model(
             "skipped": {
                 **{f"picture, {reason}": s.count for reason, s in skipped.pictures.items()},
                 **{f"instance, {reason}": s.count for reason, s in skipped.instances.items()},
+                **{f"part of an instance, {reason}": s.count for reason, s in skipped.parts.items()},
             },
             "num_pictures": dataset.num_pictures - skipped.num_pictures,
             "num_instances": len(records),

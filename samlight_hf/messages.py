@@ -1,12 +1,26 @@
 """How errors and tables are told to a user."""
 
 from collections.abc import Collection, Sequence
+from itertools import dropwhile
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """The message of an error on one line, of at most `limit` characters; the error's type where it has none."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    """The message of an error on one line, of at most `limit` characters; the error's type where it has none.
+
+    Of an error that a DataLoader brought from a worker, with the worker's traceback for a message, its own message.
+    """
+    message = " ".join(_of_the_worker(str(error)).split()) or type(error).__name__
     return message if limit is None or len(message) <= limit else message[: limit - 3] + "..."
+
+
+def _of_the_worker(message: str) -> str:
+    """Behind the last frame of the traceback in a message of torch's ExceptionWrapper; any other message as it is."""
+    _, head, traceback = message.rpartition("Traceback (most recent call last):\n")
+    if not head or not message.startswith("Caught ") or "\nOriginal " not in message:
+        return message
+    lines = list(dropwhile(lambda line: line.startswith(" "), traceback.splitlines()))
+    name, _, own = "\n".join(lines).partition(": ")
+    return own or name
 
 
 def text_table(rows: Sequence[Sequence[str]], flush_right: Collection[int] = (), rule: bool = False) -> str:

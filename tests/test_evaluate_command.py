@@ -13,6 +13,7 @@ import torch
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.cli import main
+from samlight_hf.data import SkipReason
 from samlight_hf.evaluate_command import EVERYTHING
 from tests.conftest import tiny_config
 from tests.data.files import annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
@@ -165,6 +166,59 @@ def test_a_folder_of_masks(models, tmp_path, capsys):
     masks.write_bytes(png(box_mask(1, 2, 20, 20)))
     status, _, errors = run(capsys, *arguments)
     assert status == 1 and "another dataset_content" in errors
+
+
+def folder_of_masks(folder, **masks: bytes):
+    for name, mask in masks.items():
+        for path, content in ((f"images/{name}.jpg", jpeg()), (f"masks/{name}.PNG", mask)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+    return folder
+
+
+def test_mask_files_of_grey_levels_and_void(models, tmp_path, capsys):
+    grey = np.tile(np.clip(8 * np.abs(np.arange(40) - 20) - 20, 0, 255), (30, 1)).astype(np.uint8)
+    void = np.where(box_mask(), 7, np.where(box_mask(1, 1, 20, 20), 255, 0)).astype(np.uint8)
+    mine = folder_of_masks(tmp_path / "mine", grey=png(grey), void=png(void))
+    arguments = ("--model", models[0], "--dataset", mine, "--protocol", "box", "--no-plots", "--out")
+
+    def skipped(out, *options):
+        status, _, errors = run(capsys, *arguments, tmp_path / out, *options)
+        assert status == 0, errors
+        settings = report(tmp_path / out)["models"][0]["settings"]
+        return settings["num_instances"], settings["skipped"], errors
+
+    number, reasons, errors = skipped("a")
+    assert number == 1
+    assert reasons == {f"picture, {SkipReason.GREY_MASK}": 1, f"instance, {SkipReason.VOID_LABEL}": 1}
+    assert "grey.jpg (masks/grey.PNG)" in errors and "threshold it" in errors
+    assert skipped("b", "--ignore-label", "none")[:2] == (2, {f"picture, {SkipReason.GREY_MASK}": 1})
+    assert skipped("c", "--ignore-label", 255)[:2] == (1, {f"picture, {SkipReason.GREY_MASK}": 1})
+    assert skipped("d", "--binary-masks")[:2] == (2, {})
+    status, _, errors = run(capsys, *arguments, tmp_path / "a", "--ignore-label", "none")
+    assert status == 1 and "was written with another mask_reading" in errors
+
+
+def test_a_folder_of_grey_levels_alone_is_refused_by_name_in_one_line(models, tmp_path, capsys):
+    grey = np.tile(np.arange(40, dtype=np.uint8) * 6, (30, 1))
+    mine = folder_of_masks(tmp_path / "mine", a=png(grey))
+    status, _, errors = run(
+        capsys, "--model", models[0], "--dataset", mine, "--protocol", "box", "--no-plots", "--out", tmp_path / "a"
+    )
+    assert status == 1 and "Caught" not in errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("samlight: error: nothing could be evaluated.") and "a.jpg (masks/a.PNG)" in last
+
+
+def test_how_mask_files_are_read_goes_with_mask_files(models, tar, tmp_path, capsys):
+    for options, said in (
+        (("--binary-masks",), "they go with a folder with images/ and masks/"),
+        (("--ignore-label", "255"), "they go with a folder with images/ and masks/"),
+        (("--ignore-label", "void"), "--ignore-label: ignore_label=void must be a label's number, auto or none"),
+        (("--ignore-label", "255", "--binary-masks"), "give one of them"),
+    ):
+        status, _, errors = run(capsys, "--model", models[0], "--dataset", tar, "--out", tmp_path / "a", *options)
+        assert status == 2 and said in errors
 
 
 def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Annotations of one picture, as COCO and SA-1B write them in JSON, to instances with checked masks."""
 
 import math
+from collections.abc import Container
 from functools import lru_cache
 
 import numpy as np
@@ -11,12 +12,13 @@ from .samples import Instance, SampleError, SkipReason, SkipReport
 def parse_instances(
     annotations: list, sample_id: str, width: int, height: int, report: SkipReport
 ) -> tuple[Instance, ...]:
-    """The usable instances of a picture of `width` x `height` pixels; the others are added to `report`."""
+    """The usable instances of a picture of `width` x `height` pixels; what is left out is added to `report`."""
     instances, seen = [], set()
     for position, annotation in enumerate(annotations):
         where = f"{sample_id}, annotation {annotation_id(annotation, default=f'number {position}')}"
+        left_out: list[SkipReason] = []
         try:
-            instance = parse_instance(annotation, width, height)
+            instance = parse_instance(annotation, width, height, position, left_out)
             if instance.id in seen:
                 raise SampleError(SkipReason.DUPLICATE_ANNOTATION)
         except SampleError as error:
@@ -24,49 +26,121 @@ def parse_instances(
         else:
             seen.add(instance.id)
             instances.append(instance)
+            for reason in left_out:
+                report.add_part(reason, where)
     return tuple(instances)
 
 
 def annotation_id(annotation, default=None):
-    """The id of an annotation, an int or a string, or `default`."""
-    found = annotation.get("id") if isinstance(annotation, dict) else None
-    return found if isinstance(found, (int, str)) and not isinstance(found, bool) else default
+    """The id of an annotation or an image, an int or a string, or `default`."""
+    found = as_id(annotation.get("id")) if isinstance(annotation, dict) else None
+    return default if found is None else found
 
 
-def parse_instance(annotation: dict, width: int, height: int) -> Instance:
+def as_id(value) -> int | str | None:
+    """An id as JSON has it, an int or a string; 7.0, as tables are exported, is 7. None for what is no id."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+
+
+def matching_id(value, known: Container) -> int | str | None:
+    """`as_id` of a reference; where only the other spelling is `known`, 7 for "7" or "7" for 7, that one."""
+    found = as_id(value)
+    if found is None or found in known:
+        return found
+    other = as_integer(found) if isinstance(found, str) else str(found)
+    return other if other is not None and other in known else found
+
+
+def as_integer(value) -> int | None:
+    """The integer that a number or a text of JSON stands for: 3, 3.0, "3". None where it is none."""
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.strip().isdecimal() else None
+    return found if isinstance(found := as_id(value), int) else None
+
+
+def parse_instance(
+    annotation: dict | SampleError,
+    width: int,
+    height: int,
+    position: int = 0,
+    left_out: list[SkipReason] | None = None,
+) -> Instance:
     """One annotation with polygons, uncompressed or compressed RLE.
+
+    The mask is exact or the annotation is refused. What lies beside it may be bad: a box, a point or a category that
+    cannot be used is left out, a missing id becomes "number `position`", and rings of under three points, which enclose
+    nothing, are dropped from among others.
+
+    Args:
+        annotation: as JSON has it; or the error of a reader that has refused it already, which is raised.
+        width, height: of the image in pixels.
+        position: of the annotation in its image, from 0.
+        left_out: the reason of each part that was left out is appended.
 
     Raises:
         SampleError: whose `reason` says what is wrong with it.
     """
     from pycocotools import mask as coco_mask
 
-    identifier = annotation_id(annotation)
-    if identifier is None:
+    if isinstance(annotation, SampleError):
+        raise annotation
+    if not isinstance(annotation, dict):
         raise SampleError(SkipReason.MALFORMED_ANNOTATION)
-    is_crowd, category_id = annotation.get("iscrowd", 0), annotation.get("category_id")
-    if is_crowd not in (0, 1) or not (category_id is None or _is_integer(category_id)):
+    left_out = [] if left_out is None else left_out
+    is_crowd = as_integer(annotation.get("iscrowd") or 0)
+    if is_crowd not in (0, 1):
         raise SampleError(SkipReason.MALFORMED_ANNOTATION)
 
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         rle, mask_area = _checked_rle(segmentation, width, height)
     else:
-        rle = _polygons_to_rle(segmentation, width, height)
+        polygons, reasons = usable_polygons(segmentation)
+        left_out += reasons
+        rle = _polygons_to_rle(polygons, width, height)
         mask_area = int(coco_mask.area(rle))
     if not mask_area:
         raise SampleError(SkipReason.ZERO_AREA)
 
+    if (identifier := annotation_id(annotation)) is None:
+        left_out.append(SkipReason.MISSING_ID)
+        identifier = f"number {position}"
+    category_id = as_integer(annotation.get("category_id"))
+    if category_id is None and annotation.get("category_id") is not None:
+        left_out.append(SkipReason.BAD_CATEGORY)
     area = annotation.get("area")
     return Instance(
         id=identifier,
         rle=rle,
-        bbox_xywh=_box(annotation.get("bbox"), width, height) or tuple(coco_mask.toBbox(rle).tolist()),
+        bbox_xywh=_box(annotation.get("bbox"), width, height, left_out) or tuple(coco_mask.toBbox(rle).tolist()),
         area=float(area) if is_number(area) and area > 0 else float(mask_area),
         is_crowd=bool(is_crowd),
         category_id=category_id,
-        point_xy=_point(annotation.get("point_coords"), width, height),
+        point_xy=_point(annotation.get("point_coords"), width, height, left_out),
     )
+
+
+def usable_polygons(segmentation) -> tuple[list[list], list[SkipReason]]:
+    """The rings of three points or more of `[[x, y, x, y, ...], ...]`, and the reasons for what was changed.
+
+    A ring outside a list, `[x, y, x, y, ...]`, is the only one. Coordinates are not looked at.
+
+    Raises:
+        SampleError: for what is no list of lists, and where no ring is left.
+    """
+    if segmentation is None or segmentation == []:
+        raise SampleError(SkipReason.NO_MASK)
+    reasons = []
+    if isinstance(segmentation, list) and all(map(is_number, segmentation)):
+        segmentation, reasons = [segmentation], [SkipReason.FLAT_POLYGON]
+    if not isinstance(segmentation, list) or not all(isinstance(ring, list) for ring in segmentation):
+        raise SampleError(SkipReason.MALFORMED_ANNOTATION)
+    rings = [ring for ring in segmentation if len(ring) >= 6]  # pycocotools would take four numbers for a box
+    if not rings:
+        raise SampleError(SkipReason.TOO_FEW_POINTS)
+    return rings, reasons + [SkipReason.STRAY_RING] * (len(segmentation) - len(rings))
 
 
 def text_rle(rle: dict) -> dict:
@@ -136,52 +210,46 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
     return {"size": [height, width], "counts": counts}, int(runs[1::2].sum())
 
 
-def _polygons_to_rle(segmentation, width: int, height: int) -> dict:
+def _polygons_to_rle(polygons: list[list], width: int, height: int) -> dict:
     """The union of the polygons `[[x, y, x, y, ...], ...]`, in pixels of the picture."""
     from pycocotools import mask as coco_mask
 
-    if segmentation is None or segmentation == []:
-        raise SampleError(SkipReason.NO_MASK)
-    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        raise SampleError(SkipReason.MALFORMED_ANNOTATION)
-    for polygon in segmentation:
+    for polygon in polygons:
         if not all(map(is_number, polygon)) or len(polygon) % 2:
             raise SampleError(SkipReason.MALFORMED_ANNOTATION)
-        if len(polygon) < 6:  # pycocotools would take four numbers for a box
-            raise SampleError(SkipReason.TOO_FEW_POINTS)
         # pycocotools clips at the border, in time and memory that grow with how far a point lies outside
         if not all(-width <= x <= 2 * width for x in polygon[0::2]) or not all(
             -height <= y <= 2 * height for y in polygon[1::2]
         ):
             raise SampleError(SkipReason.OUTSIDE)
-    return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
-def _box(bbox, width: int, height: int) -> tuple[float, float, float, float] | None:
-    """The annotated box, or None where there is none with an area."""
+def _box(bbox, width: int, height: int, left_out: list[SkipReason]) -> tuple[float, float, float, float] | None:
+    """The annotated box, or None where there is none with an area that can be used."""
     if bbox is None:
         return None
-    if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox))):
-        raise SampleError(SkipReason.MALFORMED_ANNOTATION)
-    x, y, box_width, box_height = map(float, bbox)
-    if box_width <= 0 or box_height <= 0:
-        return None
-    if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
-        raise SampleError(SkipReason.OUTSIDE)
-    return x, y, box_width, box_height
+    if isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox)):
+        x, y, box_width, box_height = map(float, bbox)
+        if box_width <= 0 or box_height <= 0:
+            return None
+        if x < width and y < height and x + box_width > 0 and y + box_height > 0:
+            return x, y, box_width, box_height
+    left_out.append(SkipReason.BAD_BOX)
+    return None
 
 
-def _point(points, width: int, height: int) -> tuple[float, float] | None:
-    """The first of SA-1B's `point_coords`, `[[x, y], ...]`, or None where there is none."""
+def _point(points, width: int, height: int, left_out: list[SkipReason]) -> tuple[float, float] | None:
+    """The first of SA-1B's `point_coords`, `[[x, y], ...]`, or None where there is none that can be used."""
     if not points:
         return None
     point = points[0] if isinstance(points, list) else None
-    if not (isinstance(point, list) and len(point) == 2 and all(map(is_number, point))):
-        raise SampleError(SkipReason.MALFORMED_ANNOTATION)
-    x, y = map(float, point)
-    if not (0 <= x <= width and 0 <= y <= height):
-        raise SampleError(SkipReason.OUTSIDE)
-    return x, y
+    if isinstance(point, list) and len(point) == 2 and all(map(is_number, point)):
+        x, y = map(float, point)
+        if 0 <= x <= width and 0 <= y <= height:
+            return x, y
+    left_out.append(SkipReason.BAD_POINT)
+    return None
 
 
 def _is_integer(value) -> bool:

@@ -2,9 +2,9 @@
 
 import json
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .annotations import annotation_id
+from .annotations import annotation_id, matching_id
 from .dataset import FileDataset, check_limit
 from .samples import SampleError, SkipReason, SkipReport
 
@@ -14,7 +14,8 @@ class CocoDataset(FileDataset):
 
     Masks are polygons, uncompressed or compressed RLE. Where an image has no `file_name`, as in LVIS v1, the end of its
     `coco_url` is taken. A picture is looked for in `image_folder` by its whole name, by its last folder and name
-    (`val2017/000000000139.jpg`) and by its name alone. The sample's id is the image id as a string.
+    (`val2017/000000000139.jpg`) and by its name alone, then by the same of the name as Windows writes it
+    (`C:\\data\\val2017\\139.jpg`). The sample's id is the image id as a string.
 
     Args:
         annotation_json: the file.
@@ -79,9 +80,9 @@ class CocoDataset(FileDataset):
         seen = set()
         for position, annotation in enumerate(annotations):
             identifier = annotation_id(annotation)
-            image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+            image_id = matching_id(annotation.get("image_id"), known) if isinstance(annotation, dict) else None
             where = f"annotation {position if identifier is None else identifier}"
-            if identifier is None or not isinstance(image_id, (int, str)):
+            if image_id is None:
                 self.index_report.add_instances(SkipReason.MALFORMED_ANNOTATION, where)
             elif image_id not in known:
                 self.index_report.add_instances(SkipReason.UNKNOWN_PICTURE, f"{where} of picture {image_id}")
@@ -91,17 +92,22 @@ class CocoDataset(FileDataset):
                 if identifier in seen:
                     self.index_report.add_instances(SkipReason.DUPLICATE_ANNOTATION, where)
                     continue
-                seen.add(identifier)
+                if identifier is not None:  # one without an id is numbered when it is read
+                    seen.add(identifier)
                 by_image[image_id].append(annotation)
         return by_image
 
     def _find_picture(self, name: str) -> str | None:
         """The picture's path within the folder."""
-        parts = PurePosixPath(name).parts
-        for end in dict.fromkeys((parts, parts[-2:], parts[-1:])):
-            file = os.path.join(*end)
-            if (self.image_folder / file).is_file():
-                return file
+        names = [PurePosixPath(name).parts]
+        if "\\" in name:
+            windows = PureWindowsPath(name)
+            names.append(windows.parts[bool(windows.anchor) :])  # without the drive
+        for parts in names:
+            for end in dict.fromkeys((parts, parts[-2:], parts[-1:])):
+                file = os.path.join("", *end)
+                if (self.image_folder / file).is_file():
+                    return file
         return None
 
     def files(self) -> set:
@@ -125,7 +131,7 @@ def _picture_name(image) -> str | None:
     if not isinstance(image, dict):
         return None
     name = image.get("file_name")
-    if name is None and isinstance(url := image.get("coco_url"), str):
+    if not name and isinstance(url := image.get("coco_url"), str):
         name = url.partition("://")[2].partition("/")[2]
     return name if isinstance(name, str) and PurePosixPath(name).name else None
 

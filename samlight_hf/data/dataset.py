@@ -103,7 +103,7 @@ class FileDataset(PictureDataset):
             annotations, size = self._annotations(index)
             image = decode_picture(self.picture_bytes(index), size)
         except SampleError as error:
-            report.add_picture(error.reason, sample_id)
+            report.add_picture(error.reason, f"{sample_id} ({error.where})" if error.where else sample_id)
             report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
             return None, report
         width, height = image.size
@@ -123,7 +123,10 @@ class FileDataset(PictureDataset):
 
     @abstractmethod
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
-        """The annotations as JSON has them, and (width, height) of the picture if it is said. Raises `SampleError`."""
+        """The annotations as JSON has them, and (width, height) of the picture if it is said. Raises `SampleError`.
+
+        A `SampleError` among the annotations stands for one that is left out, and is counted.
+        """
 
 
 def check_limit(limit: int | None):

@@ -125,11 +125,14 @@ class ExampleMaker:
         return np.stack(masks)[again], np.stack(boxes)[again]
 
     def _usable_rle(self, sample: LazySample, position: int, report: SkipReport) -> dict | None:
+        where, left_out = f"{sample.id}, annotation number {position}", []
         try:
-            instance = sample.instance(position)
+            instance = sample.instance(position, left_out)
         except SampleError as error:
-            report.add_instances(error.reason, f"{sample.id}, annotation number {position}")
+            report.add_instances(error.reason, where)
             return None
+        for reason in left_out:
+            report.add_part(reason, where)
         return None if instance.is_crowd else instance.rle
 
     def _visible(

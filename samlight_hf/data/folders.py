@@ -1,20 +1,16 @@
-"""Folders of pictures: without masks, and with masks as PNG files."""
+"""Folders of images: without masks, and with masks as image files."""
 
-import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from PIL import Image
 
-from ..pictures import find_pictures
+from ..pictures import PICTURE_SUFFIXES, find_pictures
 from .dataset import FileDataset, check_limit
+from .label_maps import MaskReading, read_labels, read_object
 from .samples import SampleError, SkipReason, SkipReport
-
-
-# Modes of PIL whose pixels are numbers: bits, 8 and 16 bits, palette indices.
-_LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
 class ImageFolderDataset(FileDataset):
@@ -63,63 +59,137 @@ class ImageFolderDataset(FileDataset):
 
 
 class MaskFolderDataset(ImageFolderDataset):
-    """Pictures `images/NAME.jpg` with one's own masks: `masks/NAME.png`, or `masks/NAME/*.png`.
+    """Images `images/NAME.jpg` with one's own masks: a file `masks/NAME.png`, or files in a folder `masks/NAME/`.
 
-    A file `masks/NAME.png` is a map of labels: 0 is background, every other value one object; 8 or 16 bits, or palette
-    indices. In a folder `masks/NAME/`, each PNG is one object: every pixel but 0. NAME may be in subfolders, and pictures
-    may be of any kind. Masks have the size of their picture. The sample's id is the picture's path within `images`.
+    A file `masks/NAME.png` is a map of labels: 0 is background, every other value one object; of any number of bits,
+    palette indices, or colours whose channels are equal. Grey levels, as of anti-aliased masks, are refused: see
+    `has_grey_levels` in label_maps.py. In a folder `masks/NAME/`, each file is one object: every pixel but 0, or, of grey
+    levels, those at least half as bright as the brightest.
+
+    NAME may be in subfolders, and images and masks of any kind that Pillow reads; suffixes match in any case. The masks of
+    `NAME.jpg` may also be called `NAME.jpg.png`, `NAME_mask.png` or `NAME.jpg_mask.png`, and their folder likewise. Masks
+    have the size of their image. The sample's id is the image's path within `images`.
 
     Args:
         folder: the folder that has `images` and `masks`.
-        limit: only the first so many pictures, without those skipped while indexing.
+        limit: only the first so many images, without those skipped while indexing.
+        ignore_label: the label of a map that is no object, "auto" or None for none. "auto": 255 where the map has it beside
+            labels from 1 to 126 alone, as VOC and Cityscapes write their void, which is counted in the report; in a
+            map of 0 and 255 it is an object.
+        binary_masks: each file is one object, however grey its edges are: every pixel at least half as bright as the
+            brightest.
 
     Raises:
-        ValueError: where there are no such folders, or no picture has masks.
+        ValueError: where there are no such folders, or no image has masks.
     """
 
     has_masks = True
 
-    def __init__(self, folder: str | os.PathLike, limit: int | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        limit: int | None = None,
+        ignore_label: int | Literal["auto"] | None = "auto",
+        binary_masks: bool = False,
+    ):
         check_limit(limit)
+        self.reading = MaskReading(ignore_label, binary_masks)
         self.folder, self.mask_folder = Path(folder) / "images", Path(folder) / "masks"
         if not self.mask_folder.is_dir():
             raise ValueError(f"{self.mask_folder}: no such folder. Masks are expected beside {self.folder}.")
         self.index_report = SkipReport()
-        masks = {path.relative_to(self.mask_folder).as_posix() for path in self.mask_folder.rglob("[!.]*.png")}
-        mask_names = {name.removesuffix(".png") for name in masks} | {os.path.dirname(name) for name in masks}
-        files, seen = [], set()
-        for file in _relative_paths(self.folder):
-            name = os.path.splitext(file)[0]
-            if name in seen:
-                self.index_report.add_picture(SkipReason.DUPLICATE_IMAGE, file)
-            elif name not in mask_names:
-                self.index_report.add_picture(SkipReason.MISSING_MASK, file)
-            else:
+        images = _relative_paths(self.folder)
+        masks, orphans = _masks_of(images, [path.relative_to(self.mask_folder) for path in self.mask_files()])
+        files, masks_of_files, seen = [], [], set()
+        for file in images:
+            name, own = os.path.splitext(file)[0], masks.get(file, ())
+            if len(own) == 1:
                 files.append(file)
+                masks_of_files += own
+            elif own:
+                self.index_report.add_picture(SkipReason.SEVERAL_MASKS, f"{file} ({', '.join(sorted(own))})")
+            else:
+                reason = SkipReason.DUPLICATE_IMAGE if name in seen else SkipReason.MISSING_MASK
+                self.index_report.add_picture(reason, file)
             seen.add(name)
             if len(files) == limit:
                 break
         else:
-            for name in sorted(masks):
-                if not {name.removesuffix(".png"), os.path.dirname(name)} & seen:
-                    self.index_report.add_picture(SkipReason.MISSING_PICTURE, name)
+            for name in orphans:
+                self.index_report.add_picture(SkipReason.MISSING_PICTURE, name)
+        self._masks = np.array(masks_of_files, dtype=str)
         self._set_files(files)
 
+    def mask_files(self) -> list[Path]:
+        """All mask files, sorted, whether they have an image or not."""
+        return _mask_files(self.mask_folder, "**/*")
+
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
-        name = self.mask_folder / os.path.splitext(str(self._files[index]))[0]
-        label_map = name.with_name(name.name + ".png")
-        if label_map.is_file():
-            labels = _read_labels(label_map)
+        path = self.mask_folder / str(self._masks[index])
+        if not path.is_dir():
+            labels, void = self._read(read_labels, path)
             segments = dict(_runs_of_labels(labels))
         else:
-            files = sorted(name.glob("[!.]*.png"))  # none of those that macOS leaves beside them
+            files, void = _mask_files(path, "*"), None
             if not files:
                 raise SampleError(SkipReason.MISSING_MASK)
-            masks = {file.stem: _read_labels(file) != 0 for file in files}
-            segments = {stem: runs for stem, mask in masks.items() for _, runs in _runs_of_labels(mask)}
+            stems = {file.stem for file in files}
+            masks = {
+                file.stem if len(stems) == len(files) else file.name: self._read(read_object, file) for file in files
+            }
+            segments = {name: runs for name, mask in masks.items() for _, runs in _runs_of_labels(mask)}
             labels = next(iter(masks.values()))
         height, width = labels.shape
-        return [{"id": key, "segmentation": runs} for key, runs in segments.items()], (width, height)
+        annotations = [{"id": key, "segmentation": runs} for key, runs in segments.items()]
+        if void is not None:
+            annotations.append(SampleError(SkipReason.VOID_LABEL))
+        return annotations, (width, height)
+
+    def _read(self, read: Callable, path: Path):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise SampleError(SkipReason.MISSING_MASK) from error
+        try:
+            return read(data, self.reading)
+        except SampleError as error:
+            where = f"masks/{path.relative_to(self.mask_folder).as_posix()}"
+            raise SampleError(error.reason, where) from error
+
+
+def _mask_files(folder: Path, pattern: str) -> list[Path]:
+    """The image files that a pattern finds, sorted, none of them hidden, such as those that macOS leaves beside others."""
+    # Not find_pictures: masks that are links to one file are the masks of several images.
+    return sorted(
+        path
+        for path in folder.glob(pattern)
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _masks_of(images: list[str], masks: list[Path]) -> tuple[dict[str, set[str]], list[str]]:
+    """The mask files and the folders of masks of each image that has any, and the mask files of none; paths within their folders.
+
+    A name belongs to one image: to that of the same name, before that of which it is a longer form.
+    """
+    owners: dict[str, str] = {}
+    for ending in ("", "_mask"):
+        for name_of in (lambda file: os.path.splitext(file)[0], str):
+            for file in images:
+                owners.setdefault(name_of(file) + ending, file)
+    found: dict[str, set[str]] = {}
+    orphans = []
+    for mask in masks:
+        file, folder = mask.as_posix(), mask.parent.as_posix()
+        if owner := owners.get(os.path.splitext(file)[0]):
+            found.setdefault(owner, set()).add(file)
+        elif owner := owners.get(folder):
+            found.setdefault(owner, set()).add(folder)
+        else:
+            orphans.append(file)
+    return found, orphans
 
 
 def _relative_paths(folder: Path) -> list[str]:
@@ -130,19 +200,6 @@ def _relative_paths(folder: Path) -> list[str]:
     if problems:
         raise ValueError(str(problems[0]))
     return [path.relative_to(folder).as_posix() for path in pictures]
-
-
-def _read_labels(path: Path) -> np.ndarray:
-    """The pixels of a PNG as integers or bool, (H, W)."""
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as picture:
-            if picture.mode in _LABEL_MODES:
-                return np.array(picture)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise SampleError(SkipReason.MALFORMED_MASK, str(path)) from error
-    raise SampleError(SkipReason.MALFORMED_MASK, str(path))
 
 
 def _runs_of_labels(labels: np.ndarray) -> Iterator[tuple[int, dict]]:

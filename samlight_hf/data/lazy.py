@@ -18,12 +18,12 @@ class LazySample:
     Attributes:
         id: as in `Sample`.
         picture: as PIL opened it, of which `decode` or `pixels` may be called once; or its pixels, uint8 (3, H, W).
-        annotations: as JSON has them, or checked instances.
+        annotations: as JSON has them, checked instances, or the errors of those that a reader has refused.
     """
 
     id: str
     picture: Image.Image | np.ndarray
-    annotations: Sequence[dict | Instance]
+    annotations: Sequence[dict | Instance | SampleError]
 
     def __post_init__(self):
         # Now: decoding at a smaller size changes the picture's.
@@ -57,12 +57,16 @@ class LazySample:
         except Exception as error:  # decoders raise nearly anything on damaged files
             raise SampleError(SkipReason.BROKEN_PICTURE) from error
 
-    def instance(self, position: int) -> Instance:
-        """The checked instance of one annotation. Raises `SampleError` for one that cannot be used."""
+    def instance(self, position: int, left_out: list[SkipReason] | None = None) -> Instance:
+        """The checked instance of one annotation, see `parse_instance`.
+
+        Raises:
+            SampleError: for one that cannot be used.
+        """
         annotation = self.annotations[position]
         if isinstance(annotation, Instance):
             return annotation
-        return parse_instance(annotation, self.width, self.height)
+        return parse_instance(annotation, self.width, self.height, position, left_out)
 
     def area(self, position: int) -> float:
         """About how many pixels an annotation covers, at least 1; nothing is decoded where the annotation says it."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 from .coco import CocoDataset
 from .dataset import PictureDataset
@@ -15,6 +16,8 @@ def load_dataset(
     images: str | os.PathLike | None = None,
     limit: int | None = None,
     require_masks: bool = True,
+    ignore_label: int | Literal["auto"] | None = "auto",
+    binary_masks: bool = False,
 ) -> PictureDataset:
     """The dataset that the arguments describe.
 
@@ -24,6 +27,8 @@ def load_dataset(
     - `load_dataset("mine")`, a folder with `images` and `masks`: one's own masks, see `MaskFolderDataset`.
     - `load_dataset("photos", require_masks=False)`, a folder of pictures: without masks.
     - `load_dataset("coco" or "lvis", annotations=..., images=...)`, `load_dataset("sa1b", images="*.tar")`: by name.
+
+    `ignore_label` and `binary_masks` say how mask files are read, see `MaskFolderDataset`; other datasets have none.
 
     Raises:
         ValueError: where the arguments describe none of these, or from the dataset itself.
@@ -54,7 +59,7 @@ def load_dataset(
     if not os.path.isdir(name) or any(entry.name.endswith(".tar") for entry in os.scandir(name)):
         return Sa1bDataset(name, limit)
     if all(os.path.isdir(os.path.join(name, part)) for part in ("images", "masks")):
-        return MaskFolderDataset(name, limit)
+        return MaskFolderDataset(name, limit, ignore_label, binary_masks)
     if require_masks:
         raise ValueError(
             f"{name}: a folder with neither *.tar files nor the folders images and masks. For a folder of pictures, give "

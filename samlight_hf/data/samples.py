@@ -13,9 +13,12 @@ MAX_SKIPPED_SHARE = 0.05
 
 MAX_EXAMPLES = 5
 
+# What a report counts, by the names of its fields.
+_KINDS = ("pictures", "instances", "parts")
+
 
 class SkipReason(StrEnum):
-    """Why a picture or an instance is left out. The value is what a report prints and what its JSON holds."""
+    """Why an image, an instance or a part of one is left out. The value is what a report prints and its JSON holds."""
 
     # of pictures
     MISSING_PICTURE = "picture file missing"
@@ -26,7 +29,11 @@ class SkipReason(StrEnum):
     PICTURE_SIZE = "picture size disagrees with the annotations' image entry"
     DUPLICATE_IMAGE = "duplicate image id"
     MISSING_MASK = "mask file missing"
-    MALFORMED_MASK = "mask file damaged, or no map of labels"
+    MALFORMED_MASK = "mask file damaged, or of numbers that are no labels"
+    COLOURED_MASK = "mask file in colours: save label numbers, as grey levels or a palette's indices"
+    DEEP_COLOUR_MASK = "mask file in colours of 16 bits: save label numbers in one channel"
+    GREY_MASK = "mask file of grey levels, not labels: threshold it, or read it with binary_masks"
+    SEVERAL_MASKS = "several mask files of one image"
     BROKEN_CUTOUT = "pasted cut-out damaged, or without transparency"
     NO_INSTANCE = "no instance that can be used"
     TOO_THIN = "picture too thin for the model"
@@ -42,6 +49,14 @@ class SkipReason(StrEnum):
     TOO_FEW_POINTS = "polygon with under three points"
     OUTSIDE = "polygon, box or point outside the picture"
     ZERO_AREA = "mask of zero area"
+    VOID_LABEL = "label 255 beside small ones, taken for void (ignore_label says otherwise)"
+    # of parts of instances that are kept
+    STRAY_RING = "ring of under three points among a mask's polygons"
+    FLAT_POLYGON = "polygon outside a list of polygons, read as the only one"
+    MISSING_ID = "no annotation id that can be used: numbered instead"
+    BAD_CATEGORY = "category id that is no number"
+    BAD_BOX = "box malformed or outside the image: the mask's taken instead"
+    BAD_POINT = "point malformed or outside the image"
 
 
 class SampleError(ValueError):
@@ -123,13 +138,15 @@ class _Skipped:
 
 @dataclass
 class SkipReport:
-    """Counts of skipped pictures and instances by reason, with a few examples of each.
+    """Counts of what was skipped by reason, with a few examples of each: images, instances, and parts of instances.
 
-    Reports of several processes merge into the same report, in any order.
+    An instance of which a part was left out is kept, and is not among the skipped instances. Reports of several
+    processes merge into the same report, in any order.
     """
 
     pictures: dict[str, _Skipped] = field(default_factory=dict)
     instances: dict[str, _Skipped] = field(default_factory=dict)
+    parts: dict[str, _Skipped] = field(default_factory=dict)
 
     def add_picture(self, reason: str, example: str, count: int = 1):
         self.pictures.setdefault(str(reason), _Skipped()).add(count, [example])
@@ -137,6 +154,9 @@ class SkipReport:
     def add_instances(self, reason: str, example: str, count: int = 1):
         if count:
             self.instances.setdefault(str(reason), _Skipped()).add(count, [example])
+
+    def add_part(self, reason: str, example: str, count: int = 1):
+        self.parts.setdefault(str(reason), _Skipped()).add(count, [example])
 
     @property
     def num_pictures(self) -> int:
@@ -147,11 +167,14 @@ class SkipReport:
         return sum(skipped.count for skipped in self.instances.values())
 
     def __bool__(self) -> bool:
-        return bool(self.pictures or self.instances)
+        return any(reasons for _, reasons in self._kinds())
+
+    def _kinds(self) -> list[tuple[str, dict[str, _Skipped]]]:
+        return [(name, getattr(self, name)) for name in _KINDS]
 
     def merge(self, other: "SkipReport") -> "SkipReport":
         """Adds the other report to this one, and returns this one."""
-        for mine, theirs in ((self.pictures, other.pictures), (self.instances, other.instances)):
+        for (_, mine), (_, theirs) in zip(self._kinds(), other._kinds()):
             for reason, skipped in theirs.items():
                 mine.setdefault(reason, _Skipped()).add(skipped.count, skipped.examples)
         return self
@@ -169,19 +192,20 @@ class SkipReport:
         if not self:
             return "Nothing was skipped."
         share = f" of {total} pictures ({self.num_pictures / total:.1%})" if total else " pictures"
-        lines = [f"Skipped {self.num_pictures}{share} and {self.num_instances} instances:"]
+        parts = f", and parts of {sum(skipped.count for skipped in self.parts.values())}" if self.parts else ""
+        lines = [f"Skipped {self.num_pictures}{share} and {self.num_instances} instances{parts}:"]
         if total and self.too_many(total):
             lines.insert(
                 0, f"WARNING: more than {MAX_SKIPPED_SHARE:.0%} of the pictures were skipped. Results leave them out."
             )
-        for kind, reasons in (("pictures", self.pictures), ("instances", self.instances)):
+        for kind, reasons in self._kinds():
             for reason, skipped in sorted(reasons.items(), key=lambda item: (-item[1].count, item[0])):
                 more = ", ..." if skipped.count > len(skipped.examples) else ""
                 lines.append(f"  {skipped.count} {kind}: {reason} ({', '.join(skipped.examples)}{more})")
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
-        """For JSON: `{"pictures": {reason: {"count": n, "examples": [...]}}, "instances": {...}}`."""
+        """For JSON: `{"pictures": {reason: {"count": n, "examples": [...]}}, "instances": {...}, "parts": {...}}`."""
 
         def plain(reasons):
             return {
@@ -189,14 +213,11 @@ class SkipReport:
                 for reason, skipped in sorted(reasons.items())
             }
 
-        return {"pictures": plain(self.pictures), "instances": plain(self.instances)}
+        return {kind: plain(reasons) for kind, reasons in self._kinds()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "SkipReport":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; what was written without "parts" has none."""
         return cls(
-            *(
-                {reason: _Skipped(**skipped) for reason, skipped in values[kind].items()}
-                for kind in ("pictures", "instances")
-            )
+            *({reason: _Skipped(**skipped) for reason, skipped in values.get(kind, {}).items()} for kind in _KINDS)
         )

@@ -35,15 +35,15 @@ class SkipCounter:
             raise ValueError(f"max_skipped={max_skipped!r} must be from 0 to 1.")
         self.max_skipped, self.num_pictures = max_skipped, num_pictures
         self._num_read = torch.zeros(NUM_ROWS, dtype=torch.int64).share_memory_()
-        # (row, 0 for pictures or 1 for instances, reason, count and the first one's source and picture)
-        self._skipped = torch.zeros(NUM_ROWS, 2, len(REASONS), 3, dtype=torch.int64).share_memory_()
+        # (row, 0 for images, 1 for instances or 2 for parts, reason, count and the first one's source and image)
+        self._skipped = torch.zeros(NUM_ROWS, 3, len(REASONS), 3, dtype=torch.int64).share_memory_()
 
     def add(self, report: SkipReport, source: int, picture: int):
         """Counts one picture as read, with what was skipped of it."""
         worker = get_worker_info()
         row = 0 if worker is None else worker.id % (NUM_ROWS - 1) + 1
         self._num_read[row] += 1
-        for kind, reasons in enumerate((report.pictures, report.instances)):
+        for kind, reasons in enumerate((report.pictures, report.instances, report.parts)):
             for reason, skipped in reasons.items():
                 slot = self._skipped[row, kind, REASONS.index(SkipReason(reason))]
                 if not slot[0]:
@@ -60,7 +60,7 @@ class SkipCounter:
         report = SkipReport()
         for row, kind, reason in torch.nonzero(self._skipped[..., 0]).tolist():
             count, source, picture = self._skipped[row, kind, reason].tolist()
-            add = report.add_instances if kind else report.add_picture
+            add = (report.add_picture, report.add_instances, report.add_part)[kind]
             add(REASONS[reason], name(source, picture), count)
         return report
 

@@ -16,6 +16,8 @@ from .augmentation import Augmentation
 from .cutouts import Cutouts
 from .dataset import PictureDataset
 from .examples import ExampleMaker
+from .folders import MaskFolderDataset
+from .label_maps import MaskReading
 from .order import ExampleOrder
 from .prompts import PromptSampling
 from .samples import MAX_SKIPPED_SHARE, SampleError, SkipReport
@@ -157,8 +159,12 @@ class TrainingExamples(Dataset):
         return {"pictures": pictures, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
 
     def order(self) -> dict:
-        """What the order of the pictures and the prompts depend on, besides `preprocessing`."""
-        return {"turns": self._order.turns, "prompts": repr(self.maker.prompts)}
+        """What the order of the pictures, the masks and the prompts depend on, besides `preprocessing`."""
+        order = {"turns": self._order.turns, "prompts": repr(self.maker.prompts)}
+        readings = [source.reading for source in self.sources if isinstance(source, MaskFolderDataset)]
+        if any(reading != MaskReading() for reading in readings):
+            order["masks"] = [reading.to_dict() for reading in readings]
+        return order
 
     @property
     def num_read(self) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.label_maps import MaskReading, parse_ignore_label
 from ..files import read_yaml
 from ..hub import check_target
 from ..model_card import CardFacts
@@ -169,6 +170,15 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "how often each of train_data is taken, relative to the others; by size"},
     )
+    ignore_label: str = field(
+        default="auto",
+        metadata={
+            "help": "masks/NAME.png: the label of void; auto: 255 beside labels from 1 to 126 alone; none: no label"
+        },
+    )
+    binary_masks: bool = field(
+        default=False, metadata={"help": "masks/NAME.png: one object, from half the brightness on, not labels"}
+    )
     max_skipped: float = field(default=0.05, metadata={"help": "share of unusable pictures above which the run stops"})
     eval_data: list[str] = field(default_factory=list, metadata={"help": "as train_data"})
     eval_annotations: str | None = field(default=None, metadata={"help": "as train_annotations"})
@@ -220,6 +230,11 @@ class RunArguments:
         if self.push_to is not None:
             check_target(self.push_to, revision=None, tag=None, create_pr=False)
         self.card_facts()
+        self.mask_reading()
+
+    def mask_reading(self) -> MaskReading:
+        """How mask files are read. Raises ValueError for an `ignore_label` that is none."""
+        return MaskReading(parse_ignore_label(self.ignore_label), self.binary_masks)
 
     def card_facts(self) -> dict:
         """What `card` says. Raises ValueError for a file that cannot be read or says what no card takes."""

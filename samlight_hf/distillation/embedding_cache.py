@@ -134,14 +134,18 @@ def fill_cache(
     ]
     batches = [list(batch) for batch in batches if batch]
     loader = iter(DataLoader(views, batch_sampler=batches, num_workers=num_workers))
-    for shard in tqdm(shards, desc="teacher's targets", unit="shard", disable=not state.is_main_process or not shards):
-        parts, pixel_checksums = [], []
-        while len(pixel_checksums) < len(cache.shard_ids(shard)):
-            batch = next(loader)
-            pixel_checksums += [checksum([pixels]) for pixels in batch["pixel_values"]]
-            pixel_values = normalize_pixels(batch["pixel_values"].to(device), batch["reshaped_input_sizes"].to(device))
-            parts.append([target.to("cpu", torch.float16) for target in teacher.targets(pixel_values)])
-        cache.write(shard, [torch.cat(targets) for targets in zip(*parts)], pixel_checksums)
+    disable = not state.is_main_process or not shards
+    with tqdm(shards, desc="teacher's targets", unit="shard", disable=disable) as progress:
+        for shard in progress:
+            parts, pixel_checksums = [], []
+            while len(pixel_checksums) < len(cache.shard_ids(shard)):
+                batch = next(loader)
+                pixel_checksums += [checksum([pixels]) for pixels in batch["pixel_values"]]
+                pixel_values = normalize_pixels(
+                    batch["pixel_values"].to(device), batch["reshaped_input_sizes"].to(device)
+                )
+                parts.append([target.to("cpu", torch.float16) for target in teacher.targets(pixel_values)])
+            cache.write(shard, [torch.cat(targets) for targets in zip(*parts)], pixel_checksums)
     state.wait_for_everyone()
 
 

@@ -27,6 +27,7 @@ from ..conversion import (
 from ..data import (
     Augmentation,
     Cutouts,
+    MaskFolderDataset,
     PictureDataset,
     PromptSampling,
     SkipReport,
@@ -36,6 +37,7 @@ from ..data import (
 )
 from ..data.dataset import FileDataset
 from ..data.image_cache import ImageCache
+from ..data.label_maps import MaskReading
 from ..data.sa1b import find_tars
 from ..files import write_aside
 from ..hub import PublishError
@@ -58,6 +60,9 @@ if TYPE_CHECKING:
 
 
 RESULT_NAME = "result.json"
+
+# Images of the evaluation that are tried before anything is trained.
+NUM_TRIED = 16
 
 
 def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
@@ -111,6 +116,12 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
     sources = open_train_sources(run)
     eval_pictures = open_eval_pictures(run, sources)
+    opened = [*sources, *([] if eval_pictures is None else [eval_pictures])]
+    if run.mask_reading() != MaskReading() and not any(isinstance(source, MaskFolderDataset) for source in opened):
+        raise ValueError(
+            f"ignore_label={run.ignore_label} and binary_masks={run.binary_masks} say how mask files are read, and no "
+            "folder with images/ and masks/ is among the data. Leave them out."
+        )
     student, folder = make_student(run, teacher), None
     for args in stages:
         folder = Path(args.output_dir) / "student"
@@ -304,17 +315,28 @@ def _initialized(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def open_sources(
-    paths: Sequence[str], annotations: str | None, images: str | None, limit: int | None = None
+    paths: Sequence[str],
+    annotations: str | None,
+    images: str | None,
+    limit: int | None = None,
+    reading: MaskReading | None = None,
 ) -> list[PictureDataset]:
     """Each path by itself, then the JSON with its folder. "synthetic" and "synthetic:SEED" are scenes made of shapes.
 
     Raises ValueError for what is no dataset.
     """
+    reading = reading or MaskReading()
     sources = [
         # Whether there must be masks is up to the stage.
         _synthetic(path, limit)
         if path.split(":")[0] == "synthetic"
-        else load_dataset(path, limit=limit, require_masks=False)
+        else load_dataset(
+            path,
+            limit=limit,
+            require_masks=False,
+            ignore_label=reading.ignore_label,
+            binary_masks=reading.binary,
+        )
         for path in paths
     ]
     if annotations or images:
@@ -326,7 +348,7 @@ def open_sources(
 
 def open_train_sources(run: RunArguments) -> list[PictureDataset]:
     """What is trained on, with decoded images kept where `image_cache_dir` says so. Raises ValueError for what is no dataset."""
-    sources = open_sources(run.train_data, run.train_annotations, run.train_images)
+    sources = open_sources(run.train_data, run.train_annotations, run.train_images, reading=run.mask_reading())
     if run.image_cache_dir:
         cache = ImageCache(run.image_cache_dir)
         for source in sources:
@@ -343,8 +365,8 @@ def _synthetic(name: str, limit: int | None) -> SyntheticScenes:
 
 
 def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset]) -> PictureDataset | None:
-    """Raises ValueError for more than one dataset, for one without masks, and for one that is trained on too."""
-    sources = open_sources(run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit)
+    """Raises ValueError for more than one dataset, one without masks or none that can be used, and one that is trained on too."""
+    sources = open_sources(run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit, run.mask_reading())
     if len(sources) > 1:
         raise ValueError(
             f"eval_data={run.eval_data} names {len(sources)} datasets. Give one: scores are means over one dataset."
@@ -358,7 +380,15 @@ def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset
             raise ValueError(
                 f"{name} is trained on too: scores would say nothing. Leave its pictures out of what is trained on (patterns count)."
             )
+        _check_usable(name, source)
     return sources[0] if sources else None
+
+
+def _check_usable(name: str, source: PictureDataset):
+    """Raises ValueError where none of the first images can be used: before hours of training, not after them."""
+    first = range(min(NUM_TRIED, len(source)))
+    if next(source.samples(report := SkipReport(), first), None) is None:
+        raise ValueError(f"{name}: none of the first {len(first)} images can be used. {report.summary()}")
 
 
 def _prompt_sampling(run: RunArguments, args: DistillationArguments) -> PromptSampling:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -146,7 +146,13 @@ class DistillationTrainer(PushingTrainer):
             if self.args.should_save:
                 find_best_again(resume_from_checkpoint, self.args.output_dir)
             self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        except BaseException:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()  # or the error would be told behind it, on the same line
+            raise
 
     def _check_resumable(self, checkpoint: str):
         streams = isinstance(self.train_dataset, IterableDataset)

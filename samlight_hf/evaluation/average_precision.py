@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from ..data import Sample
-from ..data.annotations import annotation_id, text_rle
+from ..data import Sample, SampleError
+from ..data.annotations import annotation_id, as_integer, matching_id, text_rle, usable_polygons
 from .models import Encoded, PromptableModel
 from .work import Work
 
@@ -230,18 +230,28 @@ def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tup
             images.setdefault(image_id, {**image, "id": numbers[image_id]})
     annotations = []
     for place, annotation in enumerate(content["annotations"]):
-        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not isinstance(image_id, int | str) or image_id not in numbers:
+        image_id = matching_id(annotation.get("image_id"), numbers) if isinstance(annotation, dict) else None
+        if image_id not in numbers:
             continue
-        mask = annotation.get("segmentation")
-        has_mask = isinstance(mask, list) or (isinstance(mask, dict) and {"size", "counts"} <= mask.keys())
-        if not (has_mask and _has_integer(annotation, "category_id")):
+        mask, category_id = _mask_for_coco(annotation.get("segmentation")), as_integer(annotation.get("category_id"))
+        if mask is None or category_id is None:
             name = annotation_id(annotation, f"number {place}")
             raise ValueError(f"{annotation_json}: annotation {name} needs a category_id and a segmentation for AP.")
-        annotations.append({**annotation, "id": len(annotations) + 1, "image_id": numbers[image_id]})
+        own = {"segmentation": mask, "category_id": category_id, "image_id": numbers[image_id]}
+        annotations.append({**annotation, **own, "id": len(annotations) + 1})
     if not annotations:
         raise ValueError(f"{annotation_json}: none of its annotations is of these pictures: there is no AP of them.")
     return {"images": list(images.values()), "annotations": annotations, "categories": categories}, numbers
+
+
+def _mask_for_coco(segmentation) -> dict | list | None:
+    """RLE as it is, polygons as `CocoDataset` takes them, which pycocotools would misread, or None."""
+    if isinstance(segmentation, dict):
+        return segmentation if {"size", "counts"} <= segmentation.keys() else None
+    try:
+        return usable_polygons(segmentation)[0]
+    except SampleError:
+        return None
 
 
 def _has_integer(entry, key: str) -> bool:

@@ -43,7 +43,7 @@ def dataset_digest(dataset: PictureDataset, path: str | Path) -> str:
     """Tells the dataset of `path` from another: a JSON by its content, tars and mask files by names, sizes and times."""
     if isinstance(dataset, CocoDataset):
         return content_digest(path)
-    files = dataset.paths if isinstance(dataset, Sa1bDataset) else sorted(dataset.mask_folder.rglob("*.png"))
+    files = dataset.paths if isinstance(dataset, Sa1bDataset) else dataset.mask_files()
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 

@@ -1,6 +1,7 @@
 """Annotations become instances with the right mask, or are refused for the right reason."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -79,13 +80,17 @@ TOTAL = WIDTH * HEIGHT
         ({"counts": RLE["counts"]}, SkipReason.MALFORMED_RLE),
         ({"size": [HEIGHT], "counts": RLE["counts"]}, SkipReason.MALFORMED_RLE),
         ([[1, 1, 9, 9]], SkipReason.TOO_FEW_POINTS),
-        ([[1, 1, 9, 1, 9, 9], [1, 1, 9, 9]], SkipReason.TOO_FEW_POINTS),
+        ([[1, 1, 9, 9], [2, 2]], SkipReason.TOO_FEW_POINTS),
+        ([1, 1, 9, 9], SkipReason.TOO_FEW_POINTS),
+        ([[1, 1, 9, 1, 9, 9], [2, 2, 8, 2, 8, 8, 5]], SkipReason.MALFORMED_ANNOTATION),
+        ([[1, 1, 9, 1, 9, 9], "ring"], SkipReason.MALFORMED_ANNOTATION),
+        ([[1, 1, 9, 1, 9, 9], [1, 1, 1e9, 1, 9, 9]], SkipReason.OUTSIDE),
         ([[]], SkipReason.TOO_FEW_POINTS),
         ([[1, 1, 9, 1, 9, 9, 4]], SkipReason.MALFORMED_ANNOTATION),
         ([[1, 1, 9, 1, 9, float("nan")]], SkipReason.MALFORMED_ANNOTATION),
         ([[1, 1, 9, 1, 9, 10**400]], SkipReason.MALFORMED_ANNOTATION),
         ([[1, 1, "9", 1, 9, 9]], SkipReason.MALFORMED_ANNOTATION),
-        ([1, 1, 9, 1, 9, 9], SkipReason.MALFORMED_ANNOTATION),
+        ([1, 1, 9, 1, 9, 9, 4], SkipReason.MALFORMED_ANNOTATION),
         ("mask.png", SkipReason.MALFORMED_ANNOTATION),
         ([[1, 1, 9, 1, 1e9, 9]], SkipReason.OUTSIDE),
         ([[1, 1, 9, 9, 5, 5]], SkipReason.ZERO_AREA),
@@ -98,23 +103,60 @@ def test_masks_that_cannot_be_used(segmentation, reason):
     refused({"id": 1, "segmentation": segmentation}, reason)
 
 
+@pytest.mark.parametrize("is_crowd", [2, "yes", [1]])
+def test_whether_it_is_a_crowd_must_be_known(is_crowd):
+    refused({**annotation(), "iscrowd": is_crowd}, SkipReason.MALFORMED_ANNOTATION)
+    assert not parse({**annotation(), "iscrowd": None}).is_crowd and parse({**annotation(), "iscrowd": "1"}).is_crowd
+
+
+SQUARE = [5, 4, 15, 4, 15, 12, 5, 12]  # box_mask()
+
+
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "reasons"),
     [
-        ({"id": None}, SkipReason.MALFORMED_ANNOTATION),
-        ({"id": [1]}, SkipReason.MALFORMED_ANNOTATION),
-        ({"iscrowd": 2}, SkipReason.MALFORMED_ANNOTATION),
-        ({"category_id": "cat"}, SkipReason.MALFORMED_ANNOTATION),
-        ({"bbox": [1, 2, 3]}, SkipReason.MALFORMED_ANNOTATION),
-        ({"bbox": [1, 2, 3, None]}, SkipReason.MALFORMED_ANNOTATION),
-        ({"bbox": [WIDTH, 2, 3, 3]}, SkipReason.OUTSIDE),
-        ({"bbox": [-5, 2, 3, 3]}, SkipReason.OUTSIDE),
-        ({"point_coords": [[WIDTH + 1, 3]]}, SkipReason.OUTSIDE),
-        ({"point_coords": [3, 4]}, SkipReason.MALFORMED_ANNOTATION),
+        ({"segmentation": [SQUARE, [1, 1, 9, 9]]}, [SkipReason.STRAY_RING]),
+        ({"segmentation": [[2, 2], SQUARE, [1, 1, 9, 9], []]}, [SkipReason.STRAY_RING] * 3),
+        ({"segmentation": [[1, 1, 9, 9, 3], SQUARE]}, [SkipReason.STRAY_RING]),
+        ({"segmentation": SQUARE}, [SkipReason.FLAT_POLYGON]),
+        ({"bbox": []}, [SkipReason.BAD_BOX]),
+        ({"bbox": [1, 2, 3]}, [SkipReason.BAD_BOX]),
+        ({"bbox": [1, 2, 3, None]}, [SkipReason.BAD_BOX]),
+        ({"bbox": "1 2 3 4"}, [SkipReason.BAD_BOX]),
+        ({"bbox": [WIDTH, 2, 3, 3]}, [SkipReason.BAD_BOX]),
+        ({"bbox": [-5, 2, 3, 3]}, [SkipReason.BAD_BOX]),
+        ({"point_coords": [[WIDTH + 1, 3]]}, [SkipReason.BAD_POINT]),
+        ({"point_coords": [3, 4]}, [SkipReason.BAD_POINT]),
+        ({"category_id": "cat"}, [SkipReason.BAD_CATEGORY]),
+        ({"category_id": 1.5}, [SkipReason.BAD_CATEGORY]),
+        ({"category_id": {}, "bbox": []}, [SkipReason.BAD_CATEGORY, SkipReason.BAD_BOX]),
+        ({"id": None}, [SkipReason.MISSING_ID]),
+        ({"id": [1]}, [SkipReason.MISSING_ID]),
+        ({}, []),
     ],
 )
-def test_fields_that_cannot_be_used(fields, reason):
-    refused({**annotation(), **fields}, reason)
+def test_a_bad_part_is_left_out_and_counted_and_the_mask_is_kept(fields, reasons):
+    report = SkipReport()
+    (instance,) = parse_instances([{**annotation(), **fields}], "sa_1", WIDTH, HEIGHT, report)
+    np.testing.assert_array_equal(instance.mask(), box_mask())
+    assert instance.bbox_xywh == (5, 4, 10, 8)
+    assert instance.category_id is None and instance.point_xy is None
+    assert instance.id == ("number 0" if "id" in fields else 1)
+    assert {reason: skipped.count for reason, skipped in report.parts.items()} == Counter(reasons)
+    assert not report.instances and not report.pictures
+
+
+def test_numbers_as_text_or_with_a_point_are_numbers():
+    for category_id in (3, "3", 3.0, " 3 "):
+        assert parse(annotation(category_id=category_id)).category_id == 3
+    assert parse(annotation(7.0)).id == 7 and isinstance(parse(annotation(7.0)).id, int)
+    assert parse(annotation("7")).id == "7"
+
+
+def test_an_annotation_that_is_refused_counts_once():
+    report = SkipReport()
+    assert parse_instances([{"segmentation": [[1, 1, 9, 9, 5, 5], [2, 2]]}], "sa_1", WIDTH, HEIGHT, report) == ()
+    assert report.num_instances == 1 and not report.parts
 
 
 @pytest.mark.parametrize("seed", range(20))

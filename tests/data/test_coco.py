@@ -63,6 +63,73 @@ def test_lvis_names_its_pictures_by_url(tmp_path, place):
     assert sample.id == "139" and len(sample.instances) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("pics\\a.jpg", "pics/a.jpg"),
+        ("pics\\a.jpg", "a.jpg"),
+        ("C:\\data\\pics\\a.jpg", "pics/a.jpg"),
+        ("C:\\data\\pics\\a.jpg", "data/pics/a.jpg"),
+        ("C:\\data\\pics\\a.jpg", "a.jpg"),
+        ("C:\\data/pics\\a.jpg", "a.jpg"),
+        ("\\\\server\\share\\pics\\a.jpg", "pics/a.jpg"),
+        ("..\\pics\\a.jpg", "pics/a.jpg"),
+        ("/home/me/pics/a.jpg", "pics/a.jpg"),
+        ("pics\\a.jpg", "pics\\a.jpg"),  # a name of one part, on systems where that can be
+    ],
+)
+def test_names_as_windows_writes_them_and_absolute_ones(tmp_path, name, place):
+    json_file, folder = write_coco(tmp_path, [image(1, file_name=name)], [annotation(1, image_id=1)], {place: jpeg()})
+    dataset = CocoDataset(json_file, folder)
+    assert not dataset.index_report
+    np.testing.assert_array_equal(dataset[0].instances[0].mask(), box_mask())
+
+
+@pytest.mark.parametrize("name", ["C:\\", "\\", "pics\\", "/"])
+def test_names_of_no_file(tmp_path, name):
+    images = [image(1, file_name=name), image(2)]
+    dataset = CocoDataset(*write_coco(tmp_path, images, [], {"2.jpg": jpeg(), "pics/x.jpg": jpeg()}))
+    assert len(dataset) == 1 and dataset.index_report.num_pictures == 1
+
+
+@pytest.mark.parametrize(("of_image", "of_annotation"), [(1, "1"), ("1", 1), (1, 1.0), (1.0, 1)])
+def test_ids_that_differ_in_spelling_alone(tmp_path, of_image, of_annotation):
+    entry = image(of_image, file_name="1.jpg")
+    dataset = CocoDataset(*write_coco(tmp_path, [entry], [annotation(1, image_id=of_annotation)], {"1.jpg": jpeg()}))
+    assert not dataset.index_report and dataset[0].id == "1"
+    np.testing.assert_array_equal(dataset[0].instances[0].mask(), box_mask())
+
+
+def test_two_spellings_are_two_images(tmp_path):
+    images = [image(1), image("1")]
+    annotations = [annotation(1, image_id=1), annotation(2, image_id="1"), annotation(3, image_id="1")]
+    dataset = CocoDataset(*write_coco(tmp_path, images, annotations, {"1.jpg": jpeg()}))
+    assert [[i.id for i in dataset[index].instances] for index in (0, 1)] == [[1], [2, 3]]
+
+
+def test_what_is_bad_beside_a_good_mask_costs_no_instance_and_is_counted(tmp_path):
+    square, triangle = [5, 4, 15, 4, 15, 12, 5, 12], [20, 10, 30, 10, 30, 20]
+    annotations = [
+        {"id": 1, "segmentation": [square, [1, 1, 9, 9]], "bbox": [], "category_id": "3"},
+        {"segmentation": square, "category_id": "cat"},
+        {"segmentation": [square, [7, 7]]},
+        {"id": 4, "segmentation": [triangle]},
+    ]
+    annotations = [{**annotation, "image_id": 1} for annotation in annotations]
+    dataset = CocoDataset(*write_coco(tmp_path, [image(1)], annotations, {"1.jpg": jpeg()}))
+    (sample,), report = read(dataset)
+    for instance in sample.instances[:3]:
+        np.testing.assert_array_equal(instance.mask(), box_mask())
+        assert instance.bbox_xywh == (5, 4, 10, 8)
+    assert [i.id for i in sample.instances] == [1, "number 1", "number 2", 4]
+    assert [i.category_id for i in sample.instances] == [3, None, None, None]
+    assert {reason: skipped.count for reason, skipped in report.parts.items()} == {
+        SkipReason.STRAY_RING: 2, SkipReason.BAD_BOX: 1, SkipReason.MISSING_ID: 2, SkipReason.BAD_CATEGORY: 1,
+        SkipReason.FLAT_POLYGON: 1,
+    }  # fmt: skip
+    assert counts(report) == ({}, {}) and "parts of 7:" in report.summary()
+
+
 def test_every_bad_entry_is_counted_by_reason(tmp_path):
     images = [
         image(1), image(1), image(2), image(3), image(4, width=WIDTH + 1), {"id": 5}, {"file_name": "1.jpg"}, "6.jpg",
@@ -90,15 +157,16 @@ def test_every_bad_entry_is_counted_by_reason(tmp_path):
             SkipReason.DUPLICATE_ANNOTATION: 1,
             SkipReason.PICTURE_SKIPPED: 3,
             SkipReason.UNKNOWN_PICTURE: 1,
-            SkipReason.MALFORMED_ANNOTATION: 3,
+            SkipReason.MALFORMED_ANNOTATION: 2,
         },
     )
     samples, report = read(dataset)
-    assert [(sample.id, len(sample.instances)) for sample in samples] == [("1", 1), ("7", 0)]
+    assert [(sample.id, [i.id for i in sample.instances]) for sample in samples] == [("1", [1, "number 1"]), ("7", [])]
     assert counts(report) == (
         {SkipReason.BROKEN_PICTURE: 1, SkipReason.PICTURE_SIZE: 1},
         {SkipReason.PICTURE_SKIPPED: 1, SkipReason.TOO_FEW_POINTS: 1, SkipReason.ZERO_AREA: 1},
     )
+    assert {reason: skipped.count for reason, skipped in report.parts.items()} == {SkipReason.MISSING_ID: 1}
     report.merge(dataset.index_report)
     assert dataset.num_pictures == len(images) == len(samples) + report.num_pictures
     assert sum(len(sample.instances) for sample in samples) + report.num_instances == len(annotations)

@@ -1,6 +1,8 @@
+import io
+
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from samlight_hf.data import (
     ImageFolderDataset,
@@ -110,6 +112,140 @@ def test_label_maps_without_any_order(tmp_path, seed):
         np.testing.assert_array_equal(instance.mask(), pixels == instance.id)
 
 
+@pytest.mark.parametrize(
+    ("name", "file_format"),
+    [
+        ("a.PNG", "PNG"),
+        ("a.tif", "TIFF"),
+        ("a.TIFF", "TIFF"),
+        ("a.bmp", "BMP"),
+        ("a.jpg", "PNG"),  # the content tells, not the name
+        ("a.jpg.png", "PNG"),
+        ("a_mask.png", "PNG"),
+        ("a_mask.PNG", "PNG"),
+        ("a.jpg_mask.tif", "TIFF"),
+        ("a/0.tif", "TIFF"),
+        ("a.jpg/0.PNG", "PNG"),
+        ("a_mask/0.bmp", "BMP"),
+    ],
+)
+def test_masks_are_found_as_images_are(tmp_path, name, file_format):
+    file = io.BytesIO()
+    Image.fromarray(labels(0, 255)).save(file, file_format)
+    files = {"images/x/a.jpg": jpeg(), f"masks/x/{name}": file.getvalue(), "masks/x/notes.txt": b"x"}
+    dataset = MaskFolderDataset(write(tmp_path, files))
+    assert not dataset.index_report and dataset.mask_files() == [tmp_path / "masks/x" / name]
+    (instance,) = dataset[0].instances
+    assert instance.id == ("0" if "/" in name else 255)
+    np.testing.assert_array_equal(instance.mask(), labels(0, 255) > 0)
+    (tmp_path / "masks/x" / name).unlink()
+    assert SkipReason.MISSING_MASK in dataset.load(0)[1].pictures
+
+
+def test_each_mask_has_one_image(tmp_path):
+    names = ("a", "a_mask", "b.jpg", "c", "d")
+    files = {f"images/{name}.jpg": jpeg() for name in names} | {
+        "images/c.png": png(labels()),
+        "images/d.png": png(labels()),
+    }
+    files |= {"images/e/0.jpg": jpeg(), "images/e.jpg": jpeg()}
+    masks = ("a.png", "a_mask.png", "b.jpg.png", "c.jpg.png", "c.png.png", "d.png", "e.png", "e/0.png", "lost_mask.png")
+    files |= {f"masks/{name}": png(labels(number)) for number, name in enumerate(masks, start=1)}
+    dataset = MaskFolderDataset(write(tmp_path, files))
+    found = {sample.id: [i.id for i in sample.instances] for sample in dataset.samples(SkipReport())}
+    assert found == {
+        "a.jpg": [1], "a_mask.jpg": [2], "b.jpg.jpg": [3], "c.jpg": [4], "c.png": [5], "d.jpg": [6], "e.jpg": [7], "e/0.jpg": [8]
+    }  # fmt: skip
+    assert {reason: s.examples for reason, s in dataset.index_report.pictures.items()} == {
+        SkipReason.DUPLICATE_IMAGE: ["d.png"], SkipReason.MISSING_PICTURE: ["lost_mask.png"]
+    }  # fmt: skip
+
+
+def test_an_image_of_several_mask_files_is_left_out_by_name(tmp_path):
+    files = {f"images/{name}.jpg": jpeg() for name in "abcd"}
+    files |= {
+        f"masks/{name}": png(labels(1))
+        for name in ("a.png", "a.tif", "b.png", "b/0.png", "c.png", "c_mask.png", "d.png")
+    }
+    dataset = MaskFolderDataset(write(tmp_path, files))
+    assert [sample.id for sample in dataset.samples(SkipReport())] == ["d.jpg"]
+    assert {reason: s.examples for reason, s in dataset.index_report.pictures.items()} == {
+        SkipReason.SEVERAL_MASKS: ["a.jpg (a.png, a.tif)", "b.jpg (b, b.png)", "c.jpg (c.png, c_mask.png)"]
+    }
+
+
+def test_objects_whose_files_differ_in_suffix_alone_are_two(tmp_path):
+    files = {"images/a.jpg": jpeg(), "masks/a/1.png": png(labels(1)), "masks/a/1.bmp": png(labels(0, 1))}
+    sample = MaskFolderDataset(write(tmp_path, files))[0]
+    assert {i.id: i.mask().tobytes() for i in sample.instances} == {
+        "1.bmp": (labels(0, 1) > 0).tobytes(), "1.png": (labels(1) > 0).tobytes()
+    }  # fmt: skip
+
+
+def test_masks_that_are_links_to_one_file_are_those_of_several_images(tmp_path):
+    write(
+        tmp_path, {"images/a.jpg": jpeg(), "images/b.jpg": jpeg(seed=1), "blob": png(labels(1)), "masks/.x/c.png": b""}
+    )
+    for name in "ab":
+        (tmp_path / f"masks/{name}.png").symlink_to(tmp_path / "blob")
+    assert [sample.id for sample in MaskFolderDataset(tmp_path).samples(SkipReport())] == ["a.jpg", "b.jpg"]
+
+
+def anti_aliased() -> np.ndarray:
+    """Two blobs with grey edges."""
+    image = Image.new("L", (4 * WIDTH, 4 * HEIGHT))
+    for left in (12, 82):
+        ImageDraw.Draw(image).ellipse([left, 20, left + 63, 95], fill=255)
+    return np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
+
+
+def test_grey_levels_are_no_objects_in_evaluation_and_in_training(tmp_path):
+    grey = anti_aliased()
+    assert len(np.unique(grey)) > 40
+    write(
+        tmp_path, {"images/a.jpg": jpeg(), "images/b.jpg": jpeg(), "masks/a.png": png(grey), "masks/b/0.png": png(grey)}
+    )
+    dataset, report = MaskFolderDataset(tmp_path), SkipReport()
+    (sample,) = dataset.samples(report)
+    assert sample.id == "b.jpg"
+    np.testing.assert_array_equal(sample.masks(), [grey >= 128])
+    assert report.pictures[SkipReason.GREY_MASK].examples == ["a.jpg (masks/a.png)"]
+    made = TrainingExamples(dataset, 8, 40, mask_size=40, prompts=PromptSampling(2), max_skipped=1.0)
+    expected = np.pad(grey >= 128, ((0, 10), (0, 0)))
+    assert all(np.array_equal(mask, expected) for example in made for mask in example["masks"].numpy())
+    assert set(made.skip_report().pictures) == {SkipReason.GREY_MASK}
+
+    binary, report = MaskFolderDataset(tmp_path, binary_masks=True), SkipReport()
+    assert [sample.id for sample in binary.samples(report)] == ["a.jpg", "b.jpg"]
+    assert not report
+    np.testing.assert_array_equal(binary[0].masks(), [grey >= 128])
+
+
+def test_void_is_no_object_in_evaluation_and_in_training_and_is_counted(tmp_path):
+    write(tmp_path, {"images/a.jpg": jpeg(), "masks/a.png": png(labels(1, 20, 255))})
+    dataset = MaskFolderDataset(tmp_path)
+    (sample,) = dataset.samples(report := SkipReport())
+    assert [i.id for i in sample.instances] == [1, 20]
+    assert counts(report) == ({}, {SkipReason.VOID_LABEL: 1})
+    made = TrainingExamples(dataset, 1, 40, mask_size=40, prompts=PromptSampling(3))
+    found = {mask.tobytes() for mask in made[0]["masks"].numpy()}
+    assert found == {np.pad(labels(1, 20) == label, ((0, 10), (0, 0))).tobytes() for label in (1, 20)}
+    assert made.skip_report().instances[SkipReason.VOID_LABEL].count == 1
+    for ignore_label, ids, count in ((None, [1, 20, 255], {}), (255, [1, 20], {}), (20, [1, 255], {})):
+        (sample,) = MaskFolderDataset(tmp_path, ignore_label=ignore_label).samples(report := SkipReport())
+        assert [i.id for i in sample.instances] == ids and counts(report) == ({}, count)
+
+
+def test_another_reading_of_the_masks_is_another_run(tmp_path):
+    write(tmp_path, {"images/a.jpg": jpeg(), "masks/a.png": png(labels(1, 2))})
+    orders = [
+        TrainingExamples(load_dataset(tmp_path, **reading), 1, 40, prompts=PromptSampling(2)).order()
+        for reading in ({}, {"ignore_label": "auto"}, {"ignore_label": 2}, {"binary_masks": True})
+    ]
+    assert orders[0] == orders[1] and "masks" not in orders[0]
+    assert orders[0] != orders[2] != orders[3] != orders[0]
+
+
 def test_folders_of_binary_masks_may_overlap(tmp_path):
     first, second = box_mask(), box_mask(x=8)
     write(
@@ -132,7 +268,7 @@ def test_what_does_not_fit_is_counted(tmp_path):
         "masks/good.png": png(labels(1)),
         "masks/small.png": png(labels(1)[:-3]),
         "masks/damaged.png": png(labels(1))[:60],
-        "masks/colours.png": png(np.zeros((HEIGHT, WIDTH, 3), np.uint8)),
+        "masks/colours.png": png(np.stack([labels(1), labels(2), labels(3)], -1)),
         "masks/orphan.png": png(labels(1)),
         "images/good.png": png(labels()),
     }
@@ -142,7 +278,8 @@ def test_what_does_not_fit_is_counted(tmp_path):
     }  # fmt: skip
     report = SkipReport()
     assert [sample.id for sample in dataset.samples(report)] == ["good.jpg"]
-    assert counts(report)[0] == {SkipReason.PICTURE_SIZE: 1, SkipReason.MALFORMED_MASK: 2}
+    assert counts(report)[0] == {SkipReason.PICTURE_SIZE: 1, SkipReason.MALFORMED_MASK: 1, SkipReason.COLOURED_MASK: 1}
+    assert report.pictures[SkipReason.COLOURED_MASK].examples == ["colours.jpg (masks/colours.png)"]
     (tmp_path / "masks" / "good.png").unlink()
     assert SkipReason.MISSING_MASK in dataset.load(2)[1].pictures
 

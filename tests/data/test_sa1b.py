@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samlight_hf.data import Sa1bDataset, SampleError, SkipReason, SkipReport
+from samlight_hf.data import PromptSampling, Sa1bDataset, SampleError, SkipReason, SkipReport, TrainingExamples
 
 from .files import HEIGHT, WIDTH, annotation, box_mask, counts, jpeg, sa1b_json, write_tar
 
@@ -139,6 +139,26 @@ def test_every_bad_picture_is_counted_by_reason(tmp_path):
     total = report.merge(dataset.index_report)
     assert len(samples) + total.num_pictures == dataset.num_pictures
     assert total.too_many(dataset.num_pictures) and "WARNING" in total.summary(dataset.num_pictures)
+
+
+def test_what_is_bad_beside_a_good_mask_costs_no_instance(tmp_path):
+    """Read whole, and as training reads it."""
+    bad = {**annotation(), "bbox": [], "category_id": "cat", "point_coords": [[999, 1]]}
+    del bad["id"]
+    dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", pair("sa_1", bad, annotation(5))))
+    (sample,), report = read(dataset)
+    assert [instance.id for instance in sample.instances] == ["number 0", 5]
+    for instance in sample.instances:
+        np.testing.assert_array_equal(instance.mask(), box_mask())
+    expected = dict.fromkeys(
+        (SkipReason.BAD_BOX, SkipReason.BAD_CATEGORY, SkipReason.BAD_POINT, SkipReason.MISSING_ID), 1
+    )
+    assert {reason: skipped.count for reason, skipped in report.parts.items()} == expected
+    assert counts(report) == ({}, {})
+    made = TrainingExamples(dataset, 1, 40, mask_size=40, prompts=PromptSampling(2))
+    for mask in made[0]["masks"]:
+        np.testing.assert_array_equal(mask, np.pad(box_mask(), ((0, 10), (0, 0))))
+    assert {reason: skipped.count for reason, skipped in made.skip_report().parts.items()} == expected
 
 
 def test_a_bad_picture_raises_when_it_is_asked_for(tmp_path):

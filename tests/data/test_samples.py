@@ -72,6 +72,20 @@ def test_a_report_survives_json():
     assert original.to_dict()["instances"] == {"RLE size disagrees with the picture": {"count": 1, "examples": ["c"]}}
 
 
+def test_parts_of_instances_are_no_skipped_instances():
+    skipped = SkipReport()
+    skipped.add_part(SkipReason.BAD_BOX, "sa_1", 2)
+    again = SkipReport.from_dict(json.loads(json.dumps(skipped.to_dict())))
+    assert again == skipped and skipped and skipped.num_instances == skipped.num_pictures == 0
+    assert SkipReport().merge(skipped).merge(again).parts[SkipReason.BAD_BOX].count == 4
+    assert skipped.summary().splitlines() == [
+        "Skipped 0 pictures and 0 instances, and parts of 2:",
+        f"  2 parts: {SkipReason.BAD_BOX} (sa_1, ...)",
+    ]
+    earlier = {"pictures": {}, "instances": {"x": {"count": 1, "examples": ["a"]}}}  # of a journal without parts
+    assert SkipReport.from_dict(earlier).num_instances == 1
+
+
 def test_more_than_five_percent_are_too_many():
     five = report([(SkipReason.MISSING_JSON, str(i)) for i in range(5)], [])
     assert not five.too_many(100)

@@ -299,7 +299,7 @@ def bad_tar(path, num_good):
     for i in range(num_good):
         members |= {f"good_{i}.jpg": jpeg(seed=i), f"good_{i}.json": sa1b_json(annotation(mask=box_mask(width=30)))}
     wrong_size = annotation(mask=box_mask(picture=(9, 9), x=1, y=1, width=5, height=5))
-    outside = annotation(bbox=[900, 900, 5, 5])
+    outside = {"id": 2, "segmentation": [[900, 900, 905, 900, 905, 905]]}
     members |= {
         "broken.jpg": jpeg()[:300],
         "broken.json": sa1b_json(annotation()),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,12 +13,13 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamModel
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.data import SyntheticScenes
+from samlight_hf.data import SkipReason, SyntheticScenes
+from samlight_hf.data.label_maps import MaskReading
 from samlight_hf.distillation import distill, parse_arguments
 from samlight_hf.distillation.run import verify_export
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
-from tests.data.files import HEIGHT, WIDTH, box_mask, png, rle, sa1b_json, write_coco, write_tar
+from tests.data.files import HEIGHT, WIDTH, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
 
 from .conftest import ROOT, make_teacher, torchrun
 
@@ -267,6 +269,51 @@ def test_the_script_reports_errors_on_one_line(tmp_path):
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1].startswith("error: nowhere.tar: no tar file here")
     assert "Traceback" not in process.stderr
+
+
+def write_masks(folder, mask: bytes, count: int = 3) -> Path:
+    for number in range(count):
+        for path, content in ((f"images/{number}.jpg", jpeg(seed=number)), (f"masks/{number}.png", mask)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+    return folder
+
+
+def grey_mask() -> bytes:
+    ramp = np.clip(8 * np.abs(np.arange(WIDTH) - 20) - 20, 0, 255)  # a soft edge on either side
+    return png(np.tile(ramp, (HEIGHT, 1)).astype(np.uint8))
+
+
+def test_bad_data_that_workers_meet_are_one_line(folder, tmp_path):
+    """Not the traceback of a worker, which torch hands over as the message of an error."""
+    command = [
+        sys.executable, ROOT / "examples/distill.py", "--student", folder / "student.json", "--stages", "end_to_end",
+        "--train_data", write_masks(tmp_path / "mine", grey_mask()), "--output_dir", tmp_path / "out", "--use_cpu",
+        "--max_steps", "2", "--per_device_train_batch_size", "2", "--num_prompts", "2", "--dataloader_num_workers", "1",
+    ]  # fmt: skip
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr and "Caught" not in process.stderr and "DataLoader" not in process.stderr
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: 100 of the 100 pictures read so far cannot be used, more than max_skipped=5%.")
+    assert str(SkipReason.GREY_MASK) in last and ".jpg" in last
+
+
+def test_how_mask_files_are_read_is_a_setting(folder, tmp_path):
+    data = ("--train_data", str(write_masks(tmp_path / "mine", grey_mask())))
+    held_out = str(write_masks(tmp_path / "other", grey_mask()))
+    options = ("--max_steps", "1", "--eval_data", held_out)
+    with pytest.raises(ValueError, match=r"eval_data=.*: none of the first 2 images can be used(.|\n)*threshold it"):
+        run(folder, tmp_path / "a", *options, stages=("end_to_end",), data=data)
+    run(folder, tmp_path / "b", *options, "--binary_masks", "true", stages=("end_to_end",), data=data)
+    result = json.loads((tmp_path / "b/end_to_end/result.json").read_text())
+    assert not result["skipped"]["pictures"] and "eval_skipped_pictures" not in result["metrics"]
+    with pytest.raises(ValueError, match="no folder with images/ and masks/ is among the data"):
+        run(folder, tmp_path / "c", "--ignore_label", "255", stages=("end_to_end",))
+    with pytest.raises(ValueError, match="ignore_label=void must be a label's number, auto or none"):
+        run(folder, tmp_path / "d", "--ignore_label", "void", stages=("end_to_end",), data=data)
+    (tmp_path / "config.yaml").write_text("ignore_label: 255\n")
+    assert parse_arguments(["--config", str(tmp_path / "config.yaml")])[0].mask_reading() == MaskReading(255)
 
 
 def test_the_demonstration_goes_through_everything(tmp_path):

@@ -142,6 +142,25 @@ def test_annotations_that_ap_cannot_be_computed_of(tmp_path, change, lvis, said)
         check_annotations(path, [1, 2, 3], lvis)
 
 
+def test_annotations_that_the_dataset_reads_count_the_same(tmp_path):
+    """Flat polygons, stray rings, text for numbers, no ids and boxes: what the reader keeps is what AP is of."""
+    path, _, _ = truth_and_results(tmp_path)
+    content = json.loads(path.read_text())
+    bad = []
+    for number, each in enumerate(content["annotations"]):
+        x, y, width, height = each["bbox"]
+        square = [x, y, x + width, y, x + width, y + height, x, y + height]
+        own = {"segmentation": (square, [square, [0, 0, 150, 150]], [[3, 3], square])[number % 3]}
+        own |= {"category_id": str(each["category_id"]), "image_id": str(each["image_id"]), "bbox": []}
+        bad.append({name: value for name, value in {**each, **own}.items() if name != "id"})
+    results = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "score": 0.9, "segmentation": a["segmentation"]}
+        for a in content["annotations"]
+    ]
+    path.write_text(json.dumps({**content, "annotations": bad}))
+    assert average_precision(path, results, list(range(1, 9)))["AP all"] == pytest.approx(1.0)
+
+
 def test_lvis_scores_by_frequency(tmp_path):
     path, _, results = truth_and_results(tmp_path)
     content = json.loads(path.read_text())
