@@ -3,8 +3,9 @@ import torch
 
 from samlight_hf.distillation import CachedExamples, CacheError, EmbeddingCache, Teacher, fill_cache
 from samlight_hf.distillation.teacher import normalize_pixels
+from tests.launcher import torchrun
 
-from .conftest import make_examples, make_teacher, torchrun
+from .conftest import make_examples, make_teacher
 
 
 def make_cache(folder, examples, seed=0, layers=(2, 4)):

@@ -8,8 +8,9 @@ import torch
 from samlight_hf.distillation import Teacher
 from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
+from tests.launcher import torchrun
 
-from .conftest import make_arguments, make_examples, make_student, make_teacher, torchrun
+from .conftest import make_arguments, make_examples, make_student, make_teacher
 from .test_trainer import count_steps, logged, make_trainer
 
 

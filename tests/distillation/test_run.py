@@ -18,8 +18,9 @@ from samlight_hf.distillation.run import verify_export
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
 from tests.data.files import HEIGHT, WIDTH, box_mask, png, rle, sa1b_json, write_coco, write_tar
+from tests.launcher import ROOT, torchrun
 
-from .conftest import ROOT, make_teacher, torchrun
+from .conftest import make_teacher
 
 
 @pytest.fixture(scope="module")
