@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .processes import process_group, tell
 from .segment_command import fraction, not_empty
 
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from .data import PictureDataset
     from .evaluation.models import PromptableModel
+    from .evaluation.protocols import ProtocolSettings
     from .evaluation.report import ModelResult
     from .evaluation.work import Work
 
@@ -67,12 +71,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
 def run_evaluate(args: argparse.Namespace) -> int:
     """Writes the report and prints its table. An interrupted run, started again, goes on where it was."""
     try:
-        from accelerate import PartialState
+        import accelerate  # noqa: F401
 
-        from .data import load_dataset
-        from .evaluation.files import dataset_digest
         from .evaluation.protocols import ProtocolSettings
-        from .evaluation.report import console_table, require_matplotlib, worst_cases, write_report
+        from .evaluation.report import require_matplotlib
     except ImportError as error:
         raise argparse.ArgumentTypeError(
             f"{error}. Install what evaluation needs: pip install 'samlight-hf[eval]'"
@@ -87,11 +89,21 @@ def run_evaluate(args: argparse.Namespace) -> int:
         prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
         args.boundary_iou, args.max_instances,
     )  # fmt: skip
-    state = PartialState(cpu=args.device == "cpu")
     if not args.no_plots:
         require_matplotlib()
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
         raise argparse.ArgumentTypeError("give --dataset for SA-1B tars, or --annotations and --images.")
+    with process_group(cpu=args.device == "cpu") as state:
+        return _evaluate_models(names, settings, args, state)
+
+
+def _evaluate_models(
+    names: Sequence[str], settings: "ProtocolSettings | tuple", args: argparse.Namespace, state: "PartialState"
+) -> int:
+    from .data import load_dataset
+    from .evaluation.files import dataset_digest
+    from .evaluation.report import console_table, worst_cases, write_report
+
     dataset = load_dataset(args.dataset or args.annotations, images=args.images, limit=args.limit)
     digest = dataset_digest(dataset, args.dataset or args.annotations)
     works = _works(dataset, settings, args, state)
@@ -167,7 +179,7 @@ def _evaluate_model(
         records,
     )
     if skipped.too_many(dataset.num_pictures):
-        print(f"samlight: warning: {skipped.summary(dataset.num_pictures)}", file=sys.stderr)
+        tell(f"samlight: warning: {skipped.summary(dataset.num_pictures)}", file=sys.stderr)
     return result, lambda protocol: _drawer(model, dataset, pictures, protocol)
 
 
