@@ -94,15 +94,17 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
         raise argparse.ArgumentTypeError("give --dataset for SA-1B tars, or --annotations and --images.")
     with process_group(cpu=args.device == "cpu") as state:
-        return _evaluate_models(names, settings, args, state)
+        results, drawers = _evaluate_models(names, settings, args, state)
+    if state.is_main_process:  # the others do not wait for it
+        _tell_report(results, drawers, args)
+    return 0
 
 
 def _evaluate_models(
     names: Sequence[str], settings: "ProtocolSettings | tuple", args: argparse.Namespace, state: "PartialState"
-) -> int:
+) -> "tuple[list[ModelResult], list[Callable]]":
     from .data import load_dataset
     from .evaluation.files import dataset_digest
-    from .evaluation.report import console_table, worst_cases, write_report
 
     dataset = load_dataset(args.dataset or args.annotations, images=args.images, limit=args.limit)
     digest = dataset_digest(dataset, args.dataset or args.annotations)
@@ -112,8 +114,12 @@ def _evaluate_models(
         result, drawer = _evaluate_model(path, name, dataset, digest, works, args, state)
         results.append(result)
         drawers.append(drawer)
-    if not state.is_main_process:
-        return 0
+    return results, drawers
+
+
+def _tell_report(results: "list[ModelResult]", drawers: list[Callable], args: argparse.Namespace):
+    from .evaluation.report import console_table, worst_cases, write_report
+
     sheets = []
     if not args.no_plots and args.worst > 0:
         for result, drawer in zip(results, drawers):
@@ -127,7 +133,6 @@ def _evaluate_models(
         for reason, count in result.settings["skipped"].items():
             print(f"samlight: skipped {count} x {reason}", file=sys.stderr)
     print(f"Report: {page}")
-    return 0
 
 
 def _evaluate_model(

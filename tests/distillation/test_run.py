@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -289,8 +290,7 @@ def test_the_demonstration_goes_through_everything(tmp_path, num_processes):
         text = "\n".join(
             [*lines, "eval_limit: 6", "save_steps: 3", *(["max_steps: 4"] if name == "demo_teacher" else [])]
         )
-        for steps in (400, 300, 200, 150):
-            text = text.replace(f"max_steps: {steps},", "max_steps: 4,")
+        text = re.sub(r"max_steps: \d+,", "max_steps: 4,", text)
         (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "demonstrate.py").write_text(
         "import os, pathlib, runpy\n"
