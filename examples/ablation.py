@@ -17,9 +17,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from samlight_hf.distillation import distill, leave_process_group, parse_arguments
+from samlight_hf.distillation import distill, parse_arguments
 from samlight_hf.files import read_yaml, write_aside
 from samlight_hf.messages import one_line
+from samlight_hf.processes import is_main_process, leave_process_group, one_voice
 
 
 SCHEDULES = ("dynamic", "uniform", "output_only")
@@ -32,7 +33,8 @@ def main():
     parser.add_argument("--variants", help="a YAML file; by default the layer weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
-    options, more = parser.parse_known_args()
+    with one_voice():
+        options, more = parser.parse_known_args()
     variants = {schedule: f"--layer_weights {schedule}" for schedule in SCHEDULES}
     if options.variants:
         variants = {str(name): arguments or "" for name, arguments in read_yaml(options.variants).items()}
@@ -45,6 +47,8 @@ def main():
             own = ["--output_dir", str(folder), "--seed", str(seed)]
             run, stages = parse_arguments([*shared, *shlex.split(arguments), *own])
             distill(run, stages)
+            if not is_main_process():
+                continue
             metrics = {
                 stage: json.loads((folder / stage / "result.json").read_text())["metrics"] for stage in run.stages
             }
@@ -53,7 +57,8 @@ def main():
             write_aside(
                 options.out / "ablation.json", lambda path, text=text: path.write_text(text + "\n", encoding="utf-8")
             )
-    print_table(results)
+    if is_main_process():
+        print_table(results)
     leave_process_group()
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel, SamVisionConfig
@@ -44,12 +43,12 @@ from samlight_hf.distillation import (
     EmbeddingCache,
     Teacher,
     fill_cache,
-    leave_process_group,
 )
 from samlight_hf.distillation import parse_arguments as parse_distillation
 from samlight_hf.distillation.run import make_examples, open_train_sources
 from samlight_hf.distillation.run import make_student as student_of
 from samlight_hf.distillation.trainer import focus_layers
+from samlight_hf.processes import is_main_process, leave_process_group
 
 
 CUDA = torch.cuda.is_available()
@@ -277,7 +276,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     for row in config_rows(options) if options.config else rows(options):
         report["rows"].append(row)
-        if not PartialState().is_main_process:
+        if not is_main_process():
             continue
         print({name: value for name, value in row.items() if name != "windows"}, flush=True)
         if options.out:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from samlight_hf.distillation import demonstrate, distill, leave_process_group, parse_arguments
+from samlight_hf.distillation import DistillationArguments, demonstrate, distill, parse_arguments
 from samlight_hf.messages import one_line
+from samlight_hf.processes import is_main_process, leave_process_group, one_voice, tell, tell_error
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -24,21 +25,28 @@ def main(arguments: list[str]) -> int:
     try:
         if not arguments:
             demonstrate(CONFIGS / "demo_teacher.yaml", CONFIGS / "demo.yaml")
-            return 0
-        run, stages = parse_arguments(arguments)
-        folder = distill(run, stages)
+        else:
+            with one_voice():
+                run, stages = parse_arguments(arguments)
+            folder = distill(run, stages)
+            if is_main_process():
+                print_metrics(stages)
+                print(f"The student: {folder}")
     except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last checkpoint.", file=sys.stderr)
+        tell("stopped: --resume goes on from the last checkpoint.", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        tell_error(f"error: {one_line(error)}")
         return 1
-    for args in stages:
-        result = json.loads(Path(args.output_dir, "result.json").read_text(encoding="utf-8"))
-        print(args.stage, json.dumps(result["metrics"]))
-    print(f"The student: {folder}")
     leave_process_group()
     return 0
+
+
+def print_metrics(stages: list[DistillationArguments]):
+    for args in stages:
+        result = json.loads(Path(args.output_dir, "result.json").read_text(encoding="utf-8"))
+        if result["metrics"]:
+            print(args.stage, json.dumps(result["metrics"]))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from . import __version__, benchmark_command, evaluate_command, hub_command, segment_command
 from .messages import one_line
+from .processes import one_voice, tell_error
 
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -109,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parsed = build_parser().parse_args(_join_negative_values(arguments))
+        with one_voice():
+            parsed = build_parser().parse_args(_join_negative_values(arguments))
     except SystemExit as exit_request:  # after --help, and after wrong usage
         return exit_request.code
     parsed.command_line = shlex.join(["samlight", *arguments])
@@ -130,7 +132,7 @@ def _join_negative_values(arguments: list[str]) -> list[str]:
 def _fail(message: str, status: int) -> int:
     if os.environ.get("SAMLIGHT_DEBUG"):
         traceback.print_exc()
-    print(f"samlight: {message}", file=sys.stderr)
+    tell_error(f"samlight: {message}")
     return status
 
 

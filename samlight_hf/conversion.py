@@ -18,6 +18,7 @@ from .modeling.configuration_sam_lightening import (
 )
 from .modeling.modeling_sam_lightening import SamLighteningModel, make_processor
 from .original_checkpoints import ORIGINAL_SUFFIXES, SamDecoder, convert_original_checkpoint, load_decoder
+from .processes import is_main_process
 
 
 logger = logging.getLogger(__name__)
@@ -259,7 +260,9 @@ def _initial_layers(
         value, teacher_value = getattr(config, field), getattr(teacher_config, field)
         if value != teacher_value:
             fresh = ("vision_encoder.patch_embed.",)
-            logger.warning(
+            level = logging.WARNING if is_main_process() else logging.DEBUG
+            logger.log(
+                level,
                 "The student's %s=%s is not the teacher's %s: its patch embedding stays fresh.",
                 field,
                 value,

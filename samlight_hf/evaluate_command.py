@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .processes import process_group, tell
 from .segment_command import fraction, not_empty
 
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from .data import PictureDataset
     from .evaluation.models import PromptableModel
+    from .evaluation.protocols import ProtocolSettings
     from .evaluation.report import ModelResult
     from .evaluation.work import Work
 
@@ -78,11 +82,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
 def run_evaluate(args: argparse.Namespace) -> int:
     """Writes the report and prints its table. An interrupted run, started again, goes on where it was."""
     try:
-        from accelerate import PartialState
+        import accelerate  # noqa: F401
 
-        from .evaluation.files import dataset_digest
         from .evaluation.protocols import ProtocolSettings
-        from .evaluation.report import console_table, require_matplotlib, worst_cases, write_report
+        from .evaluation.report import require_matplotlib
     except ImportError as error:
         raise argparse.ArgumentTypeError(
             f"{error}. Install what evaluation needs: pip install 'samlight-hf[eval]'"
@@ -97,11 +100,22 @@ def run_evaluate(args: argparse.Namespace) -> int:
         prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
         args.boundary_iou, args.max_instances,
     )  # fmt: skip
-    state = PartialState(cpu=args.device == "cpu")
     if not args.no_plots:
         require_matplotlib()
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
         raise argparse.ArgumentTypeError("give --dataset for SA-1B tars, or --annotations and --images.")
+    with process_group(cpu=args.device == "cpu") as state:
+        results, drawers = _evaluate_models(names, settings, args, state)
+    if state.is_main_process:  # the others do not wait for it
+        _tell_report(results, drawers, args)
+    return 0
+
+
+def _evaluate_models(
+    names: Sequence[str], settings: "ProtocolSettings | tuple", args: argparse.Namespace, state: "PartialState"
+) -> "tuple[list[ModelResult], list[Callable]]":
+    from .evaluation.files import dataset_digest
+
     dataset = _open_dataset(args)
     digest = dataset_digest(dataset, args.dataset or args.annotations)
     works = _works(dataset, settings, args, state)
@@ -110,8 +124,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
         result, drawer = _evaluate_model(path, name, dataset, digest, works, args, state)
         results.append(result)
         drawers.append(drawer)
-    if not state.is_main_process:
-        return 0
+    return results, drawers
+
+
+def _tell_report(results: "list[ModelResult]", drawers: list[Callable], args: argparse.Namespace):
+    from .evaluation.report import console_table, worst_cases, write_report
+
     sheets = []
     if not args.no_plots and args.worst > 0:
         for result, drawer in zip(results, drawers):
@@ -125,7 +143,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         for reason, count in result.settings["skipped"].items():
             print(f"samlight: skipped {count} x {reason}", file=sys.stderr)
     print(f"Report: {page}")
-    return 0
 
 
 def _open_dataset(args: argparse.Namespace) -> "PictureDataset":
@@ -202,7 +219,7 @@ def _evaluate_model(
         records,
     )
     if skipped.too_many(dataset.num_pictures):
-        print(f"samlight: warning: {skipped.summary(dataset.num_pictures)}", file=sys.stderr)
+        tell(f"samlight: warning: {skipped.summary(dataset.num_pictures)}", file=sys.stderr)
     return result, lambda protocol: _drawer(model, dataset, pictures, protocol)
 
 

@@ -34,6 +34,9 @@ from .dilated_attention import DILATED_FLASH_ATTENTION, dilated_attention_forwar
 from .image_processing_sam_lightening import SamLighteningImageProcessor
 
 
+SAM_PARTS = ("prompt_encoder_config", "mask_decoder_config")  # of the config: the parts that are SAM's own
+
+
 def make_processor(config: SamVisionConfig) -> SamProcessor:
     """SAM's own preprocessing for an image encoder of this size: the longest side of a picture becomes `image_size`."""
     image_size, mask_size = config.image_size, 4 * (config.image_size // config.patch_size)
@@ -47,6 +50,32 @@ def make_processor(config: SamVisionConfig) -> SamProcessor:
             mask_size={"longest_edge": mask_size},
             mask_pad_size={"height": mask_size, "width": mask_size},
         )
+    )
+
+
+def _sam_attn_implementation(key: str, name: str | None, is_named: bool) -> str:
+    """Finds the implementation of a part that is SAM's own, for which SAM declares no flash and no flex attention.
+
+    Args:
+        key: the part, one of `SAM_PARTS`.
+        name: the implementation that is asked for; None and the image encoder's default are "sdpa" here.
+        is_named: whether it was asked of this part by name. It was asked of every part otherwise, and each does what it can.
+
+    Raises:
+        ValueError: for an unknown name, and for one that this part is asked by name and cannot run.
+    """
+    if name in (None, DILATED_FLASH_ATTENTION):
+        return "sdpa"
+    if name == "eager":
+        return name
+    if not any(kind in name for kind in ("flash", "flex", "paged")):
+        if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+            return name
+    elif not is_named:
+        return "sdpa"
+    raise ValueError(
+        f'Specified `attn_implementation="{name}"` is not supported for {key}. Use "sdpa" or "eager" there, or a function '
+        "of your own that is registered with AttentionInterface."
     )
 
 
@@ -206,9 +235,11 @@ class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
     (B, prompts, masks, S/4, S/4), logits that `processor.post_process_masks` brings to the picture's size, and
     `iou_scores` (B, prompts, masks).
 
-    `attn_implementation` chooses how the image encoder attends, not what it computes: "dilated_flash_attention" (default,
-    the fastest kernel that can run), "sdpa", "eager", or "flash_attention_2", "_3", "_4". The mask decoder's attention
-    is a few tokens against the image, in heads of 16: it runs "eager" with "eager", and "sdpa" otherwise.
+    `attn_implementation` chooses how attention is computed, not what it computes: "dilated_flash_attention" (default, the
+    fastest kernel that can run), "sdpa", "eager", or "flash_attention_2", "_3", "_4". As in transformers, a string is for
+    every part, and a dict for the parts it names: `{"": ...}` for the model itself alone, `{"vision_config": ...}` for the
+    image encoder, `{"mask_decoder_config": ...}` for the mask decoder. The mask decoder attends from a few tokens to the
+    image, in heads of 16, and has no flash attention: where a string asks for it, the mask decoder runs "sdpa".
     """
 
     config: SamLighteningConfig
@@ -221,23 +252,41 @@ class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
 
     def __init__(self, config: SamLighteningConfig):
         config.check_agreement()
+        asked_of_all = config._attn_implementation  # before transformers puts what is installed in its place
         SamPreTrainedModel.__init__(self, config)
+        for key in SAM_PARTS:
+            part = getattr(config, key)
+            is_named = part._attn_implementation != asked_of_all
+            part._attn_implementation = _sam_attn_implementation(key, part._attn_implementation, is_named)
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
         self.vision_encoder = SamLighteningVisionEncoder(config.vision_config)
         self.prompt_encoder = SamPromptEncoder(config)
-        asked = (config._attn_implementation, config.mask_decoder_config._attn_implementation)
-        config.mask_decoder_config._attn_implementation = "eager" if "eager" in asked else "sdpa"
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
         self.post_init()
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
-        """As in transformers; what a string means for the mask decoder is said in the class's docstring."""
-        if isinstance(attn_implementation, str):
-            attn_implementation = {"": attn_implementation, "vision_config": attn_implementation}
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        if "mask_decoder_config" not in attn_implementation:
-            implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
-            self.config.mask_decoder_config._attn_implementation = implementation
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str] | None, *args, **kwargs):
+        """Changes how attention is computed, as the class's docstring says. `None` is the default.
+
+        Raises:
+            ValueError, ImportError: for a name that is unknown, cannot run here, or is asked of a part that cannot run it.
+                Nothing has changed then.
+        """
+        is_dict = isinstance(attn_implementation, dict)
+        names = {}
+        for key in ("", *self.config.sub_configs):
+            part = getattr(self.config, key) if key else self.config
+            name = attn_implementation.get(key, part._attn_implementation) if is_dict else attn_implementation
+            if isinstance(name, dict):  # a part of a part, which no part of SAM has
+                name = name.get("", part._attn_implementation)
+            if name is None or name != part._attn_implementation:
+                if key in SAM_PARTS:
+                    name = _sam_attn_implementation(key, name, is_named=is_dict)
+                else:
+                    name = self._check_and_adjust_attn_implementation(name, False, *args, **kwargs)
+            names[key] = name
+        for key in SAM_PARTS:  # no models of their own: transformers would warn that it cannot check them
+            getattr(self.config, key)._attn_implementation = names[key]
+        super().set_attn_implementation(names, *args, **kwargs)
 
 
 __all__ = ["SamLighteningModel", "SamLighteningPreTrainedModel", "SamLighteningVisionModel"]

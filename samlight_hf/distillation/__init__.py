@@ -6,7 +6,7 @@ from .checkpoints import CheckpointChangedError
 from .demonstration import demonstrate
 from .embedding_cache import CachedExamples, CacheError, EmbeddingCache, fill_cache
 from .layer_weights import DynamicLayerWeights, LayerWeightCallback, OutputOnly, UniformLayerWeights
-from .run import distill, leave_process_group
+from .run import distill
 from .stages import EncoderStage, MaskStage, match_layers
 from .teacher import Teacher
 from .trainer import DistillationTrainer
@@ -34,7 +34,6 @@ __all__ = [
     "demonstrate",
     "distill",
     "fill_cache",
-    "leave_process_group",
     "match_layers",
     "parse_arguments",
 ]

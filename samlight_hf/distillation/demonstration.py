@@ -10,9 +10,11 @@ from transformers import PreTrainedModel, SamConfig, SamVisionConfig, pipeline, 
 
 from ..data import PictureDataset
 from ..evaluation.models import PromptableModel
+from ..files import write_aside
 from ..loading import load_model, quiet_transformers
 from ..modeling.configuration_sam_lightening import SamLighteningConfig
 from ..modeling.modeling_sam_lightening import make_processor
+from ..processes import is_main_process, tell
 from .arguments import parse_arguments
 from .callbacks import draw_masks
 from .run import distill, make_student, open_eval_pictures
@@ -27,16 +29,18 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
     start = time.time()
     run, stages = parse_arguments(["--config", str(teacher_config), "--resume", "true"])
     _write_config(Path(run.student), demonstration_teacher())
-    print("1. A small SAM, trained from scratch on scenes of shapes: the teacher.")
+    tell("1. A small SAM, trained from scratch on scenes of shapes: the teacher.")
     teacher_folder = distill(run, stages)
     run, stages = parse_arguments(["--config", str(config), "--resume", "true"])
     _write_config(Path(run.student), demonstration_student())
-    print("2. A student of a third of its image encoder: encoder, decoder, end to end.")
+    tell("2. A student of a third of its image encoder: encoder, decoder, end to end.")
     pictures = open_eval_pictures(run, ())
     teacher, _ = load_model(teacher_folder, device="cpu")
     set_seed(stages[0].seed)
     before = make_student(run, teacher)  # as distill will make it
     folder = distill(run, stages)
+    if not is_main_process():
+        return folder
     student, processor = load_model(folder, device="cpu")
     print("3. On scenes that none of them has seen:")
     rows = {
@@ -86,7 +90,8 @@ def _decoder_configs() -> dict[str, dict]:
 
 def _write_config(path: Path, config: SamConfig):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+    text = config.to_json_string(use_diff=False)
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))  # other processes write and read it too
 
 
 def measure(model: PreTrainedModel, pictures: PictureDataset, max_instances: int = 16) -> dict[str, float]:

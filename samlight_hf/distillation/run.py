@@ -1,7 +1,6 @@
 """A distillation from settings to a student's folder: the stages one after another, each from where the last one ended."""
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -45,6 +44,7 @@ from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
 from ..messages import one_line
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
 from ..modeling.modeling_sam_lightening import SamLighteningModel, make_processor
+from ..processes import tell
 from .arguments import DistillationArguments, RunArguments
 from .callbacks import MaskPictureCallback
 from .checkpoints import check_same_run, last_checkpoint, publish_checkpoint, run_settings
@@ -81,16 +81,6 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
     if publisher is not None:
         _report_pushes(publisher, student)
     return student
-
-
-def leave_process_group():
-    """The last that a script does on each process, once its trainers are out of scope.
-
-    What is left of the last communication is freed by a thread of Gloo's. If it comes to that while the interpreter ends, the
-    process aborts, with everything done (PyTorch issue 179291).
-    """
-    gc.collect()
-    PartialState().destroy_process_group()
 
 
 def _make_publisher(run: RunArguments, stages: Sequence[DistillationArguments]):
@@ -227,7 +217,7 @@ def train_stage(
         saved = json.loads((output_dir / RESULT_NAME).read_text(encoding="utf-8"))
         settings = run_settings(args, examples, teacher, student)
         check_same_run(output_dir, saved["settings"], settings, bool(run.stream_data), is_finished=True)
-        print(f"{output_dir}: finished before, and kept.")
+        tell(f"{output_dir}: finished before, and kept.")
         return saved
     callbacks = []
     if eval_pictures is not None:

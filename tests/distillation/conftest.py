@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import SamConfig, SamModel, SamVisionConfig
@@ -13,7 +8,6 @@ from samlight_hf.distillation import DistillationArguments
 from tests.conftest import tiny_config
 
 
-ROOT = Path(__file__).parents[2]
 IMAGE_SIZE, MASK_SIZE = 32, 32  # 8 x 8 tokens of 4 x 4 pixels
 
 
@@ -54,31 +48,6 @@ def make_arguments(output_dir, **options) -> DistillationArguments:
         "num_focus_layers": 2, "dataloader_pin_memory": False,
     }  # fmt: skip
     return DistillationArguments(output_dir=str(output_dir), **{**settings, **options})
-
-
-def torchrun(script: Path, num_ranks: int, *arguments, cuda: bool = False) -> str:
-    """What the script prints on `num_ranks` processes, all of which must succeed."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_ranks),
-        script,
-    ]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
-        **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}),
-    }
-    process = subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ import torch
 
 from samlight_hf.distillation import CachedExamples, CacheError, EmbeddingCache, Teacher, fill_cache
 from samlight_hf.distillation.teacher import normalize_pixels
+from tests.launcher import torchrun
 
-from .conftest import make_examples, make_teacher, torchrun
+from .conftest import make_examples, make_teacher
 
 
 def make_cache(folder, examples, seed=0, layers=(2, 4)):
@@ -118,7 +119,7 @@ def test_a_picture_replaced_under_its_name_is_found(filled, examples):
 _RANK = """
 import sys, time, torch
 from accelerate import PartialState
-from samlight_hf.distillation import leave_process_group
+from samlight_hf.processes import leave_process_group
 from tests.distillation.conftest import make_examples
 from tests.distillation.test_embedding_cache import fill, make_cache
 

@@ -8,8 +8,9 @@ import torch
 from samlight_hf.distillation import Teacher
 from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
+from tests.launcher import torchrun
 
-from .conftest import make_arguments, make_examples, make_student, make_teacher, torchrun
+from .conftest import make_arguments, make_examples, make_student, make_teacher
 from .test_trainer import count_steps, logged, make_trainer
 
 
@@ -55,6 +56,7 @@ def test_a_resumed_run_goes_on(tmp_path):
 
 _FSDP = """
 import sys
+from samlight_hf.processes import leave_process_group
 from tests.distillation.conftest import make_arguments
 from tests.distillation.test_trainer import count_steps, make_trainer
 
@@ -68,6 +70,8 @@ for checkpoint, steps in ((None, 6), (sys.argv[1] + "/checkpoint-3", 3)):
     trainer.train(resume_from_checkpoint=checkpoint)
     assert trainer.is_fsdp_enabled and len(counted) == steps, (trainer.is_fsdp_enabled, len(counted))
     trainer.export(f"{sys.argv[1]}/student-{steps}")
+del trainer
+leave_process_group()
 """
 
 

@@ -27,8 +27,9 @@ from samlight_hf.distillation import (
 from samlight_hf.distillation.checkpoints import STAGING_NAME, last_checkpoint
 from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
+from tests.launcher import ROOT, torchrun
 
-from .conftest import ROOT, make_arguments, make_examples, make_student, make_teacher, torchrun
+from .conftest import make_arguments, make_examples, make_student, make_teacher
 
 
 def make_trainer(args, examples=None, teacher=None, student=None, **options) -> DistillationTrainer:
@@ -495,7 +496,7 @@ def test_examples_are_trained_in_their_order_and_skipped_without_being_read(tmp_
 _RANK = """
 import os, sys
 import torch
-from samlight_hf.distillation import leave_process_group
+from samlight_hf.processes import leave_process_group
 from tests.distillation.conftest import make_arguments
 from tests.distillation.test_trainer import *
 

@@ -1,9 +1,5 @@
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,10 +9,11 @@ from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
 from samlight_hf.evaluation.work import Work
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
+from tests.launcher import ROOT, torchrun
 
 
 SETTINGS = ProtocolSettings(num_clicks=(1, 2), with_crowd=True)
-EXAMPLE = Path(__file__).parents[2] / "examples" / "evaluate.py"
+EXAMPLE = ROOT / "examples" / "evaluate.py"
 
 
 def run(promptable, dataset, folder, settings=SETTINGS, batch_size=2, num_workers=2):
@@ -117,13 +114,9 @@ def test_two_processes_equal_one(promptable, tar, tmp_path):
         "--model", promptable.model.name_or_path, "--dataset", tar, "--clicks", "1", "--batch-size", "2", "--no-plots",
         "--device", "cpu", "--include-crowd", "--num-workers", "1",
     ]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     for count in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
-        command = [sys.executable, *launcher, EXAMPLE, *arguments, "--out", tmp_path / str(count)]
-        process = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count("Report:") == 1
+        printed = torchrun(EXAMPLE, count, *arguments, "--out", tmp_path / str(count))
+        assert printed.count("Report:") == 1
     one, two = (json.loads((tmp_path / count / "report.json").read_text())["models"][0] for count in "12")
     assert two["scores"] == one["scores"]
     assert len(list((tmp_path / "2" / "journal").glob("*.jsonl"))) == 2

@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AttentionInterface, AutoModel, AutoModelForMaskGeneration, PreTrainedModel
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel, SamLighteningVisionModel
 from tests.conftest import tiny_config
@@ -164,3 +166,301 @@ def test_training_reaches_every_weight(config, pixel_values):
     loss = loss + outputs.pred_masks.square().mean() + outputs.iou_scores.square().mean()
     loss.backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+PARTS = ("", "vision_config", "prompt_encoder_config", "mask_decoder_config")
+DEFAULT = ("dilated_flash_attention", "dilated_flash_attention", "sdpa", "sdpa")
+
+
+def implementations(model_or_config) -> tuple[str | None, ...]:
+    """The attention implementation of every part, in the order of PARTS."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return tuple((getattr(config, part) if part else config)._attn_implementation for part in PARTS)
+
+
+def eager_model(config) -> SamLighteningModel:
+    config._attn_implementation = "eager"
+    model = SamLighteningModel(config).eval()
+    assert implementations(model) == ("eager",) * 4
+    return model
+
+
+def test_attention_set_by_a_string_is_set_in_every_part(config, caplog):
+    model = eager_model(config)
+    model.set_attn_implementation("sdpa")
+    assert implementations(model) == ("sdpa",) * 4
+    with pytest.raises(ValueError, match='Specified `attn_implementation="foo"` is not supported'):
+        model.set_attn_implementation("foo")
+    assert implementations(model) == ("sdpa",) * 4
+    model.set_attn_implementation("eager")
+    assert implementations(model) == ("eager",) * 4
+    assert not caplog.records
+
+
+def test_attention_of_the_vision_model_is_set_by_a_string(config):
+    model = SamLighteningVisionModel(config.vision_config)
+    assert model.vision_encoder.config._attn_implementation == "dilated_flash_attention"
+    for name in ("eager", "sdpa", "dilated_flash_attention"):
+        model.set_attn_implementation(name)
+        assert model.vision_encoder.config._attn_implementation == name
+    with pytest.raises(ValueError, match='Specified `attn_implementation="foo"` is not supported'):
+        model.set_attn_implementation("foo")
+
+
+def test_attention_set_by_a_dict_is_set_in_the_parts_it_names(config, caplog):
+    model = eager_model(config)
+    expected = ["eager"] * 4
+    for index, part in enumerate(PARTS):
+        model.set_attn_implementation({part: "sdpa"})
+        expected[index] = "sdpa"
+        assert implementations(model) == tuple(expected)
+    model.set_attn_implementation({"vision_config": "dilated_flash_attention", "mask_decoder_config": "eager"})
+    assert implementations(model) == ("sdpa", "dilated_flash_attention", "sdpa", "eager")
+    assert not caplog.records
+
+
+def test_attention_of_the_mask_decoder_stays_until_a_call_names_it(model):
+    model.set_attn_implementation({"mask_decoder_config": "eager"})
+    for other in (
+        {"": "sdpa"},
+        {"vision_config": "sdpa"},
+        {"": "eager", "vision_config": "dilated_flash_attention"},
+        {},
+    ):
+        model.set_attn_implementation(other)
+        assert model.mask_decoder.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")  # names every part
+    assert model.mask_decoder.config._attn_implementation == "sdpa"
+
+
+def test_default_attention_may_be_asked_for_by_name(config, caplog):
+    assert implementations(SamLighteningModel(copy.deepcopy(config))) == DEFAULT
+    model = eager_model(config)
+    model.set_attn_implementation("dilated_flash_attention")
+    assert implementations(model) == (*DEFAULT[:2], "sdpa", "sdpa")
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation(None)
+    assert implementations(model) == DEFAULT
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        ({"": "foo"}, "foo"),
+        ({"": "sdpa", "vision_config": "foo"}, "foo"),
+        ({"": "sdpa", "vision_config": "sdpa", "mask_decoder_config": "foo"}, "foo.*mask_decoder_config"),
+        ({"": "sdpa", "prompt_encoder_config": "foo"}, "foo.*prompt_encoder_config"),
+        ({"mask_decoder_config": "flash_attention_2"}, 'flash_attention_2.*mask_decoder_config.*"sdpa" or "eager"'),
+        ({"mask_decoder_config": "flex_attention"}, "flex_attention.*mask_decoder_config"),
+    ],
+)
+def test_attention_that_a_part_cannot_run_is_refused_and_nothing_changes(config, asked, part, tmp_path):
+    model = eager_model(config)
+    with pytest.raises(ValueError, match=part):
+        model.set_attn_implementation(asked)
+    assert implementations(model) == ("eager",) * 4
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=part):
+        SamLighteningModel.from_pretrained(tmp_path, attn_implementation=asked)
+
+
+@pytest.mark.parametrize("found", ["flash_attention_2", "sdpa"])
+def test_flash_attention_asked_of_every_part_leaves_the_mask_decoder_its_sdpa(config, monkeypatch, found):
+    """Without the package, which is not everywhere: `found` is what transformers takes for it, itself or a replacement."""
+
+    def check(self, name, *args, **kwargs):
+        return found if name == "flash_attention_2" else name
+
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", check)
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
+    config._attn_implementation = "flash_attention_2"
+    model = SamLighteningModel(config)
+    assert implementations(model) == (found, found, "sdpa", "sdpa")
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation("flash_attention_2")
+    assert implementations(model) == (found, found, "sdpa", "sdpa")
+
+
+def test_attention_function_of_ones_own_runs_in_every_part(model, pixel_values):
+    ran = []
+
+    def own(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+        ran.append(type(module).__name__)
+        weights = torch.softmax(query @ key.transpose(-1, -2) * scaling, dim=-1)
+        return (weights @ value).transpose(1, 2), weights
+
+    AttentionInterface.register("own_attention", own)
+    try:
+        with torch.no_grad():
+            expected = model(pixel_values, input_boxes=BOXES).pred_masks
+            model.set_attn_implementation("own_attention")
+            masks = model(pixel_values, input_boxes=BOXES).pred_masks
+    finally:
+        del AttentionInterface._global_mapping["own_attention"]
+    assert ran.count("SamLighteningVisionAttention") == 3
+    assert ran.count("SamAttention") == 7  # three in each of two layers, and the last one
+    torch.testing.assert_close(masks, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("load", [SamLighteningModel, AutoModel, AutoModelForMaskGeneration])
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (None, DEFAULT),
+        ("dilated_flash_attention", DEFAULT),
+        ("sdpa", ("sdpa",) * 4),
+        ("eager", ("eager",) * 4),
+        ({"": "eager", "mask_decoder_config": "sdpa"}, ("eager", *DEFAULT[1:])),
+        ({"": "eager"}, ("eager", *DEFAULT[1:])),
+        ({"vision_config": "eager", "mask_decoder_config": "sdpa"}, (DEFAULT[0], "eager", "sdpa", "sdpa")),
+        ({"mask_decoder_config": "eager"}, (*DEFAULT[:3], "eager")),
+    ],
+)
+def test_attention_asked_for_while_loading(model, pixel_values, tmp_path, load, asked, expected):
+    """Of a folder whose model ran another one: that is no part of a checkpoint."""
+    model.set_attn_implementation("eager" if asked != "eager" else "sdpa")
+    model.save_pretrained(tmp_path)
+    loaded = load.from_pretrained(tmp_path, **({} if asked is None else {"attn_implementation": asked}))
+    assert implementations(loaded) == expected
+    with torch.no_grad():
+        outputs, expected_outputs = (m(pixel_values, input_boxes=BOXES) for m in (loaded, model))
+    torch.testing.assert_close(outputs.pred_masks, expected_outputs.pred_masks, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_modules_take_the_attention_of_their_part(model, tmp_path, name):
+    model.save_pretrained(tmp_path)
+    loaded = SamLighteningModel.from_pretrained(tmp_path, attn_implementation=name)
+    attentions = [module for module in loaded.modules() if type(module).__name__.endswith("Attention")]
+    assert len(attentions) == 3 + 7
+    assert {module.config._attn_implementation for module in attentions} == {name}
+
+
+def test_attention_of_a_config(config):
+    values = config.to_dict()
+    made = SamLighteningConfig(**values, attn_implementation="eager")
+    assert implementations(made) == ("eager",) * 4
+    made._attn_implementation = "sdpa"
+    assert implementations(made) == ("sdpa",) * 4
+    made._attn_implementation = {"": "eager", "vision_config": "dilated_flash_attention"}
+    assert implementations(made) == implementations(SamLighteningModel(made))
+    assert implementations(made) == ("eager", "dilated_flash_attention", "sdpa", "sdpa")
+    assert implementations(SamLighteningModel._from_config(config, attn_implementation="sdpa")) == ("sdpa",) * 4
+
+
+def test_parts_share_the_configs_of_the_whole(model):
+    assert model.vision_encoder.config is model.config.vision_config
+    assert model.mask_decoder.config is model.config.mask_decoder_config
+    for module in model.modules():
+        if type(module).__name__ == "SamAttention":
+            assert module.config is model.config.mask_decoder_config
+
+
+def test_attentions_asked_for_by_the_config(config, pixel_values):
+    """Of the whole and of the image encoder, as in SamModel. Before a model is made it also asks for "eager"."""
+    config.output_attentions = config.vision_config.output_attentions = True
+    model = SamLighteningModel(config).eval()
+    assert implementations(model) == ("eager",) * 4
+    outputs = model(pixel_values, input_boxes=BOXES)
+    assert (len(outputs.vision_attentions), len(outputs.mask_decoder_attentions)) == (3, 2)
+    without = model(pixel_values, input_boxes=BOXES, output_attentions=False)
+    assert without.vision_attentions is None
+    assert without.mask_decoder_attentions is None
+
+
+def test_main_input_and_prefix(any_model):
+    assert any_model.main_input_name == "pixel_values"
+    assert any_model.base_model is any_model
+    assert all(isinstance(tensor, torch.Tensor) for tensor in any_model.state_dict().values())
+
+
+def test_every_tensor_is_a_parameter_or_a_buffer(any_model, pixel_values):
+    """A tensor that is neither stays behind when the model goes to another device."""
+    for module in any_model.modules():
+        stray = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        assert not stray, f"{type(module).__name__}: {stray}"
+
+
+def test_pickle_and_copy_change_no_output(any_model, pixel_values, tmp_path):
+    torch.save(any_model.state_dict(), tmp_path / "weights.pt")
+    loaded = type(any_model)(copy.deepcopy(any_model.config)).eval()
+    loaded.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    with torch.no_grad():
+        expected = any_model(pixel_values)
+        for other in (loaded, copy.deepcopy(any_model), pickle.loads(pickle.dumps(any_model))):
+            outputs = other(pixel_values)
+            assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(model, tmp_path):
+    weights = model.state_dict()
+    lacking = {"mask_decoder.iou_token.weight", "vision_encoder.neck.conv1.weight"}
+    model.save_pretrained(tmp_path, state_dict={name: value for name, value in weights.items() if name not in lacking})
+    _, info = SamLighteningModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == lacking
+    model.save_pretrained(tmp_path)
+    _, info = SamLighteningModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_weights_that_are_not_contiguous_are_saved(model, tmp_path):
+    weight = model.vision_encoder.layers[0].mlp.lin1.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous()
+    model.save_pretrained(tmp_path)
+    loaded = SamLighteningModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.vision_encoder.layers[0].mlp.lin1.weight, weight)
+
+
+def test_it_can_be_made_on_meta_and_loaded_there(model, tmp_path):
+    with torch.device("meta"):
+        empty = SamLighteningModel(copy.deepcopy(model.config))
+    assert {tensor.device.type for tensor in (*empty.parameters(), *empty.buffers())} == {"meta"}
+    model.save_pretrained(tmp_path)
+    with torch.device("cpu"):
+        loaded = SamLighteningModel.from_pretrained(tmp_path)
+    assert {tensor.device.type for tensor in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
+
+
+def test_buffers_have_an_initialisation(any_model):
+    """As weights have: a checkpoint may lack them, and then they were made on "meta", where there are no values."""
+    loaded = type(any_model).from_pretrained(None, config=copy.deepcopy(any_model.config), state_dict={})
+    for name, buffer in any_model.named_buffers():
+        other = loaded.get_buffer(name)
+        assert other.isfinite().all(), name
+        assert 0.5 < (other.std() / buffer.std()).item() < 2.0, name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_training_with_either_kind_of_checkpointing(config, pixel_values, use_reentrant):
+    model = SamLighteningModel(config).train()
+    model.enable_input_require_grads()  # as PEFT does: reentrant checkpointing needs an input with a gradient
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model(pixel_values, input_boxes=BOXES).pred_masks.square().mean().backward()
+    encoder = dict(model.vision_encoder.named_parameters())
+    assert not [name for name, parameter in encoder.items() if parameter.grad is None]
+    model.gradient_checkpointing_disable()
+    assert not any(layer.gradient_checkpointing for layer in model.vision_encoder.layers)
+    model.disable_input_require_grads()
+
+
+def test_frozen_encoder_lets_gradients_through_to_its_input(model, pixel_values):
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    patches = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: patches.append(output))
+    assert model(pixel_values, input_boxes=BOXES).pred_masks.requires_grad
+    handle.remove()
+    assert patches[0].requires_grad
+
+
+def test_a_part_of_the_checkpoint_loads_as_its_config(config, tmp_path):
+    """The configs of the parts, from the folder of the whole, as transformers' ConfigTester asks."""
+    config.save_pretrained(tmp_path)
+    for part in PARTS[1:]:
+        expected = getattr(config, part)
+        loaded = type(expected).from_pretrained(tmp_path)
+        assert loaded.to_dict() == expected.to_dict()
+    assert SamLighteningConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert SamLighteningConfig.from_json_file(tmp_path / "config.json").to_json_string() == config.to_json_string()

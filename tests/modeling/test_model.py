@@ -122,17 +122,6 @@ def test_which_attention_function_runs(model, pixel_values, monkeypatch):
     assert len(ran) == 3
 
 
-def test_set_attn_implementation_reaches_every_part_without_a_warning(model, caplog):
-    parts = model.config.vision_config, model.config.mask_decoder_config
-    assert [part._attn_implementation for part in parts] == ["dilated_flash_attention", "sdpa"]
-    for asked, expected in {"eager": ["eager", "eager"], "sdpa": ["sdpa", "sdpa"]}.items():
-        model.set_attn_implementation(asked)
-        assert [part._attn_implementation for part in parts] == expected
-    model.set_attn_implementation({"vision_config": "dilated_flash_attention"})
-    assert [part._attn_implementation for part in parts] == ["dilated_flash_attention", "sdpa"]
-    assert not caplog.records
-
-
 @pytest.mark.parametrize("version", [2, 3, 4])
 def test_flash_attention_that_is_not_installed_is_refused_with_the_reason(config, model, version, tmp_path):
     from transformers.utils import import_utils
@@ -145,11 +134,6 @@ def test_flash_attention_that_is_not_installed_is_refused_with_the_reason(config
     model.save_pretrained(tmp_path)
     with pytest.raises((ImportError, ValueError), match=f"(?i)flash.?attention.?{version}"):
         SamLighteningModel.from_pretrained(tmp_path, attn_implementation=name)
-
-
-def test_unknown_implementation_is_refused(model):
-    with pytest.raises(ValueError, match="nonsense"):
-        model.set_attn_implementation("nonsense")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -219,16 +203,6 @@ def test_picture_of_another_size_is_refused(model):
 def test_pixels_that_are_not_normalized_are_refused(model, dtype):
     with pytest.raises(ValueError, match="rescale and normalize"):
         model(torch.zeros(1, 3, 32, 32, dtype=dtype))
-
-
-def test_explicit_attention_of_the_mask_decoder(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    asked = {"mask_decoder_config": "eager"}
-    loaded = SamLighteningModel.from_pretrained(tmp_path, attn_implementation=asked)
-    assert loaded.config.mask_decoder_config._attn_implementation == "eager"
-    assert loaded.config.vision_config._attn_implementation == "dilated_flash_attention"
-    loaded.set_attn_implementation("sdpa")
-    assert loaded.config.mask_decoder_config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

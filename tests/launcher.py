@@ -1,0 +1,58 @@
+"""Scripts on several processes of this machine, as `accelerate launch` would start them."""
+
+import atexit
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).parents[1]
+_ENDED = "process {rank} ended, in a group: {in_group}"
+
+
+def main(script: str, *arguments: str):
+    """Runs a script as itself, and has it say at its end whether it left the group of processes."""
+    atexit.register(
+        lambda: print(_ENDED.format(rank=os.environ["RANK"], in_group=torch.distributed.is_initialized()), flush=True)
+    )
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def torchrun(script: Path, num_ranks: int, *arguments, cuda: bool = False) -> str:
+    """Returns what the script prints on `num_ranks` processes, all of which must succeed, and leave their group."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(num_ranks),
+        __file__,
+        script,
+    ]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}),
+    }
+    process = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    printed = process.stdout
+    for rank in range(num_ranks):
+        ended = _ENDED.format(rank=rank, in_group=False) + "\n"
+        assert printed.count(ended) == 1, printed
+        printed = printed.replace(ended, "")
+    return printed
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
