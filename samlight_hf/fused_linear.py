@@ -40,7 +40,8 @@ class Rows:
 class FusedLinear:
     """A linear layer, after a LayerNorm and before a GELU if it has these, with its weights ready for the kernel.
 
-    `order` puts the layer's output features in another order, int64 (N,). For inference: there is no gradient.
+    `order` puts the layer's output features in another order, int64 (N,). For inference: there is no gradient. On Hopper a kernel
+    reads its weights before the kernel ahead of it has ended: whoever changes them waits until the device has.
     """
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ class FusedLinear:
         # Of the rounded weight, or the mean would not vanish.
         self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
         self.eps, self.gelu = 0.0 if norm is None else norm.eps, gelu
-        if self.weight.is_cuda:  # kernels read all this before what ran last has ended
+        if self.weight.is_cuda:  # it has just changed them
             torch.cuda.current_stream(self.weight.device).synchronize()
 
     def __call__(
@@ -318,8 +319,6 @@ if triton is not None:
         shift = tl.load(bias + columns)
         if NORM:
             sums = tl.load(row_sums + columns)
-        wait_for_the_last_kernel(OVERLAP)
-        if NORM:
             mean, factor = _mean_and_factor(given, rows, num_rows, eps, K, GIVEN_PARTS, BLOCK_M)
         if RESIDUAL:
             added = residual.load([first_row % num_residual_rows, first_column])
@@ -362,7 +361,6 @@ if triton is not None:
         shift = tl.load(bias + columns)
         if POSITIONS:
             added = positions.load([first_row % (HEIGHT * WIDTH), first_column])
-        wait_for_the_last_kernel(OVERLAP)
         line, image = rows // WIDTH % HEIGHT, (rows // (HEIGHT * WIDTH)).to(tl.int64)
         corners = image * (CHANNELS * HEIGHT * WIDTH * SIZE * SIZE) + line * (SIZE * SIZE * WIDTH) + rows % WIDTH * SIZE
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -405,3 +403,5 @@ if triton is not None:
         place = found + 2 * part * num_rows + rows
         tl.store(place, mean)
         tl.store(place + num_rows, tl.sum(apart * apart, axis=1))
+        wait_for_the_last_kernel(OVERLAP)
+        wait_for_the_last_kernel(OVERLAP)  # and so for whoever wrote the weights, of this layer and of all that follow

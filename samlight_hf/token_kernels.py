@@ -115,7 +115,8 @@ def reference(decoder, encoder, positions, image, prompts, masks: slice):
 class TokenKernels:
     """A mask decoder but for its end: from prompts and image tokens to scores, and to what masks are made with.
 
-    Weights are read when they are used, but those of the heads and of the prompts' embedding, which are copied here.
+    Weights are read when they are used, but those of the heads and of the prompts' embedding, which are copied here. Most kernels
+    read them before the one ahead has ended; the first of a call does not, and so waits for whoever wrote them.
     """
 
     @torch.no_grad()

@@ -173,6 +173,21 @@ def test_the_patch_kernel_on_a_gpu(dtype):
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_patches_wait_for_the_positions_that_the_kernel_ahead_of_them_writes():
+    """A layer lets the next kernel begin before it has written anything."""
+    writer, rows, _, _ = make((False, False, 0, False, False), torch.bfloat16, "cuda", 4096, 1536, 384)
+    patches = FusedLinear(torch.randn(384, 768, device="cuda").to(torch.bfloat16) / 28, None)
+    pixel_values = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+    positions = launch(writer, rows).values
+    expected = launch_patches(patches, pixel_values, positions.clone()).values
+    for _ in range(20):
+        memory = torch.zeros(4096 * 384, device="cuda", dtype=torch.bfloat16)
+        written = launch(writer, rows, memory=memory).values
+        assert torch.equal(launch_patches(patches, pixel_values, written).values, expected)
+
+
+@pytest.mark.gpu
 def test_kernels_that_overlap_read_what_the_one_before_wrote():
     """A chain of layers, each on the last one's output, over and over: a kernel that did not wait would show."""
     layer, rows, _, _ = make((False, False, 0, True, False), torch.bfloat16, "cuda", 4096, 384, 384)
