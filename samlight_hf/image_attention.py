@@ -113,11 +113,11 @@ def launch_seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Ten
     if not seen.numel():
         return seen
     with torch.cuda.device_of(image):  # where Triton launches
-        _seen_kernel[(num_parts, num_prompts)](
+        _seen_kernel[(num_prompts, num_parts)](  # only the first may be more than 65,535
             queries.contiguous(), image, positions, sums, *statistics, num_rows, num_tokens, _stride(image), blocks_of_part,
             CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2, **overlap_options(image),
         )  # fmt: skip
-        _sum_kernel[(num_rows, num_prompts)](
+        _sum_kernel[(num_prompts, num_rows)](
             sums, *statistics, seen, num_parts,
             CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts), **overlap_options(image),
         )  # fmt: skip
@@ -141,7 +141,7 @@ def launch_update(
     if not updated.numel():
         return updated
     with torch.cuda.device_of(image):  # where Triton launches
-        _update_kernel[(triton.cdiv(blocks, blocks_of_part), num_prompts)](
+        _update_kernel[(num_prompts, triton.cdiv(blocks, blocks_of_part))](
             image, positions, keys.contiguous(), biases.contiguous(), values.contiguous(), norm.weight, norm.bias, updated,
             rows, num_tokens, _stride(image), blocks_of_part, norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)), BLOCK=_BLOCK,
@@ -165,18 +165,18 @@ if triton is not None:
     ):  # fmt: skip
         """What all queries of one prompt see of a part of the image."""
         wait_for_the_last_kernel(OVERLAP)
-        prompt = tl.program_id(1)
+        prompt = tl.program_id(0).to(tl.int64)
         row = tl.arange(0, ROWS)
         channel = tl.arange(0, CHANNELS)
         wanted = row < num_rows
         rows = (prompt * num_rows + row)[:, None] * CHANNELS + channel[None, :]
         query = tl.load(queries + rows, mask=wanted[:, None], other=0.0)
-        image += prompt.to(tl.int64) * image_stride
+        image += prompt * image_stride
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         seen = tl.zeros((ROWS, CHANNELS), tl.float32)
         for number in range(blocks_of_part):
-            token = (tl.program_id(0) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
+            token = (tl.program_id(1) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
             tokens = tl.load(image + places, mask=real[:, None], other=0.0)
@@ -191,10 +191,10 @@ if triton is not None:
             total = total * factor + tl.sum(weights, axis=1)
             seen = tl.dot(weights.to(tokens.dtype), tokens, seen * factor[:, None])
             largest = higher
-        part = prompt * tl.num_programs(0) + tl.program_id(0)
+        part = prompt * tl.num_programs(1) + tl.program_id(1)
         tl.store(maxima + part * num_rows + row, largest, mask=wanted)
         tl.store(totals + part * num_rows + row, total, mask=wanted)
-        places = (part.to(tl.int64) * num_rows + row)[:, None] * CHANNELS + channel[None, :]
+        places = (part * num_rows + row)[:, None] * CHANNELS + channel[None, :]
         tl.store(sums + places, seen, mask=wanted[:, None])
 
     @triton.jit
@@ -203,7 +203,7 @@ if triton is not None:
     ):
         """One row of one prompt, of all parts."""
         wait_for_the_last_kernel(OVERLAP)
-        row, num_rows, prompt = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+        prompt, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         part = tl.arange(0, PARTS)
         channel = tl.arange(0, CHANNELS)
         real = part < num_parts
@@ -214,7 +214,7 @@ if triton is not None:
         places = place.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         parts = tl.load(sums + places, mask=real[:, None], other=0.0)
         result = tl.sum(parts * factor[:, None], axis=0) / total
-        tl.store(seen + (prompt * num_rows + row) * CHANNELS + channel, result.to(seen.dtype.element_ty))
+        tl.store(seen + (prompt.to(tl.int64) * num_rows + row) * CHANNELS + channel, result.to(seen.dtype.element_ty))
 
     @triton.jit
     def _update_kernel(
@@ -224,11 +224,13 @@ if triton is not None:
     ):  # fmt: skip
         """A part of the image tokens and all tokens of one prompt, `num_own` of them in each head."""
         wait_for_the_last_kernel(OVERLAP)
-        prompt = tl.program_id(1)
+        prompt, part_of_prompt = tl.program_id(0).to(tl.int64), tl.program_id(1)
         channel = tl.arange(0, CHANNELS)
         column = tl.arange(0, HEADS * TOKENS)
         own = column % TOKENS
-        row = (prompt * HEADS + column // TOKENS) * num_own + own
+        row = column // TOKENS * num_own + own
+        first = prompt * HEADS * num_own
+        keys, values, biases = keys + first * CHANNELS, values + first * CHANNELS, biases + first
         wanted = own < num_own
         key = tl.load(keys + row[None, :] * CHANNELS + channel[:, None], mask=wanted[None, :], other=0.0)
         value = tl.load(values + row[:, None] * CHANNELS + channel[None, :], mask=wanted[:, None], other=0.0)
@@ -236,10 +238,10 @@ if triton is not None:
         bias = tl.where(wanted, bias, float("-inf"))[None, :]
         scale = tl.load(norm_weight + channel).to(tl.float32)[None, :]
         shift = tl.load(norm_bias + channel).to(tl.float32)[None, :]
-        image += prompt.to(tl.int64) * image_stride
-        updated += prompt.to(tl.int64) * num_tokens * CHANNELS
+        image += prompt * image_stride
+        updated += prompt * num_tokens * CHANNELS
         for number in range(blocks_of_part):
-            token = (tl.program_id(0) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
+            token = (part_of_prompt * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
             tokens = tl.load(image + places, mask=real[:, None], other=0.0)

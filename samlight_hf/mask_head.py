@@ -103,7 +103,7 @@ def launch(
     programs_of_block = 1 if num_prompts * blocks >= _PROGRAMS else 4
     if num_kept:
         with torch.cuda.device_of(image_tokens):  # where Triton launches
-            _kernel[(blocks, num_prompts, programs_of_block)](
+            _kernel[(num_prompts, blocks, programs_of_block)](  # only the first may be more than 65,535
                 image_tokens, weights.weight1, weights.bias1, weights.norm.weight, weights.norm.bias,
                 weights.weight2, weights.bias2, hyper, slots, logits, num_tokens, width, weights.norm.eps, 4 // programs_of_block,
                 CHANNELS=channels, MASKS=hyper.shape[1], BLOCK=_BLOCK, num_warps=4, num_stages=1, **overlap_options(image_tokens),
@@ -126,13 +126,13 @@ if triton is not None:
     ):  # fmt: skip
         QUARTER: tl.constexpr = CHANNELS // 4
         EIGHTH: tl.constexpr = CHANNELS // 8
-        prompt = tl.program_id(1)
+        prompt = tl.program_id(0)
         wait_for_the_last_kernel(OVERLAP)
         wanted = -1
         for place in tl.static_range(MASKS):
             wanted = tl.maximum(wanted, tl.load(slots + prompt * MASKS + place))
         if wanted >= 0:
-            token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             channel = tl.arange(0, CHANNELS)
             quarter = tl.arange(0, QUARTER)
