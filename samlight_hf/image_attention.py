@@ -5,15 +5,22 @@ times for each prompt; the kernels read image tokens once, write new ones once, 
 sums are float32. Both directions take the tokens' side of the projections as C channels of the image, as `mask_decoder` tells.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import nn
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .triton_support import failure, normal_numbers, overlap_options, tl, triton, why_not_decoder
+from .triton_support import (
+    launched,
+    normal_numbers,
+    overlap_options,
+    tl,
+    triton,
+    why_not_decoder,
+    why_not_tried,
+)
 
 
+_NAME = "the attention of the mask decoder"
 _BLOCK = 32  # image tokens
 _PROGRAMS = 528  # that a device is given: two at a time on each multiprocessor of an H100, twice
 _MOST_PARTS = 128  # of an image
@@ -27,30 +34,31 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_
         return reason
     if num_heads not in (1, 2, 4, 8):
         return f"the decoder has {num_heads} heads, and not 1, 2, 4 or 8."
-    return _why_not_at_all(channels, dtype)
+    return _why_not_tried(device, channels, dtype, num_heads)
 
 
-@lru_cache(maxsize=8)
-def _why_not_at_all(channels: int, dtype: torch.dtype) -> str | None:
-    @torch.inference_mode()
+def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype, num_heads: int) -> str | None:
     def attempt() -> bool:
-        numbers, norm = normal_numbers(), nn.LayerNorm(channels).to("cuda", dtype)
+        numbers, norm = normal_numbers(device), nn.LayerNorm(channels).to(device, dtype)
         # So many that a program goes through several blocks, the last of them not full.
         image, positions = numbers(64, 1000, channels).to(dtype), numbers(1000, channels).to(dtype)
-        queries, keys, values = (0.1 * numbers(3, 64, 56, channels)).to(dtype).unbind()
-        biases = numbers(64, 56).to(dtype)
+        queries, keys, values = (0.1 * numbers(3, 64, 7 * num_heads, channels)).to(dtype).unbind()
+        biases = numbers(64, 7 * num_heads).to(dtype)
         pairs = [
             (launch_seen(queries, image, positions), seen_reference(*_floats(queries, image, positions))),
             (
-                launch_update(image, positions, keys, biases, values, norm, 8),
+                launch_update(image, positions, keys, biases, values, norm, num_heads),
                 update_reference(
-                    *_floats(image, positions, keys, biases, values), norm.float(), 8, add_layer_norm_reference
+                    *_floats(image, positions, keys, biases, values),
+                    norm.float(),
+                    num_heads,
+                    add_layer_norm_reference,
                 ),
             ),
         ]
         return all(bool((found - expected).norm() < 0.01 * expected.norm()) for found, expected in pairs)
 
-    return failure("the attention of the mask decoder", attempt)
+    return why_not_tried(_NAME, device, (channels, dtype, num_heads), attempt)
 
 
 def _floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -60,6 +68,31 @@ def _floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def fits(num_heads: int, num_tokens: int) -> bool:
     """Whether prompts of so many tokens are few enough for the kernels. One with a point, or two, or a box, or both is."""
     return num_heads * triton.next_power_of_2(num_tokens) <= _MOST_ROWS
+
+
+def seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`launch_seen`, or `seen_reference` where Triton cannot compile the kernels for such shapes."""
+    return launched(
+        _NAME, image.device, ("seen", image.dtype, *queries.shape, *image.shape),
+        lambda: launch_seen(queries, image, positions), lambda: seen_reference(queries, image, positions),
+    )  # fmt: skip
+
+
+def update(
+    image: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    biases: torch.Tensor,
+    values: torch.Tensor,
+    norm: nn.LayerNorm,
+    num_heads: int,
+) -> torch.Tensor:
+    """`launch_update`, or `update_reference` where Triton cannot compile the kernel for such shapes."""
+    given = image, positions, keys, biases, values, norm, num_heads
+    return launched(
+        _NAME, image.device, ("update", image.dtype, num_heads, *keys.shape, *image.shape),
+        lambda: launch_update(*given), lambda: update_reference(*given),
+    )  # fmt: skip
 
 
 def seen_reference(queries: torch.Tensor, image: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -211,7 +244,7 @@ if triton is not None:
         largest = tl.load(maxima + place, mask=real, other=float("-inf"))
         factor = tl.exp(largest - tl.max(largest, axis=0))
         total = tl.sum(factor * tl.load(totals + place, mask=real, other=0.0), axis=0)
-        places = place.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        places = place[:, None] * CHANNELS + channel[None, :]
         parts = tl.load(sums + places, mask=real[:, None], other=0.0)
         result = tl.sum(parts * factor[:, None], axis=0) / total
         tl.store(seen + (prompt.to(tl.int64) * num_rows + row) * CHANNELS + channel, result.to(seen.dtype.element_ty))

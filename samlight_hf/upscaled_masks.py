@@ -8,13 +8,12 @@ are asked for, they are all that is written: the logits never are at the picture
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from .preprocessing import upscale_logits
 from .rle import mask_changes
-from .triton_support import failure, tl, triton
+from .triton_support import normal_numbers, tl, triton, why_not_tried
 
 
 _ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of the blocks of the kernels
@@ -41,20 +40,21 @@ class Frame:
     picture: tuple[int, int]
 
 
-def why_not_triton(logits: torch.Tensor) -> str | None:
-    """Why the kernels cannot run on these: a sentence, or None where they can."""
+def why_not_triton(logits: torch.Tensor, frame: Frame | None = None) -> str | None:
+    """Why the kernels cannot run on these, or on such ones with frames of any kind: a sentence, or None where they can."""
     if triton is None:
         return "Triton is not installed."
     if not logits.is_cuda:
         return f"the tensors are on {logits.device}."
-    return _why_not_at_all()
+    kinds = (False, True) if frame is None else (frame.resized != frame.crop,)
+    return next(filter(None, (_why_not_tried(logits.device, logits.dtype, twice) for twice in kinds)), None)
 
 
-@lru_cache(maxsize=1)
-def _why_not_at_all() -> str | None:
+def _why_not_tried(device: torch.device, dtype: torch.dtype, twice: bool) -> str | None:
     def attempt() -> bool:
-        logits = torch.linspace(-9, 9, 2 * 8 * 8, device="cuda").view(2, 8, 8).sin() * 9
-        frame = Frame((32, 32), (32, 24), (40, 30), (2, 3), (50, 40))
+        logits = (9 * normal_numbers(device)(2, 8, 8)).to(dtype)
+        crop = (40, 30) if twice else (32, 24)
+        frame = Frame((32, 32), (32, 24), crop, (2, 3), (50, 40))
         found, expected = (
             function(logits, frame, (0.0, 1.0, -1.0)) for function in (launch_measure, measure_reference)
         )
@@ -65,7 +65,7 @@ def _why_not_at_all() -> str | None:
         differences = (found - expected).abs().max(), (counts - expected_counts).abs().max(), different.sum()
         return max(differences).item() <= 2 and len(positions) == counts.sum()
 
-    return failure("masks at the picture's size", attempt)
+    return why_not_tried("masks at the picture's size", device, (dtype, twice), attempt)
 
 
 def measure(
@@ -77,7 +77,7 @@ def measure(
     the lower threshold; 2 to 5 the first and last column and row of the mask, x1, y1, x2, y2, in the crop, zeros for an
     empty one. At most `step` masks are at the crop's size at once where there is no kernel.
     """
-    if use_triton:
+    if use_triton and why_not_triton(logits, frame) is None:
         return launch_measure(logits, frame, thresholds)
     parts = [measure_reference(part, frame, thresholds) for part in logits.split(step)] if len(logits) else []
     return torch.cat(parts) if parts else logits.new_zeros(0, _NUM_MEASURES, dtype=torch.int32)
@@ -90,6 +90,7 @@ def changes(
 
     At most `step` masks are at the picture's size at once where there is no kernel.
     """
+    use_triton = use_triton and why_not_triton(logits, frame) is None
     launch = launch_changes if use_triton else changes_reference
     if use_triton:  # bits, and the logits in another order and above the threshold
         bytes_of_mask = frame.picture[0] * frame.picture[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
@@ -106,7 +107,7 @@ def masks(logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_t
 
     At most `step` masks' logits are at that size at once where there is no kernel.
     """
-    if use_triton:
+    if use_triton and why_not_triton(logits, frame) is None:
         return launch_masks(logits, frame, threshold)
     parts = [masks_reference(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
     if len(parts) == 1:  # without a copy
