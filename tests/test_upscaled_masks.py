@@ -148,7 +148,7 @@ def test_outlines_of_large_pictures_are_made_of_fewer_masks_at_once(monkeypatch,
 
 @pytest.mark.gpu
 def test_more_masks_than_the_second_axis_of_a_grid_has_programs():
-    """65,535; and more blocks than that of a picture, for outlines."""
+    """65,535; and an image of more blocks than that, for outlines."""
     frame = Frame((16, 16), (16, 12), (20, 15), (1, 2), (24, 20))
     logits = logits_of((4, 4), count=70_000, device="cuda")
     some = torch.tensor([0, 1, 65_534, 65_535, 65_536, len(logits) - 3, len(logits) - 1], device="cuda")
