@@ -123,7 +123,9 @@ def _pipelines(checkpoint: str, picture: Image.Image, kept: str, thresholds: dic
 
 def _why_not_triton(generator: MaskGenerator) -> dict[str, str | None]:
     return {
-        "layer norm": layer_norm.why_not_triton(torch.ones(1, 1, 64, device=DEVICE)),
+        "layer norm": layer_norm.why_not_triton(
+            torch.ones(1, 1, 64, device=DEVICE), torch.nn.LayerNorm(64, device=DEVICE)
+        ),
         "attention of the decoder": generator.decoder.why_not_triton["attention"],
         "end of the decoder": generator.decoder.why_not_triton["head"],
         "masks at the picture's size": upscaled_masks.why_not_triton(torch.empty(0, device=DEVICE)),

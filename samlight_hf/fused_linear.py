@@ -14,16 +14,16 @@ Products are summed in float32, and norm, GELU and residual are computed in it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import hopper_linear
+from . import hopper, hopper_linear
 from .hopper_linear import Input, neighbours_of, rows_of
-from .triton_support import failure, overlap_options, tl, triton
+from .triton_support import normal_numbers, overlap_options, tl, triton, why_not_tried
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Rows:
 class FusedLinear:
     """A linear layer, after a LayerNorm and before a GELU if it has these, with its weights ready for the kernel.
 
-    `order` puts the layer's output features in another order, int64 (N,). For inference: there is no gradient.
+    `order` puts the layer's output features in another order, int64 (N,). For inference: there is no gradient. On Hopper a kernel
+    reads its weights before the kernel ahead of it has ended: whoever changes them waits until the device has.
     """
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ class FusedLinear:
         # Of the rounded weight, or the mean would not vanish.
         self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
         self.eps, self.gelu = 0.0 if norm is None else norm.eps, gelu
-        if self.weight.is_cuda:  # kernels read all this before what ran last has ended
+        if self.weight.is_cuda:  # it has just changed them
             torch.cuda.current_stream(self.weight.device).synchronize()
 
     def __call__(
@@ -79,9 +80,10 @@ class FusedLinear:
         if self.row_sums is not None and rows.statistics is None:
             rows = with_statistics(rows.values)
         x = rows_of(rows.values)
-        if why_not_hopper(self, x, residual) is None:
+        parts = 1 if rows.statistics is None else len(rows.statistics)
+        if why_not_hopper(self, x, residual, statistics, parts) is None:
             return launch_on_hopper(self, x, rows.statistics, residual, statistics, memory=memory)
-        if why_not_triton(self, len(rows.values), rows.values, residual):
+        if why_not_triton(self, rows, residual, statistics):
             return fused_linear_reference(self, rows, residual, statistics)
         return launch(self, rows, residual, statistics, memory=memory)
 
@@ -91,14 +93,17 @@ def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: tor
 
     `positions` (N, channels) are added to each picture's. The kernel reads the pixels where they are.
     """
-    channels, (batch_size, _, height, width) = pixel_values.shape[1], pixel_values.shape
-    size = math.isqrt(layer.weight.shape[1] // channels)
-    if why_not_triton(layer, batch_size * (height // size) * (width // size), pixel_values):
-        patches = pixel_values.to(layer.weight.dtype)
-        patches = patches.view(batch_size, channels, height // size, size, width // size, size)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
-        return layer(Rows(patches), positions, statistics=True)
+    size = math.isqrt(layer.weight.shape[1] // pixel_values.shape[1])
+    if why_not_patches(layer, pixel_values, positions):
+        return layer(Rows(_patches(pixel_values.to(layer.weight.dtype), size)), positions, statistics=True)
     return launch_patches(layer, pixel_values, positions)
+
+
+def _patches(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, C, S, S) to (B * N, C * p * p)."""
+    batch_size, channels, height, width = pixel_values.shape
+    patches = pixel_values.reshape(batch_size, channels, height // size, size, width // size, size)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
 
 
 def convolve(layer: FusedLinear, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -106,14 +111,18 @@ def convolve(layer: FusedLinear, tokens: torch.Tensor, grid: tuple[int, int]) ->
 
     Its features are in the order (y, x, channel).
     """
-    batch_size, _, channels = tokens.shape
+    batch_size = len(tokens)
     images = tokens.unflatten(1, grid)
     neighbours = neighbours_of(images)
     # Many images keep cuDNN's kernel busy, which is then the faster one.
     if neighbours.num_rows <= hopper_linear.FEW_ROWS and why_not_hopper(layer, neighbours) is None:
         return launch_on_hopper(layer, neighbours).values.unflatten(0, (batch_size, -1))
-    weight = layer.weight.view(-1, 3, 3, channels).permute(0, 3, 1, 2)  # channels last
-    return F.conv2d(images.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1).flatten(1, 2)
+    return F.conv2d(images.permute(0, 3, 1, 2), _kernel_of(layer), padding=1).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _kernel_of(layer: FusedLinear) -> torch.Tensor:
+    """(channels, C, 3, 3), channels last, of a `layer` of `convolve`."""
+    return layer.weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
 
 
 def fused_linear_reference(
@@ -138,8 +147,86 @@ def with_statistics(values: torch.Tensor) -> Rows:
     return Rows(values, torch.stack([mean, variance * values.shape[1]])[None])
 
 
-def why_not_triton(layer: FusedLinear, num_rows: int, *tensors: torch.Tensor | None) -> str | None:
-    """Why the kernel cannot run on these inputs of so many rows: a sentence, or None where it can."""
+@dataclass(frozen=True)
+class _Variant:
+    """What a kernel of linear layers is compiled for, but for its tile."""
+
+    dtype: torch.dtype
+    out_features: int
+    in_features: int
+    normalizes: bool = False
+    gelu: bool = False
+    parts: int = 1  # of the statistics that are given
+    adds: bool = False
+    statistics: bool = False
+
+
+def why_not_triton(
+    layer: FusedLinear, rows: Rows, residual: torch.Tensor | None = None, statistics: bool = False
+) -> str | None:
+    """Why Triton's kernel cannot run on these inputs: a sentence, or None where it can."""
+    values, weight = rows.values, layer.weight
+    if reason := _why_not_layer(layer, len(values)):
+        return reason
+    for tensor in (values, *(() if residual is None else (residual,))):
+        if (tensor.dtype, tensor.device) != (weight.dtype, weight.device):
+            return f"the weights are {weight.dtype} on {weight.device}, and what they are given is {tensor.dtype} on {tensor.device}."
+    if residual is not None and (not len(residual) or len(residual) % 128 or len(values) % len(residual)):
+        return (
+            f"{len(values)} rows, of which {len(residual)} are added at a time, are no multiples of those and of 128."
+        )
+    if not hopper.are_aligned(weight, values, residual):
+        return "the tensors are not contiguous, or begin at odd addresses."
+    normalizes = layer.row_sums is not None
+    variant = _Variant(
+        weight.dtype, *weight.shape, normalizes, layer.gelu,
+        len(rows.statistics) if normalizes and rows.statistics is not None else 1, residual is not None, statistics,
+    )  # fmt: skip
+    return _why_not_variant(weight.device, variant, tile_of(len(values), *weight.shape))
+
+
+def why_not_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> str | None:
+    """Why Triton's kernel cannot embed these patches: a sentence, or None where it can."""
+    batch_size, channels, height, width = pixel_values.shape
+    size = math.isqrt(layer.weight.shape[1] // channels)
+    grid = height // size, width // size
+    if reason := _why_not_layer(layer, batch_size * grid[0] * grid[1]):
+        return reason
+    if (height, width) != (grid[0] * size, grid[1] * size):
+        return f"{height} x {width} pixels are no whole patches of {size} x {size}."
+    dtype, device = layer.weight.dtype, layer.weight.device
+    positions_differ = positions is not None and (positions.dtype, positions.device) != (dtype, device)
+    if pixel_values.device != device or positions_differ:
+        return f"the weights are {dtype} on {device}, and the pixels or the positions are not."
+    if positions is not None and (len(positions) != grid[0] * grid[1] or len(positions) % 64):
+        return (
+            f"{len(positions)} positions for images of {grid[0]} x {grid[1]} patches are no multiple of 64, or others."
+        )
+    if not hopper.are_aligned(layer.weight, pixel_values, positions):
+        return "the tensors are not contiguous, or begin at odd addresses."
+
+    variant = _Variant(dtype, *layer.weight.shape, adds=positions is not None, statistics=True)
+    return _why_not_patches_variant(device, variant, pixel_values.dtype, channels, height, width)
+
+
+def _why_not_patches_variant(
+    device: torch.device, variant: _Variant, dtype: torch.dtype, channels: int, height: int, width: int
+) -> str | None:
+    """Of pixel values of this `dtype` and shape."""
+
+    def attempt() -> bool:
+        numbers, size = normal_numbers(device), math.isqrt(variant.in_features // channels)
+        layer, num_patches = _layer_of(numbers, variant), height * width // size**2
+        # Rows of one image may be no multiple of a block.
+        pixel_values = numbers(128 // math.gcd(128, num_patches), channels, height, width).to(dtype)
+        positions = numbers(num_patches, variant.out_features).to(variant.dtype) if variant.adds else None
+        found, patches = launch_patches(layer, pixel_values, positions), _patches(pixel_values.to(variant.dtype), size)
+        return _agree(found, fused_linear_reference(layer, Rows(patches), positions).values)
+
+    return why_not_tried("patches", device, (variant, dtype, channels, height, width), attempt)
+
+
+def _why_not_layer(layer: FusedLinear, num_rows: int) -> str | None:
     weight = layer.weight
     if triton is None:
         return "Triton is not installed."
@@ -148,48 +235,90 @@ def why_not_triton(layer: FusedLinear, num_rows: int, *tensors: torch.Tensor | N
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, and the weights are {str(weight.dtype).removeprefix('torch.')}."
     (out_features, in_features) = weight.shape
-    if in_features % 64 or out_features % 64 or num_rows % 128:
+    if in_features % 64 or out_features % 64 or num_rows % 128 or not num_rows:
         return f"{num_rows} rows, {in_features} and {out_features} features are no multiples of 128, 64 and 64."
-    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        return "the tensors are not contiguous."
-    return why_not_at_all()
+    return None
 
 
-@lru_cache(maxsize=1)
-def why_not_at_all() -> str | None:
-    """Why Triton's kernel does not run on this machine, or None."""
-
-    def attempt() -> bool:
-        fused, rows = _small_layer()
-        found, expected = launch(fused, rows, rows.values, True), fused_linear_reference(fused, rows, rows.values)
-        return torch.allclose(found.values.float(), expected.values.float(), atol=2e-2)
-
-    with torch.inference_mode():
-        return failure("linear layers", attempt)
+def why_not_at_all(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why not even a small layer runs in Triton on this device, or None."""
+    if triton is None:
+        return "Triton is not installed."
+    return _why_not_variant(device, _Variant(dtype, 64, 64, True, True), tile_of(128, 64, 64))
 
 
-def why_not_hopper(layer: FusedLinear, x: Input, residual: torch.Tensor | None = None) -> str | None:
-    """Why the kernel for Hopper GPUs cannot run on these inputs: a sentence, or None where it can."""
-    return hopper_linear.why_not(layer, x, residual) or why_not_hopper_at_all(layer.weight.device)
+def why_not_hopper(
+    layer: FusedLinear, x: Input, residual: torch.Tensor | None = None, statistics: bool = False, parts: int = 1
+) -> str | None:
+    """Why the kernel for Hopper GPUs cannot run on these inputs: a sentence, or None where it can.
 
-
-@lru_cache
-def why_not_hopper_at_all(device: torch.device) -> str | None:
-    """Why the kernel for Hopper GPUs does not run on this device, which is one, or None."""
+    x has statistics of so many `parts`, where the layer normalizes it.
+    """
+    if reason := hopper_linear.why_not(layer, x, residual):
+        return reason
+    (out_features, in_features), normalizes = layer.weight.shape, layer.row_sums is not None
+    tile = hopper_linear.tile_of(x.num_rows, out_features, normalizes, layer.gelu)
+    constants = hopper_linear.constants_of(layer, x, parts, residual is not None, statistics)
 
     def attempt() -> bool:
-        fused, rows = _small_layer()
-        found = launch_on_hopper(fused, rows_of(rows.values), rows.statistics)
-        return torch.allclose(found.values.float(), fused_linear_reference(fused, rows).values.float(), atol=2e-2)
+        sizes = layer.weight.dtype, out_features, in_features
+        variant = _Variant(*sizes, normalizes, layer.gelu, parts, residual is not None, statistics)
+        small, rows, added = _example(layer.weight.device, variant, 512)
+        # As if there were one multiprocessor for each tile's columns, so that a program takes one tile after the other.
+        processors = out_features // tile.columns
+        if x.kind == "ROWS":
+            found = launch_on_hopper(
+                small, rows_of(rows.values), rows.statistics, added, statistics, tile, None, processors
+            )
+            return _agree(found, fused_linear_reference(small, rows, added).values)
+        images = normal_numbers(layer.weight.device)(1, *x.grid, in_features // 9).to(variant.dtype)
+        found = launch_on_hopper(small, neighbours_of(images), tile=tile, num_processors=processors)
+        expected = F.conv2d(images.float().movedim(3, 1), _kernel_of(small).float(), small.bias, padding=1)
+        return _agree(found, expected.movedim(1, 3).flatten(0, 2))
 
-    with torch.inference_mode(), torch.cuda.device(device):
-        return failure("linear layers", attempt, "CUDA", "Triton's kernels")
+    return why_not_tried(
+        "linear layers", layer.weight.device, (tile, *constants.values()), attempt, "CUDA", "Triton's kernels"
+    )
 
 
-def _small_layer() -> tuple[FusedLinear, Rows]:
-    layer = nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
-    values = torch.linspace(-1, 2, 128 * 64, device="cuda").sin().view(128, 64).bfloat16()
-    return FusedLinear(layer.weight, layer.bias, nn.LayerNorm(64, device="cuda"), gelu=True), with_statistics(values)
+def _why_not_variant(device: torch.device, variant: _Variant, tile: dict[str, int]) -> str | None:
+    def attempt() -> bool:
+        layer, rows, residual = _example(device, variant, 256)
+        found = launch(layer, rows, residual, variant.statistics, tile)
+        return _agree(found, fused_linear_reference(layer, rows, residual).values)
+
+    return why_not_tried("linear layers", device, (variant, *tile.values()), attempt)
+
+
+def _example(device: torch.device, variant: _Variant, num_rows: int) -> tuple[FusedLinear, Rows, torch.Tensor | None]:
+    """A layer, its input and its residual, which is shorter."""
+    numbers = normal_numbers(device)
+    values = (numbers(num_rows, variant.in_features) + 1).to(variant.dtype)
+    rows = Rows(values, _statistics_of(values, variant.parts) if variant.normalizes else None)
+    residual = numbers(128, variant.out_features).to(variant.dtype) if variant.adds else None
+    return _layer_of(numbers, variant), rows, residual
+
+
+def _layer_of(numbers: Callable[..., torch.Tensor], variant: _Variant) -> FusedLinear:
+    weight = numbers(variant.out_features, variant.in_features) * variant.in_features**-0.5
+    norm = None
+    if variant.normalizes:
+        norm = nn.LayerNorm(variant.in_features, device=weight.device, dtype=torch.float32)
+        norm.weight.copy_(1 + 0.3 * numbers(variant.in_features))
+        norm.bias.copy_(numbers(variant.in_features))
+    return FusedLinear(weight.to(variant.dtype), numbers(variant.out_features), norm, variant.gelu)
+
+
+def _agree(found: Rows, expected: torch.Tensor) -> bool:
+    """Whether values are those expected, up to rounding, and statistics those of the values."""
+    pairs = [(found.values.float(), expected.float())]
+    if found.statistics is not None:
+        pairs += zip(found.statistics.unbind(1), _statistics_of(found.values, len(found.statistics)).unbind(1))
+    return all(bool((a - b).norm() < 0.01 * b.norm()) for a, b in pairs)
+
+
+def _statistics_of(values: torch.Tensor, parts: int) -> torch.Tensor:
+    return torch.cat([with_statistics(part).statistics for part in values.chunk(parts, dim=1)])
 
 
 def launch_on_hopper(
@@ -200,12 +329,13 @@ def launch_on_hopper(
     statistics: bool = False,
     tile: hopper_linear.Tile | None = None,
     memory: torch.Tensor | None = None,
+    num_processors: int | None = None,
 ) -> Rows:
     """The layer of x by the kernel for Hopper GPUs; `given` are the statistics of x's rows, where these are normalized."""
     out_features = len(layer.weight)
     tile = tile or hopper_linear.tile_of(x.num_rows, out_features, layer.row_sums is not None, layer.gelu)
     output, found = _results(layer.weight, x.num_rows, out_features, tile.columns, statistics, memory)
-    hopper_linear.launch(layer, x, tile, output, given, found, residual)
+    hopper_linear.launch(layer, x, tile, output, given, found, residual, num_processors)
     return Rows(output, found)
 
 
@@ -314,12 +444,11 @@ if triton is not None:
         # Tiles of the same rows are neighbours: they read these rows at about the same time, from the cache.
         first_row, first_column = tile // (N // BLOCK_N) * BLOCK_M, tile % (N // BLOCK_N) * BLOCK_N
         rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        wait_for_the_last_kernel(OVERLAP)
         # What comes after the product is asked for before it, and is there by then.
         shift = tl.load(bias + columns)
         if NORM:
             sums = tl.load(row_sums + columns)
-        wait_for_the_last_kernel(OVERLAP)
-        if NORM:
             mean, factor = _mean_and_factor(given, rows, num_rows, eps, K, GIVEN_PARTS, BLOCK_M)
         if RESIDUAL:
             added = residual.load([first_row % num_residual_rows, first_column])
@@ -359,10 +488,10 @@ if triton is not None:
         tile = tl.program_id(0)
         first_row, first_column = tile // (N // BLOCK_N) * BLOCK_M, tile % (N // BLOCK_N) * BLOCK_N
         rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        wait_for_the_last_kernel(OVERLAP)  # and so for whoever wrote the weights, of this layer and of all that follow
         shift = tl.load(bias + columns)
         if POSITIONS:
             added = positions.load([first_row % (HEIGHT * WIDTH), first_column])
-        wait_for_the_last_kernel(OVERLAP)
         line, image = rows // WIDTH % HEIGHT, (rows // (HEIGHT * WIDTH)).to(tl.int64)
         corners = image * (CHANNELS * HEIGHT * WIDTH * SIZE * SIZE) + line * (SIZE * SIZE * WIDTH) + rows % WIDTH * SIZE
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

@@ -4,6 +4,7 @@ Hopper's tensor cores, and what copies to them, are reached fully in CUDA alone.
 compiler as a library, and `cuda.bindings`, which are imported when they are needed.
 """
 
+import contextlib
 import ctypes
 import hashlib
 from functools import lru_cache
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cuda.bindings.driver import CUfunction, CUtensorMap
 
 _HEADER = Path(__file__).with_suffix(".cuh")
+_CUBIN, _ELF = "kernel.cubin", b"\x7fELF"  # how its content begins
 _OPTIONS = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-v"]
 
 
@@ -86,28 +88,41 @@ def compile_source(source: str) -> tuple[bytes, str]:
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))  # to be written to, which bytes must not be
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        log = log.decode().strip("\0 ")
+        log = log.decode(errors="replace").strip("\0 ")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(log)
-        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
-        return code, log
+        return bytes(code), log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
 def compiled(source: str) -> bytes:
-    """Machine code: that of an earlier process, from Triton's cache, or new."""
+    """Machine code: that of an earlier process, from Triton's cache, or new.
+
+    The cache may be cleared by others at any time, be full, or not be writable: then the code is made again. It is trusted:
+    what lies there is run.
+    """
     from cuda.bindings import nvrtc
     from triton.runtime.cache import get_cache_manager
 
     version = _checked(nvrtc.nvrtcVersion())
-    cache = get_cache_manager(hashlib.sha256(repr((version, _OPTIONS, source)).encode()).hexdigest())
-    if (kept := cache.get_file("kernel.cubin")) is None:
-        kept = cache.put(compile_source(source)[0], "kernel.cubin")
-    return Path(kept).read_bytes()
+    key = hashlib.sha256(repr((version, _OPTIONS, source)).encode()).hexdigest()
+    cache = None
+    try:
+        cache = get_cache_manager(key)  # which makes a directory
+        if (kept := cache.get_file(_CUBIN)) and (code := Path(kept).read_bytes()).startswith(_ELF):
+            return code
+    except (OSError, RuntimeError):  # removed since it was found, or no place for it
+        pass
+    code = compile_source(source)[0]
+    with contextlib.suppress(OSError):
+        if cache is not None:
+            cache.put(code, _CUBIN)  # aside, and moved: nobody reads half of it
+    return code
 
 
 def load_kernel(device: torch.device, code: bytes, name: str, shared_bytes: int) -> "CUfunction":
@@ -184,12 +199,17 @@ def _argument(value) -> tuple:
 
 @lru_cache
 def num_processors(device: torch.device) -> int:
+    """Of a device with a number, as those of tensors have."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _checked(answer: tuple):
-    """What a function of `cuda.bindings` returns beside its status. Raises RuntimeError for a status that is not success."""
+    """What a function of `cuda.bindings` returns beside its status.
+
+    Raises RuntimeError for a status that is not success, as torch.OutOfMemoryError where memory ran out.
+    """
     status, *values = answer
     if int(status):
-        raise RuntimeError(f"CUDA says {status.name}.")
+        kind = torch.OutOfMemoryError if "OUT_OF_MEMORY" in status.name else RuntimeError
+        raise kind(f"CUDA says {status.name}.")
     return values[0] if len(values) == 1 else values

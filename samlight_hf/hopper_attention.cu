@@ -19,6 +19,7 @@ struct Shared {
     char keys[STAGES][BLOCK_BYTES], values[STAGES][BLOCK_BYTES];
     u64 queries_loaded, keys_loaded[STAGES], values_loaded[STAGES], used[STAGES];
 };
+static_assert(sizeof(Shared) == SHARED_BYTES);
 
 // A group: where its q, k and v are.
 struct Group {

@@ -4,14 +4,14 @@ It reads queries, keys and values where the projection wrote them, and overlaps 
 """
 
 import math
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from . import hopper
-from .modeling.dilated_attention import check_pattern, dilated_attention_reference
-from .triton_support import failure, normal_numbers
+from .modeling.dilated_attention import check_pattern
+from .triton_support import normal_numbers, why_not_tried
 
 
 STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by a program's warpgroups
@@ -36,28 +36,37 @@ def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, d
         return "there are no images."
     if not hopper.are_aligned(qkv):
         return "the tensor is not contiguous, or begins at an odd address."
-    return _why_not_at_all(qkv.device, _is_per_head(dilation_rate, dilation_offsets))
+    return _why_not_tried(qkv.device, **_constants(qkv, segment_length, dilation_rate, dilation_offsets))
 
 
-def _is_per_head(dilation_rate: int, dilation_offsets: str) -> bool:
-    """Whether it is the kernel of one residue class a head: with a rate of 1 there is one alone."""
-    return dilation_offsets == "per_head" and dilation_rate > 1
+def _why_not_tried(device: torch.device, **constants: int) -> str | None:
+    """Why the kernel of these constants does not run on this device, a Hopper GPU, or None."""
 
-
-@lru_cache
-def _why_not_at_all(device: torch.device, per_head: bool) -> str | None:
-    """Why the kernel does not run on this device, a Hopper GPU, or None."""
-    dilation_offsets = "per_head" if per_head else "all"
-
-    @torch.inference_mode()
     def attempt() -> bool:
-        qkv = normal_numbers()(1, 512, 2, 3, _DIM).bfloat16()
-        expected, _ = dilated_attention_reference(*qkv.float().unbind(3), 512, 2, dilation_offsets)
-        found = launch(qkv, 512, 2, dilation_offsets, _DIM**-0.5)
-        return bool((found.view_as(expected).float() - expected).norm() < 0.01 * expected.norm())
+        rate, heads = constants["DILATION"], constants["HEADS"]
+        num_tokens, dtype = constants["GROUP"] * rate, torch.bfloat16 if constants["BFLOAT16"] else torch.float16
+        qkv = normal_numbers(device)(2, num_tokens, heads, 3, _DIM).to(dtype)
+        some = torch.linspace(0, num_tokens - 1, 64, device=qkv.device).long()  # all would take much memory
+        per_head = bool(constants["PER_HEAD"])
+        found = launch(qkv, None, rate, "per_head" if per_head else "all", _DIM**-0.5, constants["WARPGROUPS"])
+        found, expected = found.view(*qkv.shape[:3], _DIM), attention_of_tokens(qkv[-1], some, rate, per_head)
+        return bool(found.isfinite().all() and (found[-1, some] - expected).norm() < 0.01 * expected.norm())
 
-    with torch.cuda.device(device):
-        return failure("attention", attempt, "CUDA", "other kernels")
+    return why_not_tried("attention", device, tuple(constants.items()), attempt, "CUDA", "other kernels")
+
+
+def attention_of_tokens(qkv: torch.Tensor, tokens: torch.Tensor, dilation_rate: int, per_head: bool) -> torch.Tensor:
+    """`dilated_attention` of the one segment `qkv` (N, H, 3, D), for some of its `tokens` (T,): float32 (T, H, D)."""
+    num_tokens, num_heads, _, head_dim = qkv.shape
+    query, key, value = qkv.float().permute(2, 1, 0, 3)  # (H, N, D) each
+    classes = torch.arange(num_tokens, device=qkv.device) % dilation_rate
+    scores = query[:, tokens] @ key.mT * head_dim**-0.5
+    scores = scores.masked_fill(classes[tokens, None] != classes, float("-inf"))
+    found = (scores.softmax(dim=-1) @ value).transpose(0, 1)
+    if per_head:  # zero in other residue classes than the head's
+        heads = torch.arange(num_heads, device=qkv.device) % dilation_rate
+        found = found * (classes[tokens, None] == heads)[..., None]
+    return found
 
 
 def launch(
@@ -72,14 +81,10 @@ def launch(
     batch_size, num_tokens, num_heads, _, head_dim = qkv.shape
     segment_length = segment_length or num_tokens
     group, num_segments = segment_length // dilation_rate, batch_size * num_tokens // segment_length
-    per_head = _is_per_head(dilation_rate, dilation_offsets)
-    num_groups = num_heads * num_segments * (1 if per_head else dilation_rate)
-    warpgroups = warpgroups or warpgroups_of(num_groups, group, hopper.num_processors(qkv.device))
+    constants = _constants(qkv, segment_length, dilation_rate, dilation_offsets, warpgroups)
+    num_groups, warpgroups = _num_groups(constants, num_segments), constants["WARPGROUPS"]
     queries = warpgroups * _WARPGROUP_QUERIES
-    kernel, shared_bytes = _kernel(
-        qkv.device, BFLOAT16=int(qkv.dtype == torch.bfloat16), HEADS=num_heads, DILATION=dilation_rate, GROUP=group,
-        PER_HEAD=int(per_head), WARPGROUPS=warpgroups, STAGES=STAGES[warpgroups],
-    )  # fmt: skip
+    kernel, shared_bytes = _kernel(qkv.device, **constants)
     row = 3 * num_heads * head_dim
     sizes = head_dim, group, dilation_rate, 3 * num_heads, num_segments
     strides = dilation_rate * row, row, head_dim, segment_length * row
@@ -91,6 +96,28 @@ def launch(
         output, scaling * 1.4426950408889634,  # exponentials are of two
     )  # fmt: skip
     return output
+
+
+def _constants(
+    qkv: torch.Tensor, segment_length: int, dilation_rate: int, dilation_offsets: str, warpgroups: int | None = None
+) -> dict[str, int]:
+    """All that the kernel is compiled for."""
+    batch_size, num_tokens, num_heads, *_ = qkv.shape
+    constants = {
+        "BFLOAT16": int(qkv.dtype == torch.bfloat16), "HEADS": num_heads, "DILATION": dilation_rate,
+        "GROUP": segment_length // dilation_rate,
+        # With a rate of 1 there is one residue class alone.
+        "PER_HEAD": int(dilation_offsets == "per_head" and dilation_rate > 1),
+    }  # fmt: skip
+    if warpgroups is None:
+        num_groups = _num_groups(constants, batch_size * num_tokens // segment_length)
+        warpgroups = warpgroups_of(num_groups, constants["GROUP"], hopper.num_processors(qkv.device))
+    return constants | {"WARPGROUPS": warpgroups, "STAGES": STAGES[warpgroups]}
+
+
+def _num_groups(constants: dict[str, int], num_segments: int) -> int:
+    """Of all heads."""
+    return constants["HEADS"] * num_segments * (1 if constants["PER_HEAD"] else constants["DILATION"])
 
 
 def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
@@ -106,9 +133,7 @@ def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
 @cache
 def _kernel(device: torch.device, **constants: int):
     """The kernel, and the shared memory that it takes."""
-    shared_bytes = 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * constants["STAGES"])
-    shared_bytes += 8 * (1 + 3 * constants["STAGES"])
-    code = hopper.compiled(source_of(**constants))
+    code, shared_bytes = hopper.compiled(source_of(**constants)), _shared_bytes(constants)
     return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
@@ -117,7 +142,14 @@ def source_of(**constants: int) -> str:
     dtype = "bf16" if constants["BFLOAT16"] else "f16"
     functions = hopper.product("query_key_product", _KEYS, dtype)
     functions += hopper.product("weight_value_product", _DIM, dtype, from_registers=True)
-    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants | {"NAME": _name(constants)}, functions)
+    constants |= {"NAME": _name(constants), "SHARED_BYTES": _shared_bytes(constants)}
+    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, functions)
+
+
+def _shared_bytes(constants: dict[str, int]) -> int:
+    """Of a program: its queries, blocks of keys and of values, and barriers."""
+    stages = constants["STAGES"]
+    return 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * stages) + 8 * (1 + 3 * stages)
 
 
 def _name(constants: dict[str, int]) -> str:

@@ -261,6 +261,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         for (int consumer = 0; consumer < CONSUMERS; consumer++) make_barrier(&shared.asked[consumer], WARPGROUP);
         show_barriers();
     }
+    // Read, as weights are, before the kernel ahead has ended: see `FusedLinear`.
     for (int i = threadIdx.x; i < TILE_N; i += blockDim.x)
         shared.columns[i] = make_float2(HALF * bias[column + i], NORM ? row_sums[column + i] : 0);
     __syncthreads();

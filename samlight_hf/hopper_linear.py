@@ -122,20 +122,23 @@ def launch(
     given: torch.Tensor | None = None,
     found: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    num_processors: int | None = None,
 ):
-    """Writes the layer's (rows, N) to `output`, and their statistics to `found`, of `Rows`; `given` are those of x."""
+    """Writes the layer's (rows, N) to `output`, and their statistics to `found`, of `Rows`; `given` are those of x.
+
+    On all multiprocessors, or as if there were `num_processors`.
+    """
     weight, normalizes = layer.weight, layer.row_sums is not None
     out_features, in_features = weight.shape
-    kernel, shared_bytes = _kernel(
-        weight.device, tile, KIND=x.kind, HEIGHT=x.grid[0], WIDTH=x.grid[1], BFLOAT16=int(weight.dtype == torch.bfloat16),
-        K=in_features, N=out_features, NORM=int(normalizes), PARTS=len(given) if normalizes else 1, GELU=int(layer.gelu),
-        RESIDUAL=int(residual is not None), STATISTICS=int(found is not None),
-    )  # fmt: skip
+    parts = len(given) if normalizes else 1
+    constants = constants_of(layer, x, parts, residual is not None, found is not None)
+    kernel, shared_bytes = _kernel(weight.device, tile, **constants)
     # Rows in the order in which `load_weight` of hopper_linear.cu wants them.
     sizes, strides = (in_features, 2, 4, 4, out_features // 32), tuple(in_features * n for n in (1, 8, 2, 32))
     # Equally many programs for each tile's columns, as there is room for, or fewer that have as much to do.
     row_tiles, column_tiles = x.num_rows // _BLOCK_M, out_features // tile.columns
-    turns = math.ceil(row_tiles / max(1, hopper.num_processors(weight.device) // column_tiles))
+    num_processors = num_processors or hopper.num_processors(weight.device)
+    turns = math.ceil(row_tiles / max(1, num_processors // column_tiles))
     programs = math.ceil(row_tiles / turns) * column_tiles
     hopper.launch_kernel(
         kernel, weight.device, programs, 128 * (1 + tile.consumers), shared_bytes,
@@ -144,6 +147,16 @@ def launch(
         layer.bias, layer.row_sums, given if normalizes else None, residual, output, found,
         x.num_rows, x.num_rows if residual is None else len(residual), float(layer.eps),
     )  # fmt: skip
+
+
+def constants_of(layer, x: Input, parts: int, adds: bool, statistics: bool) -> dict[str, int | str]:
+    """All that the kernel is compiled for beside its tile: x has statistics of so many parts, a residual is added or not."""
+    (out_features, in_features), normalizes = layer.weight.shape, layer.row_sums is not None
+    return {
+        "KIND": x.kind, "HEIGHT": x.grid[0], "WIDTH": x.grid[1], "BFLOAT16": int(layer.weight.dtype == torch.bfloat16),
+        "K": in_features, "N": out_features, "NORM": int(normalizes), "PARTS": parts if normalizes else 1,
+        "GELU": int(layer.gelu), "RESIDUAL": int(adds), "STATISTICS": int(statistics),
+    }  # fmt: skip
 
 
 @cache

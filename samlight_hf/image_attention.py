@@ -5,15 +5,22 @@ times for each prompt; the kernels read image tokens once, write new ones once, 
 sums are float32. Both directions take the tokens' side of the projections as C channels of the image, as `mask_decoder` tells.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import nn
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .triton_support import failure, normal_numbers, overlap_options, tl, triton, why_not_decoder
+from .triton_support import (
+    launched,
+    normal_numbers,
+    overlap_options,
+    tl,
+    triton,
+    why_not_decoder,
+    why_not_tried,
+)
 
 
+_NAME = "the attention of the mask decoder"
 _BLOCK = 32  # image tokens
 _PROGRAMS = 528  # that a device is given: two at a time on each multiprocessor of an H100, twice
 _MOST_PARTS = 128  # of an image
@@ -27,30 +34,31 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_
         return reason
     if num_heads not in (1, 2, 4, 8):
         return f"the decoder has {num_heads} heads, and not 1, 2, 4 or 8."
-    return _why_not_at_all(channels, dtype)
+    return _why_not_tried(device, channels, dtype, num_heads)
 
 
-@lru_cache(maxsize=8)
-def _why_not_at_all(channels: int, dtype: torch.dtype) -> str | None:
-    @torch.inference_mode()
+def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype, num_heads: int) -> str | None:
     def attempt() -> bool:
-        numbers, norm = normal_numbers(), nn.LayerNorm(channels).to("cuda", dtype)
+        numbers, norm = normal_numbers(device), nn.LayerNorm(channels).to(device, dtype)
         # So many that a program goes through several blocks, the last of them not full.
         image, positions = numbers(64, 1000, channels).to(dtype), numbers(1000, channels).to(dtype)
-        queries, keys, values = (0.1 * numbers(3, 64, 56, channels)).to(dtype).unbind()
-        biases = numbers(64, 56).to(dtype)
+        queries, keys, values = (0.1 * numbers(3, 64, 7 * num_heads, channels)).to(dtype).unbind()
+        biases = numbers(64, 7 * num_heads).to(dtype)
         pairs = [
             (launch_seen(queries, image, positions), seen_reference(*_floats(queries, image, positions))),
             (
-                launch_update(image, positions, keys, biases, values, norm, 8),
+                launch_update(image, positions, keys, biases, values, norm, num_heads),
                 update_reference(
-                    *_floats(image, positions, keys, biases, values), norm.float(), 8, add_layer_norm_reference
+                    *_floats(image, positions, keys, biases, values),
+                    norm.float(),
+                    num_heads,
+                    add_layer_norm_reference,
                 ),
             ),
         ]
         return all(bool((found - expected).norm() < 0.01 * expected.norm()) for found, expected in pairs)
 
-    return failure("the attention of the mask decoder", attempt)
+    return why_not_tried(_NAME, device, (channels, dtype, num_heads), attempt)
 
 
 def _floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -60,6 +68,31 @@ def _floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def fits(num_heads: int, num_tokens: int) -> bool:
     """Whether prompts of so many tokens are few enough for the kernels. One with a point, or two, or a box, or both is."""
     return num_heads * triton.next_power_of_2(num_tokens) <= _MOST_ROWS
+
+
+def seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`launch_seen`, or `seen_reference` where Triton cannot compile the kernels for such shapes."""
+    return launched(
+        _NAME, image.device, ("seen", image.dtype, *queries.shape, *image.shape),
+        lambda: launch_seen(queries, image, positions), lambda: seen_reference(queries, image, positions),
+    )  # fmt: skip
+
+
+def update(
+    image: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    biases: torch.Tensor,
+    values: torch.Tensor,
+    norm: nn.LayerNorm,
+    num_heads: int,
+) -> torch.Tensor:
+    """`launch_update`, or `update_reference` where Triton cannot compile the kernel for such shapes."""
+    given = image, positions, keys, biases, values, norm, num_heads
+    return launched(
+        _NAME, image.device, ("update", image.dtype, num_heads, *keys.shape, *image.shape),
+        lambda: launch_update(*given), lambda: update_reference(*given),
+    )  # fmt: skip
 
 
 def seen_reference(queries: torch.Tensor, image: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -113,11 +146,11 @@ def launch_seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Ten
     if not seen.numel():
         return seen
     with torch.cuda.device_of(image):  # where Triton launches
-        _seen_kernel[(num_parts, num_prompts)](
+        _seen_kernel[(num_prompts, num_parts)](  # only the first may be more than 65,535
             queries.contiguous(), image, positions, sums, *statistics, num_rows, num_tokens, _stride(image), blocks_of_part,
             CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2, **overlap_options(image),
         )  # fmt: skip
-        _sum_kernel[(num_rows, num_prompts)](
+        _sum_kernel[(num_prompts, num_rows)](
             sums, *statistics, seen, num_parts,
             CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts), **overlap_options(image),
         )  # fmt: skip
@@ -141,7 +174,7 @@ def launch_update(
     if not updated.numel():
         return updated
     with torch.cuda.device_of(image):  # where Triton launches
-        _update_kernel[(triton.cdiv(blocks, blocks_of_part), num_prompts)](
+        _update_kernel[(num_prompts, triton.cdiv(blocks, blocks_of_part))](
             image, positions, keys.contiguous(), biases.contiguous(), values.contiguous(), norm.weight, norm.bias, updated,
             rows, num_tokens, _stride(image), blocks_of_part, norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)), BLOCK=_BLOCK,
@@ -165,18 +198,18 @@ if triton is not None:
     ):  # fmt: skip
         """What all queries of one prompt see of a part of the image."""
         wait_for_the_last_kernel(OVERLAP)
-        prompt = tl.program_id(1)
+        prompt = tl.program_id(0).to(tl.int64)
         row = tl.arange(0, ROWS)
         channel = tl.arange(0, CHANNELS)
         wanted = row < num_rows
         rows = (prompt * num_rows + row)[:, None] * CHANNELS + channel[None, :]
         query = tl.load(queries + rows, mask=wanted[:, None], other=0.0)
-        image += prompt.to(tl.int64) * image_stride
+        image += prompt * image_stride
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         seen = tl.zeros((ROWS, CHANNELS), tl.float32)
         for number in range(blocks_of_part):
-            token = (tl.program_id(0) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
+            token = (tl.program_id(1) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
             tokens = tl.load(image + places, mask=real[:, None], other=0.0)
@@ -191,10 +224,10 @@ if triton is not None:
             total = total * factor + tl.sum(weights, axis=1)
             seen = tl.dot(weights.to(tokens.dtype), tokens, seen * factor[:, None])
             largest = higher
-        part = prompt * tl.num_programs(0) + tl.program_id(0)
+        part = prompt * tl.num_programs(1) + tl.program_id(1)
         tl.store(maxima + part * num_rows + row, largest, mask=wanted)
         tl.store(totals + part * num_rows + row, total, mask=wanted)
-        places = (part.to(tl.int64) * num_rows + row)[:, None] * CHANNELS + channel[None, :]
+        places = (part * num_rows + row)[:, None] * CHANNELS + channel[None, :]
         tl.store(sums + places, seen, mask=wanted[:, None])
 
     @triton.jit
@@ -203,7 +236,7 @@ if triton is not None:
     ):
         """One row of one prompt, of all parts."""
         wait_for_the_last_kernel(OVERLAP)
-        row, num_rows, prompt = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+        prompt, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         part = tl.arange(0, PARTS)
         channel = tl.arange(0, CHANNELS)
         real = part < num_parts
@@ -211,10 +244,10 @@ if triton is not None:
         largest = tl.load(maxima + place, mask=real, other=float("-inf"))
         factor = tl.exp(largest - tl.max(largest, axis=0))
         total = tl.sum(factor * tl.load(totals + place, mask=real, other=0.0), axis=0)
-        places = place.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        places = place[:, None] * CHANNELS + channel[None, :]
         parts = tl.load(sums + places, mask=real[:, None], other=0.0)
         result = tl.sum(parts * factor[:, None], axis=0) / total
-        tl.store(seen + (prompt * num_rows + row) * CHANNELS + channel, result.to(seen.dtype.element_ty))
+        tl.store(seen + (prompt.to(tl.int64) * num_rows + row) * CHANNELS + channel, result.to(seen.dtype.element_ty))
 
     @triton.jit
     def _update_kernel(
@@ -224,11 +257,13 @@ if triton is not None:
     ):  # fmt: skip
         """A part of the image tokens and all tokens of one prompt, `num_own` of them in each head."""
         wait_for_the_last_kernel(OVERLAP)
-        prompt = tl.program_id(1)
+        prompt, part_of_prompt = tl.program_id(0).to(tl.int64), tl.program_id(1)
         channel = tl.arange(0, CHANNELS)
         column = tl.arange(0, HEADS * TOKENS)
         own = column % TOKENS
-        row = (prompt * HEADS + column // TOKENS) * num_own + own
+        row = column // TOKENS * num_own + own
+        first = prompt * HEADS * num_own
+        keys, values, biases = keys + first * CHANNELS, values + first * CHANNELS, biases + first
         wanted = own < num_own
         key = tl.load(keys + row[None, :] * CHANNELS + channel[:, None], mask=wanted[None, :], other=0.0)
         value = tl.load(values + row[:, None] * CHANNELS + channel[None, :], mask=wanted[:, None], other=0.0)
@@ -236,10 +271,10 @@ if triton is not None:
         bias = tl.where(wanted, bias, float("-inf"))[None, :]
         scale = tl.load(norm_weight + channel).to(tl.float32)[None, :]
         shift = tl.load(norm_bias + channel).to(tl.float32)[None, :]
-        image += prompt.to(tl.int64) * image_stride
-        updated += prompt.to(tl.int64) * num_tokens * CHANNELS
+        image += prompt * image_stride
+        updated += prompt * num_tokens * CHANNELS
         for number in range(blocks_of_part):
-            token = (tl.program_id(0) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
+            token = (part_of_prompt * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
             tokens = tl.load(image + places, mask=real[:, None], other=0.0)

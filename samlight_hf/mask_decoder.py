@@ -195,7 +195,7 @@ class FastMaskDecoder:
             hyper = self._hyper(tokens[:, 1:][:, masks], masks)
         if self.use_head_kernel:
             slots = torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
-            logits = mask_head.launch(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
+            logits = mask_head.masks_of(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
         else:
             logits = self._upscale(image_tokens, hyper).flatten(0, 1)
         return iou, logits
@@ -256,7 +256,7 @@ class FastMaskDecoder:
         else:
             # The key's bias adds the same to all scores of a token, and softmax does not see it.
             query = _to_image_side(query, attention.k_proj.weight)  # (P, H * T, C)
-            see = image_attention.launch_seen if use_kernels else image_attention.seen_reference
+            see = image_attention.seen if use_kernels else image_attention.seen_reference
             seen = see(query, image, self.positions).view(num_prompts, heads, num_tokens, -1)  # (P, H, T, C)
             weight = attention.v_proj.weight.view(heads, -1, seen.shape[-1])  # (H, D, C)
             output = (seen @ weight.transpose(1, 2)).transpose(1, 2)  # (P, T, H, D)
@@ -283,7 +283,7 @@ class FastMaskDecoder:
         # The query's bias, in contrast, adds to each token's score what that token's key makes of it.
         bias = (key * attention.q_proj.bias.view(heads, -1)).sum(dim=-1).transpose(1, 2).flatten(1)  # (P, H * T)
         key = _to_image_side(key, attention.q_proj.weight)
-        update = image_attention.launch_update if use_kernels else image_attention.update_reference
+        update = image_attention.update if use_kernels else image_attention.update_reference
         return update(image, self.positions, key, bias, value, norm, heads)
 
     def _masks(self, tokens, image_tokens, shape, kept, masks: slice, prompts_at_once: int | None) -> torch.Tensor:
@@ -294,7 +294,7 @@ class FastMaskDecoder:
             slots = torch.full(shape, -1, dtype=torch.int32, device=kept.device)
             slots.view(-1)[kept] = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
             hyper = self._hyper(tokens, masks)
-            return mask_head.launch(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
+            return mask_head.masks_of(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
         if len(kept) == shape.numel():
             prompts, tokens_kept = None, tokens
         else:

@@ -6,7 +6,6 @@ registers: it reads each image token once and writes finished pixels, in float32
 """
 
 import copy
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .triton_support import failure, normal_numbers, overlap_options, tl, triton, why_not_decoder
+from .triton_support import (
+    launched,
+    normal_numbers,
+    overlap_options,
+    tl,
+    triton,
+    why_not_decoder,
+    why_not_tried,
+)
 
 
+_NAME = "the end of the mask decoder"
 _BLOCK = 64  # image tokens
 _PROGRAMS = 528  # that a device is given at least: two at a time on each multiprocessor of an H100, twice
 
@@ -35,27 +43,25 @@ def why_not_triton(weights: HeadWeights) -> str | None:
     """Why the kernel cannot run with these: a sentence, or None where it can."""
     weight = weights.weight1
     reason = why_not_decoder(weight.device, weight.dtype, weight.shape[1])
-    return reason or _why_not_at_all(weight.shape[1], weight.dtype)
+    return reason or _why_not_tried(weight.device, weight.shape[1], weight.dtype)
 
 
-@lru_cache(maxsize=8)
-def _why_not_at_all(channels: int, dtype: torch.dtype) -> str | None:
-    @torch.inference_mode()
+def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> str | None:
     def attempt() -> bool:
-        numbers = normal_numbers()
-        norm = nn.LayerNorm(channels // 4, eps=1e-6, device="cuda", dtype=dtype)
+        numbers = normal_numbers(device)
+        norm = nn.LayerNorm(channels // 4, eps=1e-6, device=device, dtype=dtype)
         weights = HeadWeights(
             0.1 * numbers(channels, channels).to(dtype), numbers(channels).to(dtype), norm,
             0.1 * numbers(channels // 2, channels // 4).to(dtype), numbers(channels // 2).to(dtype),
         )  # fmt: skip
         image, hyper = numbers(2, 64, channels).to(dtype), numbers(2, 3, channels // 8)
-        slots = torch.tensor([[0, 2, -1], [-1, 1, -1]], dtype=torch.int32, device="cuda")
+        slots = torch.tensor([[0, 2, -1], [-1, 1, -1]], dtype=torch.int32, device=device)
         found = launch(image, hyper, slots, 3, (8, 8), weights)
         expected = run_head(image.float(), hyper, (8, 8), _in_float32(weights), add_layer_norm_reference)
         expected = expected.flatten(0, 1)[[0, 4, 1]]
         return bool((found - expected).norm() < 0.02 * expected.norm())
 
-    return failure("the end of the mask decoder", attempt)
+    return why_not_tried(_NAME, device, (channels, dtype), attempt)
 
 
 def _in_float32(weights: HeadWeights) -> HeadWeights:
@@ -83,6 +89,36 @@ def run_head(
     return logits.reshape(*logits.shape[:2], 4 * height, 4 * width)
 
 
+def masks_of(
+    image_tokens: torch.Tensor,
+    hyper: torch.Tensor,
+    slots: torch.Tensor,
+    num_kept: int,
+    grid: tuple[int, int],
+    weights: HeadWeights,
+) -> torch.Tensor:
+    """`launch`, or the same step by step where Triton cannot compile the kernel for so many masks of a prompt."""
+    return launched(
+        _NAME, image_tokens.device, (*hyper.shape[1:], image_tokens.dtype, "masks"),
+        lambda: launch(image_tokens, hyper, slots, num_kept, grid, weights),
+        lambda: masks_reference(image_tokens, hyper, slots, num_kept, grid, weights),
+    )  # fmt: skip
+
+
+def masks_reference(
+    image_tokens: torch.Tensor,
+    hyper: torch.Tensor,
+    slots: torch.Tensor,
+    num_kept: int,
+    grid: tuple[int, int],
+    weights: HeadWeights,
+) -> torch.Tensor:
+    """`launch`, step by step."""
+    logits = torch.empty(num_kept + 1, 4 * grid[0], 4 * grid[1], dtype=torch.float32, device=image_tokens.device)
+    logits[slots.flatten().long()] = run_head(image_tokens, hyper, grid, weights).flatten(0, 1).float()
+    return logits[:num_kept]  # those that are left out are at the end
+
+
 def launch(
     image_tokens: torch.Tensor,
     hyper: torch.Tensor,
@@ -103,7 +139,7 @@ def launch(
     programs_of_block = 1 if num_prompts * blocks >= _PROGRAMS else 4
     if num_kept:
         with torch.cuda.device_of(image_tokens):  # where Triton launches
-            _kernel[(blocks, num_prompts, programs_of_block)](
+            _kernel[(num_prompts, blocks, programs_of_block)](  # only the first may be more than 65,535
                 image_tokens, weights.weight1, weights.bias1, weights.norm.weight, weights.norm.bias,
                 weights.weight2, weights.bias2, hyper, slots, logits, num_tokens, width, weights.norm.eps, 4 // programs_of_block,
                 CHANNELS=channels, MASKS=hyper.shape[1], BLOCK=_BLOCK, num_warps=4, num_stages=1, **overlap_options(image_tokens),
@@ -126,13 +162,13 @@ if triton is not None:
     ):  # fmt: skip
         QUARTER: tl.constexpr = CHANNELS // 4
         EIGHTH: tl.constexpr = CHANNELS // 8
-        prompt = tl.program_id(1)
+        prompt = tl.program_id(0)
         wait_for_the_last_kernel(OVERLAP)
         wanted = -1
         for place in tl.static_range(MASKS):
             wanted = tl.maximum(wanted, tl.load(slots + prompt * MASKS + place))
         if wanted >= 0:
-            token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             channel = tl.arange(0, CHANNELS)
             quarter = tl.arange(0, QUARTER)

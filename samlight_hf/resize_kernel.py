@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from .triton_support import failure, tl, triton
+from .triton_support import tl, triton, why_not_tried
 
 
 _LINES, _COLUMNS = 8, 128  # of the kernel's blocks
@@ -105,21 +105,22 @@ def why_not_triton(pixel_values: torch.Tensor) -> str | None:
         return f"the tensors are on {pixel_values.device}."
     if not pixel_values.is_contiguous():
         return "the pixel values are not contiguous."
-    return _why_not_at_all()
+    return _why_not_tried(pixel_values.device, len(pixel_values), pixel_values.dtype)
 
 
-@lru_cache(maxsize=1)
-def _why_not_at_all() -> str | None:
+def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> str | None:
     def attempt() -> bool:
-        picture = torch.arange(3 * 9 * 14, device="cuda").mul_(7).to(torch.uint8).view(3, 9, 14)
-        levels = torch.linspace(-2, 2, 3 * 256, device="cuda").view(3, 256)
-        found, expected = torch.empty(2, 3, 16, 16, device="cuda")
-        launch(found, picture, (8, 13), levels)
-        resize_into_reference(expected, picture, (8, 13), levels)
-        return torch.equal(found, expected)
+        picture = torch.arange(channels * 9 * 14, device=device).mul_(7).to(torch.uint8).view(channels, 9, 14)
+        levels = torch.linspace(-2, 2, channels * 256, device=device).view(channels, 256).to(dtype)
+        found, expected = torch.empty(2, channels, 16, 16, device=device, dtype=dtype)
+        for given in (picture, picture.movedim(0, 2).contiguous().movedim(2, 0)):
+            launch(found, given, (8, 13), levels)
+            resize_into_reference(expected, given, (8, 13), levels)
+            if not torch.equal(found, expected):
+                return False
+        return True
 
-    with torch.inference_mode():
-        return failure("resizing pictures", attempt)
+    return why_not_tried("resizing pictures", device, (channels, dtype), attempt)
 
 
 def launch(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):

@@ -10,7 +10,6 @@ Between kernels tokens are float32, before their layer norm: whoever reads them 
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, S
 
 from . import image_attention
 from .prompt_embedding import PromptEmbedding
-from .triton_support import failure, normal_numbers, overlap_options, triton, why_not_decoder
+from .triton_support import normal_numbers, overlap_options, triton, why_not_decoder, why_not_tried
 
 
 if triton is not None:
@@ -73,12 +72,10 @@ def why_not_triton(decoder: SamMaskDecoder, device: torch.device, dtype: torch.d
         return "the weights are not contiguous."
     shape = "hidden_size", "num_attention_heads", "attention_downsample_rate", "mlp_dim", "num_multimask_outputs"
     names = (*shape, "num_hidden_layers", "iou_head_hidden_dim")
-    return _why_not_at_all(dtype, tuple((name, getattr(config, name)) for name in names))
+    return _why_not_tried(device, dtype, tuple((name, getattr(config, name)) for name in names))
 
 
-@lru_cache(maxsize=8)
-def _why_not_at_all(dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> str | None:
-    @torch.inference_mode()
+def _why_not_tried(device: torch.device, dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> str | None:
     def attempt() -> bool:
         channels, masks = dict(shape)["hidden_size"], slice(1, None)
         config = SamConfig(
@@ -86,17 +83,22 @@ def _why_not_at_all(dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> s
             prompt_encoder_config={"hidden_size": channels, "image_size": 256, "image_embedding_size": 16},
             mask_decoder_config=dict(shape),
         )
-        with torch.random.fork_rng([torch.cuda.current_device()]), torch.device("cuda"):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
             decoder, encoder = SamMaskDecoder(config.mask_decoder_config).to(dtype), SamPromptEncoder(config).to(dtype)
-        numbers = normal_numbers()
+        numbers = normal_numbers(device)
         image, positions = numbers(1, 256, channels).to(dtype), numbers(256, channels).to(dtype)
-        prompts = 100 + 50 * numbers(2, 1, 2), torch.ones(2, 1, dtype=torch.int32, device="cuda")
-        found = TokenKernels(decoder, PromptEmbedding(encoder), positions)(image, prompts, masks)
-        expected = reference(decoder.float(), encoder.float(), positions, image, prompts, masks)
-        return all(bool((a - b).norm() < 0.02 * b.norm()) for a, b in zip(found, expected))
+        points = 100 + 50 * numbers(2, 1, 2), torch.ones(2, 1, dtype=torch.int32, device=device)
+        boxes = 100 + 50 * torch.stack([-numbers(2, 2).abs(), numbers(2, 2).abs()], dim=1).flatten(1)
+        kinds = points, (boxes,), (*points, boxes)
+        kernels = TokenKernels(decoder, PromptEmbedding(encoder), positions)
+        found = [kernels(image, prompts, masks) for prompts in kinds]
+        decoder, encoder = decoder.float(), encoder.float()
+        expected = [reference(decoder, encoder, positions, image, prompts, masks) for prompts in kinds]
+        pairs = zip(sum(found, ()), sum(expected, ()))
+        return all(bool((a - b).norm() < 0.02 * b.norm()) for a, b in pairs)
 
-    return failure("a prompt's tokens", attempt)
+    return why_not_tried("a prompt's tokens", device, (dtype, shape), attempt)
 
 
 def reference(decoder, encoder, positions, image, prompts, masks: slice):
@@ -115,7 +117,8 @@ def reference(decoder, encoder, positions, image, prompts, masks: slice):
 class TokenKernels:
     """A mask decoder but for its end: from prompts and image tokens to scores, and to what masks are made with.
 
-    Weights are read when they are used, but those of the heads and of the prompts' embedding, which are copied here.
+    Weights are read when they are used, but those of the heads and of the prompts' embedding, which are copied here. Most kernels
+    read them before the one ahead has ended; the first of a call does not, and so waits for whoever wrote them.
     """
 
     @torch.no_grad()
@@ -196,7 +199,7 @@ class TokenKernels:
     def _see(self, attention: SamAttention, tokens, norm, embedded, image) -> torch.Tensor:
         """LayerNorm(tokens) plus what they see of the image tokens (1, N, C) or (P, N, C): float32 (P, T, C)."""
         queries, _, _ = self._to_image(attention.q_proj, attention.k_proj, attention, tokens, norm, embedded)
-        seen = image_attention.launch_seen(queries, image, self.positions)  # (P, H * T, C)
+        seen = image_attention.seen(queries, image, self.positions)  # (P, H * T, C)
         output, value, out = torch.empty_like(tokens), attention.v_proj, attention.out_proj
         self._launch(
             add_seen_kernel, self.channels // _FEATURES, seen, value.weight, value.bias, out.weight, out.bias,
@@ -210,7 +213,7 @@ class TokenKernels:
         attention = layer.cross_attn_image_to_token
         sides = self._to_image(attention.k_proj, attention.q_proj, attention, tokens, norm, embedded, with_values=True)
         keys, biases, values = sides
-        return image_attention.launch_update(image, self.positions, keys, biases, values, layer.layer_norm4, self.heads)
+        return image_attention.update(image, self.positions, keys, biases, values, layer.layer_norm4, self.heads)
 
     def _to_image(self, own: nn.Linear, other: nn.Linear, attention, tokens, norm, embedded, with_values=False):
         """Each head of the tokens by their `own` projection times the `other` one's weight, as channels of the image:

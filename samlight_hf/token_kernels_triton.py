@@ -1,6 +1,6 @@
 """The kernels of `token_kernels`, which says what they are for. Importable where Triton is.
 
-Each has a grid of (parts, prompts). Tokens are float32 (P, T, C); a block of `ROWS` holds all T of a prompt.
+Each has a grid of (parts, prompts), and is compiled alike for all numbers of tokens. Tokens are float32 (P, T, C); a block of `ROWS` holds all T of a prompt.
 """
 
 from .triton_support import tl, triton, wait_for_the_last_kernel
@@ -43,7 +43,7 @@ def _weight(weight, first_row, first_column, stride, ROWS: tl.constexpr, COLUMNS
     return tl.load(weight + row[:, None] * stride + column[None, :])
 
 
-@triton.jit(do_not_specialize=["num_points"])
+@triton.jit(do_not_specialize=["num_points", "num_tokens"])
 def embed_kernel(
     embedded, output_tokens, waves, kinds, points, labels, boxes, num_outputs, num_points, num_tokens, scale, shift,
     CHANNELS: tl.constexpr, POINTS: tl.constexpr, BOXES: tl.constexpr, OVERLAP: tl.constexpr,
@@ -77,7 +77,7 @@ def embed_kernel(
     tl.store(embedded + (prompt * num_tokens + token) * CHANNELS + channel, tl.where(is_output, output, values))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def attend_kernel(
     tokens, scale, shift, eps, embedded, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias,
     attended, num_tokens, scaling,
@@ -127,7 +127,7 @@ def _plus_residual(
     tl.store(output + places, total, mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def add_kernel(
     values, weight, bias, tokens, scale, shift, eps, output, num_tokens,
     IN: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
@@ -150,7 +150,7 @@ def add_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def hidden_kernel(
     tokens, scale, shift, eps, weight, bias, hidden, num_tokens,
     OUT: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
@@ -165,7 +165,7 @@ def hidden_kernel(
     tl.store(hidden + places, tl.maximum(result, 0.0).to(block.dtype), mask=(row < num_tokens)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def to_image_kernel(
     tokens, scale, shift, eps, embedded, own_weight, own_bias, other_weight, other_bias, value_weight, value_bias,
     out_weight, out_bias, sides, biases, values, num_tokens, scaling,
@@ -201,7 +201,7 @@ def to_image_kernel(
         tl.store(values + places, value.to(weight.dtype), mask=own[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def add_seen_kernel(
     seen, value_weight, value_bias, out_weight, out_bias, tokens, scale, shift, eps, output, num_tokens,
     CHANNELS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
@@ -228,7 +228,7 @@ def add_seen_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["first_mask", "num_mlps"])
+@triton.jit(do_not_specialize=["num_tokens", "first_mask", "num_mlps"])
 def mlp_kernel(
     values, scale, shift, eps, weight, bias, output, num_tokens, first_mask, num_mlps,
     IN: tl.constexpr, OUT: tl.constexpr, FEATURES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,

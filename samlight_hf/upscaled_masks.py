@@ -8,13 +8,12 @@ are asked for, they are all that is written: the logits never are at the picture
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from .preprocessing import upscale_logits
 from .rle import mask_changes
-from .triton_support import failure, tl, triton
+from .triton_support import normal_numbers, tl, triton, why_not_tried
 
 
 _ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of the blocks of the kernels
@@ -41,20 +40,21 @@ class Frame:
     picture: tuple[int, int]
 
 
-def why_not_triton(logits: torch.Tensor) -> str | None:
-    """Why the kernels cannot run on these: a sentence, or None where they can."""
+def why_not_triton(logits: torch.Tensor, frame: Frame | None = None) -> str | None:
+    """Why the kernels cannot run on these, or on such ones with frames of any kind: a sentence, or None where they can."""
     if triton is None:
         return "Triton is not installed."
     if not logits.is_cuda:
         return f"the tensors are on {logits.device}."
-    return _why_not_at_all()
+    kinds = (False, True) if frame is None else (frame.resized != frame.crop,)
+    return next(filter(None, (_why_not_tried(logits.device, logits.dtype, twice) for twice in kinds)), None)
 
 
-@lru_cache(maxsize=1)
-def _why_not_at_all() -> str | None:
+def _why_not_tried(device: torch.device, dtype: torch.dtype, twice: bool) -> str | None:
     def attempt() -> bool:
-        logits = torch.linspace(-9, 9, 2 * 8 * 8, device="cuda").view(2, 8, 8).sin() * 9
-        frame = Frame((32, 32), (32, 24), (40, 30), (2, 3), (50, 40))
+        logits = (9 * normal_numbers(device)(2, 8, 8)).to(dtype)
+        crop = (40, 30) if twice else (32, 24)
+        frame = Frame((32, 32), (32, 24), crop, (2, 3), (50, 40))
         found, expected = (
             function(logits, frame, (0.0, 1.0, -1.0)) for function in (launch_measure, measure_reference)
         )
@@ -65,7 +65,7 @@ def _why_not_at_all() -> str | None:
         differences = (found - expected).abs().max(), (counts - expected_counts).abs().max(), different.sum()
         return max(differences).item() <= 2 and len(positions) == counts.sum()
 
-    return failure("masks at the picture's size", attempt)
+    return why_not_tried("masks at the picture's size", device, (dtype, twice), attempt)
 
 
 def measure(
@@ -77,7 +77,7 @@ def measure(
     the lower threshold; 2 to 5 the first and last column and row of the mask, x1, y1, x2, y2, in the crop, zeros for an
     empty one. At most `step` masks are at the crop's size at once where there is no kernel.
     """
-    if use_triton:
+    if use_triton and why_not_triton(logits, frame) is None:
         return launch_measure(logits, frame, thresholds)
     parts = [measure_reference(part, frame, thresholds) for part in logits.split(step)] if len(logits) else []
     return torch.cat(parts) if parts else logits.new_zeros(0, _NUM_MEASURES, dtype=torch.int32)
@@ -90,6 +90,7 @@ def changes(
 
     At most `step` masks are at the picture's size at once where there is no kernel.
     """
+    use_triton = use_triton and why_not_triton(logits, frame) is None
     launch = launch_changes if use_triton else changes_reference
     if use_triton:  # bits, and the logits in another order and above the threshold
         bytes_of_mask = frame.picture[0] * frame.picture[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
@@ -106,7 +107,7 @@ def masks(logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_t
 
     At most `step` masks' logits are at that size at once where there is no kernel.
     """
-    if use_triton:
+    if use_triton and why_not_triton(logits, frame) is None:
         return launch_masks(logits, frame, threshold)
     parts = [masks_reference(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
     if len(parts) == 1:  # without a copy
@@ -165,8 +166,8 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
     if not len(logits):
         return partial.new_zeros(0, _NUM_MEASURES)
     with torch.cuda.device_of(logits):  # where Triton launches
-        _measure_kernel[(strips, len(logits))](
-            logits, partial, len(logits) * strips, *_geometry(logits, frame), *map(float, thresholds),
+        _measure_kernel[(len(logits) * strips,)](
+            logits, partial, strips, *_geometry(logits, frame), *map(float, thresholds),
             ROWS=_ROWS, COLUMNS=_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
         )  # fmt: skip
     areas, first, last = partial[:2].sum(dim=2), partial[2:4].amin(dim=2), partial[4:].amax(dim=2)
@@ -185,15 +186,15 @@ def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tupl
     spans = mask_boxes(logits.float() > threshold)[:, 0::2].int().contiguous()  # the first and the last such column
     columns = logits.transpose(1, 2).contiguous()  # in the order of the positions
     with torch.cuda.device_of(logits):
-        _bits_kernel[(blocks, len(logits))](
-            columns, spans, bits, *_geometry(logits, frame), *frame.corner, frame.picture[0], float(threshold),
+        _bits_kernel[(len(logits) * blocks,)](
+            columns, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.picture[0], float(threshold),
             POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
         )  # fmt: skip
 
     def run(positions: torch.Tensor, starts: torch.Tensor, write: bool):
         with torch.cuda.device_of(logits):
-            _changes_kernel[(blocks, len(logits))](
-                bits, counts, starts, positions, num_positions, POSITIONS=_POSITIONS, WRITE=write, num_warps=4
+            _changes_kernel[(len(logits) * blocks,)](
+                bits, counts, starts, positions, blocks, num_positions, POSITIONS=_POSITIONS, WRITE=write, num_warps=4
             )
 
     run(counts, counts, write=False)  # counted first, to know where each block's changes go
@@ -213,7 +214,8 @@ def _geometry(logits: torch.Tensor, frame: Frame) -> tuple:
 
 
 if triton is not None:
-    # Sizes change from picture to picture, and must not make Triton compile a kernel for each.
+    # All programs are on the first axis of their grid: the others have at most 65,535. Sizes change from picture to picture, and must
+    # not make Triton compile a kernel for each.
     _SIZES = ["low_height", "low_width", "height", "width", "crop_height", "crop_width"]
     _PLACES = ["top", "left", "picture_height"]
 
@@ -281,17 +283,17 @@ if triton is not None:
         place = masks + (mask * crop_height + y) * crop_width + x
         tl.store(place, value > threshold, mask=(y < crop_height) & (x < crop_width))
 
-    @triton.jit(do_not_specialize=["num_partial", *_SIZES])
+    @triton.jit(do_not_specialize=["strips", *_SIZES])
     def _measure_kernel(
-        logits, partial, num_partial,
+        logits, partial, strips,
         low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
         middle, high, low,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
         """A strip of rows of one mask."""
-        mask = tl.program_id(1)
-        logits += mask.to(tl.int64) * low_height * low_width
-        y = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (tl.program_id(0) // strips).to(tl.int64)
+        logits += mask * low_height * low_width
+        y = tl.program_id(0) % strips * ROWS + tl.arange(0, ROWS)[:, None]
         area_high = tl.zeros((ROWS, COLUMNS), tl.int32)
         area_low = tl.zeros((ROWS, COLUMNS), tl.int32)
         first_x = tl.full((ROWS, COLUMNS), 2147483647, tl.int32)
@@ -311,7 +313,7 @@ if triton is not None:
         rows = tl.broadcast_to(y, (ROWS, COLUMNS))
         first_y = tl.where(last_x >= 0, rows, 2147483647)
         last_y = tl.where(last_x >= 0, rows, -1)
-        place = partial + mask * tl.num_programs(0) + tl.program_id(0)
+        place, num_partial = partial + tl.program_id(0), tl.num_programs(0).to(tl.int64)
         tl.store(place, tl.sum(tl.sum(area_high, axis=1), axis=0))
         tl.store(place + num_partial, tl.sum(tl.sum(area_low, axis=1), axis=0))
         tl.store(place + 2 * num_partial, tl.min(tl.min(first_x, axis=1), axis=0))
@@ -319,16 +321,16 @@ if triton is not None:
         tl.store(place + 4 * num_partial, tl.max(tl.max(last_x, axis=1), axis=0))
         tl.store(place + 5 * num_partial, tl.max(tl.max(last_y, axis=1), axis=0))
 
-    @triton.jit(do_not_specialize=[*_SIZES, *_PLACES])
+    @triton.jit(do_not_specialize=["blocks", *_SIZES, *_PLACES])
     def _bits_kernel(
-        logits, spans, bits,
+        logits, spans, bits, blocks,
         low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
         top, left, picture_height, threshold,
         POSITIONS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
         """A block of one mask's column-major positions, 32 in a word; words without a pixel inside are left as they are."""
-        mask = tl.program_id(1)
-        start = tl.program_id(0) * POSITIONS
+        mask = tl.program_id(0) // blocks
+        start = tl.program_id(0) % blocks * POSITIONS
         # May one be inside? The second resize reaches less than a pixel of the first further, and that less than a logit.
         scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
         first = scale * ((start // picture_height - left).to(tl.float32) + 0.5) - 0.5 - reach
@@ -344,21 +346,22 @@ if triton is not None:
             )  # fmt: skip
             inside = (real & (value > threshold)).to(tl.int32)
             words = tl.sum(tl.reshape(inside, (POSITIONS // 32, 32)) << tl.arange(0, 32)[None, :], axis=1)
-            place = (mask.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (POSITIONS // 32)
+            place = tl.program_id(0).to(tl.int64) * (POSITIONS // 32)
             tl.store(bits + place + tl.arange(0, POSITIONS // 32), words)
 
-    @triton.jit(do_not_specialize=["num_positions"])
-    def _changes_kernel(bits, counts, starts, positions, num_positions, POSITIONS: tl.constexpr, WRITE: tl.constexpr):
+    @triton.jit(do_not_specialize=["blocks", "num_positions"])
+    def _changes_kernel(
+        bits, counts, starts, positions, blocks, num_positions, POSITIONS: tl.constexpr, WRITE: tl.constexpr
+    ):
         """A block of one mask's positions: how many pixels differ from the one before, or which ones."""
-        mask = tl.program_id(1).to(tl.int64)
-        block = mask * tl.num_programs(0) + tl.program_id(0)
+        block, first_of_mask = tl.program_id(0), tl.program_id(0) // blocks * blocks
         wanted = True
         if WRITE:
             wanted = tl.load(counts + block) > 0
         if wanted:
-            position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+            position = (block - first_of_mask) * POSITIONS + tl.arange(0, POSITIONS)
             real = position < num_positions
-            own = bits + mask * tl.num_programs(0) * (POSITIONS // 32)
+            own = bits + first_of_mask.to(tl.int64) * (POSITIONS // 32)
             inside = (tl.load(own + position // 32) >> (position % 32)) & 1
             before = tl.maximum(position - 1, 0)
             was_inside = (tl.load(own + before // 32) >> (before % 32)) & (position > 0).to(tl.int32)

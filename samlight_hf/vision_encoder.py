@@ -29,7 +29,7 @@ def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
     patch = config.num_channels * config.patch_size**2
     if tokens % 128 or any(features % 64 for features in (patch, width, config.mlp_dim, config.output_channels)):
         return f"{tokens} tokens, {patch}, {width}, {config.mlp_dim} and {config.output_channels} features are no multiples of 128 and 64."
-    return fused_linear.why_not_at_all()
+    return fused_linear.why_not_at_all(model.device, model.dtype)
 
 
 class FastVisionEncoder:

@@ -1,10 +1,13 @@
 """The fused linear layers compute what LayerNorm, linear layer, GELU and residual do one after the other."""
 
+import dataclasses
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from samlight_hf import fused_linear
+from samlight_hf import fused_linear, triton_support
 from samlight_hf.fused_linear import (
     FusedLinear,
     Rows,
@@ -14,6 +17,7 @@ from samlight_hf.fused_linear import (
     launch_patches,
     tile_of,
     triton,
+    why_not_patches,
     why_not_triton,
     with_statistics,
 )
@@ -109,6 +113,34 @@ def patches_error(dtype, device, tile=None) -> float:
     return error(found.values, expected)
 
 
+def check_attempts():
+    """What decides whether a variant runs says yes of each, and no where a result is off."""
+    cpu, half = torch.device("cpu"), torch.float16
+    plain, patches = (
+        fused_linear._Variant(half, 64, 192),
+        fused_linear._Variant(half, 64, 768, adds=True, statistics=True),
+    )
+    variants = [
+        plain,
+        dataclasses.replace(plain, normalizes=True, gelu=True, parts=3),
+        dataclasses.replace(plain, adds=True, statistics=True),
+    ]
+    assert [fused_linear._why_not_variant(cpu, variant, SMALL) for variant in variants] == [None] * 3
+    assert fused_linear._why_not_patches_variant(cpu, patches, torch.float32, 3, 128, 128) is None
+    assert fused_linear.why_not_at_all(cpu, half) is None
+
+    def off(*arguments, **options):
+        values, statistics = dataclasses.astuple(launch(*arguments, **options))
+        return Rows(values, None if statistics is None else statistics * 1.1)
+
+    fused_linear.launch = off
+    other = {**SMALL, "num_warps": 2}  # which has not been tried
+    with pytest.warns(UserWarning, match="its result is wrong"):
+        assert "its result is wrong" in fused_linear._why_not_variant(cpu, variants[2], other)
+    assert fused_linear._why_not_variant(cpu, plain, other) is None
+    fused_linear.launch = launch
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_reference_is_the_modules_one_after_the_other(case, dtype):
@@ -137,9 +169,35 @@ def test_patches_are_those_of_the_convolution():
 
 def test_every_reason_not_to_run_the_kernel(monkeypatch):
     layer = FusedLinear(torch.zeros(64, 64), None)
-    assert "cpu" in why_not_triton(layer, 128)
+    rows, patches = Rows(torch.zeros(128, 64)), torch.zeros(1, 1, 64, 128)
+    assert "cpu" in why_not_triton(layer, rows) and "cpu" in why_not_patches(layer, patches, None)
     monkeypatch.setattr(fused_linear, "triton", None)
-    assert "not installed" in why_not_triton(layer, 128)
+    assert "not installed" in why_not_triton(layer, rows) and "not installed" in why_not_patches(layer, patches, None)
+
+
+@pytest.mark.gpu
+def test_every_reason_not_to_run_the_kernel_on_a_gpu():
+    layer = FusedLinear(torch.zeros(64, 64, device="cuda", dtype=torch.float16), None)
+    values = torch.zeros(384, 64, device="cuda", dtype=torch.float16)
+    assert why_not_triton(layer, Rows(values), values[:128]) is None
+    assert "100 rows" in why_not_triton(layer, Rows(values[:100]))
+    assert "torch.float32" in why_not_triton(layer, Rows(values.float()))
+    assert "torch.float32" in why_not_triton(layer, Rows(values), values.float())
+    assert "odd addresses" in why_not_triton(layer, Rows(values.view(-1)[1 : 1 + 128 * 64].view(128, 64)))
+    for count in (0, 64, 192, 256):  # a block of 128 rows would reach beyond those that are added
+        assert f"of which {count} are added" in why_not_triton(layer, Rows(values), values[:count])
+    pixels = values.view(3, 1, 64, 128)
+    assert why_not_patches(layer, pixels, values[:128]) is None
+    assert "60 x 128 pixels" in why_not_patches(layer, torch.zeros_like(pixels[:1, :, :60]).repeat(8, 1, 1, 1), None)
+    assert "64 positions" in why_not_patches(layer, pixels, values[:64])
+    with torch.no_grad():  # and what runs then: images of less than a block
+        small, positions = torch.randn(4, 1, 32, 64, device="cuda").half(), torch.randn(32, 64, device="cuda").half()
+        layer = FusedLinear(torch.randn(64, 64, device="cuda").half() / 8, None)
+        assert "32 positions" in why_not_patches(layer, small, positions)
+        found = embed_patches(layer, small, positions).values.double()
+        expected = nn.functional.conv2d(small.double(), layer.weight.double().view(64, 1, 8, 8), stride=8)
+        expected = (expected.flatten(2).mT + positions.double()).flatten(0, 1)
+        assert error(found, expected) < TOLERANCES[torch.float16]
 
 
 def test_tiles_fit():
@@ -157,7 +215,7 @@ def test_tiles_fit():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_on_a_gpu(case, dtype):
-    assert fused_linear.why_not_at_all() is None
+    assert fused_linear.why_not_at_all(torch.device("cuda"), dtype) is None
     for tile in (None, SMALL):
         assert max(kernel_errors(case, dtype, "cuda", tile)) < TOLERANCES[dtype]
     sizes = {"num_rows": 16384 + 256, "in_features": 1536, "out_features": 384}  # the largest tile
@@ -170,6 +228,58 @@ def test_the_kernel_on_a_gpu(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_patch_kernel_on_a_gpu(dtype):
     assert patches_error(dtype, "cuda") < TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_patches_wait_for_the_positions_that_the_kernel_ahead_of_them_writes():
+    """A layer lets the next kernel begin before it has written anything."""
+    writer, rows, _, _ = make((False, False, 0, False, False), torch.bfloat16, "cuda", 4096, 1536, 384)
+    patches = FusedLinear(torch.randn(384, 768, device="cuda").to(torch.bfloat16) / 28, None)
+    pixel_values = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+    positions = launch(writer, rows).values
+    expected = launch_patches(patches, pixel_values, positions.clone()).values
+    for _ in range(20):
+        memory = torch.zeros(4096 * 384, device="cuda", dtype=torch.bfloat16)
+        written = launch(writer, rows, memory=memory).values
+        assert torch.equal(launch_patches(patches, pixel_values, written).values, expected)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_variant_that_cannot_run_falls_back_and_the_others_run(monkeypatch):
+    """Each by its own: without the products of this one layer."""
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(triton_support, "_told", set())
+    launched = []
+
+    def breaks(layer, rows, *arguments, **options):
+        if layer.weight.shape == (192, 64):
+            raise RuntimeError("out of resource: shared memory")
+        launched.append(layer.weight.shape)
+        return launch(layer, rows, *arguments, **options)
+
+    monkeypatch.setattr(fused_linear, "launch", breaks)
+    monkeypatch.setattr(fused_linear, "why_not_hopper", lambda *arguments: "not asked for")
+    rows = Rows(torch.randn(128, 64, device="cuda").half())
+    good, bad = (FusedLinear(torch.randn(size, 64, device="cuda").half() / 8, None) for size in (128, 192))
+    with pytest.warns(UserWarning, match="Triton kernel for linear layers does not run here: out of resource"):
+        assert torch.equal(bad(rows).values, fused_linear_reference(bad, rows).values)
+    assert not launched
+    assert error(good(rows).values, fused_linear_reference(good, rows).values.double()) < 1e-3
+    assert launched == [good.weight.shape] * 2  # tried, and run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(bad(rows).values, fused_linear_reference(bad, rows).values)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_what_runs_does_so_on_its_own_gpu():
+    for device in ("cuda:1", "cuda:0"):
+        layer, rows, residual, expected = make(CASES[3], torch.bfloat16, device)
+        assert error(layer(rows, residual, True).values, expected) < TOLERANCES[torch.bfloat16]
 
 
 @pytest.mark.gpu
@@ -194,4 +304,5 @@ if __name__ == "__main__":
         assert values < TOLERANCES[torch.float16] and statistics < 1e-3, (case, values, statistics)
     assert patches_error(torch.float16, "cpu", SMALL) < TOLERANCES[torch.float16]
     check_memory()
+    check_attempts()
     print(f"{len(CASES)} cases")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from samlight_hf.modeling.dilated_attention import dilated_attention_reference
 
-from samlight_hf import hopper, hopper_attention
-from samlight_hf.hopper_attention import STAGES, launch, source_of, warpgroups_of, why_not
+from samlight_hf import hopper, hopper_attention, triton_support
+from samlight_hf.hopper_attention import STAGES, attention_of_tokens, launch, source_of, warpgroups_of, why_not
 
 from .test_hopper_linear import needs_compiler, needs_hopper, spilled_bytes
 
@@ -21,6 +21,23 @@ def test_the_kernel_compiles_without_spilling(per_head, warpgroups, stages, bflo
     assert code[:4] == b"\x7fELF" and spilled_bytes(log) == 0, log
 
 
+@needs_compiler
+def test_the_kernel_and_its_launch_agree_on_shared_memory(monkeypatch):
+    constants = {"BFLOAT16": 1, "HEADS": 6, "GROUP": 512, "DILATION": 1, "PER_HEAD": 0, "WARPGROUPS": 1, "STAGES": 2}
+    size = hopper_attention._shared_bytes(constants)
+    monkeypatch.setattr(hopper_attention, "_shared_bytes", lambda constants: size - 8)
+    with pytest.raises(RuntimeError, match="static assertion failed"):
+        hopper.compile_source(source_of(**constants))
+
+
+@pytest.mark.parametrize("pattern", [(256, 1, "all"), (256, 2, "all"), (256, 4, "per_head")], ids=str)
+def test_what_a_kernel_is_held_to_where_it_runs_is_the_reference(pattern):
+    qkv, tokens = torch.randn(1, 256, 8, 3, 64), torch.tensor([0, 1, 6, 127, 128, 255])
+    expected, _ = dilated_attention_reference(*qkv.unbind(3), *pattern)
+    found = attention_of_tokens(qkv[0], tokens, pattern[1], pattern[2] == "per_head")
+    assert torch.allclose(found, expected[0, tokens], atol=1e-5)
+
+
 def test_programs_are_as_large_as_leaves_all_multiprocessors_busy():
     """Of 132: a picture's whole image in two groups a head or one, its bands of 512 tokens, and those of eight pictures."""
     assert warpgroups_of(6 * 2, 2048, 132) == 3
@@ -32,7 +49,8 @@ def test_every_reason_not_to_run_it(monkeypatch):
     qkv = torch.zeros(1, 512, 2, 3, 64)
     assert "cpu" in why_not(qkv, None, 1, "all")
     monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
-    monkeypatch.setattr(hopper_attention, "_why_not_at_all", lambda *arguments: None)
+    monkeypatch.setattr(hopper, "num_processors", lambda device: 132)
+    monkeypatch.setattr(hopper_attention, "why_not_tried", lambda *arguments: None)
     assert why_not(qkv, None, 2, "all") is None and why_not(qkv, None, 2, "per_head") is None
     assert "32 features" in why_not(qkv[..., :32], None, 1, "all")
     assert "dilation_rate=4 to divide num_attention_heads=2" in why_not(qkv, None, 4, "per_head")
@@ -69,3 +87,45 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
         found = launch(qkv, *pattern, 0.125, warpgroups).view_as(expected)
     assert found.isfinite().all() and (found[expected == 0] == 0).all()  # "per_head", in other heads' tokens
     assert (found - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 6e-4) * expected.norm()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
+def test_each_variant_is_tried_by_itself(monkeypatch):
+    """One of three warpgroups cannot be compiled; those of one and of two run."""
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(triton_support, "_told", set())
+    compiled = hopper.compiled
+
+    def breaks(source: str) -> bytes:
+        if "#define WARPGROUPS 3" in source:
+            raise RuntimeError("too many registers")
+        return compiled(source)
+
+    monkeypatch.setattr(hopper, "compiled", breaks)
+    hopper_attention._kernel.cache_clear()
+    one, three = torch.randn(1, 4096, 6, 3, 64, device="cuda", dtype=torch.bfloat16), (None, 2, "all")
+    with pytest.warns(UserWarning, match="CUDA kernel for attention does not run here: too many registers"):
+        assert "too many registers" in why_not(one, *three)
+    assert why_not(one, 512, 1, "all") is None and why_not(one.repeat(8, 1, 1, 1, 1), *three) is None
+    assert why_not(one.half(), 512, 1, "all") is None  # and another dtype by itself
+    tried = {dict(constants)["WARPGROUPS"] for _, _, _, constants in triton_support._reasons}
+    assert tried == {1, 2, 3}
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
+def test_memory_that_ran_out_once_does_not_end_it(monkeypatch):
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    qkv = torch.randn(1, 512, 2, 3, 64, device="cuda", dtype=torch.bfloat16)
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper_attention, "launch", fails)
+        with pytest.raises(torch.OutOfMemoryError, match="to try the CUDA kernel for attention"):
+            why_not(qkv, None, 1, "all")
+    assert why_not(qkv, None, 1, "all") is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from samlight_hf import hopper
+from samlight_hf import hopper, hopper_linear, triton_support
 from samlight_hf.fused_linear import (
     FusedLinear,
     Rows,
@@ -87,7 +87,7 @@ def test_every_reason_not_to_run_it(monkeypatch):
     layer, rows = FusedLinear(torch.zeros(64, 64), None), torch.zeros(128, 64)
     assert "cpu" in why_not_hopper(layer, rows_of(rows))
     monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
-    monkeypatch.setattr("samlight_hf.fused_linear.why_not_hopper_at_all", lambda device: None)
+    monkeypatch.setattr("samlight_hf.fused_linear.why_not_tried", lambda *arguments: None)
     assert why_not_hopper(layer, rows_of(rows), rows) is None
     assert "torch.float64" in why_not_hopper(layer, rows_of(rows.double()))
     assert "torch.float64" in why_not_hopper(layer, rows_of(rows), rows.double())
@@ -148,6 +148,7 @@ def test_it_runs_by_itself_and_again_to_the_bit(monkeypatch):
         return call(layers[2], call(layers[1], first, None, False), first.values, True).values
 
     expected = run(fused_linear_reference)
+    run(FusedLinear.__call__)  # kernels are tried, against the reference
     for name in ("launch", "fused_linear_reference"):
         monkeypatch.delattr(f"samlight_hf.fused_linear.{name}")
     found = run(FusedLinear.__call__)
@@ -167,6 +168,38 @@ def test_the_neck_is_its_convolution(grid, monkeypatch):
     with torch.no_grad():
         image = tokens.double().transpose(1, 2).unflatten(2, grid)
         expected = convolution.double()(image).flatten(2).transpose(1, 2)
+        convolve(layer, tokens, grid)  # the kernel is tried, against torch's
         monkeypatch.delattr("samlight_hf.fused_linear.F.conv2d")
         found = convolve(layer, tokens, grid)
     assert error(found, expected) < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
+def test_each_variant_is_tried_by_itself(monkeypatch):
+    """One that adds a residual cannot be compiled, and Triton runs; the others do as ever."""
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(triton_support, "_told", set())
+    compiled = hopper.compiled
+
+    def breaks(source: str) -> bytes:
+        if "#define RESIDUAL 1" in source:
+            raise RuntimeError("too many registers")
+        return compiled(source)
+
+    monkeypatch.setattr(hopper, "compiled", breaks)
+    hopper_linear._kernel.cache_clear()
+    sizes = {"num_rows": 256, "in_features": 384, "out_features": 384}
+    layer, rows, residual, expected = make(CASES[3], torch.bfloat16, "cuda", **sizes)
+    x = rows_of(rows.values)
+    with pytest.warns(UserWarning, match="CUDA kernel for linear layers does not run here: too many registers"):
+        assert "too many registers" in why_not_hopper(layer, x, residual)
+    assert error(layer(rows, residual).values, expected) < TOLERANCES[torch.bfloat16]
+    assert why_not_hopper(layer, x) is None and why_not_hopper(layer, x, statistics=True) is None
+    normalized, rows, _, _ = make(CASES[1], torch.bfloat16, "cuda", **sizes)
+    for parts in (1, 3):
+        assert why_not_hopper(normalized, rows_of(rows.values), parts=parts) is None
+    convolution = FusedLinear(torch.randn(64, 9 * 64, device="cuda").bfloat16() / 24, None)
+    images = torch.zeros(1, 64, 64, 64, device="cuda", dtype=torch.bfloat16)
+    assert why_not_hopper(convolution, neighbours_of(images)) is None

@@ -10,7 +10,9 @@ from samlight_hf.image_attention import (
     fits,
     launch_seen,
     launch_update,
+    seen,
     seen_reference,
+    update,
     update_reference,
     why_not_triton,
 )
@@ -137,6 +139,38 @@ def test_the_steps_are_attention():
     with torch.no_grad():
         found = update_reference(image, positions, keys, biases, values, norm, heads)
         assert torch.allclose(found, norm(image + attended), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the Triton kernel for the attention")
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_where_the_kernels_cannot_be_compiled_the_steps_run(pictures):
+    image, positions, norm = torch.randn(pictures, 10, 128), torch.randn(10, 128), nn.LayerNorm(128)
+    queries, keys, values = torch.randn(3, 3, 2 * 4, 128)
+    biases = torch.randn(3, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(seen(queries, image, positions), seen_reference(queries, image, positions))
+            given = image, positions, keys, biases, values, norm, 2
+            assert torch.equal(update(*given), update_reference(*given))
+
+
+@pytest.mark.gpu
+def test_more_prompts_than_the_second_axis_of_a_grid_has_programs():
+    generator = torch.Generator("cuda").manual_seed(0)
+    image, positions = torch.randn(2, 1, 32, 128, device="cuda", generator=generator).half()
+    queries, keys, values = 0.15 * torch.randn(3, 70_000, 8, 128, device="cuda", generator=generator).half()
+    biases, norm = torch.zeros(70_000, 8, device="cuda").half(), nn.LayerNorm(128, device="cuda").half()
+    some = [0, 65_534, 65_535, 65_536, 69_999]
+    with torch.no_grad():
+        found = launch_seen(queries, image, positions[0])[some]
+        expected = seen_reference(queries[some].float(), image.float(), positions[0].float())
+        assert (found - expected).norm() < TOLERANCES[torch.float16] * expected.norm()
+        found = launch_update(image, positions[0], keys, biases, values, norm, 8)[some]
+        few = (tensor[some].float() for tensor in (keys, biases, values))
+        expected = update_reference(
+            image.float(), positions[0].float(), *few, norm.float(), 8, add_layer_norm_reference
+        )
+        assert (found - expected).norm() < TOLERANCES[torch.float16] * expected.norm()
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from samlight_hf import layer_norm
 from samlight_hf.layer_norm import add_layer_norm, add_layer_norm_reference, launch, triton, why_not_triton
 
 from .interpreter import run_in_tritons_interpreter
@@ -41,13 +42,13 @@ def test_the_kernel_in_tritons_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_on_a_gpu(case):
-    assert why_not_triton(torch.ones(1, 1, 64, device="cuda")) is None
+    assert why_not_triton(torch.ones(1, 1, 64, device="cuda"), nn.LayerNorm(64, device="cuda")) is None
     assert relative_error(*case, device="cuda") < TOLERANCES[case[1]]
 
 
 def test_elsewhere_it_is_the_reference():
     norm, values = nn.LayerNorm(64), torch.randn(2, 3, 64)
-    assert "cpu" in why_not_triton(values) or triton is None
+    assert triton is None or "cpu" in why_not_triton(values, norm)
     with torch.no_grad():
         expected = nn.functional.gelu(norm(values + values[:1]))
         assert torch.allclose(add_layer_norm(values, norm, values[:1], gelu=True), expected, atol=1e-6)
@@ -55,10 +56,12 @@ def test_elsewhere_it_is_the_reference():
 
 @pytest.mark.gpu
 def test_what_the_kernel_cannot_take_goes_to_the_reference():
-    values = torch.randn(2, 3, 48, device="cuda")
-    assert "no power of two" in why_not_triton(values)
-    assert "not contiguous" in why_not_triton(torch.randn(2, 64, 3, device="cuda").mT)
-    norm = nn.LayerNorm(48, device="cuda")
+    values, norm = torch.randn(2, 3, 48, device="cuda"), nn.LayerNorm(48, device="cuda")
+    assert "no power of two" in why_not_triton(values, norm)
+    assert "not contiguous" in why_not_triton(torch.randn(2, 64, 3, device="cuda").mT, nn.LayerNorm(64, device="cuda"))
+    assert "without a gain" in why_not_triton(
+        values[..., :32].contiguous(), nn.LayerNorm(32, bias=False, device="cuda")
+    )
     with torch.no_grad():
         assert torch.allclose(add_layer_norm(values, norm), norm(values), atol=1e-6)
 
@@ -66,4 +69,6 @@ def test_what_the_kernel_cannot_take_goes_to_the_reference():
 if __name__ == "__main__":
     for case in CASES:
         assert relative_error(*case) < TOLERANCES[case[1]], case
+    for types in ((torch.float16, torch.float16, torch.float16), (torch.float32, torch.float32, None)):
+        assert layer_norm._why_not_tried(torch.device("cpu"), 64, True, *types) is None
     print(f"{len(CASES)} cases")

@@ -1,12 +1,14 @@
 """The Triton kernel of the decoder's end gives the pixels of the steps it replaces, of the masks that are wanted."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from samlight_hf import mask_head
 from samlight_hf.layer_norm import add_layer_norm_reference
-from samlight_hf.mask_head import HeadWeights, _in_float32, launch, run_head, why_not_triton
+from samlight_hf.mask_head import HeadWeights, _in_float32, launch, masks_of, run_head, why_not_triton
 from samlight_hf.triton_support import triton
 
 from .interpreter import run_in_tritons_interpreter
@@ -79,6 +81,36 @@ def test_the_steps_are_transposed_convolutions():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_where_the_kernel_cannot_be_compiled_the_steps_make_the_same_masks():
+    weights, image, hyper = weights_of(128, torch.float32, "cpu"), torch.randn(3, 6, 128), torch.randn(3, 2, 16)
+    slots = torch.tensor([[-1, 2], [0, -1], [-1, 1]], dtype=torch.int32)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found = masks_of(image, hyper, slots, 3, (2, 3), weights)
+        expected = run_head(image, hyper, (2, 3), weights, add_layer_norm_reference).flatten(0, 1)[[2, 5, 1]]
+        assert masks_of(image, hyper, torch.full_like(slots, -1), 0, (2, 3), weights).shape == (0, 8, 12)
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
+    assert [str(warning.message)[:61] for warning in told] == [
+        "the Triton kernel for the end of the mask decoder does not ru"
+    ]
+
+
+@pytest.mark.gpu
+def test_more_prompts_than_the_second_axis_of_a_grid_has_programs():
+    weights, grid = weights_of(128, torch.float16, "cuda"), (8, 8)
+    generator = torch.Generator("cuda").manual_seed(0)
+    image = torch.randn(70_000, 64, 128, device="cuda", dtype=torch.float16, generator=generator)
+    hyper = torch.randn(70_000, 1, 16, device="cuda", generator=generator)
+    some = torch.tensor([0, 65_534, 65_535, 65_536, 69_999], device="cuda")
+    slots, few = (torch.full((70_000, 1), -1, dtype=torch.int32, device="cuda") for _ in range(2))
+    slots[some, 0] = few[: len(some), 0] = torch.arange(len(some), dtype=torch.int32, device="cuda")
+    with torch.no_grad():
+        found = launch(image, hyper, slots, len(some), grid, weights)
+        expected = launch(image[some], hyper[some], few[: len(some)], len(some), grid, weights)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_why_the_kernel_does_not_run():
     assert triton is None or "on cpu" in why_not_triton(weights_of(256, torch.bfloat16, "cpu"))
 
@@ -95,4 +127,5 @@ if __name__ == "__main__":
         assert error < TOLERANCES[case[1]], (case, error)
     mask_head._PROGRAMS = 1  # as with many prompts: each makes all parts of its image tokens
     assert relative_error(*INTERPRETED[0]) < TOLERANCES[INTERPRETED[0][1]]
+    assert mask_head._why_not_tried(torch.device("cpu"), 128, torch.float16) is None
     print(f"{len(INTERPRETED)} cases")

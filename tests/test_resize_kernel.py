@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
+from samlight_hf import resize_kernel
 from samlight_hf.resize_kernel import (
     launch,
     resize_into,
@@ -139,4 +140,5 @@ def test_what_the_kernel_cannot_take_goes_to_the_reference():
 
 
 if __name__ == "__main__":
+    assert resize_kernel._why_not_tried(torch.device("cpu"), 3, torch.float16) is None
     print(f"{sum(check() is None for check in every_check())} checks")

@@ -6,7 +6,7 @@ import torch
 from samlight_hf import upscaled_masks
 from samlight_hf.candidates import Candidates, Table
 from samlight_hf.rle import RunLengthMasks
-from samlight_hf.triton_support import failure, triton
+from samlight_hf.triton_support import triton
 from samlight_hf.upscaled_masks import (
     Frame,
     changes,
@@ -140,20 +140,27 @@ def test_outlines_of_large_pictures_are_made_of_fewer_masks_at_once(monkeypatch,
         return torch.zeros(0, dtype=torch.int32), torch.zeros(len(part), dtype=torch.int32)
 
     monkeypatch.setattr(upscaled_masks, "launch_changes", launch)
+    monkeypatch.setattr(upscaled_masks, "why_not_triton", lambda logits, frame: None)
     frame = Frame((1024, 1024), (1024, 1024), pixels, (0, 0), pixels)
     _, counts = changes(torch.zeros(1, 1, 1).expand(400, 256, 256), frame, 0.0, 1, use_triton=True)
     assert (len(counts), max(parts)) == (400, at_once)
 
 
-def test_a_kernel_that_fails_is_told_once_and_why():
-    def broken():
-        raise RuntimeError("no C\ncompiler")
-
-    assert failure("tests", lambda: True) is None
-    with pytest.warns(UserWarning, match="for tests does not run here: no C compiler"):
-        assert "no C compiler" in failure("tests", broken)
-    with pytest.warns(UserWarning, match="its result is wrong"):
-        failure("tests", lambda: False)
+@pytest.mark.gpu
+def test_more_masks_than_the_second_axis_of_a_grid_has_programs():
+    """65,535; and an image of more blocks than that, for outlines."""
+    frame = Frame((16, 16), (16, 12), (20, 15), (1, 2), (24, 20))
+    logits = logits_of((4, 4), count=70_000, device="cuda")
+    some = torch.tensor([0, 1, 65_534, 65_535, 65_536, len(logits) - 3, len(logits) - 1], device="cuda")
+    assert torch.equal(launch_measure(logits, frame, THRESHOLDS)[some], launch_measure(logits[some], frame, THRESHOLDS))
+    assert torch.equal(launch_masks(logits, frame, 0.0)[some], launch_masks(logits[some], frame, 0.0))
+    (positions, counts), (few, few_counts) = (launch_changes(each, frame, 0.0) for each in (logits, logits[some]))
+    assert torch.equal(counts[some], few_counts)
+    parts = positions.split(counts.tolist())
+    assert torch.equal(torch.cat([parts[number] for number in some.tolist()]), few)
+    frame, logits = Frame((16, 16), (16, 16), (16, 16), (8191, 8191), (8208, 8208)), logits[-4:]  # 65,793 blocks
+    found, expected = launch_changes(logits, frame, 0.0), changes_reference(logits, frame, 0.0)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("max_bytes", [0, 3000, 1e9])
@@ -182,4 +189,6 @@ def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
 if __name__ == "__main__":
     for case in CASES:
         check(case)
+    for twice in (False, True):
+        assert upscaled_masks._why_not_tried(torch.device("cpu"), torch.float32, twice) is None
     print(f"{len(CASES)} cases")

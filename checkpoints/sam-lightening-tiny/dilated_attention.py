@@ -253,7 +253,7 @@ def why_not(
             return f"it has no dropout, and dropout={dropout} was asked for."
         if torch.compiler.is_compiling() and _needs_gradient(query, key, value):
             return "torch.compile cannot trace its backward pass."
-        return _why_not_flash_attention_4()
+        return _why_not_flash_attention_4(query.device.index)
     can_use = {
         "cudnn": torch.backends.cuda.can_use_cudnn_attention,
         "flash": torch.backends.cuda.can_use_flash_attention,
@@ -265,7 +265,9 @@ def why_not(
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
-def _why_not_flash_attention_4() -> str | None:
+def _why_not_flash_attention_4(device_index: int) -> str | None:
+    if torch.cuda.get_device_capability(device_index)[0] < 9:
+        return "it needs a GPU of compute capability 9.0 (Hopper) or newer."
     return _load_flash_attention_4()[1]
 
 
@@ -275,8 +277,6 @@ def _load_flash_attention_4():
 
     With it, `dense_attention`'s forward becomes a torch operator, which torch.compile takes whole.
     """
-    if torch.cuda.get_device_capability()[0] < 9:
-        return None, "it needs a GPU of compute capability 9.0 (Hopper) or newer."
     try:
         from flash_attn.cute import flash_attn_func
     except Exception as error:  # a broken installation too must not break the default

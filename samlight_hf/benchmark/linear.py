@@ -87,8 +87,8 @@ def _layer_rows(layer: Layer, batch_size: int, settings: Settings) -> Iterator[d
         return {"ms": milliseconds, "tflops": tflops, "error": relative_error(function()[some], expected)}
 
     for kernel, function, reason in (
-        (CUDA, by_cuda, why_not_hopper(fused, rows_of(values), residual)),
-        (TRITON, by_triton, why_not_triton(fused, num_rows, values, residual)),
+        (CUDA, by_cuda, why_not_hopper(fused, rows_of(values), residual, layer.adds)),
+        (TRITON, by_triton, why_not_triton(fused, rows, residual, layer.adds)),
         (MODULES, by_modules, None),
     ):
         row = {
