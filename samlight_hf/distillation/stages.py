@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .losses import bce_loss, dice_loss, feature_loss, focal_loss, pairwise_mask_losses, true_iou
+from .mask_prediction import predict_masks
 
 
 # What each trains: parts of the student, by the names of its children.
@@ -201,8 +202,7 @@ class MaskStage(Stage):
         total = 0
         for step in range(self.num_refinements + 1):
             multimask = kind == "point" and step == 0
-            outputs = self.student(image_embeddings=embeddings, multimask_output=multimask, **prompts)
-            logits, predicted_iou = outputs.pred_masks[:, 0], outputs.iou_scores[:, 0]  # (n, m, M, M), (n, m)
+            logits, predicted_iou = predict_masks(self.student, embeddings, prompts, multimask)  # (n, m, M, M), (n, m)
             if multimask and self.point_targets == "all":
                 loss, ious = self._loss_of_all(logits, predicted_iou, targets, points / scale, image_targets)
             else:
