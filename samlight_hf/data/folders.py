@@ -1,17 +1,22 @@
 """Folders of pictures: without masks, and with masks as PNG files."""
 
 import io
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..image_formats import describe_left_out
 from ..pictures import find_pictures
 from .dataset import FileDataset, check_limit
 from .samples import SampleError, SkipReason, SkipReport
 
+
+logger = logging.getLogger(__name__)
 
 # Modes of PIL whose pixels are numbers: bits, 8 and 16 bits, palette indices.
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -126,9 +131,12 @@ def _relative_paths(folder: Path) -> list[str]:
     """The pictures in a folder and its subfolders, sorted, as paths within it."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of pictures.")
-    pictures, problems = find_pictures([folder])
+    left_out: Counter[str] = Counter()
+    pictures, problems = find_pictures([folder], left_out=left_out)
     if problems:
         raise ValueError(str(problems[0]))
+    if left_out:
+        logger.warning("%s: %s", folder, describe_left_out(left_out))
     return [path.relative_to(folder).as_posix() for path in pictures]
 
 
