@@ -18,12 +18,14 @@ from pathlib import Path
 
 from samlight_hf.distillation import distill, leave_process_group, parse_arguments
 from samlight_hf.files import read_yaml, write_aside
+from samlight_hf.messages import make_console_safe
 
 
 SCHEDULES = ("dynamic", "uniform", "output_only")
 
 
 def main():
+    make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent / "configs/demo.yaml"))
     parser.add_argument("--stages", nargs="+", default=["encoder", "decoder"])

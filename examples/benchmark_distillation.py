@@ -50,6 +50,7 @@ from samlight_hf.distillation import parse_arguments as parse_distillation
 from samlight_hf.distillation.run import make_examples, open_train_sources
 from samlight_hf.distillation.run import make_student as student_of
 from samlight_hf.distillation.trainer import focus_layers
+from samlight_hf.messages import make_console_safe
 
 
 CUDA = torch.cuda.is_available()
@@ -261,6 +262,7 @@ def rows(options):
 
 
 def main():
+    make_console_safe()
     options = parse_arguments()
     packages = ("torch", "transformers", "accelerate", "flash-attn-4")
     versions = {}

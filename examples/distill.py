@@ -14,13 +14,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from samlight_hf.distillation import demonstrate, distill, leave_process_group, parse_arguments
-from samlight_hf.messages import one_line
+from samlight_hf.messages import make_console_safe, one_line
 
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(arguments: list[str]) -> int:
+    make_console_safe()
     try:
         if not arguments:
             demonstrate(CONFIGS / "demo_teacher.yaml", CONFIGS / "demo.yaml")
