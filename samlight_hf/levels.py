@@ -86,10 +86,10 @@ def stretch(levels: np.ndarray, nodata: float | None = None, hidden: np.ndarray 
         uint8 levels of the same shape, and a sentence that says what was done, or None where it was nothing.
     """
     valid = _valid_levels(levels)
-    shown = (
-        valid if nodata is None else valid & (levels != levels.dtype.type(nodata) if _fits(nodata, levels) else True)
-    )
-    black = ~valid if nodata is None else ~(shown if levels.ndim == 2 else shown.any(axis=-1, keepdims=True) & valid)
+    shown, black = valid, ~valid
+    if nodata is not None and _fits(nodata, levels):
+        shown = valid & (levels != levels.dtype.type(nodata))
+        black = ~shown if levels.ndim == 2 else ~(shown.any(axis=-1, keepdims=True) & valid)
     if hidden is not None and not hidden.all():
         shown = shown & (~hidden if levels.ndim == 2 else ~hidden[..., None])
     num_black = int(black.sum() if levels.ndim == 2 else black.all(axis=-1).sum())
@@ -131,16 +131,15 @@ def tell(name: str | None, notes: list[str]):
 
 
 def _valid_levels(levels: np.ndarray) -> np.ndarray:
-    if levels.dtype.kind == "f":
-        valid = np.abs(levels) < min(_TOO_LARGE, float(np.finfo(levels.dtype).max))  # false for NaN
+    is_float = levels.dtype.kind == "f"
+    largest = (np.finfo if is_float else np.iinfo)(levels.dtype).max
+    if is_float:
+        valid = np.abs(levels) < min(_TOO_LARGE, float(largest))  # false for NaN
     else:
         valid = np.ones(levels.shape, dtype=bool)
-    if levels.dtype.kind != "u" and valid.any():
-        for sentinel in _SENTINELS:
-            if float(levels.min(where=valid, initial=levels[valid].flat[0])) == sentinel:
-                valid &= levels != sentinel
-                if not valid.any():
-                    break
+    for sentinel in _SENTINELS if levels.dtype.kind != "u" else ():
+        if float(levels.min(where=valid, initial=largest)) == sentinel:
+            valid &= levels != sentinel
     return valid
 
 
@@ -220,6 +219,8 @@ def _read_as(image: Image.Image, mode: str | None) -> Image.Image:
     position = image.fp.tell()
     image.fp.seek(0)
     twin = Image.open(image.fp)
+    if image.tell():
+        twin.seek(image.tell())
     if mode is not None:
         twin.tile = [_with_mode(tile, mode) for tile in twin.tile]
     twin.load()

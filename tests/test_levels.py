@@ -177,6 +177,25 @@ def test_colours_of_16_bits_keep_their_levels_and_their_hue(tmp_path, name):
     assert np.array_equal(LazySample("x", Image.open(io.BytesIO(FILES[name])), []).decode()[0], expected)
 
 
+def test_the_page_that_was_chosen_is_read(tmp_path):
+    """Also of 16-bit colours, whose file is opened again. Two directories, the first one's link points to the second."""
+    first, second = tiff(COLOURS), tiff(COLOURS[::-1])
+    place = struct.unpack("<I", second[4:8])[0]
+    (count,) = struct.unpack("<H", second[place : place + 2])
+    directory = bytearray(second[place:])
+    for number in range(count):  # its offsets, behind the first file
+        at = 2 + 12 * number
+        tag, kind, length, value = struct.unpack("<HHII", directory[at : at + 12])
+        if tag == 273 or length * {2: 1, 3: 2, 4: 4}[kind] > 4:
+            directory[at + 8 : at + 12] = struct.pack("<I", value + len(first))
+    joined = first[:-4] + struct.pack("<I", len(first) + place) + second[:place] + bytes(directory)
+    (tmp_path / "x.tif").write_bytes(joined)
+    image = Image.open(tmp_path / "x.tif")
+    for page, expected in ((1, COLOURS[::-1]), (0, COLOURS)):
+        image.seek(page)
+        assert np.array_equal(to_rgb(image), stretch(expected)[0])
+
+
 def test_planes_of_16_bits(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, compressed=True, planar=True))
     found = np.asarray(open_picture(tmp_path / "x.tif")).astype(int)
