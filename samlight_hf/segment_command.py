@@ -100,7 +100,6 @@ def add_demo_arguments(parser: argparse.ArgumentParser):
 def run_segment(args: argparse.Namespace) -> int:
     """Every picture that can be read is segmented; the others are named on stderr. 1 if there was none, 130 on Ctrl-C."""
     from .image_formats import describe_left_out
-    from .mask_files import ENDINGS
     from .pictures import common_folder, find_pictures
 
     model_path = _model_path(args.model)
@@ -110,9 +109,7 @@ def run_segment(args: argparse.Namespace) -> int:
             raise argparse.ArgumentTypeError(f"--out {args.out} is the folder of the pictures. Choose another one.")
     left_out: Counter[str] = Counter()
     pictures, problems = find_pictures(args.paths, exclude=args.out, left_out=left_out)
-    results = ResultFolder(args.out)
-    sheet = results.sheet("contact_sheet.png", args.paths) if args.format == "overlay" else args.out
-    summary = Summary(args.out, sheet, skipped=len(problems))
+    summary = Summary(args.out, skipped=len(problems))
     for problem in problems:
         _report(problem)
     if not pictures:
@@ -120,15 +117,14 @@ def run_segment(args: argparse.Namespace) -> int:
     if left_out:
         print(f"samlight: {describe_left_out(left_out)}", file=sys.stderr)
     root = common_folder(args.paths)
-    places = results.places(pictures, root, ENDINGS[args.format])
     settings = _settings(args, model_path)
-    if args.resume:
-        results.check_settings(settings)
-    resumes = args.resume and results.settings == settings
-    to_do = [place for place in places if not (resumes and results.is_done(place))]
-    summary.already = len(places) - len(to_do)
+    _, to_do = _plan(args, pictures, root, settings)
+    summary.already = len(pictures) - len(to_do)
     if to_do:
         model, processor = _load(model_path, args)
+        results, to_do = _plan(args, pictures, root, settings)  # again: another run may have begun here meanwhile
+        if args.format == "overlay":
+            summary.sheet = results.sheet(summary.sheet.name, args.paths)
         replaced = {place for place in to_do if results.is_replaced(place)}
         with telling_where(results.note, ends_the_run=True):
             results.begin(settings, root, to_do)
@@ -142,6 +138,20 @@ def run_segment(args: argparse.Namespace) -> int:
             )
             return 130
     return summary.finish()
+
+
+def _plan(
+    args: argparse.Namespace, pictures: Sequence[Path], root: Path | None, settings: dict
+) -> tuple[ResultFolder, list[Place]]:
+    """The folder of results as it is now, and the images that are still to be segmented."""
+    from .mask_files import ENDINGS
+
+    results = ResultFolder(args.out)
+    if args.resume:
+        results.check_settings(settings)
+    places = results.places(pictures, root, ENDINGS[args.format])
+    resumes = args.resume and results.settings == settings
+    return results, [place for place in places if not (resumes and results.is_done(place))]
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -166,7 +176,7 @@ def run_demo(args: argparse.Namespace) -> int:
     settings = MaskGenerationSettings(
         DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
-    summary = Summary(args.out, args.out / "contact_sheet.png", columns=3)
+    summary = Summary(args.out, columns=3)
     for name, prompts in _progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
         picture = open_picture(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]

@@ -36,7 +36,6 @@ class Summary:
     """What is told at the end. Of many pictures only the first ones are kept for the contact sheet and the table."""
 
     folder: Path
-    sheet: Path
     skipped: int = 0
     already: int = 0
     replaced: int = 0
@@ -44,6 +43,9 @@ class Summary:
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
     panels: "list[Panel]" = field(default_factory=list)
+
+    def __post_init__(self):
+        self.sheet = self.folder / "contact_sheet.png"
 
     def add(self, row: Row, panel: "Panel | None"):
         self.rows.append(row)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from samlight_hf import mask_files, segment_run
+from samlight_hf import mask_files, segment_command, segment_run
 from samlight_hf.mask_generation import MaskGenerator
 from samlight_hf.pictures import common_folder, find_pictures
 from samlight_hf.result_folder import RULE, ResultFolder
@@ -180,6 +180,21 @@ def test_other_settings_keep_the_names_of_earlier_results(segment, tmp_path):
     status, _, stderr = segment("day1", "--out", "out", "--format", "coco", "--max-masks", "1")
     assert status == 0 and "samlight: 1 earlier result of the same images replaced.\n" in stderr
     assert content(tmp_path / "out")["day2/a.json"] == before["day2/a.json"]
+
+
+def test_runs_that_begin_at_the_same_time(segment, tmp_path, monkeypatch):
+    """Of the other one this run knows nothing before its model is loaded."""
+    write_images(tmp_path, "day1/a.jpg", "day2/a.jpg")
+    load = segment_command._load
+
+    def load_late(*arguments):
+        monkeypatch.setattr(segment_command, "_load", load)
+        assert segment("day1", "--out", "out", "--format", "coco")[0] == 0
+        return load(*arguments)
+
+    monkeypatch.setattr(segment_command, "_load", load_late)
+    assert segment("day2", "--out", "out", "--format", "coco")[0] == 0
+    assert file_names(tmp_path / "out") == {"a.json": "a.jpg", "day2/a.json": "day2/a.jpg"}
 
 
 def test_contact_sheets_of_other_images_are_kept(segment, tmp_path):
