@@ -60,5 +60,5 @@ def _register_openers():
     except ImportError:
         return
     pillow_heif.register_heif_opener()
-    if not features.check("avif") and hasattr(pillow_heif, "register_avif_opener"):
+    if ".avif" not in Image.registered_extensions() and hasattr(pillow_heif, "register_avif_opener"):
         pillow_heif.register_avif_opener()

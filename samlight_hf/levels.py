@@ -1,6 +1,7 @@
 """Images of any depth as 8-bit RGB: robust percentiles, nodata left out, transparency laid on white."""
 
 import logging
+import sys
 from contextlib import suppress
 
 import numpy as np
@@ -20,7 +21,7 @@ _IGNORED = "its alpha hides the whole image and is ignored"
 _BLOCK = 1 << 22  # levels that are scaled at once, in float64
 
 _DEEP = ("RGB", "RGBA")
-_SWAPPED = {"L": "B", "B": "L", "N": "B" if np.little_endian else "L"}
+_SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 _told = False
 

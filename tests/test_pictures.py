@@ -200,9 +200,12 @@ def test_an_address_is_called_one():
 
 
 def test_all_suffixes_of_images_that_pillow_opens(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    kinds = ["jpg", "jfif", "JPE", "png", "gif", "bmp", "tif", "tga", "pcx", "ppm", "qoi", "dds", "ico", "webp"]
-    kinds += [suffix for feature, suffix in (("jpg_2000", "jp2"), ("avif", "AVIF")) if features.check(feature)]
+    colours = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    kinds = ["jpg", "jfif", "JPE", "png", "gif", "bmp", "tif", "tga", "pcx", "ppm", "qoi", "dds", "ico", "webp", "AVIF"]
+    kinds += ["jp2"] if features.check("jpg_2000") else []
+    saved = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
+    kinds = [kind for kind in kinds if f".{kind.lower()}" in saved]  # Pillow before 11.3 has no AVIF
+    assert len(kinds) > 10
     for kind in kinds:
         Image.fromarray(colours).save(tmp_path / f"{kind}.{kind}")
     left_out = Counter()
