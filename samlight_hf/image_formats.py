@@ -32,9 +32,10 @@ def image_suffixes() -> frozenset[str]:
 
 def opening_hint(suffix: str, header: bytes = b"") -> str | None:
     """Return how a file can be made readable: by its suffix, or by its first bytes; None where nothing is known."""
+    suffix = suffix.lower()
     if header[4:8] == b"ftyp":  # HEIC under any name: phones and messengers rename it to .jpg
-        return _HINTS[".avif" if header[8:12] in (b"avif", b"avis") else ".heic"]
-    return _HINTS.get(suffix.lower())
+        suffix = ".avif" if header[8:12] in (b"avif", b"avis") else ".heic"
+    return None if suffix in image_suffixes() else _HINTS.get(suffix)
 
 
 def describe_left_out(left_out: Counter[str]) -> str | None:

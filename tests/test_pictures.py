@@ -287,7 +287,9 @@ def test_heic_is_opened_where_its_plugin_is_installed(tmp_path):
     assert open_picture(path).size == (40, 30)
 
 
-def test_hints_for_avif_that_cannot_be_opened():
+def test_hints_for_avif_that_cannot_be_opened(monkeypatch):
+    assert opening_hint(".tif") is None
+    monkeypatch.setattr("samlight_hf.image_formats.image_suffixes", lambda: frozenset({".png"}))
     for hint in (opening_hint(".AVIF"), opening_hint(".jpg", b"\0\0\0\x20ftypavif\0\0\0\0")):
         assert "pillow>=11.3" in hint and "pillow-heif" in hint
 
