@@ -19,7 +19,7 @@ from pathlib import Path
 
 from samlight_hf.distillation import distill, parse_arguments
 from samlight_hf.files import read_yaml, write_aside
-from samlight_hf.messages import one_line
+from samlight_hf.messages import make_console_safe, one_line
 from samlight_hf.processes import is_main_process, leave_process_group, one_voice
 
 
@@ -27,6 +27,7 @@ SCHEDULES = ("dynamic", "uniform", "output_only")
 
 
 def main():
+    make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent / "configs/demo.yaml"))
     parser.add_argument("--stages", nargs="+", default=["encoder", "decoder"])

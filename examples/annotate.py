@@ -24,7 +24,7 @@ from samlight_hf.data.sa1b import add_sample
 from samlight_hf.files import write_aside
 from samlight_hf.loading import load_model
 from samlight_hf.mask_files import coco_document
-from samlight_hf.messages import one_line
+from samlight_hf.messages import make_console_safe, one_line
 from samlight_hf.preprocessing import check_size
 
 
@@ -33,6 +33,7 @@ SAME = 0.8  # IoU from which two masks are one
 
 
 def main():
+    make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", help="a folder of pictures, one with images/ and masks/, or tars in SA-1B's layout")
     parser.add_argument("--out", type=Path, required=True, help="the tar that is written")

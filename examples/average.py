@@ -10,9 +10,11 @@ from pathlib import Path
 
 from samlight_hf.averaging import average_models
 from samlight_hf.loading import find_dtype, load_model
+from samlight_hf.messages import make_console_safe
 
 
 def main():
+    make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="folders or Hub names; the first one's processor is kept")
     parser.add_argument("--shares", nargs="+", type=float, help="of each, relative to the others; by default the same")

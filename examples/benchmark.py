@@ -17,6 +17,7 @@ import argparse
 import sys
 
 from samlight_hf.benchmark_command import PART_NAMES, add_benchmark_arguments, run_benchmark_command
+from samlight_hf.messages import make_console_safe
 
 
 def everything(settings):
@@ -26,6 +27,7 @@ def everything(settings):
 
 
 def main() -> int:
+    make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_benchmark_arguments(parser, (*PART_NAMES, "everything", "evaluation"))
     parser.add_argument("--dataset", help="a tar of SA-1B's layout, for the part evaluation")

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from samlight_hf.data import Augmentation, Cutouts, PictureDataset, PromptSampling, Sa1bDataset, TrainingExamples
 from samlight_hf.data.annotations import text_rle
 from samlight_hf.data.sa1b import add_sample
+from samlight_hf.messages import make_console_safe
 
 
 PHOTOGRAPHS = Path(__file__).parent / "images"
@@ -47,6 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main():
+    make_console_safe()
     args = parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -48,6 +48,7 @@ from samlight_hf.distillation import parse_arguments as parse_distillation
 from samlight_hf.distillation.run import make_examples, open_train_sources
 from samlight_hf.distillation.run import make_student as student_of
 from samlight_hf.distillation.trainer import focus_layers
+from samlight_hf.messages import make_console_safe
 from samlight_hf.processes import is_main_process, leave_process_group
 
 
@@ -260,6 +261,7 @@ def rows(options):
 
 
 def main():
+    make_console_safe()
     options = parse_arguments()
     packages = ("torch", "transformers", "accelerate", "flash-attn-4")
     versions = {}

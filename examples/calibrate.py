@@ -15,9 +15,11 @@ from pathlib import Path
 from samlight_hf.data import load_dataset
 from samlight_hf.evaluation.calibration import calibrate
 from samlight_hf.loading import load_model
+from samlight_hf.messages import make_console_safe
 
 
 def main():
+    make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
     parser.add_argument("--data", nargs="+", required=True, help="tars of SA-1B's layout")

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from samlight_hf.distillation import DistillationArguments, demonstrate, distill, parse_arguments
-from samlight_hf.messages import one_line
+from samlight_hf.messages import make_console_safe, one_line
 from samlight_hf.processes import is_main_process, leave_process_group, one_voice, tell, tell_error
 
 
@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(arguments: list[str]) -> int:
+    make_console_safe()
     try:
         if not arguments:
             demonstrate(CONFIGS / "demo_teacher.yaml", CONFIGS / "demo.yaml")

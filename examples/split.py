@@ -17,9 +17,11 @@ from pathlib import Path, PurePosixPath
 
 from samlight_hf.data.sa1b import find_tars, tar_members
 from samlight_hf.files import write_aside
+from samlight_hf.messages import make_console_safe
 
 
 def main():
+    make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tars", nargs="+", help="tars, folders of tars or patterns")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new tars")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from . import __version__, benchmark_command, evaluate_command, hub_command, segment_command
-from .messages import one_line
+from .messages import log_to_stderr, make_console_safe, one_line
 from .processes import one_voice, tell_error
 
 
@@ -87,8 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: nothing succeeded. 2: wrong usage. 130: interrupted. Whatever happens is told in one line on stderr, never
     by a traceback, unless the environment variable SAMLIGHT_DEBUG is set.
     """
+    make_console_safe()
     try:
-        status = _run(arguments)
+        with log_to_stderr("samlight: "):
+            status = _run(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where an error of it can still be answered
         return status

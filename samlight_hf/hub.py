@@ -37,6 +37,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors.torch import load_file
 
+from .files import beside
 from .folder_checks import (
     AUTO_MAP,
     CARD_NAME,
@@ -125,7 +126,7 @@ def build_folder(
         raise FolderError(f"{source}: no such folder. Give the checkpoint's folder, with config.json in it.")
     _, processor = load_model(source, "cpu")
     card = render_card(source) if card is None else card
-    aside = destination.with_name(f".{destination.name}.{os.getpid()}.part")
+    aside = beside(destination)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:

@@ -1,6 +1,7 @@
 """Masks of a picture as files: an overlay, a folder of PNGs, COCO's JSON, or numpy arrays. Each is whole, or not there."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import write_aside
+from .files import beside, write_aside
 from .mask_generation import GeneratedMasks, MaskResult
 from .rle import RunLengthMasks
 from .visualization import draw_overlay
@@ -99,7 +100,9 @@ def _write_folder(path: Path, result: GeneratedMasks | MaskResult):
                 table.writerow([name, *(f"{v:g}" for v in (columns["scores"][index], *columns["boxes_xyxy"][index]))])
 
     # A folder cannot be moved onto another one that holds something: the old one goes first.
-    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    aside, old = beside(path), beside(path, f".{os.getpid()}.old")
+    if path.exists() and any(entry.is_dir() for entry in path.iterdir()):
+        raise FileExistsError(errno.EEXIST, "it holds folders that are no masks", str(path))
     try:
         write(aside)
         if path.exists():

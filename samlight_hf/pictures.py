@@ -3,20 +3,19 @@
 import glob
 import os
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from .image_formats import describe_left_out, image_suffixes, opening_hint
+from .levels import LevelsError, to_rgb
 from .messages import one_line
 
-
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
 # In a folder of results of `samlight segment`: the settings they were made with, and of which pictures.
 NOTE_NAME = ".samlight.json"
@@ -34,44 +33,75 @@ class PictureError(ValueError):
 
 
 def find_pictures(
-    paths: Iterable[str | os.PathLike], exclude: str | os.PathLike | None = None
+    paths: Iterable[str | os.PathLike],
+    exclude: str | os.PathLike | None = None,
+    left_out: Counter[str] | None = None,
 ) -> tuple[list[Path], list[PictureError]]:
-    """All pictures that `paths` name, each once, and an error for each path that names none.
+    """Find all images that `paths` name, each once, and make an error for each path that names none.
 
-    A file is taken whatever its suffix. A folder stands for the pictures in it and in its subfolders, in sorted order,
-    without hidden ones; suffixes match in any case. A path that does not exist is read as a pattern (`*`, `?`, `**`).
+    A file is taken whatever its suffix. A folder stands for the images in it and in its subfolders, in sorted order,
+    without hidden ones: all suffixes that Pillow opens here, in any case. A path that does not exist is read as a pattern
+    (`*`, `?`, `**`).
 
-    `exclude` is the folder that results are written to: inside a searched one it is left out, as are those of earlier runs.
+    Args:
+        paths: files, folders and patterns.
+        exclude: the folder that results are written to: inside a searched one it is left out, as are those of earlier runs.
+        left_out: where files of folders and patterns that are no images are counted, by suffix in lower case.
     """
-    found: dict[Path, Path] = {}
+    left_out = Counter() if left_out is None else left_out
+    found: dict[str, Path] = {}
     problems = []
     excluded = None if exclude is None else Path(exclude).resolve()
+    suffixes = image_suffixes()
     for path in paths:
         if _is_address(path):
             problems.append(PictureError(_NO_ADDRESS.format(path)))
             continue
-        path = Path(path)
+        path, others = Path(path), Counter()
         if path.is_dir():
-            pictures = _in_folder(path, excluded)
-            missing = f"{path}: no pictures in this folder (looked for {', '.join(sorted(PICTURE_SUFFIXES))})."
+            files = _in_folder(path, excluded, problems)
         elif path.exists():
-            pictures, missing = [path], ""
+            files = None
         else:
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-            pictures = [match for match in matches if match.is_file() and _is_picture(match)]
-            missing = f"{path}: no such file or folder. Check the name."
+            files = sorted(match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file())
+        pictures = [path] if files is None else [file for file in files if file.suffix.lower() in suffixes]
+        if files is not None:
+            others.update(file.suffix.lower() for file in files if file.suffix.lower() not in suffixes)
+        left_out.update(others)
         if not pictures:
-            problems.append(PictureError(missing))
+            what = "no pictures in this folder" if path.is_dir() else "no such file or folder. Check the name"
+            what = "no picture matches this pattern" if others and not path.is_dir() else what
+            problems.append(PictureError(f"{path}: {what}" + (f": {describe_left_out(others)}" if others else ".")))
         for picture in pictures:
-            found.setdefault(picture.resolve(), picture)
+            found.setdefault(os.path.realpath(picture), picture)  # Path.resolve raises for links in a circle
     return list(found.values()), problems
+
+
+def common_folder(paths: Iterable[str | os.PathLike]) -> Path | None:
+    """Return the folder that was asked for, absolute: of several paths, the deepest one that holds them all.
+
+    A folder stands for itself, a file for the folder that it is in, a pattern for its part before the first `*`, `?` or
+    `[`. None where there is no such folder: on several drives, or where no path exists.
+    """
+    folders = []
+    for path in (Path(path) for path in paths if not _is_address(path)):
+        if path.is_dir():
+            folders.append(path)
+        elif path.exists():
+            folders.append(path.parent)
+        elif any(glob.iglob(str(path), recursive=True)):
+            folders.append(Path(*takewhile(lambda part: not glob.has_magic(part), path.parts)))
+    try:
+        return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    except ValueError:
+        return None
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:
     """The picture as RGB, 8 bits, upright as its EXIF orientation says.
 
-    Transparency is laid on white. Grey levels of more than 8 bits are stretched from the lowest and highest in the
-    picture to 0 and 255. Of several frames the first is taken.
+    Transparency is laid on white. Levels of more than 8 bits are stretched between robust percentiles, and a line is
+    logged, see `levels.to_rgb`. Of several frames the first is taken.
 
     Raises:
         PictureError: for a file that is not there, is no picture, is damaged, or has more than `MAX_PIXELS` pixels.
@@ -85,21 +115,25 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
         raise PictureError(f"{path}: is a folder. Give a file.")
     if path.stat().st_size == 0:
         raise PictureError(f"{path}: the file is empty. Copy or download it again.")
+    image_suffixes()  # with the plugins of formats that Pillow has not itself
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning: the limit here is checked below
             with Image.open(path) as picture:
                 _check_size(path, *picture.size)
-                picture.load()
-                return to_rgb(ImageOps.exif_transpose(picture))
+                return to_rgb(picture, str(path), upright=True)
     except PictureError:
         raise
+    except LevelsError as error:
+        raise PictureError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
         raise PictureError(
             f"{path}: more than {MAX_PIXELS:,} pixels, the limit here. Make it smaller, or cut it up."
         ) from error
     except UnidentifiedImageError as error:
-        raise PictureError(f"{path}: not a picture that can be read. Convert it to JPEG or PNG.") from error
+        with path.open("rb") as file:
+            hint = opening_hint(path.suffix, file.read(16))
+        raise PictureError(f"{path}: not a picture that can be read. {_remedy(hint)}") from error
     except PermissionError as error:
         raise PictureError(f"{path}: no permission to read it. Check its permissions.") from error
     except MemoryError as error:
@@ -130,22 +164,25 @@ def _is_address(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)  # of which a Path would keep one slash
 
 
-def _in_folder(folder: Path, excluded: Path | None) -> list[Path]:
+def _in_folder(folder: Path, excluded: Path | None, problems: list[PictureError]) -> list[Path]:
+    def refuse(error: OSError):
+        problems.append(PictureError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions."))
+
     pictures = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [
             name for name in folders if not name.startswith(".") and not _holds_results(Path(root) / name, excluded)
         ]
         pictures += [Path(root) / name for name in files if not name.startswith(".")]
-    return sorted(picture for picture in pictures if _is_picture(picture))
+    return sorted(pictures)
 
 
 def _holds_results(folder: Path, excluded: Path | None) -> bool:
     return excluded is not None and (folder.resolve() == excluded or (folder / NOTE_NAME).is_file())
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
+def _remedy(hint: str | None) -> str:
+    return "Convert it to JPEG or PNG" + (f", or: {hint}." if hint else ".")
 
 
 def _check_size(path: Path, width: int, height: int):
@@ -154,25 +191,3 @@ def _check_size(path: Path, width: int, height: int):
             f"{path}: {width}x{height} is {width * height:,} pixels, and the limit is {MAX_PIXELS:,}. "
             "Make it smaller, or cut it up."
         )
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """8 bits; transparency and grey levels of more bits as `open_picture` tells."""
-    if picture.mode.startswith(("I", "F")):
-        return _stretch_grey(picture)
-    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _stretch_grey(picture: Image.Image) -> Image.Image:
-    """Modes I, I;16 and F, where Pillow's conversion would clip everything above 255 to white."""
-    levels = np.nan_to_num(np.asarray(picture).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = levels.min(), levels.max()
-    if low == high:  # one grey: nothing to stretch, and 16 bits are the usual meaning
-        levels = np.clip(levels / 257, 0, 255)
-    else:
-        levels = (levels - low) * (255 / (high - low))
-    return Image.fromarray(np.rint(levels).astype(np.uint8)).convert("RGB")

@@ -1,9 +1,13 @@
 """transformers' pipeline task "fast-mask-generation": the stock "mask-generation", by `MaskGenerator`."""
 
+import os
+
 import torch
+from PIL import Image
 from transformers import Pipeline
 from transformers.image_utils import load_image
 
+from .levels import has_more_than_8_bits, to_rgb
 from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
 from .memory_budget import DEFAULT_MEMORY_MB
 from .preprocessing import picture_tensor
@@ -66,7 +70,7 @@ class FastMaskGenerationPipeline(Pipeline):
         return super().__call__(image, *args, **kwargs)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
-        return {"picture": picture_tensor(load_image(image, timeout=timeout))}
+        return {"picture": picture_tensor(_load(image, timeout))}
 
     def _forward(self, model_inputs, points_per_batch: int | None = None, **settings) -> dict[str, GeneratedMasks]:
         self.generator.set_budget(self.max_memory_mb, points_per_batch)
@@ -83,3 +87,11 @@ class FastMaskGenerationPipeline(Pipeline):
             boxes[:, 2:] -= torch.from_numpy(generated.masks.areas > 0)[:, None].long()
             result["bounding_boxes"] = boxes
         return result
+
+
+def _load(image: str | Image.Image, timeout: float | None) -> Image.Image:
+    """An image as transformers loads it, but for levels of more than 8 bits, which that would clip to white."""
+    opened = Image.open(image) if isinstance(image, str) and os.path.isfile(image) else image
+    if isinstance(opened, Image.Image) and has_more_than_8_bits(opened):
+        return to_rgb(opened, image if isinstance(image, str) else "the image", upright=True)
+    return load_image(opened, timeout=timeout)

@@ -7,12 +7,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 from transformers import SamImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from .pictures import open_picture, to_rgb
+from .levels import stretch, tell, to_rgb
+from .pictures import open_picture
 from .resize_kernel import resize_into
 
 
@@ -20,33 +21,52 @@ Picture = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
 
 def picture_tensor(picture: Picture) -> torch.Tensor:
-    """One picture as uint8 (3, H, W): a path, a PIL image, or grey or RGB levels, uint8, as an array or a tensor.
+    """Read one image as uint8 (3, H, W), by the same rule in whatever form it comes.
 
-    Arrays are (H, W) or (H, W, 3), tensors (H, W) or (3, H, W), which stay on their device. A PIL image is what
-    `open_picture` makes of its file: upright, without transparency, of 8 bits.
-    Raises ValueError for another dtype or shape and for an empty picture; PictureError, a ValueError, for a file that
-    cannot be read.
+    Levels that are not uint8, integers or floats, are stretched between robust percentiles, and a line is logged: see
+    `levels.stretch`. A file or a PIL image is turned upright, and its transparency laid on white.
+
+    Args:
+        picture: a path, a PIL image, an array (H, W) or (H, W, 3), or a tensor (H, W) or (3, H, W), grey or RGB. A tensor
+            stays on its device.
+
+    Raises:
+        ValueError: for another type or shape and for an empty image; PictureError, a ValueError, for a file that cannot be read.
     """
     if isinstance(picture, str | os.PathLike):
         picture = open_picture(picture)
     if isinstance(picture, Image.Image):
-        picture = np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
+        picture = np.asarray(to_rgb(picture, "the image", upright=True))
     if not isinstance(picture, np.ndarray | torch.Tensor):
         raise ValueError(
             f"a picture is a {type(picture).__name__}, and must be a path, a PIL image, an array or a tensor."
         )
     is_array, shape = isinstance(picture, np.ndarray), tuple(picture.shape)
-    if picture.dtype != (np.uint8 if is_array else torch.uint8):
-        raise ValueError(f"a picture's levels are {picture.dtype}, and must be uint8, 0 to 255.")
     if len(shape) != 2 and not (len(shape) == 3 and shape[2 if is_array else 0] == 3):
         raise ValueError(
             f"a picture has the shape {shape}, and must be (H, W) or {'(H, W, 3)' if is_array else '(3, H, W)'}."
         )
     if 0 in shape:
         raise ValueError(f"a picture of shape {shape} has no pixels.")
+    picture = _to_uint8(picture)
     if is_array:  # torch takes neither negative strides nor memory that must not be written to without a word
         picture = torch.from_numpy(np.array(picture.transpose(2, 0, 1) if len(shape) == 3 else picture))
     return picture if len(shape) == 3 else picture.expand(3, -1, -1)
+
+
+def _to_uint8(levels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """Stretch levels of an array or a tensor that are not uint8. Raises ValueError for what is neither integer nor float."""
+    if levels.dtype in (np.uint8, torch.uint8):
+        return levels
+    is_array = isinstance(levels, np.ndarray)
+    if levels.dtype.kind not in "iuf" if is_array else levels.dtype == torch.bool or levels.is_complex():
+        raise ValueError(f"a picture's levels are {levels.dtype}, and must be integers or floats.")
+    array = levels
+    if not is_array:
+        array = (levels.float() if levels.dtype == torch.bfloat16 else levels).detach().cpu().numpy()
+    array, note = stretch(array)
+    tell("the image", [note] if note else [])
+    return array if is_array else torch.from_numpy(array).to(levels.device)
 
 
 def check_size(image_processor: SamImageProcessor, height: int, width: int):

@@ -10,15 +10,15 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import write_aside
 from .messages import one_line
-from .pictures import NOTE_NAME
+from .result_folder import RULE, Place, ResultFolder, identity_of
 from .segment_summary import MAX_PANELS, Row, Summary, count, telling_where
 
 
@@ -49,7 +49,9 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         metavar="PATH",
         help="pictures, folders of pictures, or patterns like '*.jpg'",
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/segment"), help="folder of results (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/segment"), help=f"folder of results (%(default)s): {RULE}"
+    )
     parser.add_argument(
         "--box", type=_box, action="append", default=[], metavar="X1,Y1,X2,Y2",
         help="segment what is in this box, in pixels of the picture; may be repeated",
@@ -97,41 +99,37 @@ def add_demo_arguments(parser: argparse.ArgumentParser):
 
 def run_segment(args: argparse.Namespace) -> int:
     """Every picture that can be read is segmented; the others are named on stderr. 1 if there was none, 130 on Ctrl-C."""
-    from .pictures import find_pictures
-    from .segment_run import Job
+    from .image_formats import describe_left_out
+    from .pictures import common_folder, find_pictures
 
     model_path = _model_path(args.model)
     _make_folder(args.out)
     for path in map(Path, args.paths):
         if path.is_dir() and path.resolve() == args.out.resolve():
             raise argparse.ArgumentTypeError(f"--out {args.out} is the folder of the pictures. Choose another one.")
-    pictures, problems = find_pictures(args.paths, exclude=args.out)
+    left_out: Counter[str] = Counter()
+    pictures, problems = find_pictures(args.paths, exclude=args.out, left_out=left_out)
     summary = Summary(args.out, skipped=len(problems))
     for problem in problems:
         _report(problem)
     if not pictures:
         return 1
-    outputs = output_paths(pictures, args.out, args.format)
-    taken = {picture.resolve() for picture in pictures}.intersection(path.resolve() for path in outputs)
-    if taken:
-        raise argparse.ArgumentTypeError(f"--out {args.out} would replace {min(taken)}. Choose another one.")
+    if left_out:
+        print(f"samlight: {describe_left_out(left_out)}", file=sys.stderr)
+    root = common_folder(args.paths)
     settings = _settings(args, model_path)
-    note = args.out / NOTE_NAME
-    before, done = _read_note(note)
-    if args.resume and note.is_file():
-        _compare_settings(note, before, settings)
-    if before != settings:
-        done = {}  # results of another run
-    jobs = [Job(*pair) for pair in zip(pictures, outputs) if not (args.resume and _is_done(*pair, done))]
-    summary.already = len(pictures) - len(jobs)
-    if jobs:
+    _, to_do = _plan(args, pictures, root, settings)
+    summary.already = len(pictures) - len(to_do)
+    if to_do:
         model, processor = _load(model_path, args)
-        kept = done.keys() - {job.output.name for job in jobs}
-        text = "".join(f"{json.dumps(line)}\n" for line in (settings, *([name, *done[name]] for name in sorted(kept))))
-        with telling_where(note):
-            write_aside(note, lambda aside: aside.write_text(text, encoding="utf-8"))
+        results, to_do = _plan(args, pictures, root, settings)  # again: another run may have begun here meanwhile
+        if args.format == "overlay":
+            summary.sheet = results.sheet(summary.sheet.name, args.paths)
+        replaced = {place for place in to_do if results.is_replaced(place)}
+        with telling_where(results.note, ends_the_run=True):
+            results.begin(settings, root, to_do)
         try:
-            _run_jobs(jobs, model, processor, args, model_path, summary, note)
+            _run_jobs(to_do, model, processor, args, model_path, summary, results, replaced)
         except KeyboardInterrupt:
             print(
                 f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(pictures)} pictures are done. The same "
@@ -140,6 +138,20 @@ def run_segment(args: argparse.Namespace) -> int:
             )
             return 130
     return summary.finish()
+
+
+def _plan(
+    args: argparse.Namespace, pictures: Sequence[Path], root: Path | None, settings: dict
+) -> tuple[ResultFolder, list[Place]]:
+    """The folder of results as it is now, and the images that are still to be segmented."""
+    from .mask_files import ENDINGS
+
+    results = ResultFolder(args.out)
+    if args.resume:
+        results.check_settings(settings)
+    places = results.places(pictures, root, ENDINGS[args.format])
+    resumes = args.resume and results.settings == settings
+    return results, [place for place in places if not (resumes and results.is_done(place))]
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -183,35 +195,40 @@ def run_demo(args: argparse.Namespace) -> int:
     return summary.finish()
 
 
-def _run_jobs(jobs, model, processor, args: argparse.Namespace, model_path: str, summary: "Summary", note: Path):
-    """Segments the jobs, adds them to the summary, and says in the note which picture each result is of."""
-    from .segment_run import Run, Segmented
+def _run_jobs(
+    places: Sequence[Place], model, processor, args: argparse.Namespace, model_path: str, summary: Summary,
+    results: ResultFolder, replaced: Collection[Place],
+):  # fmt: skip
+    """Segments the images, adds them to the summary, and says in the note which image each result is of."""
+    from .segment_run import Job, Run, Segmented
 
     prompt = _describe(args.box, args.point)
     everything = not (args.box or args.point)
     num_points = args.points_per_side**2
-    bar = _point_progress(num_points, jobs[0].path.name) if everything and len(jobs) == 1 else None
+    bar = _point_progress(num_points, places[0].image.name) if everything and len(places) == 1 else None
+    place_of = {place.output: place for place in places}
 
     def write(segmented: Segmented) -> "tuple[Row, Panel | None]":
         job, result, picture = segmented.job, segmented.result, segmented.picture
         with_panel = args.format == "overlay" and job.output in shown
-        panel = _write(
-            job.output, args.format, picture, job.path.name, prompt, result, args.box, args.point, with_panel
-        )
-        with telling_where(note), noting, note.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([job.output.name, *(_identity(job.path) or ())]) + "\n")
+        panel = _write(job.output, args.format, picture, job.name, prompt, result, args.box, args.point, with_panel)
+        with telling_where(results.note, ends_the_run=True):
+            results.finish(place_of[job.output])
         return Row(str(job.path), picture.size, prompt, len(result), segmented.seconds, job.output), panel
 
     def skip(error: BaseException, path: Path):
         _report(error, path)
-        summary.skipped += 1
+        with counting:
+            summary.skipped += 1
 
-    shown, noting = {job.output for job in jobs[:MAX_PANELS]}, threading.Lock()
+    shown, counting = {place.output for place in places[:MAX_PANELS]}, threading.Lock()
     segment = _segmenter(model, processor, args, model_path)
+    jobs = [Job(place.image, place.output, place.name) for place in places]
     start = time.perf_counter()
-    with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as results:
-        for row, panel in _progress(results, len(jobs)):
+    with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as written:
+        for row, panel in _progress(written, len(jobs)):
             summary.add(row, panel)
+            summary.replaced += place_of[row.output] in replaced
     summary.seconds = time.perf_counter() - start
     if bar is not None:
         bar.close()
@@ -238,7 +255,7 @@ def _settings(args: argparse.Namespace, model_path: str) -> dict:
     """What decides about results: it is noted beside them, since results of different runs must not be mixed."""
     pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
     folder = Path(model_path).expanduser()
-    weights = [_identity(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
+    weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
     return {
         "--model": str(folder.resolve()) if folder.is_dir() else model_path,
         "the model's weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8], "--dtype": args.dtype, "--format": args.format, "--box": [*map(list, args.box)],
@@ -246,65 +263,6 @@ def _settings(args: argparse.Namespace, model_path: str) -> dict:
         "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
         "--min-area": args.min_area, "--max-masks": args.max_masks,
     }  # fmt: skip
-
-
-def _identity(path: Path) -> list | None:
-    """What tells a file from another, also from one that takes its place; None where it is gone."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def _is_done(picture: Path, output: Path, done: dict[str, list]) -> bool:
-    """Whether there is a result, and of this very picture."""
-    return output.exists() and done.get(output.name) == _identity(picture) is not None
-
-
-def _read_note(note: Path) -> tuple[dict | None, dict[str, list]]:
-    """The settings, or None where there is no note; and what picture each result is of, by the result's name."""
-    done = {}
-    try:
-        first, *lines = note.read_text(encoding="utf-8").splitlines()
-        settings = json.loads(first)
-    except (OSError, ValueError):
-        return None, done
-    for line in lines:
-        with suppress(ValueError):  # a line that was cut off
-            name, *identity = json.loads(line)
-            done[name] = identity
-    return settings if isinstance(settings, dict) else None, done
-
-
-def _compare_settings(note: Path, before: dict | None, settings: dict):
-    if before is None or settings.keys() - before.keys():
-        raise argparse.ArgumentTypeError(f"--resume: {note} cannot be read. Run without --resume.")
-    changed = [f"{name} was {before[name]} and is {value}" for name, value in settings.items() if before[name] != value]
-    if changed:
-        raise argparse.ArgumentTypeError(f"--resume: {note.parent} holds results of another run: {', '.join(changed)}.")
-
-
-def output_paths(pictures: Sequence[Path], folder: Path, file_format: str = "overlay") -> list[Path]:
-    """Where the masks of each picture go: its name and the ending of `file_format`, and never twice the same.
-
-    Where names clash, which they do in any case of letters on some file systems, folder and suffix are put into the name.
-    """
-    from .mask_files import ENDINGS
-
-    stems = Counter(picture.stem.casefold() for picture in pictures)
-    used: set[str] = set()
-    paths = []
-    for picture in pictures:
-        name = picture.stem
-        if stems[name.casefold()] > 1:
-            name = "_".join(filter(None, (picture.resolve().parent.name, picture.stem, picture.suffix[1:])))
-        unique, number = name, 2
-        while unique.casefold() in used:
-            unique, number = f"{name}-{number}", number + 1
-        used.add(unique.casefold())
-        paths.append(folder / (unique + ENDINGS[file_format]))
-    return paths
 
 
 def _write(
@@ -323,6 +281,7 @@ def _write(
     from .visualization import Panel, draw_overlay
 
     with telling_where(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_masks(output, file_format, picture, name, result, boxes, points)
     if not panel:
         return None
@@ -392,6 +351,10 @@ def _point_progress(num_points: int, name: str):
 
 def _report(error: BaseException, picture: Path | None = None):
     message = one_line(error)
+    if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug of ours
+        message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
+        if os.environ.get("SAMLIGHT_DEBUG"):
+            traceback.print_exception(error)
     if picture is not None and not message.startswith(str(picture)):
         message = f"{picture}: {message}"
     print(f"samlight: skipped {message}", file=sys.stderr)

@@ -20,6 +20,7 @@ from .pictures import open_picture, read_ahead
 from .predictor import Predictor, predict_prompts
 from .preprocessing import check_size, picture_tensor
 from .prompts import check_prompts
+from .segment_summary import DiskError
 
 
 NUM_READERS = 3  # with their waiting pictures, enough for the next batch while one is segmented
@@ -28,10 +29,11 @@ NUM_WRITERS = max(2, min(6, (os.cpu_count() or 1) // 2))  # drawing and compress
 
 @dataclass(frozen=True)
 class Job:
-    """A picture, and where its masks go."""
+    """A picture, where its masks go, and its name in results."""
 
     path: Path
     output: Path
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Prompted:
 class Run:
     """Segments jobs with `segment`, an `Everything` or a `Prompted`, and hands what comes out to `write` in other threads.
 
-    Pictures that cannot be read or segmented are told to `skip(error, path)`. What `write` raises ends the run. At any time
-    there are a few pictures in memory, however many the jobs are.
+    Images that cannot be read, segmented or written are told to `skip(error, path)`: whatever is wrong with one of them, the
+    others are done. A `DiskError` ends the run. At any time there are a few images in memory, however many the jobs are.
     """
 
     def __init__(
@@ -107,18 +109,18 @@ class Run:
         self.batch_size, self.progress = batch_size, progress
 
     def __call__(self, jobs: Iterable[Job]) -> Iterator:
-        """What `write` returned for each `Segmented`, in order."""
+        """Yield what `write` returned for each `Segmented` that was written, in order."""
         with ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="write") as pool:
             writing: deque[Future] = deque()
             try:
                 with closing(read_ahead(self._read, jobs, NUM_READERS)) as read:
                     while batch := list(islice(read, self.batch_size)):
                         for segmented in self._segment([item for item in batch if item is not None]):
-                            writing.append(pool.submit(self.write, segmented))
+                            writing.append(pool.submit(self._write, segmented))
                             while len(writing) > 2 * NUM_WRITERS:
-                                yield writing.popleft().result()
+                                yield from writing.popleft().result()
                 while writing:
-                    yield writing.popleft().result()
+                    yield from writing.popleft().result()
             finally:  # interrupted, perhaps: what is being written is finished, and nothing else begun
                 for future in writing:
                     future.cancel()
@@ -127,10 +129,19 @@ class Run:
         try:
             picture = open_picture(job.path)
             self.segment.check(picture)
-        except ValueError as error:
+            return job, picture, self.segment.prepare(picture)
+        except Exception as error:
             self.skip(error, job.path)
             return None
-        return job, picture, self.segment.prepare(picture)
+
+    def _write(self, segmented: Segmented) -> list:
+        try:
+            return [self.write(segmented)]
+        except DiskError:
+            raise
+        except Exception as error:
+            self.skip(error, segmented.job.path)
+            return []
 
     def _segment(self, batch: list[tuple[Job, Image.Image, torch.Tensor]]) -> Iterator[Segmented]:
         """A batch that fails is tried picture by picture: one of them may be too large, and the others not."""
@@ -142,7 +153,7 @@ class Run:
                 seconds = time.perf_counter() - start
                 yield Segmented(*batch[done][:2], result, seconds)
                 done, start = done + 1, time.perf_counter()
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             if len(batch) == 1:

@@ -1,5 +1,6 @@
 """What `samlight segment` and `samlight demo` tell when they are done, and when a file cannot be written."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,10 +38,14 @@ class Summary:
     folder: Path
     skipped: int = 0
     already: int = 0
+    replaced: int = 0
     columns: int | None = None
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
     panels: "list[Panel]" = field(default_factory=list)
+
+    def __post_init__(self):
+        self.sheet = self.folder / "contact_sheet.png"
 
     def add(self, row: Row, panel: "Panel | None"):
         self.rows.append(row)
@@ -58,6 +63,8 @@ class Summary:
             print("No masks found: lower --pred-iou-thresh and --stability-score-thresh, or raise --points-per-side.")
         if self.skipped:
             print(f"samlight: {self.skipped} skipped, {len(self.rows)} done.", file=sys.stderr)
+        if self.replaced:
+            print(f"samlight: {count(self.replaced, 'earlier result')} of the same images replaced.", file=sys.stderr)
         if self.panels:
             self._save_contact_sheet()
         if self.seconds:
@@ -81,7 +88,7 @@ class Summary:
         from .files import write_aside
         from .visualization import contact_sheet
 
-        path = self.folder / "contact_sheet.png"
+        path = self.sheet
         sheet = contact_sheet(self.panels, "SAM-Lightening", self.columns)
         with telling_where(path):
             write_aside(path, lambda aside: sheet.save(aside, format="PNG"))
@@ -89,16 +96,25 @@ class Summary:
         print(f"Contact sheet: {path}{left_out}")
 
 
+class DiskError(OSError):
+    """An error in writing a file that the next file would meet too: it ends a run."""
+
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
 @contextmanager
-def telling_where(path: Path) -> Iterator[None]:
-    """An error in writing a file ends the run, since the next one would fail too; it says which file, and how to go on."""
+def telling_where(path: Path, ends_the_run: bool = False) -> Iterator[None]:
+    """Say which file an OSError was met at: a `DiskError`, with how to go on, where the next file would meet it too."""
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be written: {error.strerror or error}. What is finished is kept: the same command with "
-            "--resume goes on from there."
-        ) from error
+        message = f"{path} cannot be written: {error.strerror or error}."
+        if ends_the_run or error.errno in _OF_THE_DISK:
+            raise DiskError(
+                f"{message} What is finished is kept: the same command with --resume goes on from there."
+            ) from error
+        raise OSError(message) from error
 
 
 def count(number: int, noun: str) -> str:

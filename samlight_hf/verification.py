@@ -100,7 +100,8 @@ def _predict_without_the_package(
     command = [sys.executable, "-P", str(SCRIPT), str(folder), str(shown), str(out), str(torch.get_num_threads())]
     try:
         process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, cwd=place, timeout=timeout
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=environment,
+            cwd=place, timeout=timeout,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise FolderError(f"{folder}: did not load and run within {timeout:.0f} s in a process of its own.") from error

@@ -3,16 +3,21 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import warnings
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from samlight_hf import pictures
-from samlight_hf.pictures import PictureError, find_pictures, open_picture, read_ahead
+from samlight_hf.image_formats import describe_left_out, image_suffixes, opening_hint
+from samlight_hf.pictures import PictureError, common_folder, find_pictures, open_picture, read_ahead
 
 
 def refused(path, *words):
@@ -192,3 +197,126 @@ def test_an_address_is_called_one():
         open_picture(address)
     found, (problem,) = find_pictures([address])
     assert not found and str(problem).startswith(f"{address}: is an address")
+
+
+def test_all_suffixes_of_images_that_pillow_opens(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    kinds = ["jpg", "jfif", "JPE", "png", "gif", "bmp", "tif", "tga", "pcx", "ppm", "qoi", "dds", "ico", "webp", "AVIF"]
+    kinds += ["jp2"] if features.check("jpg_2000") else []
+    saved = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
+    kinds = [kind for kind in kinds if f".{kind.lower()}" in saved]  # Pillow before 11.3 has no AVIF
+    assert len(kinds) > 10
+    for kind in kinds:
+        Image.fromarray(colours).save(tmp_path / f"{kind}.{kind}")
+    left_out = Counter()
+    found, problems = find_pictures([tmp_path], left_out=left_out)
+    assert sorted(path.stem for path in found) == sorted(kinds)
+    assert not problems and not left_out
+    assert all(open_picture(path).mode == "RGB" for path in found)
+    assert not image_suffixes() & {
+        ".pdf",
+        ".eps",
+        ".ps",
+        ".mpg",
+        ".mpeg",
+        ".wmf",
+        ".emf",
+        ".h5",
+        ".hdf",
+        ".grib",
+        ".txt",
+    }
+    assert {".mpo", ".jp2", ".tiff", ".psd", ".fits"} <= image_suffixes()
+
+
+def test_files_that_are_left_out_are_counted(tmp_path):
+    for name in ("a.png", "b.TXT", "c.txt", "d.mov", "Makefile", ".hidden.txt", "deep/e.cr2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    left_out = Counter()
+    assert len(find_pictures([tmp_path], left_out=left_out)[0]) == 1
+    assert left_out == {".txt": 2, ".mov": 1, "": 1, ".cr2": 1}
+    assert describe_left_out(left_out) == (
+        "left out 5 files, by suffix no image that can be opened: 1 .cr2 (camera raw: convert it to TIFF), 2 .txt, "
+        "1 without a suffix, 1 .mov."
+    )
+    assert describe_left_out(Counter()) is None
+    assert describe_left_out(Counter({f".{n}": 1 for n in range(20)})).endswith(", 12 further kinds.")
+    left_out = Counter()
+    (problem,) = find_pictures([tmp_path / "*.txt"], left_out=left_out)[1]
+    assert "no picture matches this pattern: left out 1 file" in str(problem) and left_out == {".txt": 1}
+    (problem,) = find_pictures([tmp_path / "deep"])[1]
+    assert "no pictures in this folder" in str(problem) and "camera raw" in str(problem)
+
+
+HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
+
+
+def test_what_opens_heic_is_named_where_it_is_missing(tmp_path):
+    """In a process of its own, where the plugin cannot be imported."""
+    (tmp_path / "phone.jpg").write_bytes(HEIC)
+    (tmp_path / "x.HEIC").write_bytes(HEIC)
+    (tmp_path / "y.heif").write_bytes(HEIC)
+    script = """
+import sys
+from collections import Counter
+sys.modules["pillow_heif"] = None
+from samlight_hf.image_formats import describe_left_out
+from samlight_hf.pictures import find_pictures, open_picture
+left_out = Counter()
+found, _ = find_pictures([sys.argv[1]], left_out=left_out)
+print(len(found), describe_left_out(left_out))
+for name in ("phone.jpg", "x.HEIC"):
+    try:
+        open_picture(f"{sys.argv[1]}/{name}")
+    except ValueError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    folder, renamed, named = result.stdout.splitlines()
+    assert folder.startswith("1 left out 2 files")
+    assert "1 .heic (pip install pillow-heif), 1 .heif (pip install pillow-heif)" in folder
+    assert "phone.jpg" in renamed and "pip install pillow-heif" in renamed
+    assert "x.HEIC" in named and "pip install pillow-heif" in named
+
+
+def test_heic_is_opened_where_its_plugin_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "x.HEIC", format="HEIF")
+    (path,), _ = find_pictures([tmp_path])
+    assert open_picture(path).size == (40, 30)
+
+
+def test_hints_for_avif_that_cannot_be_opened(monkeypatch):
+    assert opening_hint(".tif") is None
+    monkeypatch.setattr("samlight_hf.image_formats.image_suffixes", lambda: frozenset({".png"}))
+    for hint in (opening_hint(".AVIF"), opening_hint(".jpg", b"\0\0\0\x20ftypavif\0\0\0\0")):
+        assert "pillow>=11.3" in hint and "pillow-heif" in hint
+
+
+def test_links_in_a_circle_are_one_bad_file(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    Image.new("RGB", (3, 3)).save(tmp_path / "c.png")
+    found, _ = find_pictures([tmp_path])
+    assert len(found) >= 1
+    refused(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "paths, expected",
+    [
+        (["a"], "a"), (["a/x.jpg"], "a"), (["a", "b"], "."), (["a/x.jpg", "a/deep/x.jpg"], "a"), (["a/*/x.jpg"], "a"),
+        (["a/x.jpg", "b/x.jpg"], "."), (["*/x.jpg"], "."), (["a", "gone.jpg", "b/no*.jpg"], "a"), (["a/../b"], "b"),
+        (["gone"], None), (["a", "https://example.com/x.jpg"], "a"),
+    ],
+)  # fmt: skip
+def test_the_folder_that_was_asked_for(tmp_path, monkeypatch, paths, expected):
+    for name in ("a/x.jpg", "a/deep/x.jpg", "b/x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert common_folder(paths) == (expected and Path(os.path.normpath(tmp_path / expected)))
+    if "https" not in paths[-1]:
+        absolute = [f"{tmp_path}/{path}" for path in paths]
+        assert common_folder(absolute) == (expected and Path(os.path.normpath(tmp_path / expected)))

@@ -129,8 +129,9 @@ def test_pictures_of_every_kind(tmp_path):
 @pytest.mark.parametrize(
     "picture, words",
     [
-        (np.zeros((4, 5, 3)), "float64, and must be uint8"),
-        (torch.zeros(3, 4, 5), "float32, and must be uint8"),
+        (np.zeros((4, 5, 3), dtype=bool), "bool, and must be integers or floats"),
+        (torch.zeros(3, 4, 5, dtype=torch.bool), "torch.bool, and must be integers or floats"),
+        (np.zeros((4, 5), dtype=complex), "complex128, and must be"),
         (np.zeros((4, 5, 4), dtype=np.uint8), r"\(4, 5, 4\), and must be \(H, W\) or \(H, W, 3\)"),
         (torch.zeros(5, 6, 3, dtype=torch.uint8), r"must be \(H, W\) or \(3, H, W\)"),
         (np.zeros((0, 5, 3), dtype=np.uint8), "no pixels"),

@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..pictures import to_rgb
+from ..levels import to_rgb
 from .annotations import parse_instances
 from .lazy import LazySample
 from .samples import Sample, SampleError, SkipReason, SkipReport
@@ -146,10 +146,7 @@ def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Im
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            if size and picture.size != size:
-                picture = ImageOps.exif_transpose(picture)
-            image = to_rgb(picture)
+            image = to_rgb(picture, upright=bool(size and picture.size != size))
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError

@@ -1,16 +1,22 @@
 """Folders of images: without masks, and with masks as image files."""
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from ..pictures import PICTURE_SUFFIXES, find_pictures
+from ..image_formats import describe_left_out, image_suffixes
+from ..pictures import find_pictures
 from .dataset import FileDataset, check_limit
 from .label_maps import MaskReading, read_labels, read_object
 from .samples import SampleError, SkipReason, SkipReport
+
+
+logger = logging.getLogger(__name__)
 
 
 class ImageFolderDataset(FileDataset):
@@ -163,7 +169,7 @@ def _mask_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(
         path
         for path in folder.glob(pattern)
-        if path.suffix.lower() in PICTURE_SUFFIXES
+        if path.suffix.lower() in image_suffixes()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
@@ -196,9 +202,12 @@ def _relative_paths(folder: Path) -> list[str]:
     """The pictures in a folder and its subfolders, sorted, as paths within it."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of pictures.")
-    pictures, problems = find_pictures([folder])
+    left_out: Counter[str] = Counter()
+    pictures, problems = find_pictures([folder], left_out=left_out)
     if problems:
         raise ValueError(str(problems[0]))
+    if left_out:
+        logger.warning("%s: %s", folder, describe_left_out(left_out))
     return [path.relative_to(folder).as_posix() for path in pictures]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..pictures import to_rgb
+from ..levels import to_rgb
 from .annotations import is_number, parse_instance, run_lengths
 from .samples import Instance, SampleError, SkipReason
 
@@ -50,7 +50,6 @@ class LazySample:
         try:
             if min_size and (draft := self.picture.draft(None, min_size)):
                 reduction = self.width / draft[1][2]
-            self.picture.load()
             return to_rgb(self.picture), reduction
         except MemoryError:
             raise

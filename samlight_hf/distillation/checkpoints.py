@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..files import write_aside
+from ..files import beside, write_aside
 from ..loading import weights_fingerprint
 from .arguments import DistillationArguments
 from .stages import TRAINABLE
@@ -128,7 +128,7 @@ def publish_checkpoint(staged: Path, final: Path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    old = final.with_name(f".{final.name}.old")
+    old = beside(final, ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():  # of an earlier run in this folder that had gone on from an earlier checkpoint
         os.replace(final, old)

@@ -147,7 +147,7 @@ class HubPublisher:
         try:
             with self._changed:  # or the folder is removed as empty before there is something in it
                 snapshots.mkdir(exist_ok=True)
-                place = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=snapshots))
+                place = Path(tempfile.mkdtemp(prefix=f"{folder.name[:40]}-", dir=snapshots))
             shutil.copytree(folder, place / SNAPSHOT_NAME, copy_function=_link_or_copy)
         except OSError as error:
             if place is not None:
@@ -222,7 +222,13 @@ class HubPublisher:
         settings = {"retries": RETRIES, "retry_wait": RETRY_WAIT}
         job = json.dumps([{**asdict(push), "folder": str(place / SNAPSHOT_NAME)}, settings], default=str)
         command = [sys.executable, "-c", f"from {__package__}.push_worker import main; main()"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "errors": "replace",
+        }
         with self._changed:
             if self._is_cancelled:
                 return {"error": "stopped before it was done."}

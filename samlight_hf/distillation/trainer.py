@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..data import PictureDataset, Sample
 from ..evaluation.models import PromptableModel
 from ..evaluation.protocols import InstanceProtocols, ProtocolSettings
+from ..files import beside
 from ..loading import quiet_transformers
 from ..messages import one_line
 from .arguments import DistillationArguments
@@ -303,7 +304,7 @@ class DistillationTrainer(PushingTrainer):
     def export(self, folder: str | os.PathLike):
         """The student alone, complete and loadable anywhere, written aside and moved."""
         folder = Path(folder)
-        aside = folder.with_name(f".{folder.name}.part")
+        aside = beside(folder, ".part")  # one name in all processes
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()

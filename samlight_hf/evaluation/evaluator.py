@@ -16,9 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import PictureDataset, Sample, SkipReport
-from ..files import write_aside
+from ..files import fit_name, write_aside
 from .models import PromptableModel
 from .work import Work
+
+
+_RANK = ".00000.jsonl"  # room for a process's number behind a journal's name
 
 
 class Journal:
@@ -33,6 +36,7 @@ class Journal:
 
     def __init__(self, folder: Path, name: str, settings: dict):
         self.done: dict[int, dict] = {}
+        name = fit_name(name, _RANK).removesuffix(_RANK)
         self._folder, self._name = folder, name
         self._header = json.loads(json.dumps(settings))
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_aside
+from ..files import fit_name, write_aside
 from ..messages import text_table
 from .files import is_missing, plain, slug, write_records
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
@@ -245,4 +245,4 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _records_name(result: ModelResult) -> str:
-    return f"records_{slug(result.name)}.jsonl.gz"
+    return fit_name(f"records_{slug(result.name)}", ".jsonl.gz")

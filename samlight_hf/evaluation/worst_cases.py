@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ..files import write_aside
+from ..files import fit_name, write_aside
 from ..mask_generation import MaskResult
 from ..visualization import Panel, contact_sheet, draw_overlay
 from .files import slug
@@ -55,7 +55,7 @@ def worst_cases(
     Path(folder).mkdir(parents=True, exist_ok=True)
     for start in range(0, len(panels), _PANELS_PER_SHEET):
         number = f"_{start // _PANELS_PER_SHEET + 1}" if len(panels) > _PANELS_PER_SHEET else ""
-        paths.append(Path(folder) / f"worst_{slug(result.name)}_{slug(protocol)}{number}.png")
+        paths.append(Path(folder) / fit_name(f"worst_{slug(result.name)}", f"_{slug(protocol)}{number}.png"))
         sheet = contact_sheet(panels[start : start + _PANELS_PER_SHEET], title, _COLUMNS)
         write_aside(paths[-1], lambda path, sheet=sheet: sheet.save(path, format="PNG"))
     return paths

@@ -34,11 +34,12 @@ def labels(*values, dtype=np.uint8) -> np.ndarray:
     return pixels
 
 
-def test_all_pictures_of_a_folder_in_order(tmp_path):
+def test_all_pictures_of_a_folder_in_order(tmp_path, caplog):
     write(tmp_path, {"b.jpg": jpeg(seed=1), "a/c.PNG": png(labels()), ".d.jpg": jpeg(), "a/notes.txt": b"x"})
     dataset = ImageFolderDataset(tmp_path)
     assert [dataset[i].id for i in range(len(dataset))] == ["a/c.PNG", "b.jpg"]
     assert all(sample.instances == () and sample.image.mode == "RGB" for sample in dataset.samples(SkipReport()))
+    assert "left out 1 file, by suffix no image that can be opened: 1 .txt." in caplog.text
     assert len(ImageFolderDataset(tmp_path, limit=1)) == 1
 
 

@@ -1,0 +1,65 @@
+"""Which files are images that can be opened here, and why others cannot."""
+
+from collections import Counter
+from functools import lru_cache
+
+from PIL import Image, features
+
+
+# Formats of Pillow that are no images of pixels: documents, drawings, videos, and data that it knows by name alone.
+_NO_IMAGES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"))
+_READ_AS_OTHERS = frozenset(("MPO",))  # opened by the plugin of JPEG
+_MAX_SUFFIXES = 8  # that are named one by one
+
+_HEIF = "pip install pillow-heif"
+_HINTS = {
+    ".heic": _HEIF, ".heif": _HEIF, ".heics": _HEIF, ".heifs": _HEIF, ".hif": _HEIF,
+    ".avif": "pip install 'pillow>=11.3' or pillow-heif", ".avifs": "pip install 'pillow>=11.3' or pillow-heif",
+    ".webp": "needs a Pillow with WebP", ".jxl": "convert it to PNG",
+    **dict.fromkeys((".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"), "needs a Pillow with OpenJPEG"),
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"), "camera raw: convert it to TIFF"),
+}  # fmt: skip
+
+
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case, of all images of pixels that Pillow and its plugins open here."""
+    _register_openers()
+    readable = (Image.OPEN.keys() | _READ_AS_OTHERS) - _NO_IMAGES
+    if not features.check("jpg_2000"):
+        readable -= {"JPEG2000"}
+    return frozenset(suffix.lower() for suffix, name in Image.registered_extensions().items() if name in readable)
+
+
+def opening_hint(suffix: str, header: bytes = b"") -> str | None:
+    """Return how a file can be made readable: by its suffix, or by its first bytes; None where nothing is known."""
+    suffix = suffix.lower()
+    if header[4:8] == b"ftyp":  # HEIC under any name: phones and messengers rename it to .jpg
+        suffix = ".avif" if header[8:12] in (b"avif", b"avis") else ".heic"
+    return None if suffix in image_suffixes() else _HINTS.get(suffix)
+
+
+def describe_left_out(left_out: Counter[str]) -> str | None:
+    """Say in one line how many files were left out, by suffix, and what would help; None where there are none."""
+    if not left_out:
+        return None
+    parts = []
+    for suffix, number in sorted(left_out.items(), key=lambda item: (opening_hint(item[0]) is None, -item[1], item[0])):
+        hint = opening_hint(suffix)
+        parts.append(f"{number:,} {suffix or 'without a suffix'}" + (f" ({hint})" if hint else ""))
+    if len(parts) > _MAX_SUFFIXES:
+        parts[_MAX_SUFFIXES:] = [f"{len(parts) - _MAX_SUFFIXES} further kinds"]
+    total = left_out.total()
+    return f"left out {total:,} file{'s' * (total > 1)}, by suffix no image that can be opened: {', '.join(parts)}."
+
+
+@lru_cache(maxsize=1)
+def _register_openers():
+    """Have Pillow load its plugins, and that of HEIC where it is installed."""
+    Image.init()
+    try:
+        import pillow_heif
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+    if ".avif" not in Image.registered_extensions() and hasattr(pillow_heif, "register_avif_opener"):
+        pillow_heif.register_avif_opener()

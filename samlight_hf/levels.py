@@ -1,0 +1,262 @@
+"""Images of any depth as 8-bit RGB: robust percentiles, nodata left out, transparency laid on white."""
+
+import logging
+import sys
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+
+logger = logging.getLogger(__name__)
+
+# Share of the levels at each end that may be clipped: hot and dead pixels are rarer, and objects larger.
+TAIL = 0.005
+
+GDAL_NODATA_TAG = 42113
+# Signed levels that stand for "no data" by convention, where nothing in the image is lower.
+_SENTINELS = (-2147483648.0, -99999.0, -32768.0, -9999.0)
+_TOO_LARGE = 1e30  # no measurement: -3.4e38 and 9.97e36 are the fill values of GIS and netCDF
+_IGNORED = "its alpha hides the whole image and is ignored"
+_BLOCK = 1 << 22  # levels that are scaled at once, in float64
+
+_DEEP = ("RGB", "RGBA")
+_SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+
+_told = False
+
+
+class LevelsError(ValueError):
+    """An image whose levels cannot be read right."""
+
+
+def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -> Image.Image:
+    """Convert an image of any mode to RGB, 8 bits, and log one line where its levels were changed.
+
+    8-bit levels stay as they are. Levels of more bits are stretched, see `stretch`. Transparency is laid on white; an
+    alpha that hides the whole image is ignored.
+
+    Args:
+        image: any PIL image. A file that is not loaded yet gives all of its bits: Pillow drops half of 16-bit colours.
+        name: the image in the line that is logged; without one only the first such line of the process is logged.
+        upright: turn it as its EXIF orientation says.
+
+    Raises:
+        LevelsError: for 16-bit colours in separate planes without compression, which Pillow takes for 8 bits.
+    """
+    nodata, deep, is_unsigned = _nodata_value(image), _deep_bytes(image), _is_unsigned_32(image)
+    notes: list[str] = []
+    if deep:  # the image itself is left as it was found: once loaded, its low bytes are lost
+        high, low = map(ImageOps.exif_transpose, deep) if upright else deep
+        image = _deep_colours_to_rgb(high, low, nodata, notes)
+        tell(name, notes)
+        return image
+    image = ImageOps.exif_transpose(image) if upright else image
+    image.load()
+    if image.mode.startswith(("I", "F")):
+        levels = np.asarray(image)
+        levels, note = stretch(levels.view(np.uint32) if is_unsigned else levels, nodata)
+        notes += [note] if note else []
+        image = Image.fromarray(levels).convert("RGB")
+    elif "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image = _lay_on_white(image.convert("RGBA"), notes)
+    else:
+        image = image.convert("RGB")
+    tell(name, notes)
+    return image
+
+
+def has_more_than_8_bits(image: Image.Image) -> bool:
+    """Whether `to_rgb` would stretch the levels of this image; a file must not be loaded yet."""
+    return image.mode.startswith(("I", "F")) or _deep_rawmode(image) is not None
+
+
+def stretch(levels: np.ndarray, nodata: float | None = None, hidden: np.ndarray | None = None):
+    """Scale levels of any number type linearly to 0 to 255, between robust percentiles of all channels together.
+
+    0.5 % of the levels at each end may be clipped, but in an image where all others are equal. A constant image is read as
+    16 bits. NaN, infinities, beyond +-1e30, `nodata`, and -9999, -32768 and the like where nothing is lower are no
+    levels: they become 0.
+
+    Args:
+        levels: (H, W) or (H, W, C) integers or floats.
+        nodata: a further level that means "no data"; with several channels, black only where all of them have it.
+        hidden: bool (H, W), pixels that cannot be seen, which the percentiles leave out.
+
+    Returns:
+        uint8 levels of the same shape, and a sentence that says what was done, or None where it was nothing.
+    """
+    valid = _valid_levels(levels)
+    shown, black = valid, ~valid
+    if nodata is not None and _fits(nodata, levels):
+        shown = valid & (levels != levels.dtype.type(nodata))
+        black = ~shown if levels.ndim == 2 else ~(shown.any(axis=-1, keepdims=True) & valid)
+    if hidden is not None and not hidden.all():
+        shown = shown & (~hidden if levels.ndim == 2 else ~hidden[..., None])
+    num_black = int(black.sum() if levels.ndim == 2 else black.all(axis=-1).sum())
+    values = levels[shown]
+    if not values.size:
+        return np.zeros(levels.shape, dtype=np.uint8), "it holds no data at all and is black"
+    tail = int(TAIL * values.size)
+    low, high = (float(value) for value in np.partition(values, (tail, values.size - 1 - tail))[[tail, -1 - tail]])
+    if low == high:
+        low, high = float(values.min()), float(values.max())
+    is_constant = low == high
+    if is_constant:
+        low, high = 0.0, 65535.0
+    scaled = np.empty(levels.shape, dtype=np.uint8)
+    rows = max(1, _BLOCK // max(1, levels[:1].size))
+    for start in range(0, len(levels), rows):
+        part = np.s_[start : start + rows]
+        block = np.where(black[part], low, levels[part]).astype(np.float64)
+        scaled[part] = np.rint(((block - low) * (255 / (high - low))).clip(0, 255))
+    scaled[np.broadcast_to(black, levels.shape)] = 0
+    notes = []
+    if not is_constant and (low, high) != (0, 65535):
+        notes.append(f"levels {low:.6g} to {high:.6g} became 0 to 255")
+    if num_black:
+        notes.append(f"{num_black:,} pixels without data became black")
+    return scaled, ", ".join(notes) or None
+
+
+def tell(name: str | None, notes: list[str]):
+    """Log what was done to an image, if anything; without a name only once a process."""
+    global _told
+    if not notes:
+        return
+    if name is not None:
+        logger.warning("%s: %s.", name, ", ".join(notes))
+    elif not _told:
+        _told = True
+        logger.warning("an image of the data: %s. Further images like this are not told.", ", ".join(notes))
+
+
+def _valid_levels(levels: np.ndarray) -> np.ndarray:
+    is_float = levels.dtype.kind == "f"
+    largest = (np.finfo if is_float else np.iinfo)(levels.dtype).max
+    if is_float:
+        valid = np.abs(levels) < min(_TOO_LARGE, float(largest))  # false for NaN
+    else:
+        valid = np.ones(levels.shape, dtype=bool)
+    for sentinel in _SENTINELS if levels.dtype.kind != "u" else ():
+        if float(levels.min(where=valid, initial=largest)) == sentinel:
+            valid &= levels != sentinel
+    return valid
+
+
+def _fits(value: float, levels: np.ndarray) -> bool:
+    """Whether a level of this type can have the value."""
+    if levels.dtype.kind == "f":
+        return abs(value) <= np.finfo(levels.dtype).max
+    limits = np.iinfo(levels.dtype)
+    return value == int(value) and limits.min <= value <= limits.max
+
+
+def _nodata_value(image: Image.Image) -> float | None:
+    """GDAL's nodata value of a TIFF, or the transparent grey of a PNG; None where there is none that is finite."""
+    value = getattr(image, "tag_v2", {}).get(GDAL_NODATA_TAG)
+    if value is None and image.mode.startswith("I"):
+        value = image.info.get("transparency")
+    with suppress(TypeError, ValueError):
+        value = float(value.strip(" \0") if isinstance(value, str) else value)
+        return value if np.isfinite(value) else None
+    return None
+
+
+def _is_unsigned_32(image: Image.Image) -> bool:
+    """Whether mode I, which is signed, holds the bits of unsigned levels."""
+    tags = getattr(image, "tag_v2", {})
+    bits, sample_format = tags.get(258), tags.get(339, (1,))
+    return image.mode == "I" and tuple(bits or ()) == (32,) and tuple(sample_format) == (1,)
+
+
+def _deep_rawmode(image: Image.Image) -> str | None:
+    """The raw mode of a PNG, TIFF or PPM with several channels of 16 bits that is not loaded yet; None for others."""
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) and image.format in ("PNG", "PPM", "TIFF") else []
+    mode = "".join(sorted({args if isinstance(args, str) else args[0] for *_, args in tiles if args})) or None
+    if image.format == "TIFF" and image.mode in _DEEP and tuple(image.tag_v2.get(258, ()))[:1] == (16,):
+        return mode  # of separate planes the letters of all
+    if (
+        image.format == "PPM"
+        and image.mode == "RGB"
+        and [tile[0] for tile in tiles] == ["ppm"]
+        and tiles[0][3][1] > 255
+    ):
+        return mode
+    return mode if image.format == "PNG" and mode in ("LA;16B", "RGB;16B", "RGBA;16B") else None
+
+
+def _deep_bytes(image: Image.Image) -> tuple[Image.Image, Image.Image] | None:
+    """The high and the low bytes of a file with several channels of 16 bits, as two images; None for other images.
+
+    Pillow reads the high byte of each level. With the raw mode of the other byte order it reads the low one.
+
+    Raises:
+        LevelsError: for planes that Pillow takes for those of 8 bits.
+    """
+    mode = _deep_rawmode(image)
+    if mode is None:
+        return None
+    if image.format == "PPM":
+        image.fp.seek(image.tile[0][2])
+        levels = np.frombuffer(image.fp.read(6 * image.width * image.height), ">u2").reshape(*image.size[::-1], 3)
+        return Image.fromarray((levels >> 8).astype(np.uint8)), Image.fromarray(levels.astype(np.uint8))
+    is_planar = getattr(image, "tag_v2", {}).get(284) == 2
+    if is_planar and image.tile[0][0] == "raw":
+        raise LevelsError("16-bit colours in separate planes cannot be read. Save them interleaved or compressed.")
+    high = _read_as(image, None)
+    if is_planar or mode.startswith("RGBa"):
+        return high, high  # Pillow gives the high bytes alone: 256 levels
+    if mode != "LA;16B":
+        return high, _read_as(image, mode[:-1] + _SWAPPED[mode[-1]])
+    _, grey, _, alpha = _read_as(image, "RGBA").split()  # four bytes a pixel: grey and alpha, high and low
+    low = Image.merge("RGBA", (grey, grey, grey, alpha))
+    low.info = dict(high.info)
+    return high, low
+
+
+def _read_as(image: Image.Image, mode: str | None) -> Image.Image:
+    """The file of an image that is not loaded yet, read by another raw mode."""
+    position = image.fp.tell()
+    image.fp.seek(0)
+    twin = Image.open(image.fp)
+    if image.tell():
+        twin.seek(image.tell())
+    if mode is not None:
+        twin.tile = [_with_mode(tile, mode) for tile in twin.tile]
+    twin.load()
+    image.fp.seek(position)
+    return twin
+
+
+def _with_mode(tile: tuple, mode: str) -> tuple:
+    """What Pillow reads a part of a file by, with another raw mode; before Pillow 11 it is a plain tuple."""
+    args = mode if isinstance(tile[3], str) else (mode, *tile[3][1:])
+    return tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
+
+
+def _deep_colours_to_rgb(high: Image.Image, low: Image.Image, nodata: float | None, notes: list[str]) -> Image.Image:
+    levels = np.asarray(high).astype(np.uint16) << 8 | np.asarray(low)
+    alpha = None
+    if levels.shape[-1] == 4:
+        levels, alpha = levels[..., :3], levels[..., 3]
+        if alpha.max() >> 8 <= 1:
+            notes.append(_IGNORED)
+            alpha = None
+    elif isinstance(transparent := high.info.get("transparency"), tuple):
+        alpha = np.where((levels == transparent).all(axis=-1), 0, 65535)
+    levels, note = stretch(levels, nodata, None if alpha is None else alpha == 0)
+    notes += [note] if note else []
+    image = Image.fromarray(levels)
+    if alpha is None:
+        return image
+    image.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
+    return _lay_on_white(image, notes)
+
+
+def _lay_on_white(image: Image.Image, notes: list[str]) -> Image.Image:
+    *colours, (_, most_opaque) = image.getextrema()
+    if most_opaque <= 1 and any(low < high for low, high in colours):  # one colour has nothing to show
+        notes.append(_IGNORED)
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
