@@ -36,6 +36,7 @@ from . import image_attention, mask_head, token_kernels
 from .autocast import without_autocast
 from .cuda_graphs import GraphedFunction
 from .layer_norm import add_layer_norm
+from .plain_modules import same_bits, weights_of, why_not_plain_decoder
 from .prompt_embedding import PromptEmbedding
 from .token_kernels import TokenKernels, stack_layers
 
@@ -58,13 +59,13 @@ def why_not_fast(model: PreTrainedModel) -> str | None:
     decoder, prompt_encoder = getattr(model, "mask_decoder", None), getattr(model, "prompt_encoder", None)
     if type(decoder) is not SamMaskDecoder or type(prompt_encoder) is not SamPromptEncoder:
         return f"{type(model).__name__} has no mask decoder of SAM's own build."
-    return None
+    return why_not_plain_decoder(model)
 
 
 class FastMaskDecoder:
     """The prompt encoder and mask decoder of a `SamModel` or `SamLighteningModel`, for inference.
 
-    The model's weights are read when this is made; make another after they have changed or moved. `triton_kernels` are used
+    The model's weights are copied when this is made, and later changes of them do not reach it. `triton_kernels` are used
     by default where they can run; ValueError for True where they cannot in half precision, but for those of a few prompts'
     tokens, which are tried when such prompts come. It computes in `dtype`, by default
     the model's.
@@ -81,11 +82,10 @@ class FastMaskDecoder:
         if reason := why_not_fast(model):
             raise ValueError(reason)
         self.dtype = dtype or model.dtype
-        self.prompt_encoder, self.decoder = model.prompt_encoder, model.mask_decoder
-        if self.dtype != model.dtype:
-            self.prompt_encoder, self.decoder = (
-                copy.deepcopy(part).to(self.dtype) for part in (self.prompt_encoder, self.decoder)
-            )
+        self.image_embedding, self.prompt_encoder, self.decoder = (
+            copy.deepcopy(part).to(self.dtype)
+            for part in (model.shared_image_embedding, model.prompt_encoder, model.mask_decoder)
+        )
         self.cuda_graphs = cuda_graphs
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # of memory that graphs may share
         # Image tokens that a graph returns stay where they are, some hundred MB for each: no more than two.
@@ -102,7 +102,7 @@ class FastMaskDecoder:
             self.positions = _image_positions(model).to(self.dtype)  # (N, C)
             self.no_mask = self.prompt_encoder.no_mask_embed.weight  # (1, C)
             self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
-            self.embed = PromptEmbedding(model.prompt_encoder)
+            self.embed = PromptEmbedding(copy.deepcopy(model.prompt_encoder))  # whose dtype may have more bits
             first, second = _as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)
             self.head = mask_head.HeadWeights(*first, decoder.upscale_layer_norm, *second)
             self.hypernetworks, self.iou_head = (
@@ -123,6 +123,18 @@ class FastMaskDecoder:
         )
         # Whether of a prompt with one point nothing but tokens and masks is ever in memory; see `MemoryBudget`.
         self.is_lean = self.use_head_kernel and self._has_kernels_for(heads, len(self.output_tokens) + 2)
+
+    def is_copy_of(self, model: PreTrainedModel) -> bool:
+        """Whether another one, made of the model now, would compute the same."""
+        copies = {
+            "shared_image_embedding": self.image_embedding,
+            "prompt_encoder": self.prompt_encoder,
+            "mask_decoder": self.decoder,
+        }
+        if why_not_plain_decoder(model, copies) is not None:
+            return False
+        own = weights_of(*(getattr(model, name) for name in copies))
+        return same_bits([tensor.to(self.dtype) for tensor in own], weights_of(*copies.values()))
 
     def prepare(self, embedding: torch.Tensor) -> torch.Tensor:
         """Image embeddings (B, C, h, w) of the encoder as image tokens (B, N, C), a copy."""

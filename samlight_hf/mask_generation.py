@@ -106,8 +106,11 @@ class MaskGenerator:
     how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs,
     and `triton_kernels` compute masks and their outlines: both by default on CUDA devices, the latter where Triton runs,
     and a warning tells once where it does not. `decoder_dtype` is what a SAM's mask decoder computes in: by default the model's dtype, and float16
-    for bfloat16 on CUDA devices, whose three more bits tell near duplicates apart, where the weights fit into it. The model's
-    weights are read when this is made.
+    for bfloat16 on CUDA devices, whose three more bits tell near duplicates apart, where the weights fit into it.
+
+    The model's weights are copied when this is made, and later changes of the model do not reach it; where
+    a part runs in the model itself (an image encoder of another kind, adapters, hooks, other modules than the config's),
+    a changed model raises ValueError. The copies cost up to the memory of a SAM-Lightening's weights once more.
 
     Raises ValueError for a budget that the model does not fit into, and for CUDA graphs or Triton kernels that are asked
     for and cannot be.

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
 from . import upscaled_masks
-from .inference import Decoder, PictureEncoder, make_decoder
+from .inference import Decoder, PictureEncoder, PlainMaskDecoder, make_decoder
 from .mask_generation import MaskResult
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from .preprocessing import Picture, check_size, picture_tensor, resized_size
@@ -45,8 +45,13 @@ class Predictor:
         better = predictor.predict(points_xy=[[(50, 60), (90, 80)]], labels=[[1, 0]], logits=first.logits[:, 0])
 
     `output` is "numpy" or "torch". `max_memory_mb` and `cuda_graphs` are those of `MaskGenerator`: on a CUDA device the
-    encoder, and the decoder for a single prompt, are replayed from CUDA graphs. The model's weights are read when this is
-    made. Raises ValueError for a model with another decoder than SAM's.
+    encoder, and the decoder for a single prompt, are replayed from CUDA graphs.
+
+    The model's weights are copied when this is made, and later changes of the model do not reach it; where
+    a part runs in the model itself (an image encoder of another kind, adapters, hooks, other modules than the config's),
+    a changed model raises ValueError. The copies cost up to the memory of a SAM-Lightening's weights once more.
+
+    Raises ValueError for a model with another decoder than SAM's.
     """
 
     def __init__(
@@ -183,6 +188,10 @@ class Predictor:
 
     def _decode(self, prompts: list[Prompt], multimask_output: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (n, m) and logits (n, m, h, w), float32, of prompts in any order."""
+        if isinstance(
+            self.decoder, PlainMaskDecoder
+        ):  # which is the model's as it is now, and the embeddings are older
+            self.encoder.check_weights()
         batches = list(prompt_batches(prompts, self.budget.points_per_batch))
         parts = [self._decode_batch([prompts[place] for place in batch], multimask_output) for batch in batches]
         if not parts:

@@ -6,14 +6,18 @@ the layout (B * N, channels), tokens in raster order. The projection's features 
 dimension), in which every dilated group is a view, so that dilation copies nothing.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import fused_linear, hopper_attention
+from .autocast import without_autocast
 from .fused_linear import FusedLinear, Rows, convolve, embed_patches
 from .layer_norm import add_layer_norm
 from .modeling.dilated_attention import dilated_attention
+from .plain_modules import same_bits, why_not_plain_encoder
 
 
 def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
@@ -21,6 +25,8 @@ def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
     config = model.config.vision_config
     if model.config.model_type != "sam_lightening":
         return f"model_type={model.config.model_type!r} has another image encoder."
+    if reason := why_not_plain_encoder(model):
+        return reason
     if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
         return f"it needs half precision on a CUDA device, and this model is {model.dtype} on {model.device}."
     if config.hidden_act != "gelu":
@@ -35,23 +41,38 @@ def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
 class FastVisionEncoder:
     """A SAM-Lightening image encoder for inference: pixel values (B, 3, S, S) to embeddings (B, C, S / 16, S / 16).
 
-    The embeddings are channels_last in memory, which is how the mask decoder reads them. The encoder's weights are read when this is
-    made; make another after they have changed or moved. Runs on any device and dtype; it is fast where
-    `why_not_fast_encoder` is None.
+    The embeddings are channels_last in memory, which is how the mask decoder reads them. The encoder's weights are copied when
+    this is made, and later changes of them do not reach it. Runs on any device and dtype, for an encoder whose `why_not_plain_encoder`
+    is None; it is fast where `why_not_fast_encoder` is None.
     """
 
+    @without_autocast
     @torch.no_grad()
     def __init__(self, encoder: nn.Module):
-        self.config, projection = encoder.config, encoder.patch_embed.projection
+        self.config = encoder.config
+        # Its own copies, of which what is folded below is given back at the end.
+        projection, neck = copy.deepcopy((encoder.patch_embed.projection, encoder.neck))
         self.patch_size = projection.kernel_size[0]
         self.patch_embedding = FusedLinear(projection.weight.flatten(1), projection.bias)
-        self.positions = None if encoder.pos_embed is None else encoder.pos_embed.flatten(0, 2).contiguous()
-        self.layers = [_Layer(layer) for layer in encoder.layers]
+        self.positions = None if encoder.pos_embed is None else encoder.pos_embed.flatten(0, 2).clone()
+        self.layers = [_Layer(copy.deepcopy(layer)) for layer in encoder.layers]
         self.largest_width = max(len(linear.weight) for layer in self.layers for linear in (layer.qkv, layer.lin1))
-        neck = encoder.neck
         self.reduce = FusedLinear(neck.conv1.weight.flatten(1), None)
         self.convolution = FusedLinear(neck.conv2.weight.permute(0, 2, 3, 1).flatten(1), None)
         self.norms = neck.layer_norm1, neck.layer_norm2
+
+    def is_copy_of(self, model: PreTrainedModel) -> bool:
+        """Whether another one, made of the model now, would compute the same."""
+        return why_not_plain_encoder(model) is None and same_bits(
+            self._weights(), FastVisionEncoder(model.vision_encoder)._weights()
+        )
+
+    def _weights(self) -> list[torch.Tensor]:
+        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.proj, layer.lin1, layer.lin2)]
+        linears += [self.patch_embedding, self.reduce, self.convolution]
+        tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+        tensors += [tensor for norm in self.norms for tensor in (norm.weight, norm.bias)]
+        return tensors if self.positions is None else [*tensors, self.positions]
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -94,6 +95,80 @@ def test_what_the_fast_paths_do_not_know_runs_as_in_the_model(model):
             optimized(**wrong)
 
 
+# What a processor is given for two pictures, or for one: ragged points are padded, and numbers become float64.
+GIVEN = {
+    "a box": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
+    "boxes": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0], [5.5, 1.0, 30.0, 9.0]]]},
+    "a point": {"input_points": [[[9, 8]]]},
+    "points of several objects": {"input_points": [[[[9.5, 8]], [[20, 12]]]], "input_labels": [[[1], [1]]]},
+    "points and labels": {"input_points": [[[[9, 8], [3, 3]]]], "input_labels": [[[1, 0]]]},
+    "points and boxes": {"input_points": [[[[9, 8]]]], "input_labels": [[[1]]], "input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
+    "ragged points of two pictures": {"input_points": [[[9, 8]], [[3, 3], [12, 20]]], "input_labels": [[1], [1, 0]]},
+    "boxes of two pictures": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]], [[5.5, 1.0, 30.0, 9.0]]]},
+}  # fmt: skip
+
+
+def model_card_call(model, optimized, given, **arguments):
+    """As the model card calls it; and which paths ran."""
+    processor = make_processor(model.config.vision_config)
+    number = len(next(iter(given.values())))
+    pictures = [np.random.default_rng(place).integers(0, 255, (40 + place, 50, 3), np.uint8) for place in range(number)]
+    inputs = processor(pictures if number > 1 else pictures[0], **given, return_tensors="pt").to(model.device)
+    assert {"original_sizes", "reshaped_input_sizes"} < inputs.keys()
+    with torch.no_grad():
+        expected = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}, **arguments)
+    paths = optimized._paths
+    functions = [paths.encode, *paths.decoder.all_masks.values()]
+    for function in functions:
+        function.last_ran = None
+    found = optimized(**inputs, **arguments)
+    return found, expected, [function.last_ran for function in functions if function.last_ran]
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+def test_what_a_processor_gives_takes_the_fast_path(model, given, multimask_output, recwarn):
+    found, expected, ran = model_card_call(model, optimize(model), given, multimask_output=multimask_output)
+    assert_equal(found, expected)
+    assert ran == ["eager", "eager"]  # encoder and decoder; on a GPU they are replayed
+    assert not [warning for warning in recwarn if "runs as in the model" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_attentions": False, "output_hidden_states": None, "return_dict": True, "num_items_in_batch": 3},
+        {"attention_similarity": None, "target_embedding": None, "anything": "that SamModel passes over"},
+    ],
+)
+def test_keywords_that_change_nothing_take_the_fast_path(model, arguments, recwarn):
+    found, expected, ran = model_card_call(model, optimize(model), GIVEN["a box"], **arguments)
+    assert_equal(found, expected)
+    assert ran == ["eager", "eager"]
+    assert not [warning for warning in recwarn if "runs as in the model" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"output_hidden_states": True}, "it is called with output_hidden_states"),
+        ({"return_dict": False}, "it is called with return_dict"),
+        ({"target_embedding": torch.ones(1, 1, 1, 32)}, "it is called with target_embedding"),
+        ({"input_points": torch.ones(1, 1, 1, 2, requires_grad=True)}, "an input requires a gradient"),
+        ({"input_boxes": None}, "there are not as many points"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_a_fall_back_is_told_once(model, arguments, reason):
+    optimized, inputs = optimize(model), make_inputs(model, 1, 1)
+    inputs = {"pixel_values": inputs["pixel_values"], "input_boxes": inputs["input_boxes"], **arguments}
+    with pytest.warns(UserWarning, match=f"The mask decoder of this optimized model runs as in the model.*{reason}"):
+        optimized(**inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimized(**inputs)
+
+
 @pytest.mark.parametrize("part", ["vision_config", None])
 def test_what_the_config_asks_of_every_call(model, part):
     optimized, inputs = optimize(model), make_inputs(model)
@@ -130,13 +205,14 @@ def test_the_model_itself_stays_as_it_is(model):
     optimized = optimize(model)
     assert type(model) is SamLighteningModel and isinstance(optimized, SamLighteningModel)
     assert type(optimized).__name__ == "SamLighteningModel"
-    assert optimized.mask_decoder.iou_token.weight is model.mask_decoder.iou_token.weight
+    own, others = ({tensor.data_ptr() for tensor in each.state_dict().values()} for each in (model, optimized))
+    assert not own & others
     assert optimized.state_dict().keys() == model.state_dict().keys()
     assert optimized.report.encoder.startswith("plain: ") and optimized.report.num_graphs == 0
     assert optimized.to("cpu") is optimized and optimized.eval() is optimized
     with pytest.raises(RuntimeError, match="optimize it again"):
         optimized.to(torch.float64)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # which are shared
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()} == {(torch.float32, True)}
 
 
 def test_it_is_not_to_be_saved_nor_optimized_again(model, tmp_path):
@@ -243,6 +319,15 @@ def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
         assert_equal(optimized(**inputs), expected, 5e-2)
         assert paths.encode.last_ran == paths.decoder.all_masks[True, False].last_ran == ran
     assert len(paths.encode) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a box", "a point", "points of several objects"])
+def test_on_a_gpu_the_model_cards_call_is_replayed(on_gpu, name):
+    optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1, 2))
+    found, expected, ran = model_card_call(on_gpu, optimized, GIVEN[name])
+    assert_equal(found, expected, 5e-2)
+    assert ran == ["graph", "graph"]
 
 
 @pytest.mark.gpu

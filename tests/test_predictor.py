@@ -152,10 +152,11 @@ def test_under_autocast_the_result_is_the_same(folder, picture, dtype):
     assert np.array_equal(found.logits, expected.logits)
 
 
+@pytest.mark.filterwarnings("ignore:The image encoder runs as in the model")
 def test_a_picture_is_encoded_once(tiny, picture):
     encoded = []
-    predictor = Predictor(*tiny, cuda_graphs=False)
     hook = tiny[0].vision_encoder.register_forward_hook(lambda *arguments: encoded.append(1))
+    predictor = Predictor(*tiny, cuda_graphs=False)
     predictor.set_image(picture)
     for x in range(3):
         predictor.predict([[(x, 0)]])
