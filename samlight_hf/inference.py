@@ -1,8 +1,6 @@
 """The image encoder and the mask decoder as everything mode and the predictor run them; and `optimize`, a whole model."""
 
-import contextlib
 import copy
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from .autocast import without_autocast
 from .cuda_graphs import GraphedFunction
 from .mask_decoder import Decoded, FastMaskDecoder, places_above, why_not_fast
 from .preprocessing import preprocess
+from .turns import takes_turns, turn
 from .vision_encoder import FastVisionEncoder, why_not_fast_encoder
 
 
@@ -78,11 +77,12 @@ class PlainMaskDecoder:
     cuda_graphs, is_lean, pool = False, False, None
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.dtype = model, model.dtype
+        self.model, self.dtype, self.device = model, model.dtype, model.device
 
     def prepare(self, embedding):
         return embedding
 
+    @takes_turns
     @without_autocast
     @torch.inference_mode()
     def decode(
@@ -140,6 +140,7 @@ class PictureEncoder:
         self.image_processor, self.decoder = image_processor, decoder
         self.encode = make_encoder(model, decoder.cuda_graphs, decoder.pool)
 
+    @takes_turns  # from where pixel values are written to where embeddings are copied
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
         pixel_values = preprocess(self.image_processor, pictures, self.device, self.dtype, self.encode.empty)
@@ -223,7 +224,7 @@ def optimize(
 
 
 class _FastPaths:
-    """What runs instead of a model's encoder and decoder. Graphs have one set of buffers: callers take turns."""
+    """What runs instead of a model's encoder and decoder. Graphs have one set of buffers: callers take turns, see `turn`."""
 
     def __init__(
         self,
@@ -242,7 +243,6 @@ class _FastPaths:
             function.max_graphs = 2 * len(prompt_counts) or 1  # points, and boxes
         reason = why_not_fast_encoder(model)
         self.report = OptimizationReport(encoder=f"plain: {reason}" if reason else "fused")
-        self._lock, self._last = threading.Lock(), None
         start = time.perf_counter()
         if self.decoder.cuda_graphs:
             self._capture(image_batch_sizes, prompt_counts)
@@ -270,25 +270,8 @@ class _FastPaths:
         torch.cuda.empty_cache()
         self.report.graph_memory_mb = (torch.cuda.memory_reserved(self.device) - before) / 2**20
 
-    @contextlib.contextmanager
-    def _turn(self):
-        """One thread at a time, and on the device, after what an earlier one asked of another stream."""
-        with self._lock:
-            if self.device.type != "cuda":
-                yield
-                return
-            stream = torch.cuda.current_stream(self.device)
-            if self._last is not None and self._last[0] != stream:
-                stream.wait_event(self._last[1])
-            try:
-                yield
-            finally:
-                event = torch.cuda.Event() if self._last is None else self._last[1]
-                event.record(stream)
-                self._last = stream, event
-
     def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        with self._turn():
+        with turn(self.device):
             return self.encode(pixel_values).clone()
 
     def masks(
@@ -301,7 +284,7 @@ class _FastPaths:
             inputs = [images[index : index + 1], *(prompt[index] for prompt in prompts)]
             if masks is not None:
                 inputs.insert(1, masks[index].expand(len(inputs[-1]), -1, -1))
-            with self._turn():
+            with turn(self.device):
                 scores, logits = decode(*inputs)
                 found.append(
                     (scores.to(self.dtype, copy=True), logits.unflatten(0, scores.shape).to(self.dtype, copy=True))
