@@ -133,7 +133,7 @@ def _plain_encoder(model: PreTrainedModel) -> Callable:
 
 
 class PictureEncoder:
-    """Pictures, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one."""
+    """Pictures, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one. Threads may share it."""
 
     def __init__(self, model: PreTrainedModel, image_processor: SamImageProcessor, decoder: Decoder):
         self.device, self.dtype = model.device, model.dtype

@@ -68,7 +68,7 @@ class FastMaskDecoder:
     The model's weights are read when this is made; make another after they have changed or moved. `triton_kernels` are used
     by default where they can run; ValueError for True where they cannot in half precision, but for those of a few prompts'
     tokens, which are tried when such prompts come. It computes in `dtype`, by default
-    the model's.
+    the model's. Threads may share it: `decode` takes turns.
     """
 
     @without_autocast
