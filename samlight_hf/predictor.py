@@ -134,10 +134,8 @@ class Predictor:
 
     def reset(self):
         """Forgets the images that were set."""
-        self._held: tuple[list[EncodedImage], bool] = (
-            [],
-            False,
-        )  # and whether they are a list: read and written as one
+        # The images, and whether they are a list: read and written as one, whatever other threads do.
+        self._held: tuple[list[EncodedImage], bool] = ([], False)
 
     def set_image(self, picture: Picture) -> "Predictor":
         """Encodes one image, see `picture_tensor`, and keeps it. `predict` then takes its prompts, and returns one `Prediction`."""
