@@ -13,6 +13,7 @@ from transformers import pipeline
 from samlight_hf import MaskGenerator, Predictor, SamLighteningModel, optimize
 from samlight_hf.loading import load_model
 from samlight_hf.segment_command import BUNDLED_CHECKPOINT
+from samlight_hf.turns import turn
 
 from .conftest import tiny_config
 
@@ -152,3 +153,30 @@ def test_an_optimized_model(loaded, often):
         return [outputs.pred_masks.float().cpu().numpy(), outputs.iou_scores.float().cpu().numpy()]
 
     assert_each_as_alone(work, model.device.type == "cuda")
+
+
+def test_on_a_cpu_threads_run_side_by_side():
+    both = threading.Barrier(2, timeout=60)
+
+    def run():
+        with turn(torch.device("cpu")):
+            both.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    run()
+    thread.join()
+    assert not both.broken
+
+
+@pytest.mark.gpu
+def test_a_turn_begins_on_the_device_when_the_one_before_has_ended_on_its_stream():
+    value, (first, second) = torch.zeros(1, device="cuda"), (torch.cuda.Stream(), torch.cuda.Stream())
+    for number in range(1, 9):
+        with torch.cuda.stream(first), turn(value.device):
+            torch.cuda._sleep(20_000_000)
+            value.fill_(number)
+        with torch.cuda.stream(second), turn(value.device), turn(value.device):  # also within a turn of its own
+            found = value.clone()
+        second.synchronize()
+        assert found.item() == number
