@@ -30,7 +30,7 @@ class FastMaskGenerationPipeline(Pipeline):
     Beyond the stock pipeline: any dtype; `points_per_batch=None` decodes as many as fit into memory; grids may differ
     between crop layers; a picture without masks gives empty lists; `output_rle_masks`, which the stock one documents, works.
 
-    Threads may share a pipeline, as they may share a `MaskGenerator`.
+    Threads may share a pipeline, as they may share a `MaskGenerator`, and it can be pickled likewise.
 
     Raises ValueError for settings outside their range, and for filling holes, which SAM's image processor has not.
     """
