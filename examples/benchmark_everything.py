@@ -215,7 +215,7 @@ def _single_prompts(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
             for cuda_graphs in ((True, False) if CUDA else (False,))
         }
         side = model.config.prompt_encoder_config.image_embedding_size
-        embeddings = predictors[False].images[0].transpose(1, 2).unflatten(2, (side, side))
+        embeddings = predictors[False].images[0].embedding.transpose(1, 2).unflatten(2, (side, side))
         row = {"part": "everything", "what": "one prompt, logits out", "dtype": dtype}
         for name, arguments in prompts.items():
             stock = {"input_points": point} if name == "point" else {"input_boxes": box}

@@ -10,11 +10,13 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .encoded_image import EncodedImage
 from .inference import optimize
 from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
 from .modeling.configuration_sam_lightening import SamLighteningConfig, SamLighteningVisionConfig
 from .modeling.image_processing_sam_lightening import SamLighteningImageProcessor
 from .modeling.modeling_sam_lightening import SamLighteningModel, SamLighteningVisionModel
+from .pictures import PictureError
 from .pipelines import TASK, FastMaskGenerationPipeline
 from .predictor import Prediction, Predictor
 
@@ -42,10 +44,12 @@ if TASK not in PIPELINE_REGISTRY.supported_tasks:
     del FastMaskGenerationPipeline._registered_impl
 
 __all__ = [
+    "EncodedImage",
     "FastMaskGenerationPipeline",
     "GeneratedMasks",
     "MaskGenerationSettings",
     "MaskGenerator",
+    "PictureError",
     "Prediction",
     "Predictor",
     "SamLighteningConfig",

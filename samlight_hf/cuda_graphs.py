@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -12,13 +13,16 @@ import torch
 from .autocast import without_autocast
 
 
+_one_capture = threading.Lock()  # torch's own rule: one capture at a time in a process
+
+
 class GraphedFunction:
     """A function of tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called. Autocast does not reach it.
 
     The first tensor says where; the others may be on the CPU, from where one copy takes them all, without waiting. What it
     returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the one that was
     not used for the longest time is dropped; after `freeze` no more are made, and other shapes are called.
-    `last_ran` is "graph" or "eager".
+    `last_ran` is "graph" or "eager". Threads that share it call it, and read what it returned, in a `turn`.
     """
 
     def __init__(self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None):
@@ -40,7 +44,7 @@ class GraphedFunction:
         """As `torch.empty`, for the one tensor of the next call: what the graph for it reads, or will read, so that nothing is copied.
 
         That tensor is always the same: the next call with another one of its kind overwrites it. From here to the end of
-        the call nobody else may call this function.
+        the call nobody else may call this function: both are in one `turn`.
         """
         captured = self._graphs.get((device, (torch.Size(shape), dtype)))
         if captured is not None:
@@ -61,6 +65,8 @@ class GraphedFunction:
             if self._frozen or not self.enabled or device.type != "cuda":
                 self.last_ran = "eager"
                 return self.function(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+            if len(self._graphs) >= self.max_graphs:
+                torch.cuda.synchronize(device)  # another stream may be running the graph that is dropped
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
             captured = self._graphs[key] = self._capture(tensors, lent)
@@ -72,7 +78,7 @@ class GraphedFunction:
         return outputs
 
     def _capture(self, tensors: tuple[torch.Tensor, ...], lent: torch.Tensor | None):
-        with torch.cuda.device(tensors[0].device):
+        with _one_capture, torch.cuda.device(tensors[0].device):
             inputs = StaticInputs(tensors, lent)
             inputs.fill(tensors)
             stream = _warm_up_stream(tensors[0].device)

@@ -1,8 +1,6 @@
 """The image encoder and the mask decoder as everything mode and the predictor run them; and `optimize`, a whole model."""
 
-import contextlib
 import copy
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from .cuda_graphs import GraphedFunction
 from .mask_decoder import Decoded, FastMaskDecoder, places_above, why_not_fast
 from .plain_modules import same_bits, weights_of, why_not_plain_encoder
 from .preprocessing import preprocess
+from .turns import takes_turns, turn
 from .vision_encoder import FastVisionEncoder, why_not_fast_encoder
 
 
@@ -82,7 +81,7 @@ class PlainMaskDecoder:
     cuda_graphs, is_lean, pool = False, False, None
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.dtype = model, model.dtype
+        self.model, self.dtype, self.device = model, model.dtype, model.device
         self._weights = [tensor.clone() for tensor in weights_of(model.prompt_encoder, model.mask_decoder)]
 
     def is_copy_of(self, model: PreTrainedModel) -> bool:
@@ -92,6 +91,7 @@ class PlainMaskDecoder:
     def prepare(self, embedding):
         return embedding
 
+    @takes_turns
     @without_autocast
     @torch.inference_mode()
     def decode(
@@ -178,7 +178,7 @@ def _tell(part: str, reason: str, model: PreTrainedModel):
 
 
 class PictureEncoder:
-    """Pictures, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one."""
+    """Pictures, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one. Threads may share it."""
 
     def __init__(self, model: PreTrainedModel, image_processor: SamImageProcessor, decoder: Decoder):
         self.model, self.device, self.dtype = model, model.device, model.dtype
@@ -196,6 +196,7 @@ class PictureEncoder:
                 "Predictor or the MaskGenerator."
             )
 
+    @takes_turns  # from where pixel values are written to where embeddings are copied
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
         self.check_weights()
@@ -287,7 +288,7 @@ def _refuse_weights(*_):
 
 
 class _FastPaths:
-    """What runs instead of a model's encoder and decoder. Graphs have one set of buffers: callers take turns."""
+    """What runs instead of a model's encoder and decoder. Graphs have one set of buffers: callers take turns, see `turn`."""
 
     def __init__(
         self,
@@ -311,7 +312,6 @@ class _FastPaths:
             function.max_graphs = 2 * len(prompt_counts) or 1  # points, and boxes
         reason = why_not_fast_encoder(model)
         self.report = OptimizationReport(encoder=f"plain: {reason}" if reason else "fused")
-        self._lock, self._last = threading.Lock(), None
         start = time.perf_counter()
         if on_cuda:
             self._capture(image_batch_sizes, prompt_counts)
@@ -339,23 +339,6 @@ class _FastPaths:
         torch.cuda.empty_cache()
         self.report.graph_memory_mb = (torch.cuda.memory_reserved(self.device) - before) / 2**20
 
-    @contextlib.contextmanager
-    def _turn(self):
-        """One thread at a time, and on the device, after what an earlier one asked of another stream."""
-        with self._lock:
-            if self.device.type != "cuda":
-                yield
-                return
-            stream = torch.cuda.current_stream(self.device)
-            if self._last is not None and self._last[0] != stream:
-                stream.wait_event(self._last[1])
-            try:
-                yield
-            finally:
-                event = torch.cuda.Event() if self._last is None else self._last[1]
-                event.record(stream)
-                self._last = stream, event
-
     def check_weights(self):
         """Raises RuntimeError where the model's own weights, which run now, are no longer those that were copied."""
         if any(tensor._version != version for tensor, version in zip(self._weights, self._versions)):
@@ -373,7 +356,7 @@ class _FastPaths:
     def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.copied is None:
             self.check_weights()
-        with self._turn():
+        with turn(self.device):
             return self.encode(pixel_values).clone()
 
     def masks(
@@ -386,7 +369,7 @@ class _FastPaths:
             inputs = [images[index : index + 1], *(prompt[index] for prompt in prompts)]
             if masks is not None:
                 inputs.insert(1, masks[index].expand(len(inputs[-1]), -1, -1))
-            with self._turn():
+            with turn(self.device):
                 scores, logits = decode(*inputs)
                 found.append(
                     (scores.to(self.dtype, copy=True), logits.unflatten(0, scores.shape).to(self.dtype, copy=True))

@@ -39,6 +39,7 @@ from .layer_norm import add_layer_norm
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
 from .prompt_embedding import PromptEmbedding
 from .token_kernels import TokenKernels, stack_layers
+from .turns import takes_turns
 
 
 class Decoded(NamedTuple):
@@ -68,7 +69,7 @@ class FastMaskDecoder:
     The model's weights are copied when this is made, and later changes of them do not reach it. `triton_kernels` are used
     by default where they can run; ValueError for True where they cannot in half precision, but for those of a few prompts'
     tokens, which are tried when such prompts come. It computes in `dtype`, by default
-    the model's.
+    the model's. Threads may share it: `decode` takes turns.
     """
 
     @without_autocast
@@ -81,7 +82,7 @@ class FastMaskDecoder:
     ):
         if reason := why_not_fast(model):
             raise ValueError(reason)
-        self.dtype = dtype or model.dtype
+        self.dtype, self.device = dtype or model.dtype, model.device
         self.image_embedding, self.prompt_encoder, self.decoder = (
             copy.deepcopy(part).to(self.dtype)
             for part in (model.shared_image_embedding, model.prompt_encoder, model.mask_decoder)
@@ -141,6 +142,7 @@ class FastMaskDecoder:
         tokens = embedding.flatten(2).transpose(1, 2)
         return tokens.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
 
+    @takes_turns
     @without_autocast
     @torch.inference_mode()
     def decode(
@@ -159,19 +161,20 @@ class FastMaskDecoder:
 
         `image` is prepared image tokens, (1, N, C) of the picture of all prompts, or (P, N, C). Prompts may be on the CPU. A prompt is `points`
         (P, k, 2) with `labels` (P, k), or a box of `boxes` (P, 4), or both, and may have the logits of an earlier mask,
-        `mask_logits` (P, h, w). Three masks for each prompt, or one without `multimask_output`; only those with a
+        `mask_logits` (P, h, w), or be these alone. Three masks for each prompt, or one without `multimask_output`; only those with a
         predicted IoU above `min_iou`, where it is given. Logits are (4 * h, 4 * w) for embeddings of h x w.
 
         `prompts_per_upscaling` bounds how many prompts are at once in the part that needs the most memory. `repeated` says
         that batches of this shape come again and again, which is what repays the capture of a CUDA graph.
         """
         prompts = [tensor for tensor in (points, labels, boxes) if tensor is not None]
-        if len(image) not in (1, len(prompts[0])):
-            raise ValueError(f"{len(image)} pictures for {len(prompts[0])} prompts: give one picture, or one for each.")
+        num_prompts = len(prompts[0] if prompts else mask_logits)
+        if len(image) not in (1, num_prompts):
+            raise ValueError(f"{len(image)} pictures for {num_prompts} prompts: give one picture, or one for each.")
         image = image.to(self.dtype)  # which another decoder may have prepared
         with_mask = mask_logits is not None
         inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
-        if repeated and min_iou is None and len(prompts[0]) == 1:
+        if repeated and min_iou is None and num_prompts == 1:
             iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
             return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
         if not repeated and min_iou is None and self.use_head_kernel and self._have_token_kernels_for(prompts):
@@ -222,15 +225,16 @@ class FastMaskDecoder:
         return None if reason else TokenKernels(self.decoder, self.embed, self.positions)
 
     def _have_token_kernels_for(self, prompts: Sequence[torch.Tensor]) -> bool:
-        return token_kernels.fits(self.decoder, prompts) and self.token_kernels is not None
+        return bool(prompts) and token_kernels.fits(self.decoder, prompts) and self.token_kernels is not None
 
     def _transform(self, image: torch.Tensor, *prompts: torch.Tensor):
         """Tokens (P, 1 + masks, C), image tokens (P, N, C), and predicted IoU (P, masks), all masks of the decoder.
 
-        `image` (1, N, C) or (P, N, C) has the embedding of a mask, or of none, added.
+        `image` (1, N, C) or (P, N, C) has the embedding of a mask, or of none, added; it is all there is of a mask alone.
         """
-        output_tokens = self.output_tokens.expand(len(prompts[0]), -1, -1)
-        tokens = torch.cat([output_tokens, *self.embed(*prompts)], dim=1).to(image.dtype)
+        output_tokens = self.output_tokens.expand(len(prompts[0] if prompts else image), -1, -1)
+        given = self.embed(*prompts) if prompts else []
+        tokens = torch.cat([output_tokens, *given], dim=1).to(image.dtype)
         tokens, image_tokens = self._two_way(tokens, image)
         iou = _run_mlps(self.iou_head, tokens[None, :, 0].float())[0]
         return tokens[:, : len(self.output_tokens)], image_tokens, iou

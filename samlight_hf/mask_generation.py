@@ -8,6 +8,7 @@ the decoder's logits, outlines are those of the masks that stay, and everything 
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -27,9 +28,11 @@ from .crops import (
     crop_boxes,
     point_grid,
 )
+from .encoded_image import EncodedImage
+from .image_errors import IMAGE_ERRORS, check_errors, error_of_image
 from .inference import Decoder, PictureEncoder, PlainMaskDecoder, decoder_dtype_of, make_decoder
 from .memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
-from .pictures import read_ahead
+from .pictures import PictureError, read_ahead
 from .preprocessing import Picture, check_size, picture_tensor, resized_size
 from .rle import RunLengthMasks
 from .upscaled_masks import Frame, measure, why_not_triton
@@ -112,6 +115,13 @@ class MaskGenerator:
     a part runs in the model itself (an image encoder of another kind, adapters, hooks, other modules than the config's),
     a changed model raises ValueError. The copies cost up to the memory of a SAM-Lightening's weights once more.
 
+    Threads may share a generator, and each gets the masks that it would get alone. On a CUDA device the steps of their
+    images take turns, on any streams; on a CPU they run side by side. `set_budget` is for all threads: leave it to one, while no image
+    is under way, or take a generator of each budget from `with_budget`.
+
+    A generator can be pickled, for processes that are spawned: the model and the settings are; kernels and graphs are made
+    anew. A model that `optimize` made cannot.
+
     Raises ValueError for a budget that the model does not fit into, and for CUDA graphs or Triton kernels that are asked
     for and cannot be.
     """
@@ -126,6 +136,9 @@ class MaskGenerator:
         triton_kernels: bool | None = None,
         decoder_dtype: torch.dtype | None = None,
     ):
+        self._settings = {
+            "cuda_graphs": cuda_graphs, "triton_kernels": triton_kernels, "decoder_dtype": decoder_dtype,
+        }  # fmt: skip
         self.model = model.eval()
         self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self.device = model.device
@@ -139,29 +152,76 @@ class MaskGenerator:
         self.set_budget(max_memory_mb, points_per_batch)
 
     def set_budget(self, max_memory_mb: float, points_per_batch: int | None = None):
-        """As when this was made, from the next picture on."""
+        """As when this was made, from the next image on."""
+        self._settings.update(max_memory_mb=max_memory_mb, points_per_batch=points_per_batch)
         use_triton = self.use_triton and not isinstance(self.decoder, PlainMaskDecoder)
         self.budget = MemoryBudget(self.model, max_memory_mb, points_per_batch, self.decoder, use_triton)
 
+    def with_budget(self, max_memory_mb: float, points_per_batch: int | None = None) -> "MaskGenerator":
+        """A generator of this one's model, kernels and graphs, with a budget of its own."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _settings=dict(self._settings))
+        other.set_budget(max_memory_mb, points_per_batch)
+        return other
+
+    def __getstate__(self) -> dict:
+        return {"model": self.model, "image_processor": self.image_processor, **self._settings}
+
+    def __setstate__(self, state: dict):
+        self.__init__(**state)
+
     def __call__(
-        self, pictures: Picture | Sequence[Picture], settings: MaskGenerationSettings | None = None, **changes
-    ) -> GeneratedMasks | list[GeneratedMasks]:
+        self,
+        pictures: Picture | Sequence[Picture],
+        settings: MaskGenerationSettings | None = None,
+        *,
+        errors: str = "return",
+        **changes,
+    ) -> GeneratedMasks | list[GeneratedMasks | PictureError]:
         """The masks of a path, PIL image, array or tensor (see `picture_tensor`), or of each of a list of these.
 
-        Settings are given as one object, or by name.
+        Settings are given as one object, or by name. `errors` is for lists, as `generate_many` tells.
         """
         settings = _settings(settings, changes)
         if isinstance(pictures, list | tuple):
-            return list(self.generate_many(pictures, settings))
+            return list(self.generate_many(pictures, settings, errors=errors))
         return self.generate(picture_tensor(pictures), settings)
 
     def generate_many(
-        self, pictures: Iterable[Picture], settings: MaskGenerationSettings | None = None, **changes
-    ) -> Iterator[GeneratedMasks]:
-        """The masks of picture after picture, any number of them, of which the next ones are read meanwhile."""
+        self,
+        pictures: Iterable[Picture],
+        settings: MaskGenerationSettings | None = None,
+        *,
+        errors: str = "return",
+        **changes,
+    ) -> Iterator[GeneratedMasks | PictureError]:
+        """The masks of image after image, any number of them, of which the next ones are read meanwhile.
+
+        There is one result for each image, in order. An image that is damaged, too thin or too large for the memory has its
+        error there, a PictureError that names it, and a warning says the same; the others go on:
+
+            for path, result in zip(paths, generator.generate_many(paths)):
+                if isinstance(result, PictureError):
+                    failed.append((path, result))
+
+        `errors="raise"` raises the first such error instead, which ends it.
+        """
+        check_errors(errors)
         settings = _settings(settings, changes)
-        for picture in read_ahead(picture_tensor, pictures):
-            yield self.generate(picture, settings)
+        for place, (picture, tensor, error) in enumerate(read_ahead(_read, pictures)):
+            if error is None:
+                try:
+                    result = self.generate(tensor, settings)
+                except IMAGE_ERRORS as raised:
+                    error = raised
+            if error is not None:
+                result = error_of_image(place, error, picture)
+                if errors == "raise":
+                    raise result from error
+                if isinstance(error, torch.OutOfMemoryError):
+                    torch.cuda.empty_cache()
+                warnings.warn(str(result), stacklevel=2)
+            yield result
 
     @without_autocast
     @torch.inference_mode()
@@ -171,7 +231,7 @@ class MaskGenerator:
         """The masks of one picture, uint8 (3, H, W) on any device.
 
         `progress`, such as a tqdm bar, has its `update` called with the number of points decoded. `image` is what
-        `encoder` made of this picture, for callers that have it already.
+        `encoder` or `Predictor.encode` made of this picture, for callers that have it already.
         Raises ValueError for a picture, or a crop of it, that is too thin for the model, and where a mask's score is NaN.
         """
         size = tuple(picture.shape[-2:])
@@ -189,7 +249,7 @@ class MaskGenerator:
 
     def _encode(self, picture: torch.Tensor, crops: list[Crop], image) -> Iterator[tuple[Crop, object]]:
         if image is not None:
-            yield crops[0], image
+            yield crops[0], image.read() if isinstance(image, EncodedImage) else image
             crops = crops[1:]
         step = self.budget.pictures_per_encoding
         for start in range(0, len(crops), step):
@@ -320,6 +380,14 @@ def segment_everything(
     # One picture would not repay the capture of CUDA graphs.
     generator = MaskGenerator(model, processor, points_per_batch=points_per_batch, cuda_graphs=False)
     return generator.generate(picture_tensor(picture), settings, progress).to_result()
+
+
+def _read(picture: Picture) -> tuple[Picture, torch.Tensor | None, Exception | None]:
+    """The picture, its pixels, and what reading it has raised, which must not end the reading of others."""
+    try:
+        return picture, picture_tensor(picture), None
+    except IMAGE_ERRORS as error:
+        return picture, None, error
 
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:

@@ -34,6 +34,8 @@ class FastMaskGenerationPipeline(Pipeline):
     Beyond the stock pipeline: any dtype; `points_per_batch=None` decodes as many as fit into memory; grids may differ
     between crop layers; a picture without masks gives empty lists; `output_rle_masks`, which the stock one documents, works.
 
+    Threads may share a pipeline, as they may share a `MaskGenerator`, and it can be pickled likewise.
+
     Raises ValueError for settings outside their range, and for filling holes, which SAM's image processor has not.
     """
 
@@ -73,8 +75,10 @@ class FastMaskGenerationPipeline(Pipeline):
         return {"picture": picture_tensor(_load(image, timeout))}
 
     def _forward(self, model_inputs, points_per_batch: int | None = None, **settings) -> dict[str, GeneratedMasks]:
-        self.generator.set_budget(self.max_memory_mb, points_per_batch)
-        return {"generated": self.generator.generate(model_inputs["picture"], MaskGenerationSettings(**settings))}
+        generator = self.generator.with_budget(
+            self.max_memory_mb, points_per_batch
+        )  # of this call: threads may share it
+        return {"generated": generator.generate(model_inputs["picture"], MaskGenerationSettings(**settings))}
 
     def postprocess(self, model_outputs, output_masks=True, output_rle_mask=False, output_bboxes_mask=False) -> dict:
         generated = model_outputs["generated"]

@@ -20,38 +20,55 @@ class Prompt:
     points: list[list[float]] | None  # k times x, y
     labels: list[int] | None  # k, 1 on the object and 0 beside it
     box: list[float] | None  # x1, y1, x2, y2
-    logits: torch.Tensor | None  # float32 (h, w), of an earlier mask
+    logits: torch.Tensor | None  # float32 (h, w), of a mask
 
     def kind(self) -> tuple:
         """Prompts of one kind are decoded together. Points are not padded: the model's attention would see the padding."""
         return None if self.points is None else len(self.points), self.box is None, self.logits is None
 
 
-def check_prompts(
+def clip_prompts(
     size: tuple[int, int], boxes_xyxy: Sequence[Sequence[float]] = (), points_xy: Sequence[Sequence[float]] = ()
-):
-    """Raises ValueError for the first prompt that a picture of `size` (width, height) cannot have."""
-    width, height = size
-    for box in boxes_xyxy:
-        if len(box) != 4 or not all(map(math.isfinite, box)):
-            raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
-        x1, y1, x2, y2 = box
-        if x1 >= x2 or y1 >= y2:
-            kind = "has no area" if x1 == x2 or y1 == y2 else "is reversed"
-            raise ValueError(f"box {_text(box)} {kind}: it must be X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2.")
-        if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
-            raise ValueError(
-                f"box {_text(box)} reaches outside the picture of {width}x{height} pixels: keep X from 0 to {width} "
-                f"and Y from 0 to {height}."
-            )
-    for point in points_xy:
-        if len(point) != 2 or not all(map(math.isfinite, point)):
-            raise ValueError(f"point {_text(point)} must be two numbers, X,Y.")
-        if not (0 <= point[0] < width and 0 <= point[1] < height):
-            raise ValueError(
-                f"point {_text(point)} lies outside the picture of {width}x{height} pixels: keep X from 0 to "
-                f"{width - 1} and Y from 0 to {height - 1}."
-            )
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Cuts boxes and points to an image of `size` (width, height): detectors' boxes stick out by a pixel, or by many.
+
+    Args:
+        boxes_xyxy: (x1, y1, x2, y2) each, some part of it in the image.
+        points_xy: (x, y) each, less than a pixel outside. Beyond the last pixel it becomes that one.
+
+    Returns:
+        The boxes, with 0 <= x1 < x2 <= width, and the points, with 0 <= x < width; likewise in y.
+
+    Raises:
+        ValueError: for the first that lies outside altogether, is not finite, or is a box without area or reversed.
+    """
+    return [_clip_box(box, *size) for box in boxes_xyxy], [_clip_point(point, *size) for point in points_xy]
+
+
+def _clip_box(box: Sequence[float], width: int, height: int) -> list[float]:
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
+    x1, y1, x2, y2 = box
+    if x1 >= x2 or y1 >= y2:
+        kind = "has no area" if x1 == x2 or y1 == y2 else "is reversed"
+        raise ValueError(f"box {_text(box)} {kind}: it must be X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2.")
+    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+        raise ValueError(
+            f"box {_text(box)} lies outside the image of {width}x{height} pixels: keep X from 0 to {width} and Y from "
+            f"0 to {height}."
+        )
+    return [max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)]
+
+
+def _clip_point(point: Sequence[float], width: int, height: int) -> list[float]:
+    if len(point) != 2 or not all(map(math.isfinite, point)):
+        raise ValueError(f"point {_text(point)} must be two numbers, X,Y.")
+    if not (-1 < point[0] < width + 1 and -1 < point[1] < height + 1):
+        raise ValueError(
+            f"point {_text(point)} lies outside the image of {width}x{height} pixels: keep X from 0 to {width - 1} and "
+            f"Y from 0 to {height - 1}."
+        )
+    return [max(place, 0.0) if place < length else length - 1.0 for place, length in zip(point, (width, height))]
 
 
 def parse_prompts(
@@ -61,14 +78,19 @@ def parse_prompts(
     labels=None,
     boxes_xyxy=None,
     logits: torch.Tensor | None = None,
+    logits_name: str = "logits",
 ) -> list[Prompt]:
-    """The prompts of one picture of `size` (height, width), as `Predictor.predict` tells; ValueError for bad ones."""
+    """The prompts of one picture of `size` (height, width), as `Predictor.predict` tells; ValueError for bad ones.
+
+    `logits_name` is what the user calls the logits.
+    """
     points = None if points_xy is None else [_points(prompt) for prompt in _entries("points_xy", points_xy)]
-    boxes = None if boxes_xyxy is None else _boxes(boxes_xyxy)
-    check_prompts(size[::-1], boxes or (), [point for prompt in points or () for point in prompt])
+    boxes = None if boxes_xyxy is None else clip_prompts(size[::-1], _boxes(boxes_xyxy))[0]
+    if points is not None:
+        points = [clip_prompts(size[::-1], points_xy=prompt)[1] for prompt in points]
     lengths = {len(part) for part in (points, boxes, logits) if part is not None}
     if len(lengths) > 1:
-        parts = {"points_xy": points, "boxes_xyxy": boxes, "logits": logits}
+        parts = {"points_xy": points, "boxes_xyxy": boxes, logits_name: logits}
         each = ", ".join(f"{name} has {len(part)}" for name, part in parts.items() if part is not None)
         raise ValueError(f"all prompts need the same parts, but {each}.")
     columns, nothing = (points, _labels(labels, points), boxes, logits), [None] * max(lengths, default=0)
@@ -139,7 +161,7 @@ def _numbers(values) -> list[float]:
     try:
         return [float(value) for value in _entries("a prompt", values)]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{values!r} must be numbers in pixels of the picture.") from error
+        raise ValueError(f"{values!r} must be numbers in pixels of the image.") from error
 
 
 def _text(values) -> str:

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from .triton_support import tl, triton, why_not_tried
+from .turns import read_here
 
 
 _LINES, _COLUMNS = 8, 128  # of the kernel's blocks
@@ -127,6 +128,8 @@ def launch(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, i
     (channels, height, width), (_, padded_height, padded_width) = picture.shape, pixel_values.shape
     table_y, shift_y = _device_weights(height, size[0], picture.device)
     table_x, shift_x = _device_weights(width, size[1], picture.device)
+    for kept in (table_y, table_x, levels):  # for all streams, and not for ever
+        read_here(kept)
     grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS)
     with torch.cuda.device_of(picture):  # where Triton launches
         _resize_kernel[grid](

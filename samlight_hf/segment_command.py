@@ -181,10 +181,10 @@ def run_demo(args: argparse.Namespace) -> int:
         picture = open_picture(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
         start = time.perf_counter()
-        predictor.set_image(picture)
-        results = [("boxes", predict_prompts(predictor, boxes), boxes, [])]
-        results.append(("points", predict_prompts(predictor, points_xy=points), [], points))
-        everything = generator.generate(picture_tensor(picture), settings, image=predictor.images[0])
+        image = predictor.encode(picture)
+        results = [("boxes", predict_prompts(predictor, boxes, image=image), boxes, [])]
+        results.append(("points", predict_prompts(predictor, points_xy=points, image=image), [], points))
+        everything = generator.generate(picture_tensor(picture), settings, image=image)
         results.append(("everything", everything, [], []))
         seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
         for kind, result, shown_boxes, shown_points in results:

@@ -19,7 +19,7 @@ from .mask_generation import GeneratedMasks, MaskGenerator, MaskResult
 from .pictures import open_picture, read_ahead
 from .predictor import Predictor, predict_prompts
 from .preprocessing import check_size, picture_tensor
-from .prompts import check_prompts
+from .prompts import clip_prompts
 from .segment_summary import DiskError
 
 
@@ -82,7 +82,7 @@ class Prompted:
         self.predictor, self.boxes_xyxy, self.points_xy = predictor, boxes_xyxy, points_xy
 
     def check(self, picture: Image.Image):
-        check_prompts(picture.size, self.boxes_xyxy, self.points_xy)
+        clip_prompts(picture.size, self.boxes_xyxy, self.points_xy)  # those that lie outside are refused
         check_size(self.predictor.image_processor, picture.height, picture.width)
 
     def prepare(self, picture: Image.Image) -> torch.Tensor:
@@ -90,9 +90,8 @@ class Prompted:
         return picture_tensor(picture)
 
     def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[MaskResult]:
-        self.predictor.set_images(tensors)
-        for picture in range(len(tensors)):
-            yield predict_prompts(self.predictor, self.boxes_xyxy, self.points_xy, picture)
+        for image in self.predictor.encode(list(tensors)):
+            yield predict_prompts(self.predictor, self.boxes_xyxy, self.points_xy, image=image)
 
 
 class Run:

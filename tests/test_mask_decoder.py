@@ -15,7 +15,7 @@ from .conftest import tiny_config
 
 
 POINTS, LABELS, BOXES, MASKS = "points", "labels", "boxes", "mask_logits"
-PROMPTS = [(POINTS, LABELS), (BOXES,), (POINTS, LABELS, BOXES), (POINTS, LABELS, MASKS), (BOXES, MASKS)]
+PROMPTS = [(POINTS, LABELS), (BOXES,), (POINTS, LABELS, BOXES), (POINTS, LABELS, MASKS), (BOXES, MASKS), (MASKS,)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -1,6 +1,10 @@
 """Everything mode is the stock pipeline's, mask for mask; prompts in pixels give masks of the picture's size."""
 
 import gc
+import multiprocessing
+import pickle
+import re
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamImageProcessor, SamProcessor
 
-from samlight_hf import MaskGenerationSettings, MaskGenerator, Predictor, SamLighteningModel
+from samlight_hf import MaskGenerationSettings, MaskGenerator, PictureError, Predictor, SamLighteningModel
 from samlight_hf.crops import crop_boxes, point_grid
 from samlight_hf.inference import PlainMaskDecoder
 from samlight_hf.loading import load_model, quiet_transformers
@@ -494,9 +498,12 @@ def test_a_decoder_in_another_dtype_than_the_model(tiny):
     picture, settings = random_picture(40, 30), MaskGenerationSettings(**KEEP_ALL, points_per_crop=3)
     generator = MaskGenerator(model, processor, decoder_dtype=torch.float16)
     expected = generator(picture, settings)
-    prepared = Predictor(model, processor).set_image(picture).images[0]
-    assert prepared.dtype == torch.bfloat16
+    prepared = Predictor(model, processor).encode(picture)
+    assert prepared.embedding.dtype == torch.bfloat16
     again = generator.generate(picture_tensor(picture), settings, image=prepared)
+    np.testing.assert_array_equal(
+        again.scores, generator.generate(picture_tensor(picture), settings, image=prepared.embedding).scores
+    )
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = MaskGenerator(model, processor, decoder_dtype=torch.float16)(picture, settings)
     for result in (again, under_autocast):
@@ -559,6 +566,81 @@ def test_triton_kernels_that_are_asked_for_and_cannot_be(tiny):
     with pytest.raises(ValueError, match="triton_kernels=True is not possible: .*(cpu|not installed)"):
         MaskGenerator(*tiny, triton_kernels=True)
     assert not MaskGenerator(*tiny).use_triton
+
+
+def test_a_damaged_file_does_not_end_the_others(tiny, tmp_path):
+    good = [random_picture(40, 30, seed) for seed in range(3)]
+    (tmp_path / "half.png").write_bytes(b"\x89PNG")
+    images = [
+        good[0],
+        tmp_path / "half.png",
+        good[1],
+        Image.new("RGB", (20_000, 100)),
+        str(tmp_path / "gone.jpg"),
+        good[2],
+    ]
+    generator, settings = MaskGenerator(*tiny), {**KEEP_ALL, "points_per_crop": 3}
+    expected = [generator(image, **settings) for image in good]
+    with pytest.warns(UserWarning) as told:
+        found = list(generator.generate_many(iter(images), **settings))
+    words = {1: "image 1: .*half.png: not a picture", 3: "image 3: .*too thin", 4: "image 4: .*gone.jpg: no such file"}
+    assert [place for place, result in enumerate(found) if isinstance(result, PictureError)] == list(words)
+    for place, pattern in words.items():
+        assert re.search(pattern, str(found[place])) and found[place].__traceback__ is None
+        assert str(found[place]) in [str(warning.message) for warning in told]
+    for result, own in zip((found[0], found[2], found[5]), expected, strict=True):
+        assert result.masks.to_coco() == own.masks.to_coco()
+    with pytest.warns(UserWarning, match="half.png"):
+        assert len(generator(images[:3], **settings)) == 3
+    for call in (
+        lambda **kind: list(generator.generate_many(images, **kind)),
+        lambda **kind: generator(images, **kind),
+    ):
+        with pytest.raises(PictureError, match=words[1]):
+            call(errors="raise")
+        with pytest.raises(ValueError, match="errors='ignore' must be 'return' or 'raise'"):
+            call(errors="ignore")
+    with pytest.raises(PictureError, match="half.png"):
+        generator(images[1])
+
+
+def test_an_image_that_does_not_fit_into_memory_does_not_end_the_others(tiny, monkeypatch):
+    generator, images = MaskGenerator(*tiny), [random_picture(*size) for size in ((40, 30), (99, 30), (40, 30))]
+    encode = generator.encoder.encode
+
+    def full(pixel_values):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return encode(pixel_values)
+
+    calls, full.empty = [], encode.empty
+    monkeypatch.setattr(generator.encoder, "encode", full)
+    with pytest.warns(UserWarning, match="image 1: OutOfMemoryError: CUDA out of memory"):
+        found = generator(images, **KEEP_ALL, points_per_crop=2)
+    assert [isinstance(result, PictureError) for result in found] == [False, True, False]
+
+
+def test_a_generator_in_a_process_that_is_spawned(tiny):
+    generator, image = MaskGenerator(*tiny, max_memory_mb=1400, decoder_dtype=torch.float64), random_picture(40, 30)
+    generator.set_budget(1300, points_per_batch=3)
+    settings = {**KEEP_ALL, "points_per_crop": 3}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(generator, image, **settings).result(timeout=300)
+    expected = generator(image, **settings)
+    assert len(expected) > 0 and found.masks.to_coco() == expected.masks.to_coco()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+    again = pickle.loads(pickle.dumps(generator))
+    assert (again.decoder.dtype, again.budget.points_per_batch) == (torch.float64, 3)
+    assert again._settings == generator._settings
+
+
+def test_a_budget_of_its_own(tiny):
+    generator = MaskGenerator(*tiny)
+    other = generator.with_budget(900, points_per_batch=2)
+    assert (other.budget.points_per_batch, other.decoder) == (2, generator.decoder)
+    assert generator.budget.points_per_batch != 2 and "points_per_batch" in generator._settings
+    assert generator._settings["points_per_batch"] is None
 
 
 def test_a_result_is_sliced_and_not_walked_through(bundled, photograph):

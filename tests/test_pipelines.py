@@ -1,6 +1,7 @@
 """pipeline("fast-mask-generation") takes what the stock task takes, and gives the same dictionary."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -114,6 +115,13 @@ def test_arguments_of_the_model_are_given_with_it(checkpoint):
     assert task._forward_params == {"points_per_crop": 3}
     with pytest.raises(ValueError, match="cuda_graphs=True needs a model on a CUDA device"):
         pipeline("fast-mask-generation", model=checkpoint, device="cpu", cuda_graphs=True)
+
+
+def test_pickled_it_gives_the_same(fast, picture):
+    again = pickle.loads(pickle.dumps(fast))
+    assert again.generator.model is again.model is not fast.model
+    found, expected = (task(picture, **SETTINGS, output_rle_mask=True) for task in (again, fast))
+    assert found["rle_mask"] == expected["rle_mask"] and len(found["masks"]) > 0
 
 
 def test_a_saved_pipeline_asks_for_no_code_of_a_pipeline(fast, tmp_path):

@@ -1,14 +1,22 @@
 """Prompts in pixels of the original pictures give what the model gives for each of them alone, however they are batched."""
 
+import json
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
-from samlight_hf import Predictor, SamLighteningModel, upscaled_masks
+from samlight_hf import EncodedImage, PictureError, Predictor, SamLighteningModel, optimize, upscaled_masks
+from samlight_hf.inference import PlainMaskDecoder
 from samlight_hf.loading import load_model
+from samlight_hf.mask_prompts import MASK_LOGIT, logits_of_prompt
 from samlight_hf.predictor import predict_prompts, segment_prompts
-from samlight_hf.prompts import check_prompts, parse_prompts, prompt_batches
+from samlight_hf.prompts import clip_prompts, parse_prompts, prompt_batches
 from samlight_hf.segment_command import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 
 from .conftest import tiny_config
@@ -193,10 +201,212 @@ def logits_of(*shape, value=0.0):
     return np.full(shape, value, dtype=np.float32)
 
 
+def test_an_encoded_image_is_prompted_whatever_was_set_or_encoded_since(tiny, picture):
+    predictor, other = Predictor(*tiny), random_picture(20, 64, seed=1)
+    expected = [predictor.set_image(each).predict([[(3, 4)]]) for each in (picture, other)]
+    encoded = predictor.encode([picture, other])
+    assert [type(each) for each in encoded] == [EncodedImage] * 2
+    assert [each.size for each in encoded] == [(30, 50), (64, 20)]
+    for each, own in zip(encoded, expected):
+        found = predictor.predict([[(3, 4)]], image=each)
+        assert np.allclose(found.logits, own.logits, rtol=1e-3, atol=1e-3 * np.abs(own.logits).max())
+        assert found.masks.shape[2:] == each.size
+        later = predictor.to_masks(found.logits[:, 0], image=each).cpu().numpy()
+        assert (later != found.masks[:, 0]).mean() < 0.002
+    assert predictor.images[0].size == (64, 20)  # the one that was set
+    assert len(predictor.predict([[(3, 4)]]).masks[0, 0]) == 64
+    of_list = predictor.predict([[[(3, 4)]], None, [[(3, 4)]]], image=[encoded[0], encoded[1], encoded[0]])
+    assert [len(each) for each in of_list] == [1, 0, 1]
+    assert np.allclose(of_list[0].logits, of_list[2].logits, atol=1e-4)
+    predictor.reset()
+    assert predictor.predict([[(3, 4)]], image=encoded[1]).masks.shape[2:] == (64, 20)
+
+
+def test_images_that_cannot_be(tiny, picture, tmp_path):
+    predictor = Predictor(*tiny)
+    for image, words in (
+        (picture, "image is a Image, and must be what encode returned"),
+        ([], "image is an empty list"),
+        ([predictor.encode(picture), None], "image is a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            predictor.predict([[(1, 1)]], image=image)
+    other = SamLighteningModel(tiny_config(image_size=64)).to(tiny[0].device)
+    with pytest.raises(ValueError, match="encoded by another model"):
+        predictor.predict(
+            [[(1, 1)]], image=Predictor(other, make_processor(other.config.vision_config)).encode(picture)
+        )
+    with pytest.raises(ValueError, match="encode takes an image, or a list of at least one"):
+        predictor.encode([])
+    with pytest.raises(ValueError, match="set_image takes one image"):
+        predictor.set_image([picture])
+    (tmp_path / "half.png").write_bytes(b"\x89PNG")
+    for images, words in (
+        ([picture, tmp_path / "half.png"], "image 1: .*half.png: not a picture"),
+        ([picture, picture, Image.new("RGB", (20_000, 100))], "image 2: .*too thin"),
+        ([None, picture], "image 0: .*NoneType"),
+    ):
+        for call in (predictor.encode, predictor.set_images):
+            with pytest.raises(ValueError, match=words):
+                call(images)
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"boxes_xyxy": [(60, 0, 99, 9)]}, "image 1: box 60,0,99,9 lies outside the image of 50x30"),
+        ({"points_xy": [[(3, 99)]]}, "image 1: point 3,99 lies outside"),
+        ({"boxes_xyxy": [(0, 0, 9, 9)], "logits": logits_of(1, 32, 32, value=np.nan)}, "image 1: logits hold NaN"),
+        ({"points_xy": [[(3, 4)]], "masks": np.full((1, 30, 50), 7)}, "image 1: masks hold whole numbers from 7 to 7"),
+        ({"points_xy": 3}, "image 1: points_xy=3"),
+    ],
+    ids=["box", "point", "logits", "mask", "no list"],
+)
+def test_a_bad_prompt_names_its_image_and_does_not_void_the_others(tiny, picture, bad, words):
+    predictor = Predictor(*tiny).set_images([picture, picture, random_picture(20, 64, seed=1)])
+    good = {"boxes_xyxy": [(0, 0, 9, 9)]}
+    arguments = {
+        name: [good.get(name), bad.get(name), good.get(name)] for name in ("points_xy", "boxes_xyxy", "logits", "masks")
+    }
+    arguments = {name: value if any(each is not None for each in value) else None for name, value in arguments.items()}
+    with pytest.warns(UserWarning, match=words):
+        found = predictor.predict(**arguments)
+    assert isinstance(found[1], PictureError) and str(found[1]).startswith("image 1: ")
+    expected = predictor.predict(boxes_xyxy=[good["boxes_xyxy"], None, good["boxes_xyxy"]])
+    for place in (0, 2):
+        assert np.array_equal(found[place].logits, expected[place].logits)
+        assert np.array_equal(found[place].masks, expected[place].masks)
+    with pytest.raises(PictureError, match=words):
+        predictor.predict(**arguments, errors="raise")
+
+
+def disc(picture, radius=9.0) -> np.ndarray:
+    """bool (1, H, W)."""
+    y, x = np.mgrid[: picture.height, : picture.width]
+    return ((x - picture.width / 2) ** 2 + (y - picture.height / 3) ** 2 < radius**2)[None]
+
+
+@pytest.mark.parametrize("size", [(50, 30), (20, 64), (32, 32), (300, 200)])
+def test_a_mask_of_any_kind_is_a_mask_whatever_it_is_called(tiny, size):
+    picture = random_picture(*size)
+    predictor = Predictor(*tiny).set_image(picture)
+    mask, box = disc(picture, min(size) / 3), {"boxes_xyxy": [(2, 3, 18, 19)]}
+    small = predictor.predict(**box, masks=mask, multimask_output=False).logits[:, 0] > 0
+    small[:, 0, 0], small[:, 1, 1] = True, False
+    for each in (mask, small):
+        kinds = [each, each.astype(np.uint8), each.astype(np.int64), each.astype(np.float32), each * np.uint8(255)]
+        kinds += [each * 255.0, torch.from_numpy(each), torch.from_numpy(each).half().to(tiny[0].device)]
+        found = [predictor.predict(**box, **{name: kind}).logits for kind in kinds for name in ("logits", "masks")]
+        assert all(np.array_equal(logits, found[0]) for logits in found[1:])
+        assert not np.array_equal(found[0], predictor.predict(**box).logits)
+    as_logits = np.where(small, np.float32(10), np.float32(-10))
+    assert np.array_equal(predictor.predict(**box, logits=as_logits).logits, found[0])
+
+
+@pytest.mark.parametrize("size", [(50, 30), (20, 64), (300, 200), (1, 1)])
+def test_masks_become_logits_and_logits_masks(tiny, size):
+    """The way back is `to_masks`; what is lost is less than a cell of the decoder's size along the outline."""
+    picture = random_picture(*size)
+    predictor = Predictor(*tiny)
+    encoded, mask = predictor.encode(picture), disc(picture, max(1.0, min(size) / 3))
+    logits = logits_of_prompt(mask, encoded, predictor.logits_size, tiny[0].device)
+    assert logits.shape == (1, 32, 32) and logits.abs().max().item() == pytest.approx(MASK_LOGIT)
+    height, width = encoded.resized
+    assert (logits[:, height + 1 :] == -MASK_LOGIT).all() and (logits[:, :, width + 1 :] == -MASK_LOGIT).all()
+    back = predictor.to_masks(logits, image=encoded).cpu().numpy()
+    assert (back & mask).sum() / (back | mask).sum() > 0.9
+    everywhere = logits_of_prompt(np.ones_like(mask), encoded, predictor.logits_size, tiny[0].device)
+    assert predictor.to_masks(everywhere, image=encoded).all()
+    assert (logits_of_prompt(~np.ones_like(mask), encoded, (32, 32), tiny[0].device) == -MASK_LOGIT).all()
+
+
+def test_zeros_in_fractions_are_logits_and_in_whole_numbers_a_mask(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    box = {"boxes_xyxy": [(2, 3, 18, 19)]}
+    found = {dtype: predictor.predict(**box, logits=np.zeros((1, 32, 32), dtype)).logits for dtype in ("f4", "u1")}
+    empty = predictor.predict(**box, logits=np.full((1, 32, 32), -MASK_LOGIT, "f4")).logits
+    assert np.array_equal(found["u1"], empty) and not np.array_equal(found["f4"], empty)
+    assert np.array_equal(predictor.predict(**box, masks=np.zeros((1, 30, 50), "f4")).logits, empty)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "plain"])
+@pytest.mark.parametrize("multimask_output", [True, False])
+def test_a_mask_alone_is_what_the_model_gives(tiny, picture, multimask_output, decoder):
+    predictor = Predictor(*tiny).set_image(picture)
+    if decoder == "plain":
+        predictor.decoder = predictor.encoder.decoder = PlainMaskDecoder(tiny[0])
+        predictor.set_image(picture)
+    logits = predictor.predict(boxes_xyxy=[(2, 3, 18, 19), (5, 5, 30, 20)], multimask_output=False).logits[:, 0]
+    found = predictor.predict(logits=logits, multimask_output=multimask_output)
+    assert found.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
+    for place, each in enumerate(torch.from_numpy(logits).to(tiny[0].device)):
+        expected = by_the_model(*tiny, picture, multimask_output, logits=each[None, None])
+        assert_same(found, place, expected)
+        one = predictor.predict(logits=each[None], multimask_output=multimask_output)
+        assert_same(one, 0, expected)
+    both = Predictor(*tiny).set_images([picture, picture]).predict(masks=[disc(picture), None])
+    assert [len(each) for each in both] == [1, 0]
+
+
+def test_a_mask_refines_as_its_logits_do():
+    """On the bundled photographs with their boxes; a mask that is read as logits loses far more."""
+    predictor = Predictor(*load_model(BUNDLED_CHECKPOINT, "cpu"))
+    prompts = json.loads((EXAMPLE_IMAGES.parent / "prompts.json").read_text())
+    found = {name: [] for name in ("logits", "mask", "small mask", "0 and 1 as logits")}
+    for name, given in prompts.items():
+        arguments = {
+            "boxes_xyxy": given["boxes_xyxy"], "multimask_output": False, "image": predictor.encode(EXAMPLE_IMAGES / name),
+        }  # fmt: skip
+        first = predictor.predict(**arguments)
+        logits, masks = first.logits[:, 0], first.masks[:, 0]
+        almost = np.where(logits > 0, np.float32(1), np.float32(1e-6))  # which is no mask
+        for kind, refined in (
+            ("logits", {"logits": logits}), ("mask", {"masks": masks}), ("small mask", {"masks": logits > 0}),
+            ("0 and 1 as logits", {"logits": almost}),
+        ):  # fmt: skip
+            again = predictor.predict(**arguments, **refined).masks[:, 0]
+            found[kind] += [(a & b).sum() / (a | b).sum() for a, b in zip(again, masks)]
+    means = {kind: np.mean(values) for kind, values in found.items()}
+    print(", ".join(f"{kind}: IoU {mean:.3f}" for kind, mean in means.items()))
+    assert min(means["mask"], means["small mask"]) > means["logits"] - 0.02
+    assert min(means["mask"], means["small mask"]) > means["0 and 1 as logits"] + 0.02
+
+
+def test_in_a_process_that_is_spawned(folder, picture):
+    predictor = Predictor(*load_model(folder, "cpu"), max_memory_mb=1400).set_image(picture)
+    expected = predictor.predict([[(3, 4)]])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(predictor.predict, [[(3, 4)]], image=predictor.encode(picture)).result(timeout=300)
+        of_the_image_that_was_set = pool.submit(predictor.predict, [[(3, 4)]]).result(timeout=300)
+    for each in (found, of_the_image_that_was_set):
+        assert np.allclose(each.logits, expected.logits, atol=1e-5)
+        assert np.array_equal(each.masks, expected.masks)
+
+
+def test_pickled_it_keeps_its_settings_and_images(tiny, picture):
+    predictor = Predictor(*tiny, output="torch", max_memory_mb=1400, cuda_graphs=False).set_images([picture, picture])
+    again = pickle.loads(pickle.dumps(predictor))
+    assert (again.output, again.decoder.cuda_graphs, again._settings) == ("torch", False, predictor._settings)
+    assert again.model is not predictor.model and again.model.device == predictor.model.device
+    boxes = [[(0, 0, 9, 9)], None]
+    found, expected = (each.predict(boxes_xyxy=boxes)[0] for each in (again, predictor))
+    assert torch.equal(found.logits, expected.logits)
+    with pytest.raises(TypeError, match="optimize that"):
+        pickle.dumps(Predictor(optimize(tiny[0], image_batch_sizes=(), prompt_counts=()), tiny[1]))
+
+
 @pytest.mark.parametrize(
     "prompts, words",
     [
         ({}, "no prompt: give points_xy"),
+        ({"logits": logits_of(1, 32, 32), "masks": logits_of(1, 32, 32)}, "logits and masks are given"),
+        ({"logits": np.full((1, 32, 32), 7)}, "logits hold whole numbers from 7 to 7: a mask is bool"),
+        ({"masks": logits_of(1, 30, 50, value=0.5)}, "masks hold values from 0.5 to 0.5"),
+        ({"masks": logits_of(1, 32, 32, value=np.nan)}, "masks hold values from nan to nan"),
+        ({"masks": np.zeros((1, 31, 50), bool)}, r"\(prompts, 32, 32\), .*\(prompts, 30, 50\), as large as the image"),
+        ({"masks": np.zeros((30, 50), bool)}, r"masks have the shape \(30, 50\)"),
+        ({"masks": np.zeros((2, 30, 50), bool), "boxes_xyxy": [(0, 0, 5, 5)]}, "boxes_xyxy has 1, masks has 2"),
+        ({"logits": logits_of(1, 32, 32), "labels": [[1]]}, "labels are given without points_xy"),
         ({"labels": [[1]]}, "no prompt"),
         ({"points_xy": [(3, 4)]}, r"a list of points is expected.*\[\[point\]\]"),
         ({"points_xy": np.zeros((2, 2))}, "a list of points is expected"),
@@ -204,7 +414,7 @@ def logits_of(*shape, value=0.0):
         ({"points_xy": 3}, "points_xy=3 must have one entry for each prompt"),
         ({"points_xy": [[(3, 4, 5)]]}, "point 3,4,5 must be two numbers"),
         ({"points_xy": [[("a", 4)]]}, "must be numbers"),
-        ({"points_xy": [[(50, 3)]]}, "point 50,3 lies outside the picture of 50x30"),
+        ({"points_xy": [[(51, 3)]]}, "point 51,3 lies outside the image of 50x30"),
         ({"points_xy": [[(3, -1)]]}, "lies outside"),
         ({"points_xy": [[(float("nan"), 1)]]}, "point nan,1 must be two numbers"),
         ({"points_xy": [[(3, 4)]], "labels": [[1, 0]]}, r"labels are \[2\] for each prompt, and its points \[1\]"),
@@ -214,7 +424,7 @@ def logits_of(*shape, value=0.0):
         ({"boxes_xyxy": [(0, 0, 5, 5)], "labels": [[1]]}, "labels are given without points_xy"),
         ({"boxes_xyxy": [(5, 0, 0, 5)]}, "box 5,0,0,5 is reversed"),
         ({"boxes_xyxy": [(5, 0, 5, 5)]}, "has no area"),
-        ({"boxes_xyxy": [(0, 0, 51, 5)]}, "reaches outside the picture"),
+        ({"boxes_xyxy": [(50, 0, 51, 5)]}, "box 50,0,51,5 lies outside the image of 50x30"),
         ({"boxes_xyxy": [(0, 0, float("inf"), 5)]}, "four numbers"),
         ({"boxes_xyxy": (0, 0, 5, 5)}, r"Write \[box\] for one box"),
         ({"boxes_xyxy": [(0, 0, 5, 5)], "points_xy": [[(1, 1)], [(2, 2)]]}, "points_xy has 2, boxes_xyxy has 1"),
@@ -232,29 +442,29 @@ def test_prompts_that_cannot_be(tiny, picture, prompts, words):
 
 def test_uses_that_cannot_be(tiny, picture):
     predictor = Predictor(*tiny)
-    with pytest.raises(ValueError, match="no picture yet: call set_image"):
+    with pytest.raises(ValueError, match="no image yet: call set_image"):
         predictor.predict([[(1, 1)]])
     for pictures in ([], "x.jpg", picture):
         with pytest.raises(ValueError, match="set_images takes a list"):
             predictor.set_images(pictures)
     predictor.set_images([picture, picture])
     for boxes, words in (
-        ([None], "a list of 2, one entry for each picture, not 1"),
+        ([None], "a list of 2, one entry for each image, not 1"),
         (np.zeros((2, 1, 4)), "not a ndarray"),
     ):
         with pytest.raises(ValueError, match=words):
             predictor.predict(boxes_xyxy=boxes)
-    with pytest.raises(ValueError, match="picture 1: box 0,0,99,9 reaches outside"):
-        predictor.predict(boxes_xyxy=[[(0, 0, 9, 9)], [(0, 0, 99, 9)]])
+    with pytest.raises(ValueError, match="errors='ignore' must be"):
+        predictor.predict(boxes_xyxy=[None, None], errors="ignore")
     predictor.reset()
-    with pytest.raises(ValueError, match="no picture yet"):
+    with pytest.raises(ValueError, match="no image yet"):
         predictor.predict([[(1, 1)]])
     with pytest.raises(ValueError, match="output='jax'"):
         Predictor(*tiny, output="jax")
     predictor.set_image(picture)
     with pytest.raises(ValueError, match="too thin"):
         predictor.set_image(Image.new("RGB", (20_000, 100)))
-    with pytest.raises(ValueError, match="no picture yet"):  # and not the last one's masks
+    with pytest.raises(ValueError, match="no image yet"):  # and not the last one's masks
         predictor.predict([[(1, 1)]])
 
 
@@ -280,24 +490,47 @@ def test_empty_prompts_give_empty_results(tiny, picture):
 @pytest.mark.parametrize(
     "box, words",
     [
-        ((10, 10, 51, 20), "10,10,51,20 reaches outside the picture of 50x30"),
-        ((-1, 10, 20, 20), "-1,10,20,20 reaches outside"),
+        ((50, 10, 60, 20), "50,10,60,20 lies outside the image of 50x30"),
+        ((-9, 10, 0, 20), "-9,10,0,20 lies outside"),
+        ((10, 30, 20, 31), "lies outside"),
         ((20, 10, 10, 20), "20,10,10,20 is reversed"),
         ((10, 20, 20, 10), "is reversed"),
         ((10, 10, 10, 20), "has no area"),
         ((10, 10, float("nan"), 20), "four numbers"),
+        ((10, 10, float("inf"), 20), "four numbers"),
         ((10, 10, 20), "four numbers"),
     ],
 )
 def test_boxes_that_cannot_be(box, words):
     with pytest.raises(ValueError, match=words):
-        check_prompts((50, 30), boxes_xyxy=[(0, 0, 50, 30), box])
+        clip_prompts((50, 30), boxes_xyxy=[(0, 0, 50, 30), box])
 
 
-@pytest.mark.parametrize("point", [(50, 3), (3, 30), (-0.1, 3), (float("inf"), 0), (1, 2, 3)])
+@pytest.mark.parametrize("point", [(51, 3), (3, 31), (-1, 3), (float("inf"), 0), (float("nan"), 0), (1, 2, 3)])
 def test_points_that_cannot_be(point):
     with pytest.raises(ValueError, match="point "):
-        check_prompts((50, 30), points_xy=[(0, 0), point])
+        clip_prompts((50, 30), points_xy=[(0, 0), point])
+
+
+def test_what_sticks_out_of_the_image_is_cut_off():
+    boxes, points = clip_prompts(
+        (50, 30),
+        [(-0.31, 2, 50.004, 30), (-40, -1, 1, 99), (1, 2, 3.5, 4)],
+        [(50, 3), (50.9, 30.5), (-0.31, -0.9), (49.9, 0.2)],
+    )
+    assert boxes == [[0, 2, 50, 30], [0, 0, 1, 30], [1, 2, 3.5, 4]]
+    assert points == [[49, 3], [49, 29], [0, 0], [49.9, 0.2]]
+
+
+def test_prompts_that_stick_out_are_those_at_the_border(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    for found, expected in (
+        ({"boxes_xyxy": [(-0.31, 2, 50.004, 31)]}, {"boxes_xyxy": [(0, 2, 50, 30)]}),
+        ({"points_xy": [[(50, 30), (-0.5, 4)]]}, {"points_xy": [[(49, 29), (0, 4)]]}),
+    ):
+        assert np.array_equal(predictor.predict(**found).logits, predictor.predict(**expected).logits)
+    result = predict_prompts(predictor, [(-3, 2, 50.4, 31)], [(50, 3)])
+    assert np.array_equal(result.masks, predict_prompts(predictor, [(0, 2, 50, 30)], [(49, 3)]).masks)
 
 
 def test_batches_are_of_one_kind_and_lose_no_prompt():

@@ -82,6 +82,7 @@ def check_decoder(device="cpu", **sizes):
         (3, 1, 2, False, False, False),
         (1, 1, 0, True, False, False),
         (2, 2, 1, True, True, True),
+        (1, 1, 0, False, True, True),  # a mask alone, which the other kernels decode
     ):
         names = (*(("points", "labels") if num_points else ()), *(("boxes",) if with_box else ()))
         prompts = dict(zip(names, prompts_of(num_prompts, num_points, with_box, size)))
@@ -90,7 +91,7 @@ def check_decoder(device="cpu", **sizes):
         arguments = {**prompts, "mask_logits": logits, "multimask_output": multimask_output}
         runs.clear()
         found = fast.decode(fast.prepare(image), **arguments, repeated=num_prompts == 1)  # as `Predictor` does
-        assert runs  # in a graph's capture, too
+        assert bool(runs) is bool(names)  # in a graph's capture, too
         expected = plain.decode(plain.prepare(image), **arguments)
         assert found.logits.shape == expected.logits.shape
         assert (found.logits - expected.logits).norm() < 5e-3 * expected.logits.norm(), names
