@@ -6,9 +6,7 @@ scenes. Nothing bad is dropped in silence: what cannot be used is counted by rea
 
 from importlib import import_module
 
-from .augmentation import Augmentation
 from .coco import CocoDataset
-from .cutouts import Cutouts
 from .dataset import PictureDataset
 from .folders import ImageFolderDataset, MaskFolderDataset
 from .loading import load_dataset
@@ -40,7 +38,12 @@ __all__ = [
 ]
 
 # Imported when asked for: the readers need neither torch nor datasets.
-_MODULES = {"StreamedExamples": ".streaming", "TrainingExamples": ".training"}
+_MODULES = {
+    "Augmentation": ".augmentation",
+    "Cutouts": ".cutouts",
+    "StreamedExamples": ".streaming",
+    "TrainingExamples": ".training",
+}
 
 
 def __getattr__(name: str):
