@@ -53,8 +53,8 @@ def test_an_example_is_what_the_indexed_dataset_gives(tars):
     image = torch.from_numpy(np.array(Sa1bDataset(tars)[0].image.resize((32, 24), Image.Resampling.BILINEAR)))
     expected = torch.zeros(3, 32, 32, dtype=torch.int16)
     expected[:, :24] = image.permute(2, 0, 1)
-    # PIL and torch round differently, by one level.
-    (example,) = (e for e in found.values() if (e["pixel_values"] - expected).abs().max() <= 1)
+    # PIL and torch round differently, twice.
+    (example,) = (e for e in found.values() if (e["pixel_values"] - expected).abs().max() <= 2)
     assert {key: (value.dtype, tuple(value.shape)) for key, value in example.items()} == {
         "pixel_values": (torch.uint8, (3, 32, 32)),
         "reshaped_input_sizes": (torch.int64, (2,)),
