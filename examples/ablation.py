@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 
 from samlight_hf.distillation import distill, parse_arguments
-from samlight_hf.files import read_yaml, write_aside
-from samlight_hf.messages import make_console_safe, one_line
-from samlight_hf.processes import is_main_process, leave_process_group, one_voice
+from samlight_hf.utils.atomic_files import read_yaml, write_aside
+from samlight_hf.utils.messages import make_console_safe, one_line
+from samlight_hf.utils.processes import is_main_process, leave_process_group, one_voice
 
 
 SCHEDULES = ("dynamic", "uniform", "output_only")

@@ -21,11 +21,11 @@ from samlight_hf import MaskGenerationSettings, MaskGenerator
 from samlight_hf.data import PictureDataset, SkipReason, SkipReport, load_dataset
 from samlight_hf.data.annotations import text_rle
 from samlight_hf.data.sa1b import add_sample
-from samlight_hf.files import write_aside
+from samlight_hf.images.preprocessing import check_size
 from samlight_hf.loading import load_model
-from samlight_hf.mask_files import coco_document
-from samlight_hf.messages import make_console_safe, one_line
-from samlight_hf.preprocessing import check_size
+from samlight_hf.masks.files import coco_document
+from samlight_hf.utils.atomic_files import write_aside
+from samlight_hf.utils.messages import make_console_safe, one_line
 
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}

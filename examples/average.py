@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from samlight_hf.averaging import average_models
+from samlight_hf.conversion.averaging import average_models
 from samlight_hf.loading import find_dtype, load_model
-from samlight_hf.messages import make_console_safe
+from samlight_hf.utils.messages import make_console_safe
 
 
 def main():

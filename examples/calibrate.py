@@ -15,7 +15,7 @@ from pathlib import Path
 from samlight_hf.data import load_dataset
 from samlight_hf.evaluation.calibration import calibrate
 from samlight_hf.loading import load_model
-from samlight_hf.messages import make_console_safe
+from samlight_hf.utils.messages import make_console_safe
 
 
 def main():

@@ -14,8 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from samlight_hf.distillation import DistillationArguments, demonstrate, distill, parse_arguments
-from samlight_hf.messages import make_console_safe, one_line
-from samlight_hf.processes import is_main_process, leave_process_group, one_voice, tell, tell_error
+from samlight_hf.utils.messages import make_console_safe, one_line
+from samlight_hf.utils.processes import is_main_process, leave_process_group, one_voice, tell, tell_error
 
 
 CONFIGS = Path(__file__).parent / "configs"

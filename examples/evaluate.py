@@ -6,7 +6,7 @@ accelerate launch examples/evaluate.py --model facebook/sam-vit-huge --annotatio
 
 import sys
 
-from samlight_hf.cli import main
+from samlight_hf.commands.cli import main
 
 
 if __name__ == "__main__":

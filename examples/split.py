@@ -16,8 +16,8 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 from samlight_hf.data.sa1b import find_tars, tar_members
-from samlight_hf.files import write_aside
-from samlight_hf.messages import make_console_safe
+from samlight_hf.utils.atomic_files import write_aside
+from samlight_hf.utils.messages import make_console_safe
 
 
 def main():

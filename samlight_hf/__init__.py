@@ -10,15 +10,15 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .encoded_image import EncodedImage
-from .inference import optimize
-from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
+from .engine.optimize import optimize
+from .images.reading import PictureError
+from .inference.encoded_image import EncodedImage
+from .inference.mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
+from .inference.pipelines import TASK, FastMaskGenerationPipeline
+from .inference.predictor import Prediction, Predictor
 from .modeling.configuration_sam_lightening import SamLighteningConfig, SamLighteningVisionConfig
 from .modeling.image_processing_sam_lightening import SamLighteningImageProcessor
 from .modeling.modeling_sam_lightening import SamLighteningModel, SamLighteningVisionModel
-from .pictures import PictureError
-from .pipelines import TASK, FastMaskGenerationPipeline
-from .predictor import Prediction, Predictor
 
 
 __version__ = "0.1.0"

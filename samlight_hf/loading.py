@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskGeneration, AutoProcessor, PreTrainedMo
 from transformers.utils import logging
 
 from . import SamLighteningModel  # noqa: F401  registered with the Auto classes where it is imported
-from .messages import one_line
+from .utils.messages import one_line
 
 
 _MESSAGE_LIMIT = 300  # of what other libraries say

@@ -54,11 +54,11 @@ def test_wheel_and_sdist_hold_the_package(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "samlight_hf/__init__.py",
-        "samlight_hf/cli.py",
-        "samlight_hf/model_card.md",
-        "samlight_hf/hopper.cuh",
-        "samlight_hf/hopper_linear.cu",
-        "samlight_hf/hopper_attention.cu",
+        "samlight_hf/commands/cli.py",
+        "samlight_hf/publishing/model_card.md",
+        "samlight_hf/kernels/hopper/common.cuh",
+        "samlight_hf/kernels/hopper/linear.cu",
+        "samlight_hf/kernels/hopper/attention.cu",
         "samlight_hf/modeling/modeling_sam_lightening.py",
     ):
         assert name in names
@@ -69,7 +69,7 @@ def test_wheel_and_sdist_hold_the_package(tmp_path):
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site, sdist)
     script = """
 import samlight_hf
-from samlight_hf.hub import build_folder
+from samlight_hf.publishing.upload import build_folder
 print(samlight_hf.__file__, samlight_hf.SamLighteningModel.__module__)
 samlight_hf.SamLighteningModel(samlight_hf.SamLighteningConfig()).save_pretrained("student")
 build_folder("student", "built")

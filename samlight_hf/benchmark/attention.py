@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import hopper_attention
+from ..kernels.hopper import attention as hopper_attention
 from ..modeling.dilated_attention import (
     BACKENDS,
     dense_attention,

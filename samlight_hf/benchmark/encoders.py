@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .. import SamLighteningConfig
-from ..inference import optimize
-from ..vision_encoder import FastVisionEncoder, why_not_fast_encoder
+from ..engine.image_encoder import FastVisionEncoder, why_not_fast_encoder
+from ..engine.optimize import optimize
 from .measure import (
     arithmetic,
     attempt,

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel, SamImageProcessor
 
 from ..evaluation.metrics.mask_iou import iou
+from ..images.preprocessing import preprocess, resized_size, upscale_logits
+from ..inference.predictor import picture_tensor
 from ..loading import load_model
-from ..predictor import picture_tensor
-from ..preprocessing import preprocess, resized_size, upscale_logits
 from .encoders import EAGER, OPTIMIZED, optimized, report_of
 from .measure import attempt, relative_error
 from .settings import Settings

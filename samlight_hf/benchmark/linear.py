@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..fused_linear import (
+from ..kernels.linear import (
     FusedLinear,
     Rows,
     fused_linear_reference,

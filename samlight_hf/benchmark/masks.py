@@ -8,11 +8,11 @@ from torch import nn
 from transformers import SamImageProcessor
 
 from .. import SamLighteningConfig
-from ..inference import make_decoder
+from ..engine.optimize import make_decoder
+from ..images.preprocessing import preprocess, resized_size
+from ..inference.predictor import Predictor
+from ..kernels.upscaled_masks import Frame, masks, why_not_triton
 from ..modeling.modeling_sam_lightening import make_processor
-from ..predictor import Predictor
-from ..preprocessing import preprocess, resized_size
-from ..upscaled_masks import Frame, masks, why_not_triton
 from .encoders import COMPILED, EAGER, GRAPH, OPTIMIZED, OURS, optimized, report_of
 from .measure import (
     MEGABYTE,

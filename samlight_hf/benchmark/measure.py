@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..cuda_graphs import _forget_workspaces, collects_no_garbage
-from ..messages import one_line
+from ..engine.cuda_graphs import _forget_workspaces, collects_no_garbage
+from ..utils.messages import one_line
 
 
 WARM_UP_SECONDS = 0.05  # after the first call, so that the clocks are up

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..messages import text_table
+from ..utils.messages import text_table
 from .attention import BOTH
 from .encoders import DILATED, EAGER, FULL, GRAPH, OPTIMIZED, OURS, SAME_GROUPS
 

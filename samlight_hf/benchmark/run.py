@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..files import write_aside
 from ..loading import quiet_transformers
+from ..utils.atomic_files import write_aside
 from .attention import attention_rows, projection_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows

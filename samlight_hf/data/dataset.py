@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..levels import to_rgb
+from ..images.levels import to_rgb
 from .annotations import parse_instances
 from .lazy import LazySample
 from .samples import Sample, SampleError, SkipReason, SkipReport

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..image_formats import describe_left_out, image_suffixes
-from ..pictures import find_pictures
+from ..images.formats import describe_left_out, image_suffixes
+from ..images.reading import find_pictures
 from .dataset import FileDataset, check_limit
 from .label_maps import MaskReading, read_labels, read_object
 from .samples import SampleError, SkipReason, SkipReport

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..levels import to_rgb
+from ..images.levels import to_rgb
 from .annotations import is_number, parse_instance, run_lengths
 from .samples import Instance, SampleError, SkipReason
 

@@ -20,9 +20,9 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.label_maps import MaskReading, parse_ignore_label
-from ..files import read_yaml
-from ..hub import check_target
-from ..model_card import CardFacts
+from ..publishing.card import CardFacts
+from ..publishing.upload import check_target
+from ..utils.atomic_files import read_yaml
 from .layer_weights import LayerWeightSchedule, layer_weight_schedule
 from .stages import POINT_TARGETS, STAGES
 

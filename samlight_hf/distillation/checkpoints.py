@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..files import beside, write_aside
 from ..loading import weights_fingerprint
+from ..utils.atomic_files import beside, write_aside
 from .arguments import DistillationArguments
 from .stages import TRAINABLE
 from .teacher import Teacher

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, SamConfig, SamVisionConfig, pipeline, 
 
 from ..data import PictureDataset
 from ..evaluation.models import PromptableModel
-from ..files import write_aside
 from ..loading import load_model, quiet_transformers
 from ..modeling.configuration_sam_lightening import SamLighteningConfig
 from ..modeling.modeling_sam_lightening import make_processor
-from ..processes import is_main_process, tell
+from ..utils.atomic_files import write_aside
+from ..utils.processes import is_main_process, tell
 from .arguments import parse_arguments
 from .callbacks import draw_masks
 from .run import distill, make_student, open_eval_pictures

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..files import write_aside
+from ..utils.atomic_files import write_aside
 from .teacher import Teacher, normalize_pixels
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.plots import STYLE
-from ..files import write_aside
+from ..utils.atomic_files import write_aside
 
 
 # title of a panel -> beginnings of the names that go into it

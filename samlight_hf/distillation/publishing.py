@@ -23,9 +23,9 @@ from huggingface_hub import HfApi
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..files import write_aside
-from ..hub import PublishError
-from ..messages import one_line
+from ..publishing.upload import PublishError
+from ..utils.atomic_files import write_aside
+from ..utils.messages import one_line
 
 
 logger = logging.getLogger(__name__)

@@ -38,13 +38,13 @@ from ..data.dataset import FileDataset
 from ..data.image_cache import ImageCache
 from ..data.label_maps import MaskReading
 from ..data.sa1b import find_tars
-from ..files import write_aside
-from ..hub import PublishError
 from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
-from ..messages import one_line
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
 from ..modeling.modeling_sam_lightening import SamLighteningModel, make_processor
-from ..processes import tell
+from ..publishing.upload import PublishError
+from ..utils.atomic_files import write_aside
+from ..utils.messages import one_line
+from ..utils.processes import tell
 from .arguments import DistillationArguments, RunArguments
 from .callbacks import MaskPictureCallback
 from .checkpoints import check_same_run, last_checkpoint, publish_checkpoint, run_settings

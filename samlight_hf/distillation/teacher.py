@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..autocast import without_autocast
 from ..loading import weights_fingerprint
+from ..utils.autocast import without_autocast
 from .stages import encode
 
 

@@ -19,9 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..data import PictureDataset, Sample
 from ..evaluation.models import PromptableModel
 from ..evaluation.protocols import InstanceProtocols, ProtocolSettings
-from ..files import beside
 from ..loading import quiet_transformers
-from ..messages import one_line
+from ..utils.atomic_files import beside
+from ..utils.messages import one_line
 from .arguments import DistillationArguments
 from .callbacks import FiniteLossCallback, MaskPictureCallback, ThroughputCallback, diverged
 from .checkpoints import (

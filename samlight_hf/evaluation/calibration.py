@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..crops import DEFAULT_PRED_IOU_THRESH, DEFAULT_STABILITY_SCORE_THRESH, MaskGenerationSettings
 from ..data import PictureDataset
-from ..mask_generation import MaskGenerator
+from ..inference.crops import DEFAULT_PRED_IOU_THRESH, DEFAULT_STABILITY_SCORE_THRESH, MaskGenerationSettings
+from ..inference.mask_generation import MaskGenerator
 from .average_precision import precision
 
 

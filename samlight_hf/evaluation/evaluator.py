@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import PictureDataset, Sample, SkipReport
-from ..files import fit_name, write_aside
+from ..utils.atomic_files import fit_name, write_aside
 from .models import PromptableModel
 from .work import Work
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_aside
+from ..utils.atomic_files import write_aside
 from .files import is_missing, slug
 from .statistics import SIZES, ModelResult, values_of
 

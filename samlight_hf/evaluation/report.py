@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import fit_name, write_aside
-from ..messages import text_table
+from ..utils.atomic_files import fit_name, write_aside
+from ..utils.messages import text_table
 from .files import is_missing, plain, slug, write_records
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
 from .statistics import CONFIDENCE, NUM_BINS, NUM_RESAMPLES, SIZES, ModelResult, protocol_differences

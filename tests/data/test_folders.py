@@ -13,7 +13,7 @@ from samlight_hf.data import (
     TrainingExamples,
     load_dataset,
 )
-from samlight_hf.pictures import open_picture
+from samlight_hf.images.reading import open_picture
 
 from .files import HEIGHT, WIDTH, box_mask, counts, jpeg, png
 

@@ -119,7 +119,7 @@ def test_a_picture_replaced_under_its_name_is_found(filled, examples):
 _RANK = """
 import sys, time, torch
 from accelerate import PartialState
-from samlight_hf.processes import leave_process_group
+from samlight_hf.utils.processes import leave_process_group
 from tests.distillation.conftest import make_examples
 from tests.distillation.test_embedding_cache import fill, make_cache
 

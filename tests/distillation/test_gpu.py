@@ -56,7 +56,7 @@ def test_a_resumed_run_goes_on(tmp_path):
 
 _FSDP = """
 import sys
-from samlight_hf.processes import leave_process_group
+from samlight_hf.utils.processes import leave_process_group
 from tests.distillation.conftest import make_arguments
 from tests.distillation.test_trainer import count_steps, make_trainer
 

@@ -496,7 +496,7 @@ def test_examples_are_trained_in_their_order_and_skipped_without_being_read(tmp_
 _RANK = """
 import os, sys
 import torch
-from samlight_hf.processes import leave_process_group
+from samlight_hf.utils.processes import leave_process_group
 from tests.distillation.conftest import make_arguments
 from tests.distillation.test_trainer import *
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import samlight_hf.evaluation.worst_cases as drawing
-from samlight_hf import files
 from samlight_hf.evaluation.report import ModelResult, console_table, worst_cases, write_report
+from samlight_hf.utils import atomic_files as files
 
 
 PROTOCOLS = tuple(

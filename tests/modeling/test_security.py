@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from samlight_hf import modeling
-from samlight_hf.folder_checks import CODE_FOLDER
 from samlight_hf.loading import CheckpointError, load_model
+from samlight_hf.publishing.checks import CODE_FOLDER
 
 
 # os for os.path and os.PathLike alone: see ALLOWED_OF_OS.

@@ -1,0 +1,66 @@
+"""Part "evaluation" of run.py: the box protocol of `samlight evaluate`, end to end.
+
+python benchmarks/run.py evaluation --dataset val-000000.tar --out benchmarks/results/evaluation_h100.json
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from samlight_hf.data import load_dataset
+from samlight_hf.evaluation.evaluator import Journal, evaluate
+from samlight_hf.evaluation.models import PromptableModel
+from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
+from samlight_hf.loading import load_model
+
+
+CUDA = torch.cuda.is_available()
+
+
+class Repeated:
+    """The pictures of a dataset so many times over, for `evaluate`."""
+
+    def __init__(self, dataset, times: int):
+        self.dataset, self.times, self.index_report = dataset, times, dataset.index_report
+
+    def __len__(self) -> int:
+        return self.times * len(self.dataset)
+
+    def load(self, index: int):
+        return self.dataset.load(index % len(self.dataset))
+
+
+def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36, times: int = 3) -> Iterator[dict]:
+    """Pictures read, decoded, segmented and scored, after a pass that does not count.
+
+    What a run costs before it is under way (processes that read are started, and read a first batch) weighs on a small
+    dataset: a second row has the pictures several times over, and from the two follow the start and the rate beyond it.
+    """
+    dataset = load_dataset(dataset_path, limit=None if CUDA else 8)
+    work = InstanceProtocols(ProtocolSettings(("box",), ("single",), max_instances=max_instances))
+    for dtype in ("float32", "bfloat16") if CUDA else ("float32",):
+        loaded = load_model(checkpoint, "auto", dtype)
+
+        def measure(pictures, loaded=loaded, dtype=dtype) -> dict:
+            model = PromptableModel(*loaded)
+            with tempfile.TemporaryDirectory() as folder:
+                journal = Journal(Path(folder), "benchmark", {})
+                records, _, seconds = evaluate(
+                    model, pictures, work, journal, batch_size=8, num_workers=4 if CUDA else 2
+                )
+            return {
+                "part": "evaluation", "protocol": "box/single", "dtype": dtype, "pictures": len(pictures),
+                "instances_per_picture": len(records) / len(pictures), "pictures_per_second": len(pictures) / seconds,
+                "seconds_total": seconds, "seconds_model": sum(model.seconds.values()),
+            }  # fmt: skip
+
+        measure(dataset)  # to warm up
+        once, repeated = measure(dataset), measure(Repeated(dataset, times))
+        steady = (times - 1) * len(dataset) / (repeated["seconds_total"] - once["seconds_total"])
+        yield once
+        yield {
+            **repeated, "times_over": times, "pictures_per_second_under_way": steady,
+            "seconds_to_start": once["seconds_total"] - len(dataset) / steady,
+        }  # fmt: skip

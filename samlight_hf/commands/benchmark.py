@@ -1,0 +1,80 @@
+"""`samlight benchmark`: time and memory of the model beside its peers, in one run and one process."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+
+
+PART_NAMES = (
+    "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear", "profile"
+)  # fmt: skip
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = PART_NAMES):
+    parser.add_argument("only", nargs="*", metavar="PART", help=f"the same as --parts: {', '.join(names)}")
+    parser.add_argument("--parts", nargs="+", choices=names, default=list(names), metavar="PART", help="(all of them)")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the raw result, written after each row")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other parts that --out has already")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="time against resolution (beside --out)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
+    sizes = parser.add_argument_group("sizes; by default fewer on a CPU")
+    sizes.add_argument("--batch-sizes", type=_positive, nargs="+", metavar="N", help="pictures at once (1 8 32)")
+    sizes.add_argument("--prompt-counts", type=_positive, nargs="+", metavar="N", help="(1 16 64 256)")
+    sizes.add_argument("--resolutions", type=_positive, nargs="+", metavar="PX", help="(1024 2048 4096)")
+    sizes.add_argument("--training-batch-size", type=_positive, metavar="N", help="(16)")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="rows under torch.compile (on CUDA alone)"
+    )
+    rows.add_argument("--compile-peers", action="store_true", help="SAM ViT-L and ViT-H under torch.compile too")
+    rows.add_argument(
+        "--checkpoint", type=Path, default=_if_there(BUNDLED_CHECKPOINT), metavar="DIR", help="for what needs real weights"
+    )  # fmt: skip
+    rows.add_argument(
+        "--images", type=Path, default=_if_there(EXAMPLE_IMAGES), metavar="DIR", help="photographs, for equality"
+    )
+
+
+def settings_of(args: argparse.Namespace):
+    """The `Settings` that the arguments say."""
+    from ..benchmark.settings import Settings
+    from ..loading import find_device
+
+    def sizes(values: list[int] | None) -> tuple[int, ...] | None:
+        return values and tuple(values)
+
+    return Settings(
+        find_device(args.device), sizes(args.batch_sizes), sizes(args.prompt_counts), sizes(args.resolutions),
+        training_batch_size=args.training_batch_size, compile=args.compile, compile_peers=args.compile_peers,
+        checkpoint=args.checkpoint, images=args.images,
+    )  # fmt: skip
+
+
+def run_benchmark_command(args: argparse.Namespace, available: dict | None = None) -> int:
+    """Prints rows as they are measured, then tables and targets; of more parts than its own where they are given."""
+    from ..benchmark.run import PARTS, run_benchmark
+
+    available = available or PARTS
+    if unknown := set(args.only) - set(available):
+        raise argparse.ArgumentTypeError(
+            f"no part is called {', '.join(sorted(unknown))}: choose from {', '.join(available)}."
+        )
+    parts = args.only or args.parts
+    if args.append and not args.out:
+        raise argparse.ArgumentTypeError("--append needs --out, the file that it adds to.")
+    plot = args.plot or (args.out.with_suffix(".png") if args.out and "resolution" in parts else None)
+    run_benchmark(settings_of(args), parts, args.out, plot, args.append, available)
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be positive.")
+    return number
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None

@@ -1,0 +1,146 @@
+"""The command `samlight`. Subcommands import what they need when they run."""
+
+import argparse
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .. import __version__
+from ..utils.messages import log_to_stderr, make_console_safe, one_line
+from ..utils.processes import one_voice, tell_error
+from . import benchmark as benchmark_command
+from . import evaluate as evaluate_command
+from . import publish as hub_command
+from . import segment as segment_command
+
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class Command(NamedTuple):
+    """A subcommand. `run` takes the parsed arguments and returns the exit status; heavy imports belong inside it.
+
+    What it raises becomes one line on stderr: argparse.ArgumentTypeError for wrong usage (status 2), others status 1.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = (
+    Command(
+        "segment",
+        "draw the masks of pictures: of everything, or for boxes and points",
+        segment_command.add_segment_arguments,
+        segment_command.run_segment,
+    ),
+    Command(
+        "demo",
+        "segment the example pictures with the bundled checkpoint (from a clone of the repository)",
+        segment_command.add_demo_arguments,
+        segment_command.run_demo,
+    ),
+    Command(
+        "evaluate",
+        "mIoU for boxes and clicks, AP, AR and fidelity to a teacher, of several models side by side",
+        evaluate_command.add_evaluate_arguments,
+        evaluate_command.run_evaluate,
+    ),
+    Command(
+        "publish",
+        "build a folder that loads anywhere, verify it, and upload it to the Hub in one commit",
+        hub_command.add_publish_arguments,
+        hub_command.run_publish,
+    ),
+    Command(
+        "card",
+        "write a checkpoint's model card from its config, training and evaluation",
+        hub_command.add_card_arguments,
+        hub_command.run_card,
+    ),
+    Command(
+        "benchmark",
+        "time and memory of the model beside its peers, in one run",
+        benchmark_command.add_benchmark_arguments,
+        benchmark_command.run_benchmark_command,
+    ),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="samlight", description="SAM-Lightening: Segment Anything with dilated flash attention."
+    )
+    parser.add_argument("--version", action="version", version=f"samlight {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `samlight ARGUMENTS` (by default those of the process) and returns the exit status.
+
+    0: done. 1: nothing succeeded. 2: wrong usage. 130: interrupted. Whatever happens is told in one line on stderr, never
+    by a traceback, unless the environment variable SAMLIGHT_DEBUG is set.
+    """
+    make_console_safe()
+    try:
+        with log_to_stderr("samlight: "):
+            status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error of it can still be answered
+        return status
+    except KeyboardInterrupt:
+        return _fail("interrupted.", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of stdout, such as `head`, has left. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except argparse.ArgumentTypeError as error:
+        return _fail(f"error: {one_line(error)}", EXIT_USAGE)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return _fail(f"error: {one_line(error)}", EXIT_FAILED)
+    except Exception as error:  # a bug of ours: users get a line that they can report
+        message = f"internal error: {type(error).__name__}: {one_line(error)} (SAMLIGHT_DEBUG=1 shows where)"
+        return _fail(message, EXIT_FAILED)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with one_voice():
+            parsed = build_parser().parse_args(_join_negative_values(arguments))
+    except SystemExit as exit_request:  # after --help, and after wrong usage
+        return exit_request.code
+    parsed.command_line = shlex.join(["samlight", *arguments])
+    return parsed.run(parsed)
+
+
+def _join_negative_values(arguments: list[str]) -> list[str]:
+    """`--box -5,0,9,9` as `--box=-5,0,9,9`: argparse would take the box for an option, and hide what is wrong with it."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in ("--box", "--point") and argument[:1] == "-" and argument[1:2].isdigit():
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _fail(message: str, status: int) -> int:
+    if os.environ.get("SAMLIGHT_DEBUG"):
+        traceback.print_exc()
+    tell_error(f"samlight: {message}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

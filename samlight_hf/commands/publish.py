@@ -1,0 +1,162 @@
+"""`samlight publish` and `samlight card`: a checkpoint to the Hub, and what it says of itself."""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..utils.atomic_files import write_aside
+from .segment import not_empty
+
+
+if TYPE_CHECKING:
+    from ..publishing.upload import PublishedRevision
+
+
+def add_card_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("folder", type=not_empty, metavar="FOLDER", help="the checkpoint's, with config.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it, such as FOLDER/README.md (stdout)")
+    parser.add_argument("--repo-id", metavar="REPO", help="org/name that the examples load from (FOLDER)")
+    parser.add_argument("--revision", metavar="NAME", help="tag or commit that the examples load")
+    _add_fact_arguments(parser)
+
+
+def add_publish_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "folder", type=not_empty, metavar="FOLDER", help="the checkpoint's: a student, or any checkpoint-N"
+    )
+    parser.add_argument("repo_id", type=not_empty, metavar="REPO", help="org/name; made where there is none")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build and verify, list files and show the card; no network"
+    )
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="for a new repository; refused for a public one"
+    )
+    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none (main)")
+    parser.add_argument("--tag", metavar="TAG", help="name the commit; the card's examples then load it by this name")
+    parser.add_argument("--pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="split the weights, such as 2GB (one file)")
+    parser.add_argument(
+        "--retries", type=_not_negative, default=4, metavar="N", help="after failures that may pass (%(default)s)"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="to verify on (a bundled photograph)")
+    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card of your own")
+    _add_fact_arguments(parser)
+
+
+def _add_fact_arguments(parser: argparse.ArgumentParser):
+    card = parser.add_argument_group("what the card says (docs/publishing.md); without, what lies in FOLDER")
+    card.add_argument(
+        "--evaluation", type=Path, metavar="JSON", help="report.json of `samlight evaluate` (evaluation.json)"
+    )
+    card.add_argument(
+        "--training", type=Path, nargs="+", metavar="JSON", help="result.json of the stages (training.json)"
+    )
+    card.add_argument("--benchmark", type=Path, metavar="JSON", help="of benchmarks/run.py")
+    card.add_argument(
+        "--license", metavar="ID", help="of the weights, as the Hub names it: apache-2.0, ..., other (card.yaml)"
+    )
+    card.add_argument("--license-name", metavar="NAME", help="with --license other")
+    card.add_argument("--license-link", metavar="URL", help="with --license other")
+    card.add_argument("--base-model", metavar="REPO", help="the teacher's Hub name (card.yaml)")
+
+
+def run_card(args: argparse.Namespace) -> int:
+    """Prints the card, or writes it."""
+    card = _card(args, args.repo_id, args.revision)
+    if args.out is None:
+        print(card, end="")
+    else:
+        write_aside(args.out, lambda path: path.write_text(card, encoding="utf-8"))
+        print(f"Card: {args.out}")
+    return 0
+
+
+def run_publish(args: argparse.Namespace) -> int:
+    """Builds the folder, verifies it, uploads it in one commit, and tells how to load that commit."""
+    from ..publishing.checks import metadata_of
+    from ..publishing.upload import build_folder, check_target, publish, verify_folder
+
+    try:
+        check_target(args.repo_id, args.revision, args.tag, args.pr)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if args.card is None:
+        card = _card(args, args.repo_id, args.tag)
+        _tell_unused_card(Path(args.folder))
+    else:
+        card = args.card.read_text(encoding="utf-8")
+    if not metadata_of(card).get("license"):
+        raise argparse.ArgumentTypeError(
+            "the weights have no licence, so nobody may use them. Say it with --license, or license: in card.yaml; "
+            "it follows from the training data and the teacher."
+        )
+    with tempfile.TemporaryDirectory(prefix="samlight-publish-") as place:
+        folder = Path(place) / "folder"
+        files = build_folder(args.folder, folder, card, args.max_shard_size)
+        report = verify_folder(folder, args.picture)
+        for file in files:
+            print(f"{file.stat().st_size:>14,}  {file.name}")
+        print(f"{report.num_bytes:>14,}  bytes in {len(files)} files")
+        print(
+            f"Verified on {report.picture} in {report.seconds:.0f} s: without this package, transformers computes the same "
+            f"{len(report.outputs)} outputs bit by bit."
+        )
+        if args.dry_run:
+            print(f"\n--- README.md ---\n{card}--- end of README.md ---\n")
+        published = publish(
+            folder, args.repo_id, private=args.private, revision=args.revision, tag=args.tag, create_pr=args.pr,
+            dry_run=args.dry_run, commit_message=args.message, retries=args.retries, verify=False,
+        )  # fmt: skip
+    _tell(published)
+    return 0
+
+
+def _tell(published: "PublishedRevision"):
+    if published.commit is None:
+        print(f"Dry run: nothing was sent. It would become {published.url}.")
+        return
+    print(f"Pull request: {published.pr_url}" if published.pr_url else f"Published: {published.url}")
+    print(
+        "Pinned: AutoModelForMaskGeneration.from_pretrained("
+        f'"{published.repo_id}", revision="{published.commit}", trust_remote_code=True)'
+    )
+
+
+def _card(args: argparse.Namespace, repo_id: str | None, revision: str | None) -> str:
+    from ..publishing.card import CardFacts, render_card
+
+    said = {
+        "license": args.license, "license_name": args.license_name, "license_link": args.license_link,
+        "base_model": args.base_model,
+    }  # fmt: skip
+    if (args.license_name or args.license_link) and args.license not in (None, "other"):
+        raise argparse.ArgumentTypeError(
+            f"--license-name and --license-link go with --license other, not {args.license}."
+        )
+    facts = CardFacts.read(args.folder)
+    if args.license:  # another licence has another name
+        facts = dataclasses.replace(facts, license_name=None, license_link=None)
+    facts = dataclasses.replace(facts, **{name: value for name, value in said.items() if value})
+    return render_card(
+        args.folder, evaluation=args.evaluation, training=args.training, benchmark=args.benchmark, facts=facts,
+        repo_id=repo_id, revision=revision,
+    )  # fmt: skip
+
+
+def _tell_unused_card(folder: Path):
+    """A README.md of somebody's own is not lost in silence."""
+    if (folder / "README.md").is_file():
+        print(
+            f"samlight: the card is made anew; --card {folder / 'README.md'} publishes the one that is there.",
+            file=sys.stderr,
+        )
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0.")
+    return int(text)

@@ -1,0 +1,212 @@
+"""The folder that `samlight segment` writes to: where each result lies, and a note of what is there.
+
+The note, `.samlight.json`, has a line of JSON with the settings, one with the folders that were asked for and where their
+results lie, and one for each result: its name and what tells its image from others. A result that is planned or of other
+settings has the image's path alone, so that a later run neither takes it for finished nor gives its name to another image.
+"""
+
+import argparse
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..images.reading import NOTE_NAME
+from ..utils.atomic_files import fit_name, write_aside
+
+
+RULE = (
+    "results lie in --out as their images lie in the folder asked for (of several paths: in the deepest folder that holds "
+    "them all); another folder's results go to a subfolder of its name, and only results of the same images are replaced"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """An image, its name in results (the path within what was asked for), and where its result goes."""
+
+    image: Path
+    name: str
+    output: Path
+
+
+class ResultFolder:
+    """A folder of results with its note. `settings` are those of the run before, None where there is no note.
+
+    `finish` may be called by several threads.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.note = folder, folder / NOTE_NAME
+        self._lock = threading.Lock()
+        self.settings: dict | None = None
+        self._folders: dict[str, str] = {}
+        self._results: dict[str, list] = {}
+        self._read()
+        self._names = {name.casefold(): name for name in self._results}
+
+    def check_settings(self, settings: dict):
+        """Raise ArgumentTypeError where the results that are there were made with other settings."""
+        if not self.note.is_file():
+            return
+        before = self.settings
+        if before is None or settings.keys() - before.keys():
+            raise argparse.ArgumentTypeError(f"--resume: {self.note} cannot be read. Run without --resume.")
+        changed = [f"{name} was {before[name]} and is {new}" for name, new in settings.items() if before[name] != new]
+        if changed:
+            raise argparse.ArgumentTypeError(
+                f"--resume: {self.folder} holds results of another run: {', '.join(changed)}."
+            )
+
+    def places(self, images: Sequence[Path], root: Path | None, ending: str) -> list[Place]:
+        """Choose where the results of `images` go, by `RULE`; `ending` follows the image's name.
+
+        Images of one folder whose names differ in suffix or case alone have folder and suffix in the result's name. A name
+        that a file of unknown origin or another image's result has is followed by -2, -3 and so on.
+
+        Args:
+            images: below `root`, or anywhere where that is None.
+            root: the folder asked for, absolute; see `pictures.common_folder`.
+            ending: such as "_masks.png".
+
+        Raises:
+            ArgumentTypeError: where a result would replace one of the images.
+        """
+        within = [_path_within(image, root) for image in images]
+        prefix = self._prefix(root)
+        stems = Counter(_without_suffix(path) for path in within)
+        taken = {parent.as_posix().casefold() for path in within for parent in (prefix / path).parents}
+        taken.add(NOTE_NAME.casefold())
+        inputs = set(map(_real, images))
+        places = []
+        for image, path in zip(images, within):
+            stem = path.stem
+            if stems[_without_suffix(path)] > 1:
+                stem = "_".join(filter(None, (_real(image).parent.name, path.stem, path.suffix[1:])))
+            parent, number = prefix / path.parent, 2
+            name = parent / fit_name(stem, ending, self.folder)
+            while self._is_taken(name, str(_real(image)), taken, inputs):
+                name, number = parent / fit_name(f"{stem}-{number}", ending, self.folder), number + 1
+            taken.add(name.as_posix().casefold())
+            places.append(Place(image, (prefix / path).as_posix(), self.folder / name))
+        return places
+
+    def sheet(self, name: str, asked_for: Sequence[str]) -> Path:
+        """Choose where a sheet of all images that were asked for goes: it replaces only one of the same paths."""
+        owner, (stem, ending), number = (
+            json.dumps([os.path.realpath(path) for path in asked_for]),
+            os.path.splitext(name),
+            2,
+        )
+        while self._is_taken(PurePosixPath(name), owner, set(), set()):
+            name, number = f"{stem}-{number}{ending}", number + 1
+        self._results[name] = [owner]
+        return self.folder / name
+
+    def is_done(self, place: Place) -> bool:
+        """Tell whether there is a result, and of this very image."""
+        return place.output.exists() and self._results.get(self._key(place)) == identity_of(place.image) is not None
+
+    def is_replaced(self, place: Place) -> bool:
+        """Tell whether an earlier result of this image is there."""
+        return self._key(place) in self._results and place.output.exists()
+
+    def begin(self, settings: dict, root: Path | None, places: Sequence[Place]):
+        """Write the note of a run: what stays of the results that are there, and what `places` will hold."""
+        prefix = self._prefix(root)
+        self._folders.setdefault(_resolved(root), prefix.as_posix() if prefix.parts else "")
+        if self.settings != settings:  # results of another run are nobody's to resume, and keep their names
+            self._results = {name: identity[:1] for name, identity in self._results.items()}
+        self._results |= {self._key(place): [str(_real(place.image))] for place in places}
+        self.settings = settings
+        lines = [settings, {"folders": self._folders}]
+        lines += [[name, *identity] for name, identity in sorted(self._results.items())]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        write_aside(self.note, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+    def finish(self, place: Place):
+        """Note that the result of an image is there, whole."""
+        line = json.dumps([self._key(place), *(identity_of(place.image) or [str(place.image)])])
+        with self._lock, self.note.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _read(self):
+        try:
+            first, *lines = self.note.read_text(encoding="utf-8").splitlines()
+            settings = json.loads(first)
+        except (OSError, ValueError):
+            return
+        self.settings = settings if isinstance(settings, dict) else None
+        for line in lines:
+            with suppress(ValueError, TypeError):  # a line that was cut off
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    self._folders.update(entry.get("folders", {}))
+                else:
+                    name, *identity = entry
+                    self._results[name] = identity
+
+    def _prefix(self, root: Path | None) -> PurePosixPath:
+        """Where the results of the folder `root` lie within this one: at the top for the first, later in a subfolder."""
+        if not self._folders:
+            return PurePosixPath()
+        if _resolved(root) in self._folders:
+            return PurePosixPath(self._folders[_resolved(root)])
+        parts = () if root is None else Path(_resolved(root)).parts
+        for length in range(len(parts) - 1, 0, -1):  # within a folder that was asked for before, the nearest one
+            above = str(Path(*parts[:length]))
+            if above in self._folders:
+                return PurePosixPath(self._folders[above], *parts[length:])
+        used = {prefix.casefold() for prefix in self._folders.values()}
+        candidates = ["/".join(parts[-length:]) for length in range(1, len(parts))] or ["all"]
+        candidates += [f"{candidates[-1]}-{number}" for number in range(2, len(used) + 3)]
+        free = (name for name in candidates if name.casefold() not in used and not (self.folder / name).exists())
+        return PurePosixPath(next(free, f"{candidates[-1]}-{os.getpid()}"))
+
+    def _is_taken(self, name: PurePosixPath, owner: str, taken: set[str], inputs: set[Path]) -> bool:
+        key = name.as_posix().casefold()
+        if key in taken:
+            return True
+        if key in self._names:
+            return self._results[self._names[key]][:1] != [owner]
+        path = self.folder / name
+        if not os.path.lexists(path):
+            return False
+        if _real(path) in inputs:
+            raise argparse.ArgumentTypeError(f"--out {self.folder} would replace {path}. Choose another one.")
+        return True
+
+    def _key(self, place: Place) -> str:
+        return place.output.relative_to(self.folder).as_posix()
+
+
+def _path_within(image: Path, root: Path | None) -> PurePosixPath:
+    path = Path(os.path.abspath(image))
+    if root is None:  # of several drives
+        return PurePosixPath(path.drive.replace(":", "").strip("\\/"), *path.parts[1:])
+    return PurePosixPath(path.relative_to(root).as_posix())
+
+
+def _without_suffix(path: PurePosixPath) -> str:
+    return f"{path.parent}/{path.stem}".casefold()
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
+
+
+def _resolved(root: Path | None) -> str:
+    return "" if root is None else str(_real(root))
+
+
+def identity_of(path: Path) -> list | None:
+    """What tells a file from another, also from one that takes its place; None where it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [str(_real(path)), stat.st_size, stat.st_mtime_ns]

@@ -1,0 +1,406 @@
+"""`samlight segment` and `samlight demo`: masks of pictures as files, a contact sheet, and a table.
+
+What reads pictures and runs models is imported inside the functions that need it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..utils.messages import one_line
+from .result_folder import RULE, Place, ResultFolder, identity_of
+from .summary import MAX_PANELS, Row, Summary, count, telling_where
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..masks.drawing import Panel
+
+
+_CLONE = Path(__file__).resolve().parents[2]
+BUNDLED_CHECKPOINT = _CLONE / "checkpoints" / "sam-lightening-tiny"
+EXAMPLE_IMAGES = _CLONE / "examples" / "images"
+
+DEFAULT_THRESHOLDS = 0.88, 0.95
+# The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
+BUNDLED_THRESHOLDS = 0.5, 0.65
+DEMO_POINTS_PER_SIDE = 16
+FORMATS = ("overlay", "png", "coco", "npz")
+
+_PANEL_SIZE = 480, 360
+
+
+def add_segment_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=not_empty,
+        metavar="PATH",
+        help="pictures, folders of pictures, or patterns like '*.jpg'",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/segment"), help=f"folder of results (%(default)s): {RULE}"
+    )
+    parser.add_argument(
+        "--box", type=_box, action="append", default=[], metavar="X1,Y1,X2,Y2",
+        help="segment what is in this box, in pixels of the picture; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--point", type=_point, action="append", default=[], metavar="X,Y",
+        help="segment what is at this point; may be repeated, each for an object of its own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=FORMATS, default="overlay",
+        help="overlay: a PNG of the picture under its masks; png: a folder with a PNG for each mask; coco: JSON with run "
+        "lengths, which pycocotools reads; npz: numpy arrays (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="leave pictures alone whose results are in --out already")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=4, metavar="N", help="pictures encoded together (%(default)s)"
+    )
+    everything = parser.add_argument_group("everything mode, without --box and --point")
+    everything.add_argument(
+        "--points-per-side", type=_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
+    )
+    everything.add_argument(
+        "--points-per-batch", type=_positive, metavar="N", help="points at once (what suits the device)"
+    )
+    for option, what, default, bundled in (
+        ("--pred-iou-thresh", "predicted IoU", DEFAULT_THRESHOLDS[0], BUNDLED_THRESHOLDS[0]),
+        ("--stability-score-thresh", "stability", DEFAULT_THRESHOLDS[1], BUNDLED_THRESHOLDS[1]),
+    ):
+        everything.add_argument(
+            option, type=fraction, metavar="T",
+            help=f"keep masks with a {what} above it ({default}; {bundled} for the bundled checkpoint)",
+        )  # fmt: skip
+    everything.add_argument("--min-area", type=_positive, default=1, metavar="PIXELS", help="of a mask (%(default)s)")
+    everything.add_argument("--max-masks", type=_positive, metavar="N", help="keep the N best of a picture (all)")
+    everything.add_argument(
+        "--max-memory-mb", type=_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
+    )
+    _add_model_arguments(parser)
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of results (%(default)s)")
+    _add_model_arguments(parser)
+
+
+def run_segment(args: argparse.Namespace) -> int:
+    """Every picture that can be read is segmented; the others are named on stderr. 1 if there was none, 130 on Ctrl-C."""
+    from ..images.formats import describe_left_out
+    from ..images.reading import common_folder, find_pictures
+
+    model_path = _model_path(args.model)
+    _make_folder(args.out)
+    for path in map(Path, args.paths):
+        if path.is_dir() and path.resolve() == args.out.resolve():
+            raise argparse.ArgumentTypeError(f"--out {args.out} is the folder of the pictures. Choose another one.")
+    left_out: Counter[str] = Counter()
+    pictures, problems = find_pictures(args.paths, exclude=args.out, left_out=left_out)
+    summary = Summary(args.out, skipped=len(problems))
+    for problem in problems:
+        _report(problem)
+    if not pictures:
+        return 1
+    if left_out:
+        print(f"samlight: {describe_left_out(left_out)}", file=sys.stderr)
+    root = common_folder(args.paths)
+    settings = _settings(args, model_path)
+    _, to_do = _plan(args, pictures, root, settings)
+    summary.already = len(pictures) - len(to_do)
+    if to_do:
+        model, processor = _load(model_path, args)
+        results, to_do = _plan(args, pictures, root, settings)  # again: another run may have begun here meanwhile
+        if args.format == "overlay":
+            summary.sheet = results.sheet(summary.sheet.name, args.paths)
+        replaced = {place for place in to_do if results.is_replaced(place)}
+        with telling_where(results.note, ends_the_run=True):
+            results.begin(settings, root, to_do)
+        try:
+            _run_jobs(to_do, model, processor, args, model_path, summary, results, replaced)
+        except KeyboardInterrupt:
+            print(
+                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(pictures)} pictures are done. The same "
+                "command with --resume goes on from there.",
+                file=sys.stderr,
+            )
+            return 130
+    return summary.finish()
+
+
+def _plan(
+    args: argparse.Namespace, pictures: Sequence[Path], root: Path | None, settings: dict
+) -> tuple[ResultFolder, list[Place]]:
+    """The folder of results as it is now, and the images that are still to be segmented."""
+    from ..masks.files import ENDINGS
+
+    results = ResultFolder(args.out)
+    if args.resume:
+        results.check_settings(settings)
+    places = results.places(pictures, root, ENDINGS[args.format])
+    resumes = args.resume and results.settings == settings
+    return results, [place for place in places if not (resumes and results.is_done(place))]
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Boxes, points and everything on each example picture: a row of three on the contact sheet."""
+    from ..images.preprocessing import picture_tensor
+    from ..images.reading import open_picture
+    from ..inference.crops import MaskGenerationSettings
+    from ..inference.mask_generation import MaskGenerator
+    from ..inference.predictor import Predictor, predict_prompts
+
+    prompts_file = EXAMPLE_IMAGES.parent / "prompts.json"
+    if not prompts_file.is_file():
+        raise argparse.ArgumentTypeError(
+            f"the example pictures are not here ({EXAMPLE_IMAGES}). Run the demo from a clone of the repository, or "
+            "use samlight segment on pictures of your own."
+        )
+    model_path = _model_path(args.model)
+    _make_folder(args.out)
+    model, processor = _load(model_path, args)
+    predictor, generator = Predictor(model, processor), MaskGenerator(model, processor)
+    pred_iou_thresh, stability_score_thresh = BUNDLED_THRESHOLDS
+    settings = MaskGenerationSettings(
+        DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
+    )
+    summary = Summary(args.out, columns=3)
+    for name, prompts in _progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
+        picture = open_picture(EXAMPLE_IMAGES / name)
+        boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
+        start = time.perf_counter()
+        image = predictor.encode(picture)
+        results = [("boxes", predict_prompts(predictor, boxes, image=image), boxes, [])]
+        results.append(("points", predict_prompts(predictor, points_xy=points, image=image), [], points))
+        everything = generator.generate(picture_tensor(picture), settings, image=image)
+        results.append(("everything", everything, [], []))
+        seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
+        for kind, result, shown_boxes, shown_points in results:
+            output = args.out / f"{Path(name).stem}_{kind}.png"
+            prompt = _describe(shown_boxes, shown_points)
+            panel = _write(output, "overlay", picture, name, prompt, result, shown_boxes, shown_points)
+            summary.add(Row(name, picture.size, prompt, len(result), seconds, output), panel)
+    return summary.finish()
+
+
+def _run_jobs(
+    places: Sequence[Place], model, processor, args: argparse.Namespace, model_path: str, summary: Summary,
+    results: ResultFolder, replaced: Collection[Place],
+):  # fmt: skip
+    """Segments the images, adds them to the summary, and says in the note which image each result is of."""
+    from .segment_run import Job, Run, Segmented
+
+    prompt = _describe(args.box, args.point)
+    everything = not (args.box or args.point)
+    num_points = args.points_per_side**2
+    bar = _point_progress(num_points, places[0].image.name) if everything and len(places) == 1 else None
+    place_of = {place.output: place for place in places}
+
+    def write(segmented: Segmented) -> "tuple[Row, Panel | None]":
+        job, result, picture = segmented.job, segmented.result, segmented.picture
+        with_panel = args.format == "overlay" and job.output in shown
+        panel = _write(job.output, args.format, picture, job.name, prompt, result, args.box, args.point, with_panel)
+        with telling_where(results.note, ends_the_run=True):
+            results.finish(place_of[job.output])
+        return Row(str(job.path), picture.size, prompt, len(result), segmented.seconds, job.output), panel
+
+    def skip(error: BaseException, path: Path):
+        _report(error, path)
+        with counting:
+            summary.skipped += 1
+
+    shown, counting = {place.output for place in places[:MAX_PANELS]}, threading.Lock()
+    segment = _segmenter(model, processor, args, model_path)
+    jobs = [Job(place.image, place.output, place.name) for place in places]
+    start = time.perf_counter()
+    with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as written:
+        for row, panel in _progress(written, len(jobs)):
+            summary.add(row, panel)
+            summary.replaced += place_of[row.output] in replaced
+    summary.seconds = time.perf_counter() - start
+    if bar is not None:
+        bar.close()
+
+
+def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
+    from ..inference.crops import MaskGenerationSettings
+    from ..inference.mask_generation import MaskGenerator
+    from ..inference.predictor import Predictor
+    from .segment_run import Everything, Prompted
+
+    if args.box or args.point:
+        predictor = Predictor(model, processor, output="torch", max_memory_mb=args.max_memory_mb)
+        return Prompted(predictor, args.box, args.point)
+    generator = MaskGenerator(model, processor, args.max_memory_mb, args.points_per_batch)
+    pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
+    settings = MaskGenerationSettings(
+        args.points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
+    )
+    return Everything(generator, settings, args.min_area, args.max_masks)
+
+
+def _settings(args: argparse.Namespace, model_path: str) -> dict:
+    """What decides about results: it is noted beside them, since results of different runs must not be mixed."""
+    pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
+    folder = Path(model_path).expanduser()
+    weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
+    return {
+        "--model": str(folder.resolve()) if folder.is_dir() else model_path,
+        "the model's weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8], "--dtype": args.dtype, "--format": args.format, "--box": [*map(list, args.box)],
+        "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
+        "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
+        "--min-area": args.min_area, "--max-masks": args.max_masks,
+    }  # fmt: skip
+
+
+def _write(
+    output: Path,
+    file_format: str,
+    picture: "Image.Image",
+    name: str,
+    prompt: str,
+    result,
+    boxes,
+    points,
+    panel: bool = True,
+) -> "Panel | None":
+    """Writes the masks of one picture, and returns its panel of the contact sheet."""
+    from ..masks.drawing import Panel, draw_overlay
+    from ..masks.files import write_masks
+
+    with telling_where(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_masks(output, file_format, picture, name, result, boxes, points)
+    if not panel:
+        return None
+    small = draw_overlay(picture, result, boxes, points, max_size=_PANEL_SIZE)
+    return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
+
+
+def _model_path(model: str | None) -> str:
+    if model is not None:
+        return model
+    if not BUNDLED_CHECKPOINT.is_dir():
+        raise argparse.ArgumentTypeError("give --model: a checkpoint's folder, or a Hub name such as org/name.")
+    return str(BUNDLED_CHECKPOINT)
+
+
+def _load(model_path: str, args: argparse.Namespace):
+    from ..loading import find_device, find_dtype, load_model
+
+    try:
+        device, dtype = find_device(args.device), find_dtype(args.dtype)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return load_model(model_path, str(device), dtype)
+
+
+def _thresholds(args: argparse.Namespace, model_path: str) -> tuple[float, float]:
+    """Predicted IoU and stability: what was asked for, otherwise what suits the model."""
+    bundled = Path(model_path).expanduser().resolve() == BUNDLED_CHECKPOINT
+    defaults = BUNDLED_THRESHOLDS if bundled else DEFAULT_THRESHOLDS
+    given = args.pred_iou_thresh, args.stability_score_thresh
+    return tuple(default if value is None else value for value, default in zip(given, defaults))
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", type=not_empty, metavar="DIR", help="checkpoint's folder or Hub name (the bundled one, in a clone)"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; slow on CPUs but float32")
+
+
+def _make_folder(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"--out {folder} cannot be made: {error.strerror}. Choose another.") from error
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"--out {folder} cannot be written to. Choose another.")
+
+
+def _progress(items: Iterable, total: int | None = None) -> Iterable:
+    total = len(items) if total is None else total
+    if total < 2 or not sys.stderr.isatty():
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit="picture", leave=False)
+
+
+def _point_progress(num_points: int, name: str):
+    """A bar for one picture; on a CPU it is some hundredths of a second a point."""
+    from tqdm import tqdm
+
+    return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)
+
+
+def _report(error: BaseException, picture: Path | None = None):
+    message = one_line(error)
+    if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug of ours
+        message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
+        if os.environ.get("SAMLIGHT_DEBUG"):
+            traceback.print_exception(error)
+    if picture is not None and not message.startswith(str(picture)):
+        message = f"{picture}: {message}"
+    print(f"samlight: skipped {message}", file=sys.stderr)
+
+
+def _describe(boxes: Sequence, points: Sequence) -> str:
+    parts = [count(len(prompts), kind) for prompts, kind in ((boxes, "box"), (points, "point")) if prompts]
+    return ", ".join(parts) or "everything"
+
+
+def not_empty(text: str) -> str:
+    """For argparse: an unset shell variable must not mean the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty.")
+    return text
+
+
+def _numbers(text: str, count: int, form: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, {count} numbers in pixels of the picture.")
+    return values
+
+
+def _box(text: str) -> tuple[float, ...]:
+    return _numbers(text, 4, "X1,Y1,X2,Y2")
+
+
+def _point(text: str) -> tuple[float, ...]:
+    return _numbers(text, 2, "X,Y")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer.")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1.")
+    return value

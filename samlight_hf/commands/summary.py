@@ -1,0 +1,122 @@
+"""What `samlight segment` and `samlight demo` tell when they are done, and when a file cannot be written."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..utils.messages import text_table
+
+
+if TYPE_CHECKING:
+    from ..masks.drawing import Panel
+
+
+MAX_PANELS = 60
+_MAX_TABLE_ROWS = 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table at the end."""
+
+    picture: str
+    size: tuple[int, int]
+    prompt: str
+    num_masks: int
+    seconds: float
+    output: Path
+
+
+@dataclass
+class Summary:
+    """What is told at the end. Of many pictures only the first ones are kept for the contact sheet and the table."""
+
+    folder: Path
+    skipped: int = 0
+    already: int = 0
+    replaced: int = 0
+    columns: int | None = None
+    seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+    panels: "list[Panel]" = field(default_factory=list)
+
+    def __post_init__(self):
+        self.sheet = self.folder / "contact_sheet.png"
+
+    def add(self, row: Row, panel: "Panel | None"):
+        self.rows.append(row)
+        if panel is not None and len(self.panels) < MAX_PANELS:
+            self.panels.append(panel)
+
+    def finish(self) -> int:
+        """Prints it, with the contact sheet's path, and returns the exit status."""
+        if not self.rows and not self.already:
+            print(f"samlight: error: no picture could be segmented ({self.skipped} skipped).", file=sys.stderr)
+            return 1
+        if 0 < len(self.rows) <= _MAX_TABLE_ROWS:
+            self._print_table()
+        if self.rows and not any(row.num_masks for row in self.rows):
+            print("No masks found: lower --pred-iou-thresh and --stability-score-thresh, or raise --points-per-side.")
+        if self.skipped:
+            print(f"samlight: {self.skipped} skipped, {len(self.rows)} done.", file=sys.stderr)
+        if self.replaced:
+            print(f"samlight: {count(self.replaced, 'earlier result')} of the same images replaced.", file=sys.stderr)
+        if self.panels:
+            self._save_contact_sheet()
+        if self.seconds:
+            masks = sum(row.num_masks for row in self.rows)
+            rate = len(self.rows) / self.seconds
+            print(
+                f"{count(len(self.rows), 'picture')}, {count(masks, 'mask')}, {rate:.3g} pictures/s, in {self.folder}"
+            )
+        if self.already:
+            print(f"{count(self.already, 'picture')} done before.")
+        return 0
+
+    def _print_table(self):
+        table = [("picture", "size", "prompt", "masks", "seconds", "output")]
+        for row in self.rows:
+            size = f"{row.size[0]}x{row.size[1]}"
+            table.append((row.picture, size, row.prompt, str(row.num_masks), f"{row.seconds:.2f}", str(row.output)))
+        print(text_table(table, flush_right=(3, 4)))
+
+    def _save_contact_sheet(self):
+        from ..masks.drawing import contact_sheet
+        from ..utils.atomic_files import write_aside
+
+        path = self.sheet
+        sheet = contact_sheet(self.panels, "SAM-Lightening", self.columns)
+        with telling_where(path):
+            write_aside(path, lambda aside: sheet.save(aside, format="PNG"))
+        left_out = f", with the first {len(self.panels)}" if len(self.panels) < len(self.rows) else ""
+        print(f"Contact sheet: {path}{left_out}")
+
+
+class DiskError(OSError):
+    """An error in writing a file that the next file would meet too: it ends a run."""
+
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+@contextmanager
+def telling_where(path: Path, ends_the_run: bool = False) -> Iterator[None]:
+    """Say which file an OSError was met at: a `DiskError`, with how to go on, where the next file would meet it too."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{path} cannot be written: {error.strerror or error}."
+        if ends_the_run or error.errno in _OF_THE_DISK:
+            raise DiskError(
+                f"{message} What is finished is kept: the same command with --resume goes on from there."
+            ) from error
+        raise OSError(message) from error
+
+
+def count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("x") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"

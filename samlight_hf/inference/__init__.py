@@ -1,0 +1,1 @@
+"""Prompts or everything in, masks out: predictor, mask generation and pipelines."""

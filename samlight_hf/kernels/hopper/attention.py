@@ -1,0 +1,157 @@
+"""Dilated attention of the image encoder on Hopper GPUs, by a kernel in CUDA (attention.cu).
+
+It reads queries, keys and values where the projection wrote them, and overlaps with the kernels before and after it.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ...modeling.dilated_attention import check_pattern
+from ..support import normal_numbers, why_not_tried
+from . import runtime as hopper
+
+
+STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by a program's warpgroups
+_DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in attention.cu
+
+
+def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, dilation_offsets: str) -> str | None:
+    """Why the kernel cannot run with what `launch` is given: a sentence, or None where it can."""
+    _, num_tokens, num_heads, _, head_dim = qkv.shape
+    if reason := hopper.why_not_hopper(qkv.device, qkv.dtype):
+        return reason
+    if head_dim != _DIM:
+        return f"heads have {head_dim} features, and not {_DIM}."
+    segment_length = segment_length or num_tokens
+    try:
+        check_pattern(num_tokens, num_heads, segment_length, dilation_rate, dilation_offsets)
+    except ValueError as error:
+        return str(error)
+    if (group := segment_length // dilation_rate) % _KEYS:
+        return f"groups of {group} tokens are no multiple of {_KEYS}."
+    if not qkv.numel():
+        return "there are no images."
+    if not hopper.are_aligned(qkv):
+        return "the tensor is not contiguous, or begins at an odd address."
+    return _why_not_tried(qkv.device, **_constants(qkv, segment_length, dilation_rate, dilation_offsets))
+
+
+def _why_not_tried(device: torch.device, **constants: int) -> str | None:
+    """Why the kernel of these constants does not run on this device, a Hopper GPU, or None."""
+
+    def attempt() -> bool:
+        rate, heads = constants["DILATION"], constants["HEADS"]
+        num_tokens, dtype = constants["GROUP"] * rate, torch.bfloat16 if constants["BFLOAT16"] else torch.float16
+        qkv = normal_numbers(device)(2, num_tokens, heads, 3, _DIM).to(dtype)
+        some = torch.linspace(0, num_tokens - 1, 64, device=qkv.device).long()  # all would take much memory
+        per_head = bool(constants["PER_HEAD"])
+        found = launch(qkv, None, rate, "per_head" if per_head else "all", _DIM**-0.5, constants["WARPGROUPS"])
+        found, expected = found.view(*qkv.shape[:3], _DIM), attention_of_tokens(qkv[-1], some, rate, per_head)
+        return bool(found.isfinite().all() and (found[-1, some] - expected).norm() < 0.01 * expected.norm())
+
+    return why_not_tried("attention", device, tuple(constants.items()), attempt, "CUDA", "other kernels")
+
+
+def attention_of_tokens(qkv: torch.Tensor, tokens: torch.Tensor, dilation_rate: int, per_head: bool) -> torch.Tensor:
+    """`dilated_attention` of the one segment `qkv` (N, H, 3, D), for some of its `tokens` (T,): float32 (T, H, D)."""
+    num_tokens, num_heads, _, head_dim = qkv.shape
+    query, key, value = qkv.float().permute(2, 1, 0, 3)  # (H, N, D) each
+    classes = torch.arange(num_tokens, device=qkv.device) % dilation_rate
+    scores = query[:, tokens] @ key.mT * head_dim**-0.5
+    scores = scores.masked_fill(classes[tokens, None] != classes, float("-inf"))
+    found = (scores.softmax(dim=-1) @ value).transpose(0, 1)
+    if per_head:  # zero in other residue classes than the head's
+        heads = torch.arange(num_heads, device=qkv.device) % dilation_rate
+        found = found * (classes[tokens, None] == heads)[..., None]
+    return found
+
+
+def launch(
+    qkv: torch.Tensor,
+    segment_length: int | None,
+    dilation_rate: int,
+    dilation_offsets: str,
+    scaling: float,
+    warpgroups: int | None = None,
+) -> torch.Tensor:
+    """(B, N, H, 3, 64), of queries, keys and values, to (B * N, H * 64): `dilated_attention`."""
+    batch_size, num_tokens, num_heads, _, head_dim = qkv.shape
+    segment_length = segment_length or num_tokens
+    group, num_segments = segment_length // dilation_rate, batch_size * num_tokens // segment_length
+    constants = _constants(qkv, segment_length, dilation_rate, dilation_offsets, warpgroups)
+    num_groups, warpgroups = _num_groups(constants, num_segments), constants["WARPGROUPS"]
+    queries = warpgroups * _WARPGROUP_QUERIES
+    kernel, shared_bytes = _kernel(qkv.device, **constants)
+    row = 3 * num_heads * head_dim
+    sizes = head_dim, group, dilation_rate, 3 * num_heads, num_segments
+    strides = dilation_rate * row, row, head_dim, segment_length * row
+    output = qkv.new_empty(batch_size * num_tokens, num_heads * head_dim)
+    hopper.launch_kernel(
+        kernel, qkv.device, num_groups * math.ceil(group / queries), 128 * warpgroups, shared_bytes,
+        hopper.tensor_map(qkv, sizes, strides, (head_dim, queries, 1, 1, 1)),
+        hopper.tensor_map(qkv, sizes, strides, (head_dim, _KEYS, 1, 1, 1)),
+        output, scaling * 1.4426950408889634,  # exponentials are of two
+    )  # fmt: skip
+    return output
+
+
+def _constants(
+    qkv: torch.Tensor, segment_length: int, dilation_rate: int, dilation_offsets: str, warpgroups: int | None = None
+) -> dict[str, int]:
+    """All that the kernel is compiled for."""
+    batch_size, num_tokens, num_heads, *_ = qkv.shape
+    constants = {
+        "BFLOAT16": int(qkv.dtype == torch.bfloat16), "HEADS": num_heads, "DILATION": dilation_rate,
+        "GROUP": segment_length // dilation_rate,
+        # With a rate of 1 there is one residue class alone.
+        "PER_HEAD": int(dilation_offsets == "per_head" and dilation_rate > 1),
+    }  # fmt: skip
+    if warpgroups is None:
+        num_groups = _num_groups(constants, batch_size * num_tokens // segment_length)
+        warpgroups = warpgroups_of(num_groups, constants["GROUP"], hopper.num_processors(qkv.device))
+    return constants | {"WARPGROUPS": warpgroups, "STAGES": STAGES[warpgroups]}
+
+
+def _num_groups(constants: dict[str, int], num_segments: int) -> int:
+    """Of all heads."""
+    return constants["HEADS"] * num_segments * (1 if constants["PER_HEAD"] else constants["DILATION"])
+
+
+def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
+    """Of a program. If all programs fit at once, three, which look ahead, or one, if the busiest multiprocessor has fewer then; else two."""
+    busiest = {}
+    for warpgroups, at_once in ((3, 1), (1, 3)):
+        programs = math.ceil(num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) / num_processors)
+        if programs <= at_once:
+            busiest[warpgroups] = warpgroups * programs
+    return min(busiest, key=busiest.get, default=2)
+
+
+@cache
+def _kernel(device: torch.device, **constants: int):
+    """The kernel, and the shared memory that it takes."""
+    code, shared_bytes = hopper.compiled(source_of(**constants)), _shared_bytes(constants)
+    return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
+
+
+def source_of(**constants: int) -> str:
+    """The kernel for these constants, which are those in capitals in attention.cu."""
+    dtype = "bf16" if constants["BFLOAT16"] else "f16"
+    functions = hopper.product("query_key_product", _KEYS, dtype)
+    functions += hopper.product("weight_value_product", _DIM, dtype, from_registers=True)
+    constants |= {"NAME": _name(constants), "SHARED_BYTES": _shared_bytes(constants)}
+    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, functions)
+
+
+def _shared_bytes(constants: dict[str, int]) -> int:
+    """Of a program: its queries, blocks of keys and of values, and barriers."""
+    stages = constants["STAGES"]
+    return 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * stages) + 8 * (1 + 3 * stages)
+
+
+def _name(constants: dict[str, int]) -> str:
+    """What profilers show."""
+    return f"attention_{constants['GROUP']}"

@@ -1,0 +1,290 @@
+// y = act(norm(x) W^T + b) + residual on the tensor cores of Hopper GPUs (sm_90a): the kernel of linear.py, which defines
+// what is in capitals, and warpgroup_product. x is (rows, K), W (N, K), y (rows, N) and the residual (its rows, N), half precision and
+// contiguous; sums are float32.
+//
+// Programs stay and take tile after tile of y, of the same columns. Of each one's warpgroups the first has the tensor memory accelerator
+// copy blocks of x and W, STAGES of them ahead; where W_STAYS, the rows of W for these columns are copied once. Each of CONSUMERS others
+// multiplies a tile of 128 rows and TILE_N columns by itself: with two of them, the tensor cores work on one's tile while the other
+// finishes its own and writes it.
+
+#include "common.cuh"
+
+// What KIND of x there is: see `Input` of linear.py.
+#define ROWS 0
+#define NEIGHBOURS 1
+
+constexpr int BLOCK_M = 128, BLOCK_K = 64, STEPS = K / BLOCK_K, COLUMN_TILES = N / TILE_N;
+constexpr float HALF = GELU ? 0.5f : 1;  // of what it is that GELU is given
+// Where a thread has the registers for it, a residual is added when the products are there; else it is where their sums begin.
+constexpr bool KEEPS_RESIDUAL = RESIDUAL && CONSUMERS == 1;
+constexpr int UNROLLED = RESIDUAL && !KEEPS_RESIDUAL ? 1 : 6;  // steps: those registers would spill
+constexpr int WEIGHT_BLOCKS = W_STAYS ? STEPS : STAGES;
+constexpr u32 X_BYTES = BLOCK_M * BLOCK_K * 2, WEIGHT_BYTES = TILE_N * BLOCK_K * 2;
+
+struct Shared {
+    char x[STAGES][X_BYTES];
+    char weight[WEIGHT_BLOCKS][WEIGHT_BYTES];
+    float2 columns[TILE_N];  // bias, and sum of the weight's row
+    float2 rows[CONSUMERS][BLOCK_M];  // `norm_of` each
+    u64 x_loaded[STAGES], weight_loaded[WEIGHT_BLOCKS], used[STAGES], asked[CONSUMERS];
+};
+static_assert(sizeof(Shared) == SHARED_BYTES);
+
+// ---- copies to shared memory ------------------------------------------------------------------------------------------------------
+
+// 64 features of 128 rows. linear.py tells what dimensions the map has for each kind of x.
+__device__ __forceinline__ void load_x(const TensorMap* map, void* to, u64* barrier, int step, int row) {
+#if KIND == ROWS
+    load(map, to, barrier, step * BLOCK_K, row, 0, 0, 0);
+#elif KIND == NEIGHBOURS  // features are (dy, dx, channel); what lies beyond the image is zero
+    constexpr int BLOCKS = STEPS / 9;
+    int column = row % WIDTH, line = row / WIDTH % HEIGHT, image = row / (WIDTH * HEIGHT), dx = step / BLOCKS % 3, dy = step / BLOCKS / 3;
+    load(map, to, barrier, step % BLOCKS * BLOCK_K, column + dx - 1, line + dy - 1, image, 0);
+#endif
+}
+
+// Of each 32 rows of W, the one for column 8 q + 2 j + e of y comes to be the one for column 8 j + 2 q + e of the product: a thread has
+// the latter of one q, and so eight columns of y that lie side by side.
+__device__ __forceinline__ void load_weight(const TensorMap* map, void* to, u64* barrier, int feature, int column) {
+    load(map, to, barrier, feature, 0, 0, 0, column / 32);
+}
+
+// What one thread does: all blocks of all tiles, each as soon as the one whose memory it takes was used.
+__device__ __forceinline__ void load_blocks(
+    Shared& shared, const TensorMap* x, const TensorMap* weight, int first_row, int next_row, int num_rows, int column) {
+    auto load_weight_block = [&](int block, int step) {
+        arrive_and_expect(&shared.weight_loaded[block], WEIGHT_BYTES);
+        load_weight(weight, shared.weight[block], &shared.weight_loaded[block], step * BLOCK_K, column);
+    };
+    constexpr int EARLY = WEIGHT_BLOCKS < STEPS ? WEIGHT_BLOCKS : STEPS;
+    for (int step = 0; step < EARLY; step++) load_weight_block(step, step);  // which the kernel before this one does not write
+    wait_for_the_last_kernel();
+    let_the_next_kernel_begin();
+    int block = 0;
+    for (int row = first_row; row < num_rows; row += next_row) {
+        for (int step = 0; step < STEPS; step++, block++) {
+            int stage = block % STAGES;
+            if (block >= STAGES) wait(&shared.used[stage], block / STAGES - 1);
+            if (!W_STAYS && block >= EARLY) load_weight_block(stage, step);
+            arrive_and_expect(&shared.x_loaded[stage], X_BYTES);
+            load_x(x, shared.x[stage], &shared.x_loaded[stage], step, row);
+        }
+    }
+}
+
+// ---- numbers ----------------------------------------------------------------------------------------------------------------------
+
+// GELU of two numbers, given half of each, as `_gelu` of kernels/linear.py. What tanh is of is computed for both at once, in float16, which
+// is as exact as the instruction for tanh.
+__device__ __forceinline__ void gelu(float& low, float& high) {
+    u32 tanh;
+    asm("{.reg .b32 x, square, inner;\n"
+        "cvt.rn.f16x2.f32 x, %2, %1;\n"
+        "mul.f16x2 square, x, x;\n"
+        "min.f16x2 square, square, %3;\n"
+        "fma.rn.f16x2 inner, square, %4, %5;\n"
+        "fma.rn.f16x2 inner, inner, square, %6;\n"
+        "mul.f16x2 inner, inner, x;\n"
+        "tanh.approx.f16x2 %0, inner;}"
+        : "=r"(tanh)
+        : "f"(low), "f"(high), "r"(0x46404640), "r"(0xA1C6A1C6),  // 6.25, 32 * -3.522957060e-04,
+          "r"(0x34BD34BD), "r"(0x3E613E61));  // 8 * 3.701044177e-02, 2 * 7.975026134e-01
+    float2 both = unpack_float16(tanh);
+    low = fmaf(low, both.x, low), high = fmaf(high, both.y, high);
+}
+
+__device__ __forceinline__ void synchronize_warpgroup(int consumer) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + consumer), "n"(WARPGROUP) : "memory");
+}
+
+// ---- a tile -----------------------------------------------------------------------------------------------------------------------
+
+// A warpgroup's tile of 128 rows, by two products of 64. Of four of the rows a thread has eight of every 32 columns.
+struct Tile {
+    float sums[2][TILE_N / 2];
+    uint4 residual[KEEPS_RESIDUAL ? TILE_N / 32 : 1][4];
+
+    static __device__ __forceinline__ int row(int i) {  // in the tile, of the thread's four
+        return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8 + i / 2 * 64;
+    }
+    static __device__ __forceinline__ int column(int group) { return group * 32 + threadIdx.x % 4 * 8; }  // the first of eight
+    // Of the i-th row, and of the group's eight columns the j-th.
+    __device__ __forceinline__ float& at(int i, int group, int j) { return sums[i / 2][group * 16 + j / 2 * 4 + i % 2 * 2 + j % 2]; }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < TILE_N / 2; i++) sums[half][i] = 0;
+    }
+
+    __device__ __forceinline__ void add(uint4 eight, int group, int i) {
+        u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int j = 0; j < 8; j++) at(i, group, j) += j % 2 ? unpack(pairs[j / 2]).y : unpack(pairs[j / 2]).x;
+    }
+};
+
+// Products are added to the bias, and to the residual.
+__device__ __forceinline__ void begin(Shared& shared, Tile& tile, const uint4* residual, int first_row, int num_residual_rows) {
+#pragma unroll
+    for (int group = 0; group < TILE_N / 32; group++) {
+        const float2* shift = shared.columns + tile.column(group);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) tile.at(i, group, j) = shift[j].x;
+            if (!RESIDUAL) continue;
+            uint4 found = residual[((u64)((first_row + tile.row(i)) % num_residual_rows) * N + tile.column(group)) / 8];
+            if (KEEPS_RESIDUAL) tile.residual[group][i] = found;
+            else tile.add(found, group, i);
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int number, int consumer) {
+    int block = number * STEPS, lane = threadIdx.x % 32;
+    // In turn. The blocks come in the order of the tiles, and a barrier's phase can be waited for only if the one before it is complete:
+    // the other consumer has waited for all earlier ones by then, each of its threads.
+    if (CONSUMERS > 1 && number) wait(&shared.asked[1 - consumer], (number - 1) / CONSUMERS);
+    keep(tile.sums[0]), keep(tile.sums[1]);
+#pragma unroll UNROLLED
+    for (int step = 0; step < STEPS; step++, block++) {
+        int stage = block % STAGES;
+        int weight_block = W_STAYS ? step : stage;
+        wait(&shared.weight_loaded[weight_block], W_STAYS ? 0 : block / STAGES);
+        wait(&shared.x_loaded[stage], block / STAGES);
+        u64 x = matrix(shared.x[stage]), weight = matrix(shared.weight[weight_block]);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < BLOCK_K / 16; k++) {  // 16 features further on are 32 bytes
+            warpgroup_product(tile.sums[0], x + 2 * k, weight + 2 * k);
+            warpgroup_product(tile.sums[1], x + 64 * 128 / 16 + 2 * k, weight + 2 * k);
+        }
+        commit_products();
+        if (step) {
+            wait_for_products<1>();
+            if (lane == 0) arrive(&shared.used[(block - 1) % STAGES]);
+        }
+    }
+    if (CONSUMERS > 1) arrive(&shared.asked[consumer]);
+}
+
+__device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int number) {
+    wait_for_products<0>();
+    if (threadIdx.x % 32 == 0) arrive(&shared.used[((number + 1) * STEPS - 1) % STAGES]);
+    keep(tile.sums[0]), keep(tile.sums[1]);
+}
+
+// Residual, norm, GELU, rounding; to memory.
+__device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer, uint4* y, float* found, int first_row, int num_rows) {
+    float2 norm[4];
+    float totals[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) norm[i] = NORM ? shared.rows[consumer][tile.row(i)] : float2{};
+#pragma unroll
+    for (int group = 0; group < TILE_N / 32; group++) {
+        float4 columns[4];  // bias and sum of two
+        if (NORM)
+#pragma unroll
+            for (int j = 0; j < 4; j++) columns[j] = ((float4*)shared.columns)[tile.column(group) / 2 + j];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (KEEPS_RESIDUAL) tile.add(tile.residual[group][i], group, i);
+            u32 pairs[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float low = tile.at(i, group, 2 * j), high = tile.at(i, group, 2 * j + 1);
+                if (NORM) {
+                    low = fmaf(low, norm[i].x, fmaf(norm[i].y, columns[j].y, columns[j].x));
+                    high = fmaf(high, norm[i].x, fmaf(norm[i].y, columns[j].w, columns[j].z));
+                }
+                if (GELU) gelu(low, high);
+                pairs[j] = pack(low, high);
+                if (STATISTICS) {
+                    float2 stored = unpack(pairs[j]);
+                    tile.at(i, group, 2 * j) = stored.x, tile.at(i, group, 2 * j + 1) = stored.y;
+                    totals[i] += stored.x + stored.y;
+                }
+            }
+            y[((u64)(first_row + tile.row(i)) * N + tile.column(group)) / 8] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+    if (STATISTICS) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float mean = sum_of_four_threads(totals[i]) / TILE_N, squares = 0;
+#pragma unroll
+            for (int j = 0; j < TILE_N / 4; j++) {
+                float apart = tile.at(i, j / 8, j % 8) - mean;
+                squares = fmaf(apart, apart, squares);
+            }
+            squares = sum_of_four_threads(squares);
+            int row = first_row + tile.row(i);
+            if (threadIdx.x % 4 == 0) found[row] = mean, found[num_rows + row] = squares;
+        }
+    }
+}
+
+// What the norm multiplies a row's products by, and what it adds to them for each row sum, from the statistics of the row's parts.
+__device__ __forceinline__ float2 norm_of(const float* given, int row, int num_rows, float eps) {
+    float means[PARTS], mean = 0, squares = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        means[part] = given[2 * part * num_rows + row];
+        squares += given[(2 * part + 1) * num_rows + row];
+        mean += means[part] / PARTS;
+    }
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) squares += (means[part] - mean) * (means[part] - mean) * (K / PARTS);
+    float factor = rsqrtf(squares / K + eps);
+    return make_float2(HALF * factor, -mean * HALF * factor);
+}
+
+// ---- the kernel -------------------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAME(
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* bias, const float* row_sums,
+    const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows, float eps) {
+    extern __shared__ __align__(1024) char memory[];
+    Shared& shared = *(Shared*)memory;
+    // Programs of the same rows are neighbours: they read these rows at about the same time, from the cache.
+    int column = blockIdx.x % COLUMN_TILES * TILE_N, first_row = blockIdx.x / COLUMN_TILES * BLOCK_M;
+    int next_row = gridDim.x / COLUMN_TILES * BLOCK_M;
+    if (threadIdx.x == 0) {
+        prefetch(&x), prefetch(&weight);
+        for (int stage = 0; stage < STAGES; stage++) {
+            make_barrier(&shared.x_loaded[stage], 1);
+            make_barrier(&shared.used[stage], WARPGROUP / 32);
+        }
+        for (int block = 0; block < WEIGHT_BLOCKS; block++) make_barrier(&shared.weight_loaded[block], 1);
+        for (int consumer = 0; consumer < CONSUMERS; consumer++) make_barrier(&shared.asked[consumer], WARPGROUP);
+        show_barriers();
+    }
+    // Read, as weights are, before the kernel ahead has ended: see `FusedLinear`.
+    for (int i = threadIdx.x; i < TILE_N; i += blockDim.x)
+        shared.columns[i] = make_float2(HALF * bias[column + i], NORM ? row_sums[column + i] : 0);
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP) {
+        if (CONSUMERS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 0) load_blocks(shared, &x, &weight, first_row, next_row, num_rows, column);
+    } else {
+        if (CONSUMERS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
+        if (NORM || RESIDUAL) wait_for_the_last_kernel();
+        for (int number = consumer, row; (row = first_row + number * next_row) < num_rows; number += CONSUMERS) {
+            Tile tile;
+            float2 norm;  // of the thread's row, from before the products, for all to know after them
+            if (NORM) tile.clear(), norm = norm_of(given, row + thread, num_rows, eps);
+            else begin(shared, tile, residual + column / 8, row, num_residual_rows);
+            multiply_blocks(shared, tile, number, consumer);
+            if (NORM) {
+                shared.rows[consumer][thread] = norm;
+                synchronize_warpgroup(consumer);
+            }
+            end_products(shared, tile, number);
+            finish(shared, tile, consumer, y + column / 8, found + 2 * (column / TILE_N) * num_rows, row, num_rows);
+            if (NORM) synchronize_warpgroup(consumer);  // before the shared memory is written again
+        }
+    }
+}

@@ -1,0 +1,215 @@
+"""Kernels for Hopper GPUs, written in CUDA, compiled when they are first needed, and launched.
+
+Hopper's tensor cores, and what copies to them, are reached fully in CUDA alone. What this takes comes with PyTorch: NVIDIA's
+compiler as a library, and `cuda.bindings`, which are imported when they are needed.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from cuda.bindings.driver import CUfunction, CUtensorMap
+
+_HEADER = Path(__file__).with_name("common.cuh")
+_CUBIN, _ELF = "kernel.cubin", b"\x7fELF"  # how its content begins
+_OPTIONS = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-v"]
+
+
+@lru_cache
+def has_bindings() -> bool:
+    """Whether there are `cuda.bindings`, without which nothing is compiled or launched."""
+    try:
+        return find_spec("cuda.bindings") is not None
+    except ImportError:  # no `cuda`, or another one
+        return False
+
+
+def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel of this kind can run with tensors of this kind: a sentence, or None where some may."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}."
+    if torch.version.cuda is None:
+        return "this PyTorch is not made for CUDA."
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "the GPU is no Hopper."
+    if not has_bindings():
+        return "cuda.bindings is not installed."
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, and not {str(dtype).removeprefix('torch.')}."
+    return None
+
+
+def are_aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether tensors, where they are there, are contiguous and begin where 16 bytes can be read at once."""
+    return all(tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0) for tensor in tensors)
+
+
+def product(name: str, columns: int, dtype: str, from_registers: bool = False) -> str:
+    """A function in CUDA: a matrix 64 x 16 times one 16 x `columns`, added to a warpgroup's registers.
+
+    The first matrix is in shared memory, and so is the second, transposed. Or the first is in registers, and the second as it is.
+    """
+    count = columns // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
+    if from_registers:
+        parameters = "".join(f"unsigned x{i}, " for i in range(4))
+        first = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+        inputs = "".join(f'"r"(x{i}), ' for i in range(4))
+        second, options = f"%{count + 4}", "1, 1, 1, 1"
+    else:
+        parameters, first, inputs = "unsigned long long x, ", f"%{count}", '"l"(x), '
+        second, options = f"%{count + 1}", "1, 1, 1, 0, 0"
+    return (
+        f"__device__ __forceinline__ void {name}(float (&sums)[{count}], {parameters}unsigned long long y) {{\n"
+        f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} {{{sums}}}, '
+        f'{first}, {second}, {options};" : {operands} : {inputs}"l"(y));\n}}\n'
+    )
+
+
+def source_of(path: Path, constants: dict[str, int | str], functions: str = "") -> str:
+    """Definitions of `constants`, then `functions`, then a file in CUDA."""
+    defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    return defined + functions + path.read_text().replace(f'#include "{_HEADER.name}"', _HEADER.read_text())
+
+
+def compile_source(source: str) -> tuple[bytes, str]:
+    """Machine code (a cubin), and what the compiler says of registers and memory. It needs no GPU."""
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))  # to be written to, which bytes must not be
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        log = log.decode(errors="replace").strip("\0 ")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(log)
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return bytes(code), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def compiled(source: str) -> bytes:
+    """Machine code: that of an earlier process, from Triton's cache, or new.
+
+    The cache may be cleared by others at any time, be full, or not be writable: then the code is made again. It is trusted:
+    what lies there is run.
+    """
+    from cuda.bindings import nvrtc
+    from triton.runtime.cache import get_cache_manager
+
+    version = _checked(nvrtc.nvrtcVersion())
+    key = hashlib.sha256(repr((version, _OPTIONS, source)).encode()).hexdigest()
+    cache = None
+    try:
+        cache = get_cache_manager(key)  # which makes a directory
+        if (kept := cache.get_file(_CUBIN)) and (code := Path(kept).read_bytes()).startswith(_ELF):
+            return code
+    except (OSError, RuntimeError):  # removed since it was found, or no place for it
+        pass
+    code = compile_source(source)[0]
+    with contextlib.suppress(OSError):
+        if cache is not None:
+            cache.put(code, _CUBIN)  # aside, and moved: nobody reads half of it
+    return code
+
+
+def load_kernel(device: torch.device, code: bytes, name: str, shared_bytes: int) -> "CUfunction":
+    """A kernel on a device, ready to be launched with as much shared memory."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        module = _checked(driver.cuModuleLoadData(code))
+        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+    return function
+
+
+def tensor_map(
+    tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> "CUtensorMap":
+    """What the tensor memory accelerator must know to copy boxes of a tensor of five dimensions, the innermost first.
+
+    `strides` are those of all but the innermost, in elements. A box has 64 elements of the innermost.
+    """
+    from cuda.bindings import driver
+
+    kinds, u32, u64 = driver.CUtensorMapDataType, driver.cuuint32_t, driver.cuuint64_t
+    bfloat16 = tensor.dtype == torch.bfloat16
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            len(sizes),
+            tensor.data_ptr(),
+            [u64(size) for size in sizes],
+            [u64(stride * tensor.element_size()) for stride in strides],
+            [u32(size) for size in box],
+            [u32(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def launch_kernel(
+    kernel: "CUfunction",
+    device: torch.device,
+    num_programs: int,
+    num_threads: int,
+    shared_bytes: int,
+    *arguments: "torch.Tensor | int | float | CUtensorMap | None",
+):
+    """Launches a kernel that may begin before the one before it has ended, and waits for that by itself."""
+    from cuda.bindings import driver
+
+    overlap = driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = num_programs, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    config.attrs, config.numAttrs = [overlap], 1
+    values, types = zip(*map(_argument, arguments))
+    with torch.cuda.device(device):
+        _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
+
+
+def _argument(value) -> tuple:
+    """Value and type of a kernel's argument."""
+    if value is None or isinstance(value, torch.Tensor):
+        return 0 if value is None else value.data_ptr(), ctypes.c_void_p
+    return value, {int: ctypes.c_int, float: ctypes.c_float}.get(type(value))
+
+
+@lru_cache
+def num_processors(device: torch.device) -> int:
+    """Of a device with a number, as those of tensors have."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _checked(answer: tuple):
+    """What a function of `cuda.bindings` returns beside its status.
+
+    Raises RuntimeError for a status that is not success, as torch.OutOfMemoryError where memory ran out.
+    """
+    status, *values = answer
+    if int(status):
+        kind = torch.OutOfMemoryError if "OUT_OF_MEMORY" in status.name else RuntimeError
+        raise kind(f"CUDA says {status.name}.")
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,120 @@
+"""Layer normalisation of many short rows, with what comes before and after it, in one pass over memory.
+
+The decoder normalises millions of rows of 64 and 256 channels. torch gives a whole block of threads to each, which for
+rows this short leaves most of the memory's bandwidth unused, and adds and activates in passes of their own. The Triton kernel
+takes many rows in a block. It computes in float32 whatever the dtype, and so does torch.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .support import normal_numbers, tl, triton, why_not_tried
+
+
+_TILE = 4096  # elements of a block
+
+
+def add_layer_norm(
+    values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None = None, gelu: bool = False
+) -> torch.Tensor:
+    """LayerNorm over the last axis of `values` plus `residual`, and GELU of it where asked for.
+
+    values (P, N, C) contiguous, residual (P, N, C) or, the same for all P, (1, N, C). For inference: there is no gradient, and
+    `values` may be overwritten.
+    """
+    if why_not_triton(values, norm, residual, gelu):
+        return add_layer_norm_reference(values, norm, residual, gelu)
+    return launch(values, norm, residual, gelu)
+
+
+def add_layer_norm_reference(
+    values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None = None, gelu: bool = False
+) -> torch.Tensor:
+    """The same, step by step."""
+    if residual is not None:
+        values = values + residual
+    values = F.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.gelu(values) if gelu else values
+
+
+def why_not_triton(
+    values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None = None, gelu: bool = False
+) -> str | None:
+    """Why the kernel cannot run on these: a sentence, or None where it can."""
+    if triton is None:
+        return "Triton is not installed."
+    if not values.is_cuda:
+        return f"the tensors are on {values.device}."
+    width = values.shape[-1]
+    if width & (width - 1) or width > _TILE:
+        return f"rows of {width} are no power of two up to {_TILE}."
+    if not values.is_contiguous() or (residual is not None and not residual.is_contiguous()):
+        return "the tensors are not contiguous."
+    if norm.weight is None or norm.bias is None or norm.normalized_shape != (width,):
+        return f"the norm is of {norm.normalized_shape}, or without a gain or a bias."
+    types = values.dtype, norm.weight.dtype, None if residual is None else residual.dtype
+    return _why_not_tried(values.device, width, gelu, *types)
+
+
+def _why_not_tried(
+    device: torch.device,
+    width: int,
+    gelu: bool,
+    dtype: torch.dtype,
+    norm_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> str | None:
+    def attempt() -> bool:
+        numbers = normal_numbers(device)
+        norm = nn.LayerNorm(width, eps=1e-6, device=device, dtype=norm_dtype)
+        norm.weight.copy_(1 + 0.3 * numbers(width))
+        norm.bias.copy_(numbers(width))
+        values, residual = (numbers(2, 3, width) + 1).to(dtype), None
+        if residual_dtype is not None:
+            residual = numbers(1, 3, width).to(residual_dtype)
+        expected = values.float() if residual is None else values.float() + residual.float()
+        expected = add_layer_norm_reference(expected, copy.deepcopy(norm).float(), gelu=gelu)
+        found = launch(values, norm, residual, gelu)
+        return bool((found - expected).norm() < (1e-4 if dtype == torch.float32 else 0.01) * expected.norm())
+
+    return why_not_tried("layer norms", device, (width, gelu, dtype, norm_dtype, residual_dtype), attempt)
+
+
+def launch(values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    width = values.shape[-1]
+    num_rows = values.numel() // width
+    rows = max(1, _TILE // width)
+    with torch.cuda.device_of(values):  # where Triton launches
+        if num_rows:
+            _kernel[(triton.cdiv(num_rows, rows),)](
+                values, values if residual is None else residual, norm.weight, norm.bias,
+                num_rows, 1 if residual is None else residual.numel() // width, norm.eps,
+                WIDTH=width, ROWS=rows, ADD=residual is not None, GELU=gelu,
+            )  # fmt: skip
+    return values
+
+
+if triton is not None:
+
+    @triton.jit
+    def _kernel(
+        values, residual, weight, bias, num_rows, num_residual_rows, eps,
+        WIDTH: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr,
+    ):  # fmt: skip
+        rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        columns = tl.arange(0, WIDTH)[None, :]
+        inside = rows < num_rows
+        row = tl.load(values + rows * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            same = rows % num_residual_rows
+            row += tl.load(residual + same * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+        centred = row - tl.sum(row, axis=1, keep_dims=True) / WIDTH
+        variance = tl.sum(centred * centred, axis=1, keep_dims=True) / WIDTH
+        result = centred / tl.sqrt(variance + eps)
+        result = result * tl.load(weight + columns).to(tl.float32) + tl.load(bias + columns).to(tl.float32)
+        if GELU:
+            result = 0.5 * result * (1.0 + tl.erf(result * 0.7071067811865476))
+        tl.store(values + rows * WIDTH + columns, result.to(values.dtype.element_ty), mask=inside)

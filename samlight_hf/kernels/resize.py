@@ -1,0 +1,186 @@
+"""Pictures resized to the model's input, bit for bit as torch resizes them on a CPU, and normalised, in one kernel.
+
+On a CPU torch resizes uint8 with integer arithmetic, and on a GPU in floating point with another rounding: one grey level
+here and there, which is enough for a mask at a threshold to come or go. So the integer arithmetic is repeated here: columns
+first, then rows, each as a sum of a few neighbours with integer weights, rounded to uint8.
+
+What follows can only be one of 256 values for each channel. They come in a table, so that the Triton kernel writes the
+pixel values themselves, in the model's dtype and to the bit, however they are normalised. It resizes the columns of a
+source row again for each row of pixel values that needs it, which spares a second launch and a buffer between.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+
+from ..utils.turns import read_here
+from .support import tl, triton, why_not_tried
+
+
+_LINES, _COLUMNS = 8, 128  # of the kernel's blocks
+
+
+def resize_into(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+    """Resizes a picture to `size`, (height, width), and writes it at the top left of `pixel_values`, and zeros elsewhere.
+
+    pixel_values (C, H, W); picture uint8 (C, h, w) of any strides; levels (C, 256), in the dtype of the pixel values, is
+    what each of uint8's levels becomes. All on the same device. Raises ValueError for a size beyond that of the pixel values.
+    """
+    if size[0] > pixel_values.shape[1] or size[1] > pixel_values.shape[2]:
+        raise ValueError(
+            f"a picture resized to {size[1]}x{size[0]} pixels does not fit into {pixel_values.shape[2]}x{pixel_values.shape[1]}: "
+            "the image processor's size['longest_edge'] must be at most its pad_size."
+        )
+    if why_not_triton(pixel_values):
+        resize_into_reference(pixel_values, picture, size, levels)
+    else:
+        launch(pixel_values, picture, size, levels)
+
+
+def resize_into_reference(
+    pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor
+):
+    """The same, step by step."""
+    resized = resize_uint8(picture, size)
+    pixel_values.zero_()
+    pixel_values[:, : size[0], : size[1]] = levels.gather(1, resized.flatten(1).long()).view(resized.shape)
+
+
+def resize_uint8(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 (C, H, W) to (C, *size), bilinear with antialiasing: torch's own result on a CPU with AVX2, on any device."""
+    for dim, length in ((2, size[1]), (1, size[0])):
+        if picture.shape[dim] != length:
+            picture = _resize_axis(picture, dim, length)
+    return picture
+
+
+def _resize_axis(picture: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    table, shift = _device_weights(picture.shape[dim], length, picture.device)
+    shape = [1, 1, 1]
+    shape[dim] = length
+    total = 1 << (shift - 1)
+    for neighbour, weight in enumerate(table[1:]):
+        source = (table[0] + neighbour).clamp_(max=picture.shape[dim] - 1)
+        total = picture.index_select(dim, source).int().mul_(weight.view(shape)).add_(total)
+    return (total >> shift).clamp_(max=255).to(torch.uint8)
+
+
+@lru_cache(maxsize=256)
+def _device_weights(source_length: int, length: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """`_integer_weights`, with the table on the device: what is resized there again waits for no copy."""
+    table, shift = _integer_weights(source_length, length)
+    return table.to(device), shift
+
+
+@lru_cache(maxsize=64)
+def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, int]:
+    """An int32 table (1 + neighbours, length), for each result its first source and its neighbours' weights; and their shift.
+
+    The weights of a triangle over the pixels it covers, normalised, times the largest power of two at which the largest
+    of them stays below 2^15. Neighbours beyond the last pixel weigh nothing. An axis that keeps its length has one
+    neighbour, which is itself.
+    """
+    scale = source_length / length
+    support = max(scale, 1.0)
+    centre = scale * (torch.arange(length, dtype=torch.float64) + 0.5)
+    first = (centre - support + 0.5).long().clamp(min=0)
+    count = (centre + support + 0.5).long().clamp(max=source_length) - first
+    neighbour = torch.arange(math.ceil(support) * 2 + 1)[:, None]
+    weights = (1 - ((neighbour + first - centre + 0.5) / support).abs()).clamp(min=0)
+    weights = torch.where(neighbour < count, weights, 0.0)
+    weights = weights / weights.sum(dim=0)
+    largest = weights.max().item()
+    shift = 0
+    while shift < 22 and int(0.5 + largest * (1 << (shift + 1))) < 1 << 15:
+        shift += 1
+    used = weights.gt(0).any(dim=1).nonzero().max().item() + 1
+    return torch.cat([first[None], (weights[:used] * (1 << shift) + 0.5).long()]).int(), shift
+
+
+def why_not_triton(pixel_values: torch.Tensor) -> str | None:
+    """Why the kernel cannot write these pixel values: a sentence, or None where it can."""
+    if triton is None:
+        return "Triton is not installed."
+    if not pixel_values.is_cuda:
+        return f"the tensors are on {pixel_values.device}."
+    if not pixel_values.is_contiguous():
+        return "the pixel values are not contiguous."
+    return _why_not_tried(pixel_values.device, len(pixel_values), pixel_values.dtype)
+
+
+def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> str | None:
+    def attempt() -> bool:
+        picture = torch.arange(channels * 9 * 14, device=device).mul_(7).to(torch.uint8).view(channels, 9, 14)
+        levels = torch.linspace(-2, 2, channels * 256, device=device).view(channels, 256).to(dtype)
+        found, expected = torch.empty(2, channels, 16, 16, device=device, dtype=dtype)
+        for given in (picture, picture.movedim(0, 2).contiguous().movedim(2, 0)):
+            launch(found, given, (8, 13), levels)
+            resize_into_reference(expected, given, (8, 13), levels)
+            if not torch.equal(found, expected):
+                return False
+        return True
+
+    return why_not_tried("resizing pictures", device, (channels, dtype), attempt)
+
+
+def launch(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+    (channels, height, width), (_, padded_height, padded_width) = picture.shape, pixel_values.shape
+    table_y, shift_y = _device_weights(height, size[0], picture.device)
+    table_x, shift_x = _device_weights(width, size[1], picture.device)
+    for kept in (table_y, table_x, levels):  # for all streams, and not for ever
+        read_here(kept)
+    grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS)
+    with torch.cuda.device_of(picture):  # where Triton launches
+        _resize_kernel[grid](
+            picture, *picture.stride(), height, width,
+            table_y, len(table_y) - 1, shift_y, table_x, len(table_x) - 1, shift_x, *size,
+            levels, pixel_values, padded_height, padded_width, CHANNELS=channels, LINES=_LINES, COLUMNS=_COLUMNS,
+        )  # fmt: skip
+
+
+if triton is not None:
+    # What differs between pictures is not compiled into the kernel. Nor is the width of the pixel values: rows that are
+    # known to be aligned would be written 8 columns a thread, and then they are read so too, whose bytes lie far apart.
+    _STRIDES, _WEIGHTS = ["channel_stride", "row_stride", "column_stride"], ["num_neighbours_y", "num_neighbours_x"]
+    _SIZES = ["height", "width", "new_height", "new_width", "padded_height", "padded_width"]
+
+    @triton.jit(
+        do_not_specialize=[*_STRIDES, *_WEIGHTS, "shift_y", "shift_x", *_SIZES],
+        do_not_specialize_on_alignment=["picture"],
+    )
+    def _resize_kernel(
+        picture, channel_stride, row_stride, column_stride, height, width,
+        table_y, num_neighbours_y, shift_y, table_x, num_neighbours_x, shift_x, new_height, new_width,
+        levels, pixel_values, padded_height, padded_width,
+        CHANNELS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """A block of `pixel_values`, (CHANNELS, padded height, padded width): some lines, which are the channels of a row next to each other.
+
+        So a block finds the channels of a picture (height, width, channels) in the same lines of the cache.
+        """
+        first_line, first_column = tl.program_id(0) * LINES, tl.program_id(1) * COLUMNS
+        line = first_line + tl.arange(0, LINES)[:, None]
+        row, channel = line // CHANNELS, (line % CHANNELS).to(tl.int64)
+        column = first_column + tl.arange(0, COLUMNS)[None, :]
+        values = tl.zeros((LINES, COLUMNS), pixel_values.dtype.element_ty)
+        if (first_line // CHANNELS < new_height) & (first_column < new_width):
+            # Beyond the new size the last pixel is computed again, without masks in the loops, and nobody uses it.
+            y, x = tl.minimum(row, new_height - 1), tl.minimum(column, new_width - 1)
+            step = column_stride.to(tl.int64)
+            first_row, first_place, last_place = tl.load(table_y + y), tl.load(table_x + x) * step, (width - 1) * step
+            total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift_y - 1))
+            for neighbour_y in range(num_neighbours_y):
+                source_row = tl.minimum(first_row + neighbour_y, height - 1).to(tl.int64)
+                source = picture + channel * channel_stride + source_row * row_stride
+                line_total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift_x - 1))
+                for neighbour_x in range(num_neighbours_x):
+                    place = tl.minimum(first_place + neighbour_x * step, last_place)
+                    weight_x = tl.load(table_x + (neighbour_x + 1) * new_width + x)
+                    line_total += tl.load(source + place).to(tl.int32) * weight_x
+                weight_y = tl.load(table_y + (neighbour_y + 1) * new_height + y)
+                total += tl.minimum(line_total >> shift_x, 255) * weight_y
+            resized = tl.load(levels + channel * 256 + tl.minimum(total >> shift_y, 255))
+            values = tl.where((row < new_height) & (column < new_width), resized, values)
+        output = pixel_values + (channel * padded_height + row) * padded_width + column
+        tl.store(output, values, mask=(row < padded_height) & (column < padded_width))

@@ -1,0 +1,284 @@
+"""A prompt's tokens on their way through SAM's mask decoder, in seven Triton kernels a layer, with the image's three.
+
+With few prompts a decoder is a hundred operations on seven tokens, each of which takes longer to start than to compute.
+Here each kernel does what lies between two points at which all of a prompt's tokens must be known: a head of the self-attention
+with its projections, or a linear layer with the norm before it and the residual after it. They are spread over
+heads or columns, so that many multiprocessors read the weights at once. On Hopper each starts while the kernel before it is running
+(programmatic dependent launch), and those that read a weight at once do so meanwhile. The image's side is in `image_attention`.
+
+Between kernels tokens are float32, before their layer norm: whoever reads them applies it. Products are summed in float32.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import SamConfig
+from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
+
+from . import image_attention
+from .prompt_embedding import PromptEmbedding
+from .support import normal_numbers, overlap_options, triton, why_not_decoder, why_not_tried
+
+
+if triton is not None:
+    from .tokens_triton import (
+        add_kernel,
+        add_seen_kernel,
+        attend_kernel,
+        embed_kernel,
+        hidden_kernel,
+        mlp_kernel,
+        to_image_kernel,
+    )
+
+
+MOST_PROMPTS = 64  # with more, torch's operations have enough to do
+
+_ROWS = 16  # of a block, which holds all of a prompt's tokens
+_FEATURES = 32  # of a linear layer, that a program computes
+_FEW_FEATURES = 16  # the same where it has many inputs
+_INPUTS = 256  # that are read at once
+
+
+def fits(decoder: SamMaskDecoder, prompts: Sequence[torch.Tensor]) -> bool:
+    """Whether these are few enough, and have few enough tokens."""
+    num_tokens = 1 + decoder.num_mask_tokens + _num_tokens(prompts)
+    few_tokens = num_tokens <= _ROWS and image_attention.fits(decoder.config.num_attention_heads, num_tokens)
+    return len(prompts[0]) <= MOST_PROMPTS and few_tokens
+
+
+def why_not_triton(decoder: SamMaskDecoder, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run this mask decoder with such weights: a sentence, or None where they can."""
+    config = decoder.config
+    channels, heads = config.hidden_size, config.num_attention_heads
+    if reason := why_not_decoder(device, dtype, channels):
+        return reason
+    for head_dim in (channels // heads, channels // config.attention_downsample_rate // heads):
+        if head_dim not in (16, 32, 64):
+            return f"an attention's heads have {head_dim} channels, and not 16, 32 or 64."
+    if config.hidden_act != "relu":
+        return f"hidden_act={config.hidden_act!r} is not 'relu'."
+    if config.mlp_dim % _INPUTS:
+        return f"mlp_dim={config.mlp_dim} is no multiple of {_INPUTS}."
+    if (config.iou_head_depth, config.iou_head_hidden_dim) != (3, channels):
+        return (
+            f"the IoU head has {config.iou_head_depth} layers of {config.iou_head_hidden_dim}, and not 3 of {channels}."
+        )
+    if decoder.num_mask_tokens >= _ROWS or not config.num_hidden_layers:
+        return f"the decoder has {decoder.num_mask_tokens} masks and {config.num_hidden_layers} layers."
+    if not all(parameter.is_contiguous() for parameter in decoder.transformer.parameters()):
+        return "the weights are not contiguous."
+    shape = "hidden_size", "num_attention_heads", "attention_downsample_rate", "mlp_dim", "num_multimask_outputs"
+    names = (*shape, "num_hidden_layers", "iou_head_hidden_dim")
+    return _why_not_tried(device, dtype, tuple((name, getattr(config, name)) for name in names))
+
+
+def _why_not_tried(device: torch.device, dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> str | None:
+    def attempt() -> bool:
+        channels, masks = dict(shape)["hidden_size"], slice(1, None)
+        config = SamConfig(
+            vision_config={"num_pos_feats": channels // 2},
+            prompt_encoder_config={"hidden_size": channels, "image_size": 256, "image_embedding_size": 16},
+            mask_decoder_config=dict(shape),
+        )
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(0)
+            decoder, encoder = SamMaskDecoder(config.mask_decoder_config).to(dtype), SamPromptEncoder(config).to(dtype)
+        numbers = normal_numbers(device)
+        image, positions = numbers(1, 256, channels).to(dtype), numbers(256, channels).to(dtype)
+        points = 100 + 50 * numbers(2, 1, 2), torch.ones(2, 1, dtype=torch.int32, device=device)
+        boxes = 100 + 50 * torch.stack([-numbers(2, 2).abs(), numbers(2, 2).abs()], dim=1).flatten(1)
+        kinds = points, (boxes,), (*points, boxes)
+        kernels = TokenKernels(decoder, PromptEmbedding(encoder), positions)
+        found = [kernels(image, prompts, masks) for prompts in kinds]
+        decoder, encoder = decoder.float(), encoder.float()
+        expected = [reference(decoder, encoder, positions, image, prompts, masks) for prompts in kinds]
+        pairs = zip(sum(found, ()), sum(expected, ()))
+        return all(bool((a - b).norm() < 0.02 * b.norm()) for a, b in pairs)
+
+    return why_not_tried("a prompt's tokens", device, (dtype, shape), attempt)
+
+
+def reference(decoder, encoder, positions, image, prompts, masks: slice):
+    """What `TokenKernels` gives, by the decoder's own modules."""
+    batched = (None if prompt is None else prompt[None] for prompt in _by_name(prompts))
+    given, _ = encoder(*batched, None)  # (1, P, t, C)
+    outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(1, len(prompts[0]), -1, -1)
+    side = int(len(positions) ** 0.5)
+    maps = [part.to(outputs.dtype).mT.unflatten(-1, (side, -1)) for part in (image, positions[None])]
+    tokens, image_tokens = decoder.transformer(torch.cat([outputs, given], dim=2), *maps, None)[:2]
+    mlps = enumerate(decoder.output_hypernetworks_mlps, start=1)
+    hyper = torch.stack([mlp(tokens[0, :, place]) for place, mlp in mlps], dim=1)
+    return decoder.iou_prediction_head(tokens[0, :, 0])[:, masks], hyper[:, masks], image_tokens.flatten(0, 1)
+
+
+class TokenKernels:
+    """A mask decoder but for its end: from prompts and image tokens to scores, and to what masks are made with.
+
+    Weights are read when they are used, but those of the heads and of the prompts' embedding, which are copied here. Most kernels
+    read them before the one ahead has ended; the first of a call does not, and so waits for whoever wrote them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: SamMaskDecoder, embed: PromptEmbedding, positions: torch.Tensor):
+        self.transformer, self.heads = decoder.transformer, decoder.config.num_attention_heads
+        self.positions, self.dtype, self.channels = positions, positions.dtype, positions.shape[1]
+        self.mlps = stack_layers([decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps])
+        self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
+        self.scale, self.shift = embed.scale, float(embed.shift)
+        self.waves = torch.cat([embed.weight, embed.phase[None]])
+        corners = torch.cat([torch.ones_like(embed.corners), embed.corners], dim=1)
+        self.kinds = torch.cat([embed.by_label, corners])  # by labels, the last of which is no point, and corners
+
+    def __call__(
+        self, image: torch.Tensor, prompts: tuple[torch.Tensor, ...], masks: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predicted IoU (P, M) and hypernetworks (P, M, C / 8), float32, of the `masks`, and image tokens (P, N, C).
+
+        `image` and `prompts` are those of `FastMaskDecoder._transform`.
+        """
+        tokens = embedded = self.embed(prompts)
+        norm = None
+        for layer in self.transformer.layers:
+            attended = self._attend(layer.self_attn, tokens, norm, None if norm is None else embedded)
+            tokens = self._add(layer.self_attn.out_proj, attended, None if norm is None else tokens, norm)
+            tokens = self._see(layer.cross_attn_token_to_image, tokens, layer.layer_norm1, embedded, image)
+            hidden = self._hidden(layer.mlp.lin1, tokens, layer.layer_norm2)
+            tokens, norm = self._add(layer.mlp.lin2, hidden, tokens, layer.layer_norm2), layer.layer_norm3
+            image = self._update(layer, tokens, norm, embedded, image)
+        tokens = self._see(self.transformer.final_attn_token_to_image, tokens, norm, embedded, image)
+        return *self._run_heads(tokens, self.transformer.layer_norm_final_attn, masks), image
+
+    def embed(self, prompts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The tokens that come in, float32 (P, T, C): those of the outputs, and what `PromptEmbedding` makes."""
+        points, labels, boxes = _by_name(tuple(prompt.contiguous() for prompt in prompts))
+        num_points = 0 if points is None else points.shape[1]
+        num_outputs, num_prompts = len(self.output_tokens), len(prompts[0])
+        embedded = self._new(num_prompts, num_outputs + _num_tokens(prompts), self.channels)
+        self._launch(
+            embed_kernel, embedded.shape[1], embedded, self.output_tokens, self.waves, self.kinds,
+            points, labels, boxes, num_outputs, num_points, embedded.shape[1], self.scale, self.shift,
+            CHANNELS=self.channels, POINTS=points is not None, BOXES=boxes is not None,
+        )  # fmt: skip
+        return embedded
+
+    def _attend(self, attention: SamAttention, tokens, norm, embedded) -> torch.Tensor:
+        """The self-attention's heads, (P, T, C); `embedded` is added to queries and keys."""
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        attended = torch.empty_like(tokens, dtype=self.dtype)
+        self._launch(
+            attend_kernel, self.heads, tokens, *_norm(norm), embedded,
+            query.weight, query.bias, key.weight, key.bias, value.weight, value.bias, attended,
+            tokens.shape[1], attention.scaling,
+            CHANNELS=self.channels, HEAD=self.channels // self.heads, ROWS=_ROWS, NORM=norm is not None,
+        )  # fmt: skip
+        return attended
+
+    def _add(self, linear: nn.Linear, values: torch.Tensor, tokens, norm) -> torch.Tensor:
+        """LayerNorm(tokens), or nothing, plus linear(values): float32 (P, T, C)."""
+        output = self._new(*values.shape[:2], self.channels)
+        features = _FEATURES if linear.in_features <= _INPUTS else _FEW_FEATURES
+        self._launch(
+            add_kernel, self.channels // features, values, linear.weight, linear.bias, tokens, *_norm(norm), output,
+            values.shape[1], IN=linear.in_features, BLOCK=min(linear.in_features, _INPUTS), CHANNELS=self.channels,
+            FEATURES=features, ROWS=_ROWS, RESIDUAL=tokens is not None, NORM=norm is not None,
+        )  # fmt: skip
+        return output
+
+    def _hidden(self, linear: nn.Linear, tokens: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """relu(linear(LayerNorm(tokens))), (P, T, features)."""
+        hidden = tokens.new_empty(*tokens.shape[:2], linear.out_features, dtype=self.dtype)
+        self._launch(
+            hidden_kernel, linear.out_features // _FEATURES, tokens, *_norm(norm), linear.weight, linear.bias, hidden,
+            tokens.shape[1], OUT=linear.out_features, CHANNELS=self.channels, FEATURES=_FEATURES, ROWS=_ROWS,
+        )  # fmt: skip
+        return hidden
+
+    def _see(self, attention: SamAttention, tokens, norm, embedded, image) -> torch.Tensor:
+        """LayerNorm(tokens) plus what they see of the image tokens (1, N, C) or (P, N, C): float32 (P, T, C)."""
+        queries, _, _ = self._to_image(attention.q_proj, attention.k_proj, attention, tokens, norm, embedded)
+        seen = image_attention.seen(queries, image, self.positions)  # (P, H * T, C)
+        output, value, out = torch.empty_like(tokens), attention.v_proj, attention.out_proj
+        self._launch(
+            add_seen_kernel, self.channels // _FEATURES, seen, value.weight, value.bias, out.weight, out.bias,
+            tokens, *_norm(norm), output, tokens.shape[1],
+            CHANNELS=self.channels, HEADS=self.heads, HEAD=value.out_features // self.heads, FEATURES=_FEATURES, ROWS=_ROWS,
+        )  # fmt: skip
+        return output
+
+    def _update(self, layer: nn.Module, tokens, norm, embedded, image) -> torch.Tensor:
+        """The image tokens (P, N, C) after their attention to the tokens, and its layer norm."""
+        attention = layer.cross_attn_image_to_token
+        sides = self._to_image(attention.k_proj, attention.q_proj, attention, tokens, norm, embedded, with_values=True)
+        keys, biases, values = sides
+        return image_attention.update(image, self.positions, keys, biases, values, layer.layer_norm4, self.heads)
+
+    def _to_image(self, own: nn.Linear, other: nn.Linear, attention, tokens, norm, embedded, with_values=False):
+        """Each head of the tokens by their `own` projection times the `other` one's weight, as channels of the image:
+        (P, H * T, C); and with values, what `other`'s bias adds to each score, (P, H * T), and the values with the output's projection."""
+        num_prompts, num_tokens, channels = tokens.shape
+        shape = num_prompts, self.heads * num_tokens
+        sides = tokens.new_empty(*shape, channels, dtype=self.dtype)
+        biases = tokens.new_empty(shape, dtype=self.dtype) if with_values else None
+        values = torch.empty_like(sides) if with_values else None
+        value, out = attention.v_proj, attention.out_proj
+        self._launch(
+            to_image_kernel, self.heads, tokens, *_norm(norm), embedded, own.weight, own.bias, other.weight, other.bias,
+            value.weight, value.bias, out.weight, out.bias, sides, biases, values, num_tokens, attention.scaling,
+            CHANNELS=channels, HEADS=self.heads, HEAD=own.out_features // self.heads, ROWS=_ROWS, VALUES=with_values,
+        )  # fmt: skip
+        return sides, biases, values
+
+    def _run_heads(self, tokens, norm: nn.LayerNorm, masks: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The IoU head on its token and the hypernetworks of the `masks` on theirs, side by side, in float32."""
+        first, stop, _ = masks.indices(len(self.output_tokens) - 1)
+        values = tokens
+        for depth, (weight, bias) in enumerate(self.mlps):
+            width = weight.shape[2]
+            features = min(_FEATURES, width)
+            output = self._new(len(tokens), 1 + stop - first, width)
+            self._launch(
+                mlp_kernel, output.shape[1] * width // features, values, *_norm(norm), weight, bias, output,
+                tokens.shape[1], first, output.shape[1], IN=self.channels, OUT=width, FEATURES=features,
+                FIRST=depth == 0, LAST=depth == len(self.mlps) - 1,
+            )  # fmt: skip
+            values = output
+        return values[:, 0, first:stop], values[:, 1:]
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.positions.device)
+
+    def _launch(self, kernel: Callable, num_parts: int, *arguments, **options):
+        """`num_parts` programs for each prompt, of which the first argument has one for each row."""
+        with torch.cuda.device_of(self.positions):  # where Triton launches
+            kernel[(num_parts, len(arguments[0]))](*arguments, **overlap_options(self.positions), **options)
+
+
+def _by_name(prompts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Points, labels and boxes, of which there are the first two, the last or all."""
+    return (*prompts, None)[:3] if len(prompts) > 1 else (None, None, prompts[0])
+
+
+def _num_tokens(prompts: Sequence[torch.Tensor]) -> int:
+    """Points and a place for none, or corners of boxes, or both points and corners."""
+    points = prompts[0].shape[1] if len(prompts) > 1 else 0
+    return points + (1 if len(prompts) == 2 else 2)
+
+
+def _norm(norm: nn.LayerNorm | None) -> tuple:
+    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+
+
+def stack_layers(mlps: Sequence[SamFeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each layer the weights (M, in, out) and biases (M, 1, out) of M MLPs; zeros where one has fewer features than another."""
+    stacked = []
+    for same in zip(*([mlp.proj_in, *mlp.layers, mlp.proj_out] for mlp in mlps)):
+        width = max(linear.out_features for linear in same)
+        parts = [
+            (F.pad(part, (0, width - part.shape[-1])) for part in (linear.weight.T, linear.bias[None]))
+            for linear in same
+        ]
+        stacked.append(tuple(torch.stack(tensors) for tensors in zip(*parts)))
+    return stacked

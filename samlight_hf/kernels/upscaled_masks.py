@@ -1,0 +1,373 @@
+"""Masks at the picture's size straight from the decoder's logits; and areas, boxes and outlines, without masks being made.
+
+A decoder's logits are 256 x 256 numbers a mask, and at the picture's size a million. What the filters of everything mode ask
+of them, and where a mask's outline runs, are a few numbers again. The Triton kernels compute each pixel from its neighbours among the
+logits, as the two bilinear resizes of the image processor do one after the other, and keep nothing of it but counts,
+extremes, and in the end one bit a pixel, of which the positions are made at which a mask changes. Where masks themselves
+are asked for, they are all that is written: the logits never are at the picture's size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..images.preprocessing import upscale_logits
+from ..masks.rle import mask_changes
+from .support import normal_numbers, tl, triton, why_not_tried
+
+
+_ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of the blocks of the kernels
+_NUM_MEASURES = 6
+_OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are looked for at once
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where logits lie in a picture; all sizes are (height, width).
+
+    Attributes:
+        padded: of the model's input, which the logits cover.
+        resized: of the crop in it, at the top and at the left.
+        crop: of the crop, in pixels of the picture.
+        corner: (top, left) of the crop in the picture.
+        picture: of the picture.
+    """
+
+    padded: tuple[int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+    corner: tuple[int, int]
+    picture: tuple[int, int]
+
+
+def why_not_triton(logits: torch.Tensor, frame: Frame | None = None) -> str | None:
+    """Why the kernels cannot run on these, or on such ones with frames of any kind: a sentence, or None where they can."""
+    if triton is None:
+        return "Triton is not installed."
+    if not logits.is_cuda:
+        return f"the tensors are on {logits.device}."
+    kinds = (False, True) if frame is None else (frame.resized != frame.crop,)
+    return next(filter(None, (_why_not_tried(logits.device, logits.dtype, twice) for twice in kinds)), None)
+
+
+def _why_not_tried(device: torch.device, dtype: torch.dtype, twice: bool) -> str | None:
+    def attempt() -> bool:
+        logits = (9 * normal_numbers(device)(2, 8, 8)).to(dtype)
+        crop = (40, 30) if twice else (32, 24)
+        frame = Frame((32, 32), (32, 24), crop, (2, 3), (50, 40))
+        found, expected = (
+            function(logits, frame, (0.0, 1.0, -1.0)) for function in (launch_measure, measure_reference)
+        )
+        positions, counts = launch_changes(logits, frame, 0.0)
+        _, expected_counts = changes_reference(logits, frame, 0.0)
+        different = launch_masks(logits, frame, 0.0) != masks_reference(logits, frame, 0.0)
+        # A pixel at the threshold may fall on either side.
+        differences = (found - expected).abs().max(), (counts - expected_counts).abs().max(), different.sum()
+        return max(differences).item() <= 2 and len(positions) == counts.sum()
+
+    return why_not_tried("masks at the picture's size", device, (dtype, twice), attempt)
+
+
+def measure(
+    logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float], step: int, use_triton: bool
+) -> torch.Tensor:
+    """Areas and boxes of masks, logits (n, h, w), at the size of their crop: int32 (n, 6).
+
+    `thresholds` are those of the mask, and a higher and a lower one. Columns 0 and 1 are the areas above the higher and above
+    the lower threshold; 2 to 5 the first and last column and row of the mask, x1, y1, x2, y2, in the crop, zeros for an
+    empty one. At most `step` masks are at the crop's size at once where there is no kernel.
+    """
+    if use_triton and why_not_triton(logits, frame) is None:
+        return launch_measure(logits, frame, thresholds)
+    parts = [measure_reference(part, frame, thresholds) for part in logits.split(step)] if len(logits) else []
+    return torch.cat(parts) if parts else logits.new_zeros(0, _NUM_MEASURES, dtype=torch.int32)
+
+
+def changes(
+    logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mask_changes` of the masks of logits (n, h, w), at the picture's size; nothing is inside beyond their crop.
+
+    At most `step` masks are at the picture's size at once where there is no kernel.
+    """
+    use_triton = use_triton and why_not_triton(logits, frame) is None
+    launch = launch_changes if use_triton else changes_reference
+    if use_triton:  # bits, and the logits in another order and above the threshold
+        bytes_of_mask = frame.picture[0] * frame.picture[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
+        step = max(1, _OUTLINE_BYTES // bytes_of_mask)
+    parts = [launch(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.int32, device=logits.device)
+        return empty, empty
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def masks(logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool) -> torch.Tensor:
+    """Masks of logits (n, h, w), at the size of their crop: bool (n, H, W).
+
+    At most `step` masks' logits are at that size at once where there is no kernel.
+    """
+    if use_triton and why_not_triton(logits, frame) is None:
+        return launch_masks(logits, frame, threshold)
+    parts = [masks_reference(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
+    if len(parts) == 1:  # without a copy
+        return parts[0]
+    return torch.cat(parts) if parts else torch.zeros(0, *frame.crop, dtype=torch.bool, device=logits.device)
+
+
+def masks_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.Tensor:
+    return upscale_logits(logits, frame.padded, frame.resized, frame.crop) > threshold
+
+
+def measure_reference(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
+    logits = upscale_logits(logits, frame.padded, frame.resized, frame.crop)
+    middle, high, low = thresholds
+    areas = [(logits > threshold).flatten(1).sum(dim=1, dtype=torch.int32) for threshold in (high, low)]
+    return torch.cat([torch.stack(areas, dim=1), mask_boxes(logits > middle).int()], dim=1)
+
+
+def changes_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    masks = masks_reference(logits, frame, threshold)
+    (top, left), (height, width) = frame.corner, frame.picture
+    if frame.crop != frame.picture:
+        right, bottom = width - left - frame.crop[1], height - top - frame.crop[0]
+        masks = torch.nn.functional.pad(masks, (left, right, top, bottom))
+    return mask_changes(masks)
+
+
+def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """bool (n, H, W) to int64 (n, 4): first and last column and row, as x1, y1, x2, y2; zeros for an empty mask."""
+    if not masks.numel():
+        return torch.zeros(len(masks), 4, dtype=torch.int64, device=masks.device)
+    edges = []
+    for inside in (masks.any(dim=1), masks.any(dim=2)):  # columns, rows
+        inside = inside.byte()  # argmax takes the first of equal values
+        edges.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
+    (x1, x2), (y1, y2) = edges
+    return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
+
+
+def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.Tensor:
+    logits, (height, width) = logits.contiguous(), frame.crop
+    masks = torch.empty(len(logits), height, width, dtype=torch.bool, device=logits.device)
+    if len(logits):
+        with torch.cuda.device_of(logits):
+            _masks_kernel[(len(logits), -(-width // _COLUMNS), -(-height // _ROWS))](
+                logits, masks, *_geometry(logits, frame), float(threshold),
+                ROWS=_ROWS, COLUMNS=_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
+            )  # fmt: skip
+    return masks
+
+
+def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
+    logits, strips = logits.contiguous(), triton.cdiv(frame.crop[0], _ROWS)
+    # Of each strip of rows by itself: sums and extremes of these need no order, and no atomic operation.
+    partial = torch.empty(_NUM_MEASURES, len(logits), strips, dtype=torch.int32, device=logits.device)
+    if not len(logits):
+        return partial.new_zeros(0, _NUM_MEASURES)
+    with torch.cuda.device_of(logits):  # where Triton launches
+        _measure_kernel[(len(logits) * strips,)](
+            logits, partial, strips, *_geometry(logits, frame), *map(float, thresholds),
+            ROWS=_ROWS, COLUMNS=_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
+        )  # fmt: skip
+    areas, first, last = partial[:2].sum(dim=2), partial[2:4].amin(dim=2), partial[4:].amax(dim=2)
+    empty = last[0] < 0
+    return torch.cat([areas.int(), torch.cat([first, last]).masked_fill(empty, 0)]).T.contiguous()
+
+
+def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    num_positions = frame.picture[0] * frame.picture[1]
+    blocks = triton.cdiv(num_positions, _POSITIONS)
+    counts = torch.empty(len(logits), blocks, dtype=torch.int32, device=logits.device)
+    if not len(logits):
+        return counts.view(-1), counts.view(-1)
+    bits = torch.zeros(len(logits), blocks * _POSITIONS // 32, dtype=torch.int32, device=logits.device)
+    # No pixel is inside unless one of the logits around it is.
+    spans = mask_boxes(logits.float() > threshold)[:, 0::2].int().contiguous()  # the first and the last such column
+    columns = logits.transpose(1, 2).contiguous()  # in the order of the positions
+    with torch.cuda.device_of(logits):
+        _bits_kernel[(len(logits) * blocks,)](
+            columns, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.picture[0], float(threshold),
+            POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
+        )  # fmt: skip
+
+    def run(positions: torch.Tensor, starts: torch.Tensor, write: bool):
+        with torch.cuda.device_of(logits):
+            _changes_kernel[(len(logits) * blocks,)](
+                bits, counts, starts, positions, blocks, num_positions, POSITIONS=_POSITIONS, WRITE=write, num_warps=4
+            )
+
+    run(counts, counts, write=False)  # counted first, to know where each block's changes go
+    ends = counts.view(-1).cumsum(0)
+    positions = torch.empty(int(ends[-1]), dtype=torch.int32, device=logits.device)
+    run(positions, ends - counts.view(-1), write=True)
+    return positions, counts.sum(dim=1, dtype=torch.int32)
+
+
+def _geometry(logits: torch.Tensor, frame: Frame) -> tuple:
+    """Height, width and step along both axes, of the first resize and of the second."""
+    low, padded, resized, crop = tuple(logits.shape[-2:]), frame.padded, frame.resized, frame.crop
+    return (
+        *low, low[0] / padded[0], low[1] / padded[1],
+        *resized, resized[0] / crop[0], resized[1] / crop[1], *crop,
+    )  # fmt: skip
+
+
+if triton is not None:
+    # All programs are on the first axis of their grid: the others have at most 65,535. Sizes change from picture to picture, and must
+    # not make Triton compile a kernel for each.
+    _SIZES = ["low_height", "low_width", "height", "width", "crop_height", "crop_width"]
+    _PLACES = ["top", "left", "picture_height"]
+
+    @triton.jit
+    def _neighbours(position, scale, length):
+        """What a bilinear resize takes: two places of an axis of `length`, and the weight of the second."""
+        source = tl.maximum(scale * (position.to(tl.float32) + 0.5) - 0.5, 0.0)
+        first = tl.minimum(source.to(tl.int32), length - 1)
+        return first, tl.minimum(first + 1, length - 1), source - first.to(tl.float32)
+
+    @triton.jit
+    def _resize_once(
+        logits, y, x, low_height, low_width, scale_y, scale_x, BY_COLUMN: tl.constexpr
+    ):  # fmt: skip
+        y1, y2, weight_y = _neighbours(y, scale_y, low_height)
+        x1, x2, weight_x = _neighbours(x, scale_x, low_width)
+        if BY_COLUMN:
+            x1, x2 = x1 * low_height, x2 * low_height
+        else:
+            y1, y2 = y1 * low_width, y2 * low_width
+        upper_left = tl.load(logits + y1 + x1).to(tl.float32)
+        upper_right = tl.load(logits + y1 + x2).to(tl.float32)
+        lower_left = tl.load(logits + y2 + x1).to(tl.float32)
+        lower_right = tl.load(logits + y2 + x2).to(tl.float32)
+        upper = (1.0 - weight_x) * upper_left + weight_x * upper_right
+        lower = (1.0 - weight_x) * lower_left + weight_x * lower_right
+        return (1.0 - weight_y) * upper + weight_y * lower
+
+    @triton.jit
+    def _pixel(
+        logits, y, x, low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x,
+        TWICE: tl.constexpr, BY_COLUMN: tl.constexpr,
+    ):  # fmt: skip
+        """Logits at the places y, x of the crop; in memory they lie row by row, or column by column."""
+        if TWICE:
+            y1, y2, weight_y = _neighbours(y, scale_y, height)
+            x1, x2, weight_x = _neighbours(x, scale_x, width)
+            upper_left = _resize_once(logits, y1, x1, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+            upper_right = _resize_once(logits, y1, x2, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+            lower_left = _resize_once(logits, y2, x1, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+            lower_right = _resize_once(logits, y2, x2, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+            upper = (1.0 - weight_x) * upper_left + weight_x * upper_right
+            lower = (1.0 - weight_x) * lower_left + weight_x * lower_right
+            value = (1.0 - weight_y) * upper + weight_y * lower
+        else:
+            value = _resize_once(logits, y, x, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
+        return value
+
+    @triton.jit(do_not_specialize=_SIZES)
+    def _masks_kernel(
+        logits, masks,
+        low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
+        threshold,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
+    ):  # fmt: skip
+        """A block of one mask's pixels."""
+        mask = tl.program_id(0).to(tl.int64)
+        logits += mask * low_height * low_width
+        y = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
+        x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        value = _pixel(
+            logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),
+            low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=False,
+        )  # fmt: skip
+        place = masks + (mask * crop_height + y) * crop_width + x
+        tl.store(place, value > threshold, mask=(y < crop_height) & (x < crop_width))
+
+    @triton.jit(do_not_specialize=["strips", *_SIZES])
+    def _measure_kernel(
+        logits, partial, strips,
+        low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
+        middle, high, low,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
+    ):  # fmt: skip
+        """A strip of rows of one mask."""
+        mask = (tl.program_id(0) // strips).to(tl.int64)
+        logits += mask * low_height * low_width
+        y = tl.program_id(0) % strips * ROWS + tl.arange(0, ROWS)[:, None]
+        area_high = tl.zeros((ROWS, COLUMNS), tl.int32)
+        area_low = tl.zeros((ROWS, COLUMNS), tl.int32)
+        first_x = tl.full((ROWS, COLUMNS), 2147483647, tl.int32)
+        last_x = tl.full((ROWS, COLUMNS), -1, tl.int32)
+        for start in range(0, crop_width, COLUMNS):
+            x = start + tl.arange(0, COLUMNS)[None, :]
+            value = _pixel(
+                logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),
+                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=False,
+            )  # fmt: skip
+            real = (y < crop_height) & (x < crop_width)
+            area_high += (real & (value > high)).to(tl.int32)
+            area_low += (real & (value > low)).to(tl.int32)
+            inside = real & (value > middle)
+            first_x = tl.minimum(first_x, tl.where(inside, x, 2147483647))
+            last_x = tl.maximum(last_x, tl.where(inside, x, -1))
+        rows = tl.broadcast_to(y, (ROWS, COLUMNS))
+        first_y = tl.where(last_x >= 0, rows, 2147483647)
+        last_y = tl.where(last_x >= 0, rows, -1)
+        place, num_partial = partial + tl.program_id(0), tl.num_programs(0).to(tl.int64)
+        tl.store(place, tl.sum(tl.sum(area_high, axis=1), axis=0))
+        tl.store(place + num_partial, tl.sum(tl.sum(area_low, axis=1), axis=0))
+        tl.store(place + 2 * num_partial, tl.min(tl.min(first_x, axis=1), axis=0))
+        tl.store(place + 3 * num_partial, tl.min(tl.min(first_y, axis=1), axis=0))
+        tl.store(place + 4 * num_partial, tl.max(tl.max(last_x, axis=1), axis=0))
+        tl.store(place + 5 * num_partial, tl.max(tl.max(last_y, axis=1), axis=0))
+
+    @triton.jit(do_not_specialize=["blocks", *_SIZES, *_PLACES])
+    def _bits_kernel(
+        logits, spans, bits, blocks,
+        low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
+        top, left, picture_height, threshold,
+        POSITIONS: tl.constexpr, TWICE: tl.constexpr,
+    ):  # fmt: skip
+        """A block of one mask's column-major positions, 32 in a word; words without a pixel inside are left as they are."""
+        mask = tl.program_id(0) // blocks
+        start = tl.program_id(0) % blocks * POSITIONS
+        # May one be inside? The second resize reaches less than a pixel of the first further, and that less than a logit.
+        scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
+        first = scale * ((start // picture_height - left).to(tl.float32) + 0.5) - 0.5 - reach
+        last = scale * (((start + POSITIONS - 1) // picture_height - left).to(tl.float32) + 0.5) - 0.5 + reach
+        if (last > tl.load(spans + 2 * mask)) & (first < tl.load(spans + 2 * mask + 1)):
+            logits += mask.to(tl.int64) * low_height * low_width
+            position = start + tl.arange(0, POSITIONS)
+            y, x = position % picture_height - top, position // picture_height - left
+            real = (y >= 0) & (x >= 0) & (y < crop_height) & (x < crop_width)
+            value = _pixel(
+                logits, tl.minimum(tl.maximum(y, 0), crop_height - 1), tl.minimum(tl.maximum(x, 0), crop_width - 1),
+                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=True,
+            )  # fmt: skip
+            inside = (real & (value > threshold)).to(tl.int32)
+            words = tl.sum(tl.reshape(inside, (POSITIONS // 32, 32)) << tl.arange(0, 32)[None, :], axis=1)
+            place = tl.program_id(0).to(tl.int64) * (POSITIONS // 32)
+            tl.store(bits + place + tl.arange(0, POSITIONS // 32), words)
+
+    @triton.jit(do_not_specialize=["blocks", "num_positions"])
+    def _changes_kernel(
+        bits, counts, starts, positions, blocks, num_positions, POSITIONS: tl.constexpr, WRITE: tl.constexpr
+    ):
+        """A block of one mask's positions: how many pixels differ from the one before, or which ones."""
+        block, first_of_mask = tl.program_id(0), tl.program_id(0) // blocks * blocks
+        wanted = True
+        if WRITE:
+            wanted = tl.load(counts + block) > 0
+        if wanted:
+            position = (block - first_of_mask) * POSITIONS + tl.arange(0, POSITIONS)
+            real = position < num_positions
+            own = bits + first_of_mask.to(tl.int64) * (POSITIONS // 32)
+            inside = (tl.load(own + position // 32) >> (position % 32)) & 1
+            before = tl.maximum(position - 1, 0)
+            was_inside = (tl.load(own + before // 32) >> (before % 32)) & (position > 0).to(tl.int32)
+            changed = (real & (inside != was_inside)).to(tl.int32)
+            if WRITE:
+                place = tl.load(starts + block) + tl.cumsum(changed, axis=0) - changed
+                tl.store(positions + place, position, mask=changed > 0)
+            else:
+                tl.store(counts + block, tl.sum(changed, axis=0))

@@ -1,0 +1,155 @@
+"""Masks drawn over pictures, and many such pictures on one sheet. Needs Pillow and numpy alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from ..inference.mask_generation import GeneratedMasks, MaskResult
+
+
+# Neighbours in this list are far apart in hue, since masks are coloured in the order of their size.
+COLOURS = (
+    (46, 204, 143), (190, 110, 255), (255, 200, 40), (64, 156, 255), (255, 99, 71), (30, 200, 220), (255, 95, 170),
+    (150, 210, 60), (110, 120, 255), (255, 140, 40), (0, 170, 150), (235, 90, 220), (215, 225, 70), (120, 190, 255),
+    (225, 70, 90), (255, 160, 140),
+)  # fmt: skip
+
+_FILL_OPACITY = 0.45
+_PAPER, _INK, _FAINT_INK = (250, 249, 246), (34, 34, 40), (120, 120, 128)
+_MARGIN, _GAP, _CAPTION_HEIGHT = 36, 24, 52
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a contact sheet, with the two lines below it."""
+
+    image: Image.Image
+    title: str
+    subtitle: str
+
+
+def draw_overlay(
+    picture: Image.Image,
+    result: MaskResult | GeneratedMasks,
+    boxes_xyxy: Sequence[Sequence[float]] = (),
+    points_xy: Sequence[Sequence[float]] = (),
+    max_size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """The picture with every mask as a translucent colour inside a crisp contour, and the prompts as rectangles and dots.
+
+    Prompts are in pixels of the picture. Small masks lie on large ones. The result, RGB, is as large as the picture, or
+    fills `max_size` (width, height), where contours are drawn smoothly at that size instead of being resized.
+    """
+    if max_size is None:
+        return _draw_at(picture.size, picture, result, boxes_xyxy, points_xy)
+    width, height = _fit(picture.size, max_size)
+    return _draw_at((2 * width, 2 * height), picture, result, boxes_xyxy, points_xy).reduce(2)
+
+
+def contact_sheet(panels: Sequence[Panel], title: str, columns: int | None = None) -> Image.Image:
+    """All panels in rows of `columns` (by default as many as make the sheet about square), RGB.
+
+    Cells are as wide and, row by row, as high as their largest picture. Raises ValueError without any panel.
+    """
+    if not panels:
+        raise ValueError("a contact sheet needs at least one panel.")
+    columns = columns or math.ceil(math.sqrt(len(panels)))
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    cell_width = max(160, *(panel.image.width for panel in panels))
+    heights = [max(panel.image.height for panel in row) + _CAPTION_HEIGHT for row in rows]
+    columns = min(columns, len(panels))
+    header = _MARGIN + 44
+    sheet_size = (
+        2 * _MARGIN + columns * cell_width + (columns - 1) * _GAP,
+        header + sum(heights) + (len(rows) - 1) * _GAP + _MARGIN,
+    )
+    sheet = Image.new("RGB", sheet_size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _draw_line(draw, (_MARGIN, _MARGIN - 8), title, 28, _INK, sheet_size[0] - 2 * _MARGIN)
+    top = header
+    for row, height in zip(rows, heights):
+        for column, panel in enumerate(row):
+            left = _MARGIN + column * (cell_width + _GAP)
+            picture_top = top + height - _CAPTION_HEIGHT - panel.image.height  # captions of a row share a line
+            sheet.paste(panel.image, (left + (cell_width - panel.image.width) // 2, picture_top))
+            caption_top = top + height - _CAPTION_HEIGHT + 8
+            _draw_line(draw, (left, caption_top), panel.title, 17, _INK, cell_width)
+            _draw_line(draw, (left, caption_top + 22), panel.subtitle, 15, _FAINT_INK, cell_width)
+        top += height + _GAP
+    return sheet
+
+
+def _draw_at(size: tuple[int, int], picture: Image.Image, result, boxes_xyxy, points_xy) -> Image.Image:
+    """`draw_overlay`, on a canvas of `size` (width, height)."""
+    canvas = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)).copy()
+    thickness = max(1, round(max(size) / 450))
+    areas = np.array([np.count_nonzero(mask) for mask in result.masks])  # masks may be run lengths: one at a time
+    for rank, index in enumerate(np.argsort(-areas, kind="stable")):
+        _paint_mask(canvas, _resize_mask(result.masks[index], size), COLOURS[rank % len(COLOURS)], thickness)
+    overlay = Image.fromarray(canvas)
+    scale = size[0] / picture.width, size[1] / picture.height
+    _draw_prompts(overlay, scale, thickness, boxes_xyxy, points_xy)
+    return overlay
+
+
+def _fit(size: tuple[int, int], max_size: tuple[int, int]) -> tuple[int, int]:
+    factor = min(max_size[0] / size[0], max_size[1] / size[1])
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool -> (height, width) bool, with smooth edges where it grows."""
+    if mask.shape == (size[1], size[0]):
+        return mask
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC)) > 127
+
+
+def _paint_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], thickness: int):
+    """Blends one mask into the canvas (H, W, 3) uint8 in place, in the mask's own rectangle alone."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return
+    inside = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    part, mask = canvas[inside], mask[inside]
+    colour = np.asarray(colour, dtype=np.float32)
+    part[mask] = np.rint(part[mask] * (1 - _FILL_OPACITY) + colour * _FILL_OPACITY).astype(np.uint8)
+    # Beyond the rectangle there is no mask, so its border is a contour too: the filter needs to see that.
+    padded = Image.fromarray(np.pad(mask, thickness).astype(np.uint8) * 255)
+    for _ in range(thickness):
+        padded = padded.filter(ImageFilter.MinFilter(3))
+    eroded = np.asarray(padded)[thickness:-thickness, thickness:-thickness] > 0
+    part[mask & ~eroded] = np.rint(colour).astype(np.uint8)
+
+
+def _draw_prompts(overlay: Image.Image, scale: tuple[float, float], thickness: int, boxes_xyxy, points_xy):
+    """White on black, which can be seen on any picture and is no mask's colour."""
+    draw = ImageDraw.Draw(overlay)
+    for x1, y1, x2, y2 in boxes_xyxy:
+        left, top = round(x1 * scale[0]), round(y1 * scale[1])
+        right = max(left, min(overlay.width, round(x2 * scale[0])) - 1)  # a box's edge lies behind its last pixel
+        bottom = max(top, min(overlay.height, round(y2 * scale[1])) - 1)
+        draw.rectangle((left, top, right, bottom), outline="black", width=4 * thickness)
+        inner = left + thickness, top + thickness, right - thickness, bottom - thickness
+        if inner[0] < inner[2] and inner[1] < inner[3]:
+            draw.rectangle(inner, outline="white", width=2 * thickness)
+    radius = max(2, 3 * thickness)
+    for x, y in points_xy:
+        centre = ((x + 0.5) * scale[0], (y + 0.5) * scale[1])
+        draw.circle(centre, radius + max(1, thickness), fill="black")
+        draw.circle(centre, radius, fill="white")
+
+
+def _draw_line(draw: ImageDraw.ImageDraw, position, text: str, font_size: int, colour, max_width: int):
+    """One line of text, with its middle left out where it is too long: a file's suffix and its beginning say most."""
+    font = ImageFont.load_default(font_size)
+    text = " ".join(text.split())
+    kept = len(text)
+    line = text
+    while kept > 1 and draw.textlength(line, font=font) > max_width:
+        kept -= 1
+        line = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+    draw.text(position, line, font=font, fill=colour)

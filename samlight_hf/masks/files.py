@@ -1,0 +1,113 @@
+"""Masks of a picture as files: an overlay, a folder of PNGs, COCO's JSON, or numpy arrays. Each is whole, or not there."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..inference.mask_generation import GeneratedMasks, MaskResult
+from ..utils.atomic_files import beside, write_aside
+from .drawing import draw_overlay
+from .rle import RunLengthMasks
+
+
+# Behind the picture's name; what has no suffix is a folder.
+ENDINGS = {"overlay": "_masks.png", "png": "_masks", "coco": ".json", "npz": ".npz"}
+
+
+def write_masks(
+    path: Path,
+    file_format: str,
+    picture: Image.Image,
+    picture_name: str,
+    result: GeneratedMasks | MaskResult,
+    boxes_xyxy=(),
+    points_xy=(),
+):
+    """Writes `path`, whose name ends as `ENDINGS` says, in one step: who is interrupted leaves what was there before.
+
+    overlay: the picture with its masks and prompts. png: a folder of 0000.png and so on, 255 inside, with masks.csv.
+    coco: `images`, `annotations` and `categories` of one picture, with SA-1B's fields too. npz: the result's arrays, masks
+    as bool (n, H, W).
+    Raises OSError where it cannot be written.
+    """
+    if file_format == "overlay":
+        overlay = draw_overlay(picture, result, boxes_xyxy, points_xy)
+        write_aside(path, lambda aside: overlay.save(aside, format="PNG", compress_level=4))
+    elif file_format == "png":
+        _write_folder(path, result)
+    elif file_format == "coco":
+        text = json.dumps(coco_document(picture_name, picture.size, result))
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    else:
+        arrays = {"masks": _pixels(result), **_columns(result)}
+        write_aside(path, lambda aside: _save_arrays(aside, arrays))
+
+
+def coco_document(picture_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> dict:
+    """One picture, `size` (width, height), as COCO's JSON; boxes are x, y, width, height."""
+    masks = result.masks if isinstance(result.masks, RunLengthMasks) else RunLengthMasks.from_masks(result.masks)
+    annotations = []
+    columns = {name: values.tolist() for name, values in _columns(result).items()}
+    for index, (rle, area) in enumerate(zip(masks.to_coco(), masks.areas.tolist())):
+        x1, y1, x2, y2 = columns["boxes_xyxy"][index]
+        annotation = {
+            "id": index + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": rle, "area": area,
+            "bbox": [x1, y1, x2 - x1, y2 - y1], "predicted_iou": columns["scores"][index],
+        }  # fmt: skip
+        if "points_xy" in columns:
+            x1, y1, x2, y2 = columns["crop_boxes_xyxy"][index]
+            annotation |= {
+                "stability_score": columns["stability_scores"][index], "point_coords": [columns["points_xy"][index]],
+                "crop_box": [x1, y1, x2 - x1, y2 - y1],
+            }  # fmt: skip
+        annotations.append(annotation)
+    return {
+        "images": [{"id": 1, "file_name": picture_name, "width": size[0], "height": size[1]}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "object"}],
+    }
+
+
+def _columns(result: GeneratedMasks | MaskResult) -> dict[str, np.ndarray]:
+    return {name: values for name, values in vars(result).items() if name != "masks"}
+
+
+def _pixels(result: GeneratedMasks | MaskResult) -> np.ndarray:
+    return result.masks.to_masks() if isinstance(result.masks, RunLengthMasks) else result.masks
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]):
+    with path.open("wb") as file:  # numpy would add a suffix to a name
+        np.savez_compressed(file, **arrays)
+
+
+def _write_folder(path: Path, result: GeneratedMasks | MaskResult):
+    def write(aside: Path):
+        aside.mkdir()
+        columns = _columns(result)
+        with (aside / "masks.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["file", "predicted_iou", "x1", "y1", "x2", "y2"])
+            for index, mask in enumerate(result.masks):
+                name = f"{index:04}.png"
+                Image.fromarray(mask).save(aside / name, format="PNG")  # bool: one bit a pixel
+                table.writerow([name, *(f"{v:g}" for v in (columns["scores"][index], *columns["boxes_xyxy"][index]))])
+
+    # A folder cannot be moved onto another one that holds something: the old one goes first.
+    aside, old = beside(path), beside(path, f".{os.getpid()}.old")
+    if path.exists() and any(entry.is_dir() for entry in path.iterdir()):
+        raise FileExistsError(errno.EEXIST, "it holds folders that are no masks", str(path))
+    try:
+        write(aside)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(aside, path)
+    finally:
+        for folder in (aside, old):
+            shutil.rmtree(folder, ignore_errors=True)

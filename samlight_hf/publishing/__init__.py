@@ -1,0 +1,1 @@
+"""Checkpoint folders for the Hub: built, checked, verified, described by a model card, and uploaded."""

@@ -1,0 +1,295 @@
+"""Model cards: the template model_card.md filled from a checkpoint's config, its training and its evaluation.
+
+What no file can tell, such as the terms of the training data, stands in a `card.yaml` beside the weights (`CardFacts`).
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import safe_open
+from transformers import PreTrainedConfig, SamConfig
+
+from ..conversion.original import ORIGINAL_SUFFIXES
+from ..loading import LOADING_ERRORS, weight_files
+from ..modeling.configuration_sam_lightening import SamLighteningConfig
+from ..utils.atomic_files import read_yaml
+from ..utils.messages import one_line
+from .card_tables import (
+    architecture_rows,
+    evaluation_results,
+    evaluation_section,
+    markdown_table,
+    speed_section,
+    training_rows,
+)
+from .checks import FolderError, as_folder_errors, check_text, without_absolute_paths
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md")  # a copy of the repository's, for wheels
+FACTS_NAME, EVALUATION_NAME, TRAINING_NAME = "card.yaml", "evaluation.json", "training.json"
+# Of the facts that are mappings of texts, the keys.
+_KEYS = {"training_data": ("name", "terms", "id"), "evaluation": ("name", "id", "split", "note")}
+# Of the facts that are no text.
+_KINDS = {"training_data": list, "tags": list, "evaluation": dict, "thresholds": dict, "base_model": (str, list)}
+
+CITATION = """\
+@article{song2024samlightening,
+  title   = {SAM-Lightening: A Lightweight Segment Anything Model with Dilated Flash Attention to Achieve 30 times Acceleration},
+  author  = {Song, Yanfei and Pu, Bangzheng and Wang, Peng and Jiang, Hongxu and Dong, Dong and Cao, Yongxiang and Shen, Yiqing},
+  journal = {arXiv preprint arXiv:2403.09195},
+  year    = {2024}
+}"""
+SAM_CITATION = """\
+@article{kirillov2023segment,
+  title   = {Segment Anything},
+  author  = {Kirillov, Alexander and Mintun, Eric and Ravi, Nikhila and Mao, Hanzi and Rolland, Chloe and Gustafson, Laura and
+             Xiao, Tete and Whitehead, Spencer and Berg, Alexander C. and Lo, Wan-Yen and Doll{\\'a}r, Piotr and Girshick, Ross},
+  journal = {arXiv preprint arXiv:2304.02643},
+  year    = {2023}
+}"""
+
+
+@dataclasses.dataclass
+class CardFacts:
+    """What a card says that no other file tells; all of it may be left out. Texts are Markdown.
+
+    `license` is that of the weights, which follows from the data and the teacher, as the Hub names it ("apache-2.0"), or
+    "other" with a `license_name`. `base_model` is the teacher's Hub name (or several). `training_data` are mappings with `name`, `terms` and,
+    for a data set of the Hub, `id`. `evaluation` says what the evaluated pictures are: `name`, `id`, `split`, `note`. `thresholds` are
+    arguments of the mask-generation pipeline that suit this model, and `thresholds_reason` says why.
+    """
+
+    name: str | None = None
+    summary: str = ""
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: str | list[str] | None = None
+    training: str = ""
+    training_data: list[dict] = dataclasses.field(default_factory=list)
+    terms: str = ""
+    limits: str = ""
+    evaluation: dict = dataclasses.field(default_factory=dict)
+    thresholds: dict = dataclasses.field(default_factory=dict)
+    thresholds_reason: str = ""
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> "CardFacts":
+        """Those of the folder's card.yaml; nothing where there is none. Raises ValueError for a file that is wrong."""
+        path = Path(folder) / FACTS_NAME
+        if not path.is_file():
+            return cls()
+        return cls.of(read_yaml(path) or {}, str(path))
+
+    @classmethod
+    def of(cls, content: Mapping, where: str = "facts") -> "CardFacts":
+        """Raises ValueError for a key that is not known, and for a value of another kind."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{where}: must hold keys and values, such as name: My student.")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key, value in content.items():
+            if key not in fields:
+                raise ValueError(f"{where}: {key!r} is not known. Use some of {', '.join(fields)}.")
+            if not isinstance(value, _KINDS.get(key, str)):
+                raise ValueError(
+                    f"{where}: {key} is a {type(value).__name__}, which it cannot be. See docs/publishing.md."
+                )
+        facts = cls(**{key: value.strip() if isinstance(value, str) else value for key, value in content.items()})
+        if not all(isinstance(row, Mapping) and row.get("name") for row in facts.training_data):
+            raise ValueError(f"{where}: each of training_data needs a name, and should have terms.")
+        for row in facts.training_data:
+            _check_texts(row, "training_data", where)
+        _check_texts(facts.evaluation, "evaluation", where)
+        return facts
+
+
+def _check_texts(facts: Mapping, name: str, where: str):
+    """Raises ValueError for a key of training_data or evaluation that is not known, and for a value that is no text."""
+    for key, value in facts.items():
+        if key not in _KEYS[name]:
+            raise ValueError(f"{where}: {key!r} of {name} is not known. Use some of {', '.join(_KEYS[name])}.")
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"{where}: {key} of {name} is {value!r}, which is no text. Put it in quotes.")
+
+
+def render_card(
+    folder: str | os.PathLike,
+    *,
+    evaluation: str | os.PathLike | Mapping | None = None,
+    training: str | os.PathLike | Mapping | Sequence | None = None,
+    benchmark: str | os.PathLike | Mapping | None = None,
+    facts: CardFacts | None = None,
+    step: int | None = None,
+    repo_id: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """The text of README.md for a checkpoint's folder: metadata of the Hub, and the sections of model_card.md.
+
+    `evaluation` is the report.json of `samlight evaluate`, `training` what a distillation used (`training_rows` says what is
+    read), `benchmark` the JSON of benchmarks/run.py; each as a file or as its content. What is not given is looked for in the folder
+    (evaluation.json, training.json, card.yaml), and what is not there either, the card says is not known. With `step`, the
+    card says that it is a checkpoint of a training, with `repo_id` and `revision` its examples load from the Hub. Nothing is run, and
+    nothing is asked of the network.
+
+    Raises:
+        ValueError: for files that cannot be read or are of another shape, and for texts that hold a secret.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    facts = CardFacts.read(folder) if facts is None else facts
+    training = _content(training if training is not None else _beside(folder, TRAINING_NAME))
+    stages = training_rows(training)
+    if facts.base_model is None and (teacher := _teacher(training)):
+        facts = dataclasses.replace(facts, base_model=teacher)
+    name = facts.name or (repo_id or folder.resolve().name).split("/")[-1]
+    report = _content(evaluation if evaluation is not None else _beside(folder, EVALUATION_NAME))
+    section = (
+        evaluation_section(report, facts.evaluation, (folder.resolve().name, name)) if report is not None else None
+    )
+    has_code = isinstance(config, SamLighteningConfig)
+    speed_rows, speed_source = speed_section(section, _content(benchmark), config)
+    card = ModelCard.from_template(
+        _metadata(facts, name, section, has_code),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        facts=facts,
+        base_model=_linked(facts.base_model),
+        step=None if step is None else f"{step:,}",
+        last_step=_last_step(stages),
+        stage=stages[0][-1] if stages and stages[0][-1] != "value" else None,
+        has_code=has_code,
+        architecture_table=markdown_table(architecture_rows(config, *_weights(folder))),
+        location=repo_id or (folder.as_posix() if not folder.is_absolute() else folder.name),
+        is_repository=repo_id is not None,
+        revision=revision,
+        loading_arguments=(f', revision="{revision}"' if revision else "") + ", trust_remote_code=True" * has_code,
+        threshold_arguments="".join(f", {key}={value!r}" for key, value in facts.thresholds.items()),
+        evaluation=section,
+        data_table=markdown_table([["data", "terms"], *([r["name"], r.get("terms") or "not stated"] for r in facts.training_data)]),
+        training_table=markdown_table(stages),
+        terms=_terms(facts, has_code),
+        image_size=f"{config.vision_config.image_size:,}",
+        speed_table=markdown_table(speed_rows),
+        speed_source=speed_source,
+        citation=(CITATION + "\n\n") * has_code + SAM_CITATION,
+    )  # fmt: skip
+    text = re.sub(r"\n{3,}", "\n\n", without_absolute_paths(str(card))).rstrip() + "\n"
+    check_text("the card", text)
+    return text
+
+
+def _metadata(facts: CardFacts, name: str, section: Mapping | None, has_code: bool) -> ModelCardData:
+    datasets = [row["id"] for row in facts.training_data if row.get("id")]
+    return ModelCardData(
+        license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
+        library_name="transformers",
+        pipeline_tag="mask-generation",
+        base_model=facts.base_model,
+        datasets=datasets or None,
+        tags=["segment-anything", *["sam-lightening"] * has_code, "image-segmentation", *facts.tags],
+        model_name=name,
+        eval_results=evaluation_results(section) if section else None,
+    )
+
+
+def _terms(facts: CardFacts, has_code: bool) -> str:
+    name = f"{facts.license} ({facts.license_name})" if facts.license_name else facts.license
+    name = f"[{name}]({facts.license_link})" if facts.license_link else name
+    lines = [
+        f"Licence of the weights: {name}."
+        if name
+        else "The licence of the weights has not been stated: ask before you use them."
+    ]
+    lines += [facts.terms] if facts.terms else []
+    lines += ["The code beside the weights is Apache-2.0 (`LICENSE`)."] if has_code else []
+    return "\n".join(lines)
+
+
+def _linked(base_model: str | list[str] | None) -> str:
+    names = [base_model] if isinstance(base_model, str) else base_model or []
+    return ", ".join(f"[{name}](https://huggingface.co/{name})" for name in names)
+
+
+def _last_step(stages: Sequence[Sequence[str]]) -> str | None:
+    last = next((row[-1] for row in stages if row[0] == "max_steps"), "")
+    return f"{int(last):,}" if last.isdecimal() else None
+
+
+def _teacher(training) -> str | None:
+    """The teacher's Hub name, where the training says one."""
+    teacher = training.get("teacher") if isinstance(training, Mapping) else None
+    if (
+        not isinstance(teacher, str)
+        or teacher.count("/") != 1
+        or teacher.endswith(ORIGINAL_SUFFIXES)
+        or Path(teacher).exists()
+    ):
+        return None
+    try:
+        validate_repo_id(teacher)
+    except HFValidationError:
+        return None
+    return teacher
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FolderError(f"{folder}: no checkpoint's folder: it has no config.json.")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        classes = {kind.model_type: kind for kind in (SamLighteningConfig, SamConfig)}
+        if model_type not in classes:
+            raise FolderError(f"{path}: model_type={model_type!r} must be one of {', '.join(classes)}.")
+        return classes[model_type].from_pretrained(folder)
+    except FolderError:
+        raise
+    except LOADING_ERRORS as error:
+        raise FolderError(f"{path}: cannot be read ({one_line(error, 200)}).") from error
+
+
+def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str], int]:
+    """Shapes by name, dtypes and bytes of the weights, from the headers of their files."""
+    with as_folder_errors():
+        paths = weight_files(folder)
+    shapes, dtypes, num_bytes = {}, set(), sum(path.stat().st_size for path in paths)
+    try:
+        for path in paths:
+            with safe_open(path, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118  no mapping
+                    part = weights.get_slice(key)
+                    shapes[key] = tuple(part.get_shape())
+                    dtypes.add(part.get_dtype())
+    except LOADING_ERRORS as error:
+        raise FolderError(
+            f"{folder}: weights are damaged ({one_line(error, 200)}). Copy or download them again."
+        ) from error
+    return shapes, dtypes, num_bytes
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    return folder / name if (folder / name).is_file() else None
+
+
+def _content(source):
+    """The JSON of a file, of several, or content as it is."""
+    if source is None or isinstance(source, Mapping):
+        return source
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return [_content(each) for each in source]
+    try:
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: cannot be read as JSON ({one_line(error, 200)}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: holds no JSON object.")
+    return content

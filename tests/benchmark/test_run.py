@@ -1,0 +1,367 @@
+"""`samlight benchmark`: what it measures, what it makes of it, and that what cannot run stops nothing else."""
+
+import argparse
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from samlight_hf import SamLighteningConfig, SamLighteningModel
+from samlight_hf.benchmark import equality, masks, measure, peers
+from samlight_hf.benchmark.encoders import (
+    DILATED,
+    FULL,
+    FUSED_GRAPH,
+    SAME_GROUPS,
+    encoder_gflop,
+    fused_encoder,
+    resolution_patterns,
+)
+from samlight_hf.benchmark.kernels import kernels_of
+from samlight_hf.benchmark.linear import CUDA, linear_rows
+from samlight_hf.benchmark.report import check_targets, format_table
+from samlight_hf.benchmark.run import PARTS, run_benchmark
+from samlight_hf.benchmark.settings import Settings
+from samlight_hf.commands.benchmark import PART_NAMES, add_benchmark_arguments, run_benchmark_command, settings_of
+from samlight_hf.inference.predictor import Predictor
+from tests.conftest import tiny_config
+
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+def tiny_settings(device: torch.device = CPU, **settings) -> Settings:
+    sizes = {"prompt_counts": (1, 3), "resolutions": (16, 32), "picture_sizes": ((20, 30),), "compile": False}
+    return Settings(device, **{"config": tiny_config(), "training_batch_size": 2, **sizes, **settings})
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    torch.manual_seed(0)
+    SamLighteningModel(tiny_config()).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def quick_ceiling(monkeypatch):
+    """The large product and the large copy take a second, and say nothing about a tiny model."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(Settings, "ceiling", {"tflops": 0.1, "gb_per_s": 10.0})
+
+
+def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
+    settings = tiny_settings(checkpoint=checkpoint, images=ROOT / "examples" / "images")
+    out, plot = tmp_path / "results" / "cpu.json", tmp_path / "cpu.png"
+    parts = [name for name in PARTS if name not in ("peers", "attention", "projection", "linear", "profile")]
+    result = run_benchmark(settings, parts, out, plot)
+    assert json.loads(out.read_text()) == result
+    for part in parts:
+        measured = [row for row in result["rows"] if row["part"] == part and "cannot_run" not in row]
+        assert measured, [row for row in result["rows"] if row["part"] == part]
+        assert part == "equality" or all(row["ms"] > 0 and row["repeats"] >= 3 for row in measured)
+    assert {row["num_prompts"] for row in result["rows"] if row["part"] == "decoder"} == {1, 3}
+    plain = [row for row in result["rows"] if row["part"] == "equality" and row.get("mode") == "eager"]
+    assert len(plain) == 4 and all(row["embedding_error"] == 0 and row["mask_iou_min"] == 1 for row in plain)
+    rounded = [row for row in result["rows"] if row["part"] == "equality" and row.get("mode") in equality.FP8]
+    assert len(rounded) == 4 * len(equality.FP8) and all(1e-3 < row["embedding_error"] < 0.1 for row in rounded)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "encoder, batch 1" in printed and "not measured" in printed
+
+
+def test_what_cannot_run_is_recorded_and_the_rest_goes_on(tmp_path):
+    def broken(settings):
+        yield measure.attempt({"part": "broken", "row": 1}, lambda: torch.ones(2) @ torch.ones(3))
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 5 GiB.")
+
+    def sound(settings):
+        yield measure.attempt({"part": "sound"}, lambda: {"ms": 1.0})
+
+    out = tmp_path / "out.json"
+    run_benchmark(tiny_settings(), ["broken", "sound"], out, available={"broken": broken, "sound": sound})
+    _, row, end, after = json.loads(out.read_text())["rows"]
+    assert row["cannot_run"].startswith("RuntimeError: ") and row["row"] == 1
+    assert end == {
+        "part": "broken",
+        "cannot_run": "OutOfMemoryError: CUDA out of memory. Tried to allocate 5 GiB.",
+    }
+    assert after == {"part": "sound", "ms": 1.0}
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    out, seen = tmp_path / "out.json", []
+
+    def part(settings):
+        for number in range(3):
+            yield {"part": "numbers", "number": number}
+            seen.append(len(json.loads(out.read_text())["rows"]))
+
+    run_benchmark(tiny_settings(), ["numbers"], out, available={"numbers": part})
+    assert seen == [2, 3, 4]  # the ceiling's among them
+
+
+def test_append_keeps_other_parts_and_replaces_its_own(tmp_path):
+    out, available = tmp_path / "out.json", {}
+    for number, parts in enumerate((["first", "second"], ["second"])):
+        for name in parts:
+            available[name] = lambda settings, p=name, n=number: [{"part": p, "run": n}]
+        result = run_benchmark(tiny_settings(), parts, out, append=True, available=available)
+    rows = [(row["part"], row.get("run")) for row in result["rows"]]
+    assert rows == [("first", 0), ("ceiling", None), ("second", 1)]
+    assert [head["parts"] for head in result["earlier"]] == [["first", "second"]] and result["parts"] == ["second"]
+
+
+def test_gflop_are_those_of_the_architecture():
+    """The published shape, counted by hand: per token, its products and what it attends to."""
+    width, tokens, layers = 384, 64 * 64, 6
+    products = layers * 12 * width**2 + 16 * 16 * 3 * width + 256 * width + 9 * 256 * 256
+    attended = 3 * 512 + 3 * 2048
+    expected = 2 * tokens * (products + 2 * attended * width)
+    assert encoder_gflop(SamLighteningConfig()) == pytest.approx(expected / 1e9, rel=1e-6)
+
+
+def test_gflop_of_the_decoder_are_those_of_its_prompts():
+    """Of each of 4,096 places: ten projections, five attentions with seven tokens, two transposed convolutions, four masks."""
+    config = SamLighteningConfig()
+    place = 10 * 256 * 128 + 5 * 2 * 7 * 128 + 256 * 4 * 64 + 4 * 64 * 4 * 32 + 16 * 32 * 4
+    assert masks.decoder_gflop(config, 1) == pytest.approx(2 * 4096 * place / 1e9, rel=0.02)
+    assert masks.decoder_gflop(config, 16) == pytest.approx(16 * masks.decoder_gflop(config, 1), rel=1e-6)
+
+
+def test_gflop_are_counted_where_autocast_is_off():
+    """As EfficientViT's attention has it, on the device that its tensors name."""
+
+    class Exact(nn.Linear):
+        def forward(self, x):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x)
+
+    assert measure.count_gflop(Exact(3, 5), torch.zeros(7, 3)) == pytest.approx(2e-9 * 7 * 3 * 5)
+
+
+def test_kernels_that_start_early_count_from_the_end_of_the_one_before():
+    """In each of two calls b starts 3 us before a ends; nothing runs for 5 us before a's second launch."""
+    call = [(0.0, 10.0, "a"), (7.0, 15.0, "b"), (20.0, 21.0, "a")]
+    spans = [(start + later, end + later, name) for later in (100.0, 200.0) for start, end, name in reversed(call)]
+    assert kernels_of(spans, 2) == [
+        {"kernel": "a", "launches": 2, "us": pytest.approx(11)},
+        {"kernel": "b", "launches": 1, "us": pytest.approx(5)},
+    ]
+
+
+def test_patterns_of_one_resolution_differ_in_what_they_say():
+    config = {
+        name: SamLighteningConfig(vision_config={**layers, "image_size": 2048})
+        for name, layers in resolution_patterns(2048, 16).items()
+    }
+    gflop = {name: encoder_gflop(config) for name, config in config.items()}
+    assert gflop[DILATED] == gflop[SAME_GROUPS] < gflop[FULL] / 5
+
+
+def test_time_calls_is_a_median_and_bounds_its_repeats():
+    durations = iter([0.05, *[0.002] * 30, *[0.02, 0.001] * 200])
+    timing = measure.time_calls(lambda: time.sleep(next(durations)), CPU, repeats=20, seconds=1)
+    assert 2 <= timing["ms"] < 25 and timing["first_call_s"] >= 0.05 and 20 <= timing["repeats"] <= 100
+    slow = measure.time_calls(lambda: time.sleep(0.1), CPU, repeats=20, seconds=0.2)
+    assert slow["repeats"] == 5 and slow["ms"] >= 100
+
+
+def test_a_graphs_launch_is_little_of_what_it_replays(monkeypatch):
+    """Of 0.02 ms, for a function that takes 0.005 ms, and for one that takes 1 ms."""
+    monkeypatch.setattr(measure, "capture", lambda function, calls: lambda: 0.02 + calls * function())
+    monkeypatch.setattr(measure, "_cuda_ms", lambda replay: replay())
+    monkeypatch.setattr(measure, "time_calls", lambda replay, device: {"ms": replay()})
+    assert measure.graph_time_ms(lambda: 0.005, torch.device("cuda")) == pytest.approx(0.005, rel=0.02)
+    assert measure.graph_calls(lambda: 1.0) == 10
+
+
+def test_targets_say_how_far():
+    h = {"part": "peers", "model": "SAM ViT-H", "mode": "eager", "batch_size": 1}
+    rows = [
+        {"part": "encoder", "mode": "eager", "batch_size": 1, "ms": 1.2, "images_per_second": 833},
+        {"part": "encoder", "mode": "optimize()", "batch_size": 1, "ms": 0.5, "images_per_second": 2000},
+        {"part": "encoder", "mode": "optimize()", "batch_size": 32, "ms": 8.0, "images_per_second": 4000},
+        {**h, "attn_implementation": "sdpa", "dtype": "bfloat16", "ms": 50.0},
+        {**h, "attn_implementation": "sdpa", "dtype": "bfloat16", "ms": 40.0, "mode": "CUDA graph"},
+        {**h, "attn_implementation": "eager", "dtype": "float32", "cannot_run": "out of memory"},
+        {"part": "prompt", "mode": "eager", "ms": 3.0, "serving_memory_mb": 90},
+        {"part": "prompt", "mode": "optimize()", "ms": 0.6, "serving_memory_mb": 130, "picture_width": 1024},
+        {"part": "prompt", "mode": "optimize()", "ms": 0.9, "serving_memory_mb": 230, "picture_width": 3000},
+        {"part": "prompt", "mode": "eager", "step": "preprocessing", "ms": 0.1},
+        *(
+            {"part": "resolution", "image_size": 4096, "mode": "optimize()", "pattern": pattern, "ms": ms}
+            for pattern, ms in ((FULL, 40.0), (DILATED, 5.0), (SAME_GROUPS, 4.0))
+        ),
+    ]
+    checked = {row["target"]: row for row in check_targets(rows)}
+    assert checked["encoder, batch 1"]["says"] == "missed by 11.1%"
+    assert checked["encoder, best batch"]["met"]
+    sdpa, eager = (checked[name] for name in checked if name.startswith("SAM ViT-H"))
+    assert sdpa["value"] == 80 and sdpa["says"] == "missed by 11.1%" and eager["says"] == "not measured"
+    assert checked["picture in to mask of one point"]["value"] == 0.9
+    assert checked["4096 px: full attention against w=4096, r=4"]["value"] == 8
+    assert checked["4096 px: dilation's overhead over the same groups"]["value"] == pytest.approx(25)
+    assert checked["memory, one picture (1024 px) and one prompt"]["value"] == 130  # of the way that is that fast
+
+
+def test_fp8_keeps_three_bits_of_each_number_and_each_rows_largest():
+    values = torch.tensor([[448.0, 17.0, -1.0, 0.0], [44.8, 1.7, -0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    kept = torch.tensor([[448.0, 16.0, -1.0, 0.0], [44.8, 1.6, -0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(equality._to_fp8_and_back(values), kept)
+
+
+def test_comparison_sees_a_difference():
+    torch.manual_seed(0)
+    reference = {
+        "embeddings": torch.randn(1, 4, 2, 2),
+        "logits": torch.randn(2, 3, 4, 4),
+        "iou_scores": torch.rand(2, 3),
+    }
+    reference["masks"] = reference["logits"].flatten(0, 1) > 0
+    found = {name: tensor.clone() for name, tensor in reference.items()}
+    found["embeddings"] *= 1.01
+    found["masks"][0] = ~found["masks"][0]
+    compared = equality._compare(found, reference)
+    assert compared["embedding_error"] == pytest.approx(0.01, rel=1e-3) and compared["logits_error"] == 0
+    assert compared["mask_iou_min"] == 0 and compared["mask_iou_mean"] == pytest.approx(5 / 6)
+    empty = torch.zeros(1, 2, 2, dtype=torch.bool)
+    assert equality.mask_iou(empty, empty).tolist() == [1.0]
+
+
+def test_picture_to_mask_is_the_predictors_best_mask(config, model):
+    image_processor = make_processor(config.vision_config).image_processor
+    picture = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        mask = masks.picture_to_mask(model, image_processor, picture, (11.0, 7.0))
+    prediction = Predictor(model, image_processor, output="torch").set_image(picture).predict([[(11.0, 7.0)]])
+    assert mask.shape == (20, 30)
+    assert torch.equal(mask, prediction.masks[0, prediction.scores[0].argmax()])
+
+
+def test_a_peer_that_cannot_be_built_is_one_row():
+    backbone = peers.Backbone("no_such_backbone", "nobody", True)
+    rows = list(peers._rows({"part": "peers"}, lambda: peers.make_backbone(backbone), tiny_settings(), ("eager",)))
+    assert len(rows) == 1 and ("no_such_backbone" in rows[0]["cannot_run"] or "timm" in rows[0]["cannot_run"])
+
+
+def test_peers_weights_are_not_nearly_zero(monkeypatch):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64}
+    monkeypatch.setitem(peers.SAM_SHAPES, "small", shape)
+    with measure.building(CPU, torch.bfloat16):
+        encoder = peers.make_sam("small", "sdpa")
+    assert encoder.layers[0].mlp.lin1.weight.dtype == torch.bfloat16
+    assert encoder.layers[0].mlp.lin1.weight.float().std() > 0.01
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_sam_makes_its_positions_where_a_graph_can_have_them(monkeypatch):
+    """On "meta", where the positions that SAM makes on the CPU are real."""
+    monkeypatch.setitem(
+        peers.SAM_SHAPES, "small", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    )
+    device = torch.device("meta")
+    with measure.building(device, torch.bfloat16):
+        encoder = peers.make_sam("small", "sdpa").eval()
+    pixel_values = torch.empty(1, 3, 1024, 1024, device=device, dtype=torch.bfloat16)
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **kwargs or {})
+            found.update(tensor.device for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor))
+            return output
+
+    for module, expected in ((encoder, {CPU, device}), (peers._MakesTensorsOn(device, encoder), {device})):
+        found = set()
+        with Devices():
+            module(pixel_values)
+        assert found == expected
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_benchmark_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_arguments_become_settings():
+    assert list(PART_NAMES) == list(PARTS)
+    settings = settings_of(parse("--device", "cpu", "--batch-sizes", "2", "4", "--compile", "--resolutions", "64"))
+    assert (settings.batch_sizes, settings.resolutions, settings.compile) == ((2, 4), (64,), True)
+    assert settings.prompt_counts == (1, 16) and settings.dtype == torch.float32
+    with pytest.raises(argparse.ArgumentTypeError, match="no part is called encodr"):
+        run_benchmark_command(parse("encodr"))
+    with pytest.raises(argparse.ArgumentTypeError, match="--out"):
+        run_benchmark_command(parse("--append"))
+
+
+def test_the_script_runs_a_part_by_name(tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    script = ROOT / "benchmarks" / "run.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "projection", "evaluation", "--device", "cpu", "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    result = json.loads(out.read_text())
+    assert [row["part"] for row in result["rows"]] == ["ceiling", *["projection"] * 3, "evaluation"]
+    assert all(row["error"] < 1e-5 for row in result["rows"][1:4])
+    assert "--dataset" in result["rows"][4]["cannot_run"]
+
+
+def test_table_puts_numbers_flush_right():
+    lines = format_table(["name", "ms"], [["a", "1.5"], ["bcdefg", "10"]]).splitlines()
+    assert lines == ["name     ms", "------  ---", "a       1.5", "bcdefg   10"]
+
+
+@pytest.mark.gpu
+def test_graphs_and_memory_on_a_gpu():
+    device = torch.device("cuda")
+    with measure.peak_memory(device) as memory:
+        layer = nn.Linear(1024, 1024, bias=False, device=device)  # 4 MB
+        values = measure.random_tensor((256, 1024), device, torch.float32)  # 1 MB
+        output = torch.empty_like(values)
+        with torch.inference_mode():
+            replay = measure.capture(lambda: output.copy_(layer(values)))
+            output.zero_()
+            replay()
+            torch.cuda.synchronize()
+            assert measure.relative_error(output, layer(values)) < 1e-5
+    assert 7 <= memory["peak_memory_mb"] <= memory["peak_reserved_mb"]
+
+
+@pytest.mark.gpu
+def test_linear_layers_and_the_fused_encoder_on_a_gpu():
+    settings = Settings(torch.device("cuda"), batch_sizes=(1,))
+    rows = list(linear_rows(settings))
+    assert len(rows) == 15 and all(row["error"] < 6e-3 for row in rows if row["kernel"] != CUDA)
+    assert all(row["error"] < 6e-3 for row in rows if "error" in row)
+    with torch.inference_mode():
+        assert fused_encoder(settings.config, settings)(
+            torch.zeros(1, 3, 1024, 1024, device="cuda").bfloat16()
+        ).shape == (1, 256, 64, 64)
+
+
+@pytest.mark.gpu
+def test_every_part_of_ours_runs_on_a_gpu(checkpoint):
+    settings = tiny_settings(
+        torch.device("cuda"), batch_sizes=(1, 2), checkpoint=checkpoint, images=ROOT / "examples" / "images"
+    )
+    parts = ["encoder", "decoder", "prompt", "resolution", "training", "equality"]
+    rows = run_benchmark(settings, parts)["rows"]
+    # The tiny encoder is too narrow to be fused.
+    failed = [
+        row
+        for row in rows
+        if "cannot_run" in row and row.get("mode") != FUSED_GRAPH and "flash" not in row.get("attn_implementation", "")
+    ]
+    assert not failed
+    assert {"CUDA graph", "optimize()"} <= {row.get("mode") for row in rows}
+    assert all(row["peak_memory_mb"] > 0 for row in rows if row["part"] in ("encoder", "decoder") and "ms" in row)

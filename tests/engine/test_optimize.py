@@ -1,0 +1,412 @@
+"""An optimized model gives what the model gives, whatever it is asked."""
+
+import copy
+import pickle
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
+from transformers import SamConfig, SamModel, pipeline
+
+from samlight_hf import SamLighteningModel
+from samlight_hf.benchmark.masks import picture_to_mask
+from samlight_hf.engine.optimize import optimize
+from samlight_hf.images.preprocessing import picture_tensor, preprocess
+from samlight_hf.inference.predictor import Predictor
+from samlight_hf.loading import load_model
+from tests.conftest import tiny_config
+
+
+def make_inputs(model, batch_size: int = 1, num_prompts: int = 3) -> dict:
+    size = model.config.vision_config.image_size
+    generator = torch.Generator().manual_seed(1)
+    corner = torch.rand(batch_size, num_prompts, 2, generator=generator) * size / 2
+    inputs = {
+        "pixel_values": torch.randn(batch_size, 3, size, size, generator=generator),
+        "input_points": torch.rand(batch_size, num_prompts, 2, 2, generator=generator) * size,
+        "input_labels": torch.randint(0, 2, (batch_size, num_prompts, 2), generator=generator),
+        "input_boxes": torch.cat([corner, corner + size / 3], dim=-1),
+    }
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def assert_equal(found, expected, tolerance: float = 1e-4):
+    for name in ("iou_scores", "pred_masks"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.shape == other.shape and one.dtype == other.dtype
+        assert ((one - other).float().norm() / other.float().norm()).item() < tolerance
+
+
+KINDS = {
+    "points": ("input_points",),
+    "labels": ("input_points", "input_labels"),
+    "boxes": ("input_boxes",),
+    "points and boxes": ("input_points", "input_labels", "input_boxes"),
+}
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_prompts_of_every_kind(model, kind, batch_size, multimask_output):
+    optimized, inputs = optimize(model), make_inputs(model, batch_size)
+    inputs = {name: inputs[name] for name in ("pixel_values", *kind)}
+    with torch.no_grad():
+        expected = model(**inputs, multimask_output=multimask_output)
+    found = optimized(**inputs, multimask_output=multimask_output)
+    assert_equal(found, expected)
+    assert not found.pred_masks.requires_grad and not found.pred_masks.is_inference()
+
+
+def test_embeddings_in_and_out_and_an_earlier_mask(model):
+    optimized, inputs = optimize(model), make_inputs(model)
+    embeddings = optimized.get_image_embeddings(inputs["pixel_values"])
+    assert torch.allclose(embeddings, model.get_image_embeddings(inputs["pixel_values"]), atol=1e-5)
+    first = optimized(image_embeddings=embeddings, input_boxes=inputs["input_boxes"][:, :1], multimask_output=False)
+    arguments = {
+        "input_boxes": inputs["input_boxes"],
+        "input_masks": first.pred_masks[:, 0],
+        "image_embeddings": embeddings,
+    }
+    with torch.no_grad():
+        assert_equal(optimized(**arguments), model(**arguments))
+
+
+def test_what_the_fast_paths_do_not_know_runs_as_in_the_model(model):
+    optimized, inputs = optimize(model), make_inputs(model)
+    points = {"input_points": inputs["input_points"]}
+    outputs = optimized(pixel_values=inputs["pixel_values"], **points, output_hidden_states=True)
+    assert len(outputs.vision_hidden_states) == model.config.vision_config.num_hidden_layers + 1
+    pixel_values = inputs["pixel_values"].clone().requires_grad_()
+    optimized(pixel_values=pixel_values, **points).pred_masks.sum().backward()
+    assert pixel_values.grad.abs().sum() > 0
+    for wrong, message in (
+        ({"pixel_values": inputs["pixel_values"][..., 1:], **points}, "size"),
+        ({"pixel_values": (inputs["pixel_values"] * 9).byte(), **points}, "uint8"),
+        (points, "pixel_values"),
+        ({"pixel_values": inputs["pixel_values"], "input_points": inputs["input_points"][0]}, "4D"),
+        ({"pixel_values": inputs["pixel_values"], **points, "input_boxes": inputs["input_boxes"][:, :1]}, "boxes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimized(**wrong)
+
+
+# What a processor is given for two pictures, or for one: ragged points are padded, and numbers become float64.
+GIVEN = {
+    "a box": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
+    "boxes": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0], [5.5, 1.0, 30.0, 9.0]]]},
+    "a point": {"input_points": [[[9, 8]]]},
+    "points of several objects": {"input_points": [[[[9.5, 8]], [[20, 12]]]], "input_labels": [[[1], [1]]]},
+    "points and labels": {"input_points": [[[[9, 8], [3, 3]]]], "input_labels": [[[1, 0]]]},
+    "points and boxes": {"input_points": [[[[9, 8]]]], "input_labels": [[[1]]], "input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
+    "ragged points of two pictures": {"input_points": [[[9, 8]], [[3, 3], [12, 20]]], "input_labels": [[1], [1, 0]]},
+    "boxes of two pictures": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]], [[5.5, 1.0, 30.0, 9.0]]]},
+}  # fmt: skip
+
+
+def model_card_call(model, optimized, given, **arguments):
+    """As the model card calls it; and which paths ran."""
+    processor = make_processor(model.config.vision_config)
+    number = len(next(iter(given.values())))
+    pictures = [np.random.default_rng(place).integers(0, 255, (40 + place, 50, 3), np.uint8) for place in range(number)]
+    inputs = processor(pictures if number > 1 else pictures[0], **given, return_tensors="pt").to(model.device)
+    assert {"original_sizes", "reshaped_input_sizes"} < inputs.keys()
+    with torch.no_grad():
+        expected = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}, **arguments)
+    paths = optimized._paths
+    functions = [paths.encode, *paths.decoder.all_masks.values()]
+    for function in functions:
+        function.last_ran = None
+    found = optimized(**inputs, **arguments)
+    return found, expected, [function.last_ran for function in functions if function.last_ran]
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+def test_what_a_processor_gives_takes_the_fast_path(model, given, multimask_output, recwarn):
+    found, expected, ran = model_card_call(model, optimize(model), given, multimask_output=multimask_output)
+    assert_equal(found, expected)
+    assert ran == ["eager", "eager"]  # encoder and decoder; on a GPU they are replayed
+    assert not [warning for warning in recwarn if "runs as in the model" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_attentions": False, "output_hidden_states": None, "return_dict": True, "num_items_in_batch": 3},
+        {"attention_similarity": None, "target_embedding": None, "anything": "that SamModel passes over"},
+    ],
+)
+def test_keywords_that_change_nothing_take_the_fast_path(model, arguments, recwarn):
+    found, expected, ran = model_card_call(model, optimize(model), GIVEN["a box"], **arguments)
+    assert_equal(found, expected)
+    assert ran == ["eager", "eager"]
+    assert not [warning for warning in recwarn if "runs as in the model" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"output_hidden_states": True}, "it is called with output_hidden_states"),
+        ({"return_dict": False}, "it is called with return_dict"),
+        ({"target_embedding": torch.ones(1, 1, 1, 32)}, "it is called with target_embedding"),
+        ({"input_points": torch.ones(1, 1, 1, 2, requires_grad=True)}, "an input requires a gradient"),
+        ({"input_boxes": None}, "there are not as many points"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_a_fall_back_is_told_once(model, arguments, reason):
+    optimized, inputs = optimize(model), make_inputs(model, 1, 1)
+    inputs = {"pixel_values": inputs["pixel_values"], "input_boxes": inputs["input_boxes"], **arguments}
+    with pytest.warns(UserWarning, match=f"The mask decoder of this optimized model runs as in the model.*{reason}"):
+        optimized(**inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimized(**inputs)
+
+
+@pytest.mark.parametrize("part", ["vision_config", None])
+def test_what_the_config_asks_of_every_call(model, part):
+    optimized, inputs = optimize(model), make_inputs(model)
+    for each in (model, optimized):
+        (each.config.vision_config if part else each.config).output_hidden_states = True
+    inputs = {name: inputs[name] for name in ("pixel_values", "input_boxes")}
+    with torch.no_grad():
+        outputs = [each(**inputs) for each in (model, optimized)]
+        assert outputs[0].keys() == outputs[1].keys()
+        embeddings = {
+            "image_embeddings": outputs[0].pred_masks.new_zeros(1, 32, 8, 8),
+            "input_boxes": inputs["input_boxes"],
+        }
+        assert model(**embeddings).keys() == optimized(**embeddings).keys()
+        assert (optimized.vision_encoder(inputs["pixel_values"]).hidden_states is not None) == bool(part)
+        for each in (model, optimized):
+            (each.config.vision_config if part else each.config).output_hidden_states = False
+            each.config.return_dict = False
+        assert [type(each(**inputs)) for each in (model, optimized)] == [tuple, tuple]
+
+
+def test_under_autocast_it_computes_in_its_own_dtype(model):
+    optimized, inputs = optimize(model), make_inputs(model)
+    prompts = {name: inputs[name] for name in ("input_points", "input_labels")}
+    expected = optimized(pixel_values=inputs["pixel_values"], **prompts)
+    embeddings = optimized.get_image_embeddings(inputs["pixel_values"])
+    with torch.autocast("cpu", torch.bfloat16):
+        again = optimized(image_embeddings=embeddings, **prompts)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(again.pred_masks, expected.pred_masks)
+
+
+def test_the_model_itself_stays_as_it_is(model):
+    optimized = optimize(model)
+    assert type(model) is SamLighteningModel and isinstance(optimized, SamLighteningModel)
+    assert type(optimized).__name__ == "SamLighteningModel"
+    own, others = ({tensor.data_ptr() for tensor in each.state_dict().values()} for each in (model, optimized))
+    assert not own & others
+    assert optimized.state_dict().keys() == model.state_dict().keys()
+    assert optimized.report.encoder.startswith("plain: ") and optimized.report.num_graphs == 0
+    assert optimized.to("cpu") is optimized and optimized.eval() is optimized
+    with pytest.raises(RuntimeError, match="optimize it again"):
+        optimized.to(torch.float64)
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()} == {(torch.float32, True)}
+
+
+def test_it_is_not_to_be_saved_nor_optimized_again(model, tmp_path):
+    optimized = optimize(model)
+    with pytest.raises(ValueError, match="save the model"):
+        optimized.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="already"):
+        optimize(optimized)
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="optimize that"):
+            duplicate(optimized)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_batch_sizes": (0,)}, r"image_batch_sizes=\(0,\)"),
+        ({"prompt_counts": (1, True)}, "prompt_counts"),
+        ({"dtype": torch.uint8}, "dtype=torch.uint8"),
+        ({"decoder_dtype": "float16"}, "decoder_dtype='float16' must be a floating point type"),
+    ],
+)
+def test_bad_arguments(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        optimize(model, **arguments)
+
+
+def test_other_models():
+    with pytest.raises(ValueError, match="mask decoder"):
+        optimize(torch.nn.Linear(1, 1))
+    vision = {
+        "hidden_size": 32,
+        "num_pos_feats": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "output_channels": 32,
+    }
+    config = SamConfig(
+        vision_config={**vision, "global_attn_indexes": (0,), "mlp_dim": 32},
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 32, "iou_head_hidden_dim": 32},
+    )
+    torch.manual_seed(0)
+    sam = SamModel(config).eval()
+    inputs = make_inputs(sam)
+    with torch.no_grad():
+        assert_equal(optimize(sam)(**inputs), sam(**inputs))
+
+
+def test_a_decoder_in_another_dtype(model):
+    inputs = make_inputs(model)
+    optimized = optimize(model, decoder_dtype=torch.float16)
+    assert optimized._paths.decoder.dtype == torch.float16
+    assert optimized.mask_decoder.iou_token.weight.dtype == torch.float32
+    with torch.no_grad():
+        found, expected = optimized(**inputs), model(**inputs)
+    assert_equal(found, expected, 1e-2)
+    assert not torch.equal(found.pred_masks, expected.pred_masks)
+
+
+def test_the_stock_pipeline_takes_it():
+    model, processor = load_model("checkpoints/sam-lightening-tiny")
+    settings = {"points_per_crop": 2, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.6}
+    masks = [
+        pipeline("mask-generation", model=each, image_processor=processor.image_processor)(
+            "examples/images/coffee.jpg", **settings
+        )["masks"]
+        for each in (model, optimize(model))
+    ]
+    assert len(masks[0]) == len(masks[1]) > 0
+    assert all((one != other).float().mean() < 1e-3 for one, other in zip(*masks))
+
+
+def test_the_predictor_takes_it():
+    model, processor = load_model("checkpoints/sam-lightening-tiny")
+    plain, optimized = (
+        Predictor(each, processor).set_image("examples/images/coffee.jpg").predict(boxes_xyxy=[(310, 215, 400, 330)])
+        for each in (model, optimize(model))
+    )
+    np.testing.assert_allclose(optimized.scores, plain.scores, atol=1e-5)
+    np.testing.assert_allclose(optimized.logits, plain.logits, atol=1e-3)
+
+
+@pytest.fixture
+def on_gpu():
+    return load_model("checkpoints/sam-lightening-tiny", "cuda", torch.bfloat16)[0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
+    optimized = optimize(on_gpu, image_batch_sizes=(1, 2), prompt_counts=(1, 3))
+    assert optimized.report.encoder == "fused" and optimized.report.num_graphs == 2 + 8
+    assert optimized.report.graph_memory_mb > 0
+    paths = optimized._paths
+    for batch_size, num_prompts, ran in ((1, 3, "graph"), (2, 1, "graph"), (3, 2, "eager")):
+        inputs = make_inputs(on_gpu, batch_size, num_prompts)
+        inputs = {name: inputs[name] for name in ("pixel_values", "input_points", "input_labels")}
+        inputs |= {
+            name: inputs[name][:, :, :1] for name in ("input_points", "input_labels")
+        }  # labels as processors give them
+        with torch.no_grad():
+            expected = on_gpu(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()})
+        assert_equal(optimized(**inputs), expected, 5e-2)
+        assert paths.encode.last_ran == paths.decoder.all_masks[True, False].last_ran == ran
+    assert len(paths.encode) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a box", "a point", "points of several objects"])
+def test_on_a_gpu_the_model_cards_call_is_replayed(on_gpu, name):
+    optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1, 2))
+    found, expected, ran = model_card_call(on_gpu, optimized, GIVEN[name])
+    assert_equal(found, expected, 5e-2)
+    assert ran == ["graph", "graph"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_bfloat16_is_decoded_in_float16_which_is_nearer_to_float32():
+    model, processor = load_model("checkpoints/sam-lightening-tiny", "cuda")
+    picture = picture_tensor("examples/images/rocket.jpg")
+    pixel_values = preprocess(processor.image_processor, [picture], torch.device("cuda"))
+    inputs = {"pixel_values": pixel_values, "input_points": torch.tensor([[[[500.0, 400.0]]]], device="cuda")}
+    with torch.no_grad():
+        expected, errors = model(**inputs).pred_masks, {}
+        for decoder_dtype in (None, torch.bfloat16):
+            optimized = optimize(model, image_batch_sizes=(1,), prompt_counts=(1,), decoder_dtype=decoder_dtype)
+            found = optimized(**inputs).pred_masks
+            errors[optimized._paths.decoder.dtype] = ((found.float() - expected).norm() / expected.norm()).item()
+    assert errors[torch.float16] < errors[torch.bfloat16] < 0.1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device(on_gpu):
+    """From a picture on the device to a mask there; torch tells of what waits."""
+    optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,))
+    image_processor = make_processor(on_gpu.config.vision_config).image_processor
+    picture = torch.randint(0, 256, (3, 300, 500), dtype=torch.uint8, device="cuda")
+    picture_to_mask(optimized, image_processor, picture, (30, 40))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        picture_to_mask(optimized, image_processor, picture, (50, 40))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_outputs_belong_to_the_caller(on_gpu):
+    optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,))
+    inputs = [make_inputs(on_gpu, 1, 1)["pixel_values"] * factor for factor in (1, 2)]
+    first = optimized.get_image_embeddings(inputs[0])
+    kept = first.clone()
+    optimized.get_image_embeddings(inputs[1])
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_threads_streams_and_several_models(on_gpu):
+    models = [optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,)) for _ in range(2)]
+    pictures = [make_inputs(on_gpu, 1, 1)["pixel_values"] * factor for factor in (0.5, 1, 1.5, 2)]
+    expected = [models[0].get_image_embeddings(picture) for picture in pictures]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(place: int):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(30):
+                found = models[place % 2].get_image_embeddings(pictures[place])
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(found, expected[place]):
+                    wrong.append(place)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_float32_is_exact(on_gpu):
+    model = load_model("checkpoints/sam-lightening-tiny", "cuda")[0]
+    optimized, inputs = optimize(model, dtype=torch.float32, prompt_counts=(3,)), make_inputs(model)
+    assert optimized.report.encoder.startswith("plain: ")
+    with torch.no_grad():
+        assert_equal(optimized(**inputs), model(**inputs), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dtype": "bfloat16"}, {"dtype": torch.int8}, {"image_batch_sizes": 4}, {"prompt_counts": (0,)}],
+    ids=str,
+)
+def test_arguments_that_cannot_be(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name}=.* must be"):
+        optimize(SamLighteningModel(tiny_config()), **arguments)

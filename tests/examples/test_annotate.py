@@ -1,0 +1,71 @@
+"""examples/annotate.py, on photographs and tars as its users have them."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from samlight_hf.commands.segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.data import Sa1bDataset
+from tests.data.files import rle
+
+
+ROOT = Path(__file__).resolve().parents[2]
+COFFEE = EXAMPLE_IMAGES / "coffee.jpg"
+
+
+def annotate(pictures, out):
+    options = "--device cpu --points-per-side 4 --pred-iou-thresh 0.4 --stability-score-thresh 0.65"
+    command = [sys.executable, "examples/annotate.py", pictures, "--out", out, "--model", BUNDLED_CHECKPOINT]
+    run = subprocess.run([*map(str, command), *options.split()], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory):
+    """The tar of a folder with a JPEG, a BMP, one picture that is damaged and one that is too thin; and what was printed."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "a.jpg").write_bytes(COFFEE.read_bytes())
+    Image.open(COFFEE).resize((300, 200)).save(folder / "b.bmp")
+    (folder / "c.jpg").write_bytes(COFFEE.read_bytes()[:3000])
+    Image.new("RGB", (3000, 1)).save(folder / "d.png")
+    return folder / "out.tar", annotate(folder, folder / "out.tar")
+
+
+def test_a_folder_becomes_a_tar_to_train_on(annotated):
+    tar, printed = annotated
+    assert "2 pictures" in printed and "damaged" in printed and "too thin" in printed, printed
+    with tarfile.open(tar) as opened:
+        assert opened.getnames() == ["out_1.jpg", "out_1.json", "out_2.png", "out_2.json"]
+        assert opened.extractfile("out_1.jpg").read() == COFFEE.read_bytes()
+    dataset = Sa1bDataset(tar)
+    assert [(sample.width, sample.height) for sample in dataset] == [(600, 400), (300, 200)]
+    masks = dataset[0].instances
+    assert len(masks) > 3
+    assert len({instance.id for instance in masks}) == len(masks)
+    assert min(instance.area for instance in masks) >= 64
+    overlaps = coco_mask.iou([each.rle for each in masks], [each.rle for each in masks], [0] * len(masks))
+    assert (overlaps - np.eye(len(masks))).max() < 0.8
+
+
+def test_masks_that_are_there_already_stay_and_are_not_found_again(annotated, tmp_path):
+    first = Sa1bDataset(annotated[0])[0]
+    given = coco_mask.decode(first.instances[0].rle).astype(bool)
+    given[:2, :5] = True  # nearly a mask of the model's
+    with tarfile.open(tmp_path / "given.tar", "w") as tar:
+        (tmp_path / "x.jpg").write_bytes(COFFEE.read_bytes())
+        content = {"annotations": [{"id": 7, "segmentation": rle(given)}]}
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        for name in ("x.jpg", "x.json"):
+            tar.add(tmp_path / name, name)
+    annotate(tmp_path / "given.tar", tmp_path / "out.tar")
+    sample = Sa1bDataset(tmp_path / "out.tar")[0]
+    assert len(sample.instances) == len(first.instances)
+    np.testing.assert_array_equal(coco_mask.decode(sample.instances[0].rle), given)

@@ -1,0 +1,299 @@
+"""Levels of every depth become 8 bits by robust percentiles; 8-bit levels stay as they are; what was done is logged."""
+
+import io
+import logging
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samlight_hf.data.dataset import decode_picture
+from samlight_hf.data.lazy import LazySample
+from samlight_hf.images import levels
+from samlight_hf.images.levels import GDAL_NODATA_TAG, has_more_than_8_bits, stretch, to_rgb
+from samlight_hf.images.preprocessing import picture_tensor
+from samlight_hf.images.reading import PictureError, open_picture
+from samlight_hf.inference.pipelines import _load
+
+
+def gradient(low: int, high: int, dtype=np.uint16, size=(40, 60)) -> np.ndarray:
+    return np.linspace(low, high, size[0] * size[1]).reshape(size).astype(dtype)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits, (H, W, 2 to 4), which Pillow does not write."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def tiff(pixels: np.ndarray, order="<", compressed=False, planar=False, orientation=1, nodata=None) -> bytes:
+    """A TIFF of several 16-bit channels, (H, W, C), which Pillow does not write; the fourth is alpha."""
+    height, width, channels = pixels.shape
+    planes = [pixels[..., channel] for channel in range(channels)] if planar else [pixels]
+    strips = [plane.astype(f"{order}u2").tobytes() for plane in planes]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    data, places = b"", []
+    for strip in strips:
+        places.append(8 + len(data))
+        data += strip
+    entries = {
+        256: ("I", [width]), 257: ("I", [height]), 258: ("H", [16] * channels), 259: ("H", [8 if compressed else 1]),
+        262: ("H", [2]), 273: ("I", places), 274: ("H", [orientation]), 277: ("H", [channels]), 278: ("I", [height]),
+        279: ("I", [len(strip) for strip in strips]), 284: ("H", [2 if planar else 1]), 339: ("H", [1] * channels),
+    }  # fmt: skip
+    if channels == 4:
+        entries[338] = ("H", [2])
+    if nodata is not None:
+        entries[GDAL_NODATA_TAG] = ("s", nodata.encode() + b"\0")
+    directory = b""
+    for tag, (kind, values) in sorted(entries.items()):
+        value = values if kind == "s" else struct.pack(f"{order}{len(values)}{kind}", *values)
+        place = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(f"{order}I", 8 + len(data))
+        data += value if len(value) > 4 else b""
+        directory += struct.pack(f"{order}HHI", tag, {"H": 3, "I": 4, "s": 2}[kind], len(values)) + place
+    beginning = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(data))
+    return beginning + data + struct.pack(f"{order}H", len(entries)) + directory + bytes(4)
+
+
+def grey_levels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)[..., 0]
+
+
+@pytest.mark.parametrize("value", [65535, 0], ids=["hot", "dead"])
+def test_one_pixel_takes_no_levels_from_the_others(value):
+    pixels = gradient(1000, 1800)
+    without, _ = stretch(pixels)
+    pixels[3, 4] = value
+    found, note = stretch(pixels)
+    assert len(np.unique(found)) > 240
+    assert np.abs(np.delete(found, 3 * 60 + 4).astype(int) - np.delete(without, 3 * 60 + 4)).max() <= 2
+    assert "became 0 to 255" in note
+
+
+def test_an_object_on_a_plain_ground_is_kept():
+    pixels = np.full((100, 100), 700, dtype=np.uint16)
+    pixels[2:4, 2:6] = 900  # fewer than may be clipped
+    found, _ = stretch(pixels)
+    assert np.unique(found).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    "nodata", [-3.4028234663852886e38, -9999, np.nan, np.inf, -np.inf, 9.969209968386869e36, -32768]
+)
+def test_floats_without_data_are_black_and_do_not_count(nodata):
+    pixels = gradient(200, 900, np.float32)
+    expected, _ = stretch(pixels[4:])
+    pixels[:4] = nodata
+    found, note = stretch(pixels)
+    assert (found[:4] == 0).all() and np.array_equal(found[4:], expected)
+    assert f"{4 * 60} pixels without data became black" in note
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.float64])
+def test_a_usual_nodata_value_counts_where_something_is_lower(dtype):
+    pixels = gradient(-20000, 20000, dtype)
+    pixels[20, 20] = -9999
+    found, note = stretch(pixels)
+    assert found[20, 20] == pytest.approx(64, abs=2) and "without data" not in note
+
+
+@pytest.mark.parametrize("nodata, text", [(65535, "65535"), (0, "0 "), (1234, "1234.0")])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_nodata_tag_of_gdal(tmp_path, nodata, text, dtype):
+    pixels = gradient(300, 900, dtype)
+    expected, _ = stretch(pixels[4:])
+    pixels[:4] = nodata
+    Image.fromarray(pixels).save(tmp_path / "tagged.tif", tiffinfo={GDAL_NODATA_TAG: text})
+    found = grey_levels(open_picture(tmp_path / "tagged.tif"))
+    assert (found[:4] == 0).all() and np.array_equal(found[4:], expected)
+    if nodata == 65535:  # without the tag it is a level
+        Image.fromarray(pixels).save(tmp_path / "plain.tif")
+        assert grey_levels(open_picture(tmp_path / "plain.tif"))[0, 0] == 255
+
+
+@pytest.mark.parametrize("tag", ["nan", "none", " ", "-1.7976931348623157e+308", "70000"])
+def test_a_nodata_tag_that_means_no_level(tmp_path, tag):
+    pixels = gradient(300, 900)
+    Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={GDAL_NODATA_TAG: tag})
+    assert np.array_equal(grey_levels(open_picture(tmp_path / "x.tif")), stretch(pixels)[0])
+
+
+def test_unsigned_levels_of_32_bits(tmp_path):
+    pixels = gradient(0, 4_000_000_000, np.uint32)
+    Image.fromarray(pixels.view(np.int32)).save(tmp_path / "x.tif")
+    data = (tmp_path / "x.tif").read_bytes()  # Pillow writes them signed: sample format 2 becomes 1
+    entry = struct.pack("<HHI", 339, 3, 1)
+    assert data.count(entry) == 1
+    place = data.index(entry) + len(entry)
+    (tmp_path / "x.tif").write_bytes(data[:place] + b"\x01" + data[place + 1 :])
+    assert np.array_equal(grey_levels(open_picture(tmp_path / "x.tif")), stretch(pixels)[0])
+
+
+def test_nothing_but_holes_is_black():
+    found, note = stretch(np.full((3, 4), np.nan, dtype=np.float32))
+    assert not found.any() and "no data at all" in note
+
+
+@pytest.mark.parametrize("pixels", [gradient(0, 65535), np.zeros((4, 5), np.uint16), np.full((4, 5), 2313, np.uint16)])
+def test_16_bits_that_are_used_whole_and_constant_images_are_only_rounded(pixels):
+    found, note = stretch(pixels)
+    assert np.abs(found - pixels / 257).max() <= 2
+    assert note is None or ("became" in note and pixels.max() == 65535)
+
+
+COLOURS = np.stack([gradient(300, 900), gradient(1800, 1200), gradient(500, 900)], axis=-1)
+FILES = {
+    "png": png(COLOURS),
+    **{
+        f"tiff {order} {compressed}": tiff(COLOURS, order, compressed) for order in "<>" for compressed in (False, True)
+    },
+    "ppm": b"P6 60 40 65535\n" + COLOURS.astype(">u2").tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_colours_of_16_bits_keep_their_levels_and_their_hue(tmp_path, name):
+    """All channels as one: by Pillow alone these are levels 1 to 7."""
+    expected, _ = stretch(COLOURS)
+    assert len(np.unique(expected)) > 200
+    assert (expected.reshape(-1, 3).mean(axis=0).argsort() == COLOURS.reshape(-1, 3).mean(axis=0).argsort()).all()
+    path = tmp_path / f"x.{name[:4].strip()}"
+    path.write_bytes(FILES[name])
+    assert np.array_equal(open_picture(path), expected)
+    image = Image.open(path)
+    assert has_more_than_8_bits(image)
+    for _ in range(2):  # and again: the image that was given is not changed
+        assert np.array_equal(picture_tensor(image).permute(1, 2, 0), expected)
+    assert np.array_equal(_load(str(path), None), expected)
+    assert np.array_equal(decode_picture(FILES[name], (60, 40)), expected)
+    assert np.array_equal(LazySample("x", Image.open(io.BytesIO(FILES[name])), []).decode()[0], expected)
+
+
+def test_the_page_that_was_chosen_is_read(tmp_path):
+    """Also of 16-bit colours, whose file is opened again. Two directories, the first one's link points to the second."""
+    first, second = tiff(COLOURS), tiff(COLOURS[::-1])
+    place = struct.unpack("<I", second[4:8])[0]
+    (count,) = struct.unpack("<H", second[place : place + 2])
+    directory = bytearray(second[place:])
+    for number in range(count):  # its offsets, behind the first file
+        at = 2 + 12 * number
+        tag, kind, length, value = struct.unpack("<HHII", directory[at : at + 12])
+        if tag == 273 or length * {2: 1, 3: 2, 4: 4}[kind] > 4:
+            directory[at + 8 : at + 12] = struct.pack("<I", value + len(first))
+    joined = first[:-4] + struct.pack("<I", len(first) + place) + second[:place] + bytes(directory)
+    (tmp_path / "x.tif").write_bytes(joined)
+    image = Image.open(tmp_path / "x.tif")
+    for page, expected in ((1, COLOURS[::-1]), (0, COLOURS)):
+        image.seek(page)
+        assert np.array_equal(to_rgb(image), stretch(expected)[0])
+
+
+def test_planes_of_16_bits(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(COLOURS, compressed=True, planar=True))
+    found = np.asarray(open_picture(tmp_path / "x.tif")).astype(int)
+    assert np.abs(found - stretch(COLOURS)[0]).max() <= 60 and found.max() == 255  # the high bytes alone, stretched
+    (tmp_path / "x.tif").write_bytes(tiff(COLOURS, planar=True))
+    with pytest.raises(PictureError, match="separate planes cannot be read. Save them interleaved"):
+        open_picture(tmp_path / "x.tif")
+
+
+def test_deep_colours_are_turned_upright(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(COLOURS, orientation=6))
+    found = np.asarray(open_picture(tmp_path / "x.tif"))
+    assert np.array_equal(found, np.rot90(stretch(COLOURS)[0], -1))
+
+
+def test_colours_without_data_are_black_where_all_channels_lack_them(tmp_path):
+    pixels = COLOURS.copy()
+    pixels[:4] = 65535
+    pixels[10, 10, 1] = 65535  # one channel that is overexposed
+    (tmp_path / "x.tif").write_bytes(tiff(pixels, nodata="65535"))
+    found = np.asarray(open_picture(tmp_path / "x.tif"))
+    assert (found[:4] == 0).all() and found[10, 10, 1] == 255
+    assert np.abs(found[11:].astype(int) - stretch(COLOURS[4:])[0][7:]).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("write", [png, tiff], ids=["png", "tiff"])
+def test_alpha_of_16_bits(tmp_path, channels, write):
+    if (channels, write) == (2, tiff):
+        pytest.skip("Pillow reads no TIFF of grey and alpha of 16 bits")
+    alpha = np.full((40, 60, 1), 65535, dtype=np.uint16)
+    alpha[:, :30] = 0
+    colours = COLOURS[..., : channels - 1].copy()
+    expected, _ = stretch(colours[:, 30:])
+    colours[:, :30] = 60000  # beneath what cannot be seen
+    path = tmp_path / "x"
+    path.write_bytes(write(np.concatenate([colours, alpha], axis=-1)))
+    found = np.asarray(open_picture(path))
+    assert (found[:, :30] == 255).all() and np.array_equal(found[:, 30:], np.broadcast_to(expected, (40, 30, 3)))
+    path.write_bytes(write(np.concatenate([COLOURS[..., : channels - 1], alpha * 0], axis=-1)))
+    shown = stretch(COLOURS[..., : channels - 1])[0]
+    assert np.array_equal(open_picture(path), np.broadcast_to(shown, (40, 60, 3)))
+
+
+@pytest.mark.parametrize("most_opaque", [0, 1])
+def test_an_alpha_that_hides_everything_is_ignored(tmp_path, caplog, most_opaque):
+    colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(np.concatenate([colours, np.full((6, 8, 1), most_opaque, np.uint8)], axis=-1))
+    for name in ("x.png", "x.tif"):
+        image.save(tmp_path / name)
+        caplog.clear()
+        assert np.array_equal(open_picture(tmp_path / name), colours)
+        assert f"{name}: its alpha hides the whole image and is ignored." in caplog.text
+    assert np.array_equal(picture_tensor(image).permute(1, 2, 0), colours)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "RGBA", "1", "CMYK"])
+def test_8_bits_stay_as_they_are_without_a_word(tmp_path, caplog, mode):
+    pixels = np.random.default_rng(0).integers(3, 90, (6, 8), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "x.tif", tiffinfo={GDAL_NODATA_TAG: "7"})
+    assert np.array_equal(open_picture(tmp_path / "x.tif"), image.convert("RGB"))
+    assert not has_more_than_8_bits(Image.open(tmp_path / "x.tif"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_an_image_is_the_same_in_whatever_form_it_comes(tmp_path, caplog, dtype):
+    pixels = gradient(300, 900, dtype)
+    pixels[0, 0] = 30000
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "x.tif")
+    expected = torch.from_numpy(stretch(pixels)[0]).expand(3, -1, -1)
+    colours = np.stack([pixels] * 3, axis=-1)
+    for given in (
+        tmp_path / "x.tif",
+        image,
+        pixels,
+        torch.from_numpy(pixels),
+        colours,
+        torch.from_numpy(colours).permute(2, 0, 1),
+    ):
+        caplog.clear()
+        assert torch.equal(picture_tensor(given), expected)
+        assert "became 0 to 255" in caplog.text
+    assert np.array_equal(to_rgb(image), np.asarray(expected.permute(1, 2, 0)))
+    assert torch.equal(torch.from_numpy(np.array(_load(str(tmp_path / "x.tif"), None))).permute(2, 0, 1), expected)
+
+
+def test_half_precision_tensors():
+    pixels = torch.linspace(0, 1, 600, dtype=torch.bfloat16).reshape(20, 30)
+    assert picture_tensor(pixels).dtype == torch.uint8 and picture_tensor(pixels.half()).max() == 255
+
+
+def test_data_tell_once(caplog, monkeypatch):
+    monkeypatch.setattr(levels, "_told", False)
+    image = Image.fromarray(gradient(300, 900))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            to_rgb(image)
+    assert caplog.text.count("became 0 to 255") == 1 and "not told" in caplog.text

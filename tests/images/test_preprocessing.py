@@ -1,0 +1,150 @@
+"""On any device the pixel values and the masks' size are what transformers' image processor makes on a CPU, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import SamImageProcessor
+
+from samlight_hf.images.preprocessing import (
+    check_size,
+    normalised_levels,
+    picture_tensor,
+    preprocess,
+    resized_size,
+    upscale_logits,
+    why_not_on_device,
+)
+from samlight_hf.kernels.resize import resize_into, why_not_triton
+
+
+SIZES = [(683, 1024), (1, 1), (7, 300), (300, 7), (1200, 801), (64, 64)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def random_picture(height, width, seed=0):
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_pixel_values_are_those_of_the_cpu_on_any_device(device, dtype):
+    """On a GPU by the kernel, in every layout and of every size."""
+    if device == "cuda":
+        assert why_not_triton(torch.empty(1, 1, 1, device=device)) is None
+    processor = SamImageProcessor()
+    pictures = [random_picture(*size) for size in SIZES if min(size) > 1]
+    pictures += [picture_tensor(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    expected = processor([*pictures], return_tensors="pt")["pixel_values"].to(dtype)
+    pixel_values = preprocess(processor, pictures, torch.device(device), dtype)
+    assert pixel_values.dtype == dtype
+    assert torch.equal(pixel_values.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"image_mean": [0.1, 0.2, 0.3]}, {"image_std": [0.5, 0.6, 0.7]}, {"rescale_factor": 0.01}]
+)
+def test_resized_levels_are_normalised_as_the_image_processor_does(settings, dtype):
+    """Also when it is changed after its levels were asked for."""
+    if "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("without AVX2 torchvision resizes in floating point")
+    processor, picture = SamImageProcessor(), random_picture(700, 333)
+    for name, value in settings.items():
+        normalised_levels(processor, dtype, torch.device("cpu"))
+        setattr(processor, name, value)
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0].to(dtype)
+    levels = normalised_levels(processor, dtype, torch.device("cpu"))
+    resize_into(found := torch.empty(3, 1024, 1024, dtype=dtype), picture, resized_size(700, 333, 1024), levels)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_a_warm_call_launches_one_kernel_a_picture_and_copies_nothing():
+    processor, pictures = SamImageProcessor(), [random_picture(683, 1024).cuda(), random_picture(500, 333).cuda()]
+
+    def run():
+        preprocess(processor, pictures, pictures[0].device, torch.bfloat16)
+        torch.cuda.synchronize()
+
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert on_device == ["_resize_kernel"] * len(pictures)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [({"resample": 3}, "not bilinear"), ({"do_pad": False}, "do_pad"), ({"do_normalize": False}, "do_n")],
+)
+def test_other_image_processors_are_left_to_themselves(settings, words):
+    assert words in why_not_on_device(SamImageProcessor(**settings))
+    assert why_not_on_device(SamImageProcessor()) is None
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1024, 1024), (500, 1500)])
+def test_logits_reach_the_pictures_size_as_the_image_processor_brings_them(size):
+    processor = SamImageProcessor()
+    resized = resized_size(*size, 1024)
+    logits = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    expected = processor.post_process_masks([logits[None]], [size], [resized], binarize=False)[0][0]
+    assert torch.equal(upscale_logits(logits, (1024, 1024), resized, size), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "LA", "P"])
+def test_a_picture_is_what_its_file_is(mode, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 255, (6, 5), dtype=np.uint8)
+    picture = (
+        Image.fromarray(levels.astype(np.uint16) * 99) if mode == "I;16" else Image.fromarray(levels).convert(mode)
+    )
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(Image.fromarray(levels))
+    picture.save(tmp_path / "picture.png")
+    assert torch.equal(picture_tensor(picture), picture_tensor(tmp_path / "picture.png"))
+
+
+def test_pictures_of_every_kind(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    expected = torch.from_numpy(levels).permute(2, 0, 1)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    for picture in (
+        Image.fromarray(levels),
+        levels,
+        levels[:, ::-1][:, ::-1],
+        expected,
+        tmp_path / "x.png",
+        str(tmp_path / "x.png"),
+    ):
+        assert torch.equal(picture_tensor(picture), expected)
+    grey = levels[..., 0]
+    for picture in (Image.fromarray(grey), grey, torch.from_numpy(grey)):
+        assert torch.equal(picture_tensor(picture), torch.from_numpy(grey).expand(3, -1, -1))
+    turned = Image.fromarray(levels)
+    turned.getexif()[0x0112] = 6
+    assert picture_tensor(turned).shape == (3, 9, 6)
+
+
+@pytest.mark.parametrize(
+    "picture, words",
+    [
+        (np.zeros((4, 5, 3), dtype=bool), "bool, and must be integers or floats"),
+        (torch.zeros(3, 4, 5, dtype=torch.bool), "torch.bool, and must be integers or floats"),
+        (np.zeros((4, 5), dtype=complex), "complex128, and must be"),
+        (np.zeros((4, 5, 4), dtype=np.uint8), r"\(4, 5, 4\), and must be \(H, W\) or \(H, W, 3\)"),
+        (torch.zeros(5, 6, 3, dtype=torch.uint8), r"must be \(H, W\) or \(3, H, W\)"),
+        (np.zeros((0, 5, 3), dtype=np.uint8), "no pixels"),
+        (17, "int, and must be a path"),
+        ("nowhere.jpg", "no such file"),
+    ],
+)
+def test_what_is_no_picture(picture, words):
+    with pytest.raises(ValueError, match=words):
+        picture_tensor(picture)
+
+
+def test_pictures_that_are_too_thin():
+    check_size(SamImageProcessor(), 1, 2048)
+    with pytest.raises(ValueError, match=r"2049x1 pixels is too thin.*2048:1"):
+        check_size(SamImageProcessor(), 1, 2049)

@@ -1,0 +1,322 @@
+"""Pictures of every mode come out as RGB that looks right, and files that are none as one line."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from samlight_hf.images import reading as pictures
+from samlight_hf.images.formats import describe_left_out, image_suffixes, opening_hint
+from samlight_hf.images.reading import PictureError, common_folder, find_pictures, open_picture, read_ahead
+
+
+def refused(path, *words):
+    with pytest.raises(PictureError) as raised:
+        open_picture(path)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in (str(path), *words):
+        assert word in message, message
+
+
+def save(picture, path, **options):
+    picture.save(path, **options)
+    return path
+
+
+def png_of_size(width, height) -> bytes:
+    """The beginning of a PNG that says that it has this size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + b"\0\0\0\x09IDAT"
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"])
+def test_every_mode_gives_rgb(tmp_path, mode):
+    picture = Image.new("L", (5, 3), 200).convert(mode) if mode != "I;16" else Image.new(mode, (5, 3), 200)
+    path = save(picture, tmp_path / "x.tif")
+    opened = open_picture(path)
+    assert (opened.mode, opened.size) == ("RGB", (5, 3))
+
+
+def test_colours_of_cmyk_and_of_palettes(tmp_path):
+    red = Image.new("RGB", (8, 8), (250, 10, 10))
+    for picture, name in ((red.convert("CMYK"), "x.jpg"), (red.quantize(4), "x.gif")):
+        opened = open_picture(save(picture, tmp_path / name))
+        assert np.asarray(opened).reshape(-1, 3).mean(axis=0) == pytest.approx([250, 10, 10], abs=6), picture.mode
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    picture = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    opened = open_picture(save(picture, tmp_path / "x.png"))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 255), (255, 255, 255)]
+    palette = Image.new("P", (1, 1), 0)
+    assert open_picture(save(palette, tmp_path / "p.png", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("levels", [(0, 32768, 65535), (100, 2148, 4195)], ids=["16 bits used", "12 bits used"])
+def test_grey_of_16_bits_is_stretched_not_clipped(tmp_path, levels):
+    path = save(Image.fromarray(np.array([levels], dtype=np.uint16)), tmp_path / "x.png")
+    assert [open_picture(path).getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
+
+
+def test_grey_of_floats_with_holes(tmp_path):
+    path = save(Image.fromarray(np.array([[0.0, np.nan, 2.0]], dtype=np.float32)), tmp_path / "x.tif")
+    assert np.asarray(open_picture(path))[0, :, 0].tolist() == [0, 0, 255]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste("white", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: what is stored at the left is seen at the top
+    opened = open_picture(save(picture, tmp_path / "x.jpg", exif=exif))
+    assert opened.size == (20, 40)
+    assert opened.getpixel((10, 3))[0] > 200
+    assert opened.getpixel((10, 36))[0] < 50
+
+
+def test_small_and_long_pictures(tmp_path):
+    for size in ((1, 1), (20_000, 5)):
+        assert open_picture(save(Image.new("RGB", size), tmp_path / "x.png")).size == size
+
+
+def test_pictures_above_the_limit(tmp_path, monkeypatch):
+    for width, height in ((20_000, 5_001), (20_000, 20_000), (2_000_000, 2_000_000)):
+        path = tmp_path / "x.png"
+        path.write_bytes(png_of_size(width, height))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            refused(path, "100,000,000")
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
+    refused(save(Image.new("RGB", (4, 3)), tmp_path / "small.png"), "4x3", "12 pixels")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tif", "bmp", "webp"])
+def test_truncated_files(tmp_path, suffix):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    path = save(noise, tmp_path / f"x.{suffix}")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    refused(path)
+
+
+def test_files_that_are_no_pictures(tmp_path):
+    path = tmp_path / "x.jpg"
+    refused(path, "no such file")
+    refused(tmp_path, "is a folder")
+    path.write_bytes(b"")
+    refused(path, "empty")
+    path.write_text("Dear diary")
+    refused(path, "not a picture")
+
+
+def test_a_picture_with_broken_exif_still_opens(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, format="JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff")
+    (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
+    assert open_picture(tmp_path / "x.jpg").size == (4, 4)
+
+
+def test_finds_pictures_in_folders_files_and_patterns(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/er/c.Tiff", "notes.txt", ".hidden.png", ".git/d.png", "out/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*paths):
+        found, problems = find_pictures([tmp_path / path for path in paths], exclude=tmp_path / "out")
+        return [os.path.relpath(path, tmp_path) for path in found], len(problems)
+
+    assert names(".") == (["a.png", "b.JPG", "deep/er/c.Tiff"], 0)
+    assert names("*.p*g", "notes.txt") == (["a.png", "notes.txt"], 0)
+    assert names("**/*.Tiff") == (["deep/er/c.Tiff"], 0)
+    assert names("b.JPG", ".", "b.JPG") == (["b.JPG", "a.png", "deep/er/c.Tiff"], 0)
+    assert names("a.png", "nothing*.png", "gone.jpg") == (["a.png"], 2)
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+    path = tmp_path / "x[1].png"
+    path.touch()
+    assert find_pictures([path]) == ([path], [])
+
+
+def test_an_empty_folder_is_a_problem(tmp_path):
+    found, problems = find_pictures([tmp_path])
+    assert not found
+    assert "no pictures" in str(problems[0])
+
+
+def test_items_are_read_ahead_in_their_order_and_no_further():
+    taken, read = [], []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    def slowly(number):
+        time.sleep(0.001 * (number % 3))
+        read.append(number)
+        return 10 * number
+
+    results = read_ahead(slowly, items(), num_threads=2)
+    assert [next(results) for _ in range(5)] == [0, 10, 20, 30, 40]
+    assert len(taken) <= 5 + 3
+    results.close()
+    assert len(read) <= len(taken)
+    assert list(read_ahead(slowly, range(7))) == [0, 10, 20, 30, 40, 50, 60]
+    assert list(read_ahead(slowly, [])) == []
+
+
+def test_what_reading_raises_comes_in_its_place():
+    results = read_ahead(lambda number: 1 // number, [1, 0, 1])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_an_address_is_called_one():
+    address = "https://example.com/a.jpg"
+    with pytest.raises(PictureError, match=f"{address}: is an address.* Download it"):
+        open_picture(address)
+    found, (problem,) = find_pictures([address])
+    assert not found and str(problem).startswith(f"{address}: is an address")
+
+
+def test_all_suffixes_of_images_that_pillow_opens(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    kinds = ["jpg", "jfif", "JPE", "png", "gif", "bmp", "tif", "tga", "pcx", "ppm", "qoi", "dds", "ico", "webp", "AVIF"]
+    kinds += ["jp2"] if features.check("jpg_2000") else []
+    saved = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
+    kinds = [kind for kind in kinds if f".{kind.lower()}" in saved]  # Pillow before 11.3 has no AVIF
+    assert len(kinds) > 10
+    for kind in kinds:
+        Image.fromarray(colours).save(tmp_path / f"{kind}.{kind}")
+    left_out = Counter()
+    found, problems = find_pictures([tmp_path], left_out=left_out)
+    assert sorted(path.stem for path in found) == sorted(kinds)
+    assert not problems and not left_out
+    assert all(open_picture(path).mode == "RGB" for path in found)
+    assert not image_suffixes() & {
+        ".pdf",
+        ".eps",
+        ".ps",
+        ".mpg",
+        ".mpeg",
+        ".wmf",
+        ".emf",
+        ".h5",
+        ".hdf",
+        ".grib",
+        ".txt",
+    }
+    assert {".mpo", ".jp2", ".tiff", ".psd", ".fits"} <= image_suffixes()
+
+
+def test_files_that_are_left_out_are_counted(tmp_path):
+    for name in ("a.png", "b.TXT", "c.txt", "d.mov", "Makefile", ".hidden.txt", "deep/e.cr2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    left_out = Counter()
+    assert len(find_pictures([tmp_path], left_out=left_out)[0]) == 1
+    assert left_out == {".txt": 2, ".mov": 1, "": 1, ".cr2": 1}
+    assert describe_left_out(left_out) == (
+        "left out 5 files, by suffix no image that can be opened: 1 .cr2 (camera raw: convert it to TIFF), 2 .txt, "
+        "1 without a suffix, 1 .mov."
+    )
+    assert describe_left_out(Counter()) is None
+    assert describe_left_out(Counter({f".{n}": 1 for n in range(20)})).endswith(", 12 further kinds.")
+    left_out = Counter()
+    (problem,) = find_pictures([tmp_path / "*.txt"], left_out=left_out)[1]
+    assert "no picture matches this pattern: left out 1 file" in str(problem) and left_out == {".txt": 1}
+    (problem,) = find_pictures([tmp_path / "deep"])[1]
+    assert "no pictures in this folder" in str(problem) and "camera raw" in str(problem)
+
+
+HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
+
+
+def test_what_opens_heic_is_named_where_it_is_missing(tmp_path):
+    """In a process of its own, where the plugin cannot be imported."""
+    (tmp_path / "phone.jpg").write_bytes(HEIC)
+    (tmp_path / "x.HEIC").write_bytes(HEIC)
+    (tmp_path / "y.heif").write_bytes(HEIC)
+    script = """
+import sys
+from collections import Counter
+sys.modules["pillow_heif"] = None
+from samlight_hf.images.formats import describe_left_out
+from samlight_hf.images.reading import find_pictures, open_picture
+left_out = Counter()
+found, _ = find_pictures([sys.argv[1]], left_out=left_out)
+print(len(found), describe_left_out(left_out))
+for name in ("phone.jpg", "x.HEIC"):
+    try:
+        open_picture(f"{sys.argv[1]}/{name}")
+    except ValueError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    folder, renamed, named = result.stdout.splitlines()
+    assert folder.startswith("1 left out 2 files")
+    assert "1 .heic (pip install pillow-heif), 1 .heif (pip install pillow-heif)" in folder
+    assert "phone.jpg" in renamed and "pip install pillow-heif" in renamed
+    assert "x.HEIC" in named and "pip install pillow-heif" in named
+
+
+def test_heic_is_opened_where_its_plugin_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "x.HEIC", format="HEIF")
+    (path,), _ = find_pictures([tmp_path])
+    assert open_picture(path).size == (40, 30)
+
+
+def test_hints_for_avif_that_cannot_be_opened(monkeypatch):
+    assert opening_hint(".tif") is None
+    monkeypatch.setattr("samlight_hf.images.formats.image_suffixes", lambda: frozenset({".png"}))
+    for hint in (opening_hint(".AVIF"), opening_hint(".jpg", b"\0\0\0\x20ftypavif\0\0\0\0")):
+        assert "pillow>=11.3" in hint and "pillow-heif" in hint
+
+
+def test_links_in_a_circle_are_one_bad_file(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    Image.new("RGB", (3, 3)).save(tmp_path / "c.png")
+    found, _ = find_pictures([tmp_path])
+    assert len(found) >= 1
+    refused(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "paths, expected",
+    [
+        (["a"], "a"), (["a/x.jpg"], "a"), (["a", "b"], "."), (["a/x.jpg", "a/deep/x.jpg"], "a"), (["a/*/x.jpg"], "a"),
+        (["a/x.jpg", "b/x.jpg"], "."), (["*/x.jpg"], "."), (["a", "gone.jpg", "b/no*.jpg"], "a"), (["a/../b"], "b"),
+        (["gone"], None), (["a", "https://example.com/x.jpg"], "a"),
+    ],
+)  # fmt: skip
+def test_the_folder_that_was_asked_for(tmp_path, monkeypatch, paths, expected):
+    for name in ("a/x.jpg", "a/deep/x.jpg", "b/x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert common_folder(paths) == (expected and Path(os.path.normpath(tmp_path / expected)))
+    if "https" not in paths[-1]:
+        absolute = [f"{tmp_path}/{path}" for path in paths]
+        assert common_folder(absolute) == (expected and Path(os.path.normpath(tmp_path / expected)))

@@ -1,0 +1,642 @@
+"""Prompts in pixels of the original pictures give what the model gives for each of them alone, however they are batched."""
+
+import json
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
+
+from samlight_hf import EncodedImage, PictureError, Predictor, SamLighteningModel, optimize
+from samlight_hf.commands.segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.engine.optimize import PlainMaskDecoder
+from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
+from samlight_hf.inference.predictor import predict_prompts, segment_prompts
+from samlight_hf.inference.prompts import clip_prompts, parse_prompts, prompt_batches
+from samlight_hf.kernels import upscaled_masks
+from samlight_hf.loading import load_model
+from tests.conftest import tiny_config
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    model = SamLighteningModel(tiny_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def tiny(request, folder):
+    return load_model(folder, request.param)
+
+
+def random_picture(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def picture():
+    return random_picture(50, 30)
+
+
+def by_the_model(model, processor, picture, multimask_output=True, logits=None, **prompts):
+    """One prompt through processor and model, as SamModel's documentation does it."""
+    inputs = processor(images=picture, return_tensors="pt", **{k: [[v]] for k, v in prompts.items()}).to(model.device)
+    sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
+    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.inference_mode():
+        outputs = model(**inputs, input_masks=logits, multimask_output=multimask_output)
+    masks = processor.post_process_masks(outputs.pred_masks.float().cpu(), *sizes)[0][0].numpy()
+    return masks, outputs.iou_scores[0, 0].float().cpu().numpy(), outputs.pred_masks[0, 0].float().cpu().numpy()
+
+
+def assert_same(prediction, place, expected):
+    masks, scores, logits = expected
+    assert np.allclose(prediction.scores[place], scores, atol=1e-4)
+    assert np.allclose(prediction.logits[place], logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
+    assert (prediction.masks[place] != masks).mean() < 0.002
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+def test_every_kind_of_prompt_is_what_the_model_gives(tiny, picture, multimask_output):
+    predictor = Predictor(*tiny).set_image(picture)
+    boxes, points, labels = (
+        [(1, 2, 40, 20), (0, 0, 50, 30)],
+        [[(3, 4), (30.5, 20)], [(49.9, 0), (7, 7)]],
+        [[1, 0], [0, 1]],
+    )
+    plain = {"multimask_output": multimask_output}
+    by_box = predictor.predict(boxes_xyxy=boxes, **plain)
+    by_points = predictor.predict(points, labels, **plain)
+    by_both = predictor.predict(points, labels, boxes, **plain)
+    refined = predictor.predict(points, labels, logits=by_points.logits[:, 0], **plain)
+    for place in range(2):
+        box, point = (
+            {"input_boxes": [*map(float, boxes[place])]},
+            {"input_points": points[place], "input_labels": labels[place]},
+        )
+        assert_same(by_box, place, by_the_model(*tiny, picture, **box, **plain))
+        assert_same(by_points, place, by_the_model(*tiny, picture, **point, **plain))
+        assert_same(by_both, place, by_the_model(*tiny, picture, **box, **point, **plain))
+        logits = torch.as_tensor(by_points.logits[place, 0], device=tiny[0].device)[None, None]
+        assert_same(refined, place, by_the_model(*tiny, picture, logits=logits, **point, **plain))
+    assert by_box.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
+    assert (by_box.masks.dtype, by_box.scores.dtype, by_box.logits.dtype) == (bool, np.float32, np.float32)
+    assert by_box.logits.shape[2:] == (32, 32)
+
+
+def test_ragged_prompts_on_several_pictures_equal_each_alone(tiny):
+    pictures = [random_picture(*size, seed) for seed, size in enumerate([(50, 30), (20, 64), (50, 30), (33, 33)])]
+    random = np.random.default_rng(0)
+
+    def points_on(picture, *counts):
+        return [[(x * picture.width, y * picture.height) for x, y in random.random((count, 2))] for count in counts]
+
+    points = [points_on(pictures[0], 1, 3, 1), points_on(pictures[1], *[2] * 9, 1), None, points_on(pictures[3])]
+    labels = [None if p is None else [random.integers(0, 2, len(prompt)).tolist() for prompt in p] for p in points]
+    together = Predictor(*tiny).set_images(pictures).predict(points, labels)
+    assert [len(prediction) for prediction in together] == [3, 10, 0, 0]
+    assert together[2].masks.shape == (0, 3, 30, 50)
+    for picture, prompts, own_labels, prediction in zip(pictures, points, labels, together):
+        alone = Predictor(*tiny).set_image(picture)
+        for place in range(len(prediction)):
+            one = alone.predict([prompts[place]], [own_labels[place]])
+            assert_same(prediction, place, (one.masks[0], one.scores[0], one.logits[0]))
+
+
+def test_numpy_and_torch_in_and_out(tiny, picture):
+    boxes, points = np.array([[1, 2, 40, 20.0]]), torch.tensor([[[3, 4.0]]])
+    as_numpy = Predictor(*tiny).set_image(np.asarray(picture)).predict(points, boxes_xyxy=boxes)
+    as_torch = (
+        Predictor(*tiny, output="torch")
+        .set_image(picture)
+        .predict([[(3, 4)]], np.array([[1]]), torch.from_numpy(boxes))
+    )
+    for name in ("masks", "scores", "logits"):
+        array, tensor = getattr(as_numpy, name), getattr(as_torch, name)
+        assert isinstance(array, np.ndarray)
+        assert tensor.device.type == tiny[0].device.type
+        assert np.allclose(array, tensor.cpu().numpy(), atol=1e-5)
+    assert as_torch.masks.dtype == torch.bool
+    refined = [
+        Predictor(*tiny).set_image(picture).predict(points, logits=logits)
+        for logits in (as_numpy.logits[:, 0], as_torch.logits[:, 0], as_torch.logits[:, 0].clone().requires_grad_())
+    ]
+    for prediction in refined[1:]:
+        assert np.allclose(prediction.logits, refined[0].logits, atol=1e-5)
+
+
+def test_logits_alone_and_their_masks_later(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    prediction = predictor.predict([[(3, 4)], [(9, 9)]], full_size=False)
+    assert prediction.masks is None
+    later = predictor.to_masks(prediction.logits[:, 1]).cpu().numpy()
+    assert np.array_equal(later, predictor.predict([[(3, 4)], [(9, 9)]]).masks[:, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_under_autocast_the_result_is_the_same(folder, picture, dtype):
+    predictor = Predictor(*load_model(folder, "cpu", dtype))
+    expected = predictor.set_image(picture).predict([[(9, 9), (20, 11)]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predictor.set_image(picture).predict([[(9, 9), (20, 11)]])
+    assert np.array_equal(found.logits, expected.logits)
+
+
+@pytest.mark.filterwarnings("ignore:The image encoder runs as in the model")
+def test_a_picture_is_encoded_once(tiny, picture):
+    encoded = []
+    hook = tiny[0].vision_encoder.register_forward_hook(lambda *arguments: encoded.append(1))
+    predictor = Predictor(*tiny, cuda_graphs=False)
+    predictor.set_image(picture)
+    for x in range(3):
+        predictor.predict([[(x, 0)]])
+    hook.remove()
+    assert len(encoded) == 1
+
+
+def test_one_mask_for_each_prompt(tiny, picture):
+    boxes, points = [(0, 0, 50, 30), (3.5, 4, 20, 25)], [(0, 0), (49.9, 29), (10, 10)]
+    result = segment_prompts(*tiny, picture, boxes, points)
+    assert (result.masks.shape, result.masks.dtype) == ((5, 30, 50), bool)
+    assert (result.scores.shape, result.boxes_xyxy.shape) == ((5,), (5, 4))
+    predictor = Predictor(*tiny).set_image(picture)
+    by_box = predictor.predict(boxes_xyxy=boxes, multimask_output=False)
+    assert np.array_equal(result.masks[:2], by_box.masks[:, 0])
+    by_point = predictor.predict([[point] for point in points])
+    best = by_point.scores.argmax(axis=1)
+    assert np.array_equal(result.masks[2:], by_point.masks[np.arange(3), best])
+    assert len(segment_prompts(*tiny, picture)) == 0
+    pictures = Predictor(*tiny).set_images([random_picture(20, 20), picture])
+    assert np.array_equal(predict_prompts(pictures, boxes, points, picture=1).masks, result.masks)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (63, 1), (3, 3)])
+def test_very_small_pictures(tiny, size, capfd):
+    prediction = (
+        Predictor(*tiny).set_image(Image.new("RGB", size, "orange")).predict([[(0, 0)]], boxes_xyxy=[(0, 0, *size)])
+    )
+    assert prediction.masks.shape == (1, 3, *size[::-1])
+    assert capfd.readouterr() == ("", "")
+
+
+def logits_of(*shape, value=0.0):
+    return np.full(shape, value, dtype=np.float32)
+
+
+def test_an_encoded_image_is_prompted_whatever_was_set_or_encoded_since(tiny, picture):
+    predictor, other = Predictor(*tiny), random_picture(20, 64, seed=1)
+    expected = [predictor.set_image(each).predict([[(3, 4)]]) for each in (picture, other)]
+    encoded = predictor.encode([picture, other])
+    assert [type(each) for each in encoded] == [EncodedImage] * 2
+    assert [each.size for each in encoded] == [(30, 50), (64, 20)]
+    for each, own in zip(encoded, expected):
+        found = predictor.predict([[(3, 4)]], image=each)
+        assert np.allclose(found.logits, own.logits, rtol=1e-3, atol=1e-3 * np.abs(own.logits).max())
+        assert found.masks.shape[2:] == each.size
+        later = predictor.to_masks(found.logits[:, 0], image=each).cpu().numpy()
+        assert (later != found.masks[:, 0]).mean() < 0.002
+    assert predictor.images[0].size == (64, 20)  # the one that was set
+    assert len(predictor.predict([[(3, 4)]]).masks[0, 0]) == 64
+    of_list = predictor.predict([[[(3, 4)]], None, [[(3, 4)]]], image=[encoded[0], encoded[1], encoded[0]])
+    assert [len(each) for each in of_list] == [1, 0, 1]
+    assert np.allclose(of_list[0].logits, of_list[2].logits, atol=1e-4)
+    predictor.reset()
+    assert predictor.predict([[(3, 4)]], image=encoded[1]).masks.shape[2:] == (64, 20)
+
+
+def test_images_that_cannot_be(tiny, picture, tmp_path):
+    predictor = Predictor(*tiny)
+    for image, words in (
+        (picture, "image is a Image, and must be what encode returned"),
+        ([], "image is an empty list"),
+        ([predictor.encode(picture), None], "image is a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            predictor.predict([[(1, 1)]], image=image)
+    other = SamLighteningModel(tiny_config(image_size=64)).to(tiny[0].device)
+    with pytest.raises(ValueError, match="encoded by another model"):
+        predictor.predict(
+            [[(1, 1)]], image=Predictor(other, make_processor(other.config.vision_config)).encode(picture)
+        )
+    with pytest.raises(ValueError, match="encode takes an image, or a list of at least one"):
+        predictor.encode([])
+    with pytest.raises(ValueError, match="set_image takes one image"):
+        predictor.set_image([picture])
+    (tmp_path / "half.png").write_bytes(b"\x89PNG")
+    for images, words in (
+        ([picture, tmp_path / "half.png"], "image 1: .*half.png: not a picture"),
+        ([picture, picture, Image.new("RGB", (20_000, 100))], "image 2: .*too thin"),
+        ([None, picture], "image 0: .*NoneType"),
+    ):
+        for call in (predictor.encode, predictor.set_images):
+            with pytest.raises(ValueError, match=words):
+                call(images)
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"boxes_xyxy": [(60, 0, 99, 9)]}, "image 1: box 60,0,99,9 lies outside the image of 50x30"),
+        ({"points_xy": [[(3, 99)]]}, "image 1: point 3,99 lies outside"),
+        ({"boxes_xyxy": [(0, 0, 9, 9)], "logits": logits_of(1, 32, 32, value=np.nan)}, "image 1: logits hold NaN"),
+        ({"points_xy": [[(3, 4)]], "masks": np.full((1, 30, 50), 7)}, "image 1: masks hold whole numbers from 7 to 7"),
+        ({"points_xy": 3}, "image 1: points_xy=3"),
+    ],
+    ids=["box", "point", "logits", "mask", "no list"],
+)
+def test_a_bad_prompt_names_its_image_and_does_not_void_the_others(tiny, picture, bad, words):
+    predictor = Predictor(*tiny).set_images([picture, picture, random_picture(20, 64, seed=1)])
+    good = {"boxes_xyxy": [(0, 0, 9, 9)]}
+    arguments = {
+        name: [good.get(name), bad.get(name), good.get(name)] for name in ("points_xy", "boxes_xyxy", "logits", "masks")
+    }
+    arguments = {name: value if any(each is not None for each in value) else None for name, value in arguments.items()}
+    with pytest.warns(UserWarning, match=words):
+        found = predictor.predict(**arguments)
+    assert isinstance(found[1], PictureError) and str(found[1]).startswith("image 1: ")
+    expected = predictor.predict(boxes_xyxy=[good["boxes_xyxy"], None, good["boxes_xyxy"]])
+    for place in (0, 2):
+        assert np.array_equal(found[place].logits, expected[place].logits)
+        assert np.array_equal(found[place].masks, expected[place].masks)
+    with pytest.raises(PictureError, match=words):
+        predictor.predict(**arguments, errors="raise")
+
+
+def disc(picture, radius=9.0) -> np.ndarray:
+    """bool (1, H, W)."""
+    y, x = np.mgrid[: picture.height, : picture.width]
+    return ((x - picture.width / 2) ** 2 + (y - picture.height / 3) ** 2 < radius**2)[None]
+
+
+@pytest.mark.parametrize("size", [(50, 30), (20, 64), (32, 32), (300, 200)])
+def test_a_mask_of_any_kind_is_a_mask_whatever_it_is_called(tiny, size):
+    picture = random_picture(*size)
+    predictor = Predictor(*tiny).set_image(picture)
+    mask, box = disc(picture, min(size) / 3), {"boxes_xyxy": [(2, 3, 18, 19)]}
+    small = predictor.predict(**box, masks=mask, multimask_output=False).logits[:, 0] > 0
+    small[:, 0, 0], small[:, 1, 1] = True, False
+    for each in (mask, small):
+        kinds = [each, each.astype(np.uint8), each.astype(np.int64), each.astype(np.float32), each * np.uint8(255)]
+        kinds += [each * 255.0, torch.from_numpy(each), torch.from_numpy(each).half().to(tiny[0].device)]
+        found = [predictor.predict(**box, **{name: kind}).logits for kind in kinds for name in ("logits", "masks")]
+        assert all(np.array_equal(logits, found[0]) for logits in found[1:])
+        assert not np.array_equal(found[0], predictor.predict(**box).logits)
+    as_logits = np.where(small, np.float32(10), np.float32(-10))
+    assert np.array_equal(predictor.predict(**box, logits=as_logits).logits, found[0])
+
+
+@pytest.mark.parametrize("size", [(50, 30), (20, 64), (300, 200), (1, 1)])
+def test_masks_become_logits_and_logits_masks(tiny, size):
+    """The way back is `to_masks`; what is lost is less than a cell of the decoder's size along the outline."""
+    picture = random_picture(*size)
+    predictor = Predictor(*tiny)
+    encoded, mask = predictor.encode(picture), disc(picture, max(1.0, min(size) / 3))
+    logits = logits_of_prompt(mask, encoded, predictor.logits_size, tiny[0].device)
+    assert logits.shape == (1, 32, 32) and logits.abs().max().item() == pytest.approx(MASK_LOGIT)
+    height, width = encoded.resized
+    assert (logits[:, height + 1 :] == -MASK_LOGIT).all() and (logits[:, :, width + 1 :] == -MASK_LOGIT).all()
+    back = predictor.to_masks(logits, image=encoded).cpu().numpy()
+    assert (back & mask).sum() / (back | mask).sum() > 0.9
+    everywhere = logits_of_prompt(np.ones_like(mask), encoded, predictor.logits_size, tiny[0].device)
+    assert predictor.to_masks(everywhere, image=encoded).all()
+    assert (logits_of_prompt(~np.ones_like(mask), encoded, (32, 32), tiny[0].device) == -MASK_LOGIT).all()
+
+
+def test_zeros_in_fractions_are_logits_and_in_whole_numbers_a_mask(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    box = {"boxes_xyxy": [(2, 3, 18, 19)]}
+    found = {dtype: predictor.predict(**box, logits=np.zeros((1, 32, 32), dtype)).logits for dtype in ("f4", "u1")}
+    empty = predictor.predict(**box, logits=np.full((1, 32, 32), -MASK_LOGIT, "f4")).logits
+    assert np.array_equal(found["u1"], empty) and not np.array_equal(found["f4"], empty)
+    assert np.array_equal(predictor.predict(**box, masks=np.zeros((1, 30, 50), "f4")).logits, empty)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "plain"])
+@pytest.mark.parametrize("multimask_output", [True, False])
+def test_a_mask_alone_is_what_the_model_gives(tiny, picture, multimask_output, decoder):
+    predictor = Predictor(*tiny).set_image(picture)
+    if decoder == "plain":
+        predictor.decoder = predictor.encoder.decoder = PlainMaskDecoder(tiny[0])
+        predictor.set_image(picture)
+    logits = predictor.predict(boxes_xyxy=[(2, 3, 18, 19), (5, 5, 30, 20)], multimask_output=False).logits[:, 0]
+    found = predictor.predict(logits=logits, multimask_output=multimask_output)
+    assert found.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
+    for place, each in enumerate(torch.from_numpy(logits).to(tiny[0].device)):
+        expected = by_the_model(*tiny, picture, multimask_output, logits=each[None, None])
+        assert_same(found, place, expected)
+        one = predictor.predict(logits=each[None], multimask_output=multimask_output)
+        assert_same(one, 0, expected)
+    both = Predictor(*tiny).set_images([picture, picture]).predict(masks=[disc(picture), None])
+    assert [len(each) for each in both] == [1, 0]
+
+
+def test_a_mask_refines_as_its_logits_do():
+    """On the bundled photographs with their boxes; a mask that is read as logits loses far more."""
+    predictor = Predictor(*load_model(BUNDLED_CHECKPOINT, "cpu"))
+    prompts = json.loads((EXAMPLE_IMAGES.parent / "prompts.json").read_text())
+    found = {name: [] for name in ("logits", "mask", "small mask", "0 and 1 as logits")}
+    for name, given in prompts.items():
+        arguments = {
+            "boxes_xyxy": given["boxes_xyxy"], "multimask_output": False, "image": predictor.encode(EXAMPLE_IMAGES / name),
+        }  # fmt: skip
+        first = predictor.predict(**arguments)
+        logits, masks = first.logits[:, 0], first.masks[:, 0]
+        almost = np.where(logits > 0, np.float32(1), np.float32(1e-6))  # which is no mask
+        for kind, refined in (
+            ("logits", {"logits": logits}), ("mask", {"masks": masks}), ("small mask", {"masks": logits > 0}),
+            ("0 and 1 as logits", {"logits": almost}),
+        ):  # fmt: skip
+            again = predictor.predict(**arguments, **refined).masks[:, 0]
+            found[kind] += [(a & b).sum() / (a | b).sum() for a, b in zip(again, masks)]
+    means = {kind: np.mean(values) for kind, values in found.items()}
+    print(", ".join(f"{kind}: IoU {mean:.3f}" for kind, mean in means.items()))
+    assert min(means["mask"], means["small mask"]) > means["logits"] - 0.02
+    assert min(means["mask"], means["small mask"]) > means["0 and 1 as logits"] + 0.02
+
+
+def test_in_a_process_that_is_spawned(folder, picture):
+    predictor = Predictor(*load_model(folder, "cpu"), max_memory_mb=1400).set_image(picture)
+    expected = predictor.predict([[(3, 4)]])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(predictor.predict, [[(3, 4)]], image=predictor.encode(picture)).result(timeout=300)
+        of_the_image_that_was_set = pool.submit(predictor.predict, [[(3, 4)]]).result(timeout=300)
+    for each in (found, of_the_image_that_was_set):
+        assert np.allclose(each.logits, expected.logits, atol=1e-5)
+        assert np.array_equal(each.masks, expected.masks)
+
+
+def test_pickled_it_keeps_its_settings_and_images(tiny, picture):
+    predictor = Predictor(*tiny, output="torch", max_memory_mb=1400, cuda_graphs=False).set_images([picture, picture])
+    again = pickle.loads(pickle.dumps(predictor))
+    assert (again.output, again.decoder.cuda_graphs, again._settings) == ("torch", False, predictor._settings)
+    assert again.model is not predictor.model and again.model.device == predictor.model.device
+    boxes = [[(0, 0, 9, 9)], None]
+    found, expected = (each.predict(boxes_xyxy=boxes)[0] for each in (again, predictor))
+    assert torch.equal(found.logits, expected.logits)
+    with pytest.raises(TypeError, match="optimize that"):
+        pickle.dumps(Predictor(optimize(tiny[0], image_batch_sizes=(), prompt_counts=()), tiny[1]))
+
+
+@pytest.mark.parametrize(
+    "prompts, words",
+    [
+        ({}, "no prompt: give points_xy"),
+        ({"logits": logits_of(1, 32, 32), "masks": logits_of(1, 32, 32)}, "logits and masks are given"),
+        ({"logits": np.full((1, 32, 32), 7)}, "logits hold whole numbers from 7 to 7: a mask is bool"),
+        ({"masks": logits_of(1, 30, 50, value=0.5)}, "masks hold values from 0.5 to 0.5"),
+        ({"masks": logits_of(1, 32, 32, value=np.nan)}, "masks hold values from nan to nan"),
+        ({"masks": np.zeros((1, 31, 50), bool)}, r"\(prompts, 32, 32\), .*\(prompts, 30, 50\), as large as the image"),
+        ({"masks": np.zeros((30, 50), bool)}, r"masks have the shape \(30, 50\)"),
+        ({"masks": np.zeros((2, 30, 50), bool), "boxes_xyxy": [(0, 0, 5, 5)]}, "boxes_xyxy has 1, masks has 2"),
+        ({"logits": logits_of(1, 32, 32), "labels": [[1]]}, "labels are given without points_xy"),
+        ({"labels": [[1]]}, "no prompt"),
+        ({"points_xy": [(3, 4)]}, r"a list of points is expected.*\[\[point\]\]"),
+        ({"points_xy": np.zeros((2, 2))}, "a list of points is expected"),
+        ({"points_xy": [[]]}, "a prompt without points"),
+        ({"points_xy": 3}, "points_xy=3 must have one entry for each prompt"),
+        ({"points_xy": [[(3, 4, 5)]]}, "point 3,4,5 must be two numbers"),
+        ({"points_xy": [[("a", 4)]]}, "must be numbers"),
+        ({"points_xy": [[(51, 3)]]}, "point 51,3 lies outside the image of 50x30"),
+        ({"points_xy": [[(3, -1)]]}, "lies outside"),
+        ({"points_xy": [[(float("nan"), 1)]]}, "point nan,1 must be two numbers"),
+        ({"points_xy": [[(3, 4)]], "labels": [[1, 0]]}, r"labels are \[2\] for each prompt, and its points \[1\]"),
+        ({"points_xy": [[(3, 4)]], "labels": [[2]]}, "label 2 must be 1, on the object, or 0"),
+        ({"points_xy": [[(3, 4)]], "labels": [[0.9]]}, "label 0.9 must be 1"),
+        ({"points_xy": [[(3, 4)]], "labels": [1]}, "must have one entry"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "labels": [[1]]}, "labels are given without points_xy"),
+        ({"boxes_xyxy": [(5, 0, 0, 5)]}, "box 5,0,0,5 is reversed"),
+        ({"boxes_xyxy": [(5, 0, 5, 5)]}, "has no area"),
+        ({"boxes_xyxy": [(50, 0, 51, 5)]}, "box 50,0,51,5 lies outside the image of 50x30"),
+        ({"boxes_xyxy": [(0, 0, float("inf"), 5)]}, "four numbers"),
+        ({"boxes_xyxy": (0, 0, 5, 5)}, r"Write \[box\] for one box"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "points_xy": [[(1, 1)], [(2, 2)]]}, "points_xy has 2, boxes_xyxy has 1"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 16, 16)}, r"\(1, 16, 16\), and must be \(prompts, 32, 32\)"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 3, 32, 32)}, r"logits\[:, i\]"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(2, 32, 32)}, "boxes_xyxy has 1, logits has 2"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 32, 32, value=np.nan)}, "NaN or infinite"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:30],
+)  # fmt: skip
+def test_prompts_that_cannot_be(tiny, picture, prompts, words):
+    with pytest.raises(ValueError, match=words):
+        Predictor(*tiny).set_image(picture).predict(**prompts)
+
+
+def test_uses_that_cannot_be(tiny, picture):
+    predictor = Predictor(*tiny)
+    with pytest.raises(ValueError, match="no image yet: call set_image"):
+        predictor.predict([[(1, 1)]])
+    for pictures in ([], "x.jpg", picture):
+        with pytest.raises(ValueError, match="set_images takes a list"):
+            predictor.set_images(pictures)
+    predictor.set_images([picture, picture])
+    for boxes, words in (
+        ([None], "a list of 2, one entry for each image, not 1"),
+        (np.zeros((2, 1, 4)), "not a ndarray"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            predictor.predict(boxes_xyxy=boxes)
+    with pytest.raises(ValueError, match="errors='ignore' must be"):
+        predictor.predict(boxes_xyxy=[None, None], errors="ignore")
+    predictor.reset()
+    with pytest.raises(ValueError, match="no image yet"):
+        predictor.predict([[(1, 1)]])
+    with pytest.raises(ValueError, match="output='jax'"):
+        Predictor(*tiny, output="jax")
+    predictor.set_image(picture)
+    with pytest.raises(ValueError, match="too thin"):
+        predictor.set_image(Image.new("RGB", (20_000, 100)))
+    with pytest.raises(ValueError, match="no image yet"):  # and not the last one's masks
+        predictor.predict([[(1, 1)]])
+
+
+def test_logits_of_any_array(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    logits = predictor.predict([[(3, 4)]], multimask_output=False).logits[:, 0]
+    flipped = logits[:, :, ::-1]
+    expected = predictor.predict([[(3, 4)]], logits=flipped.copy()).logits
+    assert np.array_equal(predictor.predict([[(3, 4)]], logits=flipped).logits, expected)
+    assert torch.equal(predictor.to_masks(flipped), predictor.to_masks(torch.from_numpy(flipped.copy())))
+    with pytest.raises(ValueError, match=r"must be \(n, h, w\): logits\[:, i\]"):
+        predictor.to_masks(expected)
+
+
+def test_empty_prompts_give_empty_results(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    for prompts in ({"points_xy": []}, {"boxes_xyxy": np.zeros((0, 4))}, {"points_xy": [], "labels": []}):
+        prediction = predictor.predict(**prompts)
+        assert prediction.masks.shape == (0, 3, 30, 50)
+        assert (prediction.scores.shape, prediction.logits.shape) == ((0, 3), (0, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "box, words",
+    [
+        ((50, 10, 60, 20), "50,10,60,20 lies outside the image of 50x30"),
+        ((-9, 10, 0, 20), "-9,10,0,20 lies outside"),
+        ((10, 30, 20, 31), "lies outside"),
+        ((20, 10, 10, 20), "20,10,10,20 is reversed"),
+        ((10, 20, 20, 10), "is reversed"),
+        ((10, 10, 10, 20), "has no area"),
+        ((10, 10, float("nan"), 20), "four numbers"),
+        ((10, 10, float("inf"), 20), "four numbers"),
+        ((10, 10, 20), "four numbers"),
+    ],
+)
+def test_boxes_that_cannot_be(box, words):
+    with pytest.raises(ValueError, match=words):
+        clip_prompts((50, 30), boxes_xyxy=[(0, 0, 50, 30), box])
+
+
+@pytest.mark.parametrize("point", [(51, 3), (3, 31), (-1, 3), (float("inf"), 0), (float("nan"), 0), (1, 2, 3)])
+def test_points_that_cannot_be(point):
+    with pytest.raises(ValueError, match="point "):
+        clip_prompts((50, 30), points_xy=[(0, 0), point])
+
+
+def test_what_sticks_out_of_the_image_is_cut_off():
+    boxes, points = clip_prompts(
+        (50, 30),
+        [(-0.31, 2, 50.004, 30), (-40, -1, 1, 99), (1, 2, 3.5, 4)],
+        [(50, 3), (50.9, 30.5), (-0.31, -0.9), (49.9, 0.2)],
+    )
+    assert boxes == [[0, 2, 50, 30], [0, 0, 1, 30], [1, 2, 3.5, 4]]
+    assert points == [[49, 3], [49, 29], [0, 0], [49.9, 0.2]]
+
+
+def test_prompts_that_stick_out_are_those_at_the_border(tiny, picture):
+    predictor = Predictor(*tiny).set_image(picture)
+    for found, expected in (
+        ({"boxes_xyxy": [(-0.31, 2, 50.004, 31)]}, {"boxes_xyxy": [(0, 2, 50, 30)]}),
+        ({"points_xy": [[(50, 30), (-0.5, 4)]]}, {"points_xy": [[(49, 29), (0, 4)]]}),
+    ):
+        assert np.array_equal(predictor.predict(**found).logits, predictor.predict(**expected).logits)
+    result = predict_prompts(predictor, [(-3, 2, 50.4, 31)], [(50, 3)])
+    assert np.array_equal(result.masks, predict_prompts(predictor, [(0, 2, 50, 30)], [(49, 3)]).masks)
+
+
+def test_batches_are_of_one_kind_and_lose_no_prompt():
+    size = (100, 100)
+    many = parse_prompts(0, size, points_xy=[[(1, 1)]] * 9 + [[(1, 1), (2, 2)]])
+    few = parse_prompts(1, size, points_xy=[[(1, 1)]] * 2, boxes_xyxy=[(0, 0, 9, 9)] * 2)
+    others = parse_prompts(2, size, points_xy=[[(1, 1), (2, 2)]])
+    prompts = many + few + others
+    batches = list(prompt_batches(prompts, most=4))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(prompts)))
+    assert all(len({prompts[place].kind() for place in batch}) == 1 and len(batch) <= 4 for batch in batches)
+    assert [9, 12] in batches  # of two pictures
+
+
+def test_the_bundled_checkpoint_finds_the_nose_of_the_cat():
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
+    picture = Image.open(EXAMPLE_IMAGES / "cat.jpg")
+    result = segment_prompts(model, processor, picture, [(215, 215, 288, 265)], [(250, 240)])
+    assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.6
+    assert result.masks[:, 235, 250].all()
+    assert not result.masks[:, 100, 165].any()
+
+
+@pytest.mark.gpu
+def test_a_single_prompt_is_replayed_from_a_graph(folder, picture):
+    model, processor = load_model(folder, "cuda")
+    graphed, eager = (Predictor(model, processor, cuda_graphs=on).set_image(picture) for on in (None, False))
+    for prompts in ({"points_xy": [[(3, 4)]]}, {"points_xy": [[(9, 20)]]}, {"boxes_xyxy": [(1, 2, 40, 20)]}):
+        for multimask_output in (True, False):
+            one, other = (p.predict(**prompts, multimask_output=multimask_output) for p in (graphed, eager))
+            assert np.allclose(one.logits, other.logits, rtol=1e-3, atol=1e-3)
+            assert graphed.decoder.all_masks[multimask_output, False].last_ran == "graph"
+    assert graphed.encoder.encode.last_ran == "graph"
+    assert eager.encoder.encode.last_ran == "eager"
+
+
+def events_on_device(run) -> list[str]:
+    """What a second run of it does there, in order."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.gpu
+def test_pixel_values_are_written_where_the_encoders_graph_reads_them(folder, monkeypatch):
+    model, processor = load_model(folder, "cuda")
+    encoder, eager = (Predictor(model, processor, cuda_graphs=on).encoder for on in (True, False))
+    one, other = torch.randint(0, 256, (2, 3, 30, 50), dtype=torch.uint8, device="cuda")
+    for pictures in ([one], [other], [one, other], [other, one, one], [other, one], [one]):
+        for found, expected in zip(encoder(pictures), eager(pictures), strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
+    written = events_on_device(lambda: encoder([one]))
+    monkeypatch.setattr(encoder.encode, "empty", torch.empty)
+    copied = events_on_device(lambda: encoder([one]))
+    assert written[0] == copied[0] == "_resize_kernel"
+    assert "Memcpy" in copied[1] and copied[2:] == written[1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(50, 30), (20, 64), (1100, 700)])
+def test_masks_are_all_that_is_written_at_the_pictures_size(folder, size, monkeypatch):
+    predictor = Predictor(*load_model(folder, "cuda"), output="torch").set_image(random_picture(*size))
+    logits = predictor.predict([[(3, 4)], [(9, 9)]], full_size=False).logits.flatten(0, 1)
+    assert events_on_device(lambda: predictor.to_masks(logits)) == ["_masks_kernel"]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masks = predictor.to_masks(logits)
+    assert torch.cuda.max_memory_allocated() - before <= masks.nbytes + 2**20  # what torch may round up
+    assert masks.shape == (6, *size[::-1])
+    assert not predictor.to_masks(logits.cpu()).is_cuda
+    assert predictor.to_masks(logits[:0]).is_cuda
+    monkeypatch.setattr(upscaled_masks, "why_not_triton", lambda logits: "not asked for")
+    expected = predictor.to_masks(logits)
+    assert (masks != expected).float().mean() < 1e-4
+
+
+@pytest.mark.gpu
+def test_a_later_picture_does_not_change_an_earlier_prediction(folder):
+    model, processor = load_model(folder, "cuda")
+    predictor = Predictor(model, processor, output="torch")
+    first = predictor.set_image(random_picture(50, 30, 0)).predict([[(3, 4)]])
+    before = first.logits.clone(), first.scores.clone()
+    predictor.set_image(random_picture(50, 30, 1)).predict([[(30, 4)]])
+    assert torch.equal(first.logits, before[0])
+    assert torch.equal(first.scores, before[1])
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(folder):
+    """From a picture on the device to a mask there; torch tells of what waits."""
+    predictor = Predictor(*load_model(folder, "cuda"), output="torch")
+    picture = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, device="cuda")
+
+    def run():
+        predictor.set_image(picture)
+        for prompts in ({"points_xy": [[(3, 4)]]}, {"boxes_xyxy": [(1, 2, 40, 20)]}):
+            prediction = predictor.predict(**prompts, full_size=False)
+            predictor.to_masks(prediction.logits[0].index_select(0, prediction.scores[0].argmax(0, keepdim=True)))
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,133 @@
+"""The attention kernel for Hopper GPUs: it compiles anywhere without spilling registers, and computes what the reference does."""
+
+import pytest
+import torch
+from samlight_hf.modeling.dilated_attention import dilated_attention_reference
+
+from samlight_hf.kernels import support as triton_support
+from samlight_hf.kernels.hopper import attention as hopper_attention
+from samlight_hf.kernels.hopper import runtime as hopper
+from samlight_hf.kernels.hopper.attention import STAGES, attention_of_tokens, launch, source_of, warpgroups_of, why_not
+
+from .test_linear import needs_compiler, needs_hopper, spilled_bytes
+
+
+@needs_compiler
+@pytest.mark.parametrize(("warpgroups", "stages"), STAGES.items())
+@pytest.mark.parametrize("bfloat16", [0, 1])
+@pytest.mark.parametrize("per_head", [0, 1])
+def test_the_kernel_compiles_without_spilling(per_head, warpgroups, stages, bfloat16):
+    shape = {"HEADS": 6, "GROUP": 2048, "DILATION": 2, "PER_HEAD": per_head}
+    constants = {**shape, "WARPGROUPS": warpgroups, "STAGES": stages}
+    code, log = hopper.compile_source(source_of(BFLOAT16=bfloat16, **constants))
+    assert code[:4] == b"\x7fELF" and spilled_bytes(log) == 0, log
+
+
+@needs_compiler
+def test_the_kernel_and_its_launch_agree_on_shared_memory(monkeypatch):
+    constants = {"BFLOAT16": 1, "HEADS": 6, "GROUP": 512, "DILATION": 1, "PER_HEAD": 0, "WARPGROUPS": 1, "STAGES": 2}
+    size = hopper_attention._shared_bytes(constants)
+    monkeypatch.setattr(hopper_attention, "_shared_bytes", lambda constants: size - 8)
+    with pytest.raises(RuntimeError, match="static assertion failed"):
+        hopper.compile_source(source_of(**constants))
+
+
+@pytest.mark.parametrize("pattern", [(256, 1, "all"), (256, 2, "all"), (256, 4, "per_head")], ids=str)
+def test_what_a_kernel_is_held_to_where_it_runs_is_the_reference(pattern):
+    qkv, tokens = torch.randn(1, 256, 8, 3, 64), torch.tensor([0, 1, 6, 127, 128, 255])
+    expected, _ = dilated_attention_reference(*qkv.unbind(3), *pattern)
+    found = attention_of_tokens(qkv[0], tokens, pattern[1], pattern[2] == "per_head")
+    assert torch.allclose(found, expected[0, tokens], atol=1e-5)
+
+
+def test_programs_are_as_large_as_leaves_all_multiprocessors_busy():
+    """Of 132: a picture's whole image in two groups a head or one, its bands of 512 tokens, and those of eight pictures."""
+    assert warpgroups_of(6 * 2, 2048, 132) == 3
+    assert warpgroups_of(6, 2048, 132) == warpgroups_of(6 * 8, 512, 132) == 1
+    assert warpgroups_of(8 * 6 * 8, 512, 132) == warpgroups_of(8 * 6 * 2, 2048, 132) == 2
+
+
+def test_every_reason_not_to_run_it(monkeypatch):
+    qkv = torch.zeros(1, 512, 2, 3, 64)
+    assert "cpu" in why_not(qkv, None, 1, "all")
+    monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
+    monkeypatch.setattr(hopper, "num_processors", lambda device: 132)
+    monkeypatch.setattr(hopper_attention, "why_not_tried", lambda *arguments: None)
+    assert why_not(qkv, None, 2, "all") is None and why_not(qkv, None, 2, "per_head") is None
+    assert "32 features" in why_not(qkv[..., :32], None, 1, "all")
+    assert "dilation_rate=4 to divide num_attention_heads=2" in why_not(qkv, None, 4, "per_head")
+    assert "groups of 64 tokens" in why_not(qkv, 128, 2, "all")
+    assert "segment_length=384 must divide the 512 tokens" in why_not(qkv, 384, 1, "all")
+    assert "dilation_rate=3 must divide segment_length=512" in why_not(qkv, 512, 3, "all")
+    assert "segment_length=0 must be" in why_not(qkv[:, :0], None, 1, "all")
+    assert "no images" in why_not(qkv[:0], None, 1, "all")
+    assert "odd address" in why_not(torch.zeros(512 * 384 + 1)[1:].view(1, 512, 2, 3, 64), None, 1, "all")
+    assert "not contiguous" in why_not(qkv.transpose(0, 1).expand(-1, 512, -1, -1, -1), None, 1, "all")
+
+
+PATTERNS = [
+    *((*pattern, "all") for pattern in ((None, 1), (None, 2), (256, 1), (512, 4), (1024, 2))),
+    *((*pattern, "per_head") for pattern in ((None, 2), (256, 1), (512, 4))),
+]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("warpgroups", [1, 2, 3, None])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
+    """Scores that grow from key to key, so that what they are relative to changes; and groups that three do not divide."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv = torch.randn(2, 2048, 3 if pattern[2] == "all" else 4, 3, 64, device="cuda", generator=generator)
+    qkv[:, :, :, 1] *= torch.linspace(0.1, 4, 2048, device="cuda")[:, None, None]
+    qkv = qkv.to(dtype)
+    assert why_not(qkv, *pattern) is None
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: tensor.new_full(size, float("nan")))
+    with torch.no_grad():
+        expected, _ = dilated_attention_reference(*qkv.double().unbind(3), pattern[0] or 2048, *pattern[1:])
+        found = launch(qkv, *pattern, 0.125, warpgroups).view_as(expected)
+    assert found.isfinite().all() and (found[expected == 0] == 0).all()  # "per_head", in other heads' tokens
+    assert (found - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 6e-4) * expected.norm()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
+def test_each_variant_is_tried_by_itself(monkeypatch):
+    """One of three warpgroups cannot be compiled; those of one and of two run."""
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(triton_support, "_told", set())
+    compiled = hopper.compiled
+
+    def breaks(source: str) -> bytes:
+        if "#define WARPGROUPS 3" in source:
+            raise RuntimeError("too many registers")
+        return compiled(source)
+
+    monkeypatch.setattr(hopper, "compiled", breaks)
+    hopper_attention._kernel.cache_clear()
+    one, three = torch.randn(1, 4096, 6, 3, 64, device="cuda", dtype=torch.bfloat16), (None, 2, "all")
+    with pytest.warns(UserWarning, match="CUDA kernel for attention does not run here: too many registers"):
+        assert "too many registers" in why_not(one, *three)
+    assert why_not(one, 512, 1, "all") is None and why_not(one.repeat(8, 1, 1, 1, 1), *three) is None
+    assert why_not(one.half(), 512, 1, "all") is None  # and another dtype by itself
+    tried = {dict(constants)["WARPGROUPS"] for _, _, _, constants in triton_support._reasons}
+    assert tried == {1, 2, 3}
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
+def test_memory_that_ran_out_once_does_not_end_it(monkeypatch):
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    qkv = torch.randn(1, 512, 2, 3, 64, device="cuda", dtype=torch.bfloat16)
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper_attention, "launch", fails)
+        with pytest.raises(torch.OutOfMemoryError, match="to try the CUDA kernel for attention"):
+            why_not(qkv, None, 1, "all")
+    assert why_not(qkv, None, 1, "all") is None

@@ -1,0 +1,206 @@
+"""The kernel for Hopper GPUs: it compiles anywhere without spilling registers, and computes there what the layer does."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from samlight_hf.kernels import support as triton_support
+from samlight_hf.kernels.hopper import linear as hopper_linear
+from samlight_hf.kernels.hopper import runtime as hopper
+from samlight_hf.kernels.hopper.linear import NARROW_TILES, TILES, neighbours_of, rows_of, source_of, tile_of
+from samlight_hf.kernels.linear import (
+    FusedLinear,
+    Rows,
+    convolve,
+    fused_linear_reference,
+    launch_on_hopper,
+    why_not_hopper,
+)
+from tests.kernels.test_linear import CASES, TOLERANCES, error, make, statistics_error
+
+
+ALL_TILES = (*TILES, *NARROW_TILES)
+# Those of the encoder: projections to attention and from it, the first linear layer, the second, the neck.
+KERNELS = [
+    {"NORM": 1, "PARTS": 4},
+    {"RESIDUAL": 1, "STATISTICS": 1},
+    {"NORM": 1, "PARTS": 2, "GELU": 1},
+    {"RESIDUAL": 1, "STATISTICS": 1, "K": 1536},
+    {"KIND": "NEIGHBOURS", "HEIGHT": 64, "WIDTH": 64, "K": 2304},
+]
+PLAIN = {
+    "KIND": "ROWS", "HEIGHT": 1, "WIDTH": 1, "K": 384, "N": 1152, "NORM": 0, "PARTS": 1, "GELU": 0,
+    "RESIDUAL": 0, "STATISTICS": 0,
+}  # fmt: skip
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+
+
+def has_compiler() -> bool:
+    if not hopper.has_bindings():
+        return False
+    from cuda.bindings import nvrtc
+
+    try:
+        return int(nvrtc.nvrtcVersion()[0]) == 0
+    except RuntimeError:  # the library is not there
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs cuda.bindings and NVRTC")
+
+
+def spilled_bytes(log: str) -> int:
+    """Of registers, as the compiler says, without a warning, and without a word on products that wait for each other."""
+    assert "warning" not in log and "Performance Loss" not in log, log
+    (count,) = re.findall(r"(\d+) bytes spill stores", log)
+    return int(count)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tile", ALL_TILES, ids=str)
+@pytest.mark.parametrize("constants", KERNELS, ids=str)
+@pytest.mark.parametrize("bfloat16", [0, 1])
+def test_the_kernel_compiles_without_spilling(tile, constants, bfloat16):
+    code, log = hopper.compile_source(source_of(tile, **PLAIN | constants | {"BFLOAT16": bfloat16}))
+    # Before and after the products a residual in float16 takes a few words more than there is room for beside the widest tile.
+    assert spilled_bytes(log) <= (48 if tile.columns == 192 and "RESIDUAL" in constants and not bfloat16 else 0), log
+    assert code[:4] == b"\x7fELF"
+
+
+def test_tiles_fit():
+    """Whatever passes `why_not` is divided by its tile, and a program has room on a multiprocessor; short weights stay there."""
+    for num_rows in (128, 4096, 4096 * 32):
+        for out_features in range(64, 3072 + 1, 64):
+            for normalizes, gelu in ((False, False), (True, False), (True, True)):
+                tile = tile_of(num_rows, out_features, normalizes, gelu)
+                assert tile in ALL_TILES and out_features % tile.columns == 0
+    for tile in ALL_TILES:
+        for in_features in range(64, 3072 + 1, 64):
+            stays, stages, shared_bytes = tile.layout(in_features)
+            assert shared_bytes <= 227 * 1024 and stages >= 4
+            assert stays or in_features > 384
+
+
+def test_every_reason_not_to_run_it(monkeypatch):
+    layer, rows = FusedLinear(torch.zeros(64, 64), None), torch.zeros(128, 64)
+    assert "cpu" in why_not_hopper(layer, rows_of(rows))
+    monkeypatch.setattr(hopper, "why_not_hopper", lambda device, dtype: None)
+    monkeypatch.setattr("samlight_hf.kernels.linear.why_not_tried", lambda *arguments: None)
+    assert why_not_hopper(layer, rows_of(rows), rows) is None
+    assert "torch.float64" in why_not_hopper(layer, rows_of(rows.double()))
+    assert "torch.float64" in why_not_hopper(layer, rows_of(rows), rows.double())
+    assert "on meta" in why_not_hopper(layer, rows_of(rows), rows.to("meta"))
+    assert "100 rows" in why_not_hopper(layer, rows_of(rows[:100]))
+    assert "0 rows" in why_not_hopper(layer, rows_of(rows[:0]))
+    assert "other features than 64" in why_not_hopper(layer, rows_of(rows.view(-1).repeat(2).view(128, 128)))
+    assert "to add than 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
+    assert "not contiguous" in why_not_hopper(layer, rows_of(rows.T.contiguous().T))
+    assert "odd addresses" in why_not_hopper(layer, rows_of(torch.zeros(128 * 64 + 1)[1:].view(128, 64)))
+    for count in (0, 100):
+        assert f"the {count} that are to be added" in why_not_hopper(layer, rows_of(rows), rows[:count])
+    layer.gelu = True
+    assert "GELU" in why_not_hopper(layer, rows_of(rows))
+    layer.row_sums = torch.zeros(64)
+    assert why_not_hopper(layer, rows_of(rows)) is None
+    assert "no residual" in why_not_hopper(layer, rows_of(rows), rows)
+    convolution = FusedLinear(torch.zeros(64, 9 * 64), None)
+    assert why_not_hopper(convolution, neighbours_of(torch.zeros(2, 2, 64, 64))) is None
+    for grid in ((8, 48), (8, 8), (6, 32), (1, 1)):  # a block of 128 places would reach into the next image
+        assert f"{grid[0]} x {grid[1]}" in why_not_hopper(convolution, neighbours_of(torch.zeros(128, *grid, 64)))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("tile", ALL_TILES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not (case[2] and (case[0] or case[1]))], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "in_features", [192, 768, 1536]
+)  # fewer blocks than are asked for ahead, and more; weights that stay, some or none
+def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile):
+    """More tiles than there are programs, so that each takes several."""
+    sizes = {"num_rows": 256 * 129, "in_features": in_features, "out_features": 768}
+    layer, rows, residual, expected = make(case, dtype, "cuda", **sizes)
+    memory = torch.full((expected.numel() + 8,), 5, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        found = launch_on_hopper(layer, rows_of(rows.values), rows.statistics, residual, case[3], tile, memory)
+    assert error(found.values, expected) < TOLERANCES[dtype]
+    assert (found.statistics is not None) == case[3] and statistics_error(found) < 1e-4
+    assert found.values.data_ptr() == memory.data_ptr() and memory[-8:].eq(5).all()
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_it_runs_by_itself_and_again_to_the_bit(monkeypatch):
+    """One layer after the other, each beginning before the last has ended."""
+    layers = [
+        make(case, torch.bfloat16, "cuda", in_features=384, out_features=384)[0]
+        for case in (CASES[3], CASES[1], CASES[3])
+    ]
+    _, rows, _, _ = make(CASES[0], torch.bfloat16, "cuda", num_rows=4096, in_features=384, out_features=384)
+    assert why_not_hopper(layers[0], rows_of(rows.values)) is None
+
+    @torch.no_grad()
+    def run(call) -> torch.Tensor:
+        first = call(layers[0], Rows(rows.values), rows.values, True)
+        return call(layers[2], call(layers[1], first, None, False), first.values, True).values
+
+    expected = run(fused_linear_reference)
+    run(FusedLinear.__call__)  # kernels are tried, against the reference
+    for name in ("launch", "fused_linear_reference"):
+        monkeypatch.delattr(f"samlight_hf.kernels.linear.{name}")
+    found = run(FusedLinear.__call__)
+    assert error(found, expected.double()) < TOLERANCES[torch.bfloat16]
+    for _ in range(20):
+        assert torch.equal(run(FusedLinear.__call__), found)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("grid", [(8, 16), (32, 32), (4, 128), (64, 64), (2, 256)], ids=str)
+def test_the_neck_is_its_convolution(grid, monkeypatch):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(128, 64, 3, padding=1, bias=False).to("cuda", torch.bfloat16)
+    tokens = torch.randn(2, grid[0] * grid[1], 128, device="cuda", dtype=torch.bfloat16)
+    layer = FusedLinear(convolution.weight.permute(0, 2, 3, 1).flatten(1), None)
+    with torch.no_grad():
+        image = tokens.double().transpose(1, 2).unflatten(2, grid)
+        expected = convolution.double()(image).flatten(2).transpose(1, 2)
+        convolve(layer, tokens, grid)  # the kernel is tried, against torch's
+        monkeypatch.delattr("samlight_hf.kernels.linear.F.conv2d")
+        found = convolve(layer, tokens, grid)
+    assert error(found, expected) < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
+def test_each_variant_is_tried_by_itself(monkeypatch):
+    """One that adds a residual cannot be compiled, and Triton runs; the others do as ever."""
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(triton_support, "_told", set())
+    compiled = hopper.compiled
+
+    def breaks(source: str) -> bytes:
+        if "#define RESIDUAL 1" in source:
+            raise RuntimeError("too many registers")
+        return compiled(source)
+
+    monkeypatch.setattr(hopper, "compiled", breaks)
+    hopper_linear._kernel.cache_clear()
+    sizes = {"num_rows": 256, "in_features": 384, "out_features": 384}
+    layer, rows, residual, expected = make(CASES[3], torch.bfloat16, "cuda", **sizes)
+    x = rows_of(rows.values)
+    with pytest.warns(UserWarning, match="CUDA kernel for linear layers does not run here: too many registers"):
+        assert "too many registers" in why_not_hopper(layer, x, residual)
+    assert error(layer(rows, residual).values, expected) < TOLERANCES[torch.bfloat16]
+    assert why_not_hopper(layer, x) is None and why_not_hopper(layer, x, statistics=True) is None
+    normalized, rows, _, _ = make(CASES[1], torch.bfloat16, "cuda", **sizes)
+    for parts in (1, 3):
+        assert why_not_hopper(normalized, rows_of(rows.values), parts=parts) is None
+    convolution = FusedLinear(torch.randn(64, 9 * 64, device="cuda").bfloat16() / 24, None)
+    images = torch.zeros(1, 64, 64, 64, device="cuda", dtype=torch.bfloat16)
+    assert why_not_hopper(convolution, neighbours_of(images)) is None

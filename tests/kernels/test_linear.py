@@ -1,0 +1,309 @@
+"""The fused linear layers compute what LayerNorm, linear layer, GELU and residual do one after the other."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from samlight_hf.kernels import linear as fused_linear
+from samlight_hf.kernels import support as triton_support
+from samlight_hf.kernels.linear import (
+    FusedLinear,
+    Rows,
+    embed_patches,
+    fused_linear_reference,
+    launch,
+    launch_patches,
+    tile_of,
+    triton,
+    why_not_patches,
+    why_not_triton,
+    with_statistics,
+)
+
+from .interpreter import run_in_tritons_interpreter
+
+
+# norm, gelu, residual rows (0: none), statistics, order
+CASES = [
+    (False, False, 0, False, False),
+    (True, True, 0, False, False),
+    (True, False, 0, False, True),
+    (False, False, 256, True, False),
+    (False, False, 128, True, False),
+    (True, True, 256, True, False),
+]
+TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+
+
+def make(case, dtype, device, num_rows=256, in_features=192, out_features=128):
+    """A layer, its input with statistics in three parts and its residual; and the modules that it is made of, in float64."""
+    norm, gelu, num_residual_rows, _, reorder = case
+    torch.manual_seed(0)
+    linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+    layer_norm = nn.LayerNorm(in_features, eps=1e-6, device=device) if norm else None
+    if norm:
+        nn.init.normal_(layer_norm.weight, 1, 0.3)
+        nn.init.normal_(layer_norm.bias)
+        layer_norm = layer_norm.to(dtype)
+    order = torch.randperm(out_features, device=device) if reorder else None
+    layer = FusedLinear(linear.weight, linear.bias, layer_norm, gelu, order)
+    # Rows with a large mean and very different sizes: E[x^2] - E[x]^2 would be off.
+    values = (torch.randn(num_rows, in_features, device=device) * torch.logspace(-1, 1, num_rows, device=device)[:, None] + 8).to(dtype)  # fmt: skip
+    parts = [with_statistics(part).statistics for part in values.chunk(3, dim=1)]
+    residual = torch.randn(num_residual_rows, out_features, device=device).to(dtype) if num_residual_rows else None
+    with torch.no_grad():
+        expected = values.double()
+        if norm:
+            expected = layer_norm.double()(expected)
+        expected = linear.double()(expected)
+        if order is not None:
+            expected = expected[:, order]
+        if gelu:
+            expected = nn.functional.gelu(expected)
+        if residual is not None:
+            expected = expected + residual.double().repeat(num_rows // num_residual_rows, 1)
+    return layer, Rows(values, torch.cat(parts)), residual, expected
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def kernel_errors(case, dtype, device, tile=None, **sizes) -> tuple[float, float]:
+    """Of the values, and of the mean and the variance that the statistics say."""
+    layer, rows, residual, expected = make(case, dtype, device, **sizes)
+    with torch.no_grad():
+        result = launch(layer, rows, residual, case[3], tile)
+    return error(result.values, expected), statistics_error(result)
+
+
+def statistics_error(rows: Rows) -> float:
+    """Of the mean and the variance that the statistics say, where there are any."""
+    if rows.statistics is None:
+        return 0.0
+    width = rows.values.shape[1] // len(rows.statistics)
+    mean = rows.statistics[:, 0].mean(dim=0)
+    squares = rows.statistics[:, 1] + width * (rows.statistics[:, 0] - mean) ** 2
+    whole = with_statistics(rows.values).statistics[0]
+    return max(error(mean, whole[0].double()), error(squares.sum(dim=0), whole[1].double()))
+
+
+def check_memory(device="cpu", tile=SMALL):
+    """A result lies at the beginning of the memory that is given for it, whatever was there."""
+    layer, rows, residual, expected = make(CASES[0], torch.float16, device)
+    memory = torch.full((expected.numel() + 7,), 5, dtype=torch.float16, device=device)
+    with torch.no_grad():
+        result = launch(layer, rows, residual, tile=tile, memory=memory).values
+    assert result.data_ptr() == memory.data_ptr() and memory[-7:].eq(5).all()
+    assert error(result, expected) < TOLERANCES[torch.float16]
+
+
+def patches_error(dtype, device, tile=None) -> float:
+    torch.manual_seed(0)
+    layer = FusedLinear(torch.randn(128, 768, device=device).to(dtype) / 28, torch.randn(128, device=device))
+    pixel_values, positions = torch.randn(2, 3, 128, 256, device=device), torch.randn(128, 128, device=device).to(dtype)
+    with torch.no_grad():
+        found = launch_patches(layer, pixel_values.to(dtype), positions, tile)
+        weight = layer.weight.double().view(128, 3, 16, 16)
+        expected = nn.functional.conv2d(pixel_values.to(dtype).double(), weight, layer.bias.double(), stride=16)
+        expected = (expected.flatten(2).transpose(1, 2) + positions.double()).flatten(0, 1)
+    return error(found.values, expected)
+
+
+def check_attempts():
+    """What decides whether a variant runs says yes of each, and no where a result is off."""
+    cpu, half = torch.device("cpu"), torch.float16
+    plain, patches = (
+        fused_linear._Variant(half, 64, 192),
+        fused_linear._Variant(half, 64, 768, adds=True, statistics=True),
+    )
+    variants = [
+        plain,
+        dataclasses.replace(plain, normalizes=True, gelu=True, parts=3),
+        dataclasses.replace(plain, adds=True, statistics=True),
+    ]
+    assert [fused_linear._why_not_variant(cpu, variant, SMALL) for variant in variants] == [None] * 3
+    assert fused_linear._why_not_patches_variant(cpu, patches, torch.float32, 3, 128, 128) is None
+    assert fused_linear.why_not_at_all(cpu, half) is None
+
+    def off(*arguments, **options):
+        values, statistics = dataclasses.astuple(launch(*arguments, **options))
+        return Rows(values, None if statistics is None else statistics * 1.1)
+
+    fused_linear.launch = off
+    other = {**SMALL, "num_warps": 2}  # which has not been tried
+    with pytest.warns(UserWarning, match="its result is wrong"):
+        assert "its result is wrong" in fused_linear._why_not_variant(cpu, variants[2], other)
+    assert fused_linear._why_not_variant(cpu, plain, other) is None
+    fused_linear.launch = launch
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_reference_is_the_modules_one_after_the_other(case, dtype):
+    layer, rows, residual, expected = make(case, dtype, "cpu")
+    with torch.no_grad():
+        result = fused_linear_reference(layer, rows, residual, case[3])
+        assert torch.equal(layer(rows, residual).values, result.values)  # on the CPU there is nothing else
+    assert error(result.values, expected) < (1e-5 if dtype == torch.float32 else 1e-3)
+    assert (result.statistics is not None) == case[3]
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_the_kernels_in_tritons_interpreter():
+    assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
+
+
+def test_patches_are_those_of_the_convolution():
+    torch.manual_seed(0)
+    convolution, pixel_values = nn.Conv2d(3, 64, 16, 16), torch.randn(2, 3, 64, 96)
+    layer, positions = FusedLinear(convolution.weight.flatten(1), convolution.bias), torch.randn(24, 64)
+    with torch.no_grad():
+        expected = convolution(pixel_values).flatten(2).transpose(1, 2) + positions
+        found = embed_patches(layer, pixel_values, positions)
+    assert torch.allclose(found.values.view_as(expected), expected, atol=1e-5)
+
+
+def test_every_reason_not_to_run_the_kernel(monkeypatch):
+    layer = FusedLinear(torch.zeros(64, 64), None)
+    rows, patches = Rows(torch.zeros(128, 64)), torch.zeros(1, 1, 64, 128)
+    assert "cpu" in why_not_triton(layer, rows) and "cpu" in why_not_patches(layer, patches, None)
+    monkeypatch.setattr(fused_linear, "triton", None)
+    assert "not installed" in why_not_triton(layer, rows) and "not installed" in why_not_patches(layer, patches, None)
+
+
+@pytest.mark.gpu
+def test_every_reason_not_to_run_the_kernel_on_a_gpu():
+    layer = FusedLinear(torch.zeros(64, 64, device="cuda", dtype=torch.float16), None)
+    values = torch.zeros(384, 64, device="cuda", dtype=torch.float16)
+    assert why_not_triton(layer, Rows(values), values[:128]) is None
+    assert "100 rows" in why_not_triton(layer, Rows(values[:100]))
+    assert "torch.float32" in why_not_triton(layer, Rows(values.float()))
+    assert "torch.float32" in why_not_triton(layer, Rows(values), values.float())
+    assert "odd addresses" in why_not_triton(layer, Rows(values.view(-1)[1 : 1 + 128 * 64].view(128, 64)))
+    for count in (0, 64, 192, 256):  # a block of 128 rows would reach beyond those that are added
+        assert f"of which {count} are added" in why_not_triton(layer, Rows(values), values[:count])
+    pixels = values.view(3, 1, 64, 128)
+    assert why_not_patches(layer, pixels, values[:128]) is None
+    assert "60 x 128 pixels" in why_not_patches(layer, torch.zeros_like(pixels[:1, :, :60]).repeat(8, 1, 1, 1), None)
+    assert "64 positions" in why_not_patches(layer, pixels, values[:64])
+    with torch.no_grad():  # and what runs then: images of less than a block
+        small, positions = torch.randn(4, 1, 32, 64, device="cuda").half(), torch.randn(32, 64, device="cuda").half()
+        layer = FusedLinear(torch.randn(64, 64, device="cuda").half() / 8, None)
+        assert "32 positions" in why_not_patches(layer, small, positions)
+        found = embed_patches(layer, small, positions).values.double()
+        expected = nn.functional.conv2d(small.double(), layer.weight.double().view(64, 1, 8, 8), stride=8)
+        expected = (expected.flatten(2).mT + positions.double()).flatten(0, 1)
+        assert error(found, expected) < TOLERANCES[torch.float16]
+
+
+def test_tiles_fit():
+    """Whatever passes `why_not_triton` is divided by its tile."""
+    for num_rows in (128, 4096, 4096 * 3, 4096 * 5, 4096 * 8, 128 * 257):
+        for out_features in (64, 192, 256, 384, 1152, 1536):
+            for in_features in (64, 384, 1024, 1536, 3072):
+                tile = tile_of(num_rows, out_features, in_features)
+                assert (
+                    num_rows % tile["BLOCK_M"] == out_features % tile["BLOCK_N"] == in_features % tile["BLOCK_K"] == 0
+                )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_on_a_gpu(case, dtype):
+    assert fused_linear.why_not_at_all(torch.device("cuda"), dtype) is None
+    for tile in (None, SMALL):
+        assert max(kernel_errors(case, dtype, "cuda", tile)) < TOLERANCES[dtype]
+    sizes = {"num_rows": 16384 + 256, "in_features": 1536, "out_features": 384}  # the largest tile
+    if case[2] != 128:
+        case = (*case[:2], sizes["num_rows"] if case[2] else 0, *case[3:])
+        assert max(kernel_errors(case, dtype, "cuda", **sizes)) < TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_patch_kernel_on_a_gpu(dtype):
+    assert patches_error(dtype, "cuda") < TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_patches_wait_for_the_positions_that_the_kernel_ahead_of_them_writes():
+    """A layer lets the next kernel begin before it has written anything."""
+    writer, rows, _, _ = make((False, False, 0, False, False), torch.bfloat16, "cuda", 4096, 1536, 384)
+    patches = FusedLinear(torch.randn(384, 768, device="cuda").to(torch.bfloat16) / 28, None)
+    pixel_values = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+    positions = launch(writer, rows).values
+    expected = launch_patches(patches, pixel_values, positions.clone()).values
+    for _ in range(20):
+        memory = torch.zeros(4096 * 384, device="cuda", dtype=torch.bfloat16)
+        written = launch(writer, rows, memory=memory).values
+        assert torch.equal(launch_patches(patches, pixel_values, written).values, expected)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_variant_that_cannot_run_falls_back_and_the_others_run(monkeypatch):
+    """Each by its own: without the products of this one layer."""
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(triton_support, "_told", set())
+    launched = []
+
+    def breaks(layer, rows, *arguments, **options):
+        if layer.weight.shape == (192, 64):
+            raise RuntimeError("out of resource: shared memory")
+        launched.append(layer.weight.shape)
+        return launch(layer, rows, *arguments, **options)
+
+    monkeypatch.setattr(fused_linear, "launch", breaks)
+    monkeypatch.setattr(fused_linear, "why_not_hopper", lambda *arguments: "not asked for")
+    rows = Rows(torch.randn(128, 64, device="cuda").half())
+    good, bad = (FusedLinear(torch.randn(size, 64, device="cuda").half() / 8, None) for size in (128, 192))
+    with pytest.warns(UserWarning, match="Triton kernel for linear layers does not run here: out of resource"):
+        assert torch.equal(bad(rows).values, fused_linear_reference(bad, rows).values)
+    assert not launched
+    assert error(good(rows).values, fused_linear_reference(good, rows).values.double()) < 1e-3
+    assert launched == [good.weight.shape] * 2  # tried, and run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(bad(rows).values, fused_linear_reference(bad, rows).values)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_what_runs_does_so_on_its_own_gpu():
+    for device in ("cuda:1", "cuda:0"):
+        layer, rows, residual, expected = make(CASES[3], torch.bfloat16, device)
+        assert error(layer(rows, residual, True).values, expected) < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_kernels_that_overlap_read_what_the_one_before_wrote():
+    """A chain of layers, each on the last one's output, over and over: a kernel that did not wait would show."""
+    layer, rows, _, _ = make((False, False, 0, True, False), torch.bfloat16, "cuda", 4096, 384, 384)
+    chain = FusedLinear(layer.weight / layer.weight.float().norm(dim=1, keepdim=True).to(torch.bfloat16), None)
+    with torch.no_grad():
+        expected = rows
+        for _ in range(20):
+            expected = fused_linear_reference(chain, expected)
+        for _ in range(20):
+            found = rows
+            for _ in range(20):
+                found = chain(found, statistics=True)
+            assert error(found.values, expected.values.double()) < 3e-2
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        values, statistics = kernel_errors(case, torch.float16, "cpu", SMALL)
+        assert values < TOLERANCES[torch.float16] and statistics < 1e-3, (case, values, statistics)
+    assert patches_error(torch.float16, "cpu", SMALL) < TOLERANCES[torch.float16]
+    check_memory()
+    check_attempts()
+    print(f"{len(CASES)} cases")

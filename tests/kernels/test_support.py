@@ -1,0 +1,157 @@
+"""Kernels are tried on each device by themselves, in each variant; what fails is told once, and running out of memory decides nothing."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+from samlight_hf.kernels import support as triton_support
+from samlight_hf.kernels.support import failure, is_out_of_memory, launched, why_not_tried
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried(monkeypatch):
+    monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(triton_support, "_told", set())
+
+
+def broken():
+    raise RuntimeError("no C\ncompiler")
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def in_turn(*functions):
+    """A function that is each of these in turn, and how often it was called."""
+    calls = []
+
+    def run():
+        calls.append(None)
+        return functions[len(calls) - 1]()
+
+    return run, calls
+
+
+def test_a_kernel_that_fails_is_told_once_and_why():
+    assert failure("tests", lambda: True) is None
+    assert "its result is wrong" in failure("tests", lambda: False)
+    with pytest.warns(UserWarning, match="for tests does not run here: no C compiler.*operations are used instead"):
+        assert "no C compiler" in why_not_tried("tests", CPU, 1, broken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for variant in (1, 2):
+            assert "no C compiler" in why_not_tried("tests", CPU, variant, broken)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_found_out_is_kept_for_one_variant_on_one_device_of_one_kernel():
+    devices = [torch.device(name) for name in ("cpu:0", "cpu:1", "meta")]
+    places = [(name, device, variant) for name in "ab" for device in devices for variant in (1, 2)]
+    calls = []
+    for _ in range(3):
+        for place in places:
+            works = places.index(place) % 2 == 0
+            reason = why_not_tried(*place, lambda p=place, w=works: (calls.append(p), w)[1])
+            assert (reason is None) == works
+    assert calls == places
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA says CUDA_ERROR_OUT_OF_MEMORY."),
+        MemoryError(),
+    ],
+    ids=str,
+)
+def test_running_out_of_memory_says_nothing_of_the_kernel(error):
+    def fails():
+        raise error
+
+    attempt, calls = in_turn(fails, fails, lambda: True, broken)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory to try the Triton kernel for tests"):
+        why_not_tried("tests", CPU, 1, attempt)
+    assert len(calls) == 2  # once more without what torch kept for later
+    for _ in range(2):
+        assert why_not_tried("tests", CPU, 1, attempt) is None
+    assert len(calls) == 3
+    attempt, calls = in_turn(fails, lambda: True)
+    assert why_not_tried("tests", CPU, 2, attempt) is None and len(calls) == 2
+
+
+def test_what_a_gpu_has_too_little_of_for_a_kernel_is_no_memory_that_ran_out():
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 1, Hardware limit: 2"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_several_threads_try_a_kernel_once():
+    calls, ready = [], threading.Barrier(8)
+
+    def attempt() -> bool:
+        calls.append(None)
+        threading.Event().wait(0.1)
+        return True
+
+    def run():
+        ready.wait()
+        assert why_not_tried("tests", CPU, 1, attempt) is None
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+def test_autocast_and_gradients_do_not_reach_an_attempt():
+    def attempt() -> bool:
+        assert torch.is_inference_mode_enabled()
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_not_tried("tests", CPU, 1, attempt) is None
+
+
+def test_a_variant_that_cannot_be_compiled_falls_back_and_is_told_once():
+    launch, calls = in_turn(lambda: "kernel", broken)
+    assert launched("tests", CPU, 1, launch, lambda: "reference") == "kernel"
+    with pytest.warns(UserWarning, match="for tests does not run here: no C compiler"):
+        assert launched("tests", CPU, 1, launch, lambda: "reference") == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launched("tests", CPU, 1, launch, lambda: "reference") == "reference"
+    assert len(calls) == 2
+    assert launched("tests", CPU, 2, lambda: "kernel", lambda: "reference") == "kernel"
+    with pytest.raises(torch.OutOfMemoryError):
+        launched("tests", CPU, 2, out_of_memory, lambda: "reference")
+    assert launched("tests", CPU, 2, lambda: "kernel", lambda: "reference") == "kernel"
+
+
+@pytest.mark.gpu
+def test_nothing_is_tried_while_a_graph_is_captured():
+    device, graph, numbers = torch.device("cuda"), torch.cuda.CUDAGraph(), torch.zeros(3, device="cuda")
+    with torch.cuda.graph(graph):
+        numbers.add_(1)
+        assert "while a CUDA graph is captured" in why_not_tried("tests", device, 1, broken)
+    assert why_not_tried("tests", device, 1, lambda: True) is None
+    assert why_not_tried("tests", torch.device("cuda", torch.cuda.current_device()), 1, broken) is None  # the same one
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_an_attempt_runs_on_its_own_device():
+    for index in (1, 0):
+        seen = []
+        device = torch.device("cuda", index)
+        assert why_not_tried("tests", device, 1, lambda s=seen: s.append(torch.cuda.current_device()) or True) is None
+        assert seen == [index] and torch.cuda.current_device() == 0

@@ -1,0 +1,89 @@
+"""Run lengths are pycocotools' to the byte, and the masks that went in come out."""
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from samlight_hf.data.annotations import run_lengths
+from samlight_hf.masks.rle import RunLengthMasks, compress_runs, mask_changes, select_changes
+
+
+SIZES = [(1, 1), (1, 7), (9, 1), (5, 6), (70, 61)]
+
+
+def random_masks(height, width):
+    """Empty, full, and with few, many and nearly all pixels, so that runs begin inside and outside."""
+    random = np.random.default_rng(height * width)
+    shares = (0.0, 1.0, 0.01, 0.5, 0.99)
+    return np.stack([random.random((height, width)) < share for share in shares])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_masks_come_back(size):
+    masks = random_masks(*size)
+    encoded = RunLengthMasks.from_masks(masks)
+    assert np.array_equal(encoded.to_masks(), masks)
+    assert np.array_equal(np.stack(list(encoded)), masks)
+    assert encoded.areas.tolist() == masks.sum(axis=(1, 2)).tolist()
+    assert [encoded.runs_of(i).sum() for i in range(len(masks))] == [size[0] * size[1]] * len(masks)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_counts_are_those_of_pycocotools(size):
+    masks = random_masks(*size)
+    encoded = RunLengthMasks.from_masks(torch.from_numpy(masks))
+    for mask, packed, plain in zip(masks, encoded.to_coco(), encoded.to_coco(compressed=False), strict=True):
+        expected = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert packed == {"size": list(size), "counts": expected["counts"].decode()}
+        assert np.array_equal(coco_mask.decode(coco_mask.frPyObjects(plain, *size)), mask)
+        assert run_lengths(packed["counts"]).tolist() == plain["counts"]
+
+
+def test_long_runs_and_large_steps_are_compressed_and_read_back():
+    runs = np.array([0, 1, 2**30, 5, 3, 2**31 - 1, 15, 16, 31, 32])
+    assert run_lengths(compress_runs(runs, np.array([0, len(runs)]))[0]).tolist() == runs.tolist()
+
+
+def test_selection():
+    masks = random_masks(5, 6)
+    encoded = RunLengthMasks.from_masks(masks)
+    for part in (np.array([3, 0, 3]), slice(1, 4), slice(None, None, -2), np.array([True, False, True, True, False])):
+        assert np.array_equal(encoded[part].to_masks(), masks[part])
+    assert np.array_equal(encoded[-1], masks[-1])
+    with pytest.raises(IndexError):
+        encoded[5]
+
+
+@pytest.mark.parametrize("nothing", [RunLengthMasks.from_masks(np.zeros((0, 3, 4), dtype=bool)), slice(5, None)])
+def test_no_masks(nothing):
+    if isinstance(nothing, slice):
+        nothing = RunLengthMasks.from_masks(random_masks(3, 4))[nothing]
+    assert len(nothing) == 0
+    assert nothing.to_masks().shape == (0, 3, 4)
+    assert nothing.to_coco() == nothing.to_coco(compressed=False) == list(nothing) == []
+    assert nothing.areas.tolist() == []
+
+
+@pytest.mark.parametrize("masks", [np.zeros((2, 3), dtype=bool), np.zeros((1, 2, 3), dtype=np.uint8)])
+def test_what_is_no_stack_of_masks_is_refused(masks):
+    with pytest.raises(ValueError, match="must be bool"):
+        RunLengthMasks.from_masks(masks)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kept", [[3, 0, 3, 1], [], [4]], ids=str)
+def test_changes_are_selected_before_they_become_runs(kept, device):
+    masks = random_masks(30, 41)
+    changes = select_changes(
+        *mask_changes(torch.from_numpy(masks).to(device)), torch.tensor(kept, dtype=torch.int64, device=device)
+    )
+    selected = RunLengthMasks.from_changes(30, 41, *(tensor.cpu().numpy() for tensor in changes))
+    assert np.array_equal(selected.to_masks(), masks[kept])
+
+
+@pytest.mark.gpu
+def test_changes_on_a_gpu_are_those_on_the_cpu():
+    masks = torch.from_numpy(random_masks(300, 401))
+    for there, here in zip(mask_changes(masks.cuda()), mask_changes(masks), strict=True):
+        assert torch.equal(there.cpu(), here)
