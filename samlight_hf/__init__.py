@@ -10,6 +10,7 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from . import old_names as _old_names  # noqa: F401  registers them
 from .engine.optimize import optimize
 from .images.reading import PictureError
 from .inference.encoded_image import EncodedImage
