@@ -14,9 +14,10 @@ from . import old_names as _old_names  # noqa: F401  registers them
 from .engine.optimize import optimize
 from .images.reading import PictureError
 from .inference.encoded_image import EncodedImage
-from .inference.mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
+from .inference.mask_generation import MaskGenerationSettings, MaskGenerator
 from .inference.pipelines import TASK, FastMaskGenerationPipeline
 from .inference.predictor import Prediction, Predictor
+from .masks.results import GeneratedMasks
 from .modeling.configuration_sam_lightening import SamLighteningConfig, SamLighteningVisionConfig
 from .modeling.image_processing_sam_lightening import SamLighteningImageProcessor
 from .modeling.modeling_sam_lightening import SamLighteningModel, SamLighteningVisionModel

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel, SamImageProcessor
 
 from ..evaluation.metrics.mask_iou import iou
-from ..images.preprocessing import preprocess, resized_size, upscale_logits
+from ..images.preprocessing import preprocess, resized_size
 from ..inference.predictor import picture_tensor
 from ..loading import load_model
+from ..masks.upscaling import upscale_logits
 from .encoders import EAGER, OPTIMIZED, optimized, report_of
 from .measure import attempt, relative_error
 from .settings import Settings

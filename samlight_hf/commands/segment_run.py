@@ -17,9 +17,10 @@ from PIL import Image
 from ..images.preprocessing import check_size, picture_tensor
 from ..images.reading import open_picture, read_ahead
 from ..inference.crops import MaskGenerationSettings
-from ..inference.mask_generation import GeneratedMasks, MaskGenerator, MaskResult
+from ..inference.mask_generation import MaskGenerator
 from ..inference.predictor import Predictor, predict_prompts
 from ..inference.prompts import clip_prompts
+from ..masks.results import GeneratedMasks, MaskResult
 from .summary import DiskError
 
 

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from ..data import Sample, decode_masks
 from ..evaluation.metrics.mask_iou.iou import mask_iou
 from ..evaluation.protocols import box_xyxy
-from ..inference.mask_generation import MaskResult
 from ..masks.drawing import Panel, contact_sheet, draw_overlay
+from ..masks.results import MaskResult
 from ..utils.atomic_files import write_aside
 from .checkpoints import last_checkpoint
 

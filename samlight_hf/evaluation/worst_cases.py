@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ..inference.mask_generation import MaskResult
 from ..masks.drawing import Panel, contact_sheet, draw_overlay
+from ..masks.results import MaskResult
 from ..utils.atomic_files import fit_name, write_aside
 from .files import slug
 from .statistics import ModelResult, values_of

@@ -1,6 +1,5 @@
 """Pictures to pixel values on the model's device, bit for bit as transformers' image processor makes them on a CPU."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -8,7 +7,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from transformers import SamImageProcessor
 from transformers.image_utils import PILImageResampling
 
@@ -134,25 +132,3 @@ def why_not_on_device(image_processor: SamImageProcessor) -> str | None:
     if not hasattr(image_processor, "rescale_and_normalize"):
         return f"{type(image_processor).__name__} takes no tensors"
     return None
-
-
-def upscale_logits(
-    logits: torch.Tensor, padded_size: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]
-) -> torch.Tensor:
-    """The decoder's logits (n, h, w) at the picture's `original` size, float32 (n, H, W), as the image processor makes them.
-
-    Bilinear to the `padded_size` of the model's input, cut to the `resized` picture in it, and bilinear to the original;
-    all sizes are (height, width). What would be cut off is not computed.
-    """
-    size = logits.shape[-2:]
-    ratios = [padded / low if padded % low == 0 else 0 for padded, low in zip(padded_size, size)]
-    if all(ratios):  # one more row and column than needed, whose neighbours are then the same
-        rows, columns = (min(low, math.ceil(cut / r) + 1) for low, cut, r in zip(size, resized, ratios))
-        logits, padded_size = logits[:, :rows, :columns], (int(rows * ratios[0]), int(columns * ratios[1]))
-    logits = logits[:, None].float()
-    if logits.shape[-2:] != padded_size:
-        logits = F.interpolate(logits, padded_size, mode="bilinear", align_corners=False)
-    logits = logits[..., : resized[0], : resized[1]]
-    if resized != original:
-        logits = F.interpolate(logits, original, mode="bilinear", align_corners=False)
-    return logits[:, 0]

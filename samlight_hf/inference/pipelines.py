@@ -10,7 +10,8 @@ from transformers.image_utils import load_image
 from ..engine.memory_budget import DEFAULT_MEMORY_MB
 from ..images.levels import has_more_than_8_bits, to_rgb
 from ..images.preprocessing import picture_tensor
-from .mask_generation import GeneratedMasks, MaskGenerationSettings, MaskGenerator
+from ..masks.results import GeneratedMasks
+from .mask_generation import MaskGenerationSettings, MaskGenerator
 
 
 TASK = "fast-mask-generation"

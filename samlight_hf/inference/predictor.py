@@ -14,9 +14,9 @@ from ..images.errors import check_errors, error_of_image
 from ..images.preprocessing import Picture, check_size, picture_tensor, resized_size
 from ..images.reading import PictureError
 from ..kernels import upscaled_masks
+from ..masks.results import MaskResult
 from ..utils.turns import turn
 from .encoded_image import EncodedImage
-from .mask_generation import MaskResult
 from .mask_prompts import logits_of_prompt, tensor_of
 from .prompts import Prompt, clip_prompts, parse_prompts, prompt_batches
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..images.preprocessing import upscale_logits
 from ..masks.rle import mask_changes
+from ..masks.upscaling import upscale_logits
 from .support import normal_numbers, tl, triton, why_not_tried
 
 

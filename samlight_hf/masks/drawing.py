@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ..inference.mask_generation import GeneratedMasks, MaskResult
+from .results import GeneratedMasks, MaskResult
 
 
 # Neighbours in this list are far apart in hue, since masks are coloured in the order of their size.

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..inference.mask_generation import GeneratedMasks, MaskResult
 from ..utils.atomic_files import beside, write_aside
 from .drawing import draw_overlay
+from .results import GeneratedMasks, MaskResult
 from .rle import RunLengthMasks
 
 

@@ -12,10 +12,10 @@ from samlight_hf.images.preprocessing import (
     picture_tensor,
     preprocess,
     resized_size,
-    upscale_logits,
     why_not_on_device,
 )
 from samlight_hf.kernels.resize import resize_into, why_not_triton
+from samlight_hf.masks.upscaling import upscale_logits
 
 
 SIZES = [(683, 1024), (1, 1), (7, 300), (300, 7), (1200, 801), (64, 64)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samlight_hf.inference.mask_generation import MaskResult
 from samlight_hf.masks.drawing import COLOURS, Panel, contact_sheet, draw_overlay
+from samlight_hf.masks.results import MaskResult
 from samlight_hf.masks.rle import RunLengthMasks
 
 

@@ -1,0 +1,68 @@
+"""Masks of an image as they are given out: as pixels, or as run lengths with how they were found."""
+
+from dataclasses import dataclass, fields
+from numbers import Integral
+
+import numpy as np
+
+from .rle import RunLengthMasks
+
+
+def _check_part(part):
+    """A number would give fields without their first dimension, and let the result be walked through, pixel row by pixel row."""
+    if isinstance(part, Integral):
+        raise TypeError(f"[{part}] of masks is not possible: use result.masks[{part}], or a slice such as result[:10].")
+
+
+@dataclass(frozen=True)
+class MaskResult:
+    """n masks of a picture of H x W pixels; all fields are well formed where n is 0.
+
+    Attributes:
+        masks: bool (n, H, W).
+        scores: float32 (n,), the IoU with the true mask that the model predicts.
+        boxes_xyxy: float32 (n, 4), the tight box of each mask as pixel edges: x2 and y2 lie behind the last pixel. Zeros
+            for an empty mask.
+    """
+
+    masks: np.ndarray
+    scores: np.ndarray
+    boxes_xyxy: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, part: slice | np.ndarray) -> "MaskResult":
+        _check_part(part)
+        return MaskResult(self.masks[part], self.scores[part], self.boxes_xyxy[part])
+
+
+@dataclass(frozen=True)
+class GeneratedMasks:
+    """n masks of everything in a picture, the best first; all fields are well formed where n is 0.
+
+    Attributes:
+        masks: a sequence of bool (H, W), kept as run lengths; `masks.to_coco()` is COCO's RLE.
+        scores: float32 (n,), the IoU with the true mask that the model predicts.
+        boxes_xyxy: float32 (n, 4), as in `MaskResult`.
+        stability_scores: float32 (n,), the IoU of the mask at the lower threshold with the mask at the higher one.
+        points_xy: float32 (n, 2), the point of the grid that gave the mask, in pixels of the picture.
+        crop_boxes_xyxy: float32 (n, 4), the crop that the mask was found in, as pixel edges.
+    """
+
+    masks: RunLengthMasks
+    scores: np.ndarray
+    boxes_xyxy: np.ndarray
+    stability_scores: np.ndarray
+    points_xy: np.ndarray
+    crop_boxes_xyxy: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, part: slice | np.ndarray) -> "GeneratedMasks":
+        _check_part(part)
+        return GeneratedMasks(*(getattr(self, field.name)[part] for field in fields(self)))
+
+    def to_result(self) -> MaskResult:
+        return MaskResult(self.masks.to_masks(), self.scores, self.boxes_xyxy)
