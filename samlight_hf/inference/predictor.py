@@ -14,6 +14,7 @@ from ..images.errors import check_errors, error_of_image
 from ..images.preprocessing import Picture, check_size, picture_tensor, resized_size
 from ..images.reading import PictureError
 from ..kernels import upscaled_masks
+from ..masks.boxes import mask_edges
 from ..masks.results import MaskResult
 from ..utils.turns import turn
 from .encoded_image import EncodedImage
@@ -350,7 +351,7 @@ def predict_prompts(
             masks.append(predictor.to_masks(logits, image=image).cpu().numpy())
             scores.append(predicted_iou.cpu().numpy())
     masks = np.concatenate(masks)
-    return MaskResult(masks, np.concatenate(scores), _edges(masks))
+    return MaskResult(masks, np.concatenate(scores), mask_edges(masks))
 
 
 def segment_prompts(
@@ -377,13 +378,3 @@ def _check_lists(arguments: dict, num_images: int):
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """`torch.cat` without a copy of a tensor that is alone."""
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-
-
-def _edges(masks: np.ndarray) -> np.ndarray:
-    """bool (n, H, W) to the boxes of `MaskResult`, float32 (n, 4)."""
-    boxes = np.zeros((len(masks), 4), dtype=np.float32)
-    for box, mask in zip(boxes, masks):
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        if len(columns):
-            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return boxes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..masks.boxes import mask_boxes
 from ..masks.rle import mask_changes
 from ..masks.upscaling import upscale_logits
 from .support import normal_numbers, tl, triton, why_not_tried
@@ -133,18 +134,6 @@ def changes_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> t
         right, bottom = width - left - frame.crop[1], height - top - frame.crop[0]
         masks = torch.nn.functional.pad(masks, (left, right, top, bottom))
     return mask_changes(masks)
-
-
-def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """bool (n, H, W) to int64 (n, 4): first and last column and row, as x1, y1, x2, y2; zeros for an empty mask."""
-    if not masks.numel():
-        return torch.zeros(len(masks), 4, dtype=torch.int64, device=masks.device)
-    edges = []
-    for inside in (masks.any(dim=1), masks.any(dim=2)):  # columns, rows
-        inside = inside.byte()  # argmax takes the first of equal values
-        edges.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
-    (x1, x2), (y1, y2) = edges
-    return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
 
 
 def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.Tensor:

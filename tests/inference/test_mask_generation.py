@@ -21,8 +21,8 @@ from samlight_hf.engine.optimize import PlainMaskDecoder
 from samlight_hf.images.preprocessing import picture_tensor
 from samlight_hf.inference.crops import crop_boxes, point_grid
 from samlight_hf.inference.mask_generation import segment_everything
-from samlight_hf.kernels.upscaled_masks import mask_boxes
 from samlight_hf.loading import load_model, quiet_transformers
+from samlight_hf.masks.boxes import mask_boxes
 from samlight_hf.masks.results import GeneratedMasks
 from tests.conftest import tiny_config
 
