@@ -8,7 +8,7 @@ from torch import nn
 from transformers import SamImageProcessor
 
 from .. import SamLighteningConfig
-from ..engine.optimize import make_decoder
+from ..engine.build import make_decoder
 from ..images.preprocessing import preprocess, resized_size
 from ..inference.predictor import Predictor
 from ..kernels.upscaled_masks import Frame, masks, why_not_triton

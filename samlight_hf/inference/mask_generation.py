@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
+from ..engine.build import Decoder, PictureEncoder, PlainMaskDecoder, decoder_dtype_of, make_decoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
-from ..engine.optimize import Decoder, PictureEncoder, PlainMaskDecoder, decoder_dtype_of, make_decoder
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
 from ..images.preprocessing import Picture, check_size, picture_tensor, resized_size
 from ..images.reading import PictureError, read_ahead

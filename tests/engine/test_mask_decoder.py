@@ -7,9 +7,9 @@ import torch
 from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
+from samlight_hf.engine.build import PictureEncoder, PlainMaskDecoder, make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
 from samlight_hf.engine.mask_decoder import FastMaskDecoder, why_not_fast
-from samlight_hf.engine.optimize import PictureEncoder, PlainMaskDecoder, make_decoder
 from tests.conftest import tiny_config
 
 

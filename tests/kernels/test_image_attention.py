@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import SamConfig, SamModel
 
+from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
-from samlight_hf.engine.optimize import PlainMaskDecoder
 from samlight_hf.kernels import image_attention
 from samlight_hf.kernels.image_attention import (
     fits,

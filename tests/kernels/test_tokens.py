@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import SamConfig, SamModel
 
+from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
-from samlight_hf.engine.optimize import PlainMaskDecoder
 from samlight_hf.kernels import image_attention
 from samlight_hf.kernels import tokens as token_kernels
 from samlight_hf.kernels.prompt_embedding import PromptEmbedding
