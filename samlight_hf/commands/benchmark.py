@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from .options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 
 
 PART_NAMES = (

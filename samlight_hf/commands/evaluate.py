@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.processes import process_group, tell
-from .segment import fraction, not_empty
+from .options import not_empty, parse_fraction
 
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     )
     for option, what in (("--pred-iou-thresh", "predicted IoU"), ("--stability-score-thresh", "stability")):
         protocol.add_argument(
-            option, type=fraction, default=0.0, metavar="T",
+            option, type=parse_fraction, default=0.0, metavar="T",
             help=f"everything mode keeps masks with a {what} above it (%(default)s)",
         )  # fmt: skip
     protocol.add_argument("--detections", metavar="JSON", help="a detector's COCO results: mask AP with its boxes")

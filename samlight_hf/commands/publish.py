@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.atomic_files import write_aside
-from .segment import not_empty
+from .options import not_empty, parse_not_negative
 
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add_publish_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="split the weights, such as 2GB (one file)")
     parser.add_argument(
-        "--retries", type=_not_negative, default=4, metavar="N", help="after failures that may pass (%(default)s)"
+        "--retries", type=parse_not_negative, default=4, metavar="N", help="after failures that may pass (%(default)s)"
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="to verify on (a bundled photograph)")
     parser.add_argument("--card", type=Path, metavar="FILE", help="a model card of your own")
@@ -154,9 +154,3 @@ def _tell_unused_card(folder: Path):
             f"samlight: the card is made anew; --card {folder / 'README.md'} publishes the one that is there.",
             file=sys.stderr,
         )
-
-
-def _not_negative(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0.")
-    return int(text)

@@ -18,6 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.messages import one_line
+from .options import (
+    BUNDLED_THRESHOLDS,
+    DEFAULT_THRESHOLDS,
+    EXAMPLE_IMAGES,
+    add_model_arguments,
+    load_from_options,
+    make_folder,
+    model_path_of,
+    not_empty,
+    parse_box,
+    parse_fraction,
+    parse_point,
+    parse_positive,
+    thresholds_of,
+)
 from .result_folder import RULE, Place, ResultFolder, identity_of
 from .summary import MAX_PANELS, Row, Summary, count, telling_where
 
@@ -28,13 +43,6 @@ if TYPE_CHECKING:
     from ..masks.drawing import Panel
 
 
-_CLONE = Path(__file__).resolve().parents[2]
-BUNDLED_CHECKPOINT = _CLONE / "checkpoints" / "sam-lightening-tiny"
-EXAMPLE_IMAGES = _CLONE / "examples" / "images"
-
-DEFAULT_THRESHOLDS = 0.88, 0.95
-# The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
-BUNDLED_THRESHOLDS = 0.5, 0.65
 DEMO_POINTS_PER_SIDE = 16
 FORMATS = ("overlay", "png", "coco", "npz")
 
@@ -53,11 +61,11 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         "--out", type=Path, default=Path("outputs/segment"), help=f"folder of results (%(default)s): {RULE}"
     )
     parser.add_argument(
-        "--box", type=_box, action="append", default=[], metavar="X1,Y1,X2,Y2",
+        "--box", type=parse_box, action="append", default=[], metavar="X1,Y1,X2,Y2",
         help="segment what is in this box, in pixels of the picture; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--point", type=_point, action="append", default=[], metavar="X,Y",
+        "--point", type=parse_point, action="append", default=[], metavar="X,Y",
         help="segment what is at this point; may be repeated, each for an object of its own",
     )  # fmt: skip
     parser.add_argument(
@@ -67,34 +75,36 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="leave pictures alone whose results are in --out already")
     parser.add_argument(
-        "--batch-size", type=_positive, default=4, metavar="N", help="pictures encoded together (%(default)s)"
+        "--batch-size", type=parse_positive, default=4, metavar="N", help="pictures encoded together (%(default)s)"
     )
     everything = parser.add_argument_group("everything mode, without --box and --point")
     everything.add_argument(
-        "--points-per-side", type=_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
+        "--points-per-side", type=parse_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
     )
     everything.add_argument(
-        "--points-per-batch", type=_positive, metavar="N", help="points at once (what suits the device)"
+        "--points-per-batch", type=parse_positive, metavar="N", help="points at once (what suits the device)"
     )
     for option, what, default, bundled in (
         ("--pred-iou-thresh", "predicted IoU", DEFAULT_THRESHOLDS[0], BUNDLED_THRESHOLDS[0]),
         ("--stability-score-thresh", "stability", DEFAULT_THRESHOLDS[1], BUNDLED_THRESHOLDS[1]),
     ):
         everything.add_argument(
-            option, type=fraction, metavar="T",
+            option, type=parse_fraction, metavar="T",
             help=f"keep masks with a {what} above it ({default}; {bundled} for the bundled checkpoint)",
         )  # fmt: skip
-    everything.add_argument("--min-area", type=_positive, default=1, metavar="PIXELS", help="of a mask (%(default)s)")
-    everything.add_argument("--max-masks", type=_positive, metavar="N", help="keep the N best of a picture (all)")
     everything.add_argument(
-        "--max-memory-mb", type=_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
+        "--min-area", type=parse_positive, default=1, metavar="PIXELS", help="of a mask (%(default)s)"
     )
-    _add_model_arguments(parser)
+    everything.add_argument("--max-masks", type=parse_positive, metavar="N", help="keep the N best of a picture (all)")
+    everything.add_argument(
+        "--max-memory-mb", type=parse_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
+    )
+    add_model_arguments(parser)
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of results (%(default)s)")
-    _add_model_arguments(parser)
+    add_model_arguments(parser)
 
 
 def run_segment(args: argparse.Namespace) -> int:
@@ -102,8 +112,8 @@ def run_segment(args: argparse.Namespace) -> int:
     from ..images.formats import describe_left_out
     from ..images.reading import common_folder, find_pictures
 
-    model_path = _model_path(args.model)
-    _make_folder(args.out)
+    model_path = model_path_of(args.model)
+    make_folder(args.out)
     for path in map(Path, args.paths):
         if path.is_dir() and path.resolve() == args.out.resolve():
             raise argparse.ArgumentTypeError(f"--out {args.out} is the folder of the pictures. Choose another one.")
@@ -121,7 +131,7 @@ def run_segment(args: argparse.Namespace) -> int:
     _, to_do = _plan(args, pictures, root, settings)
     summary.already = len(pictures) - len(to_do)
     if to_do:
-        model, processor = _load(model_path, args)
+        model, processor = load_from_options(model_path, args)
         results, to_do = _plan(args, pictures, root, settings)  # again: another run may have begun here meanwhile
         if args.format == "overlay":
             summary.sheet = results.sheet(summary.sheet.name, args.paths)
@@ -168,9 +178,9 @@ def run_demo(args: argparse.Namespace) -> int:
             f"the example pictures are not here ({EXAMPLE_IMAGES}). Run the demo from a clone of the repository, or "
             "use samlight segment on pictures of your own."
         )
-    model_path = _model_path(args.model)
-    _make_folder(args.out)
-    model, processor = _load(model_path, args)
+    model_path = model_path_of(args.model)
+    make_folder(args.out)
+    model, processor = load_from_options(model_path, args)
     predictor, generator = Predictor(model, processor), MaskGenerator(model, processor)
     pred_iou_thresh, stability_score_thresh = BUNDLED_THRESHOLDS
     settings = MaskGenerationSettings(
@@ -244,7 +254,7 @@ def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
         predictor = Predictor(model, processor, output="torch", max_memory_mb=args.max_memory_mb)
         return Prompted(predictor, args.box, args.point)
     generator = MaskGenerator(model, processor, args.max_memory_mb, args.points_per_batch)
-    pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
+    pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     settings = MaskGenerationSettings(
         args.points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
@@ -253,7 +263,7 @@ def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
 
 def _settings(args: argparse.Namespace, model_path: str) -> dict:
     """What decides about results: it is noted beside them, since results of different runs must not be mixed."""
-    pred_iou_thresh, stability_score_thresh = _thresholds(args, model_path)
+    pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     folder = Path(model_path).expanduser()
     weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
     return {
@@ -289,50 +299,6 @@ def _write(
     return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
 
 
-def _model_path(model: str | None) -> str:
-    if model is not None:
-        return model
-    if not BUNDLED_CHECKPOINT.is_dir():
-        raise argparse.ArgumentTypeError("give --model: a checkpoint's folder, or a Hub name such as org/name.")
-    return str(BUNDLED_CHECKPOINT)
-
-
-def _load(model_path: str, args: argparse.Namespace):
-    from ..loading import find_device, find_dtype, load_model
-
-    try:
-        device, dtype = find_device(args.device), find_dtype(args.dtype)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return load_model(model_path, str(device), dtype)
-
-
-def _thresholds(args: argparse.Namespace, model_path: str) -> tuple[float, float]:
-    """Predicted IoU and stability: what was asked for, otherwise what suits the model."""
-    bundled = Path(model_path).expanduser().resolve() == BUNDLED_CHECKPOINT
-    defaults = BUNDLED_THRESHOLDS if bundled else DEFAULT_THRESHOLDS
-    given = args.pred_iou_thresh, args.stability_score_thresh
-    return tuple(default if value is None else value for value, default in zip(given, defaults))
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser):
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", type=not_empty, metavar="DIR", help="checkpoint's folder or Hub name (the bundled one, in a clone)"
-    )
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (%(default)s)")
-    group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; slow on CPUs but float32")
-
-
-def _make_folder(folder: Path):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"--out {folder} cannot be made: {error.strerror}. Choose another.") from error
-    if not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"--out {folder} cannot be written to. Choose another.")
-
-
 def _progress(items: Iterable, total: int | None = None) -> Iterable:
     total = len(items) if total is None else total
     if total < 2 or not sys.stderr.isatty():
@@ -363,44 +329,3 @@ def _report(error: BaseException, picture: Path | None = None):
 def _describe(boxes: Sequence, points: Sequence) -> str:
     parts = [count(len(prompts), kind) for prompts, kind in ((boxes, "box"), (points, "point")) if prompts]
     return ", ".join(parts) or "everything"
-
-
-def not_empty(text: str) -> str:
-    """For argparse: an unset shell variable must not mean the current directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty.")
-    return text
-
-
-def _numbers(text: str, count: int, form: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(value) for value in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != count:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, {count} numbers in pixels of the picture.")
-    return values
-
-
-def _box(text: str) -> tuple[float, ...]:
-    return _numbers(text, 4, "X1,Y1,X2,Y2")
-
-
-def _point(text: str) -> tuple[float, ...]:
-    return _numbers(text, 2, "X,Y")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer.")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1.")
-    return value

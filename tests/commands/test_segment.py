@@ -19,8 +19,8 @@ from PIL import Image
 import samlight_hf
 from samlight_hf import SamLighteningModel
 from samlight_hf.commands import cli
-from samlight_hf.commands import segment as segment_command
-from samlight_hf.commands.segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.commands import options as options_module
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.masks import files as mask_files
 from tests.conftest import tiny_config
 
@@ -194,11 +194,11 @@ def test_broken_checkpoints(samlight, photos, checkpoint, tmp_path):
 
 
 def test_without_a_clone_a_model_is_asked_for(samlight, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_command, "BUNDLED_CHECKPOINT", tmp_path / "none")
+    monkeypatch.setattr(options_module, "BUNDLED_CHECKPOINT", tmp_path / "none")
     status, _, stderr = samlight("segment", photos, "--out", tmp_path / "out")
     assert status == 2
     one_line(stderr, "--model")
-    monkeypatch.setattr(segment_command, "EXAMPLE_IMAGES", tmp_path / "none")
+    monkeypatch.setattr(options_module, "EXAMPLE_IMAGES", tmp_path / "none")
     status, _, stderr = samlight("demo", "--out", tmp_path / "out")
     assert status == 2
     one_line(stderr, "clone")
@@ -499,11 +499,11 @@ def test_nothing_found_says_how_to_find_more(samlight, photos, checkpoint, tmp_p
 def test_thresholds_suit_the_model_unless_they_are_given(tmp_path):
     parse = cli.build_parser().parse_args
     for options, model, expected in (
-        ([], BUNDLED_CHECKPOINT, segment_command.BUNDLED_THRESHOLDS),
-        ([], tmp_path, segment_command.DEFAULT_THRESHOLDS),
-        (["--pred-iou-thresh", "0"], BUNDLED_CHECKPOINT, (0, segment_command.BUNDLED_THRESHOLDS[1])),
+        ([], BUNDLED_CHECKPOINT, options_module.BUNDLED_THRESHOLDS),
+        ([], tmp_path, options_module.DEFAULT_THRESHOLDS),
+        (["--pred-iou-thresh", "0"], BUNDLED_CHECKPOINT, (0, options_module.BUNDLED_THRESHOLDS[1])),
     ):
-        assert segment_command._thresholds(parse(["segment", "x.jpg", *options]), str(model)) == expected
+        assert options_module.thresholds_of(parse(["segment", "x.jpg", *options]), str(model)) == expected
 
 
 def test_demo(samlight, checkpoint, tmp_path):

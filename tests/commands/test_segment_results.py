@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from samlight_hf.commands import options as options_module
 from samlight_hf.commands import segment as segment_command
 from samlight_hf.commands import segment_run
 from samlight_hf.commands.result_folder import RULE, ResultFolder
@@ -187,14 +188,14 @@ def test_other_settings_keep_the_names_of_earlier_results(segment, tmp_path):
 def test_runs_that_begin_at_the_same_time(segment, tmp_path, monkeypatch):
     """Of the other one this run knows nothing before its model is loaded."""
     write_images(tmp_path, "day1/a.jpg", "day2/a.jpg")
-    load = segment_command._load
+    load = options_module.load_from_options
 
     def load_late(*arguments):
-        monkeypatch.setattr(segment_command, "_load", load)
+        monkeypatch.setattr(options_module, "load_from_options", load)
         assert segment("day1", "--out", "out", "--format", "coco")[0] == 0
         return load(*arguments)
 
-    monkeypatch.setattr(segment_command, "_load", load_late)
+    monkeypatch.setattr(options_module, "load_from_options", load_late)
     assert segment("day2", "--out", "out", "--format", "coco")[0] == 0
     assert file_names(tmp_path / "out") == {"a.json": "a.jpg", "day2/a.json": "day2/a.jpg"}
 

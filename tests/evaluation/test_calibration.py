@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from samlight_hf import MaskGenerator, SamLighteningModel
-from samlight_hf.commands.segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.data import Instance, Sample
 from samlight_hf.evaluation.calibration import calibrate, map_scores, scale_mask_logits
 from samlight_hf.loading import load_model

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from samlight_hf.commands.segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.data import Sa1bDataset
 from tests.data.files import rle
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamImageProcessor, SamProcessor
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator, PictureError, Predictor, SamLighteningModel
-from samlight_hf.commands.segment import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
 from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.memory_budget import MemoryBudget

@@ -12,7 +12,7 @@ from PIL import Image
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
 from samlight_hf import EncodedImage, PictureError, Predictor, SamLighteningModel, optimize
-from samlight_hf.commands.segment import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
 from samlight_hf.inference.predictor import predict_prompts, segment_prompts

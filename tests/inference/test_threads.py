@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import pipeline
 
 from samlight_hf import MaskGenerator, Predictor, SamLighteningModel, optimize
-from samlight_hf.commands.segment import BUNDLED_CHECKPOINT
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT
 from samlight_hf.loading import load_model
 from samlight_hf.utils.turns import turn
 from tests.conftest import tiny_config

@@ -1,0 +1,112 @@
+"""Options that several commands have, and what is checked when they are parsed."""
+
+import argparse
+import os
+from pathlib import Path
+
+
+_CLONE = Path(__file__).resolve().parents[2]
+
+
+BUNDLED_CHECKPOINT = _CLONE / "checkpoints" / "sam-lightening-tiny"
+
+
+EXAMPLE_IMAGES = _CLONE / "examples" / "images"
+
+
+DEFAULT_THRESHOLDS = 0.88, 0.95
+
+
+# The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
+BUNDLED_THRESHOLDS = 0.5, 0.65
+
+
+def model_path_of(model: str | None) -> str:
+    if model is not None:
+        return model
+    if not BUNDLED_CHECKPOINT.is_dir():
+        raise argparse.ArgumentTypeError("give --model: a checkpoint's folder, or a Hub name such as org/name.")
+    return str(BUNDLED_CHECKPOINT)
+
+
+def load_from_options(model_path: str, args: argparse.Namespace):
+    from ..loading import find_device, find_dtype, load_model
+
+    try:
+        device, dtype = find_device(args.device), find_dtype(args.dtype)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return load_model(model_path, str(device), dtype)
+
+
+def thresholds_of(args: argparse.Namespace, model_path: str) -> tuple[float, float]:
+    """Predicted IoU and stability: what was asked for, otherwise what suits the model."""
+    bundled = Path(model_path).expanduser().resolve() == BUNDLED_CHECKPOINT
+    defaults = BUNDLED_THRESHOLDS if bundled else DEFAULT_THRESHOLDS
+    given = args.pred_iou_thresh, args.stability_score_thresh
+    return tuple(default if value is None else value for value, default in zip(given, defaults))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", type=not_empty, metavar="DIR", help="checkpoint's folder or Hub name (the bundled one, in a clone)"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; slow on CPUs but float32")
+
+
+def make_folder(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"--out {folder} cannot be made: {error.strerror}. Choose another.") from error
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"--out {folder} cannot be written to. Choose another.")
+
+
+def not_empty(text: str) -> str:
+    """For argparse: an unset shell variable must not mean the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty.")
+    return text
+
+
+def parse_numbers(text: str, count: int, form: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, {count} numbers in pixels of the picture.")
+    return values
+
+
+def parse_box(text: str) -> tuple[float, ...]:
+    return parse_numbers(text, 4, "X1,Y1,X2,Y2")
+
+
+def parse_point(text: str) -> tuple[float, ...]:
+    return parse_numbers(text, 2, "X,Y")
+
+
+def parse_positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer.")
+    return int(text)
+
+
+def parse_fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1.")
+    return value
+
+
+def parse_not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0.")
+    return int(text)
