@@ -6,18 +6,15 @@ What reads pictures and runs models is imported inside the functions that need i
 import argparse
 import hashlib
 import json
-import os
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.messages import one_line
 from .options import (
     BUNDLED_THRESHOLDS,
     DEFAULT_THRESHOLDS,
@@ -34,19 +31,25 @@ from .options import (
     thresholds_of,
 )
 from .result_folder import RULE, Place, ResultFolder, identity_of
-from .summary import MAX_PANELS, Row, Summary, count, telling_where
+from .summary import (
+    MAX_PANELS,
+    Row,
+    Summary,
+    describe_prompts,
+    point_progress,
+    progress,
+    report_skipped,
+    telling_where,
+    write_result,
+)
 
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..masks.drawing import Panel
 
 
 DEMO_POINTS_PER_SIDE = 16
 FORMATS = ("overlay", "png", "coco", "npz")
-
-_PANEL_SIZE = 480, 360
 
 
 def add_segment_arguments(parser: argparse.ArgumentParser):
@@ -121,7 +124,7 @@ def run_segment(args: argparse.Namespace) -> int:
     pictures, problems = find_pictures(args.paths, exclude=args.out, left_out=left_out)
     summary = Summary(args.out, skipped=len(problems))
     for problem in problems:
-        _report(problem)
+        report_skipped(problem)
     if not pictures:
         return 1
     if left_out:
@@ -187,7 +190,7 @@ def run_demo(args: argparse.Namespace) -> int:
         DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
     summary = Summary(args.out, columns=3)
-    for name, prompts in _progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
+    for name, prompts in progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
         picture = open_picture(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
         start = time.perf_counter()
@@ -199,8 +202,8 @@ def run_demo(args: argparse.Namespace) -> int:
         seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
         for kind, result, shown_boxes, shown_points in results:
             output = args.out / f"{Path(name).stem}_{kind}.png"
-            prompt = _describe(shown_boxes, shown_points)
-            panel = _write(output, "overlay", picture, name, prompt, result, shown_boxes, shown_points)
+            prompt = describe_prompts(shown_boxes, shown_points)
+            panel = write_result(output, "overlay", picture, name, prompt, result, shown_boxes, shown_points)
             summary.add(Row(name, picture.size, prompt, len(result), seconds, output), panel)
     return summary.finish()
 
@@ -212,22 +215,24 @@ def _run_jobs(
     """Segments the images, adds them to the summary, and says in the note which image each result is of."""
     from .segment_run import Job, Run, Segmented
 
-    prompt = _describe(args.box, args.point)
+    prompt = describe_prompts(args.box, args.point)
     everything = not (args.box or args.point)
     num_points = args.points_per_side**2
-    bar = _point_progress(num_points, places[0].image.name) if everything and len(places) == 1 else None
+    bar = point_progress(num_points, places[0].image.name) if everything and len(places) == 1 else None
     place_of = {place.output: place for place in places}
 
     def write(segmented: Segmented) -> "tuple[Row, Panel | None]":
         job, result, picture = segmented.job, segmented.result, segmented.picture
         with_panel = args.format == "overlay" and job.output in shown
-        panel = _write(job.output, args.format, picture, job.name, prompt, result, args.box, args.point, with_panel)
+        panel = write_result(
+            job.output, args.format, picture, job.name, prompt, result, args.box, args.point, with_panel
+        )
         with telling_where(results.note, ends_the_run=True):
             results.finish(place_of[job.output])
         return Row(str(job.path), picture.size, prompt, len(result), segmented.seconds, job.output), panel
 
     def skip(error: BaseException, path: Path):
-        _report(error, path)
+        report_skipped(error, path)
         with counting:
             summary.skipped += 1
 
@@ -236,7 +241,7 @@ def _run_jobs(
     jobs = [Job(place.image, place.output, place.name) for place in places]
     start = time.perf_counter()
     with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as written:
-        for row, panel in _progress(written, len(jobs)):
+        for row, panel in progress(written, len(jobs)):
             summary.add(row, panel)
             summary.replaced += place_of[row.output] in replaced
     summary.seconds = time.perf_counter() - start
@@ -273,59 +278,3 @@ def _settings(args: argparse.Namespace, model_path: str) -> dict:
         "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
         "--min-area": args.min_area, "--max-masks": args.max_masks,
     }  # fmt: skip
-
-
-def _write(
-    output: Path,
-    file_format: str,
-    picture: "Image.Image",
-    name: str,
-    prompt: str,
-    result,
-    boxes,
-    points,
-    panel: bool = True,
-) -> "Panel | None":
-    """Writes the masks of one picture, and returns its panel of the contact sheet."""
-    from ..masks.drawing import Panel, draw_overlay
-    from ..masks.files import write_masks
-
-    with telling_where(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_masks(output, file_format, picture, name, result, boxes, points)
-    if not panel:
-        return None
-    small = draw_overlay(picture, result, boxes, points, max_size=_PANEL_SIZE)
-    return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
-
-
-def _progress(items: Iterable, total: int | None = None) -> Iterable:
-    total = len(items) if total is None else total
-    if total < 2 or not sys.stderr.isatty():
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, unit="picture", leave=False)
-
-
-def _point_progress(num_points: int, name: str):
-    """A bar for one picture; on a CPU it is some hundredths of a second a point."""
-    from tqdm import tqdm
-
-    return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)
-
-
-def _report(error: BaseException, picture: Path | None = None):
-    message = one_line(error)
-    if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug of ours
-        message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
-        if os.environ.get("SAMLIGHT_DEBUG"):
-            traceback.print_exception(error)
-    if picture is not None and not message.startswith(str(picture)):
-        message = f"{picture}: {message}"
-    print(f"samlight: skipped {message}", file=sys.stderr)
-
-
-def _describe(boxes: Sequence, points: Sequence) -> str:
-    parts = [count(len(prompts), kind) for prompts, kind in ((boxes, "box"), (points, "point")) if prompts]
-    return ", ".join(parts) or "everything"

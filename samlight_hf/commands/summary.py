@@ -1,17 +1,21 @@
 """What `samlight segment` and `samlight demo` tell when they are done, and when a file cannot be written."""
 
 import errno
+import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.messages import text_table
+from ..utils.messages import one_line, text_table
 
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..masks.drawing import Panel
 
 
@@ -120,3 +124,62 @@ def telling_where(path: Path, ends_the_run: bool = False) -> Iterator[None]:
 def count(number: int, noun: str) -> str:
     plural = "es" if noun.endswith("x") else "s"
     return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+_PANEL_SIZE = 480, 360
+
+
+def write_result(
+    output: Path,
+    file_format: str,
+    picture: "Image.Image",
+    name: str,
+    prompt: str,
+    result,
+    boxes,
+    points,
+    panel: bool = True,
+) -> "Panel | None":
+    """Writes the masks of one picture, and returns its panel of the contact sheet."""
+    from ..masks.drawing import Panel, draw_overlay
+    from ..masks.files import write_masks
+
+    with telling_where(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_masks(output, file_format, picture, name, result, boxes, points)
+    if not panel:
+        return None
+    small = draw_overlay(picture, result, boxes, points, max_size=_PANEL_SIZE)
+    return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
+
+
+def progress(items: Iterable, total: int | None = None) -> Iterable:
+    total = len(items) if total is None else total
+    if total < 2 or not sys.stderr.isatty():
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit="picture", leave=False)
+
+
+def point_progress(num_points: int, name: str):
+    """A bar for one picture; on a CPU it is some hundredths of a second a point."""
+    from tqdm import tqdm
+
+    return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)
+
+
+def report_skipped(error: BaseException, picture: Path | None = None):
+    message = one_line(error)
+    if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug of ours
+        message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
+        if os.environ.get("SAMLIGHT_DEBUG"):
+            traceback.print_exception(error)
+    if picture is not None and not message.startswith(str(picture)):
+        message = f"{picture}: {message}"
+    print(f"samlight: skipped {message}", file=sys.stderr)
+
+
+def describe_prompts(boxes: Sequence, points: Sequence) -> str:
+    parts = [count(len(prompts), kind) for prompts, kind in ((boxes, "box"), (points, "point")) if prompts]
+    return ", ".join(parts) or "everything"
