@@ -12,6 +12,7 @@ from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
 from ..utils.processes import one_voice, tell_error
 from . import benchmark as benchmark_command
+from . import demo
 from . import evaluate as evaluate_command
 from . import publish as hub_command
 from . import segment as segment_command
@@ -42,8 +43,8 @@ COMMANDS = (
     Command(
         "demo",
         "segment the example pictures with the bundled checkpoint (from a clone of the repository)",
-        segment_command.add_demo_arguments,
-        segment_command.run_demo,
+        demo.add_demo_arguments,
+        demo.run_demo,
     ),
     Command(
         "evaluate",

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from .options import (
     BUNDLED_THRESHOLDS,
     DEFAULT_THRESHOLDS,
-    EXAMPLE_IMAGES,
     add_model_arguments,
     load_from_options,
     make_folder,
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from ..masks.drawing import Panel
 
 
-DEMO_POINTS_PER_SIDE = 16
 FORMATS = ("overlay", "png", "coco", "npz")
 
 
@@ -102,11 +100,6 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
     everything.add_argument(
         "--max-memory-mb", type=parse_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
     )
-    add_model_arguments(parser)
-
-
-def add_demo_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of results (%(default)s)")
     add_model_arguments(parser)
 
 
@@ -165,47 +158,6 @@ def _plan(
     places = results.places(pictures, root, ENDINGS[args.format])
     resumes = args.resume and results.settings == settings
     return results, [place for place in places if not (resumes and results.is_done(place))]
-
-
-def run_demo(args: argparse.Namespace) -> int:
-    """Boxes, points and everything on each example picture: a row of three on the contact sheet."""
-    from ..images.preprocessing import picture_tensor
-    from ..images.reading import open_picture
-    from ..inference.crops import MaskGenerationSettings
-    from ..inference.mask_generation import MaskGenerator
-    from ..inference.predictor import Predictor, predict_prompts
-
-    prompts_file = EXAMPLE_IMAGES.parent / "prompts.json"
-    if not prompts_file.is_file():
-        raise argparse.ArgumentTypeError(
-            f"the example pictures are not here ({EXAMPLE_IMAGES}). Run the demo from a clone of the repository, or "
-            "use samlight segment on pictures of your own."
-        )
-    model_path = model_path_of(args.model)
-    make_folder(args.out)
-    model, processor = load_from_options(model_path, args)
-    predictor, generator = Predictor(model, processor), MaskGenerator(model, processor)
-    pred_iou_thresh, stability_score_thresh = BUNDLED_THRESHOLDS
-    settings = MaskGenerationSettings(
-        DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
-    )
-    summary = Summary(args.out, columns=3)
-    for name, prompts in progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
-        picture = open_picture(EXAMPLE_IMAGES / name)
-        boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
-        start = time.perf_counter()
-        image = predictor.encode(picture)
-        results = [("boxes", predict_prompts(predictor, boxes, image=image), boxes, [])]
-        results.append(("points", predict_prompts(predictor, points_xy=points, image=image), [], points))
-        everything = generator.generate(picture_tensor(picture), settings, image=image)
-        results.append(("everything", everything, [], []))
-        seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
-        for kind, result, shown_boxes, shown_points in results:
-            output = args.out / f"{Path(name).stem}_{kind}.png"
-            prompt = describe_prompts(shown_boxes, shown_points)
-            panel = write_result(output, "overlay", picture, name, prompt, result, shown_boxes, shown_points)
-            summary.add(Row(name, picture.size, prompt, len(result), seconds, output), panel)
-    return summary.finish()
 
 
 def _run_jobs(

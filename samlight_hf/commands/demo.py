@@ -1,0 +1,65 @@
+"""`samlight demo`: boxes, points and everything on the example images, a contact sheet, and a table."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from .options import (
+    BUNDLED_THRESHOLDS,
+    EXAMPLE_IMAGES,
+    add_model_arguments,
+    load_from_options,
+    make_folder,
+    model_path_of,
+)
+from .summary import Row, Summary, describe_prompts, progress, write_result
+
+
+DEMO_POINTS_PER_SIDE = 16
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of results (%(default)s)")
+    add_model_arguments(parser)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Boxes, points and everything on each example picture: a row of three on the contact sheet."""
+    from ..images.preprocessing import picture_tensor
+    from ..images.reading import open_picture
+    from ..inference.crops import MaskGenerationSettings
+    from ..inference.mask_generation import MaskGenerator
+    from ..inference.predictor import Predictor, predict_prompts
+
+    prompts_file = EXAMPLE_IMAGES.parent / "prompts.json"
+    if not prompts_file.is_file():
+        raise argparse.ArgumentTypeError(
+            f"the example pictures are not here ({EXAMPLE_IMAGES}). Run the demo from a clone of the repository, or "
+            "use samlight segment on pictures of your own."
+        )
+    model_path = model_path_of(args.model)
+    make_folder(args.out)
+    model, processor = load_from_options(model_path, args)
+    predictor, generator = Predictor(model, processor), MaskGenerator(model, processor)
+    pred_iou_thresh, stability_score_thresh = BUNDLED_THRESHOLDS
+    settings = MaskGenerationSettings(
+        DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
+    )
+    summary = Summary(args.out, columns=3)
+    for name, prompts in progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
+        picture = open_picture(EXAMPLE_IMAGES / name)
+        boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
+        start = time.perf_counter()
+        image = predictor.encode(picture)
+        results = [("boxes", predict_prompts(predictor, boxes, image=image), boxes, [])]
+        results.append(("points", predict_prompts(predictor, points_xy=points, image=image), [], points))
+        everything = generator.generate(picture_tensor(picture), settings, image=image)
+        results.append(("everything", everything, [], []))
+        seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
+        for kind, result, shown_boxes, shown_points in results:
+            output = args.out / f"{Path(name).stem}_{kind}.png"
+            prompt = describe_prompts(shown_boxes, shown_points)
+            panel = write_result(output, "overlay", picture, name, prompt, result, shown_boxes, shown_points)
+            summary.add(Row(name, picture.size, prompt, len(result), seconds, output), panel)
+    return summary.finish()
