@@ -69,7 +69,7 @@ def test_wheel_and_sdist_hold_the_package(tmp_path):
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site, sdist)
     script = """
 import samlight_hf
-from samlight_hf.publishing.upload import build_folder
+from samlight_hf.publishing.build import build_folder
 print(samlight_hf.__file__, samlight_hf.SamLighteningModel.__module__)
 samlight_hf.SamLighteningModel(samlight_hf.SamLighteningConfig()).save_pretrained("student")
 build_folder("student", "built")

@@ -77,8 +77,9 @@ def run_card(args: argparse.Namespace) -> int:
 
 def run_publish(args: argparse.Namespace) -> int:
     """Builds the folder, verifies it, uploads it in one commit, and tells how to load that commit."""
+    from ..publishing.build import build_folder
     from ..publishing.checks import metadata_of
-    from ..publishing.upload import build_folder, check_target, publish, verify_folder
+    from ..publishing.upload import check_target, publish, verify_folder
 
     try:
         check_target(args.repo_id, args.revision, args.tag, args.pr)

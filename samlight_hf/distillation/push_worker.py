@@ -8,8 +8,9 @@ from pathlib import Path
 from huggingface_hub.errors import HTTPError
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from ..publishing.build import build_folder
 from ..publishing.card import CardFacts, render_card
-from ..publishing.upload import build_folder, publish
+from ..publishing.upload import publish
 from ..utils.messages import one_line
 from .publishing import Push
 

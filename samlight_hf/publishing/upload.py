@@ -5,13 +5,10 @@ verify_folder("outputs/x/published")                       # in a process that h
 publish("outputs/x/published", "org/name", tag="v1.0")     # one commit, or nothing
 """
 
-import importlib.metadata
 import io
 import itertools
-import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +20,6 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
-    save_torch_state_dict,
 )
 from huggingface_hub.errors import (
     HFValidationError,
@@ -35,13 +31,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
-from safetensors.torch import load_file
 
-from ..loading import TRAINER_STATE, load_model, weight_files
-from ..utils.atomic_files import beside
 from ..utils.messages import one_line
-from .card import render_card
-from .checks import AUTO_MAP, CARD_NAME, CODE, CODE_FOLDER, LICENSE_NAME, FolderError, check_folder, refuse_pickles
+from .checks import FolderError, check_folder
 from .verify import VerificationReport, verify_folder
 
 
@@ -50,7 +42,6 @@ __all__ = [
     "PublishError",
     "PublishedRevision",
     "VerificationReport",
-    "build_folder",
     "check_folder",
     "check_target",
     "publish",
@@ -91,51 +82,6 @@ class PublishedRevision:
     tag: str | None = None
     pr_url: str | None = None
     pr_revision: str | None = None
-
-
-def build_folder(
-    source: str | os.PathLike,
-    destination: str | os.PathLike,
-    card: str | None = None,
-    max_shard_size: int | str | None = None,
-) -> list[Path]:
-    """Makes a folder that loads anywhere from a checkpoint's: safetensors, config, processor, code, README.md, LICENSE.
-
-    Weights keep their values and dtypes, in one file, or in shards of at most `max_shard_size` ("2GB", or bytes). `card` is
-    the text of README.md, by default `render_card(source)`. Nothing else of `source` is taken: no optimizer, no logs. `destination` is written aside
-    and moved; an earlier one that was built is replaced. Returns its files, sorted.
-
-    Raises:
-        CheckpointError, FolderError: for a source that is no whole checkpoint of finite safetensors weights, or has pickled ones.
-        ValueError: for a destination that holds something else, and for a shard size that is none.
-    """
-    source, destination = Path(source).expanduser(), Path(destination).expanduser()
-    _check_destination(source, destination)
-    if source.is_dir():
-        refuse_pickles(source, allowed=TRAINER_STATE)
-    elif not source.exists():
-        raise FolderError(f"{source}: no such folder. Give the checkpoint's folder, with config.json in it.")
-    _, processor = load_model(source, "cpu")
-    card = render_card(source) if card is None else card
-    aside = beside(destination)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        weights = {}
-        for path in weight_files(source):
-            weights |= load_file(path)
-        save_torch_state_dict(weights, aside, max_shard_size=max_shard_size or "1TB", metadata={"format": "pt"})
-        processor.save_pretrained(aside)
-        model_type = _write_config(source, aside)
-        for name in CODE if model_type == "sam_lightening" else ():
-            shutil.copyfile(CODE_FOLDER / name, aside / name)
-        (aside / CARD_NAME).write_text(card, encoding="utf-8")
-        (aside / LICENSE_NAME).write_text(_license_text(), encoding="utf-8")
-        shutil.rmtree(destination, ignore_errors=True)
-        os.replace(aside, destination)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return sorted(destination.iterdir())
 
 
 def publish(
@@ -312,43 +258,6 @@ def check_target(repo_id: str, revision: str | None, tag: str | None, create_pr:
             )
     if tag and create_pr:
         raise ValueError("tag and pr exclude each other: tag the commit when the pull request is merged.")
-
-
-def _check_destination(source: Path, destination: Path):
-    if destination.resolve() == source.resolve():
-        raise ValueError(f"{destination} is the source itself. Choose another destination.")
-    if destination.exists() and not destination.is_dir():
-        raise ValueError(f"{destination} is a file. Choose another destination.")
-    if destination.is_dir():
-        known = {*CODE, CARD_NAME, LICENSE_NAME, "config.json"}
-        foreign = [p for p in destination.iterdir() if p.name not in known and not _REPLACED.fullmatch(p.name)]
-        if foreign:
-            raise ValueError(
-                f"{destination} holds {foreign[0].name}, which is no part of a checkpoint. Choose another one."
-            )
-
-
-def _write_config(source: Path, destination: Path) -> str:
-    """The source's config with what trust_remote_code=True needs; returns its model_type."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)
-    config.pop("auto_map", None)
-    if config["model_type"] == "sam_lightening":
-        config["auto_map"] = AUTO_MAP
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (destination / "config.json").write_text(text, encoding="utf-8")
-    return config["model_type"]
-
-
-def _license_text() -> str:
-    """Of the code, as it is in a clone of the repository, or as pip installed it."""
-    path = Path(__file__).parents[2] / LICENSE_NAME
-    if path.is_file() and (path.parent / "pyproject.toml").is_file():
-        return path.read_text(encoding="utf-8")
-    text = importlib.metadata.distribution("samlight-hf").read_text(f"licenses/{LICENSE_NAME}")
-    if text is None:
-        raise FolderError("the package's own LICENSE is missing. Install samlight-hf again.")
-    return text
 
 
 def _cause(error: Exception) -> Exception:

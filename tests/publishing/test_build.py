@@ -14,8 +14,9 @@ from samlight_hf import SamLighteningModel
 from samlight_hf.images.reading import PictureError
 from samlight_hf.loading import CheckpointError, load_model
 from samlight_hf.publishing import verify as verification
+from samlight_hf.publishing.build import build_folder
 from samlight_hf.publishing.checks import CODE, CODE_FOLDER
-from samlight_hf.publishing.upload import FolderError, build_folder, check_folder, publish, verify_folder
+from samlight_hf.publishing.upload import FolderError, check_folder, publish, verify_folder
 from samlight_hf.publishing.verify import compare_outputs
 from tests.conftest import tiny_config
 

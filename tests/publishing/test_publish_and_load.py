@@ -10,8 +10,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from samlight_hf import SamLighteningModel
+from samlight_hf.publishing.build import build_folder
 from samlight_hf.publishing.checks import CODE
-from samlight_hf.publishing.upload import PublishedRevision, PublishError, build_folder, publish
+from samlight_hf.publishing.upload import PublishedRevision, PublishError, publish
 from tests.conftest import tiny_config
 
 from .client import ROOT, environment, run_without_package

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from samlight_hf.evaluation.evaluator import Journal
-from samlight_hf.publishing.upload import build_folder
+from samlight_hf.publishing.build import build_folder
 from samlight_hf.utils.atomic_files import beside, fit_name, write_aside
 from tests.conftest import tiny_config
 
