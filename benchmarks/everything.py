@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import pipeline
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator, Predictor
-from samlight_hf.commands.segment_run import Everything, Job, Run
+from samlight_hf.commands.segment_run import EverythingSegmenter, Job, Run
 from samlight_hf.engine import optimize as inference
 from samlight_hf.engine.cuda_graphs import GraphedFunction
 from samlight_hf.inference import mask_generation
@@ -186,7 +186,7 @@ def _folder(checkpoint: str) -> Iterator[dict]:
         def skip(error, path):
             raise error
 
-        run = Run(Everything(generator, settings), write, skip, batch_size=4)
+        run = Run(EverythingSegmenter(generator, settings), write, skip, batch_size=4)
         list(run(jobs[: 8 if CUDA else 1]))  # warm-up
         start = time.perf_counter()
         masks = sum(run(jobs))

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from samlight_hf.distillation import distill, parse_arguments
-from samlight_hf.utils.atomic_files import read_yaml, write_aside
+from samlight_hf.utils.atomic_files import atomic_write, read_yaml
 from samlight_hf.utils.messages import make_console_safe, one_line
 from samlight_hf.utils.processes import is_main_process, leave_process_group, one_voice
 
@@ -55,7 +55,7 @@ def main():
             }
             results[name].append({"seed": seed, "stages": metrics})
             text = json.dumps({"shared": shared, "variants": variants, "results": results}, indent=1)
-            write_aside(
+            atomic_write(
                 options.out / "ablation.json", lambda path, text=text: path.write_text(text + "\n", encoding="utf-8")
             )
     if is_main_process():

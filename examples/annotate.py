@@ -24,7 +24,7 @@ from samlight_hf.data.sa1b import add_sample
 from samlight_hf.images.preprocessing import check_size
 from samlight_hf.loading import load_model
 from samlight_hf.masks.files import coco_document
-from samlight_hf.utils.atomic_files import write_aside
+from samlight_hf.utils.atomic_files import atomic_write
 from samlight_hf.utils.messages import make_console_safe, one_line
 
 
@@ -69,7 +69,7 @@ def main():
                 add_sample(tar, name, suffix, picture, sample.width, sample.height, annotations)
 
     with samples:  # or an error would be told behind the progress bar, on the same line
-        write_aside(args.out, write)
+        atomic_write(args.out, write)
     print(f"{args.out}: {num_new} new masks. {report.summary()}")
 
 

@@ -16,7 +16,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 from samlight_hf.data.sa1b import find_tars, tar_members
-from samlight_hf.utils.atomic_files import write_aside
+from samlight_hf.utils.atomic_files import atomic_write
 from samlight_hf.utils.messages import make_console_safe
 
 
@@ -50,7 +50,7 @@ def split(tar: Path, out: Path, share: float, group: re.Pattern | None):
         if paths[held_out].exists():
             raise ValueError(f"{paths[held_out]} exists already. Move it away, or choose another --out.")
     for held_out, members in parts.items():
-        write_aside(paths[held_out], lambda aside, members=members: copy(tar, members, aside))
+        atomic_write(paths[held_out], lambda aside, members=members: copy(tar, members, aside))
         print(f"{paths[held_out]}: {len({PurePosixPath(member.name).stem for member in members})} images")
 
 

@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 
 OLD_NAMES = {
     "averaging": {"average_models": "conversion.averaging"},
-    "files": {"read_yaml": "utils.atomic_files", "write_aside": "utils.atomic_files"},
+    "files": {"read_yaml": "utils.atomic_files", "write_aside": "utils.atomic_files:atomic_write"},
     "mask_files": {"coco_document": "masks.files"},
     "messages": {"one_line": "utils.messages"},
     "model_card": {"CardFacts": "publishing.card", "render_card": "publishing.card"},

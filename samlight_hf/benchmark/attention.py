@@ -85,7 +85,7 @@ def packed_rows(settings: Settings) -> Iterator[dict]:
         qkv = random_tensor((batch_size, 4096, NUM_HEADS, 3, HEAD_DIM), settings.device, settings.dtype)
         for pattern in ((None, 2, "all"), (None, 2, "per_head"), (512, 1, "all")):
             ways = {
-                "CUDA": lambda q=qkv, p=pattern: hopper_attention.launch(q, *p, HEAD_DIM**-0.5),
+                "CUDA": lambda q=qkv, p=pattern: hopper_attention.launch_attention(q, *p, HEAD_DIM**-0.5),
                 "dilated_attention": lambda q=qkv, p=pattern: dilated_attention(*q.unbind(3), *p),
             }
             for kernel, function in ways.items():

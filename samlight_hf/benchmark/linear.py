@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from ..kernels.linear import (
     FusedLinear,
-    Rows,
+    RowsWithStatistics,
     fused_linear_reference,
-    launch,
-    launch_on_hopper,
+    launch_hopper,
+    launch_triton,
     rows_of,
     why_not_hopper,
     why_not_triton,
@@ -67,13 +67,15 @@ def _layer_rows(layer: Layer, batch_size: int, settings: Settings) -> Iterator[d
     values = random_tensor((num_rows, layer.in_features), device, dtype)
     residual = random_tensor((num_rows, layer.out_features), device, dtype, seed=1) if layer.adds else None
     rows, some = with_statistics(values), slice(4096)
-    expected = fused_linear_reference(fused, Rows(values[some].float()), residual[some] if layer.adds else None).values
+    expected = fused_linear_reference(
+        fused, RowsWithStatistics(values[some].float()), residual[some] if layer.adds else None
+    ).values
 
     def by_cuda():
-        return launch_on_hopper(fused, rows_of(values), rows.statistics, residual, layer.adds).values
+        return launch_hopper(fused, rows_of(values), rows.statistics, residual, layer.adds).values
 
     def by_triton():
-        return launch(fused, rows, residual, layer.adds).values
+        return launch_triton(fused, rows, residual, layer.adds).values
 
     def by_modules():
         found = F.linear(norm(values) if layer.normalizes else values, linear.weight, linear.bias)

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from ..loading import quiet_transformers
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .attention import attention_rows, projection_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
@@ -141,7 +141,7 @@ def one_row(row: dict) -> str:
 def _write(result: dict, out: Path | None):
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+        atomic_write(out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def _print_summary(result: dict, new: int):

@@ -27,7 +27,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser):
 def run_demo(args: argparse.Namespace) -> int:
     """Boxes, points and everything on each example picture: a row of three on the contact sheet."""
     from ..images.preprocessing import picture_tensor
-    from ..images.reading import open_picture
+    from ..images.reading import open_image
     from ..inference.crops import MaskGenerationSettings
     from ..inference.mask_generation import MaskGenerator
     from ..inference.predictor import Predictor, predict_prompts
@@ -48,7 +48,7 @@ def run_demo(args: argparse.Namespace) -> int:
     )
     summary = Summary(args.out, columns=3)
     for name, prompts in progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
-        picture = open_picture(EXAMPLE_IMAGES / name)
+        picture = open_image(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
         start = time.perf_counter()
         image = predictor.encode(picture)

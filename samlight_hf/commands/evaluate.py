@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..evaluation.models import PromptableModel
     from ..evaluation.protocols import ProtocolSettings
     from ..evaluation.report import ModelResult
-    from ..evaluation.work import Work
+    from ..evaluation.work import EvaluationTask
 
 EVERYTHING = "everything"
 
@@ -223,7 +223,7 @@ def _evaluate_model(
     return result, lambda protocol: _drawer(model, dataset, pictures, protocol)
 
 
-def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[str], Callable | None]]":
+def _works(dataset, settings, args, state) -> "list[tuple[str, EvaluationTask, dict, list[str], Callable | None]]":
     """What is run: name, work, what its journal must know, sentences for readers, and a summary but for the instances."""
     from ..evaluation import average_precision as detection
     from ..evaluation.fidelity import Fidelity, summarize_fidelity
@@ -248,7 +248,7 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, Work, dict, list[
             "masks right@0.5: share of its masks whose IoU with an annotated region is at least 0.5; ranking AUC: how often "
             "a right mask has a higher score than a wrong one of the same image",
         ]
-        work = detection.Everything(**arguments)
+        work = detection.EverythingTask(**arguments)
         works.append((EVERYTHING, work, arguments, sentences, detection.summarize_everything))
     if args.detections:
         boxes = detection.DetectorBoxes(args.detections, dataset.ids)

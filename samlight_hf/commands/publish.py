@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .options import not_empty, parse_not_negative
 
 
@@ -70,7 +70,7 @@ def run_card(args: argparse.Namespace) -> int:
     if args.out is None:
         print(card, end="")
     else:
-        write_aside(args.out, lambda path: path.write_text(card, encoding="utf-8"))
+        atomic_write(args.out, lambda path: path.write_text(card, encoding="utf-8"))
         print(f"Card: {args.out}")
     return 0
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..images.reading import NOTE_NAME
-from ..utils.atomic_files import fit_name, write_aside
+from ..utils.atomic_files import atomic_write, fit_name
 
 
 RULE = (
@@ -126,7 +126,7 @@ class ResultFolder:
         lines = [settings, {"folders": self._folders}]
         lines += [[name, *identity] for name, identity in sorted(self._results.items())]
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        write_aside(self.note, lambda aside: aside.write_text(text, encoding="utf-8"))
+        atomic_write(self.note, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def finish(self, place: Place):
         """Note that the result of an image is there, whole."""

@@ -205,17 +205,17 @@ def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
     from ..inference.crops import MaskGenerationSettings
     from ..inference.mask_generation import MaskGenerator
     from ..inference.predictor import Predictor
-    from .segment_run import Everything, Prompted
+    from .segment_run import EverythingSegmenter, PromptSegmenter
 
     if args.box or args.point:
         predictor = Predictor(model, processor, output="torch", max_memory_mb=args.max_memory_mb)
-        return Prompted(predictor, args.box, args.point)
+        return PromptSegmenter(predictor, args.box, args.point)
     generator = MaskGenerator(model, processor, args.max_memory_mb, args.points_per_batch)
     pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     settings = MaskGenerationSettings(
         args.points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
-    return Everything(generator, settings, args.min_area, args.max_masks)
+    return EverythingSegmenter(generator, settings, args.min_area, args.max_masks)
 
 
 def _settings(args: argparse.Namespace, model_path: str) -> dict:

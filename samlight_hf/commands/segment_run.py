@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..images.preprocessing import check_size, picture_tensor
-from ..images.reading import open_picture, read_ahead
+from ..images.reading import open_image, read_ahead
 from ..inference.crops import MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
 from ..inference.predictor import Predictor, predict_prompts
@@ -47,7 +47,7 @@ class Segmented:
     seconds: float
 
 
-class Everything:
+class EverythingSegmenter:
     """Masks of everything in pictures: of at least `min_area` pixels, and of these the `max_masks` best."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Everything:
                 yield result[np.flatnonzero(result.masks.areas >= self.min_area)[: self.max_masks]]
 
 
-class Prompted:
+class PromptSegmenter:
     """One mask for each of the same boxes and points in every picture."""
 
     def __init__(self, predictor: Predictor, boxes_xyxy: Sequence = (), points_xy: Sequence = ()):
@@ -96,14 +96,19 @@ class Prompted:
 
 
 class Run:
-    """Segments jobs with `segment`, an `Everything` or a `Prompted`, and hands what comes out to `write` in other threads.
+    """Segments jobs with `segment`, an `EverythingSegmenter` or a `PromptSegmenter`, and hands what comes out to `write` in other threads.
 
     Images that cannot be read, segmented or written are told to `skip(error, path)`: whatever is wrong with one of them, the
     others are done. A `DiskError` ends the run. At any time there are a few images in memory, however many the jobs are.
     """
 
     def __init__(
-        self, segment: Everything | Prompted, write: Callable, skip: Callable, batch_size: int = 1, progress=None
+        self,
+        segment: EverythingSegmenter | PromptSegmenter,
+        write: Callable,
+        skip: Callable,
+        batch_size: int = 1,
+        progress=None,
     ):
         self.segment, self.write, self.skip = segment, write, skip
         self.batch_size, self.progress = batch_size, progress
@@ -127,7 +132,7 @@ class Run:
 
     def _read(self, job: Job) -> tuple[Job, Image.Image, torch.Tensor] | None:
         try:
-            picture = open_picture(job.path)
+            picture = open_image(job.path)
             self.segment.check(picture)
             return job, picture, self.segment.prepare(picture)
         except Exception as error:

@@ -90,12 +90,12 @@ class Summary:
 
     def _save_contact_sheet(self):
         from ..masks.drawing import contact_sheet
-        from ..utils.atomic_files import write_aside
+        from ..utils.atomic_files import atomic_write
 
         path = self.sheet
         sheet = contact_sheet(self.panels, "SAM-Lightening", self.columns)
         with telling_where(path):
-            write_aside(path, lambda aside: sheet.save(aside, format="PNG"))
+            atomic_write(path, lambda aside: sheet.save(aside, format="PNG"))
         left_out = f", with the first {len(self.panels)}" if len(self.panels) < len(self.rows) else ""
         print(f"Contact sheet: {path}{left_out}")
 

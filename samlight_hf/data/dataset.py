@@ -101,7 +101,7 @@ class FileDataset(PictureDataset):
         annotations = []
         try:
             annotations, size = self._annotations(index)
-            image = decode_picture(self.picture_bytes(index), size)
+            image = decode_image(self.picture_bytes(index), size)
         except SampleError as error:
             report.add_picture(error.reason, f"{sample_id} ({error.where})" if error.where else sample_id)
             report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
@@ -114,7 +114,7 @@ class FileDataset(PictureDataset):
         index = range(len(self))[index]
         annotations, size = self._annotations(index)
         data = self.picture_bytes(index)
-        picture = open_picture(data, size) if self.image_cache is None else self.image_cache.pixels(data, size)
+        picture = open_stored_image(data, size) if self.image_cache is None else self.image_cache.pixels(data, size)
         return LazySample(self.sample_id(index), picture, annotations)
 
     @abstractmethod
@@ -135,7 +135,7 @@ def check_limit(limit: int | None):
         raise ValueError(f"limit={limit!r} must be None or an integer of at least 1.")
 
 
-def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture file as RGB, see `to_rgb`, pixels where they are stored: annotations are made in that frame.
 
     `size` is the (width, height) of the annotations. Where it fits only the picture turned upright by its EXIF
@@ -157,12 +157,12 @@ def decode_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Im
     return image
 
 
-def open_picture(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """`decode_picture` with the decoding left for later where that can be, and the mode as it is."""
+def open_stored_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """`decode_image` with the decoding left for later where that can be, and the mode as it is."""
     try:
         picture = Image.open(io.BytesIO(data))
     except MemoryError:
         raise
     except Exception as error:  # as in decode_picture
         raise SampleError(SkipReason.BROKEN_PICTURE) from error
-    return picture if size in (None, picture.size) else decode_picture(data, size)
+    return picture if size in (None, picture.size) else decode_image(data, size)

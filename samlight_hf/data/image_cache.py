@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset import decode_picture
+from .dataset import decode_image
 from .lazy import planes
 
 
@@ -25,7 +25,7 @@ class ImageCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def pixels(self, data: bytes, size: tuple[int, int] | None) -> np.ndarray:
-        """What `decode_picture` makes of an image's file, uint8 (3, H, W), not to be changed.
+        """What `decode_image` makes of an image's file, uint8 (3, H, W), not to be changed.
 
         Raises:
             SampleError: for a file that is damaged, or of another size.
@@ -35,7 +35,7 @@ class ImageCache:
         try:
             return np.load(path, mmap_mode="r")
         except (FileNotFoundError, ValueError, EOFError):  # the last two: cut short by a machine that went down
-            pixels = planes(decode_picture(data, size))
+            pixels = planes(decode_image(data, size))
         aside = path.with_name(f".{digest}.{os.getpid()}.npy")
         try:
             path.parent.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from .augmentation import Augmentation
 from .cutouts import Cutouts
-from .dataset import open_picture
+from .dataset import open_stored_image
 from .examples import ExampleMaker
 from .lazy import LazySample
 from .prompts import PromptSampling
@@ -253,7 +253,7 @@ def _opened(sample: dict) -> LazySample:
     if sample["json"] is None:
         raise SampleError(SkipReason.MISSING_JSON)
     annotations, size = parse_json(sample["json"])
-    return LazySample(sample["__key__"], open_picture(picture, size), annotations)
+    return LazySample(sample["__key__"], open_stored_image(picture, size), annotations)
 
 
 def _number(name: str) -> int:

@@ -15,7 +15,7 @@ from ..evaluation.metrics.mask_iou.iou import mask_iou
 from ..evaluation.protocols import box_xyxy
 from ..masks.drawing import Panel, contact_sheet, draw_overlay
 from ..masks.results import MaskResult
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .checkpoints import last_checkpoint
 
 
@@ -85,7 +85,7 @@ class MaskPictureCallback(TrainerCallback):
         sheet = draw_masks(self.trainer.promptable(), self.samples, f"step {state.global_step}", self.max_instances)
         folder = Path(args.output_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / f"step-{state.global_step}.png", lambda path: sheet.save(path, format="PNG"))
+        atomic_write(folder / f"step-{state.global_step}.png", lambda path: sheet.save(path, format="PNG"))
         self._track(sheet, state.global_step)
 
     def _track(self, sheet: Image.Image, step: int):

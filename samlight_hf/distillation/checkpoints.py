@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..loading import weights_fingerprint
-from ..utils.atomic_files import beside, write_aside
+from ..utils.atomic_files import atomic_write, beside
 from .arguments import DistillationArguments
 from .stages import TRAINABLE
 from .teacher import Teacher
@@ -117,10 +117,10 @@ def find_best_again(checkpoint: str | os.PathLike, output_dir: str | os.PathLike
     best = state["best_model_checkpoint"]
     if best and not os.path.isdir(best) and (moved := Path(output_dir) / Path(best).name).is_dir():
         text = json.dumps({**state, "best_model_checkpoint": str(moved)}, indent=2)
-        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def publish_checkpoint(staged: Path, final: Path):
+def move_into_place(staged: Path, final: Path):
     """Moves a finished checkpoint to where it is looked for; after a power cut too, it is there whole or not at all."""
     for path in [*staged.rglob("*"), staged]:
         descriptor = os.open(path, os.O_RDONLY)

@@ -13,7 +13,7 @@ from ..evaluation.models import PromptableModel
 from ..loading import load_model, quiet_transformers
 from ..modeling.configuration_sam_lightening import SamLighteningConfig
 from ..modeling.modeling_sam_lightening import make_processor
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from ..utils.processes import is_main_process, tell
 from .arguments import parse_arguments
 from .callbacks import draw_masks
@@ -91,7 +91,7 @@ def _decoder_configs() -> dict[str, dict]:
 def _write_config(path: Path, config: SamConfig):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = config.to_json_string(use_diff=False)
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))  # other processes write and read it too
+    atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))  # other processes write and read it too
 
 
 def measure(model: PreTrainedModel, pictures: PictureDataset, max_instances: int = 16) -> dict[str, float]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .teacher import Teacher, normalize_pixels
 
 
@@ -73,7 +73,7 @@ class EmbeddingCache:
         half["pixel_checksums"] = torch.tensor(pixel_checksums)
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {"key": self.key, "content": json.dumps(self.content, sort_keys=True, default=str)}
-        write_aside(self._path(shard), lambda aside: save_file(half, aside, metadata))
+        atomic_write(self._path(shard), lambda aside: save_file(half, aside, metadata))
 
     def read(self, example_id: int, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """The targets of one example, float16, without a batch axis.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.plots import STYLE
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 
 
 # title of a panel -> beginnings of the names that go into it
@@ -34,7 +34,7 @@ def plot_learning_curves(log_history: Sequence[dict], path: Path, title: str):
         return
     with matplotlib.rc_context(STYLE):
         figure = _draw(curves, title)
-        write_aside(path, lambda aside: figure.savefig(aside, format="png"))
+        atomic_write(path, lambda aside: figure.savefig(aside, format="png"))
 
 
 def _draw(curves: dict[str, dict[str, list]], title: str):

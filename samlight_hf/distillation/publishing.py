@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..publishing.upload import PublishError
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from ..utils.messages import one_line
 
 
@@ -262,7 +262,7 @@ class HubPublisher:
                 logger.warning("%s: %s was not pushed: %s", push.repo_id, push.name, result.error)
             with contextlib.suppress(OSError):  # such as a full disk
                 text = json.dumps([*read_record(place), asdict(result)], indent=1)
-                write_aside(place / RECORD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+                atomic_write(place / RECORD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_record(output_dir: str | os.PathLike) -> list[dict]:

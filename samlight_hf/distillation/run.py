@@ -42,12 +42,12 @@ from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
 from ..modeling.modeling_sam_lightening import SamLighteningModel, make_processor
 from ..publishing.upload import PublishError
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from ..utils.messages import one_line
 from ..utils.processes import tell
 from .arguments import DistillationArguments, RunArguments
 from .callbacks import MaskPictureCallback
-from .checkpoints import check_same_run, last_checkpoint, publish_checkpoint, run_settings
+from .checkpoints import check_same_run, last_checkpoint, move_into_place, run_settings
 from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
 from .plots import plot_learning_curves
 from .publishing import HubPublisher, Push, has_arrived
@@ -132,7 +132,7 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
         aside = final.with_name(".student.part")
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(folder, aside)
-        publish_checkpoint(aside, final)
+        move_into_place(aside, final)
         if publisher is not None and run.push_to:
             options = {"private": stages[-1].hub_private_repo, "is_kept": True}
             push = Push(str(final), run.push_to, None, "", publisher.training(), publisher.facts, **options)
@@ -249,7 +249,7 @@ def train_stage(
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
         plot_learning_curves(trainer.state.log_history, output_dir / "curves.png", args.stage)
         text = json.dumps(result, indent=1)
-        write_aside(output_dir / RESULT_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        atomic_write(output_dir / RESULT_NAME, lambda path: path.write_text(text, encoding="utf-8"))
         if skipped:
             print(skipped.summary())
     if teacher is not None:

@@ -32,7 +32,7 @@ from .checkpoints import (
     checkpoint_step,
     find_best_again,
     last_checkpoint,
-    publish_checkpoint,
+    move_into_place,
     read_settings,
     run_settings,
 )
@@ -313,7 +313,7 @@ class DistillationTrainer(PushingTrainer):
         if self.args.should_save:
             for name in (EXTRA_STATE_NAME, SETTINGS_NAME):
                 (aside / name).unlink(missing_ok=True)
-            publish_checkpoint(aside, folder)
+            move_into_place(aside, folder)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
@@ -367,7 +367,7 @@ class DistillationTrainer(PushingTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                publish_checkpoint(staging / name, output_dir / name)
+                move_into_place(staging / name, output_dir / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise RuntimeError(
                 f"the checkpoint of step {self.state.global_step} could not be saved in {output_dir} ({one_line(error)}). The last whole "

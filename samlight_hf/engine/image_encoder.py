@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..kernels import linear as fused_linear
 from ..kernels.hopper import attention as hopper_attention
 from ..kernels.layer_norm import add_layer_norm
-from ..kernels.linear import FusedLinear, Rows, convolve, embed_patches
+from ..kernels.linear import FusedLinear, RowsWithStatistics, convolve, embed_patches
 from ..modeling.dilated_attention import dilated_attention
 from ..utils.autocast import without_autocast
 from .plain_modules import same_bits, why_not_plain_encoder
@@ -103,11 +103,11 @@ class _Layer:
         self.lin1 = FusedLinear(mlp.lin1.weight, mlp.lin1.bias, layer.layer_norm2, gelu=True)
         self.lin2 = FusedLinear(mlp.lin2.weight, mlp.lin2.bias)
 
-    def __call__(self, rows: Rows, batch_size: int, memory: torch.Tensor) -> Rows:
+    def __call__(self, rows: RowsWithStatistics, batch_size: int, memory: torch.Tensor) -> RowsWithStatistics:
         qkv = self.qkv(rows, memory=memory).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
         if hopper_attention.why_not(qkv, *self.pattern) is None:
-            attended = hopper_attention.launch(qkv, *self.pattern, self.scaling)
+            attended = hopper_attention.launch_attention(qkv, *self.pattern, self.scaling)
         else:
             attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
-        rows = self.proj(Rows(attended.reshape(rows.values.shape)), rows.values, statistics=True)
+        rows = self.proj(RowsWithStatistics(attended.reshape(rows.values.shape)), rows.values, statistics=True)
         return self.lin2(self.lin1(rows, memory=memory), rows.values, statistics=True)

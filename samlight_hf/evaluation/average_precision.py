@@ -12,13 +12,13 @@ from pycocotools import mask as coco_mask
 from ..data import Sample, SampleError
 from ..data.annotations import annotation_id, as_integer, matching_id, text_rle, usable_polygons
 from .models import Encoded, PromptableModel
-from .work import Work
+from .work import EvaluationTask
 
 
 SIZES = ("all", "small", "medium", "large")
 
 
-class DetectorBoxes(Work):
+class DetectorBoxes(EvaluationTask):
     """The boxes of a detector (ViTDet's for one) as prompts, one mask each (`multimask_output=False`).
 
     One record for each picture, which thereby counts in AP: {"image_id", "predictions": COCO results, [{"image_id",
@@ -66,7 +66,7 @@ class DetectorBoxes(Work):
         return [{"image_id": image_id, "predictions": predictions}]
 
 
-class Everything(Work):
+class EverythingTask(EvaluationTask):
     """Everything mode, transformers' mask generation over a grid of points, against all annotated masks.
 
     One record for each picture: {"picture", "predictions": [{"segmentation", "score"}], "targets": [{"segmentation", "area",
@@ -98,7 +98,7 @@ class Everything(Work):
 
 
 def summarize_everything(records: list[dict]) -> dict[str, float]:
-    """Return `average_recall` and `precision` of the records of `Everything`."""
+    """Return `average_recall` and `precision` of the records of `EverythingTask`."""
     return average_recall(records) | precision(records)
 
 
@@ -109,7 +109,7 @@ def precision(records: list[dict], min_iou: float = 0.5) -> dict[str, float]:
     says something only of images that are annotated completely, such as panoptic ones.
 
     Args:
-        records: those of `Everything`.
+        records: those of `EverythingTask`.
         min_iou: from 0 to 1.
 
     Returns:
@@ -177,7 +177,7 @@ def average_precision(
 
 
 def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str, float]:
-    """AR of `Everything`'s records, 0 to 1: recall at `max_detections` masks a picture, without categories, mean over IoUs."""
+    """AR of `EverythingTask`'s records, 0 to 1: recall at `max_detections` masks a picture, without categories, mean over IoUs."""
     from faster_coco_eval import COCO
 
     category = {"category_id": 1}

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import PictureDataset, Sample, SkipReport
-from ..utils.atomic_files import fit_name, write_aside
+from ..utils.atomic_files import atomic_write, fit_name
 from .models import PromptableModel
-from .work import Work
+from .work import EvaluationTask
 
 
 _RANK = ".00000.jsonl"  # room for a process's number behind a journal's name
@@ -44,7 +44,7 @@ class Journal:
         PartialState().wait_for_everyone()  # nobody writes before everybody has read
         path = folder / f"{name}.{PartialState().process_index}.jsonl"
         lines = _whole_lines(path) or [self._header]  # without one that was cut off, which nothing may be appended to
-        write_aside(path, lambda aside: aside.write_text("".join(map(_to_line, lines)), encoding="utf-8"))
+        atomic_write(path, lambda aside: aside.write_text("".join(map(_to_line, lines)), encoding="utf-8"))
         self._file = path.open("a", encoding="utf-8")
 
     def read(self):
@@ -74,7 +74,7 @@ class Journal:
 def evaluate(
     model: PromptableModel,
     dataset: PictureDataset,
-    work: Work,
+    work: EvaluationTask,
     journal: Journal,
     batch_size: int = 4,
     num_workers: int = 2,

@@ -9,10 +9,10 @@ from .clicks import deepest_point
 from .metrics.mask_iou.iou import mask_iou
 from .models import Encoded, PromptableModel
 from .protocols import box_xyxy, check_max_instances, select
-from .work import Work
+from .work import EvaluationTask
 
 
-class Fidelity(Work):
+class Fidelity(EvaluationTask):
     """The student, which `evaluate` runs, against `teacher` on the same pictures and prompts.
 
     One record for each picture: {"picture", "cosine": of the image embeddings, mean over positions, "mse", "layers":

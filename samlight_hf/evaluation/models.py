@@ -29,7 +29,7 @@ class Encoded:
 
 
 @dataclass
-class Prediction:
+class PromptedMasks:
     """What n prompts gave, m masks each."""
 
     masks: torch.Tensor  # bool (n, m, H, W), at the picture's size
@@ -93,7 +93,7 @@ class PromptableModel:
         labels: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
         multimask_output: bool = True,
-    ) -> Prediction:
+    ) -> PromptedMasks:
         """One object for each prompt: boxes (n, 4), or points (n, k, 2) with labels (n, k) of 1 and 0; pixels of the picture.
 
         `logits` (n, 1, h, w) of an earlier prediction refine it. Returns n x 3 masks, or n x 1 without `multimask_output`.
@@ -111,12 +111,12 @@ class PromptableModel:
             embeddings = _expand(encoded.embeddings, len(next(iter(chunk.values()))))
             logits, predicted_iou = self._decode(embeddings, chunk, multimask_output)
             parts.append((self._upscale(logits, encoded), predicted_iou, logits))
-        return Prediction(*(torch.cat(tensors) for tensors in zip(*parts)))
+        return PromptedMasks(*(torch.cat(tensors) for tensors in zip(*parts)))
 
     @torch.inference_mode()
     def predict_boxes(
         self, encoded: Sequence[Encoded], boxes_xyxy: Sequence[torch.Tensor], multimask_output: bool = True
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[PromptedMasks]:
         """`predict` for each encoded picture and its boxes (n, 4), in calls that prompts of several pictures share.
 
         The same picture may come several times. Predictions are made as they are asked for: masks are large.
@@ -135,7 +135,7 @@ class PromptableModel:
                 yield self._decode(_select(together, chunk.pop("places")), chunk, multimask_output)
 
         for each, (logits, predicted_iou) in zip(encoded, _regroup(decoded(), counts), strict=True):
-            yield Prediction(self._upscale(logits, each), predicted_iou, logits)
+            yield PromptedMasks(self._upscale(logits, each), predicted_iou, logits)
 
     @torch.inference_mode()
     def hidden_states(self, image: Image.Image) -> list[torch.Tensor]:

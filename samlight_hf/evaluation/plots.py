@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .files import is_missing, slug
 from .statistics import SIZES, ModelResult, values_of
 
@@ -55,7 +55,7 @@ def write_plots(folder: Path, results: Sequence[ModelResult]) -> dict[str, str]:
             notes[name] = draw(figure, results)
             if not notes[name]:
                 notes[name] = f"{slug(name.lower())}.png"
-                write_aside(folder / notes[name], lambda path, figure=figure: figure.savefig(path, format="png"))
+                atomic_write(folder / notes[name], lambda path, figure=figure: figure.savefig(path, format="png"))
     return notes
 
 

@@ -15,9 +15,9 @@ import torch
 from ..data import Sample
 from .clicks import deepest_point, next_click
 from .metrics.mask_iou.iou import boundary_iou, mask_iou
-from .models import Encoded, Prediction, PromptableModel
+from .models import Encoded, PromptableModel, PromptedMasks
 from .targets import Targets
-from .work import Work
+from .work import EvaluationTask
 
 
 PROMPTS = ("box", "clicks")
@@ -92,7 +92,7 @@ def check_max_instances(max_instances: int | None):
         raise ValueError(f"max_instances={max_instances} must be at least 1, or None for all.")
 
 
-class InstanceProtocols(Work):
+class InstanceProtocols(EvaluationTask):
     """Boxes and clicks for every annotated instance, as `evaluate` runs it over a dataset.
 
     One record for each instance of a picture, in their order: {"picture", "instance", "area", "width", "height", "iou":
@@ -136,7 +136,7 @@ class _Scores:
         self.with_boundary_iou = with_boundary_iou
         self.values: dict[tuple[str, str], torch.Tensor] = {}  # (measure, protocol)
 
-    def take(self, prediction: Prediction, targets: torch.Tensor, choice: str, protocol: str | None) -> torch.Tensor:
+    def take(self, prediction: PromptedMasks, targets: torch.Tensor, choice: str, protocol: str | None) -> torch.Tensor:
         """The index (n,) of the mask that counts; its scores are kept under `protocol`, unless that is None.
 
         `targets` are bool (n, H, W).
@@ -212,7 +212,7 @@ def _click_protocol(
     targets = piece.masks(model.model.device)
     targets_cpu = targets.cpu().numpy()
     first_points = [deepest_point(mask)[0] for mask in targets_cpu]
-    first: dict[bool, Prediction] = {}  # the first click is the same for every choice
+    first: dict[bool, PromptedMasks] = {}  # the first click is the same for every choice
     for choice in settings.mask_choices:
         multimask = choice != "single"
         points = [[point] for point in first_points]

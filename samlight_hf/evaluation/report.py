@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.atomic_files import fit_name, write_aside
+from ..utils.atomic_files import atomic_write, fit_name
 from ..utils.messages import text_table
 from .files import is_missing, plain, slug, write_records
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
@@ -55,7 +55,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = _comparisons(results)
     for result in results:
-        write_aside(folder / _records_name(result), lambda path, records=result.records: write_records(path, records))
+        atomic_write(folder / _records_name(result), lambda path, records=result.records: write_records(path, records))
     plot_notes = write_plots(folder, results) if plots else {"plots": "not asked for"}
     report = {
         "format_version": 1,
@@ -69,8 +69,8 @@ def write_report(
     }  # fmt: skip
     text = json.dumps(plain(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     page = _markdown(results, comparisons, plot_notes, [Path(sheet).name for sheet in worst_sheets])
-    write_aside(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
-    write_aside(folder / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+    atomic_write(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(folder / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
     return folder / "report.md"
 
 

@@ -8,7 +8,7 @@ from ..data import Sample
 from .models import Encoded, PromptableModel
 
 
-class Work(ABC):
+class EvaluationTask(ABC):
     """Records of one picture, by a call; of a batch, by `batch`, which is for those to override that gain by it.
 
     `needs_embeddings` False leaves `encoded` None.

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from ..masks.drawing import Panel, contact_sheet, draw_overlay
 from ..masks.results import MaskResult
-from ..utils.atomic_files import fit_name, write_aside
+from ..utils.atomic_files import atomic_write, fit_name
 from .files import slug
 from .statistics import ModelResult, values_of
 
@@ -57,7 +57,7 @@ def worst_cases(
         number = f"_{start // _PANELS_PER_SHEET + 1}" if len(panels) > _PANELS_PER_SHEET else ""
         paths.append(Path(folder) / fit_name(f"worst_{slug(result.name)}", f"_{slug(protocol)}{number}.png"))
         sheet = contact_sheet(panels[start : start + _PANELS_PER_SHEET], title, _COLUMNS)
-        write_aside(paths[-1], lambda path, sheet=sheet: sheet.save(path, format="PNG"))
+        atomic_write(paths[-1], lambda path, sheet=sheet: sheet.save(path, format="PNG"))
     return paths
 
 

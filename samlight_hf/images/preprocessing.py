@@ -12,7 +12,7 @@ from transformers.image_utils import PILImageResampling
 
 from ..kernels.resize import resize_into
 from .levels import stretch, tell, to_rgb
-from .reading import open_picture
+from .reading import open_image
 
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
@@ -32,7 +32,7 @@ def picture_tensor(picture: Picture) -> torch.Tensor:
         ValueError: for another type or shape and for an empty image; PictureError, a ValueError, for a file that cannot be read.
     """
     if isinstance(picture, str | os.PathLike):
-        picture = open_picture(picture)
+        picture = open_image(picture)
     if isinstance(picture, Image.Image):
         picture = np.asarray(to_rgb(picture, "the image", upright=True))
     if not isinstance(picture, np.ndarray | torch.Tensor):

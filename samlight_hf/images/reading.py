@@ -97,7 +97,7 @@ def common_folder(paths: Iterable[str | os.PathLike]) -> Path | None:
         return None
 
 
-def open_picture(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike) -> Image.Image:
     """The picture as RGB, 8 bits, upright as its EXIF orientation says.
 
     Transparency is laid on white. Levels of more than 8 bits are stretched between robust percentiles, and a line is

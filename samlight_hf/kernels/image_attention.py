@@ -181,7 +181,7 @@ def _stride(image: torch.Tensor) -> int:
 
 
 if triton is not None:
-    from .support import wait_for_the_last_kernel
+    from .support import grid_dependency_wait
 
     @triton.jit
     def _seen_kernel(
@@ -189,7 +189,7 @@ if triton is not None:
         CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """What all queries of one prompt see of a part of the image."""
-        wait_for_the_last_kernel(OVERLAP)
+        grid_dependency_wait(OVERLAP)
         prompt = tl.program_id(0).to(tl.int64)
         row = tl.arange(0, ROWS)
         channel = tl.arange(0, CHANNELS)
@@ -227,7 +227,7 @@ if triton is not None:
         sums, maxima, totals, seen, num_parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr
     ):
         """One row of one prompt, of all parts."""
-        wait_for_the_last_kernel(OVERLAP)
+        grid_dependency_wait(OVERLAP)
         prompt, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         part = tl.arange(0, PARTS)
         channel = tl.arange(0, CHANNELS)
@@ -248,7 +248,7 @@ if triton is not None:
         CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """A part of the image tokens and all tokens of one prompt, `num_own` of them in each head."""
-        wait_for_the_last_kernel(OVERLAP)
+        grid_dependency_wait(OVERLAP)
         prompt, part_of_prompt = tl.program_id(0).to(tl.int64), tl.program_id(1)
         channel = tl.arange(0, CHANNELS)
         column = tl.arange(0, HEADS * TOKENS)

@@ -27,7 +27,7 @@ def add_layer_norm(
     """
     if why_not_triton(values, norm, residual, gelu):
         return add_layer_norm_reference(values, norm, residual, gelu)
-    return launch(values, norm, residual, gelu)
+    return launch_layer_norm(values, norm, residual, gelu)
 
 
 def add_layer_norm_reference(
@@ -77,13 +77,15 @@ def _why_not_tried(
             residual = numbers(1, 3, width).to(residual_dtype)
         expected = values.float() if residual is None else values.float() + residual.float()
         expected = add_layer_norm_reference(expected, copy.deepcopy(norm).float(), gelu=gelu)
-        found = launch(values, norm, residual, gelu)
+        found = launch_layer_norm(values, norm, residual, gelu)
         return bool((found - expected).norm() < (1e-4 if dtype == torch.float32 else 0.01) * expected.norm())
 
     return why_not_tried("layer norms", device, (width, gelu, dtype, norm_dtype, residual_dtype), attempt)
 
 
-def launch(values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+def launch_layer_norm(
+    values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None, gelu: bool
+) -> torch.Tensor:
     width = values.shape[-1]
     num_rows = values.numel() // width
     rows = max(1, _TILE // width)

@@ -28,7 +28,7 @@ from .support import normal_numbers, overlap_options, tl, triton, why_not_tried
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowsWithStatistics:
     """A matrix, half precision (M, N), and for each row mean and sum of squared deviations of parts of its columns.
 
     `statistics` is float32 (parts, 2, M), of parts of equal width; None where nobody asked for it.
@@ -69,11 +69,11 @@ class FusedLinear:
 
     def __call__(
         self,
-        rows: Rows,
+        rows: RowsWithStatistics,
         residual: torch.Tensor | None = None,
         statistics: bool = False,
         memory: torch.Tensor | None = None,
-    ) -> Rows:
+    ) -> RowsWithStatistics:
         """(M, K) -> (M, N). `residual` is (M, N), or (M / n, N) which is then added n times over.
 
         The kernel writes its result at the beginning of `memory` (at least M * N,), where that is given.
@@ -83,20 +83,22 @@ class FusedLinear:
         x = rows_of(rows.values)
         parts = 1 if rows.statistics is None else len(rows.statistics)
         if why_not_hopper(self, x, residual, statistics, parts) is None:
-            return launch_on_hopper(self, x, rows.statistics, residual, statistics, memory=memory)
+            return launch_hopper(self, x, rows.statistics, residual, statistics, memory=memory)
         if why_not_triton(self, rows, residual, statistics):
             return fused_linear_reference(self, rows, residual, statistics)
-        return launch(self, rows, residual, statistics, memory=memory)
+        return launch_triton(self, rows, residual, statistics, memory=memory)
 
 
-def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> Rows:
+def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> RowsWithStatistics:
     """Pixel values (B, C, S, S) to tokens (B * N, channels) with statistics, by a `layer` of C * p * p features.
 
     `positions` (N, channels) are added to each picture's. The kernel reads the pixels where they are.
     """
     size = math.isqrt(layer.weight.shape[1] // pixel_values.shape[1])
     if why_not_patches(layer, pixel_values, positions):
-        return layer(Rows(_patches(pixel_values.to(layer.weight.dtype), size)), positions, statistics=True)
+        return layer(
+            RowsWithStatistics(_patches(pixel_values.to(layer.weight.dtype), size)), positions, statistics=True
+        )
     return launch_patches(layer, pixel_values, positions)
 
 
@@ -117,7 +119,7 @@ def convolve(layer: FusedLinear, tokens: torch.Tensor, grid: tuple[int, int]) ->
     neighbours = neighbours_of(images)
     # Many images keep cuDNN's kernel busy, which is then the faster one.
     if neighbours.num_rows <= hopper_linear.FEW_ROWS and why_not_hopper(layer, neighbours) is None:
-        return launch_on_hopper(layer, neighbours).values.unflatten(0, (batch_size, -1))
+        return launch_hopper(layer, neighbours).values.unflatten(0, (batch_size, -1))
     return F.conv2d(images.permute(0, 3, 1, 2), _kernel_of(layer), padding=1).permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -127,8 +129,8 @@ def _kernel_of(layer: FusedLinear) -> torch.Tensor:
 
 
 def fused_linear_reference(
-    layer: FusedLinear, rows: Rows, residual: torch.Tensor | None = None, statistics: bool = False
-) -> Rows:
+    layer: FusedLinear, rows: RowsWithStatistics, residual: torch.Tensor | None = None, statistics: bool = False
+) -> RowsWithStatistics:
     """The same, step by step, on any device and in any dtype."""
     compute = torch.float64 if rows.values.dtype == torch.float64 else torch.float32
     values = rows.values.to(compute)
@@ -139,13 +141,17 @@ def fused_linear_reference(
         values = F.gelu(values)
     if residual is not None:
         values = (values.unflatten(0, (-1, len(residual))) + residual.to(compute)).flatten(0, 1)
-    return with_statistics(values.to(rows.values.dtype)) if statistics else Rows(values.to(rows.values.dtype))
+    return (
+        with_statistics(values.to(rows.values.dtype))
+        if statistics
+        else RowsWithStatistics(values.to(rows.values.dtype))
+    )
 
 
-def with_statistics(values: torch.Tensor) -> Rows:
+def with_statistics(values: torch.Tensor) -> RowsWithStatistics:
     """Rows with the statistics of all columns as one part."""
     variance, mean = torch.var_mean(values.float(), dim=1, correction=0)
-    return Rows(values, torch.stack([mean, variance * values.shape[1]])[None])
+    return RowsWithStatistics(values, torch.stack([mean, variance * values.shape[1]])[None])
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class _Variant:
 
 
 def why_not_triton(
-    layer: FusedLinear, rows: Rows, residual: torch.Tensor | None = None, statistics: bool = False
+    layer: FusedLinear, rows: RowsWithStatistics, residual: torch.Tensor | None = None, statistics: bool = False
 ) -> str | None:
     """Why Triton's kernel cannot run on these inputs: a sentence, or None where it can."""
     values, weight = rows.values, layer.weight
@@ -183,7 +189,7 @@ def why_not_triton(
         weight.dtype, *weight.shape, normalizes, layer.gelu,
         len(rows.statistics) if normalizes and rows.statistics is not None else 1, residual is not None, statistics,
     )  # fmt: skip
-    return _why_not_variant(weight.device, variant, tile_of(len(values), *weight.shape))
+    return _why_not_variant(weight.device, variant, triton_tile(len(values), *weight.shape))
 
 
 def why_not_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> str | None:
@@ -222,7 +228,7 @@ def _why_not_patches_variant(
         pixel_values = numbers(128 // math.gcd(128, num_patches), channels, height, width).to(dtype)
         positions = numbers(num_patches, variant.out_features).to(variant.dtype) if variant.adds else None
         found, patches = launch_patches(layer, pixel_values, positions), _patches(pixel_values.to(variant.dtype), size)
-        return _agree(found, fused_linear_reference(layer, Rows(patches), positions).values)
+        return _agree(found, fused_linear_reference(layer, RowsWithStatistics(patches), positions).values)
 
     return why_not_tried("patches", device, (variant, dtype, channels, height, width), attempt)
 
@@ -245,7 +251,7 @@ def why_not_at_all(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why not even a small layer runs in Triton on this device, or None."""
     if triton is None:
         return "Triton is not installed."
-    return _why_not_variant(device, _Variant(dtype, 64, 64, True, True), tile_of(128, 64, 64))
+    return _why_not_variant(device, _Variant(dtype, 64, 64, True, True), triton_tile(128, 64, 64))
 
 
 def why_not_hopper(
@@ -258,7 +264,7 @@ def why_not_hopper(
     if reason := hopper_linear.why_not(layer, x, residual):
         return reason
     (out_features, in_features), normalizes = layer.weight.shape, layer.row_sums is not None
-    tile = hopper_linear.tile_of(x.num_rows, out_features, normalizes, layer.gelu)
+    tile = hopper_linear.hopper_tile(x.num_rows, out_features, normalizes, layer.gelu)
     constants = hopper_linear.constants_of(layer, x, parts, residual is not None, statistics)
 
     def attempt() -> bool:
@@ -268,12 +274,12 @@ def why_not_hopper(
         # As if there were one multiprocessor for each tile's columns, so that a program takes one tile after the other.
         processors = out_features // tile.columns
         if x.kind == "ROWS":
-            found = launch_on_hopper(
+            found = launch_hopper(
                 small, rows_of(rows.values), rows.statistics, added, statistics, tile, None, processors
             )
             return _agree(found, fused_linear_reference(small, rows, added).values)
         images = normal_numbers(layer.weight.device)(1, *x.grid, in_features // 9).to(variant.dtype)
-        found = launch_on_hopper(small, neighbours_of(images), tile=tile, num_processors=processors)
+        found = launch_hopper(small, neighbours_of(images), tile=tile, num_processors=processors)
         expected = F.conv2d(images.float().movedim(3, 1), _kernel_of(small).float(), small.bias, padding=1)
         return _agree(found, expected.movedim(1, 3).flatten(0, 2))
 
@@ -285,17 +291,19 @@ def why_not_hopper(
 def _why_not_variant(device: torch.device, variant: _Variant, tile: dict[str, int]) -> str | None:
     def attempt() -> bool:
         layer, rows, residual = _example(device, variant, 256)
-        found = launch(layer, rows, residual, variant.statistics, tile)
+        found = launch_triton(layer, rows, residual, variant.statistics, tile)
         return _agree(found, fused_linear_reference(layer, rows, residual).values)
 
     return why_not_tried("linear layers", device, (variant, *tile.values()), attempt)
 
 
-def _example(device: torch.device, variant: _Variant, num_rows: int) -> tuple[FusedLinear, Rows, torch.Tensor | None]:
+def _example(
+    device: torch.device, variant: _Variant, num_rows: int
+) -> tuple[FusedLinear, RowsWithStatistics, torch.Tensor | None]:
     """A layer, its input and its residual, which is shorter."""
     numbers = normal_numbers(device)
     values = (numbers(num_rows, variant.in_features) + 1).to(variant.dtype)
-    rows = Rows(values, _statistics_of(values, variant.parts) if variant.normalizes else None)
+    rows = RowsWithStatistics(values, _statistics_of(values, variant.parts) if variant.normalizes else None)
     residual = numbers(128, variant.out_features).to(variant.dtype) if variant.adds else None
     return _layer_of(numbers, variant), rows, residual
 
@@ -310,7 +318,7 @@ def _layer_of(numbers: Callable[..., torch.Tensor], variant: _Variant) -> FusedL
     return FusedLinear(weight.to(variant.dtype), numbers(variant.out_features), norm, variant.gelu)
 
 
-def _agree(found: Rows, expected: torch.Tensor) -> bool:
+def _agree(found: RowsWithStatistics, expected: torch.Tensor) -> bool:
     """Whether values are those expected, up to rounding, and statistics those of the values."""
     pairs = [(found.values.float(), expected.float())]
     if found.statistics is not None:
@@ -322,7 +330,7 @@ def _statistics_of(values: torch.Tensor, parts: int) -> torch.Tensor:
     return torch.cat([with_statistics(part).statistics for part in values.chunk(parts, dim=1)])
 
 
-def launch_on_hopper(
+def launch_hopper(
     layer: FusedLinear,
     x: Input,
     given: torch.Tensor | None = None,
@@ -331,16 +339,16 @@ def launch_on_hopper(
     tile: hopper_linear.Tile | None = None,
     memory: torch.Tensor | None = None,
     num_processors: int | None = None,
-) -> Rows:
+) -> RowsWithStatistics:
     """The layer of x by the kernel for Hopper GPUs; `given` are the statistics of x's rows, where these are normalized."""
     out_features = len(layer.weight)
-    tile = tile or hopper_linear.tile_of(x.num_rows, out_features, layer.row_sums is not None, layer.gelu)
+    tile = tile or hopper_linear.hopper_tile(x.num_rows, out_features, layer.row_sums is not None, layer.gelu)
     output, found = _results(layer.weight, x.num_rows, out_features, tile.columns, statistics, memory)
-    hopper_linear.launch(layer, x, tile, output, given, found, residual, num_processors)
-    return Rows(output, found)
+    hopper_linear.launch_linear(layer, x, tile, output, given, found, residual, num_processors)
+    return RowsWithStatistics(output, found)
 
 
-def tile_of(num_rows: int, out_features: int, in_features: int) -> dict[str, int]:
+def triton_tile(num_rows: int, out_features: int, in_features: int) -> dict[str, int]:
     """The kernel's tile and its launch: what was fastest on an H100, among twenty for each layer and three batch sizes.
 
     Four warps a tile and three stages leave room for several tiles on a multiprocessor: with few input features each is
@@ -354,17 +362,17 @@ def _tile(rows: int, columns: int, num_warps: int, num_stages: int) -> dict[str,
     return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def launch(
+def launch_triton(
     layer: FusedLinear,
-    rows: Rows,
+    rows: RowsWithStatistics,
     residual: torch.Tensor | None = None,
     statistics: bool = False,
     tile: dict[str, int] | None = None,
     memory: torch.Tensor | None = None,
-) -> Rows:
+) -> RowsWithStatistics:
     values, (out_features, in_features) = rows.values, layer.weight.shape
     num_rows, normalizes = len(values), layer.row_sums is not None
-    tile = tile or tile_of(num_rows, out_features, in_features)
+    tile = tile or triton_tile(num_rows, out_features, in_features)
     block = tile["BLOCK_M"], tile["BLOCK_N"]
     output, found = _results(values, num_rows, out_features, block[1], statistics, memory)
     programs = num_rows // block[0] * (out_features // block[1])
@@ -380,7 +388,7 @@ def launch(
             NORM=normalizes, GELU=layer.gelu, RESIDUAL=residual is not None, STATISTICS=statistics,
             PTX=values.is_cuda and torch.version.cuda is not None, **overlap_options(values), **tile,
         )  # fmt: skip
-    return Rows(output, found)
+    return RowsWithStatistics(output, found)
 
 
 def launch_patches(
@@ -388,7 +396,7 @@ def launch_patches(
     pixel_values: torch.Tensor,
     positions: torch.Tensor | None = None,
     tile: dict[str, int] | None = None,
-) -> Rows:
+) -> RowsWithStatistics:
     batch_size, channels, height, width = pixel_values.shape
     out_features, in_features = layer.weight.shape
     size = math.isqrt(in_features // channels)
@@ -406,7 +414,7 @@ def launch_patches(
             N=out_features, CHANNELS=channels, SIZE=size, HEIGHT=grid[0], WIDTH=grid[1],
             POSITIONS=positions is not None, **overlap_options(pixel_values), **tile,
         )  # fmt: skip
-    return Rows(output, found)
+    return RowsWithStatistics(output, found)
 
 
 def _descriptor(tensor: torch.Tensor, block: list[int]):
@@ -432,7 +440,7 @@ def _results(
 
 
 if triton is not None:
-    from .support import wait_for_the_last_kernel
+    from .support import grid_dependency_wait
 
     @triton.jit
     def _linear_kernel(
@@ -445,7 +453,7 @@ if triton is not None:
         # Tiles of the same rows are neighbours: they read these rows at about the same time, from the cache.
         first_row, first_column = tile // (N // BLOCK_N) * BLOCK_M, tile % (N // BLOCK_N) * BLOCK_N
         rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-        wait_for_the_last_kernel(OVERLAP)
+        grid_dependency_wait(OVERLAP)
         # What comes after the product is asked for before it, and is there by then.
         shift = tl.load(bias + columns)
         if NORM:
@@ -460,7 +468,7 @@ if triton is not None:
             total = (total - mean[:, None] * sums[None, :]) * factor[:, None]
         total += shift[None, :]
         if GELU:
-            total = _gelu(total, PTX)
+            total = _fitted_gelu(total, PTX)
         if RESIDUAL:
             total += added.to(tl.float32)
         result = total.to(output.dtype)
@@ -489,7 +497,7 @@ if triton is not None:
         tile = tl.program_id(0)
         first_row, first_column = tile // (N // BLOCK_N) * BLOCK_M, tile % (N // BLOCK_N) * BLOCK_N
         rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-        wait_for_the_last_kernel(OVERLAP)  # and so for whoever wrote the weights, of this layer and of all that follow
+        grid_dependency_wait(OVERLAP)  # and so for whoever wrote the weights, of this layer and of all that follow
         shift = tl.load(bias + columns)
         if POSITIONS:
             added = positions.load([first_row % (HEIGHT * WIDTH), first_column])
@@ -510,7 +518,7 @@ if triton is not None:
         _store_statistics(result, found, first_column // BLOCK_N, rows, num_rows, BLOCK_N)
 
     @triton.jit
-    def _gelu(x, PTX: tl.constexpr):
+    def _fitted_gelu(x, PTX: tl.constexpr):
         """GELU to about 2^-11: x * (1 + tanh(x * Q(x^2))) / 2, with Q fitted to the normal distribution (to 3e-5).
 
         The error function, some thirty operations and a branch for each element, would cost as much as the product; the

@@ -48,7 +48,7 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> s
         )  # fmt: skip
         image, hyper = numbers(2, 64, channels).to(dtype), numbers(2, 3, channels // 8)
         slots = torch.tensor([[0, 2, -1], [-1, 1, -1]], dtype=torch.int32, device=device)
-        found = launch(image, hyper, slots, 3, (8, 8), weights)
+        found = launch_head(image, hyper, slots, 3, (8, 8), weights)
         expected = run_head(image.float(), hyper, (8, 8), _in_float32(weights), add_layer_norm_reference)
         expected = expected.flatten(0, 1)[[0, 4, 1]]
         return bool((found - expected).norm() < 0.02 * expected.norm())
@@ -89,10 +89,10 @@ def masks_of(
     grid: tuple[int, int],
     weights: HeadWeights,
 ) -> torch.Tensor:
-    """`launch`, or the same step by step where Triton cannot compile the kernel for so many masks of a prompt."""
+    """`launch_head`, or the same step by step where Triton cannot compile the kernel for so many masks of a prompt."""
     return launched(
         _NAME, image_tokens.device, (*hyper.shape[1:], image_tokens.dtype, "masks"),
-        lambda: launch(image_tokens, hyper, slots, num_kept, grid, weights),
+        lambda: launch_head(image_tokens, hyper, slots, num_kept, grid, weights),
         lambda: masks_reference(image_tokens, hyper, slots, num_kept, grid, weights),
     )  # fmt: skip
 
@@ -105,13 +105,13 @@ def masks_reference(
     grid: tuple[int, int],
     weights: HeadWeights,
 ) -> torch.Tensor:
-    """`launch`, step by step."""
+    """`launch_head`, step by step."""
     logits = torch.empty(num_kept + 1, 4 * grid[0], 4 * grid[1], dtype=torch.float32, device=image_tokens.device)
     logits[slots.flatten().long()] = run_head(image_tokens, hyper, grid, weights).flatten(0, 1).float()
     return logits[:num_kept]  # those that are left out are at the end
 
 
-def launch(
+def launch_head(
     image_tokens: torch.Tensor,
     hyper: torch.Tensor,
     slots: torch.Tensor,
@@ -140,10 +140,10 @@ def launch(
 
 
 if triton is not None:
-    from .support import wait_for_the_last_kernel
+    from .support import grid_dependency_wait
 
     @triton.jit
-    def _gelu(values):
+    def _exact_gelu(values):
         return 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
 
     @triton.jit
@@ -155,7 +155,7 @@ if triton is not None:
         QUARTER: tl.constexpr = CHANNELS // 4
         EIGHTH: tl.constexpr = CHANNELS // 8
         prompt = tl.program_id(0)
-        wait_for_the_last_kernel(OVERLAP)
+        grid_dependency_wait(OVERLAP)
         wanted = -1
         for place in tl.static_range(MASKS):
             wanted = tl.maximum(wanted, tl.load(slots + prompt * MASKS + place))
@@ -178,12 +178,12 @@ if triton is not None:
                 centred = hidden - (tl.sum(hidden, axis=1) / QUARTER)[:, None]
                 variance = tl.sum(centred * centred, axis=1) / QUARTER
                 hidden = centred / tl.sqrt(variance + eps)[:, None] * scale + shift
-                hidden = _gelu(hidden).to(image_tokens.dtype.element_ty)
+                hidden = _exact_gelu(hidden).to(image_tokens.dtype.element_ty)
                 part_corner = corner + (part // 2) * 8 * grid_width + (part % 2) * 2
                 for pixel in tl.static_range(4):  # and 2 x 2 of each of these
                     rows = pixel * EIGHTH + eighth
                     weight = tl.load(weight2 + rows[None, :] * QUARTER + quarter[:, None])
-                    colours = _gelu(tl.dot(hidden, weight) + tl.load(bias2 + rows).to(tl.float32)[None, :])
+                    colours = _exact_gelu(tl.dot(hidden, weight) + tl.load(bias2 + rows).to(tl.float32)[None, :])
                     target = part_corner + (pixel // 2) * 4 * grid_width + pixel % 2
                     for mask in tl.static_range(MASKS):
                         number = prompt * MASKS + mask

@@ -35,7 +35,7 @@ def resize_into(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[i
     if why_not_triton(pixel_values):
         resize_into_reference(pixel_values, picture, size, levels)
     else:
-        launch(pixel_values, picture, size, levels)
+        launch_resize(pixel_values, picture, size, levels)
 
 
 def resize_into_reference(
@@ -115,7 +115,7 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> s
         levels = torch.linspace(-2, 2, channels * 256, device=device).view(channels, 256).to(dtype)
         found, expected = torch.empty(2, channels, 16, 16, device=device, dtype=dtype)
         for given in (picture, picture.movedim(0, 2).contiguous().movedim(2, 0)):
-            launch(found, given, (8, 13), levels)
+            launch_resize(found, given, (8, 13), levels)
             resize_into_reference(expected, given, (8, 13), levels)
             if not torch.equal(found, expected):
                 return False
@@ -124,7 +124,7 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> s
     return why_not_tried("resizing pictures", device, (channels, dtype), attempt)
 
 
-def launch(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+def launch_resize(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
     (channels, height, width), (_, padded_height, padded_width) = picture.shape, pixel_values.shape
     table_y, shift_y = _device_weights(height, size[0], picture.device)
     table_x, shift_x = _device_weights(width, size[1], picture.device)

@@ -42,7 +42,7 @@ def normal_numbers(device: torch.device) -> Callable[..., torch.Tensor]:
 
 
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
-    """Options of a launch that may begin before the kernel before it has ended, for one that calls `wait_for_the_last_kernel`."""
+    """Options of a launch that may begin before the kernel before it has ended, for one that calls `grid_dependency_wait`."""
     return (
         {"OVERLAP": True, "launch_pdl": True} if tensor.is_cuda and _can_overlap(tensor.device) else {"OVERLAP": False}
     )
@@ -174,7 +174,7 @@ if triton is not None:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     @triton.jit
-    def wait_for_the_last_kernel(OVERLAP: tl.constexpr):
+    def grid_dependency_wait(OVERLAP: tl.constexpr):
         """The kernel before this one may be running until here: what it writes is read afterwards. The next one may begin."""
         if OVERLAP:
             gdc_wait()

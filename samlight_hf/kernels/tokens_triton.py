@@ -3,7 +3,7 @@
 Each has a grid of (parts, prompts), and is compiled alike for all numbers of tokens. Tokens are float32 (P, T, C); a block of `ROWS` holds all T of a prompt.
 """
 
-from .support import tl, triton, wait_for_the_last_kernel
+from .support import grid_dependency_wait, tl, triton
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def embed_kernel(
     """One token: an output's, then a point's, and a box's corner or the one that stands for no further point."""
     token, prompt = tl.program_id(0), tl.program_id(1)
     number, channel = token - num_outputs, tl.arange(0, CHANNELS)
-    wait_for_the_last_kernel(OVERLAP)
+    grid_dependency_wait(OVERLAP)
     x, y, kind = 0.0, 0.0, -1
     if POINTS:
         is_point = (number >= 0) & (number < num_points)
@@ -90,7 +90,7 @@ def attend_kernel(
     weight_q = _weight(query_weight, first, 0, CHANNELS, HEAD, CHANNELS)
     weight_k = _weight(key_weight, first, 0, CHANNELS, HEAD, CHANNELS)
     weight_v = _weight(value_weight, first, 0, CHANNELS, HEAD, CHANNELS)
-    wait_for_the_last_kernel(OVERLAP)
+    grid_dependency_wait(OVERLAP)
     values = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, NORM)
     with_positions = values
     if NORM:  # the first layer's tokens are what they are embedded as, and have no norm before them
@@ -140,7 +140,7 @@ def add_kernel(
     total = tl.zeros((ROWS, FEATURES), tl.float32)
     total += tl.load(bias + first + tl.arange(0, FEATURES)).to(tl.float32)[None, :]
     block = _weight(weight, first, 0, IN, FEATURES, BLOCK)
-    wait_for_the_last_kernel(OVERLAP)
+    grid_dependency_wait(OVERLAP)
     total = tl.dot(tl.load(values + places, mask=own, other=0.0), tl.trans(block), total)
     for start in range(BLOCK, IN, BLOCK):
         block = _weight(weight, first, start, IN, FEATURES, BLOCK)
@@ -158,7 +158,7 @@ def hidden_kernel(
     first, prompt = tl.program_id(0) * FEATURES, tl.program_id(1)
     row, feature = tl.arange(0, ROWS), first + tl.arange(0, FEATURES)
     block = _weight(weight, first, 0, CHANNELS, FEATURES, CHANNELS)
-    wait_for_the_last_kernel(OVERLAP)
+    grid_dependency_wait(OVERLAP)
     values = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, True)
     result = tl.dot(values.to(block.dtype), tl.trans(block)) + tl.load(bias + feature).to(tl.float32)[None, :]
     places = (prompt * num_tokens + row)[:, None] * OUT + feature[None, :]
@@ -181,7 +181,7 @@ def to_image_kernel(
     if VALUES:
         weight_v = _weight(value_weight, first, 0, CHANNELS, HEAD, CHANNELS)
         weight_out = tl.load(out_weight + channel[None, :] * (HEADS * HEAD) + feature[:, None])  # transposed
-    wait_for_the_last_kernel(OVERLAP)
+    grid_dependency_wait(OVERLAP)
     normed = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, True)
     positions = _read(embedded, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, False)
     projected = tl.dot((normed + positions).to(weight.dtype), tl.trans(weight))
@@ -213,7 +213,7 @@ def add_seen_kernel(
     own = (row < num_tokens)[:, None]
     total = tl.zeros((ROWS, FEATURES), tl.float32)
     total += tl.load(out_bias + first + tl.arange(0, FEATURES)).to(tl.float32)[None, :]
-    wait_for_the_last_kernel(OVERLAP)
+    grid_dependency_wait(OVERLAP)
     for head in range(HEADS):
         line = (prompt * HEADS + head) * num_tokens + row
         image = tl.load(seen + line[:, None] * CHANNELS + channel[None, :], mask=own, other=0.0)
@@ -243,7 +243,7 @@ def mlp_kernel(
     token = tl.where(number == 0, 0, first_mask + number)  # and MLP
     inner, feature = tl.arange(0, IN), first + tl.arange(0, FEATURES)
     block = _weight(weight + token * IN * OUT, 0, first, OUT, IN, FEATURES)
-    wait_for_the_last_kernel(OVERLAP)
+    grid_dependency_wait(OVERLAP)
     row = prompt * num_mlps + number
     if FIRST:
         given = tl.load(values + (prompt * num_tokens + token) * IN + inner)

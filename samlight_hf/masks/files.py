@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..utils.atomic_files import beside, write_aside
+from ..utils.atomic_files import atomic_write, beside
 from .drawing import draw_overlay
 from .results import GeneratedMasks, MaskResult
 from .rle import RunLengthMasks
@@ -38,15 +38,15 @@ def write_masks(
     """
     if file_format == "overlay":
         overlay = draw_overlay(picture, result, boxes_xyxy, points_xy)
-        write_aside(path, lambda aside: overlay.save(aside, format="PNG", compress_level=4))
+        atomic_write(path, lambda aside: overlay.save(aside, format="PNG", compress_level=4))
     elif file_format == "png":
         _write_folder(path, result)
     elif file_format == "coco":
         text = json.dumps(coco_document(picture_name, picture.size, result))
-        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     else:
         arrays = {"masks": _pixels(result), **_columns(result)}
-        write_aside(path, lambda aside: _save_arrays(aside, arrays))
+        atomic_write(path, lambda aside: _save_arrays(aside, arrays))
 
 
 def coco_document(picture_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> dict:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ..images.reading import open_picture
+from ..images.reading import open_image
 from ..loading import quiet_transformers
 from .checks import FolderError, check_folder
 from .run_without_package import predict
@@ -79,7 +79,7 @@ def compare_outputs(folder: Path, picture: str, ours: Mapping[str, torch.Tensor]
 def _picture(picture: str | os.PathLike | None) -> tuple[str, Image.Image]:
     if picture is not None or _PICTURE.is_file():
         path = Path(picture or _PICTURE)
-        return path.name, open_picture(path)
+        return path.name, open_image(path)
     from ..data import SyntheticScenes  # a wheel has no photographs
 
     scene, _ = SyntheticScenes(1, 512).load(0)

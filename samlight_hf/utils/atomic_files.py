@@ -13,7 +13,7 @@ from .messages import one_line
 _USUAL_LIMIT = 255  # bytes of a name on nearly every file system
 
 
-def write_aside(path: Path, write: Callable[[Path], object]):
+def atomic_write(path: Path, write: Callable[[Path], object]):
     """Has `write` make a file beside `path`, and moves it there: whoever is killed on the way leaves what was there before."""
     aside = beside(path)
     try:

@@ -13,7 +13,7 @@ from samlight_hf.data import (
     TrainingExamples,
     load_dataset,
 )
-from samlight_hf.images.reading import open_picture
+from samlight_hf.images.reading import open_image
 
 from .files import HEIGHT, WIDTH, box_mask, counts, jpeg, png
 
@@ -49,7 +49,7 @@ def test_pictures_of_16_bits_and_transparent_ones_are_those_of_inference(tmp_pat
     write(tmp_path, {"deep.png": png(levels), "clear.png": png(clear)})
     dataset = ImageFolderDataset(tmp_path)
     for index, name in enumerate(("clear.png", "deep.png")):
-        expected = np.asarray(open_picture(tmp_path / name))
+        expected = np.asarray(open_image(tmp_path / name))
         assert np.array_equal(np.asarray(dataset[index].image), expected), name
         assert np.array_equal(np.asarray(dataset.open(index).decode()[0]), expected), name
 

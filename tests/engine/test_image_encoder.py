@@ -66,7 +66,7 @@ def test_other_layers_run_where_rows_come_without_statistics():
     layer = fused_linear.FusedLinear(torch.randn(64, 64), None, nn.LayerNorm(64))
     values = torch.randn(128, 64)
     expected = nn.functional.layer_norm(values, (64,), eps=1e-5) @ layer.weight.T
-    assert torch.allclose(layer(fused_linear.Rows(values)).values, expected, atol=1e-5)
+    assert torch.allclose(layer(fused_linear.RowsWithStatistics(values)).values, expected, atol=1e-5)
 
 
 def test_every_reason_why_it_is_not_used():
@@ -107,7 +107,7 @@ def test_on_hopper_it_runs_its_own_kernels_alone(dilation_offsets, dtype, monkey
     encode = FastVisionEncoder(model.vision_encoder)
     encode(pixel_values.to("cuda", dtype))  # kernels are tried, against the reference
     for module, name in (
-        (fused_linear, "launch"),
+        (fused_linear, "launch_triton"),
         (fused_linear, "fused_linear_reference"),
         (vision_encoder, "dilated_attention"),
     ):

@@ -8,7 +8,7 @@ from pycocotools.cocoeval import COCOeval
 from samlight_hf.data import load_dataset
 from samlight_hf.evaluation.average_precision import (
     DetectorBoxes,
-    Everything,
+    EverythingTask,
     average_precision,
     average_recall,
     check_annotations,
@@ -273,7 +273,7 @@ def test_boxes_of_other_pictures_alone_are_refused(tmp_path):
 
 def test_everything(promptable, dataset):
     sample = dataset[0]
-    (record,) = Everything(points_per_side=3)(promptable, None, sample)
+    (record,) = EverythingTask(points_per_side=3)(promptable, None, sample)
     assert len(record["targets"]) == len(sample.instances)
     assert record["predictions"]
     assert 0 <= average_recall([record])["AR@1000 all"] <= 1
@@ -282,7 +282,7 @@ def test_everything(promptable, dataset):
 def test_everything_mode_of_a_stretched_frame_is_refused(promptable, dataset):
     promptable.keeps_aspect = False  # as SAM 2's
     with pytest.raises(ValueError, match="everything mode takes SAM's frame"):
-        Everything()(promptable, None, dataset[0])
+        EverythingTask()(promptable, None, dataset[0])
 
 
 def rectangle(x1: int, y1: int, x2: int, y2: int) -> dict:

@@ -7,7 +7,7 @@ from samlight_hf.data import SkipReason, load_dataset
 from samlight_hf.evaluation.evaluator import Journal, evaluate
 from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
-from samlight_hf.evaluation.work import Work
+from samlight_hf.evaluation.work import EvaluationTask
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
 from tests.launcher import ROOT, torchrun
 
@@ -70,7 +70,7 @@ def test_what_is_done_before_an_error_is_kept(promptable, dataset, tmp_path):
 def test_workers_get_what_they_need_and_no_model(promptable):
     prepare = pickle.loads(pickle.dumps(InstanceProtocols(SETTINGS).prepare))
     assert prepare.__self__.settings == SETTINGS
-    assert pickle.loads(pickle.dumps(Fidelity(promptable).prepare)) is Work.prepare
+    assert pickle.loads(pickle.dumps(Fidelity(promptable).prepare)) is EvaluationTask.prepare
 
 
 def test_a_journal_of_other_settings_is_refused(promptable, dataset, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from samlight_hf.evaluation.clicks import deepest_point
 from samlight_hf.evaluation.fidelity import Fidelity
-from samlight_hf.evaluation.models import Prediction, PromptableModel
+from samlight_hf.evaluation.models import PromptableModel, PromptedMasks
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings, box_xyxy
 
 
@@ -37,7 +37,9 @@ class Scripted:
         )
         masks, predicted_iou = self.masks_of(self.targets, multimask_output, len(self.asked))
         numbered = torch.arange(masks.shape[1]).float().view(1, -1, 1, 1).expand(len(masks), -1, 8, 8)
-        return Prediction(torch.from_numpy(masks), torch.tensor(predicted_iou).float(), numbered + 10 * len(self.asked))
+        return PromptedMasks(
+            torch.from_numpy(masks), torch.tensor(predicted_iou).float(), numbered + 10 * len(self.asked)
+        )
 
     def predict_boxes(self, encoded, boxes_xyxy, multimask_output=True):
         for each, boxes in zip(encoded, boxes_xyxy, strict=True):

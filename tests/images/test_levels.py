@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from samlight_hf.data.dataset import decode_picture
+from samlight_hf.data.dataset import decode_image
 from samlight_hf.data.lazy import LazySample
 from samlight_hf.images import levels
 from samlight_hf.images.levels import GDAL_NODATA_TAG, has_more_than_8_bits, stretch, to_rgb
 from samlight_hf.images.preprocessing import picture_tensor
-from samlight_hf.images.reading import PictureError, open_picture
+from samlight_hf.images.reading import PictureError, open_image
 from samlight_hf.inference.pipelines import _load
 
 
@@ -112,18 +112,18 @@ def test_the_nodata_tag_of_gdal(tmp_path, nodata, text, dtype):
     expected, _ = stretch(pixels[4:])
     pixels[:4] = nodata
     Image.fromarray(pixels).save(tmp_path / "tagged.tif", tiffinfo={GDAL_NODATA_TAG: text})
-    found = grey_levels(open_picture(tmp_path / "tagged.tif"))
+    found = grey_levels(open_image(tmp_path / "tagged.tif"))
     assert (found[:4] == 0).all() and np.array_equal(found[4:], expected)
     if nodata == 65535:  # without the tag it is a level
         Image.fromarray(pixels).save(tmp_path / "plain.tif")
-        assert grey_levels(open_picture(tmp_path / "plain.tif"))[0, 0] == 255
+        assert grey_levels(open_image(tmp_path / "plain.tif"))[0, 0] == 255
 
 
 @pytest.mark.parametrize("tag", ["nan", "none", " ", "-1.7976931348623157e+308", "70000"])
 def test_a_nodata_tag_that_means_no_level(tmp_path, tag):
     pixels = gradient(300, 900)
     Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={GDAL_NODATA_TAG: tag})
-    assert np.array_equal(grey_levels(open_picture(tmp_path / "x.tif")), stretch(pixels)[0])
+    assert np.array_equal(grey_levels(open_image(tmp_path / "x.tif")), stretch(pixels)[0])
 
 
 def test_unsigned_levels_of_32_bits(tmp_path):
@@ -134,7 +134,7 @@ def test_unsigned_levels_of_32_bits(tmp_path):
     assert data.count(entry) == 1
     place = data.index(entry) + len(entry)
     (tmp_path / "x.tif").write_bytes(data[:place] + b"\x01" + data[place + 1 :])
-    assert np.array_equal(grey_levels(open_picture(tmp_path / "x.tif")), stretch(pixels)[0])
+    assert np.array_equal(grey_levels(open_image(tmp_path / "x.tif")), stretch(pixels)[0])
 
 
 def test_nothing_but_holes_is_black():
@@ -167,13 +167,13 @@ def test_colours_of_16_bits_keep_their_levels_and_their_hue(tmp_path, name):
     assert (expected.reshape(-1, 3).mean(axis=0).argsort() == COLOURS.reshape(-1, 3).mean(axis=0).argsort()).all()
     path = tmp_path / f"x.{name[:4].strip()}"
     path.write_bytes(FILES[name])
-    assert np.array_equal(open_picture(path), expected)
+    assert np.array_equal(open_image(path), expected)
     image = Image.open(path)
     assert has_more_than_8_bits(image)
     for _ in range(2):  # and again: the image that was given is not changed
         assert np.array_equal(picture_tensor(image).permute(1, 2, 0), expected)
     assert np.array_equal(_load(str(path), None), expected)
-    assert np.array_equal(decode_picture(FILES[name], (60, 40)), expected)
+    assert np.array_equal(decode_image(FILES[name], (60, 40)), expected)
     assert np.array_equal(LazySample("x", Image.open(io.BytesIO(FILES[name])), []).decode()[0], expected)
 
 
@@ -198,16 +198,16 @@ def test_the_page_that_was_chosen_is_read(tmp_path):
 
 def test_planes_of_16_bits(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, compressed=True, planar=True))
-    found = np.asarray(open_picture(tmp_path / "x.tif")).astype(int)
+    found = np.asarray(open_image(tmp_path / "x.tif")).astype(int)
     assert np.abs(found - stretch(COLOURS)[0]).max() <= 60 and found.max() == 255  # the high bytes alone, stretched
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, planar=True))
     with pytest.raises(PictureError, match="separate planes cannot be read. Save them interleaved"):
-        open_picture(tmp_path / "x.tif")
+        open_image(tmp_path / "x.tif")
 
 
 def test_deep_colours_are_turned_upright(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, orientation=6))
-    found = np.asarray(open_picture(tmp_path / "x.tif"))
+    found = np.asarray(open_image(tmp_path / "x.tif"))
     assert np.array_equal(found, np.rot90(stretch(COLOURS)[0], -1))
 
 
@@ -216,7 +216,7 @@ def test_colours_without_data_are_black_where_all_channels_lack_them(tmp_path):
     pixels[:4] = 65535
     pixels[10, 10, 1] = 65535  # one channel that is overexposed
     (tmp_path / "x.tif").write_bytes(tiff(pixels, nodata="65535"))
-    found = np.asarray(open_picture(tmp_path / "x.tif"))
+    found = np.asarray(open_image(tmp_path / "x.tif"))
     assert (found[:4] == 0).all() and found[10, 10, 1] == 255
     assert np.abs(found[11:].astype(int) - stretch(COLOURS[4:])[0][7:]).max() <= 1
 
@@ -233,11 +233,11 @@ def test_alpha_of_16_bits(tmp_path, channels, write):
     colours[:, :30] = 60000  # beneath what cannot be seen
     path = tmp_path / "x"
     path.write_bytes(write(np.concatenate([colours, alpha], axis=-1)))
-    found = np.asarray(open_picture(path))
+    found = np.asarray(open_image(path))
     assert (found[:, :30] == 255).all() and np.array_equal(found[:, 30:], np.broadcast_to(expected, (40, 30, 3)))
     path.write_bytes(write(np.concatenate([COLOURS[..., : channels - 1], alpha * 0], axis=-1)))
     shown = stretch(COLOURS[..., : channels - 1])[0]
-    assert np.array_equal(open_picture(path), np.broadcast_to(shown, (40, 60, 3)))
+    assert np.array_equal(open_image(path), np.broadcast_to(shown, (40, 60, 3)))
 
 
 @pytest.mark.parametrize("most_opaque", [0, 1])
@@ -247,7 +247,7 @@ def test_an_alpha_that_hides_everything_is_ignored(tmp_path, caplog, most_opaque
     for name in ("x.png", "x.tif"):
         image.save(tmp_path / name)
         caplog.clear()
-        assert np.array_equal(open_picture(tmp_path / name), colours)
+        assert np.array_equal(open_image(tmp_path / name), colours)
         assert f"{name}: its alpha hides the whole image and is ignored." in caplog.text
     assert np.array_equal(picture_tensor(image).permute(1, 2, 0), colours)
 
@@ -257,7 +257,7 @@ def test_8_bits_stay_as_they_are_without_a_word(tmp_path, caplog, mode):
     pixels = np.random.default_rng(0).integers(3, 90, (6, 8), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
     image.save(tmp_path / "x.tif", tiffinfo={GDAL_NODATA_TAG: "7"})
-    assert np.array_equal(open_picture(tmp_path / "x.tif"), image.convert("RGB"))
+    assert np.array_equal(open_image(tmp_path / "x.tif"), image.convert("RGB"))
     assert not has_more_than_8_bits(Image.open(tmp_path / "x.tif"))
     assert not caplog.records
 

@@ -17,12 +17,12 @@ from PIL import Image, features
 
 from samlight_hf.images import reading as pictures
 from samlight_hf.images.formats import describe_left_out, image_suffixes, opening_hint
-from samlight_hf.images.reading import PictureError, common_folder, find_pictures, open_picture, read_ahead
+from samlight_hf.images.reading import PictureError, common_folder, find_pictures, open_image, read_ahead
 
 
 def refused(path, *words):
     with pytest.raises(PictureError) as raised:
-        open_picture(path)
+        open_image(path)
     message = str(raised.value)
     assert "\n" not in message
     for word in (str(path), *words):
@@ -50,35 +50,35 @@ def png_of_size(width, height) -> bytes:
 def test_every_mode_gives_rgb(tmp_path, mode):
     picture = Image.new("L", (5, 3), 200).convert(mode) if mode != "I;16" else Image.new(mode, (5, 3), 200)
     path = save(picture, tmp_path / "x.tif")
-    opened = open_picture(path)
+    opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", (5, 3))
 
 
 def test_colours_of_cmyk_and_of_palettes(tmp_path):
     red = Image.new("RGB", (8, 8), (250, 10, 10))
     for picture, name in ((red.convert("CMYK"), "x.jpg"), (red.quantize(4), "x.gif")):
-        opened = open_picture(save(picture, tmp_path / name))
+        opened = open_image(save(picture, tmp_path / name))
         assert np.asarray(opened).reshape(-1, 3).mean(axis=0) == pytest.approx([250, 10, 10], abs=6), picture.mode
 
 
 def test_transparency_is_laid_on_white(tmp_path):
     picture = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
     picture.putpixel((1, 0), (0, 0, 0, 0))
-    opened = open_picture(save(picture, tmp_path / "x.png"))
+    opened = open_image(save(picture, tmp_path / "x.png"))
     assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 255), (255, 255, 255)]
     palette = Image.new("P", (1, 1), 0)
-    assert open_picture(save(palette, tmp_path / "p.png", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(save(palette, tmp_path / "p.png", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("levels", [(0, 32768, 65535), (100, 2148, 4195)], ids=["16 bits used", "12 bits used"])
 def test_grey_of_16_bits_is_stretched_not_clipped(tmp_path, levels):
     path = save(Image.fromarray(np.array([levels], dtype=np.uint16)), tmp_path / "x.png")
-    assert [open_picture(path).getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
+    assert [open_image(path).getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
 
 
 def test_grey_of_floats_with_holes(tmp_path):
     path = save(Image.fromarray(np.array([[0.0, np.nan, 2.0]], dtype=np.float32)), tmp_path / "x.tif")
-    assert np.asarray(open_picture(path))[0, :, 0].tolist() == [0, 0, 255]
+    assert np.asarray(open_image(path))[0, :, 0].tolist() == [0, 0, 255]
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -86,7 +86,7 @@ def test_exif_orientation_is_applied(tmp_path):
     picture.paste("white", (0, 0, 20, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: what is stored at the left is seen at the top
-    opened = open_picture(save(picture, tmp_path / "x.jpg", exif=exif))
+    opened = open_image(save(picture, tmp_path / "x.jpg", exif=exif))
     assert opened.size == (20, 40)
     assert opened.getpixel((10, 3))[0] > 200
     assert opened.getpixel((10, 36))[0] < 50
@@ -94,7 +94,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 def test_small_and_long_pictures(tmp_path):
     for size in ((1, 1), (20_000, 5)):
-        assert open_picture(save(Image.new("RGB", size), tmp_path / "x.png")).size == size
+        assert open_image(save(Image.new("RGB", size), tmp_path / "x.png")).size == size
 
 
 def test_pictures_above_the_limit(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_picture_with_broken_exif_still_opens(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, format="JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff")
     (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
-    assert open_picture(tmp_path / "x.jpg").size == (4, 4)
+    assert open_image(tmp_path / "x.jpg").size == (4, 4)
 
 
 def test_finds_pictures_in_folders_files_and_patterns(tmp_path):
@@ -194,7 +194,7 @@ def test_what_reading_raises_comes_in_its_place():
 def test_an_address_is_called_one():
     address = "https://example.com/a.jpg"
     with pytest.raises(PictureError, match=f"{address}: is an address.* Download it"):
-        open_picture(address)
+        open_image(address)
     found, (problem,) = find_pictures([address])
     assert not found and str(problem).startswith(f"{address}: is an address")
 
@@ -212,7 +212,7 @@ def test_all_suffixes_of_images_that_pillow_opens(tmp_path):
     found, problems = find_pictures([tmp_path], left_out=left_out)
     assert sorted(path.stem for path in found) == sorted(kinds)
     assert not problems and not left_out
-    assert all(open_picture(path).mode == "RGB" for path in found)
+    assert all(open_image(path).mode == "RGB" for path in found)
     assert not image_suffixes() & {
         ".pdf",
         ".eps",
@@ -284,7 +284,7 @@ def test_heic_is_opened_where_its_plugin_is_installed(tmp_path):
     pytest.importorskip("pillow_heif").register_heif_opener()
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "x.HEIC", format="HEIF")
     (path,), _ = find_pictures([tmp_path])
-    assert open_picture(path).size == (40, 30)
+    assert open_image(path).size == (40, 30)
 
 
 def test_hints_for_avif_that_cannot_be_opened(monkeypatch):

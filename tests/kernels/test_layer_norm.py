@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from samlight_hf.kernels import layer_norm
-from samlight_hf.kernels.layer_norm import add_layer_norm, add_layer_norm_reference, launch, triton, why_not_triton
+from samlight_hf.kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    launch_layer_norm,
+    triton,
+    why_not_triton,
+)
 
 from .interpreter import run_in_tritons_interpreter
 
@@ -26,7 +32,7 @@ def relative_error(width, dtype, num_residuals, gelu, device="cpu"):
     values = torch.randn(3, 37, width, device=device).to(dtype) + 2
     residual = torch.randn(num_residuals, 37, width, device=device).to(dtype) if num_residuals else None
     with torch.no_grad():
-        output = launch(values.clone(), norm, residual, gelu)
+        output = launch_layer_norm(values.clone(), norm, residual, gelu)
         assert (output.dtype, output.shape) == (dtype, values.shape)
         expected = add_layer_norm_reference(
             values.double(), norm.double(), None if residual is None else residual.double(), gelu

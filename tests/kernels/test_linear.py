@@ -11,13 +11,13 @@ from samlight_hf.kernels import linear as fused_linear
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.linear import (
     FusedLinear,
-    Rows,
+    RowsWithStatistics,
     embed_patches,
     fused_linear_reference,
-    launch,
     launch_patches,
-    tile_of,
+    launch_triton,
     triton,
+    triton_tile,
     why_not_patches,
     why_not_triton,
     with_statistics,
@@ -66,7 +66,7 @@ def make(case, dtype, device, num_rows=256, in_features=192, out_features=128):
             expected = nn.functional.gelu(expected)
         if residual is not None:
             expected = expected + residual.double().repeat(num_rows // num_residual_rows, 1)
-    return layer, Rows(values, torch.cat(parts)), residual, expected
+    return layer, RowsWithStatistics(values, torch.cat(parts)), residual, expected
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -77,11 +77,11 @@ def kernel_errors(case, dtype, device, tile=None, **sizes) -> tuple[float, float
     """Of the values, and of the mean and the variance that the statistics say."""
     layer, rows, residual, expected = make(case, dtype, device, **sizes)
     with torch.no_grad():
-        result = launch(layer, rows, residual, case[3], tile)
+        result = launch_triton(layer, rows, residual, case[3], tile)
     return error(result.values, expected), statistics_error(result)
 
 
-def statistics_error(rows: Rows) -> float:
+def statistics_error(rows: RowsWithStatistics) -> float:
     """Of the mean and the variance that the statistics say, where there are any."""
     if rows.statistics is None:
         return 0.0
@@ -97,7 +97,7 @@ def check_memory(device="cpu", tile=SMALL):
     layer, rows, residual, expected = make(CASES[0], torch.float16, device)
     memory = torch.full((expected.numel() + 7,), 5, dtype=torch.float16, device=device)
     with torch.no_grad():
-        result = launch(layer, rows, residual, tile=tile, memory=memory).values
+        result = launch_triton(layer, rows, residual, tile=tile, memory=memory).values
     assert result.data_ptr() == memory.data_ptr() and memory[-7:].eq(5).all()
     assert error(result, expected) < TOLERANCES[torch.float16]
 
@@ -131,15 +131,15 @@ def check_attempts():
     assert fused_linear.why_not_at_all(cpu, half) is None
 
     def off(*arguments, **options):
-        values, statistics = dataclasses.astuple(launch(*arguments, **options))
-        return Rows(values, None if statistics is None else statistics * 1.1)
+        values, statistics = dataclasses.astuple(launch_triton(*arguments, **options))
+        return RowsWithStatistics(values, None if statistics is None else statistics * 1.1)
 
-    fused_linear.launch = off
+    fused_linear.launch_triton = off
     other = {**SMALL, "num_warps": 2}  # which has not been tried
     with pytest.warns(UserWarning, match="its result is wrong"):
         assert "its result is wrong" in fused_linear._why_not_variant(cpu, variants[2], other)
     assert fused_linear._why_not_variant(cpu, plain, other) is None
-    fused_linear.launch = launch
+    fused_linear.launch_triton = launch_triton
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -170,7 +170,7 @@ def test_patches_are_those_of_the_convolution():
 
 def test_every_reason_not_to_run_the_kernel(monkeypatch):
     layer = FusedLinear(torch.zeros(64, 64), None)
-    rows, patches = Rows(torch.zeros(128, 64)), torch.zeros(1, 1, 64, 128)
+    rows, patches = RowsWithStatistics(torch.zeros(128, 64)), torch.zeros(1, 1, 64, 128)
     assert "cpu" in why_not_triton(layer, rows) and "cpu" in why_not_patches(layer, patches, None)
     monkeypatch.setattr(fused_linear, "triton", None)
     assert "not installed" in why_not_triton(layer, rows) and "not installed" in why_not_patches(layer, patches, None)
@@ -180,13 +180,13 @@ def test_every_reason_not_to_run_the_kernel(monkeypatch):
 def test_every_reason_not_to_run_the_kernel_on_a_gpu():
     layer = FusedLinear(torch.zeros(64, 64, device="cuda", dtype=torch.float16), None)
     values = torch.zeros(384, 64, device="cuda", dtype=torch.float16)
-    assert why_not_triton(layer, Rows(values), values[:128]) is None
-    assert "100 rows" in why_not_triton(layer, Rows(values[:100]))
-    assert "torch.float32" in why_not_triton(layer, Rows(values.float()))
-    assert "torch.float32" in why_not_triton(layer, Rows(values), values.float())
-    assert "odd addresses" in why_not_triton(layer, Rows(values.view(-1)[1 : 1 + 128 * 64].view(128, 64)))
+    assert why_not_triton(layer, RowsWithStatistics(values), values[:128]) is None
+    assert "100 rows" in why_not_triton(layer, RowsWithStatistics(values[:100]))
+    assert "torch.float32" in why_not_triton(layer, RowsWithStatistics(values.float()))
+    assert "torch.float32" in why_not_triton(layer, RowsWithStatistics(values), values.float())
+    assert "odd addresses" in why_not_triton(layer, RowsWithStatistics(values.view(-1)[1 : 1 + 128 * 64].view(128, 64)))
     for count in (0, 64, 192, 256):  # a block of 128 rows would reach beyond those that are added
-        assert f"of which {count} are added" in why_not_triton(layer, Rows(values), values[:count])
+        assert f"of which {count} are added" in why_not_triton(layer, RowsWithStatistics(values), values[:count])
     pixels = values.view(3, 1, 64, 128)
     assert why_not_patches(layer, pixels, values[:128]) is None
     assert "60 x 128 pixels" in why_not_patches(layer, torch.zeros_like(pixels[:1, :, :60]).repeat(8, 1, 1, 1), None)
@@ -206,7 +206,7 @@ def test_tiles_fit():
     for num_rows in (128, 4096, 4096 * 3, 4096 * 5, 4096 * 8, 128 * 257):
         for out_features in (64, 192, 256, 384, 1152, 1536):
             for in_features in (64, 384, 1024, 1536, 3072):
-                tile = tile_of(num_rows, out_features, in_features)
+                tile = triton_tile(num_rows, out_features, in_features)
                 assert (
                     num_rows % tile["BLOCK_M"] == out_features % tile["BLOCK_N"] == in_features % tile["BLOCK_K"] == 0
                 )
@@ -238,11 +238,11 @@ def test_patches_wait_for_the_positions_that_the_kernel_ahead_of_them_writes():
     writer, rows, _, _ = make((False, False, 0, False, False), torch.bfloat16, "cuda", 4096, 1536, 384)
     patches = FusedLinear(torch.randn(384, 768, device="cuda").to(torch.bfloat16) / 28, None)
     pixel_values = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
-    positions = launch(writer, rows).values
+    positions = launch_triton(writer, rows).values
     expected = launch_patches(patches, pixel_values, positions.clone()).values
     for _ in range(20):
         memory = torch.zeros(4096 * 384, device="cuda", dtype=torch.bfloat16)
-        written = launch(writer, rows, memory=memory).values
+        written = launch_triton(writer, rows, memory=memory).values
         assert torch.equal(launch_patches(patches, pixel_values, written).values, expected)
 
 
@@ -258,11 +258,11 @@ def test_a_variant_that_cannot_run_falls_back_and_the_others_run(monkeypatch):
         if layer.weight.shape == (192, 64):
             raise RuntimeError("out of resource: shared memory")
         launched.append(layer.weight.shape)
-        return launch(layer, rows, *arguments, **options)
+        return launch_triton(layer, rows, *arguments, **options)
 
-    monkeypatch.setattr(fused_linear, "launch", breaks)
+    monkeypatch.setattr(fused_linear, "launch_triton", breaks)
     monkeypatch.setattr(fused_linear, "why_not_hopper", lambda *arguments: "not asked for")
-    rows = Rows(torch.randn(128, 64, device="cuda").half())
+    rows = RowsWithStatistics(torch.randn(128, 64, device="cuda").half())
     good, bad = (FusedLinear(torch.randn(size, 64, device="cuda").half() / 8, None) for size in (128, 192))
     with pytest.warns(UserWarning, match="Triton kernel for linear layers does not run here: out of resource"):
         assert torch.equal(bad(rows).values, fused_linear_reference(bad, rows).values)

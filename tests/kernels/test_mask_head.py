@@ -8,7 +8,7 @@ from torch import nn
 
 from samlight_hf.kernels import mask_head
 from samlight_hf.kernels.layer_norm import add_layer_norm_reference
-from samlight_hf.kernels.mask_head import HeadWeights, _in_float32, launch, masks_of, run_head, why_not_triton
+from samlight_hf.kernels.mask_head import HeadWeights, _in_float32, launch_head, masks_of, run_head, why_not_triton
 from samlight_hf.kernels.support import triton
 
 from .interpreter import run_in_tritons_interpreter
@@ -44,7 +44,7 @@ def relative_error(channels, dtype, device="cpu", grid=(5, 14)) -> float:
     slots = torch.full((9,), -1, dtype=torch.int32, device=device)
     slots[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
     with torch.no_grad():
-        found = launch(image, hyper, slots.view(3, 3), len(kept), grid, weights)
+        found = launch_head(image, hyper, slots.view(3, 3), len(kept), grid, weights)
         expected = run_head(image.float(), hyper, grid, _in_float32(weights), add_layer_norm_reference)
     expected = expected.flatten(0, 1)[kept]
     assert (found.dtype, found.shape) == (torch.float32, expected.shape)
@@ -106,8 +106,8 @@ def test_more_prompts_than_the_second_axis_of_a_grid_has_programs():
     slots, few = (torch.full((70_000, 1), -1, dtype=torch.int32, device="cuda") for _ in range(2))
     slots[some, 0] = few[: len(some), 0] = torch.arange(len(some), dtype=torch.int32, device="cuda")
     with torch.no_grad():
-        found = launch(image, hyper, slots, len(some), grid, weights)
-        expected = launch(image[some], hyper[some], few[: len(some)], len(some), grid, weights)
+        found = launch_head(image, hyper, slots, len(some), grid, weights)
+        expected = launch_head(image[some], hyper[some], few[: len(some)], len(some), grid, weights)
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 

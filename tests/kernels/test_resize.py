@@ -10,7 +10,14 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from samlight_hf.kernels import resize as resize_kernel
-from samlight_hf.kernels.resize import launch, resize_into, resize_into_reference, resize_uint8, triton, why_not_triton
+from samlight_hf.kernels.resize import (
+    launch_resize,
+    resize_into,
+    resize_into_reference,
+    resize_uint8,
+    triton,
+    why_not_triton,
+)
 
 from .interpreter import run_in_tritons_interpreter
 
@@ -55,7 +62,7 @@ def check_kernel(size, resized, padded, layout="planes", dtype=torch.float32, de
     expected = torch.empty(3, *padded, dtype=dtype)
     resize_into_reference(expected, LAYOUTS[layout](picture), resized, levels)
     found = torch.full((3, *padded), torch.nan, dtype=dtype, device=device)
-    launch(found, LAYOUTS[layout](picture.to(device)), resized, levels.to(device))
+    launch_resize(found, LAYOUTS[layout](picture.to(device)), resized, levels.to(device))
     assert torch.equal(found.cpu(), expected), (size, resized, padded, layout, dtype)
 
 
@@ -63,7 +70,7 @@ def check_far_apart(strides, device="cpu"):
     picture, levels = random_picture(5, 6).to(device), torch.rand(3, 256, device=device)
     spread = torch.empty_strided(picture.shape, strides, dtype=torch.uint8, device=device).copy_(picture)
     found, expected = torch.empty(2, 3, 4, 5, device=device)
-    launch(found, spread, (4, 5), levels)
+    launch_resize(found, spread, (4, 5), levels)
     resize_into_reference(expected, picture, (4, 5), levels)
     assert torch.equal(found, expected), strides
 

@@ -7,7 +7,7 @@ import pytest
 
 from samlight_hf.evaluation.evaluator import Journal
 from samlight_hf.publishing.build import build_folder
-from samlight_hf.utils.atomic_files import beside, fit_name, write_aside
+from samlight_hf.utils.atomic_files import atomic_write, beside, fit_name
 from tests.conftest import tiny_config
 
 
@@ -18,7 +18,7 @@ LONG = ["x" * 255, "长" * 85, "🦊" * 63, "é" * 127]
 def test_a_file_of_the_longest_name_is_written_aside(tmp_path, name):
     path = tmp_path / name
     for text in ("one", "two"):
-        write_aside(path, lambda aside, text=text: aside.write_text(text))
+        atomic_write(path, lambda aside, text=text: aside.write_text(text))
         assert path.read_text() == text
     assert list(tmp_path.iterdir()) == [path]
 

@@ -53,7 +53,7 @@ __device__ __forceinline__ void multiply_queries(Shared& shared, float (&scores)
     u64 keys = matrix(shared.keys[block % STAGES]);
 #pragma unroll
     for (int i = 0; i < KEYS / 2; i++) scores[i] = 0;
-    keep(scores);
+    compiler_fence(scores);
     begin_products();
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) query_key_product(scores, queries + 2 * k, keys + 2 * k);
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     auto weigh_block = [&](int block) {
         multiply_queries(shared, scores, queries, block);
         wait_for_products<0>();
-        keep(scores);
+        compiler_fence(scores);
         softmax.weigh(weights, scores, scale);
         softmax.rescale(sums);
     };
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     auto multiply_values = [&](int block) {
         if (!AHEAD || block == 0) wait_for_values(block);  // else they have been waited for
         u64 values = matrix(shared.values[block % STAGES]);
-        keep(sums), keep(weights);
+        compiler_fence(sums), compiler_fence(weights);
         begin_products();
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++)  // 16 keys further on are 16 rows of 128 bytes
@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     };
     auto end_values = [&]() {
         wait_for_products<0>();
-        keep(sums), keep(weights);
+        compiler_fence(sums), compiler_fence(weights);
     };
 
     if (AHEAD) weigh_block(0);
@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
             multiply_queries(shared, scores, queries, block + 1);
             multiply_values(block);
             wait_for_products<1>();
-            keep(scores);
+            compiler_fence(scores);
             softmax.weigh(next, scores, scale);  // while values are still multiplied
             wait_for_values(block + 1);  // or the compiler would move the wait for products ahead of the exponentials
             end_values();

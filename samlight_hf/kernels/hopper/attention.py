@@ -19,7 +19,7 @@ _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in attention.cu
 
 
 def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, dilation_offsets: str) -> str | None:
-    """Why the kernel cannot run with what `launch` is given: a sentence, or None where it can."""
+    """Why the kernel cannot run with what `launch_attention` is given: a sentence, or None where it can."""
     _, num_tokens, num_heads, _, head_dim = qkv.shape
     if reason := hopper.why_not_hopper(qkv.device, qkv.dtype):
         return reason
@@ -48,7 +48,9 @@ def _why_not_tried(device: torch.device, **constants: int) -> str | None:
         qkv = normal_numbers(device)(2, num_tokens, heads, 3, _DIM).to(dtype)
         some = torch.linspace(0, num_tokens - 1, 64, device=qkv.device).long()  # all would take much memory
         per_head = bool(constants["PER_HEAD"])
-        found = launch(qkv, None, rate, "per_head" if per_head else "all", _DIM**-0.5, constants["WARPGROUPS"])
+        found = launch_attention(
+            qkv, None, rate, "per_head" if per_head else "all", _DIM**-0.5, constants["WARPGROUPS"]
+        )
         found, expected = found.view(*qkv.shape[:3], _DIM), attention_of_tokens(qkv[-1], some, rate, per_head)
         return bool(found.isfinite().all() and (found[-1, some] - expected).norm() < 0.01 * expected.norm())
 
@@ -69,7 +71,7 @@ def attention_of_tokens(qkv: torch.Tensor, tokens: torch.Tensor, dilation_rate: 
     return found
 
 
-def launch(
+def launch_attention(
     qkv: torch.Tensor,
     segment_length: int | None,
     dilation_rate: int,

@@ -71,13 +71,13 @@ __device__ __forceinline__ void wait_for_products() {
 
 // For registers that products read or write while the program goes on, which the compiler does not see: before, and after.
 template <int count>
-__device__ __forceinline__ void keep(float (&registers)[count]) {
+__device__ __forceinline__ void compiler_fence(float (&registers)[count]) {
 #pragma unroll
     for (int i = 0; i < count; i++) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
 template <int count>
-__device__ __forceinline__ void keep(u32 (&registers)[count]) {
+__device__ __forceinline__ void compiler_fence(u32 (&registers)[count]) {
 #pragma unroll
     for (int i = 0; i < count; i++) asm volatile("" : "+r"(registers[i])::"memory");
 }

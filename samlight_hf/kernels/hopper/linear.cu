@@ -74,9 +74,9 @@ __device__ __forceinline__ void load_blocks(
 
 // ---- numbers ----------------------------------------------------------------------------------------------------------------------
 
-// GELU of two numbers, given half of each, as `_gelu` of kernels/linear.py. What tanh is of is computed for both at once, in float16, which
+// GELU of two numbers, given half of each, as `_fitted_gelu` of kernels/linear.py. What tanh is of is computed for both at once, in float16, which
 // is as exact as the instruction for tanh.
-__device__ __forceinline__ void gelu(float& low, float& high) {
+__device__ __forceinline__ void fitted_gelu(float& low, float& high) {
     u32 tanh;
     asm("{.reg .b32 x, square, inner;\n"
         "cvt.rn.f16x2.f32 x, %2, %1;\n"
@@ -147,7 +147,7 @@ __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int 
     // In turn. The blocks come in the order of the tiles, and a barrier's phase can be waited for only if the one before it is complete:
     // the other consumer has waited for all earlier ones by then, each of its threads.
     if (CONSUMERS > 1 && number) wait(&shared.asked[1 - consumer], (number - 1) / CONSUMERS);
-    keep(tile.sums[0]), keep(tile.sums[1]);
+    compiler_fence(tile.sums[0]), compiler_fence(tile.sums[1]);
 #pragma unroll UNROLLED
     for (int step = 0; step < STEPS; step++, block++) {
         int stage = block % STAGES;
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int 
 __device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int number) {
     wait_for_products<0>();
     if (threadIdx.x % 32 == 0) arrive(&shared.used[((number + 1) * STEPS - 1) % STAGES]);
-    keep(tile.sums[0]), keep(tile.sums[1]);
+    compiler_fence(tile.sums[0]), compiler_fence(tile.sums[1]);
 }
 
 // Residual, norm, GELU, rounding; to memory.
@@ -199,7 +199,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
                     low = fmaf(low, norm[i].x, fmaf(norm[i].y, columns[j].y, columns[j].x));
                     high = fmaf(high, norm[i].x, fmaf(norm[i].y, columns[j].w, columns[j].z));
                 }
-                if (GELU) gelu(low, high);
+                if (GELU) fitted_gelu(low, high);
                 pairs[j] = pack(low, high);
                 if (STATISTICS) {
                     float2 stored = unpack(pairs[j]);

@@ -43,7 +43,7 @@ TILES = (Tile(192, 2), Tile(128, 2), Tile(96, 2), Tile(64, 2))
 NARROW_TILES = (Tile(96, 1), Tile(64, 1))  # where a multiprocessor has about one of them
 
 
-def tile_of(num_rows: int, out_features: int, normalizes: bool, gelu: bool) -> Tile:
+def hopper_tile(num_rows: int, out_features: int, normalizes: bool, gelu: bool) -> Tile:
     """Few rows want narrow tiles, for each multiprocessor to have as many columns; but with GELU there is much to finish."""
     if num_rows > FEW_ROWS or gelu:
         tiles = TILES
@@ -114,7 +114,7 @@ def why_not(layer, x: Input, residual: torch.Tensor | None = None) -> str | None
     return None
 
 
-def launch(
+def launch_linear(
     layer,
     x: Input,
     tile: Tile,

@@ -7,7 +7,14 @@ from samlight_hf.modeling.dilated_attention import dilated_attention_reference
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.hopper import attention as hopper_attention
 from samlight_hf.kernels.hopper import runtime as hopper
-from samlight_hf.kernels.hopper.attention import STAGES, attention_of_tokens, launch, source_of, warpgroups_of, why_not
+from samlight_hf.kernels.hopper.attention import (
+    STAGES,
+    attention_of_tokens,
+    launch_attention,
+    source_of,
+    warpgroups_of,
+    why_not,
+)
 
 from .test_linear import needs_compiler, needs_hopper, spilled_bytes
 
@@ -86,7 +93,7 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: tensor.new_full(size, float("nan")))
     with torch.no_grad():
         expected, _ = dilated_attention_reference(*qkv.double().unbind(3), pattern[0] or 2048, *pattern[1:])
-        found = launch(qkv, *pattern, 0.125, warpgroups).view_as(expected)
+        found = launch_attention(qkv, *pattern, 0.125, warpgroups).view_as(expected)
     assert found.isfinite().all() and (found[expected == 0] == 0).all()  # "per_head", in other heads' tokens
     assert (found - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 6e-4) * expected.norm()
 
@@ -127,7 +134,7 @@ def test_memory_that_ran_out_once_does_not_end_it(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hopper_attention, "launch", fails)
+        patch.setattr(hopper_attention, "launch_attention", fails)
         with pytest.raises(torch.OutOfMemoryError, match="to try the CUDA kernel for attention"):
             why_not(qkv, None, 1, "all")
     assert why_not(qkv, None, 1, "all") is None

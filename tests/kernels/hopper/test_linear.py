@@ -9,13 +9,13 @@ from torch import nn
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.hopper import linear as hopper_linear
 from samlight_hf.kernels.hopper import runtime as hopper
-from samlight_hf.kernels.hopper.linear import NARROW_TILES, TILES, neighbours_of, rows_of, source_of, tile_of
+from samlight_hf.kernels.hopper.linear import NARROW_TILES, TILES, hopper_tile, neighbours_of, rows_of, source_of
 from samlight_hf.kernels.linear import (
     FusedLinear,
-    Rows,
+    RowsWithStatistics,
     convolve,
     fused_linear_reference,
-    launch_on_hopper,
+    launch_hopper,
     why_not_hopper,
 )
 from tests.kernels.test_linear import CASES, TOLERANCES, error, make, statistics_error
@@ -75,7 +75,7 @@ def test_tiles_fit():
     for num_rows in (128, 4096, 4096 * 32):
         for out_features in range(64, 3072 + 1, 64):
             for normalizes, gelu in ((False, False), (True, False), (True, True)):
-                tile = tile_of(num_rows, out_features, normalizes, gelu)
+                tile = hopper_tile(num_rows, out_features, normalizes, gelu)
                 assert tile in ALL_TILES and out_features % tile.columns == 0
     for tile in ALL_TILES:
         for in_features in range(64, 3072 + 1, 64):
@@ -126,7 +126,7 @@ def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile)
     layer, rows, residual, expected = make(case, dtype, "cuda", **sizes)
     memory = torch.full((expected.numel() + 8,), 5, dtype=dtype, device="cuda")
     with torch.no_grad():
-        found = launch_on_hopper(layer, rows_of(rows.values), rows.statistics, residual, case[3], tile, memory)
+        found = launch_hopper(layer, rows_of(rows.values), rows.statistics, residual, case[3], tile, memory)
     assert error(found.values, expected) < TOLERANCES[dtype]
     assert (found.statistics is not None) == case[3] and statistics_error(found) < 1e-4
     assert found.values.data_ptr() == memory.data_ptr() and memory[-8:].eq(5).all()
@@ -145,12 +145,12 @@ def test_it_runs_by_itself_and_again_to_the_bit(monkeypatch):
 
     @torch.no_grad()
     def run(call) -> torch.Tensor:
-        first = call(layers[0], Rows(rows.values), rows.values, True)
+        first = call(layers[0], RowsWithStatistics(rows.values), rows.values, True)
         return call(layers[2], call(layers[1], first, None, False), first.values, True).values
 
     expected = run(fused_linear_reference)
     run(FusedLinear.__call__)  # kernels are tried, against the reference
-    for name in ("launch", "fused_linear_reference"):
+    for name in ("launch_triton", "fused_linear_reference"):
         monkeypatch.delattr(f"samlight_hf.kernels.linear.{name}")
     found = run(FusedLinear.__call__)
     assert error(found, expected.double()) < TOLERANCES[torch.bfloat16]
