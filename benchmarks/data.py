@@ -1,6 +1,6 @@
 """How fast training examples are made: milliseconds for one on one core, and examples a second from worker processes.
 
-python benchmarks/data.py                                  # pictures as large as SA-1B's, made here
+python benchmarks/data.py                                  # images as large as SA-1B's, made here
 python benchmarks/data.py --tars sa_000000.tar --workers 4 16 --out data.json
 """
 
@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
-from samlight_hf.data import Augmentation, Cutouts, PictureDataset, PromptSampling, Sa1bDataset, TrainingExamples
+from samlight_hf.data import Augmentation, Cutouts, ImageDataset, PromptSampling, Sa1bDataset, TrainingExamples
 from samlight_hf.data.annotations import text_rle
 from samlight_hf.data.sa1b import add_sample
 from samlight_hf.utils.messages import make_console_safe
@@ -75,8 +75,8 @@ def main():
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def examples(source: PictureDataset, args: argparse.Namespace, **settings) -> TrainingExamples:
-    # Any share of pictures without masks is fine here: only the time counts.
+def examples(source: ImageDataset, args: argparse.Namespace, **settings) -> TrainingExamples:
+    # Any share of images without masks is fine here: only the time counts.
     return TrainingExamples(source, 10**9, args.image_size, max_skipped=1.0, **settings)
 
 
@@ -88,7 +88,7 @@ def full_settings(args: argparse.Namespace) -> dict:
     }
 
 
-def measure_stages(source: PictureDataset, args: argparse.Namespace) -> dict[str, float]:
+def measure_stages(source: ImageDataset, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds for each part, each with all that comes before it."""
     full = full_settings(args)
     steps = {
@@ -114,7 +114,7 @@ def milliseconds(step: Callable[[int], object], seconds: float) -> float:
     return 1000 * (time.perf_counter() - start) / num_calls
 
 
-def measure_workers(source: PictureDataset, args: argparse.Namespace, num_workers: int) -> float:
+def measure_workers(source: ImageDataset, args: argparse.Namespace, num_workers: int) -> float:
     """Examples a second that arrive in batches, once each worker has begun."""
     dataset = examples(source, args, **full_settings(args))
     batches = iter(DataLoader(dataset, args.batch_size, num_workers=num_workers))
@@ -127,12 +127,12 @@ def measure_workers(source: PictureDataset, args: argparse.Namespace, num_worker
     return round(num_batches * args.batch_size / (time.perf_counter() - start), 1)
 
 
-def make_tar(path: Path, num_pictures: int = 12) -> Path:
+def make_tar(path: Path, num_images: int = 12) -> Path:
     """SA-1B's layout and sizes: enlarged photographs with grain, and ellipses with frayed edges, most of them small."""
     generator = np.random.default_rng(0)
     photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))
     with tarfile.open(path, "w") as tar:
-        for i in range(num_pictures):
+        for i in range(num_images):
             photograph = Image.open(photographs[i % len(photographs)]).convert("RGB").resize((WIDTH, HEIGHT))
             pixels = np.asarray(photograph) + generator.normal(scale=4, size=(HEIGHT, WIDTH, 1))
             file = io.BytesIO()

@@ -3,8 +3,8 @@
     python benchmarks/distillation.py --data train-000000.tar --out benchmarks/results/distillation_h100.json
 
 The student is SAM-Lightening tiny at 1024 px, in bfloat16, compiled. Rows: the encoder stage with cached embeddings; the same with
-SAM ViT-H (random weights) as a live teacher, beside that teacher's own forward alone; the decoder stage with 16 prompts a
-picture. Images a second are medians over windows of several steps, after the first ones, in which it compiles. Without a GPU
+SAM ViT-H (random weights) as a live teacher, beside that teacher's own forward alone; the decoder stage with 16 prompts an
+image. Images a second are medians over windows of several steps, after the first ones, in which it compiles. Without a GPU
 everything is small: a trial of the script.
 
 With --config, the first stage of a config of distill.py is measured instead, on its own data and student, in as many processes as
@@ -103,10 +103,10 @@ def measure(name: str, student, options, teacher=None, wrap=None, **settings) ->
             save_strategy="no", bf16=CUDA, torch_compile=not options.no_compile, dataloader_num_workers=options.workers,
             dataloader_prefetch_factor=4 if options.workers else None, disable_tqdm=True, use_cpu=not CUDA, tf32=True if CUDA else None, **settings,
         )  # fmt: skip
-        pictures = load_dataset(options.data) if options.data else SyntheticScenes(1000)
+        images = load_dataset(options.data) if options.data else SyntheticScenes(1000)
         prompts = PromptSampling(args.num_prompts, max(1, args.num_refinements)) if args.stage != "encoder" else None
         num_examples = args.max_steps * args.global_batch_size
-        examples = TrainingExamples(pictures, num_examples, IMAGE_SIZE, prompts=prompts, num_views=1 if wrap else None)
+        examples = TrainingExamples(images, num_examples, IMAGE_SIZE, prompts=prompts, num_views=1 if wrap else None)
         if wrap:
             examples = wrap(examples)
         trainer = DistillationTrainer(student, args, examples, make_processor(student.config.vision_config), teacher)
@@ -229,7 +229,7 @@ def rows(options):
     compiles = not options.no_compile
     if "cached" in options.rows:
         student = make_student()
-        # The embedding alone: the layers of a large teacher would be 10 MB each for a picture.
+        # The embedding alone: the layers of a large teacher would be 10 MB each for an image.
         teacher = Teacher(make_student().to(DEVICE), (), compile=compiles)
         with tempfile.TemporaryDirectory() as folder:
 

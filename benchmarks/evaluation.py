@@ -20,7 +20,7 @@ CUDA = torch.cuda.is_available()
 
 
 class Repeated:
-    """The pictures of a dataset so many times over, for `evaluate`."""
+    """The images of a dataset so many times over, for `evaluate`."""
 
     def __init__(self, dataset, times: int):
         self.dataset, self.times, self.index_report = dataset, times, dataset.index_report
@@ -33,26 +33,24 @@ class Repeated:
 
 
 def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36, times: int = 3) -> Iterator[dict]:
-    """Pictures read, decoded, segmented and scored, after a pass that does not count.
+    """Images read, decoded, segmented and scored, after a pass that does not count.
 
     What a run costs before it is under way (processes that read are started, and read a first batch) weighs on a small
-    dataset: a second row has the pictures several times over, and from the two follow the start and the rate beyond it.
+    dataset: a second row has the images several times over, and from the two follow the start and the rate beyond it.
     """
     dataset = load_dataset(dataset_path, limit=None if CUDA else 8)
     work = InstanceProtocols(ProtocolSettings(("box",), ("single",), max_instances=max_instances))
     for dtype in ("float32", "bfloat16") if CUDA else ("float32",):
         loaded = load_model(checkpoint, "auto", dtype)
 
-        def measure(pictures, loaded=loaded, dtype=dtype) -> dict:
+        def measure(images, loaded=loaded, dtype=dtype) -> dict:
             model = PromptableModel(*loaded)
             with tempfile.TemporaryDirectory() as folder:
                 journal = Journal(Path(folder), "benchmark", {})
-                records, _, seconds = evaluate(
-                    model, pictures, work, journal, batch_size=8, num_workers=4 if CUDA else 2
-                )
+                records, _, seconds = evaluate(model, images, work, journal, batch_size=8, num_workers=4 if CUDA else 2)
             return {
-                "part": "evaluation", "protocol": "box/single", "dtype": dtype, "pictures": len(pictures),
-                "instances_per_picture": len(records) / len(pictures), "pictures_per_second": len(pictures) / seconds,
+                "part": "evaluation", "protocol": "box/single", "dtype": dtype, "pictures": len(images),
+                "instances_per_picture": len(records) / len(images), "pictures_per_second": len(images) / seconds,
                 "seconds_total": seconds, "seconds_model": sum(model.seconds.values()),
             }  # fmt: skip
 

@@ -50,14 +50,14 @@ BYTES_PER_SECOND = 3.35e12
 def everything_rows(checkpoint: str) -> Iterator[dict]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with quiet_transformers(), torch.inference_mode():
-        picture = Image.open(EXAMPLES / "coffee.jpg").resize((1024, 683), Image.Resampling.LANCZOS)
+        image = Image.open(EXAMPLES / "coffee.jpg").resize((1024, 683), Image.Resampling.LANCZOS)
         for kept, thresholds in THRESHOLDS.items():
-            yield from _pipelines(checkpoint, picture, kept, thresholds)
+            yield from _pipelines(checkpoint, image, kept, thresholds)
         if CUDA:
-            yield from _memory(checkpoint, picture)
+            yield from _memory(checkpoint, image)
         yield from _folder(checkpoint)
-        yield from _single_prompts(checkpoint, picture)
-        yield from _stages(checkpoint, picture)
+        yield from _single_prompts(checkpoint, image)
+        yield from _stages(checkpoint, image)
 
 
 def _median_ms(function: Callable, repeats: int, warmup: int = 2) -> float:
@@ -76,13 +76,13 @@ def _synchronize():
         torch.cuda.synchronize()
 
 
-def _pipelines(checkpoint: str, picture: Image.Image, kept: str, thresholds: dict) -> Iterator[dict]:
+def _pipelines(checkpoint: str, image: Image.Image, kept: str, thresholds: dict) -> Iterator[dict]:
     settings = {**thresholds, "points_per_crop": POINTS_PER_SIDE}
     stock = pipeline("mask-generation", model=checkpoint, device=DEVICE, dtype=torch.float32)
     points_per_batch = 64 if CUDA else 8
 
     def run_stock():
-        return stock(picture, output_rle_mask=True, points_per_batch=points_per_batch, **settings)
+        return stock(image, output_rle_mask=True, points_per_batch=points_per_batch, **settings)
 
     stock_ms = _median_ms(run_stock, repeats=3 if CUDA else 1, warmup=1)
     expected = run_stock()
@@ -101,11 +101,11 @@ def _pipelines(checkpoint: str, picture: Image.Image, kept: str, thresholds: dic
                 "fast-mask-generation", model=checkpoint, device=DEVICE, dtype=dtype, cuda_graphs=cuda_graphs
             )
             start = time.perf_counter()
-            result = task(picture, output_rle_mask=True, **settings)
+            result = task(image, output_rle_mask=True, **settings)
             first_ms = 1e3 * (time.perf_counter() - start)
 
             def run(task=task):
-                return task(picture, output_rle_mask=True, output_masks=False, **settings)
+                return task(image, output_rle_mask=True, output_masks=False, **settings)
 
             milliseconds = _median_ms(run, repeats=(20 if cuda_graphs else 5) if CUDA else 1)
             yield {
@@ -123,7 +123,7 @@ def _why_not_triton(generator: MaskGenerator) -> dict[str, str | None]:
         ),
         "attention of the decoder": generator.decoder.why_not_triton["attention"],
         "end of the decoder": generator.decoder.why_not_triton["head"],
-        "masks at the picture's size": upscaled_masks.why_not_triton(torch.empty(0, device=DEVICE)),
+        "masks at the image's size": upscaled_masks.why_not_triton(torch.empty(0, device=DEVICE)),
     }
 
 
@@ -141,7 +141,7 @@ def _agreement(expected, found) -> dict:
     return {"matched_at_0.95": (best >= 0.95).float().mean().item(), "lowest_iou": best.min().item()}
 
 
-def _memory(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
+def _memory(checkpoint: str, image: Image.Image) -> Iterator[dict]:
     settings = {**THRESHOLDS["many masks"], "points_per_crop": POINTS_PER_SIDE}
     for dtype in ("float32", "bfloat16"):
         results = {}
@@ -152,8 +152,8 @@ def _memory(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
             before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
             model, processor = load_model(checkpoint, DEVICE, dtype)
             generator = MaskGenerator(model, processor, max_memory_mb=megabytes)
-            results[megabytes] = generator(picture, **settings)
-            milliseconds = _median_ms(lambda g=generator: g(picture, **settings), repeats=5)
+            results[megabytes] = generator(image, **settings)
+            milliseconds = _median_ms(lambda g=generator: g(image, **settings), repeats=5)
             yield {
                 "part": "everything", "what": "memory", "dtype": dtype, "max_memory_mb": megabytes,
                 "peak_allocated_mb": (torch.cuda.max_memory_allocated() - before[0]) / 2**20,
@@ -180,7 +180,7 @@ def _folder(checkpoint: str) -> Iterator[dict]:
             jobs.append(Job(path, path.with_suffix(".json")))
 
         def write(segmented):
-            write_masks(segmented.job.output, "coco", segmented.picture, segmented.job.path.name, segmented.result)
+            write_masks(segmented.job.output, "coco", segmented.image, segmented.job.path.name, segmented.result)
             return len(segmented.result)
 
         def skip(error, path):
@@ -197,8 +197,8 @@ def _folder(checkpoint: str) -> Iterator[dict]:
     }  # fmt: skip
 
 
-def _single_prompts(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
-    """One prompt on an encoded picture, logits and scores on the device."""
+def _single_prompts(checkpoint: str, image: Image.Image) -> Iterator[dict]:
+    """One prompt on an encoded image, logits and scores on the device."""
     prompts = {"point": {"points_xy": [[(500.0, 300.0)]]}, "box": {"boxes_xyxy": [(300.0, 200.0, 700.0, 600.0)]}}
     repeats = 100 if CUDA else 3
     for dtype in ("bfloat16", "float32") if CUDA else ("float32",):
@@ -206,7 +206,7 @@ def _single_prompts(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
         point = torch.tensor([[[[500.0, 300.0]]]], device=DEVICE)
         box = torch.tensor([[[300.0, 200.0, 700.0, 600.0]]], device=DEVICE)
         predictors = {
-            cuda_graphs: Predictor(model, processor, output="torch", cuda_graphs=cuda_graphs).set_image(picture)
+            cuda_graphs: Predictor(model, processor, output="torch", cuda_graphs=cuda_graphs).set_image(image)
             for cuda_graphs in ((True, False) if CUDA else (False,))
         }
         side = model.config.prompt_encoder_config.image_embedding_size
@@ -228,8 +228,8 @@ def _single_prompts(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
                     yield {**row, "prompt": name, "way": "the graph alone", "ms": _median_ms(graph.replay, repeats)}
 
 
-def _stages(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
-    """Where the time of one picture goes; each stage is waited for, so that their sum is more than the whole."""
+def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
+    """Where the time of one image goes; each stage is waited for, so that their sum is more than the whole."""
     for dtype in (torch.bfloat16, torch.float32) if CUDA else (torch.float32,):
         model, processor = load_model(checkpoint, DEVICE, dtype)
         generator = MaskGenerator(model, processor)
@@ -237,7 +237,7 @@ def _stages(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
         decoder = generator.decoder
         counts = defaultdict(int)
         places = {
-            "picture to tensor": (mask_generation, "picture_tensor"),
+            "image to tensor": (mask_generation, "image_tensor"),
             "preprocess": (inference, "preprocess"),
             "encode": (generator.encoder, "encode"),
             "decode": (decoder, "transform"),
@@ -253,7 +253,7 @@ def _stages(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
             return compute(tokens, image_tokens, shape, kept, *others)
 
         def run(generator=generator, settings=settings):
-            return generator(picture, **settings)
+            return generator(image, **settings)
 
         with mock.patch.object(decoder, "_masks", counted):
             counts["kept"] = len(run())
@@ -266,7 +266,7 @@ def _stages(checkpoint: str, picture: Image.Image) -> Iterator[dict]:
                 times[name].append(1e3 * seconds)
         milliseconds = {name: statistics.median(values) for name, values in times.items()}
         milliseconds["NMS"] -= milliseconds["outlines and run lengths"]  # which are called from there
-        floors = _floors(model, picture, counts, dtype) if CUDA else {}
+        floors = _floors(model, image, counts, dtype) if CUDA else {}
         row = {"part": "everything", "what": "stage", "dtype": str(dtype).removeprefix("torch.")}
         for name in places:
             yield {**row, "stage": name, "ms": milliseconds[name], "floor_ms": floors.get(name)}
@@ -288,7 +288,7 @@ def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
             return result
 
         if isinstance(function, GraphedFunction):
-            call.empty = function.empty  # which pictures are written to
+            call.empty = function.empty  # which images are written to
         return call
 
     patches = [
@@ -304,10 +304,10 @@ def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
             patch.stop()
 
 
-def _floors(model, picture: Image.Image, counts: dict, dtype: torch.dtype) -> dict[str, float]:
+def _floors(model, image: Image.Image, counts: dict, dtype: torch.dtype) -> dict[str, float]:
     """ms of each stage by arithmetic, for the published shape: N image tokens of 256 channels, 56 rows of attention."""
     tokens, channels, rows, points = 64 * 64, 256, 56, POINTS_PER_SIDE**2
-    size, pixels = dtype.itemsize, picture.width * picture.height
+    size, pixels = dtype.itemsize, image.width * image.height
     image_tokens = tokens * channels * size
 
     def floor(flops: float, num_bytes: float) -> float:

@@ -6,7 +6,7 @@
 
 Parts of `samlight benchmark`: "encoder": the image encoder, plain in every attn_implementation, compiled and optimized;
 "peers": transformers' SAM, SAM 2 and EdgeTAM, and the backbones of light SAMs; "decoder": by the number of prompts;
-"prompt": from a picture to a mask; "resolution": full attention against dilated; "attention": every backend, forward and
+"prompt": from an image to a mask; "resolution": full attention against dilated; "attention": every backend, forward and
 backward; "training": a step; "equality": what is fast against what is plain; "projection": ways to bring q, k and v into
 the layout in which dilation is free; "linear": the encoder's linear layers by every kernel; "profile": the encoder's
 kernels. Of its own: "everything", everything mode and single prompts; with --dataset, "evaluation", the box protocol of

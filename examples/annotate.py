@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator
-from samlight_hf.data import PictureDataset, SkipReason, SkipReport, load_dataset
+from samlight_hf.data import ImageDataset, SkipReason, SkipReport, load_dataset
 from samlight_hf.data.annotations import text_rle
 from samlight_hf.data.sa1b import add_sample
 from samlight_hf.images.preprocessing import check_size
@@ -35,7 +35,7 @@ SAME = 0.8  # IoU from which two masks are one
 def main():
     make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", help="a folder of pictures, one with images/ and masks/, or tars in SA-1B's layout")
+    parser.add_argument("images", help="a folder of images, one with images/ and masks/, or tars in SA-1B's layout")
     parser.add_argument("--out", type=Path, required=True, help="the tar that is written")
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="auto")
@@ -43,10 +43,10 @@ def main():
     parser.add_argument("--points-per-side", type=int, default=32)
     parser.add_argument("--pred-iou-thresh", type=float, default=0.5)
     parser.add_argument("--stability-score-thresh", type=float, default=0.75)
-    parser.add_argument("--min-area", type=int, default=64, help="pixels of the picture")
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many pictures")
+    parser.add_argument("--min-area", type=int, default=64, help="pixels of the image")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
     args = parser.parse_args()
-    dataset = load_dataset(args.pictures, limit=args.limit, require_masks=False)
+    dataset = load_dataset(args.images, limit=args.limit, require_masks=False)
     settings = MaskGenerationSettings(
         args.points_per_side,
         pred_iou_thresh=args.pred_iou_thresh,
@@ -55,7 +55,7 @@ def main():
     generator = MaskGenerator(*load_model(args.model, device=args.device, dtype=args.dtype))
     report = SkipReport()
     report.merge(dataset.index_report)
-    samples = tqdm(annotated(dataset, generator, settings, args.min_area, report), total=len(dataset), unit="picture")
+    samples = tqdm(annotated(dataset, generator, settings, args.min_area, report), total=len(dataset), unit="image")
     num_new = 0
 
     def write(path: Path):
@@ -65,15 +65,15 @@ def main():
                 num_new += len(new)
                 annotations = [{**each, "id": number} for number, each in enumerate(given + new, start=1)]
                 name = f"{args.out.stem}_{index + 1}"  # tars beside each other must not share a name
-                suffix, picture = _picture(dataset.picture_bytes(index), sample.image)
-                add_sample(tar, name, suffix, picture, sample.width, sample.height, annotations)
+                suffix, image = _image(dataset.image_bytes(index), sample.image)
+                add_sample(tar, name, suffix, image, sample.width, sample.height, annotations)
 
     with samples:  # or an error would be told behind the progress bar, on the same line
         atomic_write(args.out, write)
     print(f"{args.out}: {num_new} new masks. {report.summary()}")
 
 
-def annotated(dataset: PictureDataset, generator: MaskGenerator, settings, min_area: int, report: SkipReport):
+def annotated(dataset: ImageDataset, generator: MaskGenerator, settings, min_area: int, report: SkipReport):
     """Yields index, sample, the annotations that it has and those of new masks; what is skipped is added to `report`."""
     for index in range(len(dataset)):
         sample, skipped = dataset.load(index)
@@ -84,7 +84,7 @@ def annotated(dataset: PictureDataset, generator: MaskGenerator, settings, min_a
         try:
             check_size(generator.image_processor, *size[::-1])
         except ValueError:
-            report.add_picture(SkipReason.TOO_THIN, sample.id)
+            report.add_image(SkipReason.TOO_THIN, sample.id)
             continue
         result = generator(sample.image, settings)
         found = coco_document(sample.id, size, result[result.masks.areas >= min_area])["annotations"]
@@ -98,7 +98,7 @@ def annotated(dataset: PictureDataset, generator: MaskGenerator, settings, min_a
         yield index, sample, given, _none_of([annotation["segmentation"] for annotation in given], found)
 
 
-def _picture(file: bytes, image: Image.Image) -> tuple[str, bytes]:
+def _image(file: bytes, image: Image.Image) -> tuple[str, bytes]:
     """A file as it is, where tars of SA-1B may hold its kind, and its suffix; otherwise a PNG of the same pixels."""
     with Image.open(io.BytesIO(file)) as opened:
         if opened.format in SUFFIXES and opened.size == image.size:

@@ -1,4 +1,4 @@
-"""Masks of one picture in Python: for a box and two clicks on it, and of everything in it.
+"""Masks of one image in Python: for a box and two clicks on it, and of everything in it.
 
 python examples/segment.py
 """
@@ -16,7 +16,7 @@ photograph = str(ROOT / "examples" / "images" / "coffee.jpg")
 model = AutoModelForMaskGeneration.from_pretrained(checkpoint).eval()
 processor = AutoProcessor.from_pretrained(checkpoint)
 
-# The picture is encoded once. Prompts are in pixels of the picture: here a box, and then the box with two clicks on it.
+# The image is encoded once. Prompts are in pixels of the image: here a box, and then the box with two clicks on it.
 predictor = Predictor(model, processor).set_image(photograph)
 box = [(310, 215, 400, 330)]
 first = predictor.predict(boxes_xyxy=box, multimask_output=False)

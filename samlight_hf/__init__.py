@@ -12,7 +12,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import old_names as _old_names  # noqa: F401  registers them
 from .engine.optimize import optimize
-from .images.reading import PictureError
+from .images.reading import ImageError
 from .inference.encoded_image import EncodedImage
 from .inference.mask_generation import MaskGenerationSettings, MaskGenerator
 from .inference.pipelines import TASK, FastMaskGenerationPipeline
@@ -49,9 +49,9 @@ __all__ = [
     "EncodedImage",
     "FastMaskGenerationPipeline",
     "GeneratedMasks",
+    "ImageError",
     "MaskGenerationSettings",
     "MaskGenerator",
-    "PictureError",
     "Prediction",
     "Predictor",
     "SamLighteningConfig",

@@ -42,7 +42,7 @@ def load_model(
     """The model, in eval mode on `device`, and its processor.
 
     `path_or_repo` is a folder or a Hub name ("org/name"), of one of `model_types`: by default a SAM-Lightening or an original
-    SAM, whose processors keep a picture's aspect. Only safetensors are read, never pickles. `device` is torch's name of one, or "auto": CUDA if there is one, otherwise the CPU.
+    SAM, whose processors keep an image's aspect. Only safetensors are read, never pickles. `device` is torch's name of one, or "auto": CUDA if there is one, otherwise the CPU.
 
     Raises:
         CheckpointError: for missing, unexpected, mismatched, unreadable, NaN or infinite weights, another kind of model,

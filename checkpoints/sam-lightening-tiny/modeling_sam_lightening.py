@@ -38,7 +38,7 @@ SAM_PARTS = ("prompt_encoder_config", "mask_decoder_config")  # of the config: t
 
 
 def make_processor(config: SamVisionConfig) -> SamProcessor:
-    """SAM's own preprocessing for an image encoder of this size: the longest side of a picture becomes `image_size`."""
+    """SAM's own preprocessing for an image encoder of this size: the longest side of an image becomes `image_size`."""
     image_size, mask_size = config.image_size, 4 * (config.image_size // config.patch_size)
     # An original SAM keeps transformers' own class, so that its folder needs no code of ours.
     original = config.model_type == SamVisionConfig.model_type
@@ -167,7 +167,7 @@ class SamLighteningPreTrainedModel(SamPreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
         """As in transformers, and the folder is complete: weights, config, this code, and a processor.
 
-        A processor that is there already is kept, if it makes pictures of this model's size.
+        A processor that is there already is kept, if it makes images of this model's size.
         """
         if auto_map := type(self).__dict__.get("_auto_map"):  # what a subclass is loaded by is up to the subclass
             self.config.auto_map = dict(auto_map)
@@ -231,8 +231,8 @@ class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
     """SAM with the SAM-Lightening image encoder; inputs and outputs are those of [`SamModel`].
 
     Takes `pixel_values` (B, 3, S, S) or `image_embeddings` (B, 256, S/16, S/16), where S = `image_size`, with points, boxes
-    and masks in the frame of the resized picture, as [`SamProcessor`] makes them. Returns `pred_masks`
-    (B, prompts, masks, S/4, S/4), logits that `processor.post_process_masks` brings to the picture's size, and
+    and masks in the frame of the resized image, as [`SamProcessor`] makes them. Returns `pred_masks`
+    (B, prompts, masks, S/4, S/4), logits that `processor.post_process_masks` brings to the image's size, and
     `iou_scores` (B, prompts, masks).
 
     `attn_implementation` chooses how attention is computed, not what it computes: "dilated_flash_attention" (default, the

@@ -52,7 +52,7 @@ def report_of(model) -> dict:
 def time_encoder(
     build: Callable[[], nn.Module], mode: str, batch_size: int, image_size: int, dtype: torch.dtype, settings: Settings
 ) -> dict:
-    """A row's measurements of the module that `build` makes, on pictures (B, 3, S, S), from a device with nothing on it."""
+    """A row's measurements of the module that `build` makes, on images (B, 3, S, S), from a device with nothing on it."""
     try:
         with peak_memory(settings.device) as memory:
             encoder = build()
@@ -75,7 +75,7 @@ def time_encoder(
 def encoder_row(
     row: dict, build: Callable[[], nn.Module], image_size: int, dtype: torch.dtype, settings: Settings, gflop: float
 ) -> dict:
-    """`row`, which says `mode` and `batch_size`, with time, memory and arithmetic; `gflop` are those of one picture."""
+    """`row`, which says `mode` and `batch_size`, with time, memory and arithmetic; `gflop` are those of one image."""
 
     def measure() -> dict:
         timing = time_encoder(build, row["mode"], row["batch_size"], image_size, dtype, settings)
@@ -117,7 +117,7 @@ def fused_encoder(config: SamLighteningConfig, settings: Settings) -> FastVision
 
 
 def encoder_gflop(config: SamLighteningConfig) -> float:
-    """10^9 operations of our image encoder for one picture: with `"sdpa"`, whose operations torch can count."""
+    """10^9 operations of our image encoder for one image: with `"sdpa"`, whose operations torch can count."""
     size = config.vision_config.image_size
     encoder = plain_encoder(config, Settings(torch.device("meta"), dtype=torch.float32), "sdpa")
     return count_gflop(encoder, torch.empty(1, 3, size, size, device="meta"))
@@ -167,7 +167,7 @@ def resolution_patterns(image_size: int, patch_size: int) -> dict[str, dict]:
 
 
 def resolution_rows(settings: Settings) -> Iterator[dict]:
-    """Ours, one picture at a time, by the picture's size and by the pattern of all its layers."""
+    """Ours, one image at a time, by the image's size and by the pattern of all its layers."""
     given = settings.config.to_dict()["vision_config"]
     derived = ("image_size", "segment_length", "dilation_rate", "model_type")
     shape = {name: value for name, value in given.items() if name not in derived}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, SamImageProcessor
 
 from ..evaluation.metrics.mask_iou import iou
 from ..images.preprocessing import preprocess, resized_size
-from ..inference.predictor import picture_tensor
+from ..inference.predictor import image_tensor
 from ..loading import load_model
 from ..masks.upscaling import upscale_logits
 from .encoders import EAGER, OPTIMIZED, optimized, report_of
@@ -110,10 +110,10 @@ def _optimize(settings: Settings):
 
 @torch.inference_mode()
 def _predict_all(path: Path, models: dict[str, PreTrainedModel], image_processor: SamImageProcessor) -> dict:
-    picture = picture_tensor(path)
-    size, device = tuple(picture.shape[-2:]), models[EAGER].device
+    image = image_tensor(path)
+    size, device = tuple(image.shape[-2:]), models[EAGER].device
     resized = resized_size(*size, image_processor.size["longest_edge"])
-    pixel_values = preprocess(image_processor, [picture], torch.device("cpu")).to(device)
+    pixel_values = preprocess(image_processor, [image], torch.device("cpu")).to(device)
     places = (torch.arange(POINTS_PER_SIDE, device=device) + 0.5) / POINTS_PER_SIDE
     points = torch.stack([(places * resized[1]).repeat(POINTS_PER_SIDE), (places * resized[0]).repeat_interleave(POINTS_PER_SIDE)], dim=-1)  # fmt: skip
     padded = image_processor.pad_size["height"], image_processor.pad_size["width"]

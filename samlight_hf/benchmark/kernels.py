@@ -16,7 +16,7 @@ REPEATS = 10
 
 
 def profile_rows(settings: Settings) -> Iterator[dict]:
-    """Of one picture and of eight: each kernel with its `launches` and `us` in one call, the longest first.
+    """Of one image and of eight: each kernel with its `launches` and `us` in one call, the longest first.
 
     Time counts from the end of the kernel before, if that is later than the kernel's own start: some start early, and wait.
     """

@@ -1,4 +1,4 @@
-"""Mask decoders by the number of prompts, and the whole way from a picture to a mask: time and memory."""
+"""Mask decoders by the number of prompts, and the whole way from an image to a mask: time and memory."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,7 +34,7 @@ COMPILED_PROMPT_COUNTS = (1, 64)  # each takes a while to compile
 
 
 def decoder_rows(settings: Settings) -> Iterator[dict]:
-    """One point a prompt on one encoded picture, three masks each, logits and scores out.
+    """One point a prompt on one encoded image, three masks each, logits and scores out.
 
     `gflop` are those of the model's own decoder, of which the fast ones need half.
     """
@@ -84,7 +84,7 @@ def _time_decoder(mode: str, num_prompts: int, gflop: float, settings: Settings)
 
 
 def decoder_gflop(config: SamLighteningConfig, num_prompts: int) -> float:
-    """10^9 operations of the mask decoder for so many prompts of one point on one picture."""
+    """10^9 operations of the mask decoder for so many prompts of one point on one image."""
     meta, side = torch.device("meta"), config.prompt_encoder_config.image_embedding_size
     channels = config.vision_config.output_channels
     decoder = Settings(meta, config=config, dtype=torch.float32).make_model().mask_decoder
@@ -93,18 +93,18 @@ def decoder_gflop(config: SamLighteningConfig, num_prompts: int) -> float:
     return count_gflop(decoder, image, image, torch.empty(1, num_prompts, 2, channels, device=meta), image)
 
 
-def picture_to_mask(
-    model: nn.Module, image_processor: SamImageProcessor, picture: torch.Tensor, point_xy: tuple[float, float]
+def image_to_mask(
+    model: nn.Module, image_processor: SamImageProcessor, image: torch.Tensor, point_xy: tuple[float, float]
 ) -> torch.Tensor:
-    """One picture, uint8 (3, H, W), and one point in its pixels, to the best mask by predicted IoU, bool (H, W).
+    """One image, uint8 (3, H, W), and one point in its pixels, to the best mask by predicted IoU, bool (H, W).
 
     Nothing waits for the device. `model` is called as any SAM of transformers.
     """
-    size, padded = tuple(picture.shape[-2:]), image_processor.pad_size
+    size, padded = tuple(image.shape[-2:]), image_processor.pad_size
     resized = resized_size(*size, image_processor.size["longest_edge"])
     point = [point_xy[0] * resized[1] / size[1], point_xy[1] * resized[0] / size[0]]
-    points = torch.tensor([[[point]]]).to(picture.device, non_blocking=True)
-    pixel_values = preprocess(image_processor, [picture], picture.device, model.dtype)
+    points = torch.tensor([[[point]]]).to(image.device, non_blocking=True)
+    pixel_values = preprocess(image_processor, [image], image.device, model.dtype)
     outputs = model(pixel_values=pixel_values, input_points=points)
     best = outputs.iou_scores[0, 0].argmax(dim=0, keepdim=True)
     logits = outputs.pred_masks[0, 0].index_select(0, best)
@@ -113,18 +113,18 @@ def picture_to_mask(
 
 
 def prompt_rows(settings: Settings) -> Iterator[dict]:
-    """A picture on the device, as decoded, and one point to a mask at the picture's size; and the steps at both ends.
+    """An image on the device, as decoded, and one point to a mask at the image's size; and the steps at both ends.
 
     `ms` is between events on the device, `wall_clock_ms` from the call to the moment when the device is done.
     """
     compiled = (COMPILED,) if settings.compile else ()
     graphs = (PREDICTOR_GRAPHS,) if settings.on_cuda else ()
     for mode in (EAGER, *compiled, PREDICTOR, *graphs, OPTIMIZED):
-        for size in settings.picture_sizes:
+        for size in settings.image_sizes:
             row = _prompt_row(mode, size, settings)
             yield attempt(row, lambda m=mode, s=size: _time_prompt(m, s, settings))
-    for size in settings.picture_sizes:
-        for step, make in {"preprocessing": _preprocessing, "mask at the picture's size": _upscaling}.items():
+    for size in settings.image_sizes:
+        for step, make in {"preprocessing": _preprocessing, "mask at the image's size": _upscaling}.items():
             row = {**_prompt_row(EAGER, size, settings), "step": step}
             yield attempt(row, lambda m=make, s=size: _times(m(s, settings), settings))
 
@@ -136,7 +136,7 @@ def _prompt_row(mode: str, size: tuple[int, int], settings: Settings) -> dict:
     }  # fmt: skip
 
 
-def _picture(size: tuple[int, int], settings: Settings) -> torch.Tensor:
+def _image(size: tuple[int, int], settings: Settings) -> torch.Tensor:
     generator = torch.Generator(settings.device).manual_seed(0)
     return torch.randint(0, 256, (3, *size), device=settings.device, generator=generator, dtype=torch.uint8)
 
@@ -159,21 +159,21 @@ def _time_prompt(mode: str, size: tuple[int, int], settings: Settings) -> dict:
 
 
 def prompt_call(mode: str, size: tuple[int, int], settings: Settings) -> tuple[Callable[[], torch.Tensor], nn.Module]:
-    """What goes from a picture and a point to a mask in that mode, and the model that it calls."""
+    """What goes from an image and a point to a mask in that mode, and the model that it calls."""
     model = settings.make_model()
     image_processor = make_processor(settings.config.vision_config).image_processor
-    picture, point = _picture(size, settings), (size[1] / 3, size[0] / 2)
+    image, point = _image(size, settings), (size[1] / 3, size[0] / 2)
     if mode == OPTIMIZED:
         model = optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(1,))
     if mode == COMPILED:
         model.vision_encoder.compile(dynamic=False)
         model.mask_decoder.compile(dynamic=False)
     if mode not in (PREDICTOR, PREDICTOR_GRAPHS):
-        return lambda: picture_to_mask(model, image_processor, picture, point), model
+        return lambda: image_to_mask(model, image_processor, image, point), model
     predictor = Predictor(model, image_processor, output="torch", cuda_graphs=mode == PREDICTOR_GRAPHS)
 
     def predict() -> torch.Tensor:
-        prediction = predictor.set_image(picture).predict(points_xy=[[point]], full_size=False)
+        prediction = predictor.set_image(image).predict(points_xy=[[point]], full_size=False)
         best = prediction.scores[0].argmax(dim=0, keepdim=True)
         return predictor.to_masks(prediction.logits[0].index_select(0, best))[0]
 
@@ -199,8 +199,8 @@ def serving_memory(call: Callable[[], object], settings: Settings, before: int) 
 
 def _preprocessing(size: tuple[int, int], settings: Settings) -> Callable[[], torch.Tensor]:
     image_processor = make_processor(settings.config.vision_config).image_processor
-    picture = _picture(size, settings)
-    return lambda: preprocess(image_processor, [picture], settings.device, settings.dtype)
+    image = _image(size, settings)
+    return lambda: preprocess(image_processor, [image], settings.device, settings.dtype)
 
 
 def _upscaling(size: tuple[int, int], settings: Settings) -> Callable[[], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Other image encoders at the same picture size, random weights: transformers' SAMs, and backbones that light SAMs use.
+"""Other image encoders at the same image size, random weights: transformers' SAMs, and backbones that light SAMs use.
 
 timm is optional; without it, its rows say so. Convolutional backbones are measured in channels_last too, and with their
 branches merged for inference: each peer at its best.
@@ -82,7 +82,7 @@ def _rows(row: dict, build: Callable[[], nn.Module], settings: Settings, modes: 
 
 
 def _gflop(build: Callable[[], nn.Module], device: str = "cpu") -> float:
-    """Of one picture; built where it must be, because some modules read numbers from tensors while they are built."""
+    """Of one image; built where it must be, because some modules read numbers from tensors while they are built."""
     with building(torch.device(device), torch.float32):
         return count_gflop(build().eval(), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 

@@ -63,12 +63,12 @@ def _times_vit_h(dtype: str, attention: str) -> Callable[[Rows], float | None]:
 
 
 def _prompt_ms(rows: Rows) -> float | None:
-    """The slowest picture size, in the way that is the fastest at its slowest; of whole ways, not of steps."""
+    """The slowest image size, in the way that is the fastest at its slowest; of whole ways, not of steps."""
     return _least(_slowest_prompt(rows).values())
 
 
 def _prompt_memory(rows: Rows) -> float | None:
-    """In the way that `_prompt_ms` takes, so that one way meets both; for the smallest picture."""
+    """In the way that `_prompt_ms` takes, so that one way meets both; for the smallest image."""
     slowest = _slowest_prompt(rows)
     if not slowest:
         return None
@@ -115,8 +115,8 @@ TARGETS = (
     Target("SAM ViT-H, sdpa, bfloat16: times as long", 90, "x", False, _times_vit_h("bfloat16", "sdpa")),
     Target("SAM ViT-H, eager, float32: times as long", 400, "x", False, _times_vit_h("float32", "eager")),
     Target("encoder, best batch", 3000, "images/s", False, lambda rows: _most(_found(rows, "images_per_second", part="encoder"))),
-    Target("picture in to mask of one point", 1.0, "ms", True, _prompt_ms),
-    Target("memory, one picture (1024 px) and one prompt", 120, "MB", True, _prompt_memory),
+    Target("image in to mask of one point", 1.0, "ms", True, _prompt_ms),
+    Target("memory, one image (1024 px) and one prompt", 120, "MB", True, _prompt_memory),
     Target("4096 px: full attention against w=4096, r=4", 7, "x", False, _resolution_gain),
     Target("4096 px: dilation's overhead over the same groups", 5, "%", True, _dilation_overhead),
     Target("attention, backward against forward", 3.5, "x", True, _backward),
@@ -198,7 +198,7 @@ def plot_resolution(rows: Rows, path: Path, device: str) -> bool:
         floors = sorted({(r["image_size"], r["floor_ms"]) for r in measured if r["pattern"] == pattern})
         if floors:
             axes.plot(*zip(*floors), ":", color=color, label=f"{pattern}, floor by arithmetic")
-    axes.set(xscale="log", yscale="log", xlabel="side of the picture [px]", ylabel="time of the encoder, batch 1 [ms]")
+    axes.set(xscale="log", yscale="log", xlabel="side of the image [px]", ylabel="time of the encoder, batch 1 [ms]")
     axes.set_xticks(sorted({row["image_size"] for row in measured}))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -19,7 +19,7 @@ class Settings:
         dtype: of our model and of the peers' rows in half precision; bfloat16 on CUDA, float32 elsewhere.
         config: of our model, with random weights where only time counts.
         checkpoint, images: folders of weights and photographs, for what must be measured on real ones.
-        resolutions: sides of square pictures in pixels, for the part "resolution".
+        resolutions: sides of square images in pixels, for the part "resolution".
         compile: rows under torch.compile too, which take most of the time.
         compile_peers: SAM ViT-H and ViT-L under torch.compile too, beside ViT-B.
     """
@@ -28,7 +28,7 @@ class Settings:
     batch_sizes: tuple[int, ...] | None = None
     prompt_counts: tuple[int, ...] | None = None
     resolutions: tuple[int, ...] | None = None
-    picture_sizes: tuple[tuple[int, int], ...] | None = None  # (height, width)
+    image_sizes: tuple[tuple[int, int], ...] | None = None  # (height, width)
     training_batch_size: int | None = None
     compile: bool | None = None
     compile_peers: bool = False
@@ -43,7 +43,7 @@ class Settings:
             "batch_sizes": (1, 8, 32) if on_cuda else (1,),
             "prompt_counts": (1, 16, 64, 256) if on_cuda else (1, 16),
             "resolutions": (1024, 2048, 4096) if on_cuda else (256, 512),
-            "picture_sizes": ((683, 1024), (2000, 3000)) if on_cuda else ((683, 1024),),
+            "image_sizes": ((683, 1024), (2000, 3000)) if on_cuda else ((683, 1024),),
             "training_batch_size": 16 if on_cuda else 1,
             "compile": on_cuda,
             "dtype": torch.bfloat16 if on_cuda else torch.float32,

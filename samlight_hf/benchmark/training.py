@@ -13,7 +13,7 @@ from .settings import Settings
 def training_rows(settings: Settings) -> Iterator[dict]:
     """Weights in float32, autocast to the benchmark's dtype, mean squared error to random features, fused AdamW.
 
-    Without activation checkpointing. Pictures and features are on the device already.
+    Without activation checkpointing. Images and features are on the device already.
     """
     gflop = 3 * encoder_gflop(settings.config)  # backward: gradients of inputs and of weights
     for mode in (EAGER, COMPILED) if settings.compile else (EAGER,):

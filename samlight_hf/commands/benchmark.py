@@ -20,7 +20,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser, names: Sequence[str
     parser.add_argument("--plot", type=Path, metavar="PNG", help="time against resolution (beside --out)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     sizes = parser.add_argument_group("sizes; by default fewer on a CPU")
-    sizes.add_argument("--batch-sizes", type=_positive, nargs="+", metavar="N", help="pictures at once (1 8 32)")
+    sizes.add_argument("--batch-sizes", type=_positive, nargs="+", metavar="N", help="images at once (1 8 32)")
     sizes.add_argument("--prompt-counts", type=_positive, nargs="+", metavar="N", help="(1 16 64 256)")
     sizes.add_argument("--resolutions", type=_positive, nargs="+", metavar="PX", help="(1024 2048 4096)")
     sizes.add_argument("--training-batch-size", type=_positive, metavar="N", help="(16)")

@@ -36,13 +36,13 @@ class Command(NamedTuple):
 COMMANDS = (
     Command(
         "segment",
-        "draw the masks of pictures: of everything, or for boxes and points",
+        "draw the masks of images: of everything, or for boxes and points",
         segment_command.add_segment_arguments,
         segment_command.run_segment,
     ),
     Command(
         "demo",
-        "segment the example pictures with the bundled checkpoint (from a clone of the repository)",
+        "segment the example images with the bundled checkpoint (from a clone of the repository)",
         demo.add_demo_arguments,
         demo.run_demo,
     ),

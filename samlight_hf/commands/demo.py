@@ -25,8 +25,8 @@ def add_demo_arguments(parser: argparse.ArgumentParser):
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Boxes, points and everything on each example picture: a row of three on the contact sheet."""
-    from ..images.preprocessing import picture_tensor
+    """Boxes, points and everything on each example image: a row of three on the contact sheet."""
+    from ..images.preprocessing import image_tensor
     from ..images.reading import open_image
     from ..inference.crops import MaskGenerationSettings
     from ..inference.mask_generation import MaskGenerator
@@ -35,8 +35,8 @@ def run_demo(args: argparse.Namespace) -> int:
     prompts_file = EXAMPLE_IMAGES.parent / "prompts.json"
     if not prompts_file.is_file():
         raise argparse.ArgumentTypeError(
-            f"the example pictures are not here ({EXAMPLE_IMAGES}). Run the demo from a clone of the repository, or "
-            "use samlight segment on pictures of your own."
+            f"the example images are not here ({EXAMPLE_IMAGES}). Run the demo from a clone of the repository, or "
+            "use samlight segment on images of your own."
         )
     model_path = model_path_of(args.model)
     make_folder(args.out)
@@ -48,18 +48,18 @@ def run_demo(args: argparse.Namespace) -> int:
     )
     summary = Summary(args.out, columns=3)
     for name, prompts in progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
-        picture = open_image(EXAMPLE_IMAGES / name)
+        image = open_image(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
         start = time.perf_counter()
-        image = predictor.encode(picture)
-        results = [("boxes", predict_prompts(predictor, boxes, image=image), boxes, [])]
-        results.append(("points", predict_prompts(predictor, points_xy=points, image=image), [], points))
-        everything = generator.generate(picture_tensor(picture), settings, image=image)
+        encoded = predictor.encode(image)
+        results = [("boxes", predict_prompts(predictor, boxes, image=encoded), boxes, [])]
+        results.append(("points", predict_prompts(predictor, points_xy=points, image=encoded), [], points))
+        everything = generator.generate(image_tensor(image), settings, encoded=encoded)
         results.append(("everything", everything, [], []))
-        seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the picture, and all decoding
+        seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the image, and all decoding
         for kind, result, shown_boxes, shown_points in results:
             output = args.out / f"{Path(name).stem}_{kind}.png"
             prompt = describe_prompts(shown_boxes, shown_points)
-            panel = write_result(output, "overlay", picture, name, prompt, result, shown_boxes, shown_points)
-            summary.add(Row(name, picture.size, prompt, len(result), seconds, output), panel)
+            panel = write_result(output, "overlay", image, name, prompt, result, shown_boxes, shown_points)
+            summary.add(Row(name, image.size, prompt, len(result), seconds, output), panel)
     return summary.finish()

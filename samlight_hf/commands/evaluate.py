@@ -15,7 +15,7 @@ from .options import not_empty, parse_fraction
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from ..data import PictureDataset
+    from ..data import ImageDataset
     from ..evaluation.models import PromptableModel
     from ..evaluation.protocols import ProtocolSettings
     from ..evaluation.report import ModelResult
@@ -29,14 +29,12 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
         "--model", action="append", required=True, type=not_empty, metavar="DIR",
         help="checkpoint's folder or Hub name; may be repeated, and the first is what the others are compared with",
     )  # fmt: skip
-    data = parser.add_argument_group(
-        "data: SA-1B tars, a COCO-shaped JSON with its pictures, or a folder of mask files"
-    )
+    data = parser.add_argument_group("data: SA-1B tars, a COCO-shaped JSON with its images, or a folder of mask files")
     data.add_argument(
         "--dataset", metavar="PATH", help="tar file, folder or pattern of SA-1B's layout, or a folder with images/ and masks/"
     )  # fmt: skip
     data.add_argument("--annotations", metavar="JSON", help="annotations of COCO, LVIS, or of the same shape")
-    data.add_argument("--images", metavar="DIR", help="folder of the annotated pictures")
+    data.add_argument("--images", metavar="DIR", help="folder of the annotated images")
     data.add_argument(
         "--ignore-label", default="auto", metavar="N",
         help="label of mask files that is void; auto: 255 beside labels from 1 to 126 alone; none: no label (%(default)s)",
@@ -44,8 +42,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     data.add_argument(
         "--binary-masks", action="store_true", help="mask files are one object each, from half the brightness on"
     )
-    data.add_argument("--limit", type=int, metavar="N", help="the first N pictures")
-    data.add_argument("--max-instances", type=int, metavar="N", help="the first N instances of each picture")
+    data.add_argument("--limit", type=int, metavar="N", help="the first N images")
+    data.add_argument("--max-instances", type=int, metavar="N", help="the first N instances of each image")
     data.add_argument("--include-crowd", action="store_true", help="crowd instances too, which are left out otherwise")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument(
@@ -71,7 +69,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     protocol.add_argument("--teacher", metavar="DIR", help="how close each model is to this one")
     run = parser.add_argument_group("run; several GPUs: accelerate launch examples/evaluate.py ...")
     run.add_argument("--out", type=Path, default=Path("outputs/evaluate"), help="report folder (%(default)s)")
-    run.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures encoded at once (%(default)s)")
+    run.add_argument("--batch-size", type=int, default=4, metavar="N", help="images encoded at once (%(default)s)")
     run.add_argument("--num-workers", type=int, default=4, metavar="N", help="processes that read ahead (%(default)s)")
     run.add_argument("--worst", type=int, default=20, metavar="N", help="worst cases to draw (%(default)s)")
     run.add_argument("--no-plots", action="store_true", help="no plots and no worst cases")
@@ -145,7 +143,7 @@ def _tell_report(results: "list[ModelResult]", drawers: list[Callable], args: ar
     print(f"Report: {page}")
 
 
-def _open_dataset(args: argparse.Namespace) -> "PictureDataset":
+def _open_dataset(args: argparse.Namespace) -> "ImageDataset":
     from ..data import MaskFolderDataset, load_dataset
     from ..data.label_maps import MaskReading, parse_ignore_label
 
@@ -168,7 +166,7 @@ def _open_dataset(args: argparse.Namespace) -> "PictureDataset":
 
 
 def _evaluate_model(
-    path: str, name: str, dataset: "PictureDataset", digest: str, works: list, args: argparse.Namespace, state
+    path: str, name: str, dataset: "ImageDataset", digest: str, works: list, args: argparse.Namespace, state
 ) -> "tuple[ModelResult, Callable]":
     from ..data import MaskFolderDataset, SkipReport
     from ..evaluation.evaluator import Journal, evaluate
@@ -182,7 +180,7 @@ def _evaluate_model(
     }  # fmt: skip
     if isinstance(dataset, MaskFolderDataset):
         common["mask_reading"] = dataset.reading.to_dict()
-    records, extra, skipped, seconds, pictures = [], {}, SkipReport(), 0.0, {}
+    records, extra, skipped, seconds, images = [], {}, SkipReport(), 0.0, {}
     for kind, work, its_settings, _, summarize in works:
         journal = Journal(args.out / "journal", f"{slug(name)}.{kind}", {**common, **its_settings})
         found, skipped, its_seconds = evaluate(
@@ -193,7 +191,7 @@ def _evaluate_model(
             extra |= summarize(found)
         else:
             records = found
-            pictures = {r["picture"]: index for index, line in journal.done.items() for r in line["records"]}
+            images = {r["picture"]: index for index, line in journal.done.items() for r in line["records"]}
     result = ModelResult(
         {
             "model": name,
@@ -206,11 +204,11 @@ def _evaluate_model(
             "dtype": args.dtype,
             "versions": _versions(),
             "skipped": {
-                **{f"picture, {reason}": s.count for reason, s in skipped.pictures.items()},
+                **{f"image, {reason}": s.count for reason, s in skipped.images.items()},
                 **{f"instance, {reason}": s.count for reason, s in skipped.instances.items()},
                 **{f"part of an instance, {reason}": s.count for reason, s in skipped.parts.items()},
             },
-            "num_pictures": dataset.num_pictures - skipped.num_pictures,
+            "num_pictures": dataset.num_images - skipped.num_images,
             "num_instances": len(records),
             "seconds": {"model": sum(model.seconds.values()), "total": seconds},
             "latency_ms": model.latency_ms(),
@@ -218,9 +216,9 @@ def _evaluate_model(
         },
         records,
     )
-    if skipped.too_many(dataset.num_pictures):
-        tell(f"samlight: warning: {skipped.summary(dataset.num_pictures)}", file=sys.stderr)
-    return result, lambda protocol: _drawer(model, dataset, pictures, protocol)
+    if skipped.too_many(dataset.num_images):
+        tell(f"samlight: warning: {skipped.summary(dataset.num_images)}", file=sys.stderr)
+    return result, lambda protocol: _drawer(model, dataset, images, protocol)
 
 
 def _works(dataset, settings, args, state) -> "list[tuple[str, EvaluationTask, dict, list[str], Callable | None]]":
@@ -254,13 +252,13 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, EvaluationTask, d
         boxes = detection.DetectorBoxes(args.detections, dataset.ids)
         sentence = f"{'LVIS' if args.lvis else 'COCO'} mask AP: boxes of {args.detections}, one mask each"
         if boxes.num_other:
-            sentence += f"; {boxes.num_other} boxes of other pictures left out"
+            sentence += f"; {boxes.num_other} boxes of other images left out"
 
         detection.check_annotations(args.annotations, dataset.ids, args.lvis)
 
         def summarize(records):
             results = [result for record in records for result in record["predictions"]]
-            image_ids = [record["image_id"] for record in records]  # without pictures that could not be read
+            image_ids = [record["image_id"] for record in records]  # without images that could not be read
             return detection.average_precision(args.annotations, results, image_ids, args.lvis)
 
         about = {"detections": args.detections, "detections_content": content_digest(args.detections)}
@@ -268,7 +266,7 @@ def _works(dataset, settings, args, state) -> "list[tuple[str, EvaluationTask, d
     if args.teacher:
         teacher = _load(args.teacher, args, state)
         about = {"teacher": teacher.fingerprint(), "max_instances": args.max_instances}
-        sentence = f"fidelity: image embeddings, layers and masks against {args.teacher}, same pictures and prompts"
+        sentence = f"fidelity: image embeddings, layers and masks against {args.teacher}, same images and prompts"
         works.append(("fidelity", Fidelity(teacher, args.max_instances), about, [sentence], summarize_fidelity))
     return works
 
@@ -301,9 +299,7 @@ def _load(path: str, args: argparse.Namespace, state) -> "PromptableModel":
     return PromptableModel(*load_model(path, device, args.dtype, tuple(SUPPORTED)))
 
 
-def _drawer(
-    model: "PromptableModel", dataset: "PictureDataset", pictures: Mapping[str, int], protocol: str
-) -> Callable:
+def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[str, int], protocol: str) -> Callable:
     """For `worst_cases`: predicts a record's instance again, by "box/..." or "1 click/..."."""
     import torch
 
@@ -312,7 +308,7 @@ def _drawer(
     from ..evaluation.protocols import box_xyxy
 
     def draw_inputs(record):
-        sample = dataset[pictures[record["picture"]]]
+        sample = dataset[images[record["picture"]]]
         instance = next(i for i in sample.instances if i.id == record["instance"])
         target = instance.mask()
         (encoded,) = model.encode([sample.image])

@@ -78,7 +78,7 @@ def parse_numbers(text: str, count: int, form: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) != count:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, {count} numbers in pixels of the picture.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, {count} numbers in pixels of the image.")
     return values
 
 

@@ -42,7 +42,9 @@ def add_publish_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--retries", type=parse_not_negative, default=4, metavar="N", help="after failures that may pass (%(default)s)"
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="to verify on (a bundled photograph)")
+    parser.add_argument(
+        "--image", "--picture", dest="image", type=Path, metavar="FILE", help="to verify on (a bundled photograph)"
+    )
     parser.add_argument("--card", type=Path, metavar="FILE", help="a model card of your own")
     _add_fact_arguments(parser)
 
@@ -98,12 +100,12 @@ def run_publish(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="samlight-publish-") as place:
         folder = Path(place) / "folder"
         files = build_folder(args.folder, folder, card, args.max_shard_size)
-        report = verify_folder(folder, args.picture)
+        report = verify_folder(folder, args.image)
         for file in files:
             print(f"{file.stat().st_size:>14,}  {file.name}")
         print(f"{report.num_bytes:>14,}  bytes in {len(files)} files")
         print(
-            f"Verified on {report.picture} in {report.seconds:.0f} s: without this package, transformers computes the same "
+            f"Verified on {report.image} in {report.seconds:.0f} s: without this package, transformers computes the same "
             f"{len(report.outputs)} outputs bit by bit."
         )
         if args.dry_run:

@@ -70,7 +70,7 @@ class ResultFolder:
 
         Args:
             images: below `root`, or anywhere where that is None.
-            root: the folder asked for, absolute; see `pictures.common_folder`.
+            root: the folder asked for, absolute; see `images.common_folder`.
             ending: such as "_masks.png".
 
         Raises:

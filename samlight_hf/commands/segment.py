@@ -1,6 +1,6 @@
-"""`samlight segment` and `samlight demo`: masks of pictures as files, a contact sheet, and a table.
+"""`samlight segment` and `samlight demo`: masks of images as files, a contact sheet, and a table.
 
-What reads pictures and runs models is imported inside the functions that need it.
+What reads images and runs models is imported inside the functions that need it.
 """
 
 import argparse
@@ -56,14 +56,14 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         nargs="+",
         type=not_empty,
         metavar="PATH",
-        help="pictures, folders of pictures, or patterns like '*.jpg'",
+        help="images, folders of images, or patterns like '*.jpg'",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/segment"), help=f"folder of results (%(default)s): {RULE}"
     )
     parser.add_argument(
         "--box", type=parse_box, action="append", default=[], metavar="X1,Y1,X2,Y2",
-        help="segment what is in this box, in pixels of the picture; may be repeated",
+        help="segment what is in this box, in pixels of the image; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--point", type=parse_point, action="append", default=[], metavar="X,Y",
@@ -71,12 +71,12 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=FORMATS, default="overlay",
-        help="overlay: a PNG of the picture under its masks; png: a folder with a PNG for each mask; coco: JSON with run "
+        help="overlay: a PNG of the image under its masks; png: a folder with a PNG for each mask; coco: JSON with run "
         "lengths, which pycocotools reads; npz: numpy arrays (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="leave pictures alone whose results are in --out already")
+    parser.add_argument("--resume", action="store_true", help="leave images alone whose results are in --out already")
     parser.add_argument(
-        "--batch-size", type=parse_positive, default=4, metavar="N", help="pictures encoded together (%(default)s)"
+        "--batch-size", type=parse_positive, default=4, metavar="N", help="images encoded together (%(default)s)"
     )
     everything = parser.add_argument_group("everything mode, without --box and --point")
     everything.add_argument(
@@ -96,7 +96,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
     everything.add_argument(
         "--min-area", type=parse_positive, default=1, metavar="PIXELS", help="of a mask (%(default)s)"
     )
-    everything.add_argument("--max-masks", type=parse_positive, metavar="N", help="keep the N best of a picture (all)")
+    everything.add_argument("--max-masks", type=parse_positive, metavar="N", help="keep the N best of an image (all)")
     everything.add_argument(
         "--max-memory-mb", type=parse_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
     )
@@ -104,31 +104,31 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
 
 
 def run_segment(args: argparse.Namespace) -> int:
-    """Every picture that can be read is segmented; the others are named on stderr. 1 if there was none, 130 on Ctrl-C."""
+    """Every image that can be read is segmented; the others are named on stderr. 1 if there was none, 130 on Ctrl-C."""
     from ..images.formats import describe_left_out
-    from ..images.reading import common_folder, find_pictures
+    from ..images.reading import common_folder, find_images
 
     model_path = model_path_of(args.model)
     make_folder(args.out)
     for path in map(Path, args.paths):
         if path.is_dir() and path.resolve() == args.out.resolve():
-            raise argparse.ArgumentTypeError(f"--out {args.out} is the folder of the pictures. Choose another one.")
+            raise argparse.ArgumentTypeError(f"--out {args.out} is the folder of the images. Choose another one.")
     left_out: Counter[str] = Counter()
-    pictures, problems = find_pictures(args.paths, exclude=args.out, left_out=left_out)
+    images, problems = find_images(args.paths, exclude=args.out, left_out=left_out)
     summary = Summary(args.out, skipped=len(problems))
     for problem in problems:
         report_skipped(problem)
-    if not pictures:
+    if not images:
         return 1
     if left_out:
         print(f"samlight: {describe_left_out(left_out)}", file=sys.stderr)
     root = common_folder(args.paths)
     settings = _settings(args, model_path)
-    _, to_do = _plan(args, pictures, root, settings)
-    summary.already = len(pictures) - len(to_do)
+    _, to_do = _plan(args, images, root, settings)
+    summary.already = len(images) - len(to_do)
     if to_do:
         model, processor = load_from_options(model_path, args)
-        results, to_do = _plan(args, pictures, root, settings)  # again: another run may have begun here meanwhile
+        results, to_do = _plan(args, images, root, settings)  # again: another run may have begun here meanwhile
         if args.format == "overlay":
             summary.sheet = results.sheet(summary.sheet.name, args.paths)
         replaced = {place for place in to_do if results.is_replaced(place)}
@@ -138,7 +138,7 @@ def run_segment(args: argparse.Namespace) -> int:
             _run_jobs(to_do, model, processor, args, model_path, summary, results, replaced)
         except KeyboardInterrupt:
             print(
-                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(pictures)} pictures are done. The same "
+                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(images)} images are done. The same "
                 "command with --resume goes on from there.",
                 file=sys.stderr,
             )
@@ -147,7 +147,7 @@ def run_segment(args: argparse.Namespace) -> int:
 
 
 def _plan(
-    args: argparse.Namespace, pictures: Sequence[Path], root: Path | None, settings: dict
+    args: argparse.Namespace, images: Sequence[Path], root: Path | None, settings: dict
 ) -> tuple[ResultFolder, list[Place]]:
     """The folder of results as it is now, and the images that are still to be segmented."""
     from ..masks.files import ENDINGS
@@ -155,7 +155,7 @@ def _plan(
     results = ResultFolder(args.out)
     if args.resume:
         results.check_settings(settings)
-    places = results.places(pictures, root, ENDINGS[args.format])
+    places = results.places(images, root, ENDINGS[args.format])
     resumes = args.resume and results.settings == settings
     return results, [place for place in places if not (resumes and results.is_done(place))]
 
@@ -174,14 +174,12 @@ def _run_jobs(
     place_of = {place.output: place for place in places}
 
     def write(segmented: Segmented) -> "tuple[Row, Panel | None]":
-        job, result, picture = segmented.job, segmented.result, segmented.picture
+        job, result, image = segmented.job, segmented.result, segmented.image
         with_panel = args.format == "overlay" and job.output in shown
-        panel = write_result(
-            job.output, args.format, picture, job.name, prompt, result, args.box, args.point, with_panel
-        )
+        panel = write_result(job.output, args.format, image, job.name, prompt, result, args.box, args.point, with_panel)
         with telling_where(results.note, ends_the_run=True):
             results.finish(place_of[job.output])
-        return Row(str(job.path), picture.size, prompt, len(result), segmented.seconds, job.output), panel
+        return Row(str(job.path), image.size, prompt, len(result), segmented.seconds, job.output), panel
 
     def skip(error: BaseException, path: Path):
         report_skipped(error, path)

@@ -1,4 +1,4 @@
-"""Many pictures through one model: the next ones are read, and the last ones written, while one is segmented."""
+"""Many images through one model: the next ones are read, and the last ones written, while one is segmented."""
 
 import os
 import time
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images.preprocessing import check_size, picture_tensor
+from ..images.preprocessing import check_size, image_tensor
 from ..images.reading import open_image, read_ahead
 from ..inference.crops import MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
@@ -24,13 +24,13 @@ from ..masks.results import GeneratedMasks, MaskResult
 from .summary import DiskError
 
 
-NUM_READERS = 3  # with their waiting pictures, enough for the next batch while one is segmented
+NUM_READERS = 3  # with their waiting images, enough for the next batch while one is segmented
 NUM_WRITERS = max(2, min(6, (os.cpu_count() or 1) // 2))  # drawing and compressing take longer than segmenting
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture, where its masks go, and its name in results."""
+    """An image, where its masks go, and its name in results."""
 
     path: Path
     output: Path
@@ -39,16 +39,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Segmented:
-    """A picture with its masks; `seconds` are those of the model."""
+    """An image with its masks; `seconds` are those of the model."""
 
     job: Job
-    picture: Image.Image
+    image: Image.Image
     result: GeneratedMasks | MaskResult
     seconds: float
 
 
 class EverythingSegmenter:
-    """Masks of everything in pictures: of at least `min_area` pixels, and of these the `max_masks` best."""
+    """Masks of everything in images: of at least `min_area` pixels, and of these the `max_masks` best."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class EverythingSegmenter:
         self.generator, self.settings = generator, settings
         self.min_area, self.max_masks = min_area, max_masks
 
-    def check(self, picture: Image.Image):
-        check_size(self.generator.image_processor, picture.height, picture.width)
+    def check(self, image: Image.Image):
+        check_size(self.generator.image_processor, image.height, image.width)
 
-    def prepare(self, picture: Image.Image) -> torch.Tensor:
+    def prepare(self, image: Image.Image) -> torch.Tensor:
         """What the readers do beforehand."""
-        return picture_tensor(picture)
+        return image_tensor(image)
 
     def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[GeneratedMasks]:
-        step = self.generator.budget.pictures_per_encoding
+        step = self.generator.budget.images_per_encoding
         for start in range(0, len(tensors), step):
             part = tensors[start : start + step]
             for tensor, image in zip(part, self.generator.encoder(part)):
@@ -77,18 +77,18 @@ class EverythingSegmenter:
 
 
 class PromptSegmenter:
-    """One mask for each of the same boxes and points in every picture."""
+    """One mask for each of the same boxes and points in every image."""
 
     def __init__(self, predictor: Predictor, boxes_xyxy: Sequence = (), points_xy: Sequence = ()):
         self.predictor, self.boxes_xyxy, self.points_xy = predictor, boxes_xyxy, points_xy
 
-    def check(self, picture: Image.Image):
-        clip_prompts(picture.size, self.boxes_xyxy, self.points_xy)  # those that lie outside are refused
-        check_size(self.predictor.image_processor, picture.height, picture.width)
+    def check(self, image: Image.Image):
+        clip_prompts(image.size, self.boxes_xyxy, self.points_xy)  # those that lie outside are refused
+        check_size(self.predictor.image_processor, image.height, image.width)
 
-    def prepare(self, picture: Image.Image) -> torch.Tensor:
+    def prepare(self, image: Image.Image) -> torch.Tensor:
         """What the readers do beforehand."""
-        return picture_tensor(picture)
+        return image_tensor(image)
 
     def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[MaskResult]:
         for image in self.predictor.encode(list(tensors)):
@@ -132,9 +132,9 @@ class Run:
 
     def _read(self, job: Job) -> tuple[Job, Image.Image, torch.Tensor] | None:
         try:
-            picture = open_image(job.path)
-            self.segment.check(picture)
-            return job, picture, self.segment.prepare(picture)
+            image = open_image(job.path)
+            self.segment.check(image)
+            return job, image, self.segment.prepare(image)
         except Exception as error:
             self.skip(error, job.path)
             return None
@@ -149,7 +149,7 @@ class Run:
             return []
 
     def _segment(self, batch: list[tuple[Job, Image.Image, torch.Tensor]]) -> Iterator[Segmented]:
-        """A batch that fails is tried picture by picture: one of them may be too large, and the others not."""
+        """A batch that fails is tried image by image: one of them may be too large, and the others not."""
         if not batch:
             return
         done, start = 0, time.perf_counter()

@@ -27,7 +27,7 @@ _MAX_TABLE_ROWS = 60
 class Row:
     """One line of the table at the end."""
 
-    picture: str
+    image: str
     size: tuple[int, int]
     prompt: str
     num_masks: int
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass
 class Summary:
-    """What is told at the end. Of many pictures only the first ones are kept for the contact sheet and the table."""
+    """What is told at the end. Of many images only the first ones are kept for the contact sheet and the table."""
 
     folder: Path
     skipped: int = 0
@@ -59,7 +59,7 @@ class Summary:
     def finish(self) -> int:
         """Prints it, with the contact sheet's path, and returns the exit status."""
         if not self.rows and not self.already:
-            print(f"samlight: error: no picture could be segmented ({self.skipped} skipped).", file=sys.stderr)
+            print(f"samlight: error: no image could be segmented ({self.skipped} skipped).", file=sys.stderr)
             return 1
         if 0 < len(self.rows) <= _MAX_TABLE_ROWS:
             self._print_table()
@@ -74,18 +74,16 @@ class Summary:
         if self.seconds:
             masks = sum(row.num_masks for row in self.rows)
             rate = len(self.rows) / self.seconds
-            print(
-                f"{count(len(self.rows), 'picture')}, {count(masks, 'mask')}, {rate:.3g} pictures/s, in {self.folder}"
-            )
+            print(f"{count(len(self.rows), 'image')}, {count(masks, 'mask')}, {rate:.3g} images/s, in {self.folder}")
         if self.already:
-            print(f"{count(self.already, 'picture')} done before.")
+            print(f"{count(self.already, 'image')} done before.")
         return 0
 
     def _print_table(self):
-        table = [("picture", "size", "prompt", "masks", "seconds", "output")]
+        table = [("image", "size", "prompt", "masks", "seconds", "output")]
         for row in self.rows:
             size = f"{row.size[0]}x{row.size[1]}"
-            table.append((row.picture, size, row.prompt, str(row.num_masks), f"{row.seconds:.2f}", str(row.output)))
+            table.append((row.image, size, row.prompt, str(row.num_masks), f"{row.seconds:.2f}", str(row.output)))
         print(text_table(table, flush_right=(3, 4)))
 
     def _save_contact_sheet(self):
@@ -132,7 +130,7 @@ _PANEL_SIZE = 480, 360
 def write_result(
     output: Path,
     file_format: str,
-    picture: "Image.Image",
+    image: "Image.Image",
     name: str,
     prompt: str,
     result,
@@ -140,16 +138,16 @@ def write_result(
     points,
     panel: bool = True,
 ) -> "Panel | None":
-    """Writes the masks of one picture, and returns its panel of the contact sheet."""
+    """Writes the masks of one image, and returns its panel of the contact sheet."""
     from ..masks.drawing import Panel, draw_overlay
     from ..masks.files import write_masks
 
     with telling_where(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_masks(output, file_format, picture, name, result, boxes, points)
+        write_masks(output, file_format, image, name, result, boxes, points)
     if not panel:
         return None
-    small = draw_overlay(picture, result, boxes, points, max_size=_PANEL_SIZE)
+    small = draw_overlay(image, result, boxes, points, max_size=_PANEL_SIZE)
     return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
 
 
@@ -159,24 +157,24 @@ def progress(items: Iterable, total: int | None = None) -> Iterable:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, total=total, unit="picture", leave=False)
+    return tqdm(items, total=total, unit="image", leave=False)
 
 
 def point_progress(num_points: int, name: str):
-    """A bar for one picture; on a CPU it is some hundredths of a second a point."""
+    """A bar for one image; on a CPU it is some hundredths of a second a point."""
     from tqdm import tqdm
 
     return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)
 
 
-def report_skipped(error: BaseException, picture: Path | None = None):
+def report_skipped(error: BaseException, image: Path | None = None):
     message = one_line(error)
     if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug of ours
         message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
         if os.environ.get("SAMLIGHT_DEBUG"):
             traceback.print_exception(error)
-    if picture is not None and not message.startswith(str(picture)):
-        message = f"{picture}: {message}"
+    if image is not None and not message.startswith(str(image)):
+        message = f"{image}: {message}"
     print(f"samlight: skipped {message}", file=sys.stderr)
 
 

@@ -14,7 +14,7 @@ def average_models(models: Sequence[PreTrainedModel], shares: Sequence[float] | 
     """The first of the models, with the weighted mean of all their weights: float32 sums, each weight in its own dtype.
 
     Models that were trained apart from a common beginning, on other data, for other lengths or with another seed, often average to
-    one that is better than each of them on pictures they have not seen, at the cost of one ("model soups", arXiv 2203.05482).
+    one that is better than each of them on images they have not seen, at the cost of one ("model soups", arXiv 2203.05482).
     From different beginnings the average is worthless: measure it.
 
     `shares` are relative to each other; by default all are the same.

@@ -77,7 +77,7 @@ def create_student(
 
 
 def student_config(teacher: PreTrainedModel | SamDecoder, preset: str = "tiny", **vision_config) -> SamLighteningConfig:
-    """The shape of a student: width, depth and heads of the preset; picture, patch, embedding and decoder of the teacher.
+    """The shape of a student: width, depth and heads of the preset; image, patch, embedding and decoder of the teacher.
 
     Keyword arguments go to the vision config and win. The layers alternate between bands and the whole image, as published:
     a band is an eighth of the image's rows (8 rows of 64, w=512 of N=4096), or where 8 does not divide the rows, the
@@ -140,9 +140,9 @@ def initialize_positions(model: PreTrainedModel):
 
 
 def change_image_size(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """A copy for pictures of another size: the same weights, with the absolute positions interpolated (bicubic).
+    """A copy for images of another size: the same weights, with the absolute positions interpolated (bicubic).
 
-    The model still has to be trained on that size: its tokens see another part of the picture. `segment_length`s keep their
+    The model still has to be trained on that size: its tokens see another part of the image. `segment_length`s keep their
     share of the image.
 
     Raises:

@@ -1,13 +1,13 @@
-"""Pictures with instance masks, all read as the same `Sample`, and training examples made from them.
+"""Images with instance masks, all read as the same `Sample`, and training examples made from them.
 
-Sources are SA-1B tars, COCO, LVIS and any COCO-shaped JSON, folders of pictures with or without masks, and synthetic
+Sources are SA-1B tars, COCO, LVIS and any COCO-shaped JSON, folders of images with or without masks, and synthetic
 scenes. Nothing bad is dropped in silence: what cannot be used is counted by reason in a `SkipReport`.
 """
 
 from importlib import import_module
 
 from .coco import CocoDataset
-from .dataset import PictureDataset
+from .dataset import ImageDataset
 from .folders import ImageFolderDataset, MaskFolderDataset
 from .loading import load_dataset
 from .prompts import PromptSampling
@@ -20,10 +20,10 @@ __all__ = [
     "Augmentation",
     "CocoDataset",
     "Cutouts",
+    "ImageDataset",
     "ImageFolderDataset",
     "Instance",
     "MaskFolderDataset",
-    "PictureDataset",
     "PromptSampling",
     "Sa1bDataset",
     "Sample",

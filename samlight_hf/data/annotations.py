@@ -1,4 +1,4 @@
-"""Annotations of one picture, as COCO and SA-1B write them in JSON, to instances with checked masks."""
+"""Annotations of one image, as COCO and SA-1B write them in JSON, to instances with checked masks."""
 
 import math
 from collections.abc import Container
@@ -12,7 +12,7 @@ from .samples import Instance, SampleError, SkipReason, SkipReport
 def parse_instances(
     annotations: list, sample_id: str, width: int, height: int, report: SkipReport
 ) -> tuple[Instance, ...]:
-    """The usable instances of a picture of `width` x `height` pixels; what is left out is added to `report`."""
+    """The usable instances of an image of `width` x `height` pixels; what is left out is added to `report`."""
     instances, seen = [], set()
     for position, annotation in enumerate(annotations):
         where = f"{sample_id}, annotation {annotation_id(annotation, default=f'number {position}')}"
@@ -171,7 +171,7 @@ def run_lengths(counts: str | bytes) -> np.ndarray:
     ends = np.flatnonzero((codes & 32) == 0) + 1
     starts = np.concatenate(([0], ends[:-1]))
     num_groups = ends - starts
-    if num_groups.max() > 7:  # 35 bits: more than any run of a picture, and no overflow below
+    if num_groups.max() > 7:  # 35 bits: more than any run of an image, and no overflow below
         raise SampleError(SkipReason.MALFORMED_RLE)
     group = np.arange(len(codes)) - np.repeat(starts, num_groups)
     runs = np.add.reduceat((codes & 31) << (5 * group), starts)
@@ -211,7 +211,7 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
 
 
 def _polygons_to_rle(polygons: list[list], width: int, height: int) -> dict:
-    """The union of the polygons `[[x, y, x, y, ...], ...]`, in pixels of the picture."""
+    """The union of the polygons `[[x, y, x, y, ...], ...]`, in pixels of the image."""
     from pycocotools import mask as coco_mask
 
     for polygon in polygons:

@@ -1,6 +1,6 @@
-"""From a picture to SAM's square frame: crop, resize, flip, colour; and the same for its masks.
+"""From an image to SAM's square frame: crop, resize, flip, colour; and the same for its masks.
 
-The frame of `image_size` pixels has the picture at its upper left, zeros at right and bottom. Masks are in the same frame
+The frame of `image_size` pixels has the image at its upper left, zeros at right and bottom. Masks are in the same frame
 in cells of `image_size / mask_size` pixels.
 """
 
@@ -17,15 +17,15 @@ from .lazy import LazySample, decode_columns
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a picture is varied. By default it is not: the longest side becomes `image_size`, as in SAM.
+    """How an image is varied. By default it is not: the longest side becomes `image_size`, as in SAM.
 
     Attributes:
-        scale: lowest and highest zoom, drawn evenly on a logarithmic scale. Above 1, a part of the picture as much
-            smaller, of the picture's own shape and anywhere in it, fills the frame. Below 1, the whole picture is as
+        scale: lowest and highest zoom, drawn evenly on a logarithmic scale. Above 1, a part of the image as much
+            smaller, of the image's own shape and anywhere in it, fills the frame. Below 1, the whole image is as
             much smaller than the frame.
         stretch: largest factor by which one side is scaled more than the other, drawn evenly on a logarithmic scale; either
             of them may be.
-        flip: whether half of the pictures are mirrored left to right.
+        flip: whether half of the images are mirrored left to right.
         brightness, contrast, saturation: each is multiplied by a factor drawn from 1 - x to 1 + x.
     """
 
@@ -44,7 +44,7 @@ class Augmentation:
         check_strengths(self, "brightness", "contrast", "saturation")
 
     def view(self, generator: np.random.Generator, width: int, height: int, image_size: int) -> "View":
-        """Where a picture of `width` x `height` pixels goes."""
+        """Where an image of `width` x `height` pixels goes."""
         zoom = np.exp(generator.uniform(*np.log(self.scale)))
         flip = bool(generator.integers(2)) and self.flip
         corner = generator.random(2)
@@ -101,11 +101,11 @@ def draw_colours(
 
 @dataclass(frozen=True)
 class View:
-    """The part of a picture that is seen, and where it lies in the frame.
+    """The part of an image that is seen, and where it lies in the frame.
 
     Attributes:
-        width, height: of the picture.
-        crop: (left, top, right, bottom), pixels of the picture, right and bottom exclusive.
+        width, height: of the image.
+        crop: (left, top, right, bottom), pixels of the image, right and bottom exclusive.
         size: (width, height) of what is seen, pixels of the frame.
         flip: mirrored left to right after cropping.
         image_size: side of the frame.
@@ -119,15 +119,15 @@ class View:
     image_size: int
 
     def pixels(self, sample: LazySample, colours: Colours | None = None) -> np.ndarray:
-        """What is seen of the picture with changed colours, uint8 (3, height, width) of `size`.
+        """What is seen of the image with changed colours, uint8 (3, height, width) of `size`.
 
         Colours are changed and pixels mirrored where there are fewer of them, before or after resizing.
 
         Raises:
-            SampleError: for a damaged picture.
+            SampleError: for a damaged image.
         """
         left, top, right, bottom = self.crop
-        # So large must the whole picture be for the crop not to be enlarged.
+        # So large must the whole image be for the crop not to be enlarged.
         enough = (
             max(1, self.width * self.size[0] // (right - left)),
             max(1, self.height * self.size[1] // (bottom - top)),

@@ -6,7 +6,7 @@ import numpy as np
 def deepest_point(mask: np.ndarray) -> tuple[tuple[int, int], float]:
     """The pixel (x, y) of a bool (H, W) mask that lies deepest in it, and its depth in pixels; ((0, 0), 0.0) if it is empty.
 
-    The depth is the Euclidean distance to the nearest pixel outside the mask, where all pixels around the picture are
+    The depth is the Euclidean distance to the nearest pixel outside the mask, where all pixels around the image are
     outside. Among equals the first in raster order.
     """
     from scipy.ndimage import distance_transform_edt

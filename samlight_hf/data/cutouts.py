@@ -1,4 +1,4 @@
-"""Cut-out objects, pasted onto pictures: objects with exact masks for pictures with none."""
+"""Cut-out objects, pasted onto images: objects with exact masks for images with none."""
 
 import hashlib
 import io
@@ -29,8 +29,8 @@ CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Pasted:
-    """An object that was pasted onto a picture: `pixels`, uint8 0 or 1 (rows, columns), tight around what of it lies in
-    the picture, at `left`, `top`, pixels of the frame; `share` of the whole object."""
+    """An object that was pasted onto an image: `pixels`, uint8 0 or 1 (rows, columns), tight around what of it lies in
+    the image, at `left`, `top`, pixels of the frame; `share` of the whole object."""
 
     pixels: np.ndarray
     left: int
@@ -50,14 +50,14 @@ class Pasted:
 
 
 class Cutouts:
-    """Objects with transparency around them, and how they are pasted onto pictures. Pickles; holds no open file.
+    """Objects with transparency around them, and how they are pasted onto images. Pickles; holds no open file.
 
-    Where alpha is 128 or more is the object's mask. Later objects lie over earlier ones and over the picture.
+    Where alpha is 128 or more is the object's mask. Later objects lie over earlier ones and over the image.
 
     Args:
         paths: tars or folders of RGBA PNG or WebP files, searched recursively, or one such path.
-        number: fewest and most objects pasted onto a picture.
-        scale: least and greatest longest side of an object, before it is turned, as a share of the picture's longest side.
+        number: fewest and most objects pasted onto an image.
+        scale: least and greatest longest side of an object, before it is turned, as a share of the image's longest side.
         flip: whether half of them are mirrored.
         max_rotation_degrees: to either side.
         brightness, contrast, saturation: as in `Augmentation`.
@@ -148,9 +148,9 @@ class Cutouts:
         try:
             with open(self._files[file], "rb") as stream:
                 stream.seek(offset)
-                picture = Image.open(io.BytesIO(stream.read(size)))
-            if picture.has_transparency_data:
-                return planes(picture.convert("RGBA"))
+                image = Image.open(io.BytesIO(stream.read(size)))
+            if image.has_transparency_data:
+                return planes(image.convert("RGBA"))
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything on damaged files
@@ -158,7 +158,7 @@ class Cutouts:
         raise SampleError(SkipReason.BROKEN_CUTOUT, f"{self._files[file]}, cut-out {index}")
 
     def paste(self, pixels: np.ndarray, generator: np.random.Generator) -> list[Pasted]:
-        """Pastes objects onto uint8 (3, H, W), in place. In the order of pasting, those with a pixel in the picture.
+        """Pastes objects onto uint8 (3, H, W), in place. In the order of pasting, those with a pixel in the image.
 
         Raises:
             SampleError: for an object that cannot be used. Whether it is drawn depends on the generator alone.
@@ -192,7 +192,7 @@ class Cutouts:
         tight = seen[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         share = 1.0
         if (x_end - x, y_end - y) != turned:
-            # As many pixels as the object had, were all of it in the picture.
+            # As many pixels as the object had, were all of it in the image.
             whole = np.count_nonzero(cutout[3] >= MIN_ALPHA) * size[0] * size[1] / cutout[3].size
             share = min(1.0, np.count_nonzero(tight) / max(1.0, whole))
         return Pasted(tight, int(x + columns[0]), int(y + rows[0]), share)

@@ -1,4 +1,4 @@
-"""Random access to pictures with annotations: what all readers share."""
+"""Random access to images with annotations: what all readers share."""
 
 import io
 from abc import ABC, abstractmethod
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from .image_cache import ImageCache
 
 
-class PictureDataset(ABC):
+class ImageDataset(ABC):
     """Random access to samples. Instances hold an index and no open file: they pickle, and threads and forks may share one.
 
     What cannot be used shows up in two places: `index_report` has what was found while indexing, and `load(i)` returns
-    a report for the picture that it reads. Adding up the first and each of the others once counts everything once,
+    a report for the image that it reads. Adding up the first and each of the others once counts everything once,
     however many processes share the work.
 
     Attributes:
-        index_report: pictures and instances that were left out when the index was made.
-        has_masks: False where no picture has instances.
+        index_report: images and instances that were left out when the index was made.
+        has_masks: False where no image has instances.
     """
 
     index_report: SkipReport
@@ -34,23 +34,23 @@ class PictureDataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of indexed pictures; reading may still find some of them bad."""
+        """The number of indexed images; reading may still find some of them bad."""
 
     @property
-    def num_pictures(self) -> int:
-        """All pictures, with those that were skipped while indexing: the `total` of `SkipReport.too_many`."""
-        return len(self) + self.index_report.num_pictures
+    def num_images(self) -> int:
+        """All images, with those that were skipped while indexing: the `total` of `SkipReport.too_many`."""
+        return len(self) + self.index_report.num_images
 
     @abstractmethod
     def load(self, index: int) -> tuple[Sample | None, SkipReport]:
-        """The sample, or None where the picture cannot be used, and what was skipped on the way. The same at each call."""
+        """The sample, or None where the image cannot be used, and what was skipped on the way. The same at each call."""
 
     @abstractmethod
     def open(self, index: int) -> LazySample:
-        """The same picture with nothing decoded and no annotation checked yet, for training, which needs few of them.
+        """The same image with nothing decoded and no annotation checked yet, for training, which needs few of them.
 
         Raises:
-            SampleError: for a picture or annotations that cannot be read.
+            SampleError: for an image or annotations that cannot be read.
         """
 
     @abstractmethod
@@ -58,19 +58,19 @@ class PictureDataset(ABC):
         """The id of the sample, without reading it."""
 
     def files(self) -> set:
-        """What is read, wherever it is named from: two datasets that share a file share pictures."""
+        """What is read, wherever it is named from: two datasets that share a file share images."""
         return set()
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample without its bad instances. Raises `SampleError` where the picture itself cannot be used."""
+        """The sample without its bad instances. Raises `SampleError` where the image itself cannot be used."""
         sample, report = self.load(index)
         if sample is None:
-            ((reason, skipped),) = report.pictures.items()
+            ((reason, skipped),) = report.images.items()
             raise SampleError(SkipReason(reason), skipped.examples[0])
         return sample
 
     def samples(self, report: SkipReport, indices: Iterable[int] | None = None) -> Iterator[Sample]:
-        """The usable samples in order, of all pictures or of `indices`; what is skipped is added to `report`.
+        """The usable samples in order, of all images or of `indices`; what is skipped is added to `report`.
 
         `index_report` is not added: each process that reads a part of the dataset would count it again.
         """
@@ -82,15 +82,15 @@ class PictureDataset(ABC):
 
     def _check_not_empty(self, source: str):
         if not len(self):
-            reasons = "; ".join(f"{s.count} x {reason}" for reason, s in self.index_report.pictures.items())
-            raise ValueError(f"{source}: no picture that can be used ({reasons or 'there are none'}).")
+            reasons = "; ".join(f"{s.count} x {reason}" for reason, s in self.index_report.images.items())
+            raise ValueError(f"{source}: no image that can be used ({reasons or 'there are none'}).")
 
 
-class FileDataset(PictureDataset):
-    """Pictures from files or parts of files, annotations as JSON has them.
+class FileDataset(ImageDataset):
+    """Images from files or parts of files, annotations as JSON has them.
 
     Attributes:
-        image_cache: where `open` finds and keeps decoded pictures; None for nowhere.
+        image_cache: where `open` finds and keeps decoded images; None for nowhere.
     """
 
     image_cache: "ImageCache | None" = None
@@ -101,10 +101,10 @@ class FileDataset(PictureDataset):
         annotations = []
         try:
             annotations, size = self._annotations(index)
-            image = decode_image(self.picture_bytes(index), size)
+            image = decode_image(self.image_bytes(index), size)
         except SampleError as error:
-            report.add_picture(error.reason, f"{sample_id} ({error.where})" if error.where else sample_id)
-            report.add_instances(SkipReason.PICTURE_SKIPPED, sample_id, len(annotations))
+            report.add_image(error.reason, f"{sample_id} ({error.where})" if error.where else sample_id)
+            report.add_instances(SkipReason.IMAGE_SKIPPED, sample_id, len(annotations))
             return None, report
         width, height = image.size
         instances = parse_instances(annotations, sample_id, width, height, report)
@@ -113,17 +113,17 @@ class FileDataset(PictureDataset):
     def open(self, index: int) -> LazySample:
         index = range(len(self))[index]
         annotations, size = self._annotations(index)
-        data = self.picture_bytes(index)
-        picture = open_stored_image(data, size) if self.image_cache is None else self.image_cache.pixels(data, size)
-        return LazySample(self.sample_id(index), picture, annotations)
+        data = self.image_bytes(index)
+        image = open_stored_image(data, size) if self.image_cache is None else self.image_cache.pixels(data, size)
+        return LazySample(self.sample_id(index), image, annotations)
 
     @abstractmethod
-    def picture_bytes(self, index: int) -> bytes:
-        """The picture's file. Raises `SampleError`."""
+    def image_bytes(self, index: int) -> bytes:
+        """The image's file. Raises `SampleError`."""
 
     @abstractmethod
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
-        """The annotations as JSON has them, and (width, height) of the picture if it is said. Raises `SampleError`.
+        """The annotations as JSON has them, and (width, height) of the image if it is said. Raises `SampleError`.
 
         A `SampleError` among the annotations stands for one that is left out, and is counted.
         """
@@ -136,33 +136,33 @@ def check_limit(limit: int | None):
 
 
 def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """A picture file as RGB, see `to_rgb`, pixels where they are stored: annotations are made in that frame.
+    """An image file as RGB, see `to_rgb`, pixels where they are stored: annotations are made in that frame.
 
-    `size` is the (width, height) of the annotations. Where it fits only the picture turned upright by its EXIF
+    `size` is the (width, height) of the annotations. Where it fits only the image turned upright by its EXIF
     orientation, the annotations were made on that, and that is returned.
 
     Raises:
-        SampleError: for a file that is no picture, damaged or truncated, or of another size.
+        SampleError: for a file that is no image, damaged or truncated, or of another size.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            image = to_rgb(picture, upright=bool(size and picture.size != size))
+        with Image.open(io.BytesIO(data)) as image:
+            rgb = to_rgb(image, upright=bool(size and image.size != size))
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError
-        raise SampleError(SkipReason.BROKEN_PICTURE) from error
-    if size and image.size != size:
-        raise SampleError(SkipReason.PICTURE_SIZE)
-    image.getexif().clear()  # or who segments it would turn it, away from its annotations
-    return image
+        raise SampleError(SkipReason.BROKEN_IMAGE) from error
+    if size and rgb.size != size:
+        raise SampleError(SkipReason.IMAGE_SIZE)
+    rgb.getexif().clear()  # or who segments it would turn it, away from its annotations
+    return rgb
 
 
 def open_stored_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """`decode_image` with the decoding left for later where that can be, and the mode as it is."""
     try:
-        picture = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
     except MemoryError:
         raise
-    except Exception as error:  # as in decode_picture
-        raise SampleError(SkipReason.BROKEN_PICTURE) from error
-    return picture if size in (None, picture.size) else decode_image(data, size)
+    except Exception as error:  # as in decode_image
+        raise SampleError(SkipReason.BROKEN_IMAGE) from error
+    return image if size in (None, image.size) else decode_image(data, size)

@@ -1,4 +1,4 @@
-"""One training example from one picture: a pure function of the picture and two random generators."""
+"""One training example from one image: a pure function of the image and two random generators."""
 
 from dataclasses import asdict, dataclass
 
@@ -40,7 +40,7 @@ class ExampleMaker:
         return cls(image_size, mask_size, augmentation or Augmentation(), prompts, cutouts)
 
     def preprocessing(self) -> dict:
-        """What the pixels depend on, besides the picture and the generator."""
+        """What the pixels depend on, besides the image and the generator."""
         return {
             "image_size": self.image_size,
             "augmentation": asdict(self.augmentation),
@@ -57,7 +57,7 @@ class ExampleMaker:
         """The example without its id. Instances that cannot be used and were met are added to `report`.
 
         Raises:
-            SampleError: for a picture that cannot be decoded, and where there are prompts but no object for them.
+            SampleError: for an image that cannot be decoded, and where there are prompts but no object for them.
         """
         # The pixels depend on the first generator alone: an embedding holds whatever the prompts are.
         view = self.augmentation.view(view_generator, sample.width, sample.height, self.image_size)
@@ -98,7 +98,7 @@ class ExampleMaker:
 
         def areas() -> np.ndarray:
             (left, top, right, bottom), (width, height) = view.crop, view.size
-            pixel = (right - left) * (bottom - top) / (width * height)  # of the frame, in those of the picture
+            pixel = (right - left) * (bottom - top) / (width * height)  # of the frame, in those of the image
             own = [pixel * max(1, np.count_nonzero(each.pixels)) for each in pasted]
             return np.array([*map(sample.area, range(num_annotations)), *own])
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..images.formats import describe_left_out, image_suffixes
-from ..images.reading import find_pictures
+from ..images.reading import find_images
 from .dataset import FileDataset, check_limit
 from .label_maps import MaskReading, read_labels, read_object
 from .samples import SampleError, SkipReason, SkipReport
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class ImageFolderDataset(FileDataset):
-    """The pictures in a folder and its subfolders, in sorted order, without instances.
+    """The images in a folder and its subfolders, in sorted order, without instances.
 
     Hidden files are left out. The sample's id is the path within the folder.
 
     Args:
-        folder: where the pictures are.
-        limit: only the first so many pictures.
+        folder: where the images are.
+        limit: only the first so many images.
 
     Raises:
-        ValueError: where there is no such folder or no picture in it.
+        ValueError: where there is no such folder or no image in it.
     """
 
     has_masks = False
@@ -54,11 +54,11 @@ class ImageFolderDataset(FileDataset):
         self._files = np.array(files, dtype=str)
         self._check_not_empty(str(self.folder))
 
-    def picture_bytes(self, index: int) -> bytes:
+    def image_bytes(self, index: int) -> bytes:
         try:
             return (self.folder / str(self._files[index])).read_bytes()
         except FileNotFoundError as error:
-            raise SampleError(SkipReason.MISSING_PICTURE) from error
+            raise SampleError(SkipReason.MISSING_IMAGE) from error
 
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
         return [], None
@@ -113,16 +113,16 @@ class MaskFolderDataset(ImageFolderDataset):
                 files.append(file)
                 masks_of_files += own
             elif own:
-                self.index_report.add_picture(SkipReason.SEVERAL_MASKS, f"{file} ({', '.join(sorted(own))})")
+                self.index_report.add_image(SkipReason.SEVERAL_MASKS, f"{file} ({', '.join(sorted(own))})")
             else:
                 reason = SkipReason.DUPLICATE_IMAGE if name in seen else SkipReason.MISSING_MASK
-                self.index_report.add_picture(reason, file)
+                self.index_report.add_image(reason, file)
             seen.add(name)
             if len(files) == limit:
                 break
         else:
             for name in orphans:
-                self.index_report.add_picture(SkipReason.MISSING_PICTURE, name)
+                self.index_report.add_image(SkipReason.MISSING_IMAGE, name)
         self._masks = np.array(masks_of_files, dtype=str)
         self._set_files(files)
 
@@ -165,7 +165,7 @@ class MaskFolderDataset(ImageFolderDataset):
 
 def _mask_files(folder: Path, pattern: str) -> list[Path]:
     """The image files that a pattern finds, sorted, none of them hidden, such as those that macOS leaves beside others."""
-    # Not find_pictures: masks that are links to one file are the masks of several images.
+    # Not find_images: masks that are links to one file are the masks of several images.
     return sorted(
         path
         for path in folder.glob(pattern)
@@ -199,16 +199,16 @@ def _masks_of(images: list[str], masks: list[Path]) -> tuple[dict[str, set[str]]
 
 
 def _relative_paths(folder: Path) -> list[str]:
-    """The pictures in a folder and its subfolders, sorted, as paths within it."""
+    """The images in a folder and its subfolders, sorted, as paths within it."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of pictures.")
+        raise ValueError(f"{folder}: no such folder of images.")
     left_out: Counter[str] = Counter()
-    pictures, problems = find_pictures([folder], left_out=left_out)
+    images, problems = find_images([folder], left_out=left_out)
     if problems:
         raise ValueError(str(problems[0]))
     if left_out:
         logger.warning("%s: %s", folder, describe_left_out(left_out))
-    return [path.relative_to(folder).as_posix() for path in pictures]
+    return [path.relative_to(folder).as_posix() for path in images]
 
 
 def _runs_of_labels(labels: np.ndarray) -> Iterator[tuple[int, dict]]:

@@ -1,4 +1,4 @@
-"""A picture that is opened but not decoded, with annotations that are not checked yet: what training reads."""
+"""An image that is opened but not decoded, with annotations that are not checked yet: what training reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,48 +13,48 @@ from .samples import Instance, SampleError, SkipReason
 
 @dataclass
 class LazySample:
-    """One picture with its annotations, checked and decoded only as far as they are asked for.
+    """One image with its annotations, checked and decoded only as far as they are asked for.
 
     Attributes:
         id: as in `Sample`.
-        picture: as PIL opened it, of which `decode` or `pixels` may be called once; or its pixels, uint8 (3, H, W).
+        image: as PIL opened it, of which `decode` or `pixels` may be called once; or its pixels, uint8 (3, H, W).
         annotations: as JSON has them, checked instances, or the errors of those that a reader has refused.
     """
 
     id: str
-    picture: Image.Image | np.ndarray
+    image: Image.Image | np.ndarray
     annotations: Sequence[dict | Instance | SampleError]
 
     def __post_init__(self):
-        # Now: decoding at a smaller size changes the picture's.
-        is_decoded = isinstance(self.picture, np.ndarray)
-        self.width, self.height = self.picture.shape[:0:-1] if is_decoded else self.picture.size
+        # Now: decoding at a smaller size changes the image's.
+        is_decoded = isinstance(self.image, np.ndarray)
+        self.width, self.height = self.image.shape[:0:-1] if is_decoded else self.image.size
 
     def pixels(self, min_size: tuple[int, int] | None = None) -> tuple[np.ndarray, float]:
-        """The whole picture as uint8 (3, H, W), and by how much it is smaller than the file says, as `decode`."""
-        if isinstance(self.picture, np.ndarray):
-            return self.picture, 1.0
+        """The whole image as uint8 (3, H, W), and by how much it is smaller than the file says, as `decode`."""
+        if isinstance(self.image, np.ndarray):
+            return self.image, 1.0
         image, reduction = self.decode(min_size)
         return planes(image), reduction
 
     def decode(self, min_size: tuple[int, int] | None = None) -> tuple[Image.Image, float]:
-        """The whole picture as RGB, and by how much it is smaller than the file says: 1, 2, 4 or 8.
+        """The whole image as RGB, and by how much it is smaller than the file says: 1, 2, 4 or 8.
 
         A JPEG is decoded at a half, a quarter or an eighth where that is still at least `min_size`, (width, height):
         it costs a fraction, and what would be averaged away later is not computed.
 
         Raises:
-            SampleError: for a picture that is damaged or truncated.
+            SampleError: for an image that is damaged or truncated.
         """
         reduction = 1.0
         try:
-            if min_size and (draft := self.picture.draft(None, min_size)):
+            if min_size and (draft := self.image.draft(None, min_size)):
                 reduction = self.width / draft[1][2]
-            return to_rgb(self.picture), reduction
+            return to_rgb(self.image), reduction
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything on damaged files
-            raise SampleError(SkipReason.BROKEN_PICTURE) from error
+            raise SampleError(SkipReason.BROKEN_IMAGE) from error
 
     def instance(self, position: int, left_out: list[SkipReason] | None = None) -> Instance:
         """The checked instance of one annotation, see `parse_instance`.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from .coco import CocoDataset
-from .dataset import PictureDataset
+from .dataset import ImageDataset
 from .folders import ImageFolderDataset, MaskFolderDataset
 from .sa1b import Sa1bDataset
 
@@ -18,14 +18,14 @@ def load_dataset(
     require_masks: bool = True,
     ignore_label: int | Literal["auto"] | None = "auto",
     binary_masks: bool = False,
-) -> PictureDataset:
+) -> ImageDataset:
     """The dataset that the arguments describe.
 
     - `load_dataset("sa_000000.tar")`, a folder of tars, a pattern or a sequence of these: SA-1B.
     - `load_dataset("instances_val2017.json", images="val2017")`: COCO, LVIS, or another JSON of this shape.
     - `load_dataset("val2017", annotations="instances_val2017.json")`: the same, folder first.
     - `load_dataset("mine")`, a folder with `images` and `masks`: one's own masks, see `MaskFolderDataset`.
-    - `load_dataset("photos", require_masks=False)`, a folder of pictures: without masks.
+    - `load_dataset("photos", require_masks=False)`, a folder of images: without masks.
     - `load_dataset("coco" or "lvis", annotations=..., images=...)`, `load_dataset("sa1b", images="*.tar")`: by name.
 
     `ignore_label` and `binary_masks` say how mask files are read, see `MaskFolderDataset`; other datasets have none.
@@ -44,15 +44,15 @@ def load_dataset(
         return Sa1bDataset(images, limit)
     if name in ("coco", "lvis"):
         if annotations is None or images is None:
-            raise ValueError(f'"{name}" needs annotations=, its JSON, and images=, the folder of its pictures.')
+            raise ValueError(f'"{name}" needs annotations=, its JSON, and images=, the folder of its images.')
         return CocoDataset(annotations, images, limit)
     if name.lower().endswith(".json"):
         if images is None or annotations is not None:
-            raise ValueError(f"{name}: an annotation JSON needs images=, the folder of its pictures, and nothing else.")
+            raise ValueError(f"{name}: an annotation JSON needs images=, the folder of its images, and nothing else.")
         return CocoDataset(name, images, limit)
     if annotations is not None:
         if images is not None:
-            raise ValueError(f"{name}: give the folder of pictures once, as the first argument or as images=.")
+            raise ValueError(f"{name}: give the folder of images once, as the first argument or as images=.")
         return CocoDataset(annotations, name, limit)
     if images is not None:
         raise ValueError(f'{name}: images= goes with an annotation JSON or with the names "coco", "lvis" and "sa1b".')
@@ -62,7 +62,7 @@ def load_dataset(
         return MaskFolderDataset(name, limit, ignore_label, binary_masks)
     if require_masks:
         raise ValueError(
-            f"{name}: a folder with neither *.tar files nor the folders images and masks. For a folder of pictures, give "
+            f"{name}: a folder with neither *.tar files nor the folders images and masks. For a folder of images, give "
             "annotations= too, or require_masks=False where no masks are needed."
         )
     return ImageFolderDataset(name, limit)

@@ -1,4 +1,4 @@
-"""Which picture is training example number n: index arithmetic, no state to save and none to restore."""
+"""Which image is training example number n: index arithmetic, no state to save and none to restore."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ MAX_CYCLE = 10_000
 
 
 class ExampleOrder:
-    """Maps n = 0, 1, 2, ... to (source, epoch of that source, picture).
+    """Maps n = 0, 1, 2, ... to (source, epoch of that source, image).
 
     Sources take turns in a fixed cycle, evenly spread by weight. Each one is walked through without replacement, in
     another random order in each of its epochs.
 
     Args:
-        sizes: the number of pictures of each source.
+        sizes: the number of images of each source.
         weights: how often each source is taken, relative to the others; by default as its size.
 
     Raises:
@@ -44,7 +44,7 @@ class ExampleOrder:
         return self._slots.tolist()
 
     def __call__(self, n: int) -> tuple[int, int, int]:
-        """(source, epoch, picture) of example number n."""
+        """(source, epoch, image) of example number n."""
         cycle, slot = divmod(n, len(self._cycle))
         source = int(self._cycle[slot])
         epoch, position = divmod(cycle * int(self._slots[source]) + int(self._turn[slot]), self.sizes[source])
@@ -55,9 +55,9 @@ class ExampleOrder:
             # One for each source is enough: examples are asked for nearly in order.
             self._permutations = {key: kept for key, kept in self._permutations.items() if key[0] != source}
             generator = np.random.default_rng((self.seed, 1, source, epoch))
-            pictures = np.arange(self.sizes[source], dtype=np.int32)  # half the memory, in every worker process
-            generator.shuffle(pictures)
-            self._permutations[source, epoch] = pictures
+            images = np.arange(self.sizes[source], dtype=np.int32)  # half the memory, in every worker process
+            generator.shuffle(images)
+            self._permutations[source, epoch] = images
         return self._permutations[source, epoch]
 
     def __getstate__(self) -> dict:

@@ -10,10 +10,10 @@ from .clicks import deepest_point
 
 @dataclass(frozen=True)
 class PromptSampling:
-    """How many objects of a picture are prompted, and how.
+    """How many objects of an image are prompted, and how.
 
     Attributes:
-        num_prompts: targets for each picture. Where it has more objects, a part of them is drawn; where it has fewer,
+        num_prompts: targets for each image. Where it has more objects, a part of them is drawn; where it has fewer,
             they come again, with other boxes and points.
         num_uniforms: random numbers that go with each prompt, for what the trainer draws.
         box_noise: standard deviation of the noise on each side of a box, as a share of its width or height.
@@ -56,7 +56,7 @@ class PromptSampling:
     def boxes(
         self, boxes: np.ndarray, size: tuple[int, int], image_size: int, generator: np.random.Generator
     ) -> np.ndarray:
-        """Boxes with noise, float32 (P, 4) xyxy, within a picture of `size`, (width, height). All in pixels of the frame.
+        """Boxes with noise, float32 (P, 4) xyxy, within an image of `size`, (width, height). All in pixels of the frame.
 
         Where noise takes more than half of a side, the exact side is kept: no box is without area.
         """
@@ -72,7 +72,7 @@ class PromptSampling:
         self, masks: np.ndarray, size: tuple[int, int], image_size: int, generator: np.random.Generator
     ) -> np.ndarray:
         """One point inside each of the bool (P, M, M) masks, none of them empty: float32 (P, 2), x and y of a pixel of
-        the frame, within a picture of `size`. A deepest point is the centre of its cell."""
+        the frame, within an image of `size`. A deepest point is the centre of its cell."""
         cell = image_size // masks.shape[-1]
         draws = generator.random((len(masks), 4))
         points = np.empty((len(masks), 2), dtype=np.float32)

@@ -14,21 +14,21 @@ from .dataset import FileDataset, check_limit
 from .samples import SampleError, SkipReason, SkipReport
 
 
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 
 
 class Sa1bDataset(FileDataset):
-    """The pictures of SA-1B tars, in the order of the sorted tars and of each tar's members.
+    """The images of SA-1B tars, in the order of the sorted tars and of each tar's members.
 
-    The headers of all tars are read once; afterwards a picture costs two reads at known places of the file. Members
+    The headers of all tars are read once; afterwards an image costs two reads at known places of the file. Members
     may lie in any order within a tar. The sample's id is the member's name without its suffix.
 
     Args:
         paths_or_glob: a tar, a folder of tars, a pattern (`*`, `?`, `**`), or a sequence of these. Not compressed.
-        limit: only the first so many pictures, without those skipped while indexing.
+        limit: only the first so many images, without those skipped while indexing.
 
     Raises:
-        ValueError: where no tar is found, for one that is damaged, cut short or compressed, and where no picture has
+        ValueError: where no tar is found, for one that is damaged, cut short or compressed, and where no image has
             its JSON.
     """
 
@@ -38,19 +38,19 @@ class Sa1bDataset(FileDataset):
         self.index_report = SkipReport()
         names, places, seen = [], [], set()
         for archive, path in enumerate(self.paths):
-            for name, pictures, jsons in _pairs(path):
-                for _ in range(max(len(pictures), len(jsons)) - (name not in seen)):
-                    self.index_report.add_picture(SkipReason.DUPLICATE_IMAGE, f"{path.name}/{name}")
+            for name, images, jsons in _pairs(path):
+                for _ in range(max(len(images), len(jsons)) - (name not in seen)):
+                    self.index_report.add_image(SkipReason.DUPLICATE_IMAGE, f"{path.name}/{name}")
                 if name in seen:
                     continue
                 seen.add(name)
-                if not pictures:
-                    self.index_report.add_picture(SkipReason.MISSING_PICTURE, f"{path.name}/{name}")
+                if not images:
+                    self.index_report.add_image(SkipReason.MISSING_IMAGE, f"{path.name}/{name}")
                 elif not jsons:
-                    self.index_report.add_picture(SkipReason.MISSING_JSON, f"{path.name}/{name}")
+                    self.index_report.add_image(SkipReason.MISSING_JSON, f"{path.name}/{name}")
                 else:
                     names.append(name)
-                    places.append((archive, *pictures[0], *jsons[0]))
+                    places.append((archive, *images[0], *jsons[0]))
                 if len(names) == limit:
                     break
             if len(names) == limit:
@@ -69,7 +69,7 @@ class Sa1bDataset(FileDataset):
     def sample_id(self, index: int) -> str:
         return str(self._names[index])
 
-    def picture_bytes(self, index: int) -> bytes:
+    def image_bytes(self, index: int) -> bytes:
         archive, offset, size = self._places[index, :3]
         return self._read(archive, offset, size)
 
@@ -85,7 +85,7 @@ class Sa1bDataset(FileDataset):
 
 
 def parse_json(content: bytes) -> tuple[list, tuple[int, int] | None]:
-    """The annotations in one of SA-1B's JSON files, and (width, height) of its picture if it is said.
+    """The annotations in one of SA-1B's JSON files, and (width, height) of its image if it is said.
 
     Raises:
         SampleError: for what is no such file.
@@ -101,13 +101,11 @@ def parse_json(content: bytes) -> tuple[list, tuple[int, int] | None]:
     return annotations, (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
-def add_sample(
-    tar: tarfile.TarFile, name: str, suffix: str, picture: bytes, width: int, height: int, annotations: list
-):
-    """Adds a picture's file, of `width` x `height` pixels, and its annotations to a tar that `Sa1bDataset` reads."""
-    image = {"file_name": name + suffix, "width": width, "height": height}
-    document = json.dumps({"image": image, "annotations": annotations}).encode()
-    for member_name, content in ((name + suffix, picture), (f"{name}.json", document)):
+def add_sample(tar: tarfile.TarFile, name: str, suffix: str, image: bytes, width: int, height: int, annotations: list):
+    """Adds an image's file, of `width` x `height` pixels, and its annotations to a tar that `Sa1bDataset` reads."""
+    entry = {"file_name": name + suffix, "width": width, "height": height}
+    document = json.dumps({"image": entry, "annotations": annotations}).encode()
+    for member_name, content in ((name + suffix, image), (f"{name}.json", document)):
         member = tarfile.TarInfo(member_name)
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
@@ -139,17 +137,17 @@ def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) ->
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, list[tuple[int, int]], list[tuple[int, int]]]]:
-    """(name, places of its pictures, places of its JSONs) by first appearance; a place is (offset, size) in bytes."""
+    """(name, places of its images, places of its JSONs) by first appearance; a place is (offset, size) in bytes."""
     members: dict[str, tuple[list, list]] = {}
     for member in tar_members(path):
         name = PurePosixPath(member.name)
         is_json = name.suffix.lower() == ".json"
-        if name.name.startswith("._") or not (is_json or name.suffix.lower() in PICTURE_SUFFIXES):
-            continue  # macOS writes ._NAME.jpg beside NAME.jpg: attributes, no picture
+        if name.name.startswith("._") or not (is_json or name.suffix.lower() in IMAGE_SUFFIXES):
+            continue  # macOS writes ._NAME.jpg beside NAME.jpg: attributes, no image
         places = members.setdefault(str(name.with_suffix("")), ([], []))
         places[is_json].append((member.offset_data, member.size))
-    for name, (pictures, jsons) in members.items():
-        yield name, pictures, jsons
+    for name, (images, jsons) in members.items():
+        yield name, images, jsons
 
 
 def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:

@@ -1,4 +1,4 @@
-"""What every reader returns: a picture with its instances, and a report of what could not be used."""
+"""What every reader returns: an image with its instances, and a report of what could not be used."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,25 +8,25 @@ import numpy as np
 from PIL import Image
 
 
-# A larger share of skipped pictures than this changes what a number says about the dataset.
+# A larger share of skipped images than this changes what a number says about the dataset.
 MAX_SKIPPED_SHARE = 0.05
 
 MAX_EXAMPLES = 5
 
 # What a report counts, by the names of its fields.
-_KINDS = ("pictures", "instances", "parts")
+_KINDS = {"pictures": "images", "instances": "instances", "parts": "parts"}  # of a report on disk, and its attributes
 
 
 class SkipReason(StrEnum):
     """Why an image, an instance or a part of one is left out. The value is what a report prints and its JSON holds."""
 
-    # of pictures
-    MISSING_PICTURE = "picture file missing"
+    # of images
+    MISSING_IMAGE = "image file missing"
     MISSING_JSON = "annotation JSON missing"
     MALFORMED_JSON = "annotation JSON malformed"
     MALFORMED_IMAGE = "image entry malformed"
-    BROKEN_PICTURE = "picture damaged or truncated"
-    PICTURE_SIZE = "picture size disagrees with the annotations' image entry"
+    BROKEN_IMAGE = "image damaged or truncated"
+    IMAGE_SIZE = "image size disagrees with the annotations' image entry"
     DUPLICATE_IMAGE = "duplicate image id"
     MISSING_MASK = "mask file missing"
     MALFORMED_MASK = "mask file damaged, or of numbers that are no labels"
@@ -36,18 +36,18 @@ class SkipReason(StrEnum):
     SEVERAL_MASKS = "several mask files of one image"
     BROKEN_CUTOUT = "pasted cut-out damaged, or without transparency"
     NO_INSTANCE = "no instance that can be used"
-    TOO_THIN = "picture too thin for the model"
+    TOO_THIN = "image too thin for the model"
     NOTHING_IN_VIEW = "no instance large enough in the part that is seen"
     # of instances
-    UNKNOWN_PICTURE = "annotation of a picture that the JSON does not list"
-    PICTURE_SKIPPED = "annotation of a skipped picture"
+    UNKNOWN_IMAGE = "annotation of an image that the JSON does not list"
+    IMAGE_SKIPPED = "annotation of a skipped image"
     MALFORMED_ANNOTATION = "annotation malformed"
     DUPLICATE_ANNOTATION = "duplicate annotation id"
     NO_MASK = "annotation without a mask"
-    RLE_SIZE = "RLE size disagrees with the picture"
+    RLE_SIZE = "RLE size disagrees with the image"
     MALFORMED_RLE = "RLE malformed"
     TOO_FEW_POINTS = "polygon with under three points"
-    OUTSIDE = "polygon, box or point outside the picture"
+    OUTSIDE = "polygon, box or point outside the image"
     ZERO_AREA = "mask of zero area"
     VOID_LABEL = "label 255 beside small ones, taken for void (ignore_label says otherwise)"
     # of parts of instances that are kept
@@ -60,7 +60,7 @@ class SkipReason(StrEnum):
 
 
 class SampleError(ValueError):
-    """A picture or an annotation that cannot be used; `reason` says why, `where` names it."""
+    """An image or an annotation that cannot be used; `reason` says why, `where` names it."""
 
     def __init__(self, reason: SkipReason, where: str = ""):
         super().__init__(reason, where)  # both, so that it can be pickled
@@ -73,17 +73,17 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class Instance:
-    """One annotated object of a picture of H x W pixels.
+    """One annotated object of an image of H x W pixels.
 
     Attributes:
         id: the annotation's id, an int or a string.
         rle: the mask as compressed COCO RLE, `{"size": [H, W], "counts": bytes or str}`.
-        bbox_xywh: pixels of the picture, x and y of the upper left corner, as annotated; where the annotation has no box
+        bbox_xywh: pixels of the image, x and y of the upper left corner, as annotated; where the annotation has no box
             or one without area, the tight box of the mask.
         area: in square pixels, as annotated; where it is not annotated or not positive, the mask's count of pixels.
         is_crowd: one mask for many objects, which evaluations leave out unless asked.
         category_id: None where the dataset has no categories.
-        point_xy: an annotated point of the object in pixels of the picture, or None.
+        point_xy: an annotated point of the object in pixels of the image, or None.
     """
 
     id: int | str
@@ -103,7 +103,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, PIL in mode RGB, of `width` x `height` pixels, with its instances in the order of the annotations."""
+    """An image, PIL in mode RGB, of `width` x `height` pixels, with its instances in the order of the annotations."""
 
     id: str
     image: Image.Image
@@ -117,7 +117,7 @@ class Sample:
 
 
 def decode_masks(instances: Sequence[Instance]) -> np.ndarray:
-    """The masks of one or more instances of a picture, bool (n, H, W), column by column in memory: a view of (n, W, H)."""
+    """The masks of one or more instances of an image, bool (n, H, W), column by column in memory: a view of (n, W, H)."""
     from pycocotools import mask as coco_mask
 
     masks = coco_mask.decode([instance.rle for instance in instances])  # (H, W, n), n slowest in memory
@@ -144,12 +144,12 @@ class SkipReport:
     processes merge into the same report, in any order.
     """
 
-    pictures: dict[str, _Skipped] = field(default_factory=dict)
+    images: dict[str, _Skipped] = field(default_factory=dict)
     instances: dict[str, _Skipped] = field(default_factory=dict)
     parts: dict[str, _Skipped] = field(default_factory=dict)
 
-    def add_picture(self, reason: str, example: str, count: int = 1):
-        self.pictures.setdefault(str(reason), _Skipped()).add(count, [example])
+    def add_image(self, reason: str, example: str, count: int = 1):
+        self.images.setdefault(str(reason), _Skipped()).add(count, [example])
 
     def add_instances(self, reason: str, example: str, count: int = 1):
         if count:
@@ -159,8 +159,8 @@ class SkipReport:
         self.parts.setdefault(str(reason), _Skipped()).add(count, [example])
 
     @property
-    def num_pictures(self) -> int:
-        return sum(skipped.count for skipped in self.pictures.values())
+    def num_images(self) -> int:
+        return sum(skipped.count for skipped in self.images.values())
 
     @property
     def num_instances(self) -> int:
@@ -170,7 +170,7 @@ class SkipReport:
         return any(reasons for _, reasons in self._kinds())
 
     def _kinds(self) -> list[tuple[str, dict[str, _Skipped]]]:
-        return [(name, getattr(self, name)) for name in _KINDS]
+        return [(name, getattr(self, attribute)) for name, attribute in _KINDS.items()]
 
     def merge(self, other: "SkipReport") -> "SkipReport":
         """Adds the other report to this one, and returns this one."""
@@ -180,28 +180,28 @@ class SkipReport:
         return self
 
     def too_many(self, total: int) -> bool:
-        """Whether more than 5 % of `total` pictures were skipped. `total` counts the skipped ones too."""
-        return self.num_pictures > MAX_SKIPPED_SHARE * total
+        """Whether more than 5 % of `total` images were skipped. `total` counts the skipped ones too."""
+        return self.num_images > MAX_SKIPPED_SHARE * total
 
     def summary(self, total: int | None = None) -> str:
         """What was skipped and why, a line for each reason, most frequent first.
 
-        With `total`, the number of all pictures including the skipped ones, it opens with a warning where they are
+        With `total`, the number of all images including the skipped ones, it opens with a warning where they are
         too many.
         """
         if not self:
             return "Nothing was skipped."
-        share = f" of {total} pictures ({self.num_pictures / total:.1%})" if total else " pictures"
+        share = f" of {total} images ({self.num_images / total:.1%})" if total else " images"
         parts = f", and parts of {sum(skipped.count for skipped in self.parts.values())}" if self.parts else ""
-        lines = [f"Skipped {self.num_pictures}{share} and {self.num_instances} instances{parts}:"]
+        lines = [f"Skipped {self.num_images}{share} and {self.num_instances} instances{parts}:"]
         if total and self.too_many(total):
             lines.insert(
-                0, f"WARNING: more than {MAX_SKIPPED_SHARE:.0%} of the pictures were skipped. Results leave them out."
+                0, f"WARNING: more than {MAX_SKIPPED_SHARE:.0%} of the images were skipped. Results leave them out."
             )
         for kind, reasons in self._kinds():
             for reason, skipped in sorted(reasons.items(), key=lambda item: (-item[1].count, item[0])):
                 more = ", ..." if skipped.count > len(skipped.examples) else ""
-                lines.append(f"  {skipped.count} {kind}: {reason} ({', '.join(skipped.examples)}{more})")
+                lines.append(f"  {skipped.count} {_KINDS[kind]}: {reason} ({', '.join(skipped.examples)}{more})")
         return "\n".join(lines)
 
     def to_dict(self) -> dict:

@@ -21,19 +21,19 @@ from .dataset import open_stored_image
 from .examples import ExampleMaker
 from .lazy import LazySample
 from .prompts import PromptSampling
-from .sa1b import PICTURE_SUFFIXES, find_tars, parse_json
+from .sa1b import IMAGE_SUFFIXES, find_tars, parse_json
 from .samples import MAX_SKIPPED_SHARE, SampleError, SkipReason, SkipReport
 from .skip_counter import SkipCounter
 
 
-_PICTURE_FIELDS = sorted(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
+_IMAGE_FIELDS = sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 # Said, not guessed from the first few samples: their types need not be those of the others.
 _FEATURES = datasets.Features(
     {
         "__key__": datasets.Value("string"),
         "__url__": datasets.Value("string"),
-        **{field: datasets.Value("binary") for field in [*_PICTURE_FIELDS, "json"]},
+        **{field: datasets.Value("binary") for field in [*_IMAGE_FIELDS, "json"]},
     }
 )
 
@@ -53,7 +53,7 @@ class StreamedExamples(torch.utils.data.IterableDataset):
     """Training examples as `TrainingExamples` makes them, from SA-1B tars on the network or on disk.
 
     The order is a function of `seed`, `rank`, `world_size` and the number of workers; an example is one of `seed`, the
-    picture's name and the epoch. Tars are spread over the workers of all ranks; with fewer tars than workers, several
+    image's name and the epoch. Tars are spread over the workers of all ranks; with fewer tars than workers, several
     read the same one and share its samples. The order of tars changes with the epoch, samples are shuffled in blocks. A
     sample that cannot be used is counted, and another one of its block takes its place.
 
@@ -62,7 +62,7 @@ class StreamedExamples(torch.utils.data.IterableDataset):
 
     Args:
         tars: paths, folders, patterns, `https://` or `hf://datasets/...` addresses, or a sequence of these. In a tar, the
-            picture and the JSON of a sample lie next to each other.
+            image and the JSON of a sample lie next to each other.
         image_size, mask_size, augmentation, prompts, cutouts, num_views, seed, max_skipped: as in `TrainingExamples`.
         rank, world_size: of this process among those that share the work.
         num_epochs: how often the tars are gone through. None: without end.
@@ -70,7 +70,7 @@ class StreamedExamples(torch.utils.data.IterableDataset):
 
     Raises:
         ValueError: where no tar is found, for arguments that do not fit, and while iterating, for a damaged tar and where
-            too many of the pictures cannot be used.
+            too many of the images cannot be used.
     """
 
     def __init__(
@@ -214,13 +214,13 @@ class StreamedExamples(torch.utils.data.IterableDataset):
                 report,
             )
         except SampleError as error:
-            report.add_picture(error.reason, sample["__key__"])
+            report.add_image(error.reason, sample["__key__"])
             return None
         return {**example, "example_id": torch.tensor(_number(f"{sample['__key__']} {view}"))}
 
     @property
     def num_read(self) -> int:
-        """Pictures read so far by this process and its workers, the skipped ones included."""
+        """Images read so far by this process and its workers, the skipped ones included."""
         return self._counter.num_read
 
     def skip_report(self) -> SkipReport:
@@ -247,13 +247,13 @@ def _open_stream(tars: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple
 
 def _opened(sample: dict) -> LazySample:
     """Raises `SampleError`."""
-    picture = next((sample[field] for field in _PICTURE_FIELDS if sample[field] is not None), None)
-    if picture is None:
-        raise SampleError(SkipReason.MISSING_PICTURE)
+    image = next((sample[field] for field in _IMAGE_FIELDS if sample[field] is not None), None)
+    if image is None:
+        raise SampleError(SkipReason.MISSING_IMAGE)
     if sample["json"] is None:
         raise SampleError(SkipReason.MISSING_JSON)
     annotations, size = parse_json(sample["json"])
-    return LazySample(sample["__key__"], open_stored_image(picture, size), annotations)
+    return LazySample(sample["__key__"], open_stored_image(image, size), annotations)
 
 
 def _number(name: str) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .dataset import PictureDataset
+from .dataset import ImageDataset
 from .lazy import LazySample
 from .samples import Instance, Sample, SkipReport
 
@@ -14,27 +14,27 @@ from .samples import Instance, Sample, SkipReport
 MIN_VISIBLE = 0.25
 
 
-class SyntheticScenes(PictureDataset):
-    """Pictures with 3 to 10 overlapping shapes on a background, all with textures; a pure function of seed and index.
+class SyntheticScenes(ImageDataset):
+    """Images with 3 to 10 overlapping shapes on a background, all with textures; a pure function of seed and index.
 
     Shapes are ellipses, polygons, stars, rings and blobs, textures are gradients, noise, stripes and checks. Colours and
     textures are drawn alike for shapes and background, and boxes hold much that is not the shape, so that only edges tell.
     What others cover is no part of a shape.
 
     Args:
-        num_pictures: at least 1.
-        image_size: side of the square pictures in pixels.
+        num_images: at least 1.
+        image_size: side of the square images in pixels.
         seed: not negative; another seed gives other scenes.
     """
 
-    def __init__(self, num_pictures: int, image_size: int = 128, seed: int = 0):
-        if not isinstance(num_pictures, int) or num_pictures < 1:
-            raise ValueError(f"num_pictures={num_pictures!r} must be an integer of at least 1.")
+    def __init__(self, num_images: int, image_size: int = 128, seed: int = 0):
+        if not isinstance(num_images, int) or num_images < 1:
+            raise ValueError(f"num_images={num_images!r} must be an integer of at least 1.")
         if not isinstance(image_size, int) or image_size < 16:
             raise ValueError(f"image_size={image_size!r} must be an integer of at least 16 pixels.")
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed={seed!r} must be an integer of at least 0.")
-        self._length, self.image_size, self.seed = num_pictures, image_size, seed
+        self._length, self.image_size, self.seed = num_images, image_size, seed
         self.index_report = SkipReport()
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class SyntheticScenes(PictureDataset):
 
     def load(self, index: int) -> tuple[Sample, SkipReport]:
         scene = self.open(index)
-        return Sample(scene.id, scene.picture, tuple(scene.annotations), scene.width, scene.height), SkipReport()
+        return Sample(scene.id, scene.image, tuple(scene.annotations), scene.width, scene.height), SkipReport()
 
     def open(self, index: int) -> LazySample:
         index = range(len(self))[index]
@@ -67,8 +67,8 @@ class SyntheticScenes(PictureDataset):
             labels[box][inside] = label
             areas.append(np.count_nonzero(inside))
         canvas += generator.normal(scale=generator.uniform(1, 8), size=(side, side, 1)).astype(np.float32)
-        picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-        return LazySample(self.sample_id(index), picture, _instances(labels, areas))
+        image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+        return LazySample(self.sample_id(index), image, _instances(labels, areas))
 
 
 def _instances(labels: np.ndarray, areas: list[int]) -> list[Instance]:

@@ -1,7 +1,7 @@
 """Distillation of any SAM into a SAM-Lightening, in stages, on transformers' Trainer (arXiv 2403.09195, section 2.2)."""
 
 from .arguments import DistillationArguments, RunArguments, parse_arguments
-from .callbacks import FiniteLossCallback, MaskPictureCallback, ThroughputCallback, TrainingDivergedError
+from .callbacks import FiniteLossCallback, MaskImageCallback, ThroughputCallback, TrainingDivergedError
 from .checkpoints import CheckpointChangedError
 from .demonstration import demonstrate
 from .embedding_cache import CachedExamples, CacheError, EmbeddingCache, fill_cache
@@ -23,7 +23,7 @@ __all__ = [
     "EncoderStage",
     "FiniteLossCallback",
     "LayerWeightCallback",
-    "MaskPictureCallback",
+    "MaskImageCallback",
     "MaskStage",
     "OutputOnly",
     "RunArguments",

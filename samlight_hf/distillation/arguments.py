@@ -55,7 +55,7 @@ class DistillationArguments(TrainingArguments):
         metadata={"help": "Muon for the matrices of the layers, and optim for the rest; from scratch it learns faster"},
     )
 
-    num_prompts: int = field(default=16, metadata={"help": "decoder, end_to_end: objects prompted in a picture"})
+    num_prompts: int = field(default=16, metadata={"help": "decoder, end_to_end: objects prompted in an image"})
     box_share: float = field(default=0.5, metadata={"help": "decoder, end_to_end: share of prompts that are boxes"})
     num_refinements: int = field(default=1, metadata={"help": "decoder, end_to_end: clicks added one by one"})
     point_targets: str = field(
@@ -71,7 +71,7 @@ class DistillationArguments(TrainingArguments):
     dice_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the dice loss"})
     iou_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the IoU head's loss"})
 
-    eval_max_instances: int = field(default=16, metadata={"help": "at most so many objects of a picture are evaluated"})
+    eval_max_instances: int = field(default=16, metadata={"help": "at most so many objects of an image are evaluated"})
 
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
@@ -136,13 +136,13 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def global_batch_size(self) -> int:
-        """Pictures of one optimizer step, over all devices."""
+        """Images of one optimizer step, over all devices."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
 
 @dataclass
 class RunArguments:
-    """Who teaches whom, on which pictures."""
+    """Who teaches whom, on which images."""
 
     stages: list[str] = field(default_factory=lambda: ["encoder", "decoder"], metadata={"help": "in this order"})
     teacher: str | None = field(default=None, metadata={"help": "a folder, a Hub name, or an original .pth file"})
@@ -155,16 +155,16 @@ class RunArguments:
     image_size: int | None = field(default=None, metadata={"help": "the student's, changed before it is trained"})
     train_data: list[str] = field(
         default_factory=list,
-        metadata={"help": "SA-1B tars, folders of pictures, folders with images/ and masks/; patterns allowed"},
+        metadata={"help": "SA-1B tars, folders of images, folders with images/ and masks/; patterns allowed"},
     )
     train_annotations: str | None = field(default=None, metadata={"help": "a JSON of COCO's shape; with train_images"})
-    train_images: str | None = field(default=None, metadata={"help": "the folder of train_annotations' pictures"})
+    train_images: str | None = field(default=None, metadata={"help": "the folder of train_annotations' images"})
     stream_data: list[str] = field(
         default_factory=list,
         metadata={"help": "instead of train_data: tars to read over the network (https://, hf://)"},
     )
     cutouts: list[str] = field(
-        default_factory=list, metadata={"help": "RGBA objects to paste on the pictures: tars or folders"}
+        default_factory=list, metadata={"help": "RGBA objects to paste on the images: tars or folders"}
     )
     source_weights: list[float] = field(
         default_factory=list,
@@ -179,17 +179,17 @@ class RunArguments:
     binary_masks: bool = field(
         default=False, metadata={"help": "masks/NAME.png: one object, from half the brightness on, not labels"}
     )
-    max_skipped: float = field(default=0.05, metadata={"help": "share of unusable pictures above which the run stops"})
+    max_skipped: float = field(default=0.05, metadata={"help": "share of unusable images above which the run stops"})
     eval_data: list[str] = field(default_factory=list, metadata={"help": "as train_data"})
     eval_annotations: str | None = field(default=None, metadata={"help": "as train_annotations"})
     eval_images: str | None = field(default=None, metadata={"help": "as train_images"})
-    eval_limit: int | None = field(default=None, metadata={"help": "only the first so many pictures"})
-    min_scale: float = field(default=1.0, metadata={"help": "augmentation: smallest size of the picture in its frame"})
+    eval_limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
+    min_scale: float = field(default=1.0, metadata={"help": "augmentation: smallest size of the image in its frame"})
     max_scale: float = field(default=1.0, metadata={"help": "augmentation: largest size; above 1 is a crop"})
     stretch: float = field(
         default=1.0, metadata={"help": "augmentation: by so much one side may be scaled more than the other"}
     )
-    flip: bool = field(default=True, metadata={"help": "augmentation: mirror every other picture"})
+    flip: bool = field(default=True, metadata={"help": "augmentation: mirror every other image"})
     color_jitter: float = field(default=0.0, metadata={"help": "augmentation: of brightness, contrast and saturation"})
     box_noise: float = field(
         default=0.1, metadata={"help": "deviation of a prompt's box on each side, as a share of its width or height"}
@@ -208,7 +208,7 @@ class RunArguments:
         default=None, metadata={"help": "keep the decoded images of train_data here: 1 MB for each of 640 x 480"}
     )
     num_views: int | None = field(
-        default=None, metadata={"help": "augmented views of a picture that come round again; needed by cache_dir"}
+        default=None, metadata={"help": "augmented views of an image that come round again; needed by cache_dir"}
     )
     initialize_from_teacher_layers: bool = field(
         default=False,

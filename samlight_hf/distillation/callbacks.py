@@ -69,10 +69,10 @@ class ThroughputCallback(TrainerCallback):
         return {"images_per_second": steps * args.global_batch_size / seconds} if seconds > 0 and steps else {}
 
 
-class MaskPictureCallback(TrainerCallback):
-    """Draws the student's masks for the boxes of a few pictures at every evaluation: a PNG, and the tracker's picture.
+class MaskImageCallback(TrainerCallback):
+    """Draws the student's masks for the boxes of a few images at every evaluation: a PNG, and the tracker's image.
 
-    Writes `output_dir`/pictures/step-N.png, and hands it to tensorboard, trackio and wandb where these are in use.
+    Writes `output_dir`/images/step-N.png, and hands it to tensorboard, trackio and wandb where these are in use.
     """
 
     def __init__(self, samples: Sequence[Sample], max_instances: int = 8):
@@ -117,6 +117,6 @@ def draw_masks(promptable, samples: Sequence[Sample], title: str, max_instances:
             (f"for their boxes: IoU {iou:.2f}", masks),
         ):
             result = MaskResult(np.ascontiguousarray(drawn), zeros, boxes.numpy().astype(np.float32))
-            picture = draw_overlay(sample.image, result, boxes.tolist(), max_size=(360, 360))
-            panels.append(Panel(picture, sample.id, subtitle))
+            image = draw_overlay(sample.image, result, boxes.tolist(), max_size=(360, 360))
+            panels.append(Panel(image, sample.id, subtitle))
     return contact_sheet(panels, title, columns=4)

@@ -42,7 +42,7 @@ def run_settings(
 ) -> dict:
     """What defines a run, as a checkpoint remembers it: settings, and what is known of data, teacher, and the student as it began.
 
-    Reads the names of all pictures. The data are known by what `preprocessing` and `order` say of them, where they have these.
+    Reads the names of all images. The data are known by what `preprocessing` and `order` say of them, where they have these.
     """
     data = [getattr(examples, name)() for name in ("preprocessing", "order") if hasattr(examples, name)]
     settings = {name: getattr(args, name) for name in (*_RUN_DEFINING, *_OF_THE_PROCESSES)}
@@ -94,7 +94,7 @@ def check_same_run(
         )
     if saved["world_size"] != current["world_size"]:
         return (
-            f"Resuming on {current['world_size']} processes what {saved['world_size']} began: the pictures of each step are "
+            f"Resuming on {current['world_size']} processes what {saved['world_size']} began: the images of each step are "
             "the same, their sums may differ in the last bits."
         )
     return None

@@ -1,6 +1,6 @@
 """Distillation in three minutes on a CPU, from nothing: scenes of shapes, a small SAM trained on them, and a smaller student.
 
-It goes through the stages, settings and files of any other run: only the models and the pictures are small.
+It goes through the stages, settings and files of any other run: only the models and the images are small.
 """
 
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, SamConfig, SamVisionConfig, pipeline, set_seed
 
-from ..data import PictureDataset
+from ..data import ImageDataset
 from ..evaluation.models import PromptableModel
 from ..loading import load_model, quiet_transformers
 from ..modeling.configuration_sam_lightening import SamLighteningConfig
@@ -17,7 +17,7 @@ from ..utils.atomic_files import atomic_write
 from ..utils.processes import is_main_process, tell
 from .arguments import parse_arguments
 from .callbacks import draw_masks
-from .run import distill, make_student, open_eval_pictures
+from .run import distill, make_student, open_eval_images
 from .trainer import mask_records, mean_records
 
 
@@ -34,7 +34,7 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
     run, stages = parse_arguments(["--config", str(config), "--resume", "true"])
     _write_config(Path(run.student), demonstration_student())
     tell("2. A student of a third of its image encoder: encoder, decoder, end to end.")
-    pictures = open_eval_pictures(run, ())
+    images = open_eval_images(run, ())
     teacher, _ = load_model(teacher_folder, device="cpu")
     set_seed(stages[0].seed)
     before = make_student(run, teacher)  # as distill will make it
@@ -44,13 +44,13 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
     student, processor = load_model(folder, device="cpu")
     print("3. On scenes that none of them has seen:")
     rows = {
-        "filling the box": (None, {"box_miou": filled_box_miou(pictures)}),
-        "teacher": (teacher, measure(teacher, pictures)),
-        "student before": (before, measure(before, pictures)),
-        "student after": (student, measure(student, pictures)),
+        "filling the box": (None, {"box_miou": filled_box_miou(images)}),
+        "teacher": (teacher, measure(teacher, images)),
+        "student before": (before, measure(before, images)),
+        "student after": (student, measure(student, images)),
     }
     _print_table(rows)
-    samples = [pictures[index] for index in range(6)]
+    samples = [images[index] for index in range(6)]
     sheet = folder.parent / "masks.png"
     draw_masks(PromptableModel(student, processor), samples, "The student's masks for boxes").save(sheet)
     with quiet_transformers():
@@ -62,7 +62,7 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
 
 
 def demonstration_teacher() -> SamConfig:
-    """A SAM of 0.7 million parameters for pictures of 64 px."""
+    """A SAM of 0.7 million parameters for images of 64 px."""
     num_layers = 4
     vision = SamVisionConfig(
         hidden_size=96, num_hidden_layers=num_layers, num_attention_heads=4, mlp_dim=384, image_size=_IMAGE_SIZE,
@@ -94,19 +94,19 @@ def _write_config(path: Path, config: SamConfig):
     atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))  # other processes write and read it too
 
 
-def measure(model: PreTrainedModel, pictures: PictureDataset, max_instances: int = 16) -> dict[str, float]:
-    """mIoU for boxes and single points over the objects of `pictures`."""
+def measure(model: PreTrainedModel, images: ImageDataset, max_instances: int = 16) -> dict[str, float]:
+    """mIoU for boxes and single points over the objects of `images`."""
     promptable = PromptableModel(model, make_processor(model.config.vision_config))
     return mean_records(
-        [record for i in range(len(pictures)) for record in mask_records(promptable, pictures[i], max_instances)]
+        [record for i in range(len(images)) for record in mask_records(promptable, images[i], max_instances)]
     )
 
 
-def filled_box_miou(pictures: PictureDataset, max_instances: int = 16) -> float:
+def filled_box_miou(images: ImageDataset, max_instances: int = 16) -> float:
     """The mIoU of a model that answers a box with all of its pixels."""
     ious = []
-    for index in range(len(pictures)):
-        for instance in pictures[index].instances[:max_instances]:
+    for index in range(len(images)):
+        for instance in images[index].instances[:max_instances]:
             width, height = instance.bbox_xywh[2:]
             ious.append(instance.area / (width * height))
     return float(sum(ious) / len(ious))

@@ -22,13 +22,13 @@ class CacheError(ValueError):
 
 
 class EmbeddingCache:
-    """A teacher's targets of a fixed set of pictures, float16, in safetensors shards.
+    """A teacher's targets of a fixed set of images, float16, in safetensors shards.
 
     `folder`/KEY/00000.safetensors, ..., each with the targets of `SHARD_SIZE` examples by name and a checksum for each
-    example. KEY is made of the teacher's weights, its layers and what the pictures went through: another teacher, other layers
+    example. KEY is made of the teacher's weights, its layers and what the images went through: another teacher, other layers
     or another preprocessing find another folder, and never wrong targets.
 
-    A picture of 1024 px takes 2 MiB for the embedding, and 2 x 4096 x C bytes for each layer.
+    An image of 1024 px takes 2 MiB for the embedding, and 2 x 4096 x C bytes for each layer.
     """
 
     SHARD_SIZE = 32
@@ -79,7 +79,7 @@ class EmbeddingCache:
         """The targets of one example, float16, without a batch axis.
 
         Raises CacheError for what is missing or damaged, and for targets of other pixels than `pixel_values`, uint8 (3, S, S):
-        a picture may have been replaced under its name.
+        an image may have been replaced under its name.
         """
         shard, position = divmod(int(example_id), self.SHARD_SIZE)
         path = self._path(shard)
@@ -101,7 +101,7 @@ class EmbeddingCache:
             )
         if checksum([pixel_values]) != of_pixels:
             raise CacheError(
-                f"{path}: example {example_id} was made of another picture. Delete {self.folder}, and run again."
+                f"{path}: example {example_id} was made of another image. Delete {self.folder}, and run again."
             )
         return targets
 

@@ -14,7 +14,7 @@ _PANELS = {
     "layer weights": ("layer_weight/",),
     "cosine with the teacher": ("embedding_cosine", "eval_embedding_cosine"),
     "IoU in training": ("iou/",),
-    "mIoU on held-out pictures": ("eval_box", "eval_point"),
+    "mIoU on held-out images": ("eval_box", "eval_point"),
     "images a second": ("images_per_second",),
     "learning rate": ("learning_rate",),
 }

@@ -18,7 +18,7 @@ from .publishing import Push
 def main():
     """Carries out the push that stdin describes; the last line of stdout is what `PushResult` needs of it, as JSON."""
     if hasattr(os, "nice"):
-        os.nice(10)  # the training, and what loads its pictures, come first
+        os.nice(10)  # the training, and what loads its images, come first
     push, settings = json.load(sys.stdin)
     print(json.dumps(carry_out(Push(**push), **settings)))
 

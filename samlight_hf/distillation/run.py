@@ -26,8 +26,8 @@ from ..conversion import (
 from ..data import (
     Augmentation,
     Cutouts,
+    ImageDataset,
     MaskFolderDataset,
-    PictureDataset,
     PromptSampling,
     SkipReport,
     SyntheticScenes,
@@ -46,7 +46,7 @@ from ..utils.atomic_files import atomic_write
 from ..utils.messages import one_line
 from ..utils.processes import tell
 from .arguments import DistillationArguments, RunArguments
-from .callbacks import MaskPictureCallback
+from .callbacks import MaskImageCallback
 from .checkpoints import check_same_run, last_checkpoint, move_into_place, run_settings
 from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
 from .plots import plot_learning_curves
@@ -68,7 +68,7 @@ NUM_TRIED = 16
 def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
     """Runs the stages and returns the folder of the student, complete and loadable anywhere.
 
-    Each stage has a folder of its own with checkpoints, `student/`, `result.json`, learning curves and pictures. With
+    Each stage has a folder of its own with checkpoints, `student/`, `result.json`, learning curves and images. With
     `run.resume` a finished stage is kept, and an interrupted one goes on from its last checkpoint.
 
     Raises:
@@ -105,8 +105,8 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
     set_seed(stages[0].seed)
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
     sources = open_train_sources(run)
-    eval_pictures = open_eval_pictures(run, sources)
-    opened = [*sources, *([] if eval_pictures is None else [eval_pictures])]
+    eval_images = open_eval_images(run, sources)
+    opened = [*sources, *([] if eval_images is None else [eval_images])]
     if run.mask_reading() != MaskReading() and not any(isinstance(source, MaskFolderDataset) for source in opened):
         raise ValueError(
             f"ignore_label={run.ignore_label} and binary_masks={run.binary_masks} say how mask files are read, and no "
@@ -116,7 +116,7 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
     for args in stages:
         folder = Path(args.output_dir) / "student"
         was_finished = (Path(args.output_dir) / RESULT_NAME).is_file()
-        result = train_stage(student, args, run, sources, eval_pictures, teacher, publisher)
+        result = train_stage(student, args, run, sources, eval_images, teacher, publisher)
         if was_finished:
             student = load_model(folder, device="cpu")[0]
         if publisher is not None:
@@ -142,7 +142,7 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
 
 
 def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
-    """Raises ValueError for what can be seen without reading a model or a picture."""
+    """Raises ValueError for what can be seen without reading a model or an image."""
     if not (run.train_data or run.train_annotations or run.stream_data):
         raise ValueError("train_data is missing: give SA-1B tars, a folder, or train_annotations and train_images.")
     if run.stream_data and (run.train_data or run.train_annotations):
@@ -160,11 +160,11 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
             _prompt_sampling(run, args)  # which raises for what is out of range
         if args.stage == "encoder" and args.cache_dir and run.stream_data:
             raise ValueError(
-                f"cache_dir={args.cache_dir} needs pictures that can be enumerated: use train_data, not stream_data."
+                f"cache_dir={args.cache_dir} needs images that can be enumerated: use train_data, not stream_data."
             )
         if args.stage == "encoder" and args.cache_dir and run.num_views is None:
             raise ValueError(
-                f"cache_dir={args.cache_dir} needs num_views: a finite number of views of each picture can be cached, such as "
+                f"cache_dir={args.cache_dir} needs num_views: a finite number of views of each image can be cached, such as "
                 "num_views=1."
             )
         if args.eval_strategy != "no" and not (run.eval_data or run.eval_annotations):
@@ -196,8 +196,8 @@ def train_stage(
     student: PreTrainedModel,
     args: DistillationArguments,
     run: RunArguments,
-    sources: Sequence[PictureDataset],
-    eval_pictures: PictureDataset | None,
+    sources: Sequence[ImageDataset],
+    eval_images: ImageDataset | None,
     teacher_model: PreTrainedModel | None,
     publisher: HubPublisher | None = None,
 ) -> dict:
@@ -220,15 +220,15 @@ def train_stage(
         tell(f"{output_dir}: finished before, and kept.")
         return saved
     callbacks = []
-    if eval_pictures is not None:
-        drawn = (eval_pictures.load(index)[0] for index in range(min(6, len(eval_pictures))))
-        callbacks.append(MaskPictureCallback([sample for sample in drawn if sample is not None]))
+    if eval_images is not None:
+        drawn = (eval_images.load(index)[0] for index in range(min(6, len(eval_images))))
+        callbacks.append(MaskImageCallback([sample for sample in drawn if sample is not None]))
     processor = make_processor(student.config.vision_config)
     train_dataset = with_cache(examples, args, run, teacher)
-    trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_pictures, callbacks, publisher)
+    trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_images, callbacks, publisher)
     checkpoint = last_checkpoint(args.output_dir) if run.resume else None
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if eval_pictures is not None and not trainer.is_fsdp_enabled else {}
+    metrics = trainer.evaluate() if eval_images is not None and not trainer.is_fsdp_enabled else {}
     folder = output_dir / "student"
     trainer.export(folder)
     skipped = SkipReport()
@@ -310,7 +310,7 @@ def open_sources(
     images: str | None,
     limit: int | None = None,
     reading: MaskReading | None = None,
-) -> list[PictureDataset]:
+) -> list[ImageDataset]:
     """Each path by itself, then the JSON with its folder. "synthetic" and "synthetic:SEED" are scenes made of shapes.
 
     Raises ValueError for what is no dataset.
@@ -336,7 +336,7 @@ def open_sources(
     return sources
 
 
-def open_train_sources(run: RunArguments) -> list[PictureDataset]:
+def open_train_sources(run: RunArguments) -> list[ImageDataset]:
     """What is trained on, with decoded images kept where `image_cache_dir` says so. Raises ValueError for what is no dataset."""
     sources = open_sources(run.train_data, run.train_annotations, run.train_images, reading=run.mask_reading())
     if run.image_cache_dir:
@@ -354,7 +354,7 @@ def _synthetic(name: str, limit: int | None) -> SyntheticScenes:
     return SyntheticScenes(limit or 100_000, seed=int(seed))
 
 
-def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset]) -> PictureDataset | None:
+def open_eval_images(run: RunArguments, train_sources: Sequence[ImageDataset]) -> ImageDataset | None:
     """Raises ValueError for more than one dataset, one without masks or none that can be used, and one that is trained on too."""
     sources = open_sources(run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit, run.mask_reading())
     if len(sources) > 1:
@@ -365,16 +365,16 @@ def open_eval_pictures(run: RunArguments, train_sources: Sequence[PictureDataset
     streamed = {tar.resolve() for path in run.stream_data if "://" not in path for tar in find_tars(path)}
     for source in sources:
         if not source.has_masks:
-            raise ValueError(f"{name} has no masks to compare with. Give pictures with masks.")
+            raise ValueError(f"{name} has no masks to compare with. Give images with masks.")
         if source.files() & streamed.union(*(other.files() for other in train_sources)):
             raise ValueError(
-                f"{name} is trained on too: scores would say nothing. Leave its pictures out of what is trained on (patterns count)."
+                f"{name} is trained on too: scores would say nothing. Leave its images out of what is trained on (patterns count)."
             )
         _check_usable(name, source)
     return sources[0] if sources else None
 
 
-def _check_usable(name: str, source: PictureDataset):
+def _check_usable(name: str, source: ImageDataset):
     """Raises ValueError where none of the first images can be used: before hours of training, not after them."""
     first = range(min(NUM_TRIED, len(source)))
     if next(source.samples(report := SkipReport(), first), None) is None:
@@ -392,7 +392,7 @@ def _prompt_sampling(run: RunArguments, args: DistillationArguments) -> PromptSa
 
 
 def make_examples(
-    student: PreTrainedModel, args: DistillationArguments, run: RunArguments, sources: Sequence[PictureDataset]
+    student: PreTrainedModel, args: DistillationArguments, run: RunArguments, sources: Sequence[ImageDataset]
 ) -> "TrainingExamples | StreamedExamples":
     """All examples of the stage, in their order. Raises ValueError for a source without masks where the stage needs them."""
     config = student.config.vision_config

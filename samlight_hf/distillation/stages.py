@@ -132,7 +132,7 @@ def encode(
 class MaskStage(Stage):
     """Masks for boxes and points, then for refinement clicks with the previous logits fed back.
 
-    Of a picture's P prompts the first are boxes, the others points (`box_share`). A box trains the single mask; a point,
+    Of an image's P prompts the first are boxes, the others points (`box_share`). A box trains the single mask; a point,
     which is ambiguous, trains three, of which the one with the lowest mask loss takes the gradient. Each of
     `num_refinements` rounds adds one click, drawn evenly from the pixels that are wrong, and trains the single mask.
     The IoU head learns the IoU of every predicted mask.

@@ -17,7 +17,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 def normalize_pixels(pixel_values: torch.Tensor, reshaped_input_sizes: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, S, S) and the (height, width) that the picture fills (B, 2) -> float32, 0 in the padding.
+    """uint8 (B, 3, S, S) and the (height, width) that the image fills (B, 2) -> float32, 0 in the padding.
 
     The same as SamImageProcessor, on the device: a byte a channel travels there, and not a float.
     """

@@ -16,14 +16,14 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..data import PictureDataset, Sample
+from ..data import ImageDataset, Sample
 from ..evaluation.models import PromptableModel
 from ..evaluation.protocols import InstanceProtocols, ProtocolSettings
 from ..loading import quiet_transformers
 from ..utils.atomic_files import beside
 from ..utils.messages import one_line
 from .arguments import DistillationArguments
-from .callbacks import FiniteLossCallback, MaskPictureCallback, ThroughputCallback, diverged
+from .callbacks import FiniteLossCallback, MaskImageCallback, ThroughputCallback, diverged
 from .checkpoints import (
     SETTINGS_NAME,
     STAGING_NAME,
@@ -52,7 +52,7 @@ class DistillationTrainer(PushingTrainer):
 
     A checkpoint is a complete folder of the student, with what resuming needs beside it. It is written aside and moved, so
     that a process killed at any moment leaves the last one whole. Evaluation prompts the student with the boxes and with
-    single points of the objects in `eval_pictures`, at the pictures' own size.
+    single points of the objects in `eval_images`, at the images' own size.
 
     Args:
         student: a SamLighteningModel or a SamModel, trained in place.
@@ -60,7 +60,7 @@ class DistillationTrainer(PushingTrainer):
         train_dataset: items as `TrainingExamples` makes them, trained in their order.
         processor: the student's; saved with it.
         teacher: for the stage "encoder", with the layers that `focus_layers` gives.
-        eval_pictures: pictures with masks.
+        eval_images: images with masks.
         callbacks: further ones. A `LayerWeightCallback` among them takes the place of the one that `layer_weights` names.
         publisher: carries out the pushes, with `push_to_hub`; by default one of its own.
 
@@ -68,7 +68,7 @@ class DistillationTrainer(PushingTrainer):
         ValueError: where the stage and what it needs do not fit together.
     """
 
-    model_accepts_loss_kwargs = False  # the loss is a mean over pictures: Trainer divides it by the accumulation steps
+    model_accepts_loss_kwargs = False  # the loss is a mean over images: Trainer divides it by the accumulation steps
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -78,12 +78,12 @@ class DistillationTrainer(PushingTrainer):
         train_dataset: Dataset,
         processor: ProcessorMixin,
         teacher: Teacher | None = None,
-        eval_pictures: PictureDataset | None = None,
+        eval_images: ImageDataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         publisher: HubPublisher | None = None,
     ):
         self.student, self.teacher, self.processor = student, teacher, processor
-        self.eval_pictures, self.publisher = eval_pictures, publisher
+        self.eval_images, self.publisher = eval_images, publisher
         self._sums: dict[str, torch.Tensor] = {}  # of what a stage returns beside the loss, since the last log
         self._num_summed = 0
         self._staging: str | None = None
@@ -101,12 +101,12 @@ class DistillationTrainer(PushingTrainer):
             model=self._make_stage(args),
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=eval_pictures,
+            eval_dataset=eval_images,
             data_collator=default_collate,
             callbacks=callbacks,
         )
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, MaskPictureCallback):
+            if isinstance(callback, MaskImageCallback):
                 callback.trainer = self
 
     def _make_stage(self, args: DistillationArguments) -> torch.nn.Module:
@@ -254,22 +254,22 @@ class DistillationTrainer(PushingTrainer):
         return PromptableModel(self.student, self.processor)
 
     def evaluate(
-        self, eval_dataset: PictureDataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
+        self, eval_dataset: ImageDataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict:
-        """mIoU at the pictures' size, mean over objects: boxes, and single points by predicted IoU and best of three.
+        """mIoU at the images' size, mean over objects: boxes, and single points by predicted IoU and best of three.
 
         With a live teacher also the mean cosine of the student's and the teacher's embeddings.
         """
-        pictures = self.eval_pictures if eval_dataset is None else eval_dataset
-        if pictures is None:
-            raise ValueError("evaluation needs eval_pictures.")
+        images = self.eval_images if eval_dataset is None else eval_dataset
+        if images is None:
+            raise ValueError("evaluation needs eval_images.")
         if self.is_fsdp_enabled:
             raise ValueError(
                 "weights in shards cannot be evaluated in training. Use eval_strategy=no, and `samlight evaluate` afterwards."
             )
         promptable, records, num_skipped = self.promptable(), [], 0
-        for index in range(self.args.process_index, len(pictures), self.args.world_size):
-            sample, _ = pictures.load(index)
+        for index in range(self.args.process_index, len(images), self.args.world_size):
+            sample, _ = images.load(index)
             if sample is None:
                 num_skipped += 1
                 continue
@@ -397,7 +397,7 @@ def focus_layers(student: PreTrainedModel, teacher_config, num_focus_layers: int
 
 
 def mask_records(promptable: PromptableModel, sample: Sample, max_instances: int) -> list[dict[str, float]]:
-    """IoU at the picture's size for each of the first `max_instances` objects, by the names of `METRICS`' values."""
+    """IoU at the image's size for each of the first `max_instances` objects, by the names of `METRICS`' values."""
     settings = ProtocolSettings(num_clicks=(1,), max_instances=max_instances)
     (encoded,) = promptable.encode([sample.image])
     records = InstanceProtocols(settings)(promptable, encoded, sample)

@@ -112,7 +112,7 @@ class PlainMaskDecoder:
             if mask_logits is not None:
                 prompts["input_masks"] = mask_logits[:, None].to(self.model.dtype)
                 image["image_embeddings"] = image["image_embeddings"].expand(len(mask_logits), -1, -1, -1)
-            if len(image["image_embeddings"]) > 1:  # a picture and its prompt for each element of the batch
+            if len(image["image_embeddings"]) > 1:  # an image and its prompt for each element of the batch
                 prompts = {k: v if k == "input_masks" else v.transpose(0, 1) for k, v in prompts.items()}
         outputs = self.model(**image, **prompts, multimask_output=multimask_output)
         iou, logits = outputs.iou_scores.flatten(0, 1).float(), outputs.pred_masks.flatten(0, 2)
@@ -172,8 +172,8 @@ def _tell(part: str, reason: str, model: PreTrainedModel):
         warnings.warn(f"The {part} runs as in the model, and slower: {reason}", stacklevel=4)
 
 
-class PictureEncoder:
-    """Pictures, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one. Threads may share it."""
+class ImageEncoder:
+    """Images, uint8 (3, H, W), to what a decoder prepares of the image encoder's output, one by one. Threads may share it."""
 
     def __init__(self, model: PreTrainedModel, image_processor: SamImageProcessor, decoder: Decoder):
         self.model, self.device, self.dtype = model, model.device, model.dtype
@@ -193,14 +193,14 @@ class PictureEncoder:
 
     @takes_turns  # from where pixel values are written to where embeddings are copied
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[torch.Tensor]) -> list:
+    def __call__(self, images: Sequence[torch.Tensor]) -> list:
         self.check_weights()
-        pixel_values = preprocess(self.image_processor, pictures, self.device, self.dtype, self.encode.empty)
+        pixel_values = preprocess(self.image_processor, images, self.device, self.dtype, self.encode.empty)
         embeddings = self.encode(pixel_values)
         if isinstance(embeddings, tuple):  # SAM-HQ
             final, between = embeddings
             return [
                 self.decoder.prepare((final[i : i + 1], [tensor[i : i + 1] for tensor in between]))
-                for i in range(len(pictures))
+                for i in range(len(images))
             ]
         return list(self.decoder.prepare(embeddings).split(1))

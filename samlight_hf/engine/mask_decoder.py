@@ -2,7 +2,7 @@
 
 What the decoder costs is the image side: N = 4096 tokens of 256 channels for every prompt. Here there is less of that:
 
-- In the first layer all prompts of a picture see the same image tokens: their keys, values and queries are projected once.
+- In the first layer all prompts of an image see the same image tokens: their keys, values and queries are projected once.
 - Later, tokens are few (T = 7) and image tokens many. A projection W of the image tokens x that only meets the tokens is
   moved to the tokens' side: q (W x)^T = (q W) x^T, and p (x W) = (p x) W, with p the probabilities of T tokens. So no
   projection of an image token is computed, written or read.
@@ -12,8 +12,8 @@ What the decoder costs is the image side: N = 4096 tokens of 256 channels for ev
 - In half precision Triton kernels do what is left of the image side: `image_attention` and `mask_head`.
 - With few prompts the tokens' side, too: `token_kernels`.
 
-What is small is computed in float32 whatever the model's dtype: where prompts and image tokens are (in bfloat16 a coordinate of a
-picture of 1024 pixels is off by up to a pixel), the predicted IoU (one score in a hundred would have a neighbour with
+What is small is computed in float32 whatever the model's dtype: where prompts and image tokens are (in bfloat16 a coordinate of an
+image of 1024 pixels is off by up to a pixel), the predicted IoU (one score in a hundred would have a neighbour with
 the same bits, and which of two masks is suppressed would be a matter of their order) and the hypernetworks.
 """
 
@@ -158,9 +158,9 @@ class FastMaskDecoder:
         prompts_per_upscaling: int | None = None,
         repeated: bool = False,
     ) -> Decoded:
-        """Masks for P prompts, in pixels of the resized picture as `SamProcessor` makes them.
+        """Masks for P prompts, in pixels of the resized image as `SamProcessor` makes them.
 
-        `image` is prepared image tokens, (1, N, C) of the picture of all prompts, or (P, N, C). Prompts may be on the CPU. A prompt is `points`
+        `image` is prepared image tokens, (1, N, C) of the image of all prompts, or (P, N, C). Prompts may be on the CPU. A prompt is `points`
         (P, k, 2) with `labels` (P, k), or a box of `boxes` (P, 4), or both, and may have the logits of an earlier mask,
         `mask_logits` (P, h, w), or be these alone. Three masks for each prompt, or one without `multimask_output`; only those with a
         predicted IoU above `min_iou`, where it is given. Logits are (4 * h, 4 * w) for embeddings of h x w.
@@ -171,7 +171,7 @@ class FastMaskDecoder:
         prompts = [tensor for tensor in (points, labels, boxes) if tensor is not None]
         num_prompts = len(prompts[0] if prompts else mask_logits)
         if len(image) not in (1, num_prompts):
-            raise ValueError(f"{len(image)} pictures for {num_prompts} prompts: give one picture, or one for each.")
+            raise ValueError(f"{len(image)} images for {num_prompts} prompts: give one image, or one for each.")
         image = image.to(self.dtype)  # which another decoder may have prepared
         with_mask = mask_logits is not None
         inputs = (image, mask_logits, *prompts) if with_mask else (image, *prompts)
@@ -357,7 +357,7 @@ def _image_positions(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _attend(attention: SamAttention, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The module's self-attention of (P, T, C), which it takes as one picture's."""
+    """The module's self-attention of (P, T, C), which it takes as one image's."""
     return attention(query=tokens[None], key=tokens[None], value=values[None])[0][0]
 
 

@@ -17,7 +17,7 @@ class MemoryBudget:
     """How much of each step of everything mode fits into `max_memory_mb` at once, by arithmetic; see `MaskGenerator`.
 
     `decoder` is what decodes, by default as the model does without kernels; `use_triton` says that layer norms and masks at the
-    picture's size are kernels'.
+    image's size are kernels'.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class MemoryBudget:
         for_points, for_upscaling, for_waiting = (share * free for share in shares)
         self.points_per_batch = points_per_batch or _between(1, for_points / per_point, most)
         self.points_per_upscaling = _between(1, for_upscaling / per_upscaling, most)
-        self.pictures_per_encoding = 1 if model.device.type == "cpu" else _between(1, 0.25 * free / (25 * tokens), 4)
+        self.images_per_encoding = 1 if model.device.type == "cpu" else _between(1, 0.25 * free / (25 * tokens), 4)
         self.waiting_bytes = for_waiting  # logits of masks whose outlines are not known yet
         self._for_masks = 0.15 * free
         self._input_pixels = config.vision_config.image_size**2
 
     def masks_per_step(self, size: tuple[int, int], crop_size: tuple[int, int]) -> int:
-        """Masks at the picture's size: logits as the model's input and as the crop, float32, and six times as bool."""
+        """Masks at the image's size: logits as the model's input and as the crop, float32, and six times as bool."""
         pixels, crop_pixels = math.prod(size), math.prod(crop_size)
         return _between(1, self._for_masks / (4 * self._input_pixels + 4 * crop_pixels + 6 * pixels), 2**30 // pixels)
 

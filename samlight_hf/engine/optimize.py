@@ -48,7 +48,7 @@ def optimize(
         model(pixel_values=..., input_points=...)
         print(model.report)
 
-    Graphs are made here for batches of `image_batch_sizes` pictures, and for `prompt_counts` prompts on a picture, which are
+    Graphs are made here for batches of `image_batch_sizes` images, and for `prompt_counts` prompts on an image, which are
     a point or a box each, with three masks and with one. Other shapes run too, fused and without graphs; what the
     fast paths do not know (gradients, hidden states, attention weights, PerSAM's arguments) runs as in `model`, and a
     warning tells once why. So does a part with other modules than its config's, with adapters or hooks for example.
@@ -107,7 +107,7 @@ class _FastPaths:
         self.device, self.dtype = model.device, model.dtype
         self.told: set[str] = set()
         config = model.config.vision_config
-        self.picture_shape = config.num_channels, config.image_size, config.image_size
+        self.image_shape = config.num_channels, config.image_size, config.image_size
         self.decoder = decoder
         on_cuda = self.device.type == "cuda"
         self.encode, self.copied = make_encoder(model, on_cuda, decoder.pool if decoder else None)
@@ -130,10 +130,10 @@ class _FastPaths:
     @torch.inference_mode()
     def _capture(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
         torch.cuda.empty_cache()
-        before, size = torch.cuda.memory_reserved(self.device), self.picture_shape[-1]
+        before, size = torch.cuda.memory_reserved(self.device), self.image_shape[-1]
         if self.encode.enabled:
             for batch_size in image_batch_sizes:
-                self.encode(torch.zeros(batch_size, *self.picture_shape, device=self.device, dtype=self.dtype))
+                self.encode(torch.zeros(batch_size, *self.image_shape, device=self.device, dtype=self.dtype))
         for count in prompt_counts if self.decoder else ():
             tokens = torch.zeros_like(self.decoder.positions)[None]
             boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device).expand(count, -1).contiguous()
@@ -226,8 +226,8 @@ class _OptimizedEncoder(_Optimized):
     def _why_not(self, pixel_values: torch.Tensor | None) -> str | None:
         if pixel_values is None or not pixel_values.is_floating_point():
             return "there are no pixel_values in floating point."
-        if pixel_values.shape[1:] != self._paths.picture_shape:
-            return f"pixel_values are not (B, {', '.join(map(str, self._paths.picture_shape))})."
+        if pixel_values.shape[1:] != self._paths.image_shape:
+            return f"pixel_values are not (B, {', '.join(map(str, self._paths.image_shape))})."
         return "pixel_values require a gradient." if pixel_values.requires_grad else None
 
 
@@ -269,7 +269,7 @@ class _OptimizedModel(_Optimized):
             return reason
         image = pixel_values if image_embeddings is None else image_embeddings
         if not prompts or any(prompt.shape[:2] != (len(image), prompts[0].shape[1]) for prompt in prompts):
-            return "there are not as many points (B, P, k, 2), labels (B, P, k) or boxes (B, P, 4) for each picture."
+            return "there are not as many points (B, P, k, 2), labels (B, P, k) or boxes (B, P, 4) for each image."
         if masks is not None and masks.shape[:2] != (len(image), 1):
             return "input_masks are not (B, 1, h, w)."
         if any(tensor is not None and tensor.requires_grad for tensor in (image, masks, *prompts)):

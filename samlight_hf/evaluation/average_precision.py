@@ -21,39 +21,39 @@ SIZES = ("all", "small", "medium", "large")
 class DetectorBoxes(EvaluationTask):
     """The boxes of a detector (ViTDet's for one) as prompts, one mask each (`multimask_output=False`).
 
-    One record for each picture, which thereby counts in AP: {"image_id", "predictions": COCO results, [{"image_id",
+    One record for each image, which thereby counts in AP: {"image_id", "predictions": COCO results, [{"image_id",
     "category_id", "score": the detector's, "segmentation": RLE}]}.
 
     Args:
         path: a COCO results file, [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].
-        image_ids: the dataset's; boxes of other pictures are counted in `num_other`. Results may have them as text.
+        image_ids: the dataset's; boxes of other images are counted in `num_other`. Results may have them as text.
 
     Raises:
-        ValueError: for a file that is no such list, or has no box of these pictures.
+        ValueError: for a file that is no such list, or has no box of these images.
     """
 
     def __init__(self, path: str | Path, image_ids):
         try:
             results = json.loads(Path(path).read_text(encoding="utf-8"))
-            by_picture = defaultdict(list)
+            by_image = defaultdict(list)
             for number, result in enumerate(results):
                 box = tuple(float(result["bbox"][i]) for i in range(4))
                 score = float(result["score"])
                 if not all(map(math.isfinite, (*box, score))):
                     raise ValueError(f"result {number} has bbox {list(box)} and score {score}, which must be finite")
-                by_picture[str(result["image_id"])].append((int(result["category_id"]), score, box))
+                by_image[str(result["image_id"])].append((int(result["category_id"]), score, box))
         except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise ValueError(
                 f"{path}: not a COCO results file, a list of image_id, category_id, bbox and score ({error!r})."
             ) from error
         self.image_ids = {str(image_id): image_id for image_id in image_ids}
-        self.by_picture = {picture: boxes for picture, boxes in by_picture.items() if picture in self.image_ids}
-        self.num_other = len(results) - sum(map(len, self.by_picture.values()))
-        if not self.by_picture:
-            raise ValueError(f"{path}: none of its {len(results)} boxes is of a picture of this dataset.")
+        self.by_image = {image: boxes for image, boxes in by_image.items() if image in self.image_ids}
+        self.num_other = len(results) - sum(map(len, self.by_image.values()))
+        if not self.by_image:
+            raise ValueError(f"{path}: none of its {len(results)} boxes is of an image of this dataset.")
 
     def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:
-        image_id, results = self.image_ids[sample.id], self.by_picture.get(sample.id)
+        image_id, results = self.image_ids[sample.id], self.by_image.get(sample.id)
         if not results:
             return [{"image_id": image_id, "predictions": []}]
         x, y, width, height = torch.tensor([box for _, _, box in results]).unbind(1)
@@ -69,7 +69,7 @@ class DetectorBoxes(EvaluationTask):
 class EverythingTask(EvaluationTask):
     """Everything mode, transformers' mask generation over a grid of points, against all annotated masks.
 
-    One record for each picture: {"picture", "predictions": [{"segmentation", "score"}], "targets": [{"segmentation", "area",
+    One record for each image: {"picture", "predictions": [{"segmentation", "score"}], "targets": [{"segmentation", "area",
     "iscrowd"}]}. Thresholds of 0 keep every mask that is not suppressed.
     """
 
@@ -83,7 +83,7 @@ class EverythingTask(EvaluationTask):
 
         if not model.keeps_aspect:
             raise ValueError(
-                f"everything mode takes SAM's frame of a picture, and model_type={model.model.config.model_type!r} another: "
+                f"everything mode takes SAM's frame of an image, and model_type={model.model.config.model_type!r} another: "
                 "evaluate it without."
             )
         result = segment_everything(model.model, model.processor, sample.image, *self.arguments)
@@ -148,9 +148,9 @@ def check_annotations(annotation_json: str | Path, image_ids: list, lvis: bool =
 def average_precision(
     annotation_json: str | Path, results: list[dict], image_ids: list, lvis: bool = False
 ) -> dict[str, float]:
-    """COCO's or LVIS's mask AP, 0 to 1, of results on the pictures `image_ids`, which alone count.
+    """COCO's or LVIS's mask AP, 0 to 1, of results on the images `image_ids`, which alone count.
 
-    AP is the mean over IoU thresholds 0.5:0.05:0.95, by COCOeval: 100 detections a picture for COCO; 300, with federated
+    AP is the mean over IoU thresholds 0.5:0.05:0.95, by COCOeval: 100 detections an image for COCO; 300, with federated
     annotations and AP by frequency of the category, for LVIS. A size or frequency that no annotation has is left out.
     Annotations without an area have their mask's.
 
@@ -177,7 +177,7 @@ def average_precision(
 
 
 def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str, float]:
-    """AR of `EverythingTask`'s records, 0 to 1: recall at `max_detections` masks a picture, without categories, mean over IoUs."""
+    """AR of `EverythingTask`'s records, 0 to 1: recall at `max_detections` masks an image, without categories, mean over IoUs."""
     from faster_coco_eval import COCO
 
     category = {"category_id": 1}
@@ -209,7 +209,7 @@ def encode_rle(mask: np.ndarray) -> dict:
 
 
 def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tuple[dict, dict[int | str, int]]:
-    """The annotations of these pictures for COCOeval, and the numbers of the pictures in it by their ids.
+    """The annotations of these images for COCOeval, and the numbers of the images in it by their ids.
 
     Numbers, because COCOeval takes no text for an id, and an annotation 0 for one that was not found.
     """
@@ -240,7 +240,7 @@ def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tup
         own = {"segmentation": mask, "category_id": category_id, "image_id": numbers[image_id]}
         annotations.append({**annotation, **own, "id": len(annotations) + 1})
     if not annotations:
-        raise ValueError(f"{annotation_json}: none of its annotations is of these pictures: there is no AP of them.")
+        raise ValueError(f"{annotation_json}: none of its annotations is of these images: there is no AP of them.")
     return {"images": list(images.values()), "annotations": annotations, "categories": categories}, numbers
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data import PictureDataset
+from ..data import ImageDataset
 from ..inference.crops import DEFAULT_PRED_IOU_THRESH, DEFAULT_STABILITY_SCORE_THRESH, MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
 from .average_precision import precision
@@ -84,7 +84,7 @@ def map_scores(model: PreTrainedModel, low: tuple[float, float], high: tuple[flo
 def calibrate(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    dataset: PictureDataset,
+    dataset: ImageDataset,
     masks_per_image: float = 20.0,
     points_per_side: int = 32,
     logit_scales: Sequence[float] = LOGIT_SCALES,

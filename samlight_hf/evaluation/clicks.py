@@ -1,7 +1,7 @@
 """Simulated clicks, as the interactive segmentation literature and the Segment Anything paper place them.
 
 The first click is the point deepest inside the mask, where the distance to everything outside is greatest, the outside of
-the picture included. Each next click is the deepest point of the larger of two error regions, measured by that depth:
+the image included. Each next click is the deepest point of the larger of two error regions, measured by that depth:
 what the prediction misses (a positive click) and what it has too much (a negative one).
 """
 

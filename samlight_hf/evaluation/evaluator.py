@@ -1,6 +1,6 @@
-"""Runs protocols over a dataset: batched, with pictures read ahead, on any number of processes, and restartable.
+"""Runs protocols over a dataset: batched, with images read ahead, on any number of processes, and restartable.
 
-The unit of work is a batch of consecutive pictures, whoever takes it: the same pictures are encoded together in one process
+The unit of work is a batch of consecutive images, whoever takes it: the same images are encoded together in one process
 or in eight, before and after an interruption, and so the numbers are the same.
 """
 
@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data import PictureDataset, Sample, SkipReport
+from ..data import ImageDataset, Sample, SkipReport
 from ..utils.atomic_files import atomic_write, fit_name
 from .models import PromptableModel
 from .work import EvaluationTask
@@ -25,7 +25,7 @@ _RANK = ".00000.jsonl"  # room for a process's number behind a journal's name
 
 
 class Journal:
-    """A file with one line for each evaluated picture, from which an interrupted run goes on.
+    """A file with one line for each evaluated image, from which an interrupted run goes on.
 
     Each process appends to a file of its own and all read everybody's, so that the number of processes may change. A last
     line that was cut off is dropped.
@@ -73,19 +73,19 @@ class Journal:
 
 def evaluate(
     model: PromptableModel,
-    dataset: PictureDataset,
+    dataset: ImageDataset,
     work: EvaluationTask,
     journal: Journal,
     batch_size: int = 4,
     num_workers: int = 2,
     title: str = "",
 ) -> tuple[list[dict], SkipReport, float]:
-    """The records of all pictures in the dataset's order, what was skipped, and this process's seconds.
+    """The records of all images in the dataset's order, what was skipped, and this process's seconds.
 
     Under `accelerate launch` each process takes every so-many-th batch, and all return everything.
 
     Raises:
-        ValueError: if no picture of the dataset gave a record.
+        ValueError: if no image of the dataset gave a record.
     """
     state = PartialState()
     start = time.perf_counter()
@@ -94,7 +94,7 @@ def evaluate(
     batches = batches[state.process_index :: state.num_processes]
     batches = [batch for batch in batches if not all(index in journal.done for index in batch)]
     with tqdm(
-        total=sum(map(len, batches)), unit="picture", desc=title, disable=not state.is_main_process or None
+        total=sum(map(len, batches)), unit="image", desc=title, disable=not state.is_main_process or None
     ) as progress:
         # Processes, not threads: decoding JSON, RLE and JPEG keeps the interpreter busy. What is pinned comes through a
         # thread, which receives the next batches meanwhile.
@@ -129,14 +129,14 @@ def evaluate(
         records += journal.done[index]["records"]
         report.merge(SkipReport.from_dict(journal.done[index]["skipped"]))
     if not records:
-        raise ValueError(f"nothing could be evaluated. {report.summary(dataset.num_pictures)}")
+        raise ValueError(f"nothing could be evaluated. {report.summary(dataset.num_images)}")
     return records, report, seconds
 
 
 class _Batches(Dataset):
-    """`PictureDataset.load` of each picture of a batch and what `prepare` makes of it, for a DataLoader."""
+    """`ImageDataset.load` of each image of a batch and what `prepare` makes of it, for a DataLoader."""
 
-    def __init__(self, dataset: PictureDataset, batches: list[range], prepare: Callable[[Sample], Any]):
+    def __init__(self, dataset: ImageDataset, batches: list[range], prepare: Callable[[Sample], Any]):
         self.dataset, self.batches, self.prepare = dataset, batches, prepare
 
     def __len__(self) -> int:

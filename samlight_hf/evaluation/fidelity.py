@@ -13,9 +13,9 @@ from .work import EvaluationTask
 
 
 class Fidelity(EvaluationTask):
-    """The student, which `evaluate` runs, against `teacher` on the same pictures and prompts.
+    """The student, which `evaluate` runs, against `teacher` on the same images and prompts.
 
-    One record for each picture: {"picture", "cosine": of the image embeddings, mean over positions, "mse", "layers":
+    One record for each image: {"picture", "cosine": of the image embeddings, mean over positions, "mse", "layers":
     {"student layer i ~ teacher layer j": linear CKA of their tokens}, "mask_iou": {"box/single": [IoU of the two models'
     masks for each instance], "1 click/predicted": [...]}}.
 
@@ -82,7 +82,7 @@ class Fidelity(EvaluationTask):
 
 
 def summarize_fidelity(records: list[dict]) -> dict[str, float]:
-    """Means over pictures of embeddings and layers, and over instances of masks."""
+    """Means over images of embeddings and layers, and over instances of masks."""
     scores = {
         "embedding cosine": statistics.fmean(record["cosine"] for record in records),
         "embedding MSE": statistics.fmean(record["mse"] for record in records),

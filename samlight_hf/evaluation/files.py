@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import CocoDataset, PictureDataset, Sa1bDataset
+from ..data import CocoDataset, ImageDataset, Sa1bDataset
 
 
 def is_missing(value) -> bool:
@@ -39,7 +39,7 @@ def content_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def dataset_digest(dataset: PictureDataset, path: str | Path) -> str:
+def dataset_digest(dataset: ImageDataset, path: str | Path) -> str:
     """Tells the dataset of `path` from another: a JSON by its content, tars and mask files by names, sizes and times."""
     if isinstance(dataset, CocoDataset):
         return content_digest(path)

@@ -1,4 +1,4 @@
-"""Any promptable SAM of transformers behind one pair of calls: encode pictures, then prompt in pixels of the picture."""
+"""Any promptable SAM of transformers behind one pair of calls: encode images, then prompt in pixels of the image."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from ..loading import weights_fingerprint
 from .timing import ForwardTimer
 
 
-# model_type -> whether the picture keeps its aspect ratio (SAM, padded) or is stretched to a square (SAM 2)
+# model_type -> whether the image keeps its aspect ratio (SAM, padded) or is stretched to a square (SAM 2)
 SUPPORTED = {"sam_lightening": True, "sam": True, "sam_hq": True, "sam2": False, "edgetam": False}
 
 
 @dataclass(eq=False)
 class Encoded:
-    """One encoded picture: keyword arguments of the model with a batch of one, and what its coordinates mean."""
+    """One encoded image: keyword arguments of the model with a batch of one, and what its coordinates mean."""
 
     embeddings: dict[str, torch.Tensor | list[torch.Tensor]]
-    size: tuple[int, int]  # height, width of the picture
-    reshaped_size: tuple[int, int]  # height, width of the picture within the model's input
+    size: tuple[int, int]  # height, width of the image
+    reshaped_size: tuple[int, int]  # height, width of the image within the model's input
 
     @property
     def scale(self) -> torch.Tensor:
-        """Along x and y, from pixels of the picture to pixels of the model's input, float32 (2,)."""
+        """Along x and y, from pixels of the image to pixels of the model's input, float32 (2,)."""
         return torch.tensor([self.reshaped_size[1] / self.size[1], self.reshaped_size[0] / self.size[0]])
 
 
@@ -32,7 +32,7 @@ class Encoded:
 class PromptedMasks:
     """What n prompts gave, m masks each."""
 
-    masks: torch.Tensor  # bool (n, m, H, W), at the picture's size
+    masks: torch.Tensor  # bool (n, m, H, W), at the image's size
     predicted_iou: torch.Tensor  # float32 (n, m)
     logits: torch.Tensor  # (n, m, h, w) at the decoder's size, to feed back
 
@@ -54,7 +54,7 @@ class PromptableModel:
         self.keeps_aspect = SUPPORTED[model_type]
         self.prompts_per_batch = prompts_per_batch
         self.timer = ForwardTimer()
-        self.count = {"encoder": 0, "decoder": 0}  # pictures, and calls of up to `prompts_per_batch` prompts
+        self.count = {"encoder": 0, "decoder": 0}  # images, and calls of up to `prompts_per_batch` prompts
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -62,7 +62,7 @@ class PromptableModel:
         return {part: self.timer.seconds(part) for part in self.count}
 
     def latency_ms(self) -> dict[str, float | None]:
-        """Mean time of the encoder for a picture, and of the decoder for a call of up to `prompts_per_batch` prompts."""
+        """Mean time of the encoder for an image, and of the decoder for a call of up to `prompts_per_batch` prompts."""
         return {part: 1e3 * spent / n if (n := self.count[part]) else None for part, spent in self.seconds.items()}
 
     def fingerprint(self) -> str:
@@ -71,7 +71,7 @@ class PromptableModel:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> list[Encoded]:
-        """Encodes a batch of RGB pictures of any sizes."""
+        """Encodes a batch of RGB images of any sizes."""
         inputs = self.preprocess(images)
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         with self.timer.measure("encoder", self.model.device):
@@ -94,7 +94,7 @@ class PromptableModel:
         logits: torch.Tensor | None = None,
         multimask_output: bool = True,
     ) -> PromptedMasks:
-        """One object for each prompt: boxes (n, 4), or points (n, k, 2) with labels (n, k) of 1 and 0; pixels of the picture.
+        """One object for each prompt: boxes (n, 4), or points (n, k, 2) with labels (n, k) of 1 and 0; pixels of the image.
 
         `logits` (n, 1, h, w) of an earlier prediction refine it. Returns n x 3 masks, or n x 1 without `multimask_output`.
         """
@@ -117,15 +117,15 @@ class PromptableModel:
     def predict_boxes(
         self, encoded: Sequence[Encoded], boxes_xyxy: Sequence[torch.Tensor], multimask_output: bool = True
     ) -> Iterator[PromptedMasks]:
-        """`predict` for each encoded picture and its boxes (n, 4), in calls that prompts of several pictures share.
+        """`predict` for each encoded image and its boxes (n, 4), in calls that prompts of several images share.
 
-        The same picture may come several times. Predictions are made as they are asked for: masks are large.
+        The same image may come several times. Predictions are made as they are asked for: masks are large.
         """
         if not encoded:
             return
-        pictures = list(dict.fromkeys(encoded))
-        together = _apply(torch.cat, *(picture.embeddings for picture in pictures))
-        place = {picture: index for index, picture in enumerate(pictures)}
+        images = list(dict.fromkeys(encoded))
+        together = _apply(torch.cat, *(image.embeddings for image in images))
+        place = {image: index for index, image in enumerate(images)}
         counts = [len(boxes) for boxes in boxes_xyxy]
         places = torch.tensor([place[each] for each in encoded]).repeat_interleave(torch.tensor(counts))
         boxes = torch.cat([boxes.float() * e.scale.repeat(2) for e, boxes in zip(encoded, boxes_xyxy, strict=True)])
@@ -161,7 +161,7 @@ class PromptableModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (n, m, h, w) and predicted IoU (n, m) of n prompts, each with embeddings of its own.
 
-        One prompt for each element of the batch: fed-back logits are per picture in SAM, and here per object.
+        One prompt for each element of the batch: fed-back logits are per image in SAM, and here per object.
         """
         with self.timer.measure("decoder", self.model.device):
             outputs = self.model(**embeddings, **prompts, multimask_output=multimask_output)
@@ -169,13 +169,13 @@ class PromptableModel:
         return outputs.pred_masks[:, 0], outputs.iou_scores[:, 0].float()
 
     def _upscale(self, logits: torch.Tensor, encoded: Encoded) -> torch.Tensor:
-        """(n, m, h, w) -> bool (n, m, H, W), by the processor's own rule, as one picture with n masks."""
+        """(n, m, h, w) -> bool (n, m, H, W), by the processor's own rule, as one image with n masks."""
         sizes = {"reshaped_input_sizes": [encoded.reshaped_size]} if self.keeps_aspect else {}
         processor = self.processor.image_processor
         return processor.post_process_masks([logits.float()], [encoded.size], **sizes)[0]
 
     def _image(self, embeddings, i: int) -> dict:
-        """The i-th picture's share of what get_image_embeddings returned."""
+        """The i-th image's share of what get_image_embeddings returned."""
         if isinstance(embeddings, tuple):  # SAM-HQ
             final, intermediate = embeddings
             return {
@@ -195,7 +195,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _apply(function: Callable[[Sequence[torch.Tensor]], torch.Tensor], *embeddings: dict) -> dict:
-    """`function` of each tensor in several pictures' embeddings, all pictures' at once."""
+    """`function` of each tensor in several images' embeddings, all images' at once."""
 
     def apply(values):
         return [function(tensors) for tensors in zip(*values)] if isinstance(values[0], list) else function(values)

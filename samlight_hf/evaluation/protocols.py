@@ -3,7 +3,7 @@
 Prompts are "box" (the annotation's box) and "K clicks" (see `clicks.py`). The mask that counts is always named, because
 published figures differ by it more than by the model: "single" (the one mask of `multimask_output=False`), "predicted" (of
 three, the one whose predicted IoU is highest) or "oracle" (of three, the one whose true IoU is highest: an upper bound).
-Every protocol's IoU is taken at the picture's own size.
+Every protocol's IoU is taken at the image's own size.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from .work import EvaluationTask
 PROMPTS = ("box", "clicks")
 MASK_CHOICES = ("single", "predicted", "oracle")
 
-# Float logits of one chunk of instances, three masks each, at the picture's size or the model's, whichever is larger.
+# Float logits of one chunk of instances, three masks each, at the image's size or the model's, whichever is larger.
 _CHUNK_BYTES = 2**29
 
 
@@ -38,7 +38,7 @@ class ProtocolSettings:
         feed_back: whether the logits of the mask taken go in with the next click.
         with_crowd: whether crowd instances are evaluated as well.
         with_boundary_iou: whether boundary IoU is computed too.
-        max_instances: the first so many of each picture; None is all.
+        max_instances: the first so many of each image; None is all.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -69,17 +69,17 @@ class ProtocolSettings:
         }
         prompts = {
             "box": "box: the annotation's box, as annotated, without noise",
-            "clicks": "clicks: the first at the point deepest inside the mask (distance transform, picture padded with "
+            "clicks": "clicks: the first at the point deepest inside the mask (distance transform, image padded with "
             "zeros), each next one at the deepest point of the larger error region of the mask taken; "
             + ("its logits are fed back" if self.feed_back else "no logits are fed back"),
         }
         instances = "all instances, crowds included" if self.with_crowd else "crowd instances left out"
         if self.max_instances is not None:
-            instances += f", at most the first {self.max_instances} of each picture"
+            instances += f", at most the first {self.max_instances} of each image"
         return [
             *(prompts[name] for name in self.prompts),
             *(taken[name] for name in self.mask_choices),
-            f"mIoU: mean over instances of the IoU at the picture's own size; {instances}",
+            f"mIoU: mean over instances of the IoU at the image's own size; {instances}",
         ]
 
     def to_dict(self) -> dict:
@@ -95,7 +95,7 @@ def check_max_instances(max_instances: int | None):
 class InstanceProtocols(EvaluationTask):
     """Boxes and clicks for every annotated instance, as `evaluate` runs it over a dataset.
 
-    One record for each instance of a picture, in their order: {"picture", "instance", "area", "width", "height", "iou":
+    One record for each instance of an image, in their order: {"picture", "instance", "area", "width", "height", "iou":
     {"box/single": ..., "3 clicks/oracle": ...}, "predicted_iou": the same keys, "boundary_iou": the same keys or none}.
     """
 
@@ -110,7 +110,7 @@ class InstanceProtocols(EvaluationTask):
         return Targets.of(sample, instances[: self.settings.max_instances])
 
     def batch(self, model: PromptableModel, encoded: Sequence[Encoded], targets: Sequence[Targets]) -> list[list[dict]]:
-        """The records of each picture. Nothing waits for the device but the clicks, and the records at the end."""
+        """The records of each image. Nothing waits for the device but the clicks, and the records at the end."""
         pieces = [(each, piece) for each, its in zip(encoded, targets, strict=True) for piece in _in_pieces(each, its)]
         scores = [_Scores(self.settings.with_boundary_iou) for _ in pieces]
         if "box" in self.settings.prompts:
@@ -163,7 +163,7 @@ def _records(pieces: Sequence[Targets], scores: Sequence[_Scores]) -> list[list[
     for piece, its_scores in zip(pieces, scores, strict=True):
         its_records = [
             {
-                "picture": piece.picture, "instance": instance.id, "area": instance.area, "width": piece.width,
+                "picture": piece.image, "instance": instance.id, "area": instance.area, "width": piece.width,
                 "height": piece.height, "iou": {}, "boundary_iou": {}, "predicted_iou": {},
             }
             for instance in piece.instances

@@ -60,7 +60,7 @@ def write_report(
     report = {
         "format_version": 1,
         "intervals": {
-            "method": "percentile bootstrap over pictures", "confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES,
+            "method": "percentile bootstrap over images", "confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES,
             "seed": 0,
         },
         "models": [{"settings": r.settings, "scores": r.scores, "records": _records_name(r)} for r in results],
@@ -156,7 +156,7 @@ def _details(results: Sequence[ModelResult]) -> list[list[str]]:
 def _score_text(score: Mapping) -> str:
     if score["mean"] is None:
         return MISSING
-    interval = "no interval: one picture" if score["low"] is None else f"{score['low']:.3f}, {score['high']:.3f}"
+    interval = "no interval: one image" if score["low"] is None else f"{score['low']:.3f}, {score['high']:.3f}"
     return f"{score['mean']:.3f} [{interval}]"
 
 
@@ -164,7 +164,7 @@ def _difference_text(test: Mapping) -> str:
     if test["difference"] is None:
         return "not comparable"
     if test["p_value"] is None:
-        return f"{test['difference']:+.3f} [no interval: one picture]"
+        return f"{test['difference']:+.3f} [no interval: one image]"
     p_value = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3f}"
     return f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}], {p_value}"
 
@@ -203,19 +203,17 @@ def _protocol_blocks(results: Sequence[ModelResult]) -> list[str]:
     if len(texts) > 1:
         blocks = ["**The protocols of these models are worded differently: read them before comparing.**"]
         blocks += [f"{', '.join(names)}:\n\n{text}" for text, names in texts.items()]
-    num_pictures = min(len({record["picture"] for record in result.records}) for result in results)
+    num_images = min(len({record["picture"] for record in result.records}) for result in results)
     note = (
-        f"Brackets hold {CONFIDENCE:.0%} intervals: a percentile bootstrap of {NUM_RESAMPLES:,} draws over pictures, each "
+        f"Brackets hold {CONFIDENCE:.0%} intervals: a percentile bootstrap of {NUM_RESAMPLES:,} draws over images, each "
         "with all of its instances; means are over instances. Differences are paired on the same instances; their "
         "two-sided p-values are not corrected for the number of comparisons. Small, medium, large: below 32², below 96², "
         "and other areas. Calibration gap: mean distance of the model's own estimate of the IoU from the IoU. Calibration "
         f"error: distance of the means of both over the masks whose estimate is in one of {NUM_BINS} bins of equal width, "
         "averaged over bins by their masks (expected calibration error)."
     )
-    if num_pictures < 20:
-        note += (
-            f" Pictures: {num_pictures}. With fewer than 20, intervals are too narrow, p-values too small: take more."
-        )
+    if num_images < 20:
+        note += f" Images: {num_images}. With fewer than 20, intervals are too narrow, p-values too small: take more."
     return [*blocks, note]
 
 

@@ -1,7 +1,7 @@
 """Means that say how sure they are: bootstrap intervals, paired comparisons, and scores by object size.
 
-Masks of one picture share its light, its sharpness and its annotator, so they are no independent draws. All intervals
-here resample *pictures*, each with all of its instances (the cluster bootstrap: Davison and Hinkley, "Bootstrap Methods
+Masks of one image share its light, its sharpness and its annotator, so they are no independent draws. All intervals
+here resample *images*, each with all of its instances (the cluster bootstrap: Davison and Hinkley, "Bootstrap Methods
 and their Application", 1997, section 3.8), while the mean stays the mean over instances.
 """
 
@@ -19,14 +19,14 @@ NUM_RESAMPLES = 10_000
 NUM_BINS = 10  # of predicted IoUs, for the calibration error
 MEASURES = "iou", "boundary_iou", "predicted_iou"
 SIZES = "small", "medium", "large"
-_SMALL_BELOW, _MEDIUM_BELOW = 32**2, 96**2  # square pixels of the original picture, as in COCO
+_SMALL_BELOW, _MEDIUM_BELOW = 32**2, 96**2  # square pixels of the original image, as in COCO
 
-# Draws of pictures that are held at once: 8 MB an array, whatever the number of pictures and resamples.
+# Draws of images that are held at once: 8 MB an array, whatever the number of images and resamples.
 _MAX_DRAWS = 2**20
 
 
 class Interval(NamedTuple):
-    """A mean over instances and the ends of its interval, which are NaN where one picture is all there is."""
+    """A mean over instances and the ends of its interval, which are NaN where one image is all there is."""
 
     mean: float
     low: float
@@ -69,13 +69,13 @@ class ModelResult:
             if absent := {"picture", "instance", "area", "iou"} - record.keys():
                 raise ValueError(f"{self.name}: record {place} has no {', '.join(sorted(absent))}.")
             if (key := instance_key(record)) in seen:
-                raise ValueError(f"{self.name}: picture {key[0]}, instance {key[1]} has two records.")
+                raise ValueError(f"{self.name}: image {key[0]}, instance {key[1]} has two records.")
             seen.add(key)
             for measure in ("iou", "boundary_iou"):
                 for protocol, value in (record.get(measure) or {}).items():
                     if value is not None and (value < 0 or value > 1):
                         raise ValueError(
-                            f"{self.name}: picture {key[0]}, instance {key[1]}: {protocol} {measure} is {value}."
+                            f"{self.name}: image {key[0]}, instance {key[1]}: {protocol} {measure} is {value}."
                         )
 
     @property
@@ -110,12 +110,12 @@ def bootstrap_interval(
     """Mean of `values` (n,) and its percentile bootstrap interval; the same numbers for the same seed.
 
     Args:
-        groups: (n,) the picture of each value. Pictures are drawn with replacement, with all of their values. Without it
-            each value is a picture of its own.
+        groups: (n,) the image of each value. Images are drawn with replacement, with all of their values. Without it
+            each value is an image of its own.
         confidence: between 0 and 1, the part of all repetitions whose interval should hold the true mean. With fewer
-            than about 20 pictures percentile intervals hold it more rarely than that.
+            than about 20 images percentile intervals hold it more rarely than that.
 
-    With a single picture there is nothing to resample: low and high are NaN, not a width of zero.
+    With a single image there is nothing to resample: low and high are NaN, not a width of zero.
 
     Raises:
         ValueError: for no values, for a value that is NaN or infinite, for groups of another length.
@@ -138,15 +138,15 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """How much better b is than a on the same instances: mean(b) - mean(a), (n,) each in the same order.
 
-    Both models are scored on each draw of pictures, so what makes a picture hard for both cancels. The p-value is twice
+    Both models are scored on each draw of images, so what makes an image hard for both cancels. The p-value is twice
     the smaller part of draws on either side of zero, and at least 2 / (num_resamples + 1): it is below 1 - confidence where
     the interval leaves zero out. It knows nothing of how many comparisons are made.
 
     Args:
-        groups: (n,) the picture of each value, as in `bootstrap_interval`.
+        groups: (n,) the image of each value, as in `bootstrap_interval`.
         instances_a, instances_b: (n,) the identity of each value; given both, they must be the same, place by place.
 
-    With a single picture all but the difference is NaN.
+    With a single image all but the difference is NaN.
 
     Raises:
         ValueError: for lists of different instances, and whatever `bootstrap_interval` refuses.
@@ -212,7 +212,7 @@ def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **opti
     Returns for each {"iou": score, "boundary_iou": score, "calibration_gap": score, "calibration_error": score,
     "by_size": {"small": score, ...}}, where a score is {"mean", "low", "high", "n"}. A mean is taken over all instances or
     not at all: where a value is missing or NaN, the three are None and "reason" tells how many and which is the first.
-    With a single picture, low and high are None and "reason" says so.
+    With a single image, low and high are None and "reason" says so.
 
     `options` are `confidence`, `num_resamples` and `seed` of `bootstrap_interval`.
     """
@@ -246,7 +246,7 @@ def protocol_differences(
     """By protocol, what `paired_bootstrap` says of the IoU of b against a: {"difference", "low", "high", "p_value", "n"}.
 
     Where they cannot be compared (other instances, a value missing) the four are None and "reason" says why; with a
-    single picture, all but the difference. The order
+    single image, all but the difference. The order
     of the instances is free. `names` are what reasons call the two.
     """
     place_of = {instance_key(record): place for place, record in enumerate(records_b)}
@@ -270,7 +270,7 @@ def protocol_differences(
     whole = [column for column, problem in enumerate(problems) if not problem]
     differences = {column: _no_difference(len(keys), problems[column]) for column in range(len(protocols))}
     if whole:
-        index = _group_index([picture for picture, _ in keys], len(keys))
+        index = _group_index([image for image, _ in keys], len(keys))
         for column, test in zip(whole, _paired((values_b - values_a)[:, whole], index, **_options(options))):
             ends = _interval(low=test.low, high=test.high, p_value=test.p_value)
             differences[column] = {"difference": test.difference, "n": len(keys)} | ends
@@ -306,7 +306,7 @@ def _scores(values: np.ndarray, records: Sequence[Mapping], **options) -> list[d
         options = _options(options)
         # All protocols are scored on the same draws: one pass serves them all.
         columns = values[:, whole].reshape(len(keys), -1)
-        means = _resampled_means(columns, _group_index([picture for picture, _ in keys], len(keys)), **options)
+        means = _resampled_means(columns, _group_index([image for image, _ in keys], len(keys)), **options)
         means = np.abs(means.reshape(len(means), len(whole), -1)).sum(axis=2)
         for column, low, high in zip(whole, *_ends(means, options["confidence"])):
             mean = _summed_magnitudes(values[:, column])
@@ -332,15 +332,13 @@ def _problem(values: np.ndarray, keys: Sequence[tuple]) -> str:
     bad = np.flatnonzero(~np.isfinite(values))
     if not len(bad):
         return ""
-    picture, instance = keys[bad[0]]
-    return (
-        f"{len(bad)} of {len(values)} values are missing or not finite, first: picture {picture}, instance {instance}"
-    )
+    image, instance = keys[bad[0]]
+    return f"{len(bad)} of {len(values)} values are missing or not finite, first: image {image}, instance {instance}"
 
 
 def _interval(**ends: float) -> dict:
     if any(map(math.isnan, ends.values())):
-        return {**dict.fromkeys(ends), "reason": "no interval: a single picture"}
+        return {**dict.fromkeys(ends), "reason": "no interval: a single image"}
     return {name: float(end) for name, end in ends.items()}
 
 

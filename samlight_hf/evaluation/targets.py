@@ -1,4 +1,4 @@
-"""The annotated masks of a picture as run lengths, which are small to send and become pixels on the device."""
+"""The annotated masks of an image as run lengths, which are small to send and become pixels on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from .models import to_device
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """n instances of a picture of `height` x `width` pixels. A slice selects.
+    """n instances of an image of `height` x `width` pixels. A slice selects.
 
     Attributes:
-        picture: the sample's id.
+        image: the sample's id.
         instances: in the order of the masks.
         runs: int32 (total,), pixels outside and inside in turn, column by column, mask after mask; an even number for each
             mask, so that every second run is inside.
         offsets: int64 (n + 1,): the runs of mask i are `runs[offsets[i]:offsets[i + 1]]`.
     """
 
-    picture: str
+    image: str
     height: int
     width: int
     instances: Sequence[Instance]
@@ -46,7 +46,7 @@ class Targets:
         start, stop, _ = chosen.indices(len(self))
         offsets = self.offsets[start : stop + 1]
         runs = self.runs[offsets[0] : offsets[-1]]
-        return Targets(self.picture, self.height, self.width, self.instances[start:stop], runs, offsets - offsets[0])
+        return Targets(self.image, self.height, self.width, self.instances[start:stop], runs, offsets - offsets[0])
 
     def masks(self, device: torch.device) -> torch.Tensor:
         """bool (n, H, W) on the device, which is not waited for."""

@@ -1,4 +1,4 @@
-"""What `evaluate` does with the pictures of a dataset."""
+"""What `evaluate` does with the images of a dataset."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from .models import Encoded, PromptableModel
 
 
 class EvaluationTask(ABC):
-    """Records of one picture, by a call; of a batch, by `batch`, which is for those to override that gain by it.
+    """Records of one image, by a call; of a batch, by `batch`, which is for those to override that gain by it.
 
     `needs_embeddings` False leaves `encoded` None.
     """
@@ -28,5 +28,5 @@ class EvaluationTask(ABC):
     def batch(
         self, model: PromptableModel, encoded: Sequence[Encoded | None], prepared: Sequence[Any]
     ) -> list[list[dict]]:
-        """The records of each picture."""
+        """The records of each image."""
         return [self(model, each, its) for each, its in zip(encoded, prepared, strict=True)]

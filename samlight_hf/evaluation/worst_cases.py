@@ -1,4 +1,4 @@
-"""The instances of lowest IoU as pictures."""
+"""The instances of lowest IoU as images."""
 
 import math
 import os
@@ -29,12 +29,12 @@ def worst_cases(
     """Draws the instances of lowest IoU, lowest first, twenty a sheet; returns the PNG files, for `write_report`.
 
     Args:
-        draw_inputs: called with one record at a time; returns the picture, the true and the predicted mask for
-            `protocol`, both (height, width) bool at the picture's size, and the prompts: {"boxes_xyxy": [...],
-            "points_xy": [...]} in pixels of the picture, each optional, or None.
+        draw_inputs: called with one record at a time; returns the image, the true and the predicted mask for
+            `protocol`, both (height, width) bool at the image's size, and the prompts: {"boxes_xyxy": [...],
+            "points_xy": [...]} in pixels of the image, each optional, or None.
 
     Raises:
-        ValueError: for a protocol that the model was not evaluated with, or a mask of another size than its picture.
+        ValueError: for a protocol that the model was not evaluated with, or a mask of another size than its image.
     """
     if protocol not in result.protocols:
         raise ValueError(f"{result.name} has no protocol {protocol!r}, only: {', '.join(result.protocols)}.")
@@ -48,7 +48,7 @@ def worst_cases(
     panels = []
     for place in places:
         record = result.records[place]
-        image = _draw_case(*draw_inputs(record), where=f"picture {record['picture']}, instance {record['instance']}")
+        image = _draw_case(*draw_inputs(record), where=f"image {record['picture']}, instance {record['instance']}")
         size = f"{record['picture']} / {record['instance']} · {record['area']:,.0f} px"
         panels.append(Panel(image, f"IoU {iou[place]:.3f}", size))
     paths = []
@@ -61,23 +61,23 @@ def worst_cases(
     return paths
 
 
-def _draw_case(picture: Image.Image, truth, predicted, prompts: Mapping | None, where: str) -> Image.Image:
+def _draw_case(image: Image.Image, truth, predicted, prompts: Mapping | None, where: str) -> Image.Image:
     """The surroundings of both masks as one panel, with their contours over the prompts; see `worst_cases`."""
     masks = [Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255) for mask in (truth, predicted)]
     for mask in masks:
-        if mask.size != picture.size:
-            raise ValueError(f"{where}: a mask is {mask.size} (width, height), and its picture {picture.size}.")
-    boxes = [mask.getbbox() for mask in masks if mask.getbbox()] or [(0, 0, *picture.size)]
+        if mask.size != image.size:
+            raise ValueError(f"{where}: a mask is {mask.size} (width, height), and its image {image.size}.")
+    boxes = [mask.getbbox() for mask in masks if mask.getbbox()] or [(0, 0, *image.size)]
     left, top = (min(box[side] for box in boxes) for side in (0, 1))
     right, bottom = (max(box[side] for box in boxes) for side in (2, 3))
     margin = 16 + max(right - left, bottom - top) // 5
     offset = max(0, left - margin), max(0, top - margin)
-    crop = (*offset, min(picture.width, right + margin), min(picture.height, bottom + margin))
+    crop = (*offset, min(image.width, right + margin), min(image.height, bottom + margin))
     prompts = prompts or {}
     boxes_xyxy = [np.subtract(box, [*offset, *offset]) for box in prompts.get("boxes_xyxy") or ()]
     points_xy = [np.subtract(point, offset) for point in prompts.get("points_xy") or ()]
     nothing = MaskResult(np.zeros((0, 1, 1), dtype=bool), np.zeros(0), np.zeros((0, 4)))
-    panel = draw_overlay(picture.convert("RGB").crop(crop), nothing, boxes_xyxy, points_xy, max_size=_PANEL_SIZE)
+    panel = draw_overlay(image.convert("RGB").crop(crop), nothing, boxes_xyxy, points_xy, max_size=_PANEL_SIZE)
     for mask, colour in zip(masks, (_TRUE_COLOUR, _PREDICTED_COLOUR)):
         # Contours are found at twice the size and halved, which makes them smooth. The frame closes them at the border.
         mask = mask.resize((2 * panel.width, 2 * panel.height), Image.Resampling.BILINEAR, crop)

@@ -3,7 +3,7 @@
 import os
 
 from ..utils.messages import one_line
-from .reading import PictureError
+from .reading import ImageError
 
 
 # What concerns one image: it is damaged or cannot be used, its prompts are wrong, or it does not fit into memory.
@@ -16,11 +16,11 @@ def check_errors(errors: str):
         raise ValueError(f"errors={errors!r} must be 'return' or 'raise'.")
 
 
-def error_of_image(place: int, error: Exception, image=None) -> PictureError:
+def error_of_image(place: int, error: Exception, image=None) -> ImageError:
     """The error as that of image number `place`, counted from 0; of a path, that is named too. It holds no stack frames."""
     message, name = one_line(error), f"image {place}"
     if not isinstance(error, ValueError):
         message = f"{type(error).__name__}: {message}"
     if isinstance(image, str | os.PathLike) and not message.startswith(os.fspath(image)):
         name = f"{name}, {os.fspath(image)}"
-    return PictureError(f"{name}: {message}")
+    return ImageError(f"{name}: {message}")

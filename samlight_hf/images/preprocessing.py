@@ -1,4 +1,4 @@
-"""Pictures to pixel values on the model's device, bit for bit as transformers' image processor makes them on a CPU."""
+"""Images to pixel values on the model's device, bit for bit as transformers' image processor makes them on a CPU."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,41 +15,41 @@ from .levels import stretch, tell, to_rgb
 from .reading import open_image
 
 
-Picture = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+ImageInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
 
-def picture_tensor(picture: Picture) -> torch.Tensor:
+def image_tensor(image: ImageInput) -> torch.Tensor:
     """Read one image as uint8 (3, H, W), by the same rule in whatever form it comes.
 
     Levels that are not uint8, integers or floats, are stretched between robust percentiles, and a line is logged: see
     `levels.stretch`. A file or a PIL image is turned upright, and its transparency laid on white.
 
     Args:
-        picture: a path, a PIL image, an array (H, W) or (H, W, 3), or a tensor (H, W) or (3, H, W), grey or RGB. A tensor
+        image: a path, a PIL image, an array (H, W) or (H, W, 3), or a tensor (H, W) or (3, H, W), grey or RGB. A tensor
             stays on its device.
 
     Raises:
-        ValueError: for another type or shape and for an empty image; PictureError, a ValueError, for a file that cannot be read.
+        ValueError: for another type or shape and for an empty image; ImageError, a ValueError, for a file that cannot be read.
     """
-    if isinstance(picture, str | os.PathLike):
-        picture = open_image(picture)
-    if isinstance(picture, Image.Image):
-        picture = np.asarray(to_rgb(picture, "the image", upright=True))
-    if not isinstance(picture, np.ndarray | torch.Tensor):
+    if isinstance(image, str | os.PathLike):
+        image = open_image(image)
+    if isinstance(image, Image.Image):
+        image = np.asarray(to_rgb(image, "the image", upright=True))
+    if not isinstance(image, np.ndarray | torch.Tensor):
         raise ValueError(
-            f"a picture is a {type(picture).__name__}, and must be a path, a PIL image, an array or a tensor."
+            f"an image is a {type(image).__name__}, and must be a path, a PIL image, an array or a tensor."
         )
-    is_array, shape = isinstance(picture, np.ndarray), tuple(picture.shape)
+    is_array, shape = isinstance(image, np.ndarray), tuple(image.shape)
     if len(shape) != 2 and not (len(shape) == 3 and shape[2 if is_array else 0] == 3):
         raise ValueError(
-            f"a picture has the shape {shape}, and must be (H, W) or {'(H, W, 3)' if is_array else '(3, H, W)'}."
+            f"an image has the shape {shape}, and must be (H, W) or {'(H, W, 3)' if is_array else '(3, H, W)'}."
         )
     if 0 in shape:
-        raise ValueError(f"a picture of shape {shape} has no pixels.")
-    picture = _to_uint8(picture)
+        raise ValueError(f"an image of shape {shape} has no pixels.")
+    image = _to_uint8(image)
     if is_array:  # torch takes neither negative strides nor memory that must not be written to without a word
-        picture = torch.from_numpy(np.array(picture.transpose(2, 0, 1) if len(shape) == 3 else picture))
-    return picture if len(shape) == 3 else picture.expand(3, -1, -1)
+        image = torch.from_numpy(np.array(image.transpose(2, 0, 1) if len(shape) == 3 else image))
+    return image if len(shape) == 3 else image.expand(3, -1, -1)
 
 
 def _to_uint8(levels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -58,7 +58,7 @@ def _to_uint8(levels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
         return levels
     is_array = isinstance(levels, np.ndarray)
     if levels.dtype.kind not in "iuf" if is_array else levels.dtype == torch.bool or levels.is_complex():
-        raise ValueError(f"a picture's levels are {levels.dtype}, and must be integers or floats.")
+        raise ValueError(f"an image's levels are {levels.dtype}, and must be integers or floats.")
     array = levels
     if not is_array:
         array = (levels.float() if levels.dtype == torch.bfloat16 else levels).detach().cpu().numpy()
@@ -68,11 +68,11 @@ def _to_uint8(levels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 
 
 def check_size(image_processor: SamImageProcessor, height: int, width: int):
-    """Raises ValueError for a picture whose short side would vanish when its long side is resized for the model."""
+    """Raises ValueError for an image whose short side would vanish when its long side is resized for the model."""
     longest_edge = image_processor.size["longest_edge"]
     if min(height, width) * longest_edge / max(height, width) < 0.5:
         raise ValueError(
-            f"a picture of {width}x{height} pixels is too thin: resized to {longest_edge} pixels it would be 0 pixels "
+            f"an image of {width}x{height} pixels is too thin: resized to {longest_edge} pixels it would be 0 pixels "
             f"thick. Cut it to a ratio below {2 * longest_edge}:1."
         )
 
@@ -85,12 +85,12 @@ def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
 
 def preprocess(
     image_processor: SamImageProcessor,
-    pictures: Sequence[torch.Tensor],
+    images: Sequence[torch.Tensor],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     empty: Callable[..., torch.Tensor] = torch.empty,
 ) -> torch.Tensor:
-    """Pictures, uint8 (3, H, W) of any sizes and on any device, to pixel values (B, 3, S, S), in `dtype` and on `device`.
+    """Images, uint8 (3, H, W) of any sizes and on any device, to pixel values (B, 3, S, S), in `dtype` and on `device`.
 
     Resized to the image processor's longest edge, normalised, and padded with zeros at the right and at the bottom: in
     float32, rounded to `dtype`. `empty`, called as `torch.empty`, gives the tensor that kernels write them to; on the CPU,
@@ -98,14 +98,14 @@ def preprocess(
     more than it pads to.
     """
     if device.type == "cpu" or why_not_on_device(image_processor):
-        inputs = image_processor(list(pictures), return_tensors="pt", device=device if device.type != "cpu" else None)
+        inputs = image_processor(list(images), return_tensors="pt", device=device if device.type != "cpu" else None)
         return inputs["pixel_values"].to(dtype)
     height, width = image_processor.pad_size["height"], image_processor.pad_size["width"]
     levels = normalised_levels(image_processor, dtype, device)
-    pixel_values = empty(len(pictures), 3, height, width, dtype=dtype, device=device)
-    for place, picture in zip(pixel_values, pictures):
-        size = resized_size(*picture.shape[-2:], image_processor.size["longest_edge"])
-        resize_into(place, picture.to(device, non_blocking=True), size, levels)
+    pixel_values = empty(len(images), 3, height, width, dtype=dtype, device=device)
+    for place, image in zip(pixel_values, images):
+        size = resized_size(*image.shape[-2:], image_processor.size["longest_edge"])
+        resize_into(place, image.to(device, non_blocking=True), size, levels)
     return pixel_values
 
 
@@ -123,7 +123,7 @@ def _normalised_levels(image_processor, rescale_factor, mean, std, dtype, device
 
 
 def why_not_on_device(image_processor: SamImageProcessor) -> str | None:
-    """Why this processor's pictures are not resized by `resize_into`: a sentence, or None where they are."""
+    """Why this processor's images are not resized by `resize_into`: a sentence, or None where they are."""
     if image_processor.resample not in (PILImageResampling.BILINEAR, int(PILImageResampling.BILINEAR)):
         return f"resample={image_processor.resample!r} is not bilinear"
     for step in ("do_resize", "do_rescale", "do_normalize", "do_pad"):

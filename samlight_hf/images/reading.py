@@ -1,4 +1,4 @@
-"""Pictures from files, folders and patterns, and one picture of any kind as RGB."""
+"""Images from files, folders and patterns, and one image of any kind as RGB."""
 
 import glob
 import os
@@ -17,26 +17,26 @@ from .formats import describe_left_out, image_suffixes, opening_hint
 from .levels import LevelsError, to_rgb
 
 
-# In a folder of results of `samlight segment`: the settings they were made with, and of which pictures.
+# In a folder of results of `samlight segment`: the settings they were made with, and of which images.
 NOTE_NAME = ".samlight.json"
 
 _NO_ADDRESS = "{}: is an address, and files alone are read. Download it."
 
 Item, Read = TypeVar("Item"), TypeVar("Read")
 
-# 300 MB as RGB. The masks of one picture can take as many bytes each as it has pixels.
+# 300 MB as RGB. The masks of one image can take as many bytes each as it has pixels.
 MAX_PIXELS = 100_000_000
 
 
-class PictureError(ValueError):
-    """A picture that cannot be used; the message is one line with what is wrong and what to do."""
+class ImageError(ValueError):
+    """An image that cannot be used; the message is one line with what is wrong and what to do."""
 
 
-def find_pictures(
+def find_images(
     paths: Iterable[str | os.PathLike],
     exclude: str | os.PathLike | None = None,
     left_out: Counter[str] | None = None,
-) -> tuple[list[Path], list[PictureError]]:
+) -> tuple[list[Path], list[ImageError]]:
     """Find all images that `paths` name, each once, and make an error for each path that names none.
 
     A file is taken whatever its suffix. A folder stands for the images in it and in its subfolders, in sorted order,
@@ -55,7 +55,7 @@ def find_pictures(
     suffixes = image_suffixes()
     for path in paths:
         if _is_address(path):
-            problems.append(PictureError(_NO_ADDRESS.format(path)))
+            problems.append(ImageError(_NO_ADDRESS.format(path)))
             continue
         path, others = Path(path), Counter()
         if path.is_dir():
@@ -64,16 +64,16 @@ def find_pictures(
             files = None
         else:
             files = sorted(match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file())
-        pictures = [path] if files is None else [file for file in files if file.suffix.lower() in suffixes]
+        images = [path] if files is None else [file for file in files if file.suffix.lower() in suffixes]
         if files is not None:
             others.update(file.suffix.lower() for file in files if file.suffix.lower() not in suffixes)
         left_out.update(others)
-        if not pictures:
-            what = "no pictures in this folder" if path.is_dir() else "no such file or folder. Check the name"
-            what = "no picture matches this pattern" if others and not path.is_dir() else what
-            problems.append(PictureError(f"{path}: {what}" + (f": {describe_left_out(others)}" if others else ".")))
-        for picture in pictures:
-            found.setdefault(os.path.realpath(picture), picture)  # Path.resolve raises for links in a circle
+        if not images:
+            what = "no images in this folder" if path.is_dir() else "no such file or folder. Check the name"
+            what = "no image matches this pattern" if others and not path.is_dir() else what
+            problems.append(ImageError(f"{path}: {what}" + (f": {describe_left_out(others)}" if others else ".")))
+        for image in images:
+            found.setdefault(os.path.realpath(image), image)  # Path.resolve raises for links in a circle
     return list(found.values()), problems
 
 
@@ -98,48 +98,48 @@ def common_folder(paths: Iterable[str | os.PathLike]) -> Path | None:
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The picture as RGB, 8 bits, upright as its EXIF orientation says.
+    """The image as RGB, 8 bits, upright as its EXIF orientation says.
 
     Transparency is laid on white. Levels of more than 8 bits are stretched between robust percentiles, and a line is
     logged, see `levels.to_rgb`. Of several frames the first is taken.
 
     Raises:
-        PictureError: for a file that is not there, is no picture, is damaged, or has more than `MAX_PIXELS` pixels.
+        ImageError: for a file that is not there, is no image, is damaged, or has more than `MAX_PIXELS` pixels.
     """
     if _is_address(path):
-        raise PictureError(_NO_ADDRESS.format(path))
+        raise ImageError(_NO_ADDRESS.format(path))
     path = Path(path)
     if not path.exists():
-        raise PictureError(f"{path}: no such file. Check the name.")
+        raise ImageError(f"{path}: no such file. Check the name.")
     if path.is_dir():
-        raise PictureError(f"{path}: is a folder. Give a file.")
+        raise ImageError(f"{path}: is a folder. Give a file.")
     if path.stat().st_size == 0:
-        raise PictureError(f"{path}: the file is empty. Copy or download it again.")
+        raise ImageError(f"{path}: the file is empty. Copy or download it again.")
     image_suffixes()  # with the plugins of formats that Pillow has not itself
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning: the limit here is checked below
-            with Image.open(path) as picture:
-                _check_size(path, *picture.size)
-                return to_rgb(picture, str(path), upright=True)
-    except PictureError:
+            with Image.open(path) as image:
+                _check_size(path, *image.size)
+                return to_rgb(image, str(path), upright=True)
+    except ImageError:
         raise
     except LevelsError as error:
-        raise PictureError(f"{path}: {error}") from error
+        raise ImageError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise PictureError(
+        raise ImageError(
             f"{path}: more than {MAX_PIXELS:,} pixels, the limit here. Make it smaller, or cut it up."
         ) from error
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
             hint = opening_hint(path.suffix, file.read(16))
-        raise PictureError(f"{path}: not a picture that can be read. {_remedy(hint)}") from error
+        raise ImageError(f"{path}: not an image that can be read. {_remedy(hint)}") from error
     except PermissionError as error:
-        raise PictureError(f"{path}: no permission to read it. Check its permissions.") from error
+        raise ImageError(f"{path}: no permission to read it. Check its permissions.") from error
     except MemoryError as error:
-        raise PictureError(f"{path}: does not fit into memory. Make it smaller.") from error
+        raise ImageError(f"{path}: does not fit into memory. Make it smaller.") from error
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError
-        raise PictureError(f"{path}: truncated or damaged ({one_line(error)}). Copy or download it again.") from error
+        raise ImageError(f"{path}: truncated or damaged ({one_line(error)}). Copy or download it again.") from error
 
 
 def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], num_threads: int = 1) -> Iterator[Read]:
@@ -164,17 +164,17 @@ def _is_address(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)  # of which a Path would keep one slash
 
 
-def _in_folder(folder: Path, excluded: Path | None, problems: list[PictureError]) -> list[Path]:
+def _in_folder(folder: Path, excluded: Path | None, problems: list[ImageError]) -> list[Path]:
     def refuse(error: OSError):
-        problems.append(PictureError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions."))
+        problems.append(ImageError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions."))
 
-    pictures = []
+    images = []
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [
             name for name in folders if not name.startswith(".") and not _holds_results(Path(root) / name, excluded)
         ]
-        pictures += [Path(root) / name for name in files if not name.startswith(".")]
-    return sorted(pictures)
+        images += [Path(root) / name for name in files if not name.startswith(".")]
+    return sorted(images)
 
 
 def _holds_results(folder: Path, excluded: Path | None) -> bool:
@@ -187,7 +187,7 @@ def _remedy(hint: str | None) -> str:
 
 def _check_size(path: Path, width: int, height: int):
     if width * height > MAX_PIXELS:
-        raise PictureError(
+        raise ImageError(
             f"{path}: {width}x{height} is {width * height:,} pixels, and the limit is {MAX_PIXELS:,}. "
             "Make it smaller, or cut it up."
         )

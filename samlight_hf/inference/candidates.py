@@ -11,7 +11,7 @@ from ..masks.rle import RunLengthMasks, select_changes
 
 
 class Table(NamedTuple):
-    """What is known of n masks, in pixels of the picture."""
+    """What is known of n masks, in pixels of the image."""
 
     scores: torch.Tensor  # float32 (n,), predicted IoU
     stability: torch.Tensor  # float32 (n,)
@@ -32,13 +32,13 @@ class _Part(NamedTuple):
 
 
 class Candidates:
-    """Masks of one picture that all filters but the suppression of duplicates have kept, on the device.
+    """Masks of one image that all filters but the suppression of duplicates have kept, on the device.
 
     Outlines are computed of those that are kept in the end; of all, whenever logits of more than `max_bytes` wait.
     """
 
-    def __init__(self, picture: tuple[int, int], threshold: float, max_bytes: float, use_triton: bool):
-        self.picture, self.threshold, self.max_bytes, self.use_triton = picture, threshold, max_bytes, use_triton
+    def __init__(self, image: tuple[int, int], threshold: float, max_bytes: float, use_triton: bool):
+        self.image, self.threshold, self.max_bytes, self.use_triton = image, threshold, max_bytes, use_triton
         self._parts: list[_Part] = []
         self._scores: list[torch.Tensor] = []
         self._waiting_bytes = 0
@@ -52,7 +52,7 @@ class Candidates:
         return not self._scores or not bool(torch.cat(self._scores).isnan().any())
 
     def add(self, table: Table, frame: Frame, logits: torch.Tensor, step: int):
-        """Masks of `logits` (n, h, w), of which `step` may be at the picture's size at once."""
+        """Masks of `logits` (n, h, w), of which `step` may be at the image's size at once."""
         columns = torch.cat([table.scores[:, None], table.stability[:, None], table.boxes, table.points], dim=1)
         self._parts.append(_Part(columns, frame, logits, None))
         self._waiting_bytes += logits.numel() * logits.element_size()
@@ -92,6 +92,6 @@ class Candidates:
                 order += places
         if not pieces:
             nothing = np.zeros(0, dtype=np.int32)
-            return RunLengthMasks.from_changes(*self.picture, nothing, nothing)
+            return RunLengthMasks.from_changes(*self.image, nothing, nothing)
         positions, counts = (torch.cat(tensors).cpu().numpy() for tensors in zip(*pieces))
-        return RunLengthMasks.from_changes(*self.picture, positions, counts)[np.argsort(order)]
+        return RunLengthMasks.from_changes(*self.image, positions, counts)[np.argsort(order)]

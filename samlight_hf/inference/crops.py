@@ -1,4 +1,4 @@
-"""Where everything mode looks: settings, crops of the picture and the grid of points on each, as the stock pipeline's."""
+"""Where everything mode looks: settings, crops of the image and the grid of points on each, as the stock pipeline's."""
 
 import math
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class MaskGenerationSettings:
     """What everything mode looks for and keeps; names, meanings and defaults are those of the stock pipeline.
 
     Attributes:
-        points_per_crop: the grid on the picture, and on each crop, has this number of points squared.
-        crops_n_layers: layer i of these has 4^i overlapping crops of the picture, which are segmented like pictures.
-        crop_overlap_ratio: how far crops of the first layer overlap, of the picture's short side.
+        points_per_crop: the grid on the image, and on each crop, has this number of points squared.
+        crops_n_layers: layer i of these has 4^i overlapping crops of the image, which are segmented like images.
+        crop_overlap_ratio: how far crops of the first layer overlap, of the image's short side.
         crop_n_points_downscale_factor: the grid of layer i has `points_per_crop / factor^i` points a side.
         pred_iou_thresh: the predicted IoU must be above it; 0 keeps all.
         stability_score_thresh: the stability must be above it; 0 keeps all. It is the area of the mask at logits above
@@ -71,7 +71,7 @@ class MaskGenerationSettings:
 
 
 class Crop(NamedTuple):
-    """A part of the picture, in its pixels: x1, y1, and x2, y2 behind the last ones."""
+    """A part of the image, in its pixels: x1, y1, and x2, y2 behind the last ones."""
 
     box_xyxy: tuple[int, int, int, int]
     layer: int
@@ -84,7 +84,7 @@ class Crop(NamedTuple):
 
 
 def crop_boxes(height: int, width: int, settings: MaskGenerationSettings) -> list[Crop]:
-    """The picture itself, and for each layer i its 2^i x 2^i overlapping crops, column by column."""
+    """The image itself, and for each layer i its 2^i x 2^i overlapping crops, column by column."""
     crops = [Crop((0, 0, width, height), 0)]
     for layer in range(1, settings.crops_n_layers + 1):
         per_side = 2**layer

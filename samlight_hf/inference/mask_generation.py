@@ -1,6 +1,6 @@
-"""Everything mode: the masks of all there is in a picture, equal to transformers' `mask-generation` pipeline, and faster.
+"""Everything mode: the masks of all there is in an image, equal to transformers' `mask-generation` pipeline, and faster.
 
-A grid of points is decoded, three masks each, on the picture and, where asked for, on crops of it. Kept are masks that
+A grid of points is decoded, three masks each, on the image and, where asked for, on crops of it. Kept are masks that
 the model scores well, that are stable under another threshold, that do not end at a crop's border, and of those that
 lie on each other the best. The order of these steps, every comparison and every resize are the stock pipeline's. What
 differs is when they happen and to what: a mask that its score rules out is never computed, stability and boxes come straight from
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
-from ..engine.build import Decoder, PictureEncoder, PlainMaskDecoder, decoder_dtype_of, make_decoder
+from ..engine.build import Decoder, ImageEncoder, PlainMaskDecoder, decoder_dtype_of, make_decoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
-from ..images.preprocessing import Picture, check_size, picture_tensor, resized_size
-from ..images.reading import PictureError, read_ahead
+from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
+from ..images.reading import ImageError, read_ahead
 from ..kernels.upscaled_masks import Frame, measure, why_not_triton
 from ..masks.results import GeneratedMasks, MaskResult
 from ..utils.autocast import without_autocast
@@ -36,13 +36,13 @@ from .crops import (
 from .encoded_image import EncodedImage
 
 
-_CROP_EDGE_TOLERANCE = 20  # pixels of the picture
+_CROP_EDGE_TOLERANCE = 20  # pixels of the image
 
 
 class MaskGenerator:
-    """Everything mode of one model. Call it with a picture, or with a list of pictures for a list of results.
+    """Everything mode of one model. Call it with an image, or with a list of images for a list of results.
 
-    `max_memory_mb` bounds the memory that is allocated on a CUDA device, the model's weights included; pictures of more
+    `max_memory_mb` bounds the memory that is allocated on a CUDA device, the model's weights included; images of more
     than about 10 million pixels may need more. Results do not depend on it, but for rounding. `points_per_batch` sets
     how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs,
     and `triton_kernels` compute masks and their outlines: both by default on CUDA devices, the latter where Triton runs,
@@ -86,7 +86,7 @@ class MaskGenerator:
         self.use_triton = reason is None and triton_kernels is not False
         decoder_dtype = decoder_dtype_of(model, model.dtype, decoder_dtype)
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
-        self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
+        self.encoder = ImageEncoder(model, self.image_processor, self.decoder)
         self.set_budget(max_memory_mb, points_per_batch)
 
     def set_budget(self, max_memory_mb: float, points_per_batch: int | None = None):
@@ -110,50 +110,50 @@ class MaskGenerator:
 
     def __call__(
         self,
-        pictures: Picture | Sequence[Picture],
+        images: ImageInput | Sequence[ImageInput],
         settings: MaskGenerationSettings | None = None,
         *,
         errors: str = "return",
         **changes,
-    ) -> GeneratedMasks | list[GeneratedMasks | PictureError]:
-        """The masks of a path, PIL image, array or tensor (see `picture_tensor`), or of each of a list of these.
+    ) -> GeneratedMasks | list[GeneratedMasks | ImageError]:
+        """The masks of a path, PIL image, array or tensor (see `image_tensor`), or of each of a list of these.
 
         Settings are given as one object, or by name. `errors` is for lists, as `generate_many` tells.
         """
         settings = _settings(settings, changes)
-        if isinstance(pictures, list | tuple):
-            return list(self.generate_many(pictures, settings, errors=errors))
-        return self.generate(picture_tensor(pictures), settings)
+        if isinstance(images, list | tuple):
+            return list(self.generate_many(images, settings, errors=errors))
+        return self.generate(image_tensor(images), settings)
 
     def generate_many(
         self,
-        pictures: Iterable[Picture],
+        images: Iterable[ImageInput],
         settings: MaskGenerationSettings | None = None,
         *,
         errors: str = "return",
         **changes,
-    ) -> Iterator[GeneratedMasks | PictureError]:
+    ) -> Iterator[GeneratedMasks | ImageError]:
         """The masks of image after image, any number of them, of which the next ones are read meanwhile.
 
         There is one result for each image, in order. An image that is damaged, too thin or too large for the memory has its
-        error there, a PictureError that names it, and a warning says the same; the others go on:
+        error there, a ImageError that names it, and a warning says the same; the others go on:
 
             for path, result in zip(paths, generator.generate_many(paths)):
-                if isinstance(result, PictureError):
+                if isinstance(result, ImageError):
                     failed.append((path, result))
 
         `errors="raise"` raises the first such error instead, which ends it.
         """
         check_errors(errors)
         settings = _settings(settings, changes)
-        for place, (picture, tensor, error) in enumerate(read_ahead(_read, pictures)):
+        for place, (image, tensor, error) in enumerate(read_ahead(_read, images)):
             if error is None:
                 try:
                     result = self.generate(tensor, settings)
                 except IMAGE_ERRORS as raised:
                     error = raised
             if error is not None:
-                result = error_of_image(place, error, picture)
+                result = error_of_image(place, error, image)
                 if errors == "raise":
                     raise result from error
                 if isinstance(error, torch.OutOfMemoryError):
@@ -164,39 +164,39 @@ class MaskGenerator:
     @without_autocast
     @torch.inference_mode()
     def generate(
-        self, picture: torch.Tensor, settings: MaskGenerationSettings, progress=None, image=None
+        self, image: torch.Tensor, settings: MaskGenerationSettings, progress=None, encoded=None
     ) -> GeneratedMasks:
-        """The masks of one picture, uint8 (3, H, W) on any device.
+        """The masks of one image, uint8 (3, H, W) on any device.
 
-        `progress`, such as a tqdm bar, has its `update` called with the number of points decoded. `image` is what
-        `encoder` or `Predictor.encode` made of this picture, for callers that have it already.
-        Raises ValueError for a picture, or a crop of it, that is too thin for the model, and where a mask's score is NaN.
+        `progress`, such as a tqdm bar, has its `update` called with the number of points decoded. `encoded` is what
+        `encoder` or `Predictor.encode` made of this image, for callers that have it already.
+        Raises ValueError for an image, or a crop of it, that is too thin for the model, and where a mask's score is NaN.
         """
-        size = tuple(picture.shape[-2:])
+        size = tuple(image.shape[-2:])
         crops = crop_boxes(*size, settings)
         for crop in crops:
             if min(crop.size) < 1:
                 raise ValueError(
-                    f"a picture of {size[1]}x{size[0]} pixels is too small for crops_n_layers={settings.crops_n_layers}."
+                    f"an image of {size[1]}x{size[0]} pixels is too small for crops_n_layers={settings.crops_n_layers}."
                 )
             check_size(self.image_processor, *crop.size)
         found = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
-        for crop, prepared in self._encode(picture, crops, image):
+        for crop, prepared in self._encode(image, crops, encoded):
             self._decode_crop(prepared, crop, size, settings, found, progress)
         return self._select(found, size, settings)
 
-    def _encode(self, picture: torch.Tensor, crops: list[Crop], image) -> Iterator[tuple[Crop, object]]:
-        if image is not None:
-            yield crops[0], image.read() if isinstance(image, EncodedImage) else image
+    def _encode(self, image: torch.Tensor, crops: list[Crop], encoded) -> Iterator[tuple[Crop, object]]:
+        if encoded is not None:
+            yield crops[0], encoded.read() if isinstance(encoded, EncodedImage) else encoded
             crops = crops[1:]
-        step = self.budget.pictures_per_encoding
+        step = self.budget.images_per_encoding
         for start in range(0, len(crops), step):
             part = crops[start : start + step]
-            yield from zip(part, self.encoder([picture[:, y1:y2, x1:x2] for (x1, y1, x2, y2), _ in part]))
+            yield from zip(part, self.encoder([image[:, y1:y2, x1:x2] for (x1, y1, x2, y2), _ in part]))
 
     def _decode_crop(
         self,
-        image,
+        encoded,
         crop: Crop,
         size: tuple[int, int],
         settings: MaskGenerationSettings,
@@ -226,7 +226,7 @@ class MaskGenerator:
                 batch = torch.cat([batch, batch[-1:].expand(batch_size - num_points, -1, -1)])
             at_once = self.budget.points_per_upscaling
             decoded = self.decoder.decode(
-                image, batch, labels, min_iou=least, prompts_per_upscaling=at_once, repeated=True
+                encoded, batch, labels, min_iou=least, prompts_per_upscaling=at_once, repeated=True
             )
             found.note_scores(decoded.iou)
             num_masks = decoded.iou.shape[1]
@@ -249,17 +249,17 @@ class MaskGenerator:
     ):
         """Of masks (k, h, w) as the decoder gives them, adds those that are stable and do not end at the crop's border.
 
-        `edges` holds the boxes of the crop and of the picture, int32 (2, 4), on the device.
+        `edges` holds the boxes of the crop and of the image, int32 (2, 4), on the device.
         """
         threshold, offset = settings.mask_threshold, settings.stability_score_offset
-        step = self.budget.masks_per_step(frame.picture, frame.crop)
+        step = self.budget.masks_per_step(frame.image, frame.crop)
         thresholds = threshold, threshold + offset, threshold - offset
         measures = measure(logits, frame, thresholds, step, self.use_triton)
         stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:]
         is_kept = []
         if settings.stability_score_thresh > 0:
             is_kept.append(stability > settings.stability_score_thresh)
-        if frame.crop != frame.picture:
+        if frame.crop != frame.image:
             boxes = boxes + edges[0, :2].repeat(2)
             is_kept.append(~_ends_at_crop(boxes, *edges))
         table = Table(scores, stability, boxes.float(), points)
@@ -299,33 +299,33 @@ class MaskGenerator:
 def segment_everything(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    picture: Picture,
+    image: ImageInput,
     points_per_side: int = DEFAULT_POINTS_PER_SIDE,
     pred_iou_thresh: float = DEFAULT_PRED_IOU_THRESH,
     stability_score_thresh: float = DEFAULT_STABILITY_SCORE_THRESH,
     points_per_batch: int | None = None,
     progress=None,
 ) -> MaskResult:
-    """Masks of everything in one picture, the best first, as pixels: a `MaskGenerator` for one use.
+    """Masks of everything in one image, the best first, as pixels: a `MaskGenerator` for one use.
 
-    Raises ValueError for settings outside their range, and for a picture that is too thin for the model.
+    Raises ValueError for settings outside their range, and for an image that is too thin for the model.
     """
     if not isinstance(points_per_side, int) or points_per_side < 1:
         raise ValueError(f"points_per_side={points_per_side!r} must be a positive integer.")
     settings = MaskGenerationSettings(
         points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
-    # One picture would not repay the capture of CUDA graphs.
+    # One image would not repay the capture of CUDA graphs.
     generator = MaskGenerator(model, processor, points_per_batch=points_per_batch, cuda_graphs=False)
-    return generator.generate(picture_tensor(picture), settings, progress).to_result()
+    return generator.generate(image_tensor(image), settings, progress).to_result()
 
 
-def _read(picture: Picture) -> tuple[Picture, torch.Tensor | None, Exception | None]:
-    """The picture, its pixels, and what reading it has raised, which must not end the reading of others."""
+def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception | None]:
+    """The image, its pixels, and what reading it has raised, which must not end the reading of others."""
     try:
-        return picture, picture_tensor(picture), None
+        return image, image_tensor(image), None
     except IMAGE_ERRORS as error:
-        return picture, None, error
+        return image, None, error
 
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:
@@ -336,10 +336,10 @@ def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGen
     return settings
 
 
-def _ends_at_crop(boxes: torch.Tensor, crop_box: torch.Tensor, picture_box: torch.Tensor) -> torch.Tensor:
-    """Whether a box, in the picture, has a side near the crop's that is not near the picture's: bool (n,)."""
-    near_crop, near_picture = ((boxes - box).abs() <= _CROP_EDGE_TOLERANCE for box in (crop_box, picture_box))
-    return (near_crop & ~near_picture).any(dim=1)
+def _ends_at_crop(boxes: torch.Tensor, crop_box: torch.Tensor, image_box: torch.Tensor) -> torch.Tensor:
+    """Whether a box, in the image, has a side near the crop's that is not near the image's: bool (n,)."""
+    near_crop, near_image = ((boxes - box).abs() <= _CROP_EDGE_TOLERANCE for box in (crop_box, image_box))
+    return (near_crop & ~near_image).any(dim=1)
 
 
 def _crop_box(frame: Frame) -> tuple[int, int, int, int]:

@@ -9,7 +9,7 @@ from transformers.image_utils import load_image
 
 from ..engine.memory_budget import DEFAULT_MEMORY_MB
 from ..images.levels import has_more_than_8_bits, to_rgb
-from ..images.preprocessing import picture_tensor
+from ..images.preprocessing import image_tensor
 from ..masks.results import GeneratedMasks
 from .mask_generation import MaskGenerationSettings, MaskGenerator
 
@@ -21,10 +21,10 @@ _HOLE_FILLING = ("max_hole_area", "max_sprinkle_area")
 
 
 class FastMaskGenerationPipeline(Pipeline):
-    """Masks of everything in a picture, with the arguments and the result of transformers' `MaskGenerationPipeline`.
+    """Masks of everything in an image, with the arguments and the result of transformers' `MaskGenerationPipeline`.
 
     `pipeline("fast-mask-generation", model=..., max_memory_mb=1500, cuda_graphs=None)`: the last two are those of `MaskGenerator`.
-    Called with a picture (path, URL, PIL image) it returns a dictionary, with a list of pictures a list of these:
+    Called with an image (path, URL, PIL image) it returns a dictionary, with a list of images a list of these:
 
     masks: list of bool (H, W) tensors on the CPU, the best first. Left out with `output_masks=False`: as pixels, many
         masks take longer than all else.
@@ -33,7 +33,7 @@ class FastMaskGenerationPipeline(Pipeline):
     bounding_boxes, with `output_bboxes_mask=True`: int64 (n, 4), the first and the last column and row inside.
 
     Beyond the stock pipeline: any dtype; `points_per_batch=None` decodes as many as fit into memory; grids may differ
-    between crop layers; a picture without masks gives empty lists; `output_rle_masks`, which the stock one documents, works.
+    between crop layers; an image without masks gives empty lists; `output_rle_masks`, which the stock one documents, works.
 
     Threads may share a pipeline, as they may share a `MaskGenerator`, and it can be pickled likewise.
 
@@ -69,17 +69,17 @@ class FastMaskGenerationPipeline(Pipeline):
         return preprocess, forward, postprocess
 
     def __call__(self, image, *args, batch_size=None, **kwargs):
-        """See the class. `batch_size` has no meaning here: points are batched, and pictures are not."""
+        """See the class. `batch_size` has no meaning here: points are batched, and images are not."""
         return super().__call__(image, *args, **kwargs)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
-        return {"picture": picture_tensor(_load(image, timeout))}
+        return {"image": image_tensor(_load(image, timeout))}
 
     def _forward(self, model_inputs, points_per_batch: int | None = None, **settings) -> dict[str, GeneratedMasks]:
         generator = self.generator.with_budget(
             self.max_memory_mb, points_per_batch
         )  # of this call: threads may share it
-        return {"generated": generator.generate(model_inputs["picture"], MaskGenerationSettings(**settings))}
+        return {"generated": generator.generate(model_inputs["image"], MaskGenerationSettings(**settings))}
 
     def postprocess(self, model_outputs, output_masks=True, output_rle_mask=False, output_bboxes_mask=False) -> dict:
         generated = model_outputs["generated"]

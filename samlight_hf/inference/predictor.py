@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
-from ..engine.build import Decoder, PictureEncoder, PlainMaskDecoder, make_decoder
+from ..engine.build import Decoder, ImageEncoder, PlainMaskDecoder, make_decoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..images.errors import check_errors, error_of_image
-from ..images.preprocessing import Picture, check_size, picture_tensor, resized_size
-from ..images.reading import PictureError
+from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
+from ..images.reading import ImageError
 from ..kernels import upscaled_masks
 from ..masks.boxes import mask_edges
 from ..masks.results import MaskResult
@@ -86,7 +86,7 @@ class Predictor:
         self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self._settings = {"output": output, "max_memory_mb": max_memory_mb, "cuda_graphs": cuda_graphs}
         self.decoder: Decoder = make_decoder(model, cuda_graphs)
-        self.encoder = PictureEncoder(model, self.image_processor, self.decoder)
+        self.encoder = ImageEncoder(model, self.image_processor, self.decoder)
         self.budget = MemoryBudget(model, max_memory_mb)
         side = 4 * model.config.prompt_encoder_config.image_embedding_size
         self.logits_size = (side, side)
@@ -100,8 +100,8 @@ class Predictor:
         self.__init__(**state)
         self._held = held
 
-    def encode(self, images: Picture | Sequence[Picture]) -> EncodedImage | list[EncodedImage]:
-        """Encodes one image, see `picture_tensor`, or a list of images of any sizes, for `predict` as `image`.
+    def encode(self, images: ImageInput | Sequence[ImageInput]) -> EncodedImage | list[EncodedImage]:
+        """Encodes one image, see `image_tensor`, or a list of images of any sizes, for `predict` as `image`.
 
         Raises ValueError for one that cannot be read or is too thin; of a list it is named.
         """
@@ -117,13 +117,13 @@ class Predictor:
                 raise error_of_image(place, error, image) from error
         return self._encode(tensors)
 
-    def _tensor(self, image: Picture) -> torch.Tensor:
-        tensor = picture_tensor(image)
+    def _tensor(self, image: ImageInput) -> torch.Tensor:
+        tensor = image_tensor(image)
         check_size(self.image_processor, *tensor.shape[-2:])
         return tensor
 
     def _encode(self, tensors: list[torch.Tensor]) -> list[EncodedImage]:
-        step = self.budget.pictures_per_encoding
+        step = self.budget.images_per_encoding
         parts = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
         pad_size, longest_edge = self.image_processor.pad_size, self.image_processor.size["longest_edge"]
         padded = pad_size["height"], pad_size["width"]
@@ -143,20 +143,20 @@ class Predictor:
         # The images, and whether they are a list: read and written as one, whatever other threads do.
         self._held: tuple[list[EncodedImage], bool] = ([], False)
 
-    def set_image(self, picture: Picture) -> "Predictor":
-        """Encodes one image, see `picture_tensor`, and keeps it. `predict` then takes its prompts, and returns one `Prediction`."""
+    def set_image(self, image: ImageInput) -> "Predictor":
+        """Encodes one image, see `image_tensor`, and keeps it. `predict` then takes its prompts, and returns one `Prediction`."""
         self.reset()  # whatever comes: masks of the last images would be taken for those of these
-        if isinstance(picture, list | tuple):
+        if isinstance(image, list | tuple):
             raise ValueError("set_image takes one image; set_images takes a list.")
-        self._held = [self.encode(picture)], False
+        self._held = [self.encode(image)], False
         return self
 
-    def set_images(self, pictures: Sequence[Picture]) -> "Predictor":
+    def set_images(self, images: Sequence[ImageInput]) -> "Predictor":
         """Encodes images of any sizes, and keeps them. `predict` then takes and returns lists with one entry for each image."""
-        if isinstance(pictures, str) or not isinstance(pictures, Sequence) or not pictures:
+        if isinstance(images, str) or not isinstance(images, Sequence) or not images:
             raise ValueError("set_images takes a list of at least one image; set_image takes one image.")
         self.reset()
-        self._held = self.encode(list(pictures)), True
+        self._held = self.encode(list(images)), True
         return self
 
     def predict(
@@ -171,7 +171,7 @@ class Predictor:
         masks=None,
         image: EncodedImage | Sequence[EncodedImage] | None = None,
         errors: str = "return",
-    ) -> "Prediction | list[Prediction | PictureError]":
+    ) -> "Prediction | list[Prediction | ImageError]":
         """Masks for n prompts on the image that `encode` made, or that was set.
 
         For a list of images, or after `set_images`, each argument is a list too, with None for no prompts, and so is what
@@ -188,7 +188,7 @@ class Predictor:
         `full_size` there are logits alone, and no masks at the image's size.
 
         Raises ValueError, naming the value, for prompts that cannot be, and where there is no image. Of a list of images
-        those with such prompts have the error in place of their prediction, a PictureError, which a warning tells too, and
+        those with such prompts have the error in place of their prediction, a ImageError, which a warning tells too, and
         the others their masks; `errors="raise"` raises it instead.
         """
         check_errors(errors)
@@ -219,13 +219,13 @@ class Predictor:
         return [failed.get(place) or self._result(*part, full_size) for place, part in enumerate(parts)]
 
     def to_masks(
-        self, logits: np.ndarray | torch.Tensor, picture: int = 0, image: EncodedImage | None = None
+        self, logits: np.ndarray | torch.Tensor, index: int = 0, image: EncodedImage | None = None
     ) -> torch.Tensor:
         """Logits (n, h, w) of a `Prediction` as masks of that image, bool (n, H, W), where the logits are.
 
-        The image is `image`, or number `picture` of those that were set.
+        The image is `image`, or number `index` of those that were set.
         """
-        image, logits = self.images[picture] if image is None else image, tensor_of(logits)
+        image, logits = self.images[index] if image is None else image, tensor_of(logits)
         if logits.ndim != 3:
             raise ValueError(
                 f"logits have the shape {tuple(logits.shape)}, and must be (n, h, w): logits[:, i] of a prediction."
@@ -268,7 +268,7 @@ class Predictor:
     def _decode(
         self, images: list[EncodedImage], prompts: list[Prompt], multimask_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (n, m) and logits (n, m, h, w), float32, of prompts in any order; `Prompt.picture` is a place in `images`."""
+        """Scores (n, m) and logits (n, m, h, w), float32, of prompts in any order; `Prompt.image` is a place in `images`."""
         if isinstance(self.decoder, PlainMaskDecoder):  # which is the model's as it is now; the embeddings are older
             self.encoder.check_weights()
         batches = list(prompt_batches(prompts, self.budget.points_per_batch))
@@ -289,13 +289,13 @@ class Predictor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_decode`, of prompts of one kind."""
         first = prompts[0]
-        own = [images[prompt.picture] for prompt in prompts]
-        if all(image is own[0] for image in own):
+        own = [images[prompt.image] for prompt in prompts]
+        if all(encoded is own[0] for encoded in own):
             embedding, scales = own[0].read(), own[0].scale
         else:
-            scales = np.array([image.scale for image in own])
+            scales = np.array([encoded.scale for encoded in own])
             with turn(self.model.device):  # after the encoder, on whatever stream it ran
-                embedding = torch.cat([image.read() for image in own])
+                embedding = torch.cat([encoded.read() for encoded in own])
         # Prompts stay on the CPU: the decoder copies them to where they are read, without waiting.
         arguments = {}
         if first.points is not None:
@@ -329,7 +329,7 @@ def predict_prompts(
     predictor: Predictor,
     boxes_xyxy: Sequence = (),
     points_xy: Sequence = (),
-    picture: int = 0,
+    index: int = 0,
     image: EncodedImage | None = None,
 ) -> MaskResult:
     """One mask for each prompt on `image`, or on one of the images that were set: first those of the boxes, then of the points.
@@ -338,7 +338,7 @@ def predict_prompts(
     one with the highest predicted IoU is taken.
     Raises ValueError for a prompt outside the image, and for a reversed or empty box.
     """
-    image = predictor.images[picture] if image is None else image
+    image = predictor.images[index] if image is None else image
     height, width = image.size
     clip_prompts((width, height), boxes_xyxy, points_xy)  # all are checked before the work is done
     masks, scores = [np.zeros((0, height, width), dtype=bool)], [np.zeros(0, dtype=np.float32)]
@@ -357,15 +357,15 @@ def predict_prompts(
 def segment_prompts(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    picture: Picture,
+    image: ImageInput,
     boxes_xyxy: Sequence[Sequence[float]] = (),
     points_xy: Sequence[Sequence[float]] = (),
 ) -> MaskResult:
     """`predict_prompts` on an image that is encoded for this once; ValueError for one that is too thin, too."""
-    picture = picture_tensor(picture)
-    clip_prompts((picture.shape[2], picture.shape[1]), boxes_xyxy, points_xy)  # before the work is done
+    image = image_tensor(image)
+    clip_prompts((image.shape[2], image.shape[1]), boxes_xyxy, points_xy)  # before the work is done
     predictor = Predictor(model, processor, output="torch", cuda_graphs=False)
-    return predict_prompts(predictor, boxes_xyxy, points_xy, image=predictor.encode(picture))
+    return predict_prompts(predictor, boxes_xyxy, points_xy, image=predictor.encode(image))
 
 
 def _check_lists(arguments: dict, num_images: int):

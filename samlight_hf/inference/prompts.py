@@ -1,4 +1,4 @@
-"""Prompts in pixels of the original picture: checked, and put into batches."""
+"""Prompts in pixels of the original image: checked, and put into batches."""
 
 import math
 from collections import defaultdict
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 
 
-# A picture with this many prompts of one kind is decoded by itself, which saves a part of the decoder's work.
+# An image with this many prompts of one kind is decoded by itself, which saves a part of the decoder's work.
 _PROMPTS_ALONE = 8
 
 
 @dataclass
 class Prompt:
-    """One prompt of one picture, in its pixels."""
+    """One prompt of one image, in its pixels."""
 
-    picture: int
+    image: int
     points: list[list[float]] | None  # k times x, y
     labels: list[int] | None  # k, 1 on the object and 0 beside it
     box: list[float] | None  # x1, y1, x2, y2
@@ -72,7 +72,7 @@ def _clip_point(point: Sequence[float], width: int, height: int) -> list[float]:
 
 
 def parse_prompts(
-    picture: int,
+    image: int,
     size: tuple[int, int],
     points_xy=None,
     labels=None,
@@ -80,7 +80,7 @@ def parse_prompts(
     logits: torch.Tensor | None = None,
     logits_name: str = "logits",
 ) -> list[Prompt]:
-    """The prompts of one picture of `size` (height, width), as `Predictor.predict` tells; ValueError for bad ones.
+    """The prompts of one image of `size` (height, width), as `Predictor.predict` tells; ValueError for bad ones.
 
     `logits_name` is what the user calls the logits.
     """
@@ -94,17 +94,17 @@ def parse_prompts(
         each = ", ".join(f"{name} has {len(part)}" for name, part in parts.items() if part is not None)
         raise ValueError(f"all prompts need the same parts, but {each}.")
     columns, nothing = (points, _labels(labels, points), boxes, logits), [None] * max(lengths, default=0)
-    return [Prompt(picture, *parts) for parts in zip(*[nothing if column is None else column for column in columns])]
+    return [Prompt(image, *parts) for parts in zip(*[nothing if column is None else column for column in columns])]
 
 
 def prompt_batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
-    """Places of prompts that are decoded together, at most `most`: of one kind, and of one picture where that has many."""
+    """Places of prompts that are decoded together, at most `most`: of one kind, and of one image where that has many."""
     if len(prompts) == 1:
         yield [0]
         return
     groups = defaultdict(list)
     for place, prompt in enumerate(prompts):
-        groups[prompt.kind(), prompt.picture].append(place)
+        groups[prompt.kind(), prompt.image].append(place)
     few = defaultdict(list)
     for (kind, _), places in groups.items():
         if len(places) < _PROMPTS_ALONE:

@@ -92,7 +92,7 @@ class FusedLinear:
 def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> RowsWithStatistics:
     """Pixel values (B, C, S, S) to tokens (B * N, channels) with statistics, by a `layer` of C * p * p features.
 
-    `positions` (N, channels) are added to each picture's. The kernel reads the pixels where they are.
+    `positions` (N, channels) are added to each image's. The kernel reads the pixels where they are.
     """
     size = math.isqrt(layer.weight.shape[1] // pixel_values.shape[1])
     if why_not_patches(layer, pixel_values, positions):

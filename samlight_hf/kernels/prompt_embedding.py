@@ -39,6 +39,6 @@ class PromptEmbedding:
         return parts
 
     def _positions(self, points: torch.Tensor) -> torch.Tensor:
-        """(P, k, 2) in pixels of the resized picture: (P, k, C)."""
+        """(P, k, 2) in pixels of the resized image: (P, k, C)."""
         x, y = torch.add(self.shift, points, alpha=self.scale).split(1, dim=-1)
         return torch.addcmul(torch.addcmul(self.phase, x, self.weight[0]), y, self.weight[1]).sin()

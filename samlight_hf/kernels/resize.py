@@ -1,4 +1,4 @@
-"""Pictures resized to the model's input, bit for bit as torch resizes them on a CPU, and normalised, in one kernel.
+"""Images resized to the model's input, bit for bit as torch resizes them on a CPU, and normalised, in one kernel.
 
 On a CPU torch resizes uint8 with integer arithmetic, and on a GPU in floating point with another rounding: one grey level
 here and there, which is enough for a mask at a threshold to come or go. So the integer arithmetic is repeated here: columns
@@ -21,48 +21,46 @@ from .support import tl, triton, why_not_tried
 _LINES, _COLUMNS = 8, 128  # of the kernel's blocks
 
 
-def resize_into(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
-    """Resizes a picture to `size`, (height, width), and writes it at the top left of `pixel_values`, and zeros elsewhere.
+def resize_into(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+    """Resizes an image to `size`, (height, width), and writes it at the top left of `pixel_values`, and zeros elsewhere.
 
-    pixel_values (C, H, W); picture uint8 (C, h, w) of any strides; levels (C, 256), in the dtype of the pixel values, is
+    pixel_values (C, H, W); image uint8 (C, h, w) of any strides; levels (C, 256), in the dtype of the pixel values, is
     what each of uint8's levels becomes. All on the same device. Raises ValueError for a size beyond that of the pixel values.
     """
     if size[0] > pixel_values.shape[1] or size[1] > pixel_values.shape[2]:
         raise ValueError(
-            f"a picture resized to {size[1]}x{size[0]} pixels does not fit into {pixel_values.shape[2]}x{pixel_values.shape[1]}: "
+            f"an image resized to {size[1]}x{size[0]} pixels does not fit into {pixel_values.shape[2]}x{pixel_values.shape[1]}: "
             "the image processor's size['longest_edge'] must be at most its pad_size."
         )
     if why_not_triton(pixel_values):
-        resize_into_reference(pixel_values, picture, size, levels)
+        resize_into_reference(pixel_values, image, size, levels)
     else:
-        launch_resize(pixel_values, picture, size, levels)
+        launch_resize(pixel_values, image, size, levels)
 
 
-def resize_into_reference(
-    pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor
-):
+def resize_into_reference(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
     """The same, step by step."""
-    resized = resize_uint8(picture, size)
+    resized = resize_uint8(image, size)
     pixel_values.zero_()
     pixel_values[:, : size[0], : size[1]] = levels.gather(1, resized.flatten(1).long()).view(resized.shape)
 
 
-def resize_uint8(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_uint8(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 (C, H, W) to (C, *size), bilinear with antialiasing: torch's own result on a CPU with AVX2, on any device."""
     for dim, length in ((2, size[1]), (1, size[0])):
-        if picture.shape[dim] != length:
-            picture = _resize_axis(picture, dim, length)
-    return picture
+        if image.shape[dim] != length:
+            image = _resize_axis(image, dim, length)
+    return image
 
 
-def _resize_axis(picture: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    table, shift = _device_weights(picture.shape[dim], length, picture.device)
+def _resize_axis(image: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    table, shift = _device_weights(image.shape[dim], length, image.device)
     shape = [1, 1, 1]
     shape[dim] = length
     total = 1 << (shift - 1)
     for neighbour, weight in enumerate(table[1:]):
-        source = (table[0] + neighbour).clamp_(max=picture.shape[dim] - 1)
-        total = picture.index_select(dim, source).int().mul_(weight.view(shape)).add_(total)
+        source = (table[0] + neighbour).clamp_(max=image.shape[dim] - 1)
+        total = image.index_select(dim, source).int().mul_(weight.view(shape)).add_(total)
     return (total >> shift).clamp_(max=255).to(torch.uint8)
 
 
@@ -111,53 +109,53 @@ def why_not_triton(pixel_values: torch.Tensor) -> str | None:
 
 def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> str | None:
     def attempt() -> bool:
-        picture = torch.arange(channels * 9 * 14, device=device).mul_(7).to(torch.uint8).view(channels, 9, 14)
+        image = torch.arange(channels * 9 * 14, device=device).mul_(7).to(torch.uint8).view(channels, 9, 14)
         levels = torch.linspace(-2, 2, channels * 256, device=device).view(channels, 256).to(dtype)
         found, expected = torch.empty(2, channels, 16, 16, device=device, dtype=dtype)
-        for given in (picture, picture.movedim(0, 2).contiguous().movedim(2, 0)):
+        for given in (image, image.movedim(0, 2).contiguous().movedim(2, 0)):
             launch_resize(found, given, (8, 13), levels)
             resize_into_reference(expected, given, (8, 13), levels)
             if not torch.equal(found, expected):
                 return False
         return True
 
-    return why_not_tried("resizing pictures", device, (channels, dtype), attempt)
+    return why_not_tried("resizing images", device, (channels, dtype), attempt)
 
 
-def launch_resize(pixel_values: torch.Tensor, picture: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
-    (channels, height, width), (_, padded_height, padded_width) = picture.shape, pixel_values.shape
-    table_y, shift_y = _device_weights(height, size[0], picture.device)
-    table_x, shift_x = _device_weights(width, size[1], picture.device)
+def launch_resize(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+    (channels, height, width), (_, padded_height, padded_width) = image.shape, pixel_values.shape
+    table_y, shift_y = _device_weights(height, size[0], image.device)
+    table_x, shift_x = _device_weights(width, size[1], image.device)
     for kept in (table_y, table_x, levels):  # for all streams, and not for ever
         read_here(kept)
     grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS)
-    with torch.cuda.device_of(picture):  # where Triton launches
+    with torch.cuda.device_of(image):  # where Triton launches
         _resize_kernel[grid](
-            picture, *picture.stride(), height, width,
+            image, *image.stride(), height, width,
             table_y, len(table_y) - 1, shift_y, table_x, len(table_x) - 1, shift_x, *size,
             levels, pixel_values, padded_height, padded_width, CHANNELS=channels, LINES=_LINES, COLUMNS=_COLUMNS,
         )  # fmt: skip
 
 
 if triton is not None:
-    # What differs between pictures is not compiled into the kernel. Nor is the width of the pixel values: rows that are
+    # What differs between images is not compiled into the kernel. Nor is the width of the pixel values: rows that are
     # known to be aligned would be written 8 columns a thread, and then they are read so too, whose bytes lie far apart.
     _STRIDES, _WEIGHTS = ["channel_stride", "row_stride", "column_stride"], ["num_neighbours_y", "num_neighbours_x"]
     _SIZES = ["height", "width", "new_height", "new_width", "padded_height", "padded_width"]
 
     @triton.jit(
         do_not_specialize=[*_STRIDES, *_WEIGHTS, "shift_y", "shift_x", *_SIZES],
-        do_not_specialize_on_alignment=["picture"],
+        do_not_specialize_on_alignment=["image"],
     )
     def _resize_kernel(
-        picture, channel_stride, row_stride, column_stride, height, width,
+        image, channel_stride, row_stride, column_stride, height, width,
         table_y, num_neighbours_y, shift_y, table_x, num_neighbours_x, shift_x, new_height, new_width,
         levels, pixel_values, padded_height, padded_width,
         CHANNELS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """A block of `pixel_values`, (CHANNELS, padded height, padded width): some lines, which are the channels of a row next to each other.
 
-        So a block finds the channels of a picture (height, width, channels) in the same lines of the cache.
+        So a block finds the channels of an image (height, width, channels) in the same lines of the cache.
         """
         first_line, first_column = tl.program_id(0) * LINES, tl.program_id(1) * COLUMNS
         line = first_line + tl.arange(0, LINES)[:, None]
@@ -172,7 +170,7 @@ if triton is not None:
             total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift_y - 1))
             for neighbour_y in range(num_neighbours_y):
                 source_row = tl.minimum(first_row + neighbour_y, height - 1).to(tl.int64)
-                source = picture + channel * channel_stride + source_row * row_stride
+                source = image + channel * channel_stride + source_row * row_stride
                 line_total = tl.zeros((LINES, COLUMNS), tl.int32) + (1 << (shift_x - 1))
                 for neighbour_x in range(num_neighbours_x):
                     place = tl.minimum(first_place + neighbour_x * step, last_place)

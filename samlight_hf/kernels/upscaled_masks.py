@@ -1,10 +1,10 @@
-"""Masks at the picture's size straight from the decoder's logits; and areas, boxes and outlines, without masks being made.
+"""Masks at the image's size straight from the decoder's logits; and areas, boxes and outlines, without masks being made.
 
-A decoder's logits are 256 x 256 numbers a mask, and at the picture's size a million. What the filters of everything mode ask
+A decoder's logits are 256 x 256 numbers a mask, and at the image's size a million. What the filters of everything mode ask
 of them, and where a mask's outline runs, are a few numbers again. The Triton kernels compute each pixel from its neighbours among the
 logits, as the two bilinear resizes of the image processor do one after the other, and keep nothing of it but counts,
 extremes, and in the end one bit a pixel, of which the positions are made at which a mask changes. Where masks themselves
-are asked for, they are all that is written: the logits never are at the picture's size.
+are asked for, they are all that is written: the logits never are at the image's size.
 """
 
 from dataclasses import dataclass
@@ -24,21 +24,21 @@ _OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are looked for at once
 
 @dataclass(frozen=True)
 class Frame:
-    """Where logits lie in a picture; all sizes are (height, width).
+    """Where logits lie in an image; all sizes are (height, width).
 
     Attributes:
         padded: of the model's input, which the logits cover.
         resized: of the crop in it, at the top and at the left.
-        crop: of the crop, in pixels of the picture.
-        corner: (top, left) of the crop in the picture.
-        picture: of the picture.
+        crop: of the crop, in pixels of the image.
+        corner: (top, left) of the crop in the image.
+        image: of the image.
     """
 
     padded: tuple[int, int]
     resized: tuple[int, int]
     crop: tuple[int, int]
     corner: tuple[int, int]
-    picture: tuple[int, int]
+    image: tuple[int, int]
 
 
 def why_not_triton(logits: torch.Tensor, frame: Frame | None = None) -> str | None:
@@ -66,7 +66,7 @@ def _why_not_tried(device: torch.device, dtype: torch.dtype, twice: bool) -> str
         differences = (found - expected).abs().max(), (counts - expected_counts).abs().max(), different.sum()
         return max(differences).item() <= 2 and len(positions) == counts.sum()
 
-    return why_not_tried("masks at the picture's size", device, (dtype, twice), attempt)
+    return why_not_tried("masks at the image's size", device, (dtype, twice), attempt)
 
 
 def measure(
@@ -87,14 +87,14 @@ def measure(
 def changes(
     logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mask_changes` of the masks of logits (n, h, w), at the picture's size; nothing is inside beyond their crop.
+    """`mask_changes` of the masks of logits (n, h, w), at the image's size; nothing is inside beyond their crop.
 
-    At most `step` masks are at the picture's size at once where there is no kernel.
+    At most `step` masks are at the image's size at once where there is no kernel.
     """
     use_triton = use_triton and why_not_triton(logits, frame) is None
     launch = launch_changes if use_triton else changes_reference
     if use_triton:  # bits, and the logits in another order and above the threshold
-        bytes_of_mask = frame.picture[0] * frame.picture[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
+        bytes_of_mask = frame.image[0] * frame.image[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
         step = max(1, _OUTLINE_BYTES // bytes_of_mask)
     parts = [launch(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
     if not parts:
@@ -129,8 +129,8 @@ def measure_reference(logits: torch.Tensor, frame: Frame, thresholds: tuple[floa
 
 def changes_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
     masks = masks_reference(logits, frame, threshold)
-    (top, left), (height, width) = frame.corner, frame.picture
-    if frame.crop != frame.picture:
+    (top, left), (height, width) = frame.corner, frame.image
+    if frame.crop != frame.image:
         right, bottom = width - left - frame.crop[1], height - top - frame.crop[0]
         masks = torch.nn.functional.pad(masks, (left, right, top, bottom))
     return mask_changes(masks)
@@ -165,7 +165,7 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
 
 
 def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    num_positions = frame.picture[0] * frame.picture[1]
+    num_positions = frame.image[0] * frame.image[1]
     blocks = triton.cdiv(num_positions, _POSITIONS)
     counts = torch.empty(len(logits), blocks, dtype=torch.int32, device=logits.device)
     if not len(logits):
@@ -176,7 +176,7 @@ def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tupl
     columns = logits.transpose(1, 2).contiguous()  # in the order of the positions
     with torch.cuda.device_of(logits):
         _bits_kernel[(len(logits) * blocks,)](
-            columns, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.picture[0], float(threshold),
+            columns, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.image[0], float(threshold),
             POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
         )  # fmt: skip
 
@@ -203,10 +203,10 @@ def _geometry(logits: torch.Tensor, frame: Frame) -> tuple:
 
 
 if triton is not None:
-    # All programs are on the first axis of their grid: the others have at most 65,535. Sizes change from picture to picture, and must
+    # All programs are on the first axis of their grid: the others have at most 65,535. Sizes change from image to image, and must
     # not make Triton compile a kernel for each.
     _SIZES = ["low_height", "low_width", "height", "width", "crop_height", "crop_width"]
-    _PLACES = ["top", "left", "picture_height"]
+    _PLACES = ["top", "left", "image_height"]
 
     @triton.jit
     def _neighbours(position, scale, length):
@@ -314,7 +314,7 @@ if triton is not None:
     def _bits_kernel(
         logits, spans, bits, blocks,
         low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
-        top, left, picture_height, threshold,
+        top, left, image_height, threshold,
         POSITIONS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
         """A block of one mask's column-major positions, 32 in a word; words without a pixel inside are left as they are."""
@@ -322,12 +322,12 @@ if triton is not None:
         start = tl.program_id(0) % blocks * POSITIONS
         # May one be inside? The second resize reaches less than a pixel of the first further, and that less than a logit.
         scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
-        first = scale * ((start // picture_height - left).to(tl.float32) + 0.5) - 0.5 - reach
-        last = scale * (((start + POSITIONS - 1) // picture_height - left).to(tl.float32) + 0.5) - 0.5 + reach
+        first = scale * ((start // image_height - left).to(tl.float32) + 0.5) - 0.5 - reach
+        last = scale * (((start + POSITIONS - 1) // image_height - left).to(tl.float32) + 0.5) - 0.5 + reach
         if (last > tl.load(spans + 2 * mask)) & (first < tl.load(spans + 2 * mask + 1)):
             logits += mask.to(tl.int64) * low_height * low_width
             position = start + tl.arange(0, POSITIONS)
-            y, x = position % picture_height - top, position // picture_height - left
+            y, x = position % image_height - top, position // image_height - left
             real = (y >= 0) & (x >= 0) & (y < crop_height) & (x < crop_width)
             value = _pixel(
                 logits, tl.minimum(tl.maximum(y, 0), crop_height - 1), tl.minimum(tl.maximum(x, 0), crop_width - 1),

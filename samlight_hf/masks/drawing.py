@@ -1,4 +1,4 @@
-"""Masks drawn over pictures, and many such pictures on one sheet. Needs Pillow and numpy alone."""
+"""Masks drawn over images, and many such images on one sheet. Needs Pillow and numpy alone."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _MARGIN, _GAP, _CAPTION_HEIGHT = 36, 24, 52
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a contact sheet, with the two lines below it."""
+    """One image of a contact sheet, with the two lines below it."""
 
     image: Image.Image
     title: str
@@ -32,27 +32,27 @@ class Panel:
 
 
 def draw_overlay(
-    picture: Image.Image,
+    image: Image.Image,
     result: MaskResult | GeneratedMasks,
     boxes_xyxy: Sequence[Sequence[float]] = (),
     points_xy: Sequence[Sequence[float]] = (),
     max_size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """The picture with every mask as a translucent colour inside a crisp contour, and the prompts as rectangles and dots.
+    """The image with every mask as a translucent colour inside a crisp contour, and the prompts as rectangles and dots.
 
-    Prompts are in pixels of the picture. Small masks lie on large ones. The result, RGB, is as large as the picture, or
+    Prompts are in pixels of the image. Small masks lie on large ones. The result, RGB, is as large as the image, or
     fills `max_size` (width, height), where contours are drawn smoothly at that size instead of being resized.
     """
     if max_size is None:
-        return _draw_at(picture.size, picture, result, boxes_xyxy, points_xy)
-    width, height = _fit(picture.size, max_size)
-    return _draw_at((2 * width, 2 * height), picture, result, boxes_xyxy, points_xy).reduce(2)
+        return _draw_at(image.size, image, result, boxes_xyxy, points_xy)
+    width, height = _fit(image.size, max_size)
+    return _draw_at((2 * width, 2 * height), image, result, boxes_xyxy, points_xy).reduce(2)
 
 
 def contact_sheet(panels: Sequence[Panel], title: str, columns: int | None = None) -> Image.Image:
     """All panels in rows of `columns` (by default as many as make the sheet about square), RGB.
 
-    Cells are as wide and, row by row, as high as their largest picture. Raises ValueError without any panel.
+    Cells are as wide and, row by row, as high as their largest image. Raises ValueError without any panel.
     """
     if not panels:
         raise ValueError("a contact sheet needs at least one panel.")
@@ -73,8 +73,8 @@ def contact_sheet(panels: Sequence[Panel], title: str, columns: int | None = Non
     for row, height in zip(rows, heights):
         for column, panel in enumerate(row):
             left = _MARGIN + column * (cell_width + _GAP)
-            picture_top = top + height - _CAPTION_HEIGHT - panel.image.height  # captions of a row share a line
-            sheet.paste(panel.image, (left + (cell_width - panel.image.width) // 2, picture_top))
+            image_top = top + height - _CAPTION_HEIGHT - panel.image.height  # captions of a row share a line
+            sheet.paste(panel.image, (left + (cell_width - panel.image.width) // 2, image_top))
             caption_top = top + height - _CAPTION_HEIGHT + 8
             _draw_line(draw, (left, caption_top), panel.title, 17, _INK, cell_width)
             _draw_line(draw, (left, caption_top + 22), panel.subtitle, 15, _FAINT_INK, cell_width)
@@ -82,15 +82,15 @@ def contact_sheet(panels: Sequence[Panel], title: str, columns: int | None = Non
     return sheet
 
 
-def _draw_at(size: tuple[int, int], picture: Image.Image, result, boxes_xyxy, points_xy) -> Image.Image:
+def _draw_at(size: tuple[int, int], image: Image.Image, result, boxes_xyxy, points_xy) -> Image.Image:
     """`draw_overlay`, on a canvas of `size` (width, height)."""
-    canvas = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)).copy()
+    canvas = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)).copy()
     thickness = max(1, round(max(size) / 450))
     areas = np.array([np.count_nonzero(mask) for mask in result.masks])  # masks may be run lengths: one at a time
     for rank, index in enumerate(np.argsort(-areas, kind="stable")):
         _paint_mask(canvas, _resize_mask(result.masks[index], size), COLOURS[rank % len(COLOURS)], thickness)
     overlay = Image.fromarray(canvas)
-    scale = size[0] / picture.width, size[1] / picture.height
+    scale = size[0] / image.width, size[1] / image.height
     _draw_prompts(overlay, scale, thickness, boxes_xyxy, points_xy)
     return overlay
 
@@ -126,7 +126,7 @@ def _paint_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, in
 
 
 def _draw_prompts(overlay: Image.Image, scale: tuple[float, float], thickness: int, boxes_xyxy, points_xy):
-    """White on black, which can be seen on any picture and is no mask's colour."""
+    """White on black, which can be seen on any image and is no mask's colour."""
     draw = ImageDraw.Draw(overlay)
     for x1, y1, x2, y2 in boxes_xyxy:
         left, top = round(x1 * scale[0]), round(y1 * scale[1])

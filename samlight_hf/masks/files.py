@@ -1,4 +1,4 @@
-"""Masks of a picture as files: an overlay, a folder of PNGs, COCO's JSON, or numpy arrays. Each is whole, or not there."""
+"""Masks of an image as files: an overlay, a folder of PNGs, COCO's JSON, or numpy arrays. Each is whole, or not there."""
 
 import csv
 import errno
@@ -16,41 +16,41 @@ from .results import GeneratedMasks, MaskResult
 from .rle import RunLengthMasks
 
 
-# Behind the picture's name; what has no suffix is a folder.
+# Behind the image's name; what has no suffix is a folder.
 ENDINGS = {"overlay": "_masks.png", "png": "_masks", "coco": ".json", "npz": ".npz"}
 
 
 def write_masks(
     path: Path,
     file_format: str,
-    picture: Image.Image,
-    picture_name: str,
+    image: Image.Image,
+    image_name: str,
     result: GeneratedMasks | MaskResult,
     boxes_xyxy=(),
     points_xy=(),
 ):
     """Writes `path`, whose name ends as `ENDINGS` says, in one step: who is interrupted leaves what was there before.
 
-    overlay: the picture with its masks and prompts. png: a folder of 0000.png and so on, 255 inside, with masks.csv.
-    coco: `images`, `annotations` and `categories` of one picture, with SA-1B's fields too. npz: the result's arrays, masks
+    overlay: the image with its masks and prompts. png: a folder of 0000.png and so on, 255 inside, with masks.csv.
+    coco: `images`, `annotations` and `categories` of one image, with SA-1B's fields too. npz: the result's arrays, masks
     as bool (n, H, W).
     Raises OSError where it cannot be written.
     """
     if file_format == "overlay":
-        overlay = draw_overlay(picture, result, boxes_xyxy, points_xy)
+        overlay = draw_overlay(image, result, boxes_xyxy, points_xy)
         atomic_write(path, lambda aside: overlay.save(aside, format="PNG", compress_level=4))
     elif file_format == "png":
         _write_folder(path, result)
     elif file_format == "coco":
-        text = json.dumps(coco_document(picture_name, picture.size, result))
+        text = json.dumps(coco_document(image_name, image.size, result))
         atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     else:
         arrays = {"masks": _pixels(result), **_columns(result)}
         atomic_write(path, lambda aside: _save_arrays(aside, arrays))
 
 
-def coco_document(picture_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> dict:
-    """One picture, `size` (width, height), as COCO's JSON; boxes are x, y, width, height."""
+def coco_document(image_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> dict:
+    """One image, `size` (width, height), as COCO's JSON; boxes are x, y, width, height."""
     masks = result.masks if isinstance(result.masks, RunLengthMasks) else RunLengthMasks.from_masks(result.masks)
     annotations = []
     columns = {name: values.tolist() for name, values in _columns(result).items()}
@@ -68,7 +68,7 @@ def coco_document(picture_name: str, size: tuple[int, int], result: GeneratedMas
             }  # fmt: skip
         annotations.append(annotation)
     return {
-        "images": [{"id": 1, "file_name": picture_name, "width": size[0], "height": size[1]}],
+        "images": [{"id": 1, "file_name": image_name, "width": size[0], "height": size[1]}],
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object"}],
     }

@@ -16,7 +16,7 @@ def _check_part(part):
 
 @dataclass(frozen=True)
 class MaskResult:
-    """n masks of a picture of H x W pixels; all fields are well formed where n is 0.
+    """n masks of an image of H x W pixels; all fields are well formed where n is 0.
 
     Attributes:
         masks: bool (n, H, W).
@@ -39,14 +39,14 @@ class MaskResult:
 
 @dataclass(frozen=True)
 class GeneratedMasks:
-    """n masks of everything in a picture, the best first; all fields are well formed where n is 0.
+    """n masks of everything in an image, the best first; all fields are well formed where n is 0.
 
     Attributes:
         masks: a sequence of bool (H, W), kept as run lengths; `masks.to_coco()` is COCO's RLE.
         scores: float32 (n,), the IoU with the true mask that the model predicts.
         boxes_xyxy: float32 (n, 4), as in `MaskResult`.
         stability_scores: float32 (n,), the IoU of the mask at the lower threshold with the mask at the higher one.
-        points_xy: float32 (n, 2), the point of the grid that gave the mask, in pixels of the picture.
+        points_xy: float32 (n, 2), the point of the grid that gave the mask, in pixels of the image.
         crop_boxes_xyxy: float32 (n, 4), the crop that the mask was found in, as pixel edges.
     """
 

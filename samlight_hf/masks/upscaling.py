@@ -9,9 +9,9 @@ from torch.nn import functional as F
 def upscale_logits(
     logits: torch.Tensor, padded_size: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]
 ) -> torch.Tensor:
-    """The decoder's logits (n, h, w) at the picture's `original` size, float32 (n, H, W), as the image processor makes them.
+    """The decoder's logits (n, h, w) at the image's `original` size, float32 (n, H, W), as the image processor makes them.
 
-    Bilinear to the `padded_size` of the model's input, cut to the `resized` picture in it, and bilinear to the original;
+    Bilinear to the `padded_size` of the model's input, cut to the `resized` image in it, and bilinear to the original;
     all sizes are (height, width). What would be cut off is not computed.
     """
     size = logits.shape[-2:]

@@ -61,7 +61,7 @@ class CardFacts:
 
     `license` is that of the weights, which follows from the data and the teacher, as the Hub names it ("apache-2.0"), or
     "other" with a `license_name`. `base_model` is the teacher's Hub name (or several). `training_data` are mappings with `name`, `terms` and,
-    for a data set of the Hub, `id`. `evaluation` says what the evaluated pictures are: `name`, `id`, `split`, `note`. `thresholds` are
+    for a data set of the Hub, `id`. `evaluation` says what the evaluated images are: `name`, `id`, `split`, `note`. `thresholds` are
     arguments of the mask-generation pipeline that suit this model, and `thresholds_reason` says why.
     """
 

@@ -44,7 +44,7 @@ def architecture_rows(
         ["", ""],
         ["parameters", f"{_short(total)}, of which {_short(encoder)} in the image encoder"],
         ["image encoder", f"{vision.hidden_size} wide, {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads"],
-        ["picture", f"{vision.image_size} x {vision.image_size} px, longest side resized, the rest padded; {num_tokens:,} tokens of "
+        ["image", f"{vision.image_size} x {vision.image_size} px, longest side resized, the rest padded; {num_tokens:,} tokens of "
                     f"{vision.patch_size} x {vision.patch_size} px"],
         ["attention", _attention(config, num_tokens)],
         ["weights", f"{', '.join(_DTYPES.get(dtype, dtype) for dtype in sorted(dtypes))}, {num_bytes / 1e6:,.1f} MB of safetensors"],
@@ -86,7 +86,7 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
         "dataset": dataset,
         "dataset_id": facts.get("id") or re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
         "split": facts.get("split"),
-        "num_pictures": f"{settings.get('num_pictures', 0):,}",
+        "num_images": f"{settings.get('num_pictures', 0):,}",
         "num_instances": f"{settings.get('num_instances', 0):,}",
         "setting": ", ".join(str(part) for part in setting if part),
         "table": "\n\n".join(table for table in (markdown_table(rows), markdown_table(extra_rows)) if table),
@@ -160,11 +160,11 @@ def training_rows(training: Mapping | Sequence[Mapping] | None) -> Rows:
 
 
 def speed_section(section: Mapping | None, benchmark: Mapping | None, config: PreTrainedConfig) -> tuple[Rows, str]:
-    """How long a picture took in the evaluation, and an encoder of this shape in benchmarks/run.py; with where that is from."""
+    """How long an image took in the evaluation, and an encoder of this shape in benchmarks/run.py; with where that is from."""
     rows, sources = [["what", "dtype", "batch", "time", "peak memory"]], []
     if section and any((latency := section["settings"].get("latency_ms") or {}).values()):
         settings = section["settings"]
-        whats = {"encoder": "image encoder, for each picture", "decoder": "prompt encoder and mask decoder, each call"}
+        whats = {"encoder": "image encoder, for each image", "decoder": "prompt encoder and mask decoder, each call"}
         for part, what in whats.items():
             if (ms := latency.get(part)) is not None:
                 rows.append([f"{what}, in the evaluation", settings.get("dtype", ""), "", f"{ms:.2f} ms", ""])

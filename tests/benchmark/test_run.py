@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def tiny_settings(device: torch.device = CPU, **settings) -> Settings:
-    sizes = {"prompt_counts": (1, 3), "resolutions": (16, 32), "picture_sizes": ((20, 30),), "compile": False}
+    sizes = {"prompt_counts": (1, 3), "resolutions": (16, 32), "image_sizes": ((20, 30),), "compile": False}
     return Settings(device, **{"config": tiny_config(), "training_batch_size": 2, **sizes, **settings})
 
 
@@ -207,10 +207,10 @@ def test_targets_say_how_far():
     assert checked["encoder, best batch"]["met"]
     sdpa, eager = (checked[name] for name in checked if name.startswith("SAM ViT-H"))
     assert sdpa["value"] == 80 and sdpa["says"] == "missed by 11.1%" and eager["says"] == "not measured"
-    assert checked["picture in to mask of one point"]["value"] == 0.9
+    assert checked["image in to mask of one point"]["value"] == 0.9
     assert checked["4096 px: full attention against w=4096, r=4"]["value"] == 8
     assert checked["4096 px: dilation's overhead over the same groups"]["value"] == pytest.approx(25)
-    assert checked["memory, one picture (1024 px) and one prompt"]["value"] == 130  # of the way that is that fast
+    assert checked["memory, one image (1024 px) and one prompt"]["value"] == 130  # of the way that is that fast
 
 
 def test_fp8_keeps_three_bits_of_each_number_and_each_rows_largest():
@@ -237,12 +237,12 @@ def test_comparison_sees_a_difference():
     assert equality.mask_iou(empty, empty).tolist() == [1.0]
 
 
-def test_picture_to_mask_is_the_predictors_best_mask(config, model):
+def test_image_to_mask_is_the_predictors_best_mask(config, model):
     image_processor = make_processor(config.vision_config).image_processor
-    picture = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        mask = masks.picture_to_mask(model, image_processor, picture, (11.0, 7.0))
-    prediction = Predictor(model, image_processor, output="torch").set_image(picture).predict([[(11.0, 7.0)]])
+        mask = masks.image_to_mask(model, image_processor, image, (11.0, 7.0))
+    prediction = Predictor(model, image_processor, output="torch").set_image(image).predict([[(11.0, 7.0)]])
     assert mask.shape == (20, 30)
     assert torch.equal(mask, prediction.masks[0, prediction.scores[0].argmax()])
 

@@ -190,10 +190,10 @@ def test_mask_files_of_grey_levels_and_void(models, tmp_path, capsys):
 
     number, reasons, errors = skipped("a")
     assert number == 1
-    assert reasons == {f"picture, {SkipReason.GREY_MASK}": 1, f"instance, {SkipReason.VOID_LABEL}": 1}
+    assert reasons == {f"image, {SkipReason.GREY_MASK}": 1, f"instance, {SkipReason.VOID_LABEL}": 1}
     assert "grey.jpg (masks/grey.PNG)" in errors and "threshold it" in errors
-    assert skipped("b", "--ignore-label", "none")[:2] == (2, {f"picture, {SkipReason.GREY_MASK}": 1})
-    assert skipped("c", "--ignore-label", 255)[:2] == (1, {f"picture, {SkipReason.GREY_MASK}": 1})
+    assert skipped("b", "--ignore-label", "none")[:2] == (2, {f"image, {SkipReason.GREY_MASK}": 1})
+    assert skipped("c", "--ignore-label", 255)[:2] == (1, {f"image, {SkipReason.GREY_MASK}": 1})
     assert skipped("d", "--binary-masks")[:2] == (2, {})
     status, _, errors = run(capsys, *arguments, tmp_path / "a", "--ignore-label", "none")
     assert status == 1 and "was written with another mask_reading" in errors
@@ -240,11 +240,11 @@ def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_
         extra
     )
     assert "AP all" in printed
-    assert "1 boxes of other pictures left out" in (tmp_path / "report" / "report.md").read_text()
+    assert "1 boxes of other images left out" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_picture_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path, capsys, monkeypatch):
-    """Masks that fill their boxes, which is what the annotations are: AP is 1 of the pictures that there are."""
+def test_an_image_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path, capsys, monkeypatch):
+    """Masks that fill their boxes, which is what the annotations are: AP is 1 of the images that there are."""
     from samlight_hf.evaluation.models import PromptableModel
 
     def filled(model, encoded, boxes_xyxy, multimask_output):
@@ -255,8 +255,8 @@ def test_a_picture_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path
     annotations = json.loads(Path(coco[0]).read_text())["annotations"]
     boxes = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9} for a in annotations[:2]]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    (picture,) = Path(coco[1]).glob("*139.jpg")
-    picture.write_bytes(picture.read_bytes()[:200])
+    (image,) = Path(coco[1]).glob("*139.jpg")
+    image.write_bytes(image.read_bytes()[:200])
     status, _, _ = run(
         capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--protocol", EVERYTHING, "--points-per-side", 2,
         "--detections", tmp_path / "boxes.json", "--no-plots", "--out", tmp_path / "report",
@@ -321,7 +321,7 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
     assert status == 0
     assert "warning" in errors and "skipped" in errors
     settings = report(tmp_path / "report")["models"][0]["settings"]
-    assert sum(count for reason, count in settings["skipped"].items() if reason.startswith("picture")) == 2
+    assert sum(count for reason, count in settings["skipped"].items() if reason.startswith("image")) == 2
     assert settings["num_pictures"] == 1
 
 
@@ -332,7 +332,7 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
         (["--dataset", "{tar}", "--annotations", "x.json"], 2, "--dataset"),
         (["--dataset", "{tar}", "--detections", "x.json"], 2, "--annotations"),
         (["--dataset", "nowhere.tar"], 1, "nowhere.tar"),
-        (["--dataset", "{empty}"], 1, "no picture that can be used"),
+        (["--dataset", "{empty}"], 1, "no image that can be used"),
         (["--dataset", "{tar}", "--batch-size", "0"], 2, "--batch-size 0"),
         (["--dataset", "{tar}", "--clicks", "0"], 1, "num_clicks"),
         (["--dataset", "{tar}", "--max-instances", "-1"], 1, "max_instances=-1"),

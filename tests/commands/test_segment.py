@@ -38,12 +38,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two pictures; whatever a test adds lies beside them."""
+    """Two images; whatever a test adds lies beside them."""
     random = np.random.default_rng(0)
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for name in ("one.jpg", "deep/two.PNG"):
-        picture = Image.fromarray(random.integers(0, 255, (30, 40, 3), dtype=np.uint8))
-        picture.save(tmp_path / "photos" / name)
+        image = Image.fromarray(random.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+        image.save(tmp_path / "photos" / name)
     return tmp_path / "photos"
 
 
@@ -86,13 +86,13 @@ def test_a_folder_gives_overlays_a_contact_sheet_and_a_table(samlight, photos, c
     assert names(out) == {"one_masks.png", "deep/two_masks.png", "contact_sheet.png"}
     assert Image.open(out / "one_masks.png").size == (40, 30)
     header, *rows, sheet, last = stdout.splitlines()
-    assert header.split() == ["picture", "size", "prompt", "masks", "seconds", "output"]
+    assert header.split() == ["image", "size", "prompt", "masks", "seconds", "output"]
     assert len(rows) == 2
     assert rows[1].split()[:3] == [str(photos / "one.jpg"), "40x30", "everything"]
     assert str(out / "contact_sheet.png") in sheet
     num_masks = sum(int(row.split()[3]) for row in rows)
-    assert last.startswith(f"2 pictures, {num_masks} masks, ")
-    assert last.endswith(f" pictures/s, in {out}")
+    assert last.startswith(f"2 images, {num_masks} masks, ")
+    assert last.endswith(f" images/s, in {out}")
 
 
 def test_prompts(samlight, photos, checkpoint, tmp_path):
@@ -120,12 +120,12 @@ def test_bad_files_are_skipped_and_named(samlight, photos, checkpoint, tmp_path)
     assert len(stdout.splitlines()) == 1 + 3 + 2
     lines = stderr.splitlines()
     assert len(lines) == 5
-    for name, what in (("gone", "no such"), ("diary", "not a picture"), ("half", "truncated"), ("thin", "too thin")):
+    for name, what in (("gone", "no such"), ("diary", "not an image"), ("half", "truncated"), ("thin", "too thin")):
         assert any(name in line and what in line for line in lines[:4]), stderr
     assert lines[-1] == "samlight: 4 skipped, 3 done."
 
 
-def test_prompts_that_fit_one_picture_only(samlight, photos, checkpoint, tmp_path):
+def test_prompts_that_fit_one_image_only(samlight, photos, checkpoint, tmp_path):
     Image.new("RGB", (100, 100)).save(photos / "large.png")
     arguments = ["--box", "50,50,90,90", "--out", tmp_path / "out", "--model", checkpoint]
     status, stdout, stderr = samlight("segment", photos, *arguments)
@@ -134,13 +134,13 @@ def test_prompts_that_fit_one_picture_only(samlight, photos, checkpoint, tmp_pat
     assert stderr.count("box 50,50,90,90 lies outside the image of 40x30 pixels") == 2
     status, stdout, stderr = samlight("segment", photos / "one.jpg", *arguments)
     assert (status, stdout) == (1, "")
-    assert "no picture could be segmented (1 skipped)" in stderr.splitlines()[-1]
+    assert "no image could be segmented (1 skipped)" in stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     "prompt", ["--box=10,10,10,20", "--box=20,10,10,20", "--box=-5,0,-1,10", "--point=41,0", "--point=-1,-1"]
 )
-def test_prompts_that_no_picture_can_have(samlight, photos, checkpoint, tmp_path, prompt):
+def test_prompts_that_no_image_can_have(samlight, photos, checkpoint, tmp_path, prompt):
     status, _, stderr = samlight("segment", photos / "one.jpg", prompt, "--out", tmp_path, "--model", checkpoint)
     assert status == 1
     assert "one.jpg: " in stderr.splitlines()[0]
@@ -198,7 +198,7 @@ def test_without_a_clone_a_model_is_asked_for(samlight, photos, tmp_path, monkey
     status, _, stderr = samlight("segment", photos, "--out", tmp_path / "out")
     assert status == 2
     one_line(stderr, "--model")
-    monkeypatch.setattr(options_module, "EXAMPLE_IMAGES", tmp_path / "none")
+    monkeypatch.setattr("samlight_hf.commands.demo.EXAMPLE_IMAGES", tmp_path / "none")
     status, _, stderr = samlight("demo", "--out", tmp_path / "out")
     assert status == 2
     one_line(stderr, "clone")
@@ -226,7 +226,7 @@ def test_results_of_an_earlier_run_are_not_segmented(samlight, photos, checkpoin
 
 
 def read_result(path: Path) -> list[np.ndarray]:
-    """The masks of one picture, of any format but overlay."""
+    """The masks of one image, of any format but overlay."""
     from pycocotools import mask as coco_mask
 
     if path.is_dir():
@@ -286,7 +286,7 @@ def test_small_masks_and_many_masks_are_left_out(samlight, photos, checkpoint, t
     assert masks_of("--max-masks", 1)[1].tolist() == scores[:1].tolist()
 
 
-def test_resuming_leaves_finished_pictures_alone(samlight, photos, checkpoint, tmp_path):
+def test_resuming_leaves_finished_images_alone(samlight, photos, checkpoint, tmp_path):
     out = tmp_path / "out"
     arguments = ["segment", photos, "--format", "coco", "--out", out, "--model", checkpoint, *QUICK]
     assert samlight(*arguments)[0] == 0
@@ -294,11 +294,11 @@ def test_resuming_leaves_finished_pictures_alone(samlight, photos, checkpoint, t
     (out / "deep/two.json").unlink()
     status, stdout, stderr = samlight(*arguments, "--resume")
     assert (status, stderr) == (0, "")
-    assert "1 picture done before" in stdout
+    assert "1 image done before" in stdout
     assert (out / "one.json").read_text() == "finished"
     assert json.loads((out / "deep/two.json").read_text())["annotations"]
     status, stdout, _ = samlight(*arguments, "--resume")
-    assert (status, stdout) == (0, "2 pictures done before.\n")
+    assert (status, stdout) == (0, "2 images done before.\n")
     assert samlight(*arguments)[0] == 0
     assert (out / "one.json").read_text() != "finished"
 
@@ -314,11 +314,11 @@ def test_resuming_takes_no_results_of_an_earlier_run_for_its_own(samlight, photo
     status, stdout, _ = samlight(*others, "--resume")
     assert status == 0 and "done before" not in stdout
     status, stdout, _ = samlight(*others, "--resume")
-    assert (status, stdout) == (0, "2 pictures done before.\n")
+    assert (status, stdout) == (0, "2 images done before.\n")
 
 
-def test_resuming_knows_pictures_from_others_of_their_names(samlight, photos, checkpoint, tmp_path):
-    def picture_of(path: Path) -> tuple[int, int]:
+def test_resuming_knows_images_from_others_of_their_names(samlight, photos, checkpoint, tmp_path):
+    def image_of(path: Path) -> tuple[int, int]:
         image = json.loads(path.read_text())["images"][0]
         return image["width"], image["height"]
 
@@ -330,25 +330,25 @@ def test_resuming_knows_pictures_from_others_of_their_names(samlight, photos, ch
     assert samlight("segment", tmp_path / "p", *arguments)[0] == 0
     status, stdout, _ = samlight("segment", tmp_path / "q", *arguments)
     assert status == 0 and "done before" not in stdout
-    assert [picture_of(out / name) for name in ("in/0001.json", "q/in/0001.json")] == [(40, 30), (30, 40)]
+    assert [image_of(out / name) for name in ("in/0001.json", "q/in/0001.json")] == [(40, 30), (30, 40)]
     Image.new("RGB", (50, 30), "navy").save(tmp_path / "q/in/0001.png")  # another one in its place
     status, stdout, stderr = samlight("segment", tmp_path / "q", *arguments)
     assert "done before" not in stdout and "1 earlier result of the same images replaced" in stderr
-    assert [picture_of(out / name) for name in ("in/0001.json", "q/in/0001.json")] == [(40, 30), (50, 30)]
+    assert [image_of(out / name) for name in ("in/0001.json", "q/in/0001.json")] == [(40, 30), (50, 30)]
 
 
 def test_resuming_with_other_weights_is_refused(samlight, photos, checkpoint, tmp_path):
     model = shutil.copytree(checkpoint, tmp_path / "model")
     arguments = ["segment", photos, "--out", tmp_path / "out", *QUICK, "--model"]
     assert samlight(*arguments, model)[0] == 0
-    assert samlight(*arguments, f"{model}/", "--resume")[:2] == (0, "2 pictures done before.\n")
+    assert samlight(*arguments, f"{model}/", "--resume")[:2] == (0, "2 images done before.\n")
     os.utime(next(model.glob("*.safetensors")))
     status, _, stderr = samlight(*arguments, model, "--resume")
     assert status == 2
     one_line(stderr, "another run: the model's weights was")
 
 
-def test_results_are_no_pictures_to_another_run(samlight, photos, checkpoint):
+def test_results_are_no_images_to_another_run(samlight, photos, checkpoint):
     for name in ("first", "second"):
         assert samlight("segment", photos, "--out", photos / name, "--model", checkpoint, *QUICK)[0] == 0
     assert names(photos / "second") == {"one_masks.png", "deep/two_masks.png", "contact_sheet.png"}
@@ -381,7 +381,7 @@ def test_an_interrupted_write_leaves_what_was_there(samlight, photos, checkpoint
             patch.setattr(Image.Image if method == "Image.save" else np, method.split(".")[-1], half)
             status, _, stderr = samlight("segment", *arguments)
         assert status == 130
-        one_line(stderr, "interrupted: 0 of 1 pictures are done", "--resume")
+        one_line(stderr, "interrupted: 0 of 1 images are done", "--resume")
         assert [file.read_bytes() for file in (sorted(path.glob("*")) if path.is_dir() else [path])] == before
         assert not [name for name in names(out) if name.endswith((".part", ".old"))]
 
@@ -415,14 +415,14 @@ def test_ctrl_c_stops_a_folder_cleanly_and_resume_goes_on(checkpoint, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    one_line(stderr, "interrupted: ", "of 200 pictures are done", "--resume")
+    one_line(stderr, "interrupted: ", "of 200 images are done", "--resume")
     done = {path: path.stat().st_mtime_ns for path in out.glob("[0-9]*.json")}
     assert 5 <= len(done) < 200
     assert all(json.loads(path.read_text())["images"] for path in done)
     assert not list(out.glob(".*.part"))
     result = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    assert f"{len(done)} pictures done before" in result.stdout
+    assert f"{len(done)} images done before" in result.stdout
     assert len(list(out.glob("[0-9]*.json"))) == 200
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())
 
@@ -468,17 +468,17 @@ def test_no_error_reaches_the_user_as_a_traceback(
     one_line(result[2], message)
 
 
-def test_a_picture_that_does_not_fit_is_skipped_and_its_batch_is_not(
+def test_an_image_that_does_not_fit_is_skipped_and_its_batch_is_not(
     samlight, photos, checkpoint, tmp_path, monkeypatch
 ):
     from samlight_hf.inference.mask_generation import MaskGenerator
 
     generate = MaskGenerator.generate
 
-    def limited(self, picture, *arguments):
-        if picture.shape[1] > 100:
+    def limited(self, image, *arguments):
+        if image.shape[1] > 100:
             raise MemoryError
-        return generate(self, picture, *arguments)
+        return generate(self, image, *arguments)
 
     monkeypatch.setattr(MaskGenerator, "generate", limited)
     Image.new("RGB", (200, 200)).save(photos / "large.png")

@@ -14,7 +14,7 @@ from samlight_hf.commands import options as options_module
 from samlight_hf.commands import segment as segment_command
 from samlight_hf.commands import segment_run
 from samlight_hf.commands.result_folder import RULE, ResultFolder
-from samlight_hf.images.reading import common_folder, find_pictures
+from samlight_hf.images.reading import common_folder, find_images
 from samlight_hf.inference.mask_generation import MaskGenerator
 from samlight_hf.masks import files as mask_files
 from tests.images.test_levels import gradient
@@ -68,7 +68,7 @@ def test_another_folder_never_replaces_earlier_results(segment, tmp_path, file_f
         assert list(file_names(tmp_path / "out").values()) == ["IMG_0001.jpg", "day2/IMG_0001.jpg", "day2/IMG_0002.jpg"]
     for day, number in (("day1", 1), ("day2", 2)):  # and each run finds its own results again
         status, stdout, _ = segment(day, "--out", "out", "--format", file_format, "--resume")
-        assert status == 0 and f"{number} picture" in stdout and "done before" in stdout
+        assert status == 0 and f"{number} image" in stdout and "done before" in stdout
     assert content(tmp_path / "out") == after
 
 
@@ -98,7 +98,7 @@ def test_results_keep_the_subfolders_of_what_was_asked_for(segment, tmp_path, pa
 def places(out: Path, *paths, ending=".json"):
     """Where results of images would go, and the names in them; `out` has the note of what was done."""
     results = ResultFolder(out)
-    found, _ = find_pictures(paths)
+    found, _ = find_images(paths)
     root = common_folder(paths)
     planned = results.places(found, root, ending)
     results.begin({}, root, planned)
@@ -168,7 +168,7 @@ def test_notes_of_earlier_versions_are_read(segment, tmp_path):
     note = tmp_path / "out" / NOTE
     note.write_text("".join(line for line in note.read_text().splitlines(keepends=True) if "folders" not in line))
     before = content(tmp_path / "out")
-    assert segment("day1", "--out", "out", "--format", "coco", "--resume")[1] == "1 picture done before.\n"
+    assert segment("day1", "--out", "out", "--format", "coco", "--resume")[1] == "1 image done before.\n"
     assert segment("day2", "--out", "out", "--format", "coco")[0] == 0
     assert before.items() < content(tmp_path / "out").items()
 
@@ -191,11 +191,11 @@ def test_runs_that_begin_at_the_same_time(segment, tmp_path, monkeypatch):
     load = options_module.load_from_options
 
     def load_late(*arguments):
-        monkeypatch.setattr(options_module, "load_from_options", load)
+        monkeypatch.setattr("samlight_hf.commands.segment.load_from_options", load)
         assert segment("day1", "--out", "out", "--format", "coco")[0] == 0
         return load(*arguments)
 
-    monkeypatch.setattr(options_module, "load_from_options", load_late)
+    monkeypatch.setattr("samlight_hf.commands.segment.load_from_options", load_late)
     assert segment("day2", "--out", "out", "--format", "coco")[0] == 0
     assert file_names(tmp_path / "out") == {"a.json": "a.jpg", "day2/a.json": "day2/a.jpg"}
 
@@ -226,7 +226,7 @@ def test_names_as_long_as_file_systems_take(segment, tmp_path, file_format):
     ending = mask_files.ENDINGS[file_format]
     arguments = ["photos", "--out", "out", "--format", file_format]
     status, stdout, stderr = segment(*arguments)
-    assert (status, stderr) == (0, "") and "5 pictures, " in stdout
+    assert (status, stderr) == (0, "") and "5 images, " in stdout
     found = names(tmp_path / "out") - {"contact_sheet.png"}
     assert len(found) == 5 and all(name.endswith(ending) for name in found)
     assert {f"{LONG['letters']}{ending}", f"short{ending}"} <= found
@@ -237,14 +237,14 @@ def test_names_as_long_as_file_systems_take(segment, tmp_path, file_format):
             [f"{n}.jpg" for n in LONG.values()] + ["short.jpg"]
         )
     status, stdout, _ = segment(*arguments, "--resume")
-    assert (status, stdout) == (0, "5 pictures done before.\n")
+    assert (status, stdout) == (0, "5 images done before.\n")
     assert segment(*arguments)[0] == 0  # and again over the earlier ones
     assert names(tmp_path / "out") - {"contact_sheet.png"} == found
 
 
 STEPS = {
-    "reading": (segment_run, "open_picture"),
-    "preparing": (segment_run, "picture_tensor"),
+    "reading": (segment_run, "open_image"),
+    "preparing": (segment_run, "image_tensor"),
     "segmenting": (MaskGenerator, "generate"),
     "writing": (mask_files, "write_masks"),
 }
@@ -275,13 +275,13 @@ def test_one_images_error_never_ends_a_folder(segment, tmp_path, monkeypatch, st
     with monkeypatch.context() as patch:
         patch.setattr(holder, name, fail)
         status, stdout, stderr = segment("photos", "--out", "out", "--format", "coco")
-    assert status == 0 and "2 pictures, " in stdout
+    assert status == 0 and "2 images, " in stdout
     first, last = stderr.splitlines()
     assert first.startswith("samlight: skipped photos/b.jpg: ") and last == "samlight: 1 skipped, 2 done."
     if isinstance(error, ZeroDivisionError):
         assert "internal error: ZeroDivisionError: two lines" in first
     assert names(tmp_path / "out") == {"a.json", "c.json"}
-    assert "2 pictures done before" in segment("photos", "--out", "out", "--format", "coco", "--resume")[1]
+    assert "2 images done before" in segment("photos", "--out", "out", "--format", "coco", "--resume")[1]
     assert names(tmp_path / "out") == {"a.json", "b.json", "c.json"}
 
 
@@ -299,7 +299,7 @@ def test_levels_and_files_that_are_left_out_are_told(segment, tmp_path):
     Image.fromarray(gradient(300, 900)).save(tmp_path / "photos/c.tif")
     (tmp_path / "photos/notes.txt").touch()
     status, stdout, stderr = segment("photos", "--out", "out", "--format", "coco")
-    assert status == 0 and "3 pictures, " in stdout
+    assert status == 0 and "3 images, " in stdout
     left_out, levels = stderr.splitlines()
     assert left_out == "samlight: left out 1 file, by suffix no image that can be opened: 1 .txt."
     assert levels == "samlight: photos/c.tif: levels 303 to 896 became 0 to 255."
@@ -323,7 +323,7 @@ def test_no_encoding_of_the_console_ends_a_command(checkpoint, tmp_path, encodin
     command = [sys.executable, "-m", "samlight_hf.commands.cli", "segment", name, "--model", checkpoint, *QUICK]
     result = subprocess.run([*command, "--out", "nö/长"], cwd=tmp_path, env=environment, capture_output=True)
     assert result.returncode == 0, result.stderr
-    assert b"2 pictures, " in result.stdout and b"1 skipped, 2 done" in result.stderr
+    assert b"2 images, " in result.stdout and b"1 skipped, 2 done" in result.stderr
     assert (f"{name}_masks.png".encode() in result.stdout) == (encoding == "utf-8")
     assert names(tmp_path / "nö/长") >= {f"{name}_masks.png", f"{surrogate}_masks.png"}
 

@@ -27,8 +27,8 @@ def png(pixels: np.ndarray, mode=None) -> bytes:
     return file.getvalue()
 
 
-def box_mask(x=5, y=4, width=10, height=8, picture=(HEIGHT, WIDTH)) -> np.ndarray:
-    mask = np.zeros(picture, bool)
+def box_mask(x=5, y=4, width=10, height=8, image=(HEIGHT, WIDTH)) -> np.ndarray:
+    mask = np.zeros(image, bool)
     mask[y : y + height, x : x + width] = True
     return mask
 
@@ -81,7 +81,7 @@ def coloured_objects(seed: int, width: int, height: int) -> tuple[np.ndarray, np
 
 
 def coloured_tar(path: Path, sizes: list[tuple[int, int]]) -> Path:
-    """SA-1B with `coloured_objects`, losslessly, one picture for each (width, height)."""
+    """SA-1B with `coloured_objects`, losslessly, one image for each (width, height)."""
     members = {}
     for i, (width, height) in enumerate(sizes):
         pixels, masks = coloured_objects(i, width, height)
@@ -90,17 +90,17 @@ def coloured_tar(path: Path, sizes: list[tuple[int, int]]) -> Path:
     return write_tar(path, members)
 
 
-def write_coco(folder: Path, images: list, annotations: list, pictures: dict[str, bytes]) -> tuple[Path, Path]:
-    """(annotation file, folder of pictures)."""
-    for name, content in pictures.items():
+def write_coco(folder: Path, entries: list, annotations: list, images: dict[str, bytes]) -> tuple[Path, Path]:
+    """(annotation file, folder of images)."""
+    for name, content in images.items():
         file = folder / "pictures" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     path = folder / "annotations.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    path.write_text(json.dumps({"images": entries, "annotations": annotations}))
     return path, folder / "pictures"
 
 
 def counts(report) -> tuple[dict[str, int], dict[str, int]]:
-    """(pictures by reason, instances by reason)."""
-    return tuple({r: s.count for r, s in kind.items()} for kind in (report.pictures, report.instances))
+    """(images by reason, instances by reason)."""
+    return tuple({r: s.count for r, s in kind.items()} for kind in (report.images, report.instances))

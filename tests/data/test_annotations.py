@@ -143,7 +143,7 @@ def test_a_bad_part_is_left_out_and_counted_and_the_mask_is_kept(fields, reasons
     assert instance.category_id is None and instance.point_xy is None
     assert instance.id == ("number 0" if "id" in fields else 1)
     assert {reason: skipped.count for reason, skipped in report.parts.items()} == Counter(reasons)
-    assert not report.instances and not report.pictures
+    assert not report.instances and not report.images
 
 
 def test_numbers_as_text_or_with_a_point_are_numbers():
@@ -186,4 +186,4 @@ def test_each_bad_annotation_is_counted_and_the_good_ones_stay_in_order():
         "duplicate annotation id": {"count": 1, "examples": ["sa_1, annotation 3"]},
         "mask of zero area": {"count": 1, "examples": ["sa_1, annotation 9"]},
     }
-    assert not report.pictures
+    assert not report.images

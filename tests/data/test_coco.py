@@ -1,4 +1,4 @@
-"""COCO, LVIS and their like give every good picture, and count every bad one."""
+"""COCO, LVIS and their like give every good image, and count every bad one."""
 
 import json
 import pickle
@@ -44,10 +44,10 @@ def test_samples_are_what_was_written(coco):
             np.testing.assert_array_equal(mask, box_mask())
 
 
-def test_limit_takes_the_first_pictures_without_orphans(coco):
+def test_limit_takes_the_first_images_without_orphans(coco):
     dataset = CocoDataset(*coco, limit=1)
     assert [sample.id for sample in read(dataset)[0]] == ["2"]
-    assert not dataset.index_report and dataset.num_pictures == 1
+    assert not dataset.index_report and dataset.num_images == 1
 
 
 def test_a_pickled_dataset_reads_the_same(coco):
@@ -56,7 +56,7 @@ def test_a_pickled_dataset_reads_the_same(coco):
 
 
 @pytest.mark.parametrize("place", ["val2017/000000000139.jpg", "000000000139.jpg", "images/val2017/000000000139.jpg"])
-def test_lvis_names_its_pictures_by_url(tmp_path, place):
+def test_lvis_names_its_images_by_url(tmp_path, place):
     entry = {"id": 139, "coco_url": "http://images.cocodataset.org/images/val2017/000000000139.jpg"}
     json_file, folder = write_coco(tmp_path, [entry], [annotation(1, image_id=139)], {place: jpeg()})
     sample = CocoDataset(json_file, folder)[0]
@@ -89,7 +89,7 @@ def test_names_as_windows_writes_them_and_absolute_ones(tmp_path, name, place):
 def test_names_of_no_file(tmp_path, name):
     images = [image(1, file_name=name), image(2)]
     dataset = CocoDataset(*write_coco(tmp_path, images, [], {"2.jpg": jpeg(), "pics/x.jpg": jpeg()}))
-    assert len(dataset) == 1 and dataset.index_report.num_pictures == 1
+    assert len(dataset) == 1 and dataset.index_report.num_images == 1
 
 
 @pytest.mark.parametrize(("of_image", "of_annotation"), [(1, "1"), ("1", 1), (1, 1.0), (1.0, 1)])
@@ -131,13 +131,13 @@ def test_what_is_bad_beside_a_good_mask_costs_no_instance_and_is_counted(tmp_pat
 
 
 def test_every_bad_entry_is_counted_by_reason(tmp_path):
-    images = [
+    entries = [
         image(1), image(1), image(2), image(3), image(4, width=WIDTH + 1), {"id": 5}, {"file_name": "1.jpg"}, "6.jpg",
         image(7),
     ]  # fmt: skip
     annotations = [
         annotation(1, image_id=1),
-        annotation(1, image_id=7),  # an id that another picture has
+        annotation(1, image_id=7),  # an id that another image has
         annotation(2, image_id=2),  # no such file
         annotation(3, image_id=2),
         annotation(4, image_id=3),  # truncated
@@ -149,35 +149,35 @@ def test_every_bad_entry_is_counted_by_reason(tmp_path):
         {"id": 8, "image_id": 1, "segmentation": [[1, 1, 9, 9]]},
         annotation(9, np.zeros((HEIGHT, WIDTH)), image_id=7),
     ]
-    pictures = {"1.jpg": jpeg(), "3.jpg": jpeg()[:400], "4.jpg": jpeg(), "7.jpg": jpeg()}
-    dataset = CocoDataset(*write_coco(tmp_path, images, annotations, pictures))
+    images = {"1.jpg": jpeg(), "3.jpg": jpeg()[:400], "4.jpg": jpeg(), "7.jpg": jpeg()}
+    dataset = CocoDataset(*write_coco(tmp_path, entries, annotations, images))
     assert counts(dataset.index_report) == (
-        {SkipReason.DUPLICATE_IMAGE: 1, SkipReason.MISSING_PICTURE: 1, SkipReason.MALFORMED_IMAGE: 3},
+        {SkipReason.DUPLICATE_IMAGE: 1, SkipReason.MISSING_IMAGE: 1, SkipReason.MALFORMED_IMAGE: 3},
         {
             SkipReason.DUPLICATE_ANNOTATION: 1,
-            SkipReason.PICTURE_SKIPPED: 3,
-            SkipReason.UNKNOWN_PICTURE: 1,
+            SkipReason.IMAGE_SKIPPED: 3,
+            SkipReason.UNKNOWN_IMAGE: 1,
             SkipReason.MALFORMED_ANNOTATION: 2,
         },
     )
     samples, report = read(dataset)
     assert [(sample.id, [i.id for i in sample.instances]) for sample in samples] == [("1", [1, "number 1"]), ("7", [])]
     assert counts(report) == (
-        {SkipReason.BROKEN_PICTURE: 1, SkipReason.PICTURE_SIZE: 1},
-        {SkipReason.PICTURE_SKIPPED: 1, SkipReason.TOO_FEW_POINTS: 1, SkipReason.ZERO_AREA: 1},
+        {SkipReason.BROKEN_IMAGE: 1, SkipReason.IMAGE_SIZE: 1},
+        {SkipReason.IMAGE_SKIPPED: 1, SkipReason.TOO_FEW_POINTS: 1, SkipReason.ZERO_AREA: 1},
     )
     assert {reason: skipped.count for reason, skipped in report.parts.items()} == {SkipReason.MISSING_ID: 1}
     report.merge(dataset.index_report)
-    assert dataset.num_pictures == len(images) == len(samples) + report.num_pictures
+    assert dataset.num_images == len(entries) == len(samples) + report.num_images
     assert sum(len(sample.instances) for sample in samples) + report.num_instances == len(annotations)
 
 
-def test_a_picture_that_disappears_later_is_counted(coco):
+def test_an_image_that_disappears_later_is_counted(coco):
     dataset = CocoDataset(*coco)
     (coco[1] / "2.jpg").unlink()
     samples, report = read(dataset)
     assert [sample.id for sample in samples] == ["1", "3"]
-    assert counts(report) == ({SkipReason.MISSING_PICTURE: 1}, {SkipReason.PICTURE_SKIPPED: 2})
+    assert counts(report) == ({SkipReason.MISSING_IMAGE: 1}, {SkipReason.IMAGE_SKIPPED: 2})
 
 
 def refused(call, *words):
@@ -197,9 +197,9 @@ def refused(call, *words):
         ('{"images": []}', "'annotations'"),
         ('{"images": {}, "annotations": []}', "'images'"),
         ("3", "COCO"),
-        ('{"images": [], "annotations": []}', "no picture"),
+        ('{"images": [], "annotations": []}', "no image"),
         ("\x00\xff", "not JSON"),
-        (json.dumps({"images": [image(1)], "annotations": []}), "1 x picture file missing"),
+        (json.dumps({"images": [image(1)], "annotations": []}), "1 x image file missing"),
     ],
 )
 def test_a_json_that_is_no_dataset_is_refused_in_one_line(tmp_path, content, word):

@@ -35,8 +35,8 @@ def disc(colour=(250, 0, 0), side=24, suffix="PNG") -> bytes:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Blue pictures without any label."""
+def images(tmp_path):
+    """Blue images without any label."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(4):
@@ -54,10 +54,10 @@ def pasted_pixels(example) -> np.ndarray:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_is_pasted_is_what_is_labelled(pictures, cutouts, turned):
+def test_what_is_pasted_is_what_is_labelled(images, cutouts, turned):
     settings = {} if turned else STILL
     made = TrainingExamples(
-        pictures, 60, S, mask_size=M, cutouts=Cutouts(cutouts, (1, 1), (0.3, 0.8), **settings),
+        images, 60, S, mask_size=M, cutouts=Cutouts(cutouts, (1, 1), (0.3, 0.8), **settings),
         prompts=PromptSampling(2, box_noise=0.0), max_skipped=1.0,
     )  # fmt: skip
     for example in made:
@@ -69,11 +69,11 @@ def test_what_is_pasted_is_what_is_labelled(pictures, cutouts, turned):
         np.testing.assert_allclose(example["boxes"][0], [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1.01)
         x, y = example["points"][0].int().tolist()
         assert example["masks"][0, y, x]
-        assert example["pixel_values"][:, 48:].sum() == 0  # nothing is pasted outside of the picture
+        assert example["pixel_values"][:, 48:].sum() == 0  # nothing is pasted outside of the image
 
 
-def test_later_objects_cover_earlier_ones_and_the_picture(tmp_path):
-    """A picture that is an object as a whole, and two pasted ones: together they are the picture, nothing twice."""
+def test_later_objects_cover_earlier_ones_and_the_image(tmp_path):
+    """An image that is an object as a whole, and two pasted ones: together they are the image, nothing twice."""
     content = sa1b_json(annotation(mask=np.ones((64, 64), bool)), width=64, height=64)
     tar = write_tar(tmp_path / "a.tar", {"a.png": png(np.full((64, 64, 3), (0, 0, 200), np.uint8)), "a.json": content})
     red, green = tmp_path / "cutouts" / "red.png", tmp_path / "cutouts" / "green.png"
@@ -101,22 +101,20 @@ def test_later_objects_cover_earlier_ones_and_the_picture(tmp_path):
     assert overlaps > 3
 
 
-def test_objects_that_are_hardly_seen_are_no_targets(pictures, cutouts):
+def test_objects_that_are_hardly_seen_are_no_targets(images, cutouts):
     made = TrainingExamples(
-        pictures, 100, S, mask_size=M, cutouts=Cutouts(cutouts, (4, 4), (0.4, 0.6), **STILL),
+        images, 100, S, mask_size=M, cutouts=Cutouts(cutouts, (4, 4), (0.4, 0.6), **STILL),
         prompts=PromptSampling(4, min_visible=0.5), max_skipped=1.0,
     )  # fmt: skip
     whole = np.pi / 4 * (0.39 * S) ** 2  # the smallest disc
     assert min(int(mask.sum()) for example in made for mask in example["masks"]) >= 0.45 * whole
 
 
-def test_pasting_is_a_function_of_the_view(pictures, cutouts):
+def test_pasting_is_a_function_of_the_view(images, cutouts):
     settings = {"cutouts": Cutouts(cutouts), "num_views": 1, "max_skipped": 1.0}
-    plain = TrainingExamples(pictures, 8, S, **settings)
+    plain = TrainingExamples(images, 8, S, **settings)
     copy = pickle.loads(pickle.dumps(plain))
-    prompted = TrainingExamples(
-        pictures, 8, S, **settings, prompts=PromptSampling(1, min_visible=0.0, min_mask_cells=1)
-    )
+    prompted = TrainingExamples(images, 8, S, **settings, prompts=PromptSampling(1, min_visible=0.0, min_mask_cells=1))
     by_id = {int(example["example_id"]): example["pixel_values"] for example in plain}
     assert len(by_id) == 4
     for example in [*copy, *prompted]:
@@ -130,8 +128,8 @@ def test_damaged_cutouts_are_counted(tmp_path):
     settings = {"cutouts": Cutouts(tar, (1, 1)), "max_skipped": 1.0}
     made = TrainingExamples(SyntheticScenes(30, S), 40, S, **settings)
     assert len(list(made)) == 40
-    assert set(made.skip_report().pictures) == {SkipReason.BROKEN_CUTOUT}
-    assert 50 < made.skip_report().num_pictures < 250  # three of four
+    assert set(made.skip_report().images) == {SkipReason.BROKEN_CUTOUT}
+    assert 50 < made.skip_report().num_images < 250  # three of four
     with pytest.raises(ValueError, match="cut-out damaged"):
         list(TrainingExamples(SyntheticScenes(30, S), 1000, S, cutouts=Cutouts(tar, (1, 1))))
 

@@ -34,7 +34,7 @@ def labels(*values, dtype=np.uint8) -> np.ndarray:
     return pixels
 
 
-def test_all_pictures_of_a_folder_in_order(tmp_path, caplog):
+def test_all_images_of_a_folder_in_order(tmp_path, caplog):
     write(tmp_path, {"b.jpg": jpeg(seed=1), "a/c.PNG": png(labels()), ".d.jpg": jpeg(), "a/notes.txt": b"x"})
     dataset = ImageFolderDataset(tmp_path)
     assert [dataset[i].id for i in range(len(dataset))] == ["a/c.PNG", "b.jpg"]
@@ -43,7 +43,7 @@ def test_all_pictures_of_a_folder_in_order(tmp_path, caplog):
     assert len(ImageFolderDataset(tmp_path, limit=1)) == 1
 
 
-def test_pictures_of_16_bits_and_transparent_ones_are_those_of_inference(tmp_path):
+def test_images_of_16_bits_and_transparent_ones_are_those_of_inference(tmp_path):
     levels = np.linspace(8000, 34000, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
     clear = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
     write(tmp_path, {"deep.png": png(levels), "clear.png": png(clear)})
@@ -61,11 +61,11 @@ def test_what_macos_leaves_beside_masks_is_none(tmp_path):
     assert not dataset.index_report
 
 
-def test_broken_pictures_of_a_folder_are_counted(tmp_path):
+def test_broken_images_of_a_folder_are_counted(tmp_path):
     write(tmp_path, {"a.jpg": jpeg()[:200], "b.jpg": jpeg(), "c.jpg": b""})
     dataset, report = ImageFolderDataset(tmp_path), SkipReport()
     assert [sample.id for sample in dataset.samples(report)] == ["b.jpg"]
-    assert counts(report)[0] == {SkipReason.BROKEN_PICTURE: 2}
+    assert counts(report)[0] == {SkipReason.BROKEN_IMAGE: 2}
 
 
 @pytest.mark.parametrize("make", [ImageFolderDataset, MaskFolderDataset])
@@ -140,7 +140,7 @@ def test_masks_are_found_as_images_are(tmp_path, name, file_format):
     assert instance.id == ("0" if "/" in name else 255)
     np.testing.assert_array_equal(instance.mask(), labels(0, 255) > 0)
     (tmp_path / "masks/x" / name).unlink()
-    assert SkipReason.MISSING_MASK in dataset.load(0)[1].pictures
+    assert SkipReason.MISSING_MASK in dataset.load(0)[1].images
 
 
 def test_each_mask_has_one_image(tmp_path):
@@ -157,8 +157,8 @@ def test_each_mask_has_one_image(tmp_path):
     assert found == {
         "a.jpg": [1], "a_mask.jpg": [2], "b.jpg.jpg": [3], "c.jpg": [4], "c.png": [5], "d.jpg": [6], "e.jpg": [7], "e/0.jpg": [8]
     }  # fmt: skip
-    assert {reason: s.examples for reason, s in dataset.index_report.pictures.items()} == {
-        SkipReason.DUPLICATE_IMAGE: ["d.png"], SkipReason.MISSING_PICTURE: ["lost_mask.png"]
+    assert {reason: s.examples for reason, s in dataset.index_report.images.items()} == {
+        SkipReason.DUPLICATE_IMAGE: ["d.png"], SkipReason.MISSING_IMAGE: ["lost_mask.png"]
     }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_an_image_of_several_mask_files_is_left_out_by_name(tmp_path):
     }
     dataset = MaskFolderDataset(write(tmp_path, files))
     assert [sample.id for sample in dataset.samples(SkipReport())] == ["d.jpg"]
-    assert {reason: s.examples for reason, s in dataset.index_report.pictures.items()} == {
+    assert {reason: s.examples for reason, s in dataset.index_report.images.items()} == {
         SkipReason.SEVERAL_MASKS: ["a.jpg (a.png, a.tif)", "b.jpg (b, b.png)", "c.jpg (c.png, c_mask.png)"]
     }
 
@@ -210,11 +210,11 @@ def test_grey_levels_are_no_objects_in_evaluation_and_in_training(tmp_path):
     (sample,) = dataset.samples(report)
     assert sample.id == "b.jpg"
     np.testing.assert_array_equal(sample.masks(), [grey >= 128])
-    assert report.pictures[SkipReason.GREY_MASK].examples == ["a.jpg (masks/a.png)"]
+    assert report.images[SkipReason.GREY_MASK].examples == ["a.jpg (masks/a.png)"]
     made = TrainingExamples(dataset, 8, 40, mask_size=40, prompts=PromptSampling(2), max_skipped=1.0)
     expected = np.pad(grey >= 128, ((0, 10), (0, 0)))
     assert all(np.array_equal(mask, expected) for example in made for mask in example["masks"].numpy())
-    assert set(made.skip_report().pictures) == {SkipReason.GREY_MASK}
+    assert set(made.skip_report().images) == {SkipReason.GREY_MASK}
 
     binary, report = MaskFolderDataset(tmp_path, binary_masks=True), SkipReport()
     assert [sample.id for sample in binary.samples(report)] == ["a.jpg", "b.jpg"]
@@ -275,14 +275,14 @@ def test_what_does_not_fit_is_counted(tmp_path):
     }
     dataset = MaskFolderDataset(write(tmp_path, files))
     assert counts(dataset.index_report)[0] == {
-        SkipReason.MISSING_MASK: 1, SkipReason.MISSING_PICTURE: 1, SkipReason.DUPLICATE_IMAGE: 1
+        SkipReason.MISSING_MASK: 1, SkipReason.MISSING_IMAGE: 1, SkipReason.DUPLICATE_IMAGE: 1
     }  # fmt: skip
     report = SkipReport()
     assert [sample.id for sample in dataset.samples(report)] == ["good.jpg"]
-    assert counts(report)[0] == {SkipReason.PICTURE_SIZE: 1, SkipReason.MALFORMED_MASK: 1, SkipReason.COLOURED_MASK: 1}
-    assert report.pictures[SkipReason.COLOURED_MASK].examples == ["colours.jpg (masks/colours.png)"]
+    assert counts(report)[0] == {SkipReason.IMAGE_SIZE: 1, SkipReason.MALFORMED_MASK: 1, SkipReason.COLOURED_MASK: 1}
+    assert report.images[SkipReason.COLOURED_MASK].examples == ["colours.jpg (masks/colours.png)"]
     (tmp_path / "masks" / "good.png").unlink()
-    assert SkipReason.MISSING_MASK in dataset.load(2)[1].pictures
+    assert SkipReason.MISSING_MASK in dataset.load(2)[1].images
 
 
 def test_load_dataset_tells_the_folders_apart(tmp_path):
@@ -311,8 +311,8 @@ def test_prompts_need_masks_or_cutouts(tmp_path):
         TrainingExamples(photos, 3, 40, prompts=PromptSampling(2))
 
 
-def test_pixels_stay_as_they_are_stored_whoever_turns_pictures_upright_later(tmp_path):
-    """Masks are made in that frame: what segments a sample's picture must not turn it."""
+def test_pixels_stay_as_they_are_stored_whoever_turns_images_upright_later(tmp_path):
+    """Masks are made in that frame: what segments a sample's image must not turn it."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     (tmp_path / "a.jpg").write_bytes(jpeg(exif=exif))

@@ -33,19 +33,19 @@ def test_examples_are_the_same_and_nothing_is_decoded_twice(tar, tmp_path, monke
     assert sum(file.suffix == ".npy" for file in files) == 4 and not any(".part" in file.name for file in files)
 
     decoded = []
-    decode = image_cache.decode_picture
-    monkeypatch.setattr(image_cache, "decode_picture", lambda *data: decoded.append(data) or decode(*data))
+    decode = image_cache.decode_image
+    monkeypatch.setattr(image_cache, "decode_image", lambda *data: decoded.append(data) or decode(*data))
     second = list(examples(tar))
     assert {len(data) for data, _ in decoded} == {300}  # the damaged one alone
     for expected, *others in zip(plain, first, second, strict=True):
         assert all(torch.equal(value, other[name]) for other in others for name, value in expected.items())
     assert filling.skip_report() == made.skip_report()
-    assert set(made.skip_report().pictures) == {SkipReason.BROKEN_PICTURE}
+    assert set(made.skip_report().images) == {SkipReason.BROKEN_IMAGE}
 
 
 def test_a_file_cut_short_is_made_again(tar, tmp_path):
     cache = ImageCache(tmp_path)
-    data, size = tar.picture_bytes(0), (40, 30)
+    data, size = tar.image_bytes(0), (40, 30)
     expected = np.array(cache.pixels(data, size))
     (file,) = tmp_path.rglob("*.npy")
     for content in (file.read_bytes()[:200], b""):
@@ -56,9 +56,9 @@ def test_a_file_cut_short_is_made_again(tar, tmp_path):
 
 def test_the_size_that_the_annotations_say_counts(tar, tmp_path):
     cache = ImageCache(tmp_path)
-    cache.pixels(tar.picture_bytes(0), (40, 30))
+    cache.pixels(tar.image_bytes(0), (40, 30))
     with pytest.raises(SampleError, match="size disagrees"):
-        cache.pixels(tar.picture_bytes(0), (30, 40))
+        cache.pixels(tar.image_bytes(0), (30, 40))
 
 
 def test_a_full_disk_costs_time_alone(tar, tmp_path, monkeypatch):
@@ -68,6 +68,6 @@ def test_a_full_disk_costs_time_alone(tar, tmp_path, monkeypatch):
     cache = ImageCache(tmp_path / "cache")
     monkeypatch.setattr(image_cache.np, "save", full)
     with pytest.warns(UserWarning, match="No space left on device"):
-        pixels = cache.pixels(tar.picture_bytes(0), (40, 30))
+        pixels = cache.pixels(tar.image_bytes(0), (40, 30))
     assert np.array_equal(pixels.transpose(1, 2, 0), np.asarray(tar[0].image))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""SA-1B tars give every good picture, and count every bad one."""
+"""SA-1B tars give every good image, and count every bad one."""
 
 import multiprocessing
 import pickle
@@ -32,7 +32,7 @@ def test_samples_are_what_was_written(tmp_path):
     masks = [box_mask(), box_mask(x=20, width=4)]
     annotations = [annotation(i, mask, point_coords=[[6, 5]]) for i, mask in enumerate(masks)]
     dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", pair("sa_7", *annotations)))
-    assert len(dataset) == dataset.num_pictures == 1
+    assert len(dataset) == dataset.num_images == 1
     sample = dataset[0]
     assert sample.id == "sa_7" and (sample.width, sample.height) == (WIDTH, HEIGHT)
     assert sample.image.mode == "RGB" and sample.image.size == (WIDTH, HEIGHT)
@@ -69,7 +69,7 @@ def test_limit_takes_the_first_and_counts_nothing_behind_them(tmp_path):
     members = {"sa_0.jpg": jpeg(), **pair("sa_1"), **pair("sa_2"), "sa_3.jpg": jpeg(), **pair("sa_4")}
     dataset = Sa1bDataset([write_tar(tmp_path / "a.tar", members)], limit=2)
     assert [sample.id for sample in read(dataset)[0]] == ["sa_1", "sa_2"]
-    assert dataset.num_pictures == 3
+    assert dataset.num_images == 3
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5])
@@ -100,7 +100,7 @@ def test_threads_and_processes_read_the_same(tar):
         assert list(pool.map(checksum, [dataset] * 48, indices)) == expected
 
 
-def test_every_bad_picture_is_counted_by_reason(tmp_path):
+def test_every_bad_image_is_counted_by_reason(tmp_path):
     rotten = jpeg()
     wrong = np.zeros((HEIGHT + 1, WIDTH), bool)
     wrong[0, 0] = True
@@ -125,20 +125,20 @@ def test_every_bad_picture_is_counted_by_reason(tmp_path):
     }
     dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", members))
     assert counts(dataset.index_report) == (
-        {SkipReason.MISSING_JSON: 1, SkipReason.MISSING_PICTURE: 1},
+        {SkipReason.MISSING_JSON: 1, SkipReason.MISSING_IMAGE: 1},
         {},
     )
-    assert dataset.index_report.pictures[SkipReason.MISSING_JSON].examples == ["a.tar/alone"]
+    assert dataset.index_report.images[SkipReason.MISSING_JSON].examples == ["a.tar/alone"]
     samples, report = read(dataset)
     assert [sample.id for sample in samples] == ["good"]
     assert [(instance.id, instance.is_crowd) for instance in samples[0].instances] == [(1, False), (3, True)]
     assert counts(report) == (
-        {SkipReason.BROKEN_PICTURE: 3, SkipReason.MALFORMED_JSON: 3, SkipReason.PICTURE_SIZE: 1},
-        {SkipReason.DUPLICATE_ANNOTATION: 1, SkipReason.RLE_SIZE: 1, SkipReason.PICTURE_SKIPPED: 5},
+        {SkipReason.BROKEN_IMAGE: 3, SkipReason.MALFORMED_JSON: 3, SkipReason.IMAGE_SIZE: 1},
+        {SkipReason.DUPLICATE_ANNOTATION: 1, SkipReason.RLE_SIZE: 1, SkipReason.IMAGE_SKIPPED: 5},
     )
     total = report.merge(dataset.index_report)
-    assert len(samples) + total.num_pictures == dataset.num_pictures
-    assert total.too_many(dataset.num_pictures) and "WARNING" in total.summary(dataset.num_pictures)
+    assert len(samples) + total.num_images == dataset.num_images
+    assert total.too_many(dataset.num_images) and "WARNING" in total.summary(dataset.num_images)
 
 
 def test_what_is_bad_beside_a_good_mask_costs_no_instance(tmp_path):
@@ -161,9 +161,9 @@ def test_what_is_bad_beside_a_good_mask_costs_no_instance(tmp_path):
     assert {reason: skipped.count for reason, skipped in made.skip_report().parts.items()} == expected
 
 
-def test_a_bad_picture_raises_when_it_is_asked_for(tmp_path):
+def test_a_bad_image_raises_when_it_is_asked_for(tmp_path):
     dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", {**pair("bad"), "bad.jpg": jpeg()[:500]}))
-    with pytest.raises(SampleError, match="bad: picture damaged or truncated"):
+    with pytest.raises(SampleError, match="bad: image damaged or truncated"):
         dataset[0]
     assert dataset.load(0)[0] is None
 
@@ -188,13 +188,13 @@ def test_duplicates_are_counted_once_each_within_a_tar_and_between_tars(tmp_path
     assert counts(dataset.index_report) == ({SkipReason.DUPLICATE_IMAGE: 2}, {}) and not report
 
 
-def test_a_picture_turned_by_exif_is_taken_in_the_frame_of_its_annotations(tmp_path):
+def test_an_image_turned_by_exif_is_taken_in_the_frame_of_its_annotations(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     turned = jpeg(width=HEIGHT, height=WIDTH, exif=exif)
     members = {"stored.jpg": turned, "upright.jpg": turned}
     members["upright.json"] = sa1b_json(annotation())
-    members["stored.json"] = sa1b_json(annotation(mask=box_mask(picture=(WIDTH, HEIGHT))), width=HEIGHT, height=WIDTH)
+    members["stored.json"] = sa1b_json(annotation(mask=box_mask(image=(WIDTH, HEIGHT))), width=HEIGHT, height=WIDTH)
     samples = {sample.id: sample for sample in read(Sa1bDataset(write_tar(tmp_path / "a.tar", members)))[0]}
     assert samples["stored"].image.size == (HEIGHT, WIDTH)
     assert samples["upright"].image.size == (WIDTH, HEIGHT)
@@ -203,7 +203,7 @@ def test_a_picture_turned_by_exif_is_taken_in_the_frame_of_its_annotations(tmp_p
     )
 
 
-def test_a_picture_without_masks_is_a_sample(tmp_path):
+def test_an_image_without_masks_is_a_sample(tmp_path):
     dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", {"a.png": jpeg(), "a.json": sa1b_json()}))
     assert dataset[0].instances == ()
 

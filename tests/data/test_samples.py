@@ -38,48 +38,48 @@ def test_a_sample_decodes_all_masks():
     assert Sample("b", image, (), WIDTH, HEIGHT).masks().shape == (0, HEIGHT, WIDTH)
 
 
-def report(pictures, instances):
+def report(images, instances):
     result = SkipReport()
-    for reason, example in pictures:
-        result.add_picture(reason, example)
+    for reason, example in images:
+        result.add_image(reason, example)
     for reason, example in instances:
         result.add_instances(reason, example)
     return result
 
 
 def test_merging_gives_the_same_in_any_order():
-    pictures = [(SkipReason.BROKEN_PICTURE, f"picture {i}") for i in range(9)] + [(SkipReason.MISSING_JSON, "x")]
+    images = [(SkipReason.BROKEN_IMAGE, f"image {i}") for i in range(9)] + [(SkipReason.MISSING_JSON, "x")]
     instances = [(SkipReason.ZERO_AREA, f"annotation {i % 3}") for i in range(7)]
-    whole = report(pictures, instances)
-    first, second = report(pictures[:4], instances[5:]), report(pictures[4:], instances[:5])
+    whole = report(images, instances)
+    first, second = report(images[:4], instances[5:]), report(images[4:], instances[:5])
     there = report([], []).merge(first).merge(second)
     back = report([], []).merge(second).merge(first)
     assert there == back == whole
-    assert (whole.num_pictures, whole.num_instances) == (10, 7)
-    assert whole.pictures[SkipReason.BROKEN_PICTURE].examples == [f"picture {i}" for i in range(5)]
+    assert (whole.num_images, whole.num_instances) == (10, 7)
+    assert whole.images[SkipReason.BROKEN_IMAGE].examples == [f"image {i}" for i in range(5)]
 
 
 def test_a_merged_report_shares_nothing_with_its_parts():
     part = report([(SkipReason.MISSING_JSON, "a")], [])
     whole = SkipReport().merge(part)
-    whole.add_picture(SkipReason.MISSING_JSON, "b")
-    assert part.num_pictures == 1
+    whole.add_image(SkipReason.MISSING_JSON, "b")
+    assert part.num_images == 1
 
 
 def test_a_report_survives_json():
     original = report([(SkipReason.MISSING_JSON, "a"), ("a reason of one's own", "b")], [(SkipReason.RLE_SIZE, "c")])
     assert SkipReport.from_dict(json.loads(json.dumps(original.to_dict()))) == original
-    assert original.to_dict()["instances"] == {"RLE size disagrees with the picture": {"count": 1, "examples": ["c"]}}
+    assert original.to_dict()["instances"] == {"RLE size disagrees with the image": {"count": 1, "examples": ["c"]}}
 
 
 def test_parts_of_instances_are_no_skipped_instances():
     skipped = SkipReport()
     skipped.add_part(SkipReason.BAD_BOX, "sa_1", 2)
     again = SkipReport.from_dict(json.loads(json.dumps(skipped.to_dict())))
-    assert again == skipped and skipped and skipped.num_instances == skipped.num_pictures == 0
+    assert again == skipped and skipped and skipped.num_instances == skipped.num_images == 0
     assert SkipReport().merge(skipped).merge(again).parts[SkipReason.BAD_BOX].count == 4
     assert skipped.summary().splitlines() == [
-        "Skipped 0 pictures and 0 instances, and parts of 2:",
+        "Skipped 0 images and 0 instances, and parts of 2:",
         f"  2 parts: {SkipReason.BAD_BOX} (sa_1, ...)",
     ]
     earlier = {"pictures": {}, "instances": {"x": {"count": 1, "examples": ["a"]}}}  # of a journal without parts
@@ -94,23 +94,23 @@ def test_more_than_five_percent_are_too_many():
 
 
 def test_the_summary_has_counts_reasons_and_examples():
-    skipped = report([(SkipReason.BROKEN_PICTURE, f"sa_{i}") for i in range(6)], [(SkipReason.ZERO_AREA, "sa_9")])
+    skipped = report([(SkipReason.BROKEN_IMAGE, f"sa_{i}") for i in range(6)], [(SkipReason.ZERO_AREA, "sa_9")])
     lines = skipped.summary(100).splitlines()
     assert lines[0].startswith("WARNING") and "5%" in lines[0]
     assert lines[1:] == [
-        "Skipped 6 of 100 pictures (6.0%) and 1 instances:",
-        "  6 pictures: picture damaged or truncated (sa_0, sa_1, sa_2, sa_3, sa_4, ...)",
+        "Skipped 6 of 100 images (6.0%) and 1 instances:",
+        "  6 images: image damaged or truncated (sa_0, sa_1, sa_2, sa_3, sa_4, ...)",
         "  1 instances: mask of zero area (sa_9)",
     ]
     assert skipped.summary(1000).startswith("Skipped 6 of 1000")
-    assert skipped.summary().startswith("Skipped 6 pictures and 1 instances")
+    assert skipped.summary().startswith("Skipped 6 images and 1 instances")
     assert SkipReport().summary(5) == "Nothing was skipped."
 
 
 def test_errors_cross_process_borders():
-    error = pickle.loads(pickle.dumps(SampleError(SkipReason.BROKEN_PICTURE, "sa_1")))
-    assert (error.reason, error.where) == (SkipReason.BROKEN_PICTURE, "sa_1")
-    assert str(error) == "sa_1: picture damaged or truncated"
+    error = pickle.loads(pickle.dumps(SampleError(SkipReason.BROKEN_IMAGE, "sa_1")))
+    assert (error.reason, error.where) == (SkipReason.BROKEN_IMAGE, "sa_1")
+    assert str(error) == "sa_1: image damaged or truncated"
 
 
 def test_the_readers_import_nothing_optional():

@@ -49,7 +49,7 @@ def batches(examples, num_workers) -> list[list[int]]:
 def test_an_example_is_what_the_indexed_dataset_gives(tars):
     prompts = PromptSampling(2, num_uniforms=5)
     found = {bytes(e["pixel_values"].numpy()): e for e in streamed(tars, prompts=prompts)}
-    assert len(found) == max(SIZES)  # pictures of the same number are alike
+    assert len(found) == max(SIZES)  # images of the same number are alike
     image = torch.from_numpy(np.array(Sa1bDataset(tars)[0].image.resize((32, 24), Image.Resampling.BILINEAR)))
     expected = torch.zeros(3, 32, 32, dtype=torch.int16)
     expected[:, :24] = image.permute(2, 0, 1)
@@ -127,7 +127,7 @@ def test_without_a_number_of_epochs_there_is_no_end(tars):
 @pytest.fixture
 def bad_tar(tmp_path):
     members = samples("good", 20)
-    members |= {"no_json.jpg": jpeg(), "no_picture.json": sa1b_json(), "bad_json.jpg": jpeg(), "bad_json.json": b"{"}
+    members |= {"no_json.jpg": jpeg(), "no_image.json": sa1b_json(), "bad_json.jpg": jpeg(), "bad_json.json": b"{"}
     members |= {"broken.jpg": jpeg()[:300], "broken.json": sa1b_json(annotation()), "LICENSE": b"text"}
     return write_tar(tmp_path / "bad.tar", members)
 
@@ -138,11 +138,11 @@ def test_bad_samples_are_counted_and_replaced(bad_tar, num_workers):
     found = [i for batch in batches(made, num_workers) for i in batch]
     assert len(found) == 24 and len(set(found)) == 20
     report = made.skip_report()
-    assert set(report.pictures) == {
-        SkipReason.MISSING_JSON, SkipReason.MISSING_PICTURE, SkipReason.MALFORMED_JSON, SkipReason.BROKEN_PICTURE
+    assert set(report.images) == {
+        SkipReason.MISSING_JSON, SkipReason.MISSING_IMAGE, SkipReason.MALFORMED_JSON, SkipReason.BROKEN_IMAGE
     }  # fmt: skip
-    assert made.num_read == 24 + report.num_pictures
-    assert report.pictures[SkipReason.MALFORMED_JSON].examples == ["bad.tar"]
+    assert made.num_read == 24 + report.num_images
+    assert report.images[SkipReason.MALFORMED_JSON].examples == ["bad.tar"]
 
 
 def test_too_many_bad_samples_is_an_error(bad_tar):

@@ -46,7 +46,7 @@ def test_filling_the_box_is_a_bad_answer():
 
 @pytest.mark.parametrize("between_shapes", [False, True])
 def test_edges_are_where_the_masks_change(between_shapes):
-    """Across the outlines the picture changes much more than elsewhere, also where one shape covers another."""
+    """Across the outlines the image changes much more than elsewhere, also where one shape covers another."""
     across, elsewhere = [], []
     for scene in scenes(*range(60), image_size=96):
         labels = sum((i + 1) * mask for i, mask in enumerate(scene.masks()))
@@ -70,8 +70,8 @@ def test_no_colour_tells_objects_from_background():
     assert np.std(outside, 0).min() > 40
 
 
-@pytest.mark.parametrize("settings", [{"num_pictures": 0}, {"image_size": 8}, {"seed": -1}])
+@pytest.mark.parametrize("settings", [{"num_images": 0}, {"image_size": 8}, {"seed": -1}])
 def test_settings_that_do_not_fit(settings):
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
-        SyntheticScenes(**{"num_pictures": 3, **settings})
+        SyntheticScenes(**{"num_images": 3, **settings})

@@ -91,7 +91,7 @@ def test_examples_do_not_touch_global_random_state():
     assert (np.random.random(), torch.rand(())) == expected
 
 
-def test_each_epoch_goes_through_all_pictures_once_in_another_order():
+def test_each_epoch_goes_through_all_images_once_in_another_order():
     made = examples(augmentation=None, prompts=None, num_views=1)
     epochs = [[id_of(made[n]) for n in range(start, start + 10)] for start in (0, 10, 20, 30)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -105,17 +105,17 @@ def test_sources_take_turns_by_weight():
     for window in sources.reshape(-1, 50):  # not only on the whole: in every batch
         assert abs(window.mean() - 0.7) <= 1 / 50
     for source, size in ((0, 1000), (1, 10)):
-        own = [(epoch, picture) for s, epoch, picture in taken if s == source]
+        own = [(epoch, image) for s, epoch, image in taken if s == source]
         assert len(set(own)) == len(own)
         assert [epoch for epoch, _ in own] == [i // size for i in range(len(own))]
     by_size = Counter(ExampleOrder([30, 10])(n)[0] for n in range(400))
     assert by_size == {0: 300, 1: 100}
 
 
-def test_ids_tell_sources_pictures_and_views_apart():
+def test_ids_tell_sources_images_and_views_apart():
     sources = [SyntheticScenes(4, 32), SyntheticScenes(6, 32, seed=1)]
     ids = [id_of(example) for example in examples(sources, 50, 32, prompts=None)]
-    assert len(set(ids)) == 50  # another view of the picture in each epoch
+    assert len(set(ids)) == 50  # another view of the image in each epoch
     twice = examples(sources, 50, 32, prompts=None, num_views=2)
     seen = {}
     for example in twice:
@@ -126,7 +126,7 @@ def test_ids_tell_sources_pictures_and_views_apart():
 
 
 def test_pixels_do_not_depend_on_the_prompts():
-    # Nothing is cropped away here: a picture in which nothing is seen would be replaced, by another one.
+    # Nothing is cropped away here: an image in which nothing is seen would be replaced, by another one.
     settings = {"augmentation": Augmentation(scale=(0.6, 1.0), flip=True, contrast=0.3), "mask_size": 64}
     for plain, prompted in zip(examples(prompts=None, **settings), examples(prompts=PromptSampling(2), **settings)):
         assert id_of(plain) == id_of(prompted)
@@ -155,7 +155,7 @@ def test_preprocessing_differs_where_the_pixels_do(settings):
     assert examples(num_views=1).preprocessing() != examples(num_views=1, **settings).preprocessing()
 
 
-def test_prompts_differ_where_a_picture_comes_again():
+def test_prompts_differ_where_an_image_comes_again():
     made = examples(SyntheticScenes(1, 64), 2, num_views=1)
     assert id_of(made[0]) == id_of(made[1])
     assert not torch.equal(made[0]["boxes"], made[1]["boxes"])
@@ -200,7 +200,7 @@ def test_masks_boxes_and_points_lie_where_the_object_is_seen(tmp_path, augmentat
     assert len(ious) == 120 and np.mean(ious) > 0.96 and min(ious) > 0.75
 
 
-def test_a_stretched_picture_fits_the_frame_in_other_proportions():
+def test_a_stretched_image_fits_the_frame_in_other_proportions():
     augmentation, generator = Augmentation(stretch=2.0), np.random.default_rng(0)
     sizes = [augmentation.view(generator, 200, 100, S).size for _ in range(200)]
     ratios = np.array([width / height / 2 for width, height in sizes])
@@ -222,23 +222,23 @@ def test_flipping_twice_and_cropping_nothing_is_nothing():
 
 
 def test_a_mask_that_the_crop_cuts():
-    mask = box_mask(x=10, y=10, width=40, height=20, picture=(80, 100))
+    mask = box_mask(x=10, y=10, width=40, height=20, image=(80, 100))
     view = View(100, 80, (30, 0, 80, 40), (100, 80), False, 128)
     cells, box, share = view.mask(rle(mask), 128)
     np.testing.assert_array_equal(box, [0, 20, 40, 60])
     assert share == 0.5
-    np.testing.assert_array_equal(cells, box_mask(x=0, y=20, width=40, height=40, picture=(128, 128)))
+    np.testing.assert_array_equal(cells, box_mask(x=0, y=20, width=40, height=40, image=(128, 128)))
     assert View(100, 80, (60, 0, 80, 40), (100, 80), False, 128).mask(rle(mask), 128) is None
-    hole = mask & ~box_mask(x=12, y=10, width=20, height=20, picture=(80, 100))
+    hole = mask & ~box_mask(x=12, y=10, width=20, height=20, image=(80, 100))
     assert (
         View(100, 80, (14, 0, 30, 40), (100, 80), False, 128).mask(rle(hole), 128) is None
     )  # in the box, not the mask
-    two = box_mask(x=10, y=10, width=10, height=20, picture=(80, 100)) | box_mask(
-        x=40, y=25, width=10, height=5, picture=(80, 100)
+    two = box_mask(x=10, y=10, width=10, height=20, image=(80, 100)) | box_mask(
+        x=40, y=25, width=10, height=5, image=(80, 100)
     )
     cells, box, share = view.mask(rle(two), 128)  # the second alone, which begins behind the edge of the crop
     np.testing.assert_array_equal(box, [20, 50, 40, 60])
-    np.testing.assert_array_equal(cells, box_mask(x=20, y=50, width=20, height=10, picture=(128, 128)))
+    np.testing.assert_array_equal(cells, box_mask(x=20, y=50, width=20, height=10, image=(128, 128)))
     assert share == 0.2
 
 
@@ -294,16 +294,16 @@ def test_targets_repeat_only_where_there_are_too_few(tmp_path):
 
 
 def bad_tar(path, num_good):
-    """Good pictures and five that are not: broken, without masks to use, of wrong size, without sense."""
+    """Good images and five that are not: broken, without masks to use, of wrong size, without sense."""
     members = {}
     for i in range(num_good):
         members |= {f"good_{i}.jpg": jpeg(seed=i), f"good_{i}.json": sa1b_json(annotation(mask=box_mask(width=30)))}
-    wrong_size = annotation(mask=box_mask(picture=(9, 9), x=1, y=1, width=5, height=5))
+    wrong_size = annotation(mask=box_mask(image=(9, 9), x=1, y=1, width=5, height=5))
     outside = {"id": 2, "segmentation": [[900, 900, 905, 900, 905, 905]]}
     members |= {
         "broken.jpg": jpeg()[:300],
         "broken.json": sa1b_json(annotation()),
-        "text.jpg": b"no picture",
+        "text.jpg": b"no image",
         "text.json": sa1b_json(annotation()),
         "json.jpg": jpeg(),
         "json.json": b"{",
@@ -315,40 +315,40 @@ def bad_tar(path, num_good):
     return write_tar(path, members)
 
 
-BAD_PICTURES = {SkipReason.BROKEN_PICTURE: 2, SkipReason.MALFORMED_JSON: 1, SkipReason.NO_INSTANCE: 2}
+BAD_IMAGES = {SkipReason.BROKEN_IMAGE: 2, SkipReason.MALFORMED_JSON: 1, SkipReason.NO_INSTANCE: 2}
 BAD_INSTANCES = {SkipReason.RLE_SIZE: 1, SkipReason.OUTSIDE: 1}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_counted_in_all_workers_and_replaced(tmp_path, num_workers):
+def test_bad_images_are_counted_in_all_workers_and_replaced(tmp_path, num_workers):
     tar = Sa1bDataset(bad_tar(tmp_path / "a.tar", 15))
     made = examples(tar, 20, 32, max_skipped=1.0, augmentation=None)
     batches = list(DataLoader(made, batch_size=4, num_workers=num_workers))
     assert sum(len(batch["masks"]) for batch in batches) == 20
     report = made.skip_report()
-    num_skipped = report.num_pictures
+    num_skipped = report.num_images
     assert made.num_read == 20 + num_skipped
-    for reasons, expected in ((report.pictures, BAD_PICTURES), (report.instances, BAD_INSTANCES)):
+    for reasons, expected in ((report.images, BAD_IMAGES), (report.instances, BAD_INSTANCES)):
         assert reasons.keys() == expected.keys()
         assert all(reasons[reason].count >= count for reason, count in expected.items())  # replacements may be bad
-    assert set(report.pictures[SkipReason.BROKEN_PICTURE].examples) <= {"broken", "text"}
+    assert set(report.images[SkipReason.BROKEN_IMAGE].examples) <= {"broken", "text"}
     ids = {int(i) for batch in batches for i in batch["example_id"]}
     assert ids == set(range(15))  # the good ones: replacements come from among them
     again = examples(tar, 20, 32, max_skipped=1.0, augmentation=None)
     assert all(same(again[4 * i + j], {k: v[j] for k, v in batches[i].items()}) for i in range(5) for j in range(4))
 
 
-def test_without_prompts_pictures_without_masks_are_used(tmp_path):
+def test_without_prompts_images_without_masks_are_used(tmp_path):
     tar = Sa1bDataset(bad_tar(tmp_path / "a.tar", 15))
     made = examples(tar, 20, 32, max_skipped=1.0, prompts=None, augmentation=None)
     assert {15 + 3, 15 + 4} <= {id_of(example) for example in made}
-    assert set(made.skip_report().pictures) == {SkipReason.BROKEN_PICTURE, SkipReason.MALFORMED_JSON}
+    assert set(made.skip_report().images) == {SkipReason.BROKEN_IMAGE, SkipReason.MALFORMED_JSON}
 
 
-def test_more_bad_pictures_than_allowed_is_an_error_that_names_them(tmp_path):
+def test_more_bad_images_than_allowed_is_an_error_that_names_them(tmp_path):
     tar = Sa1bDataset(bad_tar(tmp_path / "a.tar", 25))
     made = examples(tar, 1000, 32, augmentation=None)
-    with pytest.raises(ValueError, match="(?s)max_skipped=5%.*picture damaged.*(broken|text)"):
+    with pytest.raises(ValueError, match="(?s)max_skipped=5%.*image damaged.*(broken|text)"):
         for n in range(1000):
             made[n]
     assert 100 <= made.num_read < 130
@@ -356,19 +356,19 @@ def test_more_bad_pictures_than_allowed_is_an_error_that_names_them(tmp_path):
         list(DataLoader(examples(tar, 1000, 32, augmentation=None), batch_size=4, num_workers=2))
 
 
-def test_pictures_that_the_index_left_out_count_too(tmp_path):
+def test_images_that_the_index_left_out_count_too(tmp_path):
     members = {f"sa_{i}.jpg": jpeg(seed=i) for i in range(10)}
     members |= {f"sa_{i}.json": sa1b_json(annotation()) for i in range(9)}
     tar = Sa1bDataset(write_tar(tmp_path / "a.tar", members))
     with pytest.raises(ValueError, match="(?s)1 of 10 .*annotation JSON missing"):
         examples(tar)
     report = examples(tar, max_skipped=0.1).skip_report()
-    assert report.pictures[SkipReason.MISSING_JSON].count == 1
+    assert report.images[SkipReason.MISSING_JSON].count == 1
 
 
 def test_nothing_usable_at_all(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"sa_1.jpg": jpeg(), "sa_1.json": sa1b_json()})
-    with pytest.raises(ValueError, match="(?s)No usable picture in 100 tries.*no instance that can be used"):
+    with pytest.raises(ValueError, match="(?s)No usable image in 100 tries.*no instance that can be used"):
         examples(Sa1bDataset(tar), max_skipped=1.0)[0]
 
 
@@ -378,16 +378,16 @@ def test_objects_too_small_to_see_are_left_out_and_not_held_against_the_data(tmp
     members |= {f"dot_{i}.jpg": jpeg(seed=i) for i in range(3)} | {f"dot_{i}.json": sa1b_json(dot) for i in range(3)}
     made = examples(Sa1bDataset(write_tar(tmp_path / "a.tar", members)), 200, 32, mask_size=16, augmentation=None)
     assert all(example["masks"].flatten(1).sum(1).min() > 4 for example in made)
-    assert set(made.skip_report().pictures) == {SkipReason.NOTHING_IN_VIEW}
+    assert set(made.skip_report().images) == {SkipReason.NOTHING_IN_VIEW}
 
 
 @pytest.mark.parametrize("size", [(2250, 1500), (2251, 1499), (1023, 700)])
-def test_large_pictures_decoded_at_a_fraction_look_like_the_whole_ones(tmp_path, size):
+def test_large_images_decoded_at_a_fraction_look_like_the_whole_ones(tmp_path, size):
     """The reduced decoding of JPEG, and where the crop lies then."""
     photograph = Image.open("examples/images/coffee.jpg").convert("RGB").resize(size)
     file = tmp_path / "a.jpg"
     photograph.save(file, quality=95)
-    content = sa1b_json(annotation(mask=box_mask(picture=size[::-1])), width=size[0], height=size[1])
+    content = sa1b_json(annotation(mask=box_mask(image=size[::-1])), width=size[0], height=size[1])
     tar = Sa1bDataset(write_tar(tmp_path / "a.tar", {"a.jpg": file.read_bytes(), "a.json": content}))
     whole = tar[0].image
     for crop in ((0, 0, *size), (101, 37, size[0] - 3, size[1] - 11)):
@@ -395,7 +395,7 @@ def test_large_pictures_decoded_at_a_fraction_look_like_the_whole_ones(tmp_path,
         view = View(*size, crop, shown, False, S)
         lazy = tar.open(0)
         image = view.pixels(lazy).transpose(1, 2, 0)
-        assert lazy.picture.size[0] < size[0]
+        assert lazy.image.size[0] < size[0]
         expected = whole.resize(shown, Image.Resampling.BILINEAR, crop)
         difference = np.abs(np.asarray(image, np.float32) - np.asarray(expected, np.float32))
         shifted = np.abs(np.asarray(expected, np.float32)[:, 1:] - np.asarray(expected, np.float32)[:, :-1])
@@ -499,19 +499,17 @@ def test_what_a_spawned_worker_gets_counts_in_the_same_memory(tmp_path):
 
 
 def test_chance_stops_nobody_before_all_has_been_read():
-    def counter(num_bad: int, num_pictures: int, seed: int) -> SkipCounter:
-        counter, bad = SkipCounter(0.05, num_pictures), SkipReport()
-        bad.add_picture(SkipReason.BROKEN_PICTURE, "x")
-        for number in np.random.default_rng(seed).permutation(num_pictures):
+    def counter(num_bad: int, num_images: int, seed: int) -> SkipCounter:
+        counter, bad = SkipCounter(0.05, num_images), SkipReport()
+        bad.add_image(SkipReason.BROKEN_IMAGE, "x")
+        for number in np.random.default_rng(seed).permutation(num_images):
             counter.add(bad if number < num_bad else SkipReport(), 0, int(number))
-            counter.check(lambda source, picture: str(picture))
+            counter.check(lambda source, image: str(image))
         return counter
 
     for seed in range(10):
         counter(40, 1000, seed)
-        with pytest.raises(
-            ValueError, match="of the 1000 pictures read so far cannot be used, more than max_skipped=5%"
-        ):
+        with pytest.raises(ValueError, match="of the 1000 images read so far cannot be used, more than max_skipped=5%"):
             counter(51, 1000, seed)
-    with pytest.raises(ValueError, match="of the 1.. pictures read so far"):
+    with pytest.raises(ValueError, match="of the 1.. images read so far"):
         counter(500, 1000, 0)

@@ -19,7 +19,7 @@ def fill(cache, examples, teacher):
 
 @pytest.fixture
 def examples():
-    return make_examples(50, with_prompts=False, num_views=2)  # 20 pictures, 40 views: two shards
+    return make_examples(50, with_prompts=False, num_views=2)  # 20 images, 40 views: two shards
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_only_what_is_missing_is_computed(filled, examples):
     assert first.stat().st_mtime_ns == before
 
 
-def test_another_teacher_other_layers_or_pictures_have_another_folder(tmp_path, filled, examples):
+def test_another_teacher_other_layers_or_images_have_another_folder(tmp_path, filled, examples):
     keys = {filled[0].key}
     keys.add(make_cache(tmp_path, examples, seed=1)[0].key)
     keys.add(make_cache(tmp_path, examples, layers=(4,))[0].key)
@@ -107,12 +107,12 @@ def test_without_num_views_there_is_nothing_to_enumerate():
         _ = make_examples(5, with_prompts=False).num_ids
 
 
-def test_a_picture_replaced_under_its_name_is_found(filled, examples):
+def test_an_image_replaced_under_its_name_is_found(filled, examples):
     cache, _ = filled
     pixel_values = examples.views()[3]["pixel_values"].clone()
     cache.read(3, pixel_values)
     pixel_values[0, 0, 0] += 1
-    with pytest.raises(CacheError, match="example 3 was made of another picture. Delete"):
+    with pytest.raises(CacheError, match="example 3 was made of another image. Delete"):
         cache.read(3, pixel_values)
 
 

@@ -100,25 +100,25 @@ def test_a_finished_stage_of_another_student_is_not_kept(folder, tmp_path):
         run(folder, tmp_path, "--resume", "--learning_rate", "1e-2", stages=("encoder", "decoder"))
 
 
-def test_pictures_that_are_trained_on_are_known_by_their_files(folder, tmp_path):
-    pictures = {f"{number}.png": png(box_mask().astype("uint8") * 255) for number in range(4)}
+def test_images_that_are_trained_on_are_known_by_their_files(folder, tmp_path):
+    images = {f"{number}.png": png(box_mask().astype("uint8") * 255) for number in range(4)}
 
     def coco(name: str, numbers, first_id: int) -> str:
-        images = [
+        entries = [
             {"id": first_id + n, "file_name": f"{number}.png", "height": HEIGHT, "width": WIDTH}
             for n, number in enumerate(numbers)
         ]
         annotations = [
-            {"id": image["id"], "image_id": image["id"], "category_id": 1, "iscrowd": 0, "bbox": [2, 2, 20, 20], "area": 400,
+            {"id": entry["id"], "image_id": entry["id"], "category_id": 1, "iscrowd": 0, "bbox": [2, 2, 20, 20], "area": 400,
              "segmentation": rle(box_mask(2, 2, 20, 20))}
-            for image in images
+            for entry in entries
         ]  # fmt: skip
-        path, _ = write_coco(tmp_path, images, annotations, pictures)
+        path, _ = write_coco(tmp_path, entries, annotations, images)
         return str(path.rename(tmp_path / name))
 
-    images = str(tmp_path / "pictures")
+    image_folder = str(tmp_path / "pictures")
     train, other, same = coco("train.json", (0, 1), 1), coco("other.json", (2, 3), 1), coco("same.json", (1, 2), 900)
-    data = ("--train_annotations", train, "--train_images", images)
+    data = ("--train_annotations", train, "--train_images", image_folder)
 
     def with_eval(*options):
         arguments = [
@@ -128,17 +128,17 @@ def test_pictures_that_are_trained_on_are_known_by_their_files(folder, tmp_path)
         ]  # fmt: skip
         distill(*parse_arguments(arguments))
 
-    with_eval(*data, "--eval_annotations", other, "--eval_images", images, "--output_dir", str(tmp_path / "a"))
+    with_eval(*data, "--eval_annotations", other, "--eval_images", image_folder, "--output_dir", str(tmp_path / "a"))
     with pytest.raises(ValueError, match="eval_annotations=.*same.json is trained on too"):
-        with_eval(*data, "--eval_annotations", same, "--eval_images", images, "--output_dir", str(tmp_path / "b"))
+        with_eval(*data, "--eval_annotations", same, "--eval_images", image_folder, "--output_dir", str(tmp_path / "b"))
     with pytest.raises(ValueError, match="eval_annotations=.*same.json is trained on too"):
         with_eval(
             "--train_data",
-            images,
+            image_folder,
             "--eval_annotations",
             same,
             "--eval_images",
-            images,
+            image_folder,
             "--output_dir",
             str(tmp_path / "c"),
         )
@@ -146,10 +146,10 @@ def test_pictures_that_are_trained_on_are_known_by_their_files(folder, tmp_path)
 
 def test_cached_targets_from_the_command_line(folder, tmp_path):
     options = ("--num_views", "1", "--cache_dir", str(tmp_path / "cache"), "--train_data", str(folder / "pictures"))
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    images = folder / "pictures"
+    images.mkdir(exist_ok=True)
     for index, name in enumerate(("a.png", "b.png", "c.png")):
-        Image.new("RGB", (40 + index, 30), (90 * index, 20, 200)).save(pictures / name)
+        Image.new("RGB", (40 + index, 30), (90 * index, 20, 200)).save(images / name)
     run(folder, tmp_path / "out", *options, stages=("encoder",))
     assert len(list((tmp_path / "cache").glob("*/00000.safetensors"))) == 1
     with pytest.raises(ValueError, match="cache_dir=.* needs num_views"):
@@ -211,13 +211,13 @@ def test_bad_input_is_named_before_anything_is_trained(folder, tmp_path, options
 
 
 def test_what_a_stage_needs_is_said(folder, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    Image.new("RGB", (40, 30)).save(pictures / "a.png")
+    images = tmp_path / "pictures"
+    images.mkdir()
+    Image.new("RGB", (40, 30)).save(images / "a.png")
     with pytest.raises(ValueError, match=r"needs masks, and ImageFolderDataset has none"):
-        run(folder, tmp_path / "out", "--train_data", str(pictures), stages=("end_to_end",))
+        run(folder, tmp_path / "out", "--train_data", str(images), stages=("end_to_end",))
     with pytest.raises(ValueError, match="eval_data=.* has no masks to compare with"):
-        run(folder, tmp_path / "out", "--eval_data", str(pictures), stages=("encoder",))
+        run(folder, tmp_path / "out", "--eval_data", str(images), stages=("encoder",))
     with pytest.raises(ValueError, match="begins with the decoder, on a fresh image encoder"):
         run(folder, tmp_path / "out", stages=("decoder",))
     (tmp_path / "file").touch()
@@ -307,7 +307,7 @@ def test_bad_data_that_workers_meet_are_one_line(folder, tmp_path):
     assert process.returncode == 1
     assert "Traceback" not in process.stderr and "Caught" not in process.stderr and "DataLoader" not in process.stderr
     last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: 100 of the 100 pictures read so far cannot be used, more than max_skipped=5%.")
+    assert last.startswith("error: 100 of the 100 images read so far cannot be used, more than max_skipped=5%.")
     assert str(SkipReason.GREY_MASK) in last and ".jpg" in last
 
 
@@ -319,7 +319,7 @@ def test_how_mask_files_are_read_is_a_setting(folder, tmp_path):
         run(folder, tmp_path / "a", *options, stages=("end_to_end",), data=data)
     run(folder, tmp_path / "b", *options, "--binary_masks", "true", stages=("end_to_end",), data=data)
     result = json.loads((tmp_path / "b/end_to_end/result.json").read_text())
-    assert not result["skipped"]["pictures"] and "eval_skipped_pictures" not in result["metrics"]
+    assert not result["skipped"]["pictures"] and "eval_skipped_images" not in result["metrics"]
     with pytest.raises(ValueError, match="no folder with images/ and masks/ is among the data"):
         run(folder, tmp_path / "c", "--ignore_label", "255", stages=("end_to_end",))
     with pytest.raises(ValueError, match="ignore_label=void must be a label's number, auto or none"):
@@ -354,10 +354,10 @@ def test_the_demonstration_goes_through_everything(tmp_path, num_processes):
     assert Image.open(tmp_path / "outputs/distill/masks.png").width > 500
 
 
-def write_scenes(path, num_pictures):
+def write_scenes(path, num_images):
     """SyntheticScenes as a tar of SA-1B."""
     members = {}
-    for index, sample in enumerate(SyntheticScenes(num_pictures, 32)[i] for i in range(num_pictures)):
+    for index, sample in enumerate(SyntheticScenes(num_images, 32)[i] for i in range(num_images)):
         file = io.BytesIO()
         sample.image.save(file, "JPEG")
         annotations = [

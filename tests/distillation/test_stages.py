@@ -20,7 +20,7 @@ def pixel_values():
 
 @pytest.fixture
 def batch(pixel_values):
-    """Two pictures with four square objects each."""
+    """Two images with four square objects each."""
     masks = torch.zeros(2, 4, MASK_SIZE, MASK_SIZE, dtype=torch.bool)
     boxes = torch.zeros(2, 4, 4)
     for i in range(2):
@@ -220,7 +220,7 @@ def test_refinements_train_the_mask_prompt_and_negative_clicks(student, batch, n
     assert clicks == {f"iou/{kind}_click_{step}" for kind in ("box", "point") for step in range(1, num_refinements + 1)}
 
 
-def test_a_batch_is_the_mean_of_its_pictures(student, batch):
+def test_a_batch_is_the_mean_of_its_images(student, batch):
     stage = MaskStage(student, "end_to_end", LOSS_WEIGHTS, num_refinements=2)
     whole = stage(**batch)["loss"]
     parts = [stage(**{name: value[i : i + 1] for name, value in batch.items()})["loss"] for i in range(2)]

@@ -26,8 +26,8 @@ def test_pixels_are_normalized_as_by_the_processor(student):
 def test_examples_have_the_pixels_of_the_processor():
     examples = make_examples(4, with_prompts=False)
     example = examples[0]
-    picture = int(example["example_id"]) % 20
-    image = SyntheticScenes(20, IMAGE_SIZE)[picture].image
+    index = int(example["example_id"]) % 20
+    image = SyntheticScenes(20, IMAGE_SIZE)[index].image
     expected = make_processor(make_student().config.vision_config).image_processor(image, return_tensors="pt")
     pixels = normalize_pixels(example["pixel_values"][None], example["reshaped_input_sizes"][None])
     torch.testing.assert_close(pixels, expected["pixel_values"], atol=1e-5, rtol=0)

@@ -19,7 +19,7 @@ from samlight_hf.distillation import (
     DistillationTrainer,
     EmbeddingCache,
     LayerWeightCallback,
-    MaskPictureCallback,
+    MaskImageCallback,
     Teacher,
     TrainingDivergedError,
     fill_cache,
@@ -159,7 +159,7 @@ def test_cached_targets_train_as_live_ones_do(tmp_path):
 def test_evaluation_measures_masks_and_embeddings_and_draws(tmp_path):
     args = make_arguments(tmp_path, stage="encoder", eval_strategy="steps", eval_steps=2, eval_max_instances=3)
     scenes = SyntheticScenes(3, 64, seed=7)
-    trainer = make_trainer(args, eval_pictures=scenes, callbacks=[MaskPictureCallback([scenes[0], scenes[1]])])
+    trainer = make_trainer(args, eval_images=scenes, callbacks=[MaskImageCallback([scenes[0], scenes[1]])])
     trainer.train()
     metrics = trainer.evaluate()
     assert set(metrics) >= {"eval_box_miou", "eval_point_miou", "eval_point_oracle_miou", "eval_embedding_cosine"}
@@ -312,7 +312,7 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
         tmp_path, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=2,
         metric_for_best_model="box_miou", greater_is_better=True, load_best_model_at_end=True, eval_max_instances=2,
     )  # fmt: skip
-    trainer = make_trainer(args, eval_pictures=SyntheticScenes(2, 32))
+    trainer = make_trainer(args, eval_images=SyntheticScenes(2, 32))
     values = iter([0.1, 0.9, 0.3, 0.2])
     evaluate = trainer.evaluate
     trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_box_miou": next(values)}
@@ -381,7 +381,7 @@ def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path):
     }  # fmt: skip
 
     def trainer(folder):
-        made = make_trainer(make_arguments(folder, **settings), eval_pictures=SyntheticScenes(1, 32, seed=1))
+        made = make_trainer(make_arguments(folder, **settings), eval_images=SyntheticScenes(1, 32, seed=1))
         assert made.args.metric_for_best_model == "box_miou"
         return made
 
@@ -425,11 +425,11 @@ class _Tracker:
 
 
 @pytest.mark.parametrize("attribute", ["tb_writer", "_wandb", "_trackio"])
-def test_pictures_go_to_the_trackers(tmp_path, attribute):
+def test_images_go_to_the_trackers(tmp_path, attribute):
     callback, scenes, tracker = TrainerCallback(), SyntheticScenes(1, 64, seed=7), _Tracker()
     setattr(callback, attribute, tracker)  # as transformers' callbacks keep them
     args = make_arguments(tmp_path, eval_max_instances=2)
-    trainer = make_trainer(args, eval_pictures=scenes, callbacks=[MaskPictureCallback([scenes[0]]), callback])
+    trainer = make_trainer(args, eval_images=scenes, callbacks=[MaskImageCallback([scenes[0]]), callback])
     trainer.evaluate()
     (values,) = tracker.logged
     assert values["train/global_step"] == 0
@@ -456,7 +456,7 @@ def test_a_stage_without_what_it_needs_is_refused(tmp_path):
     teacher.config.vision_config.output_channels = 64
     with pytest.raises(ValueError, match="the student's output_channels=32 must equal the teacher's 64"):
         DistillationTrainer(student, args, make_examples(16, False), processor, Teacher(teacher, [2, 4]))
-    with pytest.raises(ValueError, match="evaluation needs eval_pictures"):
+    with pytest.raises(ValueError, match="evaluation needs eval_images"):
         make_trainer(make_arguments(tmp_path)).evaluate()
 
 
@@ -502,7 +502,7 @@ from tests.distillation.test_trainer import *
 
 args = make_arguments(sys.argv[1], stage=sys.argv[2], max_steps=4, per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), optim="sgd",
     learning_rate=0.05, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, eval_max_instances=2, ddp_backend="gloo")
-trainer = make_trainer(args, eval_pictures=SyntheticScenes(3, 32))
+trainer = make_trainer(args, eval_images=SyntheticScenes(3, 32))
 trainer.train(resume_from_checkpoint=sys.argv[3] if len(sys.argv) > 3 else None)
 trainer.export(sys.argv[1] + "/student")
 if trainer.is_world_process_zero():

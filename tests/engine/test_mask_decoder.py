@@ -7,7 +7,7 @@ import torch
 from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.engine.build import PictureEncoder, PlainMaskDecoder, make_decoder
+from samlight_hf.engine.build import ImageEncoder, PlainMaskDecoder, make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
 from samlight_hf.engine.mask_decoder import FastMaskDecoder, why_not_fast
 from tests.conftest import tiny_config
@@ -91,7 +91,7 @@ def test_one_prompt_of_many_calls_gives_all_masks_in_float32(loud, device, names
     assert torch.equal(often.logits, once.logits.float())
 
 
-def test_a_picture_for_each_prompt(loud, device):
+def test_an_image_for_each_prompt(loud, device):
     prompts = prompts_of(3, device)
     prompts = {name: prompts[name] for name in (POINTS, LABELS)}
     images = embeddings(loud, 3)
@@ -104,9 +104,9 @@ def test_a_picture_for_each_prompt(loud, device):
         assert torch.allclose(alone.iou[0], together.iou[place], rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_that_are_not_one_for_each_prompt(loud):
+def test_images_that_are_not_one_for_each_prompt(loud):
     fast = FastMaskDecoder(loud)
-    with pytest.raises(ValueError, match="2 pictures for 3 prompts: give one picture, or one for each"):
+    with pytest.raises(ValueError, match="2 images for 3 prompts: give one image, or one for each"):
         fast.decode(fast.prepare(embeddings(loud, 2)), boxes=prompts_of(3, loud.device)[BOXES])
 
 
@@ -319,10 +319,10 @@ def test_the_encoder_is_replayed_from_a_graph_too():
     torch.manual_seed(0)
     model = SamLighteningModel(tiny_config()).eval().cuda()
     processor = SamImageProcessor(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32})
-    graphed = PictureEncoder(model, processor, make_decoder(model))
-    eager = PictureEncoder(model, processor, make_decoder(model, cuda_graphs=False))
-    pictures = [torch.randint(0, 256, (3, 20, 32), dtype=torch.uint8) for _ in range(3)]
-    kept = [graphed([picture])[0] for picture in pictures]  # each is a copy, which the next does not overwrite
-    for picture, image in zip(pictures, kept):
-        assert torch.allclose(image, eager([picture])[0], atol=1e-5)
+    graphed = ImageEncoder(model, processor, make_decoder(model))
+    eager = ImageEncoder(model, processor, make_decoder(model, cuda_graphs=False))
+    images = [torch.randint(0, 256, (3, 20, 32), dtype=torch.uint8) for _ in range(3)]
+    kept = [graphed([image])[0] for image in images]  # each is a copy, which the next does not overwrite
+    for image, encoded in zip(images, kept):
+        assert torch.allclose(encoded, eager([image])[0], atol=1e-5)
     assert (graphed.encode.last_ran, eager.encode.last_ran) == ("graph", "eager")

@@ -12,9 +12,9 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel, pipeline
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.benchmark.masks import picture_to_mask
+from samlight_hf.benchmark.masks import image_to_mask
 from samlight_hf.engine.optimize import optimize
-from samlight_hf.images.preprocessing import picture_tensor, preprocess
+from samlight_hf.images.preprocessing import image_tensor, preprocess
 from samlight_hf.inference.predictor import Predictor
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
@@ -94,7 +94,7 @@ def test_what_the_fast_paths_do_not_know_runs_as_in_the_model(model):
             optimized(**wrong)
 
 
-# What a processor is given for two pictures, or for one: ragged points are padded, and numbers become float64.
+# What a processor is given for two images, or for one: ragged points are padded, and numbers become float64.
 GIVEN = {
     "a box": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
     "boxes": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0], [5.5, 1.0, 30.0, 9.0]]]},
@@ -102,8 +102,8 @@ GIVEN = {
     "points of several objects": {"input_points": [[[[9.5, 8]], [[20, 12]]]], "input_labels": [[[1], [1]]]},
     "points and labels": {"input_points": [[[[9, 8], [3, 3]]]], "input_labels": [[[1, 0]]]},
     "points and boxes": {"input_points": [[[[9, 8]]]], "input_labels": [[[1]]], "input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
-    "ragged points of two pictures": {"input_points": [[[9, 8]], [[3, 3], [12, 20]]], "input_labels": [[1], [1, 0]]},
-    "boxes of two pictures": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]], [[5.5, 1.0, 30.0, 9.0]]]},
+    "ragged points of two images": {"input_points": [[[9, 8]], [[3, 3], [12, 20]]], "input_labels": [[1], [1, 0]]},
+    "boxes of two images": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]], [[5.5, 1.0, 30.0, 9.0]]]},
 }  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def model_card_call(model, optimized, given, **arguments):
     """As the model card calls it; and which paths ran."""
     processor = make_processor(model.config.vision_config)
     number = len(next(iter(given.values())))
-    pictures = [np.random.default_rng(place).integers(0, 255, (40 + place, 50, 3), np.uint8) for place in range(number)]
-    inputs = processor(pictures if number > 1 else pictures[0], **given, return_tensors="pt").to(model.device)
+    images = [np.random.default_rng(place).integers(0, 255, (40 + place, 50, 3), np.uint8) for place in range(number)]
+    inputs = processor(images if number > 1 else images[0], **given, return_tensors="pt").to(model.device)
     assert {"original_sizes", "reshaped_input_sizes"} < inputs.keys()
     with torch.no_grad():
         expected = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}, **arguments)
@@ -332,8 +332,8 @@ def test_on_a_gpu_the_model_cards_call_is_replayed(on_gpu, name):
 @pytest.mark.gpu
 def test_on_a_gpu_bfloat16_is_decoded_in_float16_which_is_nearer_to_float32():
     model, processor = load_model("checkpoints/sam-lightening-tiny", "cuda")
-    picture = picture_tensor("examples/images/rocket.jpg")
-    pixel_values = preprocess(processor.image_processor, [picture], torch.device("cuda"))
+    image = image_tensor("examples/images/rocket.jpg")
+    pixel_values = preprocess(processor.image_processor, [image], torch.device("cuda"))
     inputs = {"pixel_values": pixel_values, "input_points": torch.tensor([[[[500.0, 400.0]]]], device="cuda")}
     with torch.no_grad():
         expected, errors = model(**inputs).pred_masks, {}
@@ -346,14 +346,14 @@ def test_on_a_gpu_bfloat16_is_decoded_in_float16_which_is_nearer_to_float32():
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_device(on_gpu):
-    """From a picture on the device to a mask there; torch tells of what waits."""
+    """From an image on the device to a mask there; torch tells of what waits."""
     optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,))
     image_processor = make_processor(on_gpu.config.vision_config).image_processor
-    picture = torch.randint(0, 256, (3, 300, 500), dtype=torch.uint8, device="cuda")
-    picture_to_mask(optimized, image_processor, picture, (30, 40))
+    image = torch.randint(0, 256, (3, 300, 500), dtype=torch.uint8, device="cuda")
+    image_to_mask(optimized, image_processor, image, (30, 40))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        picture_to_mask(optimized, image_processor, picture, (50, 40))
+        image_to_mask(optimized, image_processor, image, (50, 40))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -371,15 +371,15 @@ def test_on_a_gpu_outputs_belong_to_the_caller(on_gpu):
 @pytest.mark.gpu
 def test_on_a_gpu_threads_streams_and_several_models(on_gpu):
     models = [optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,)) for _ in range(2)]
-    pictures = [make_inputs(on_gpu, 1, 1)["pixel_values"] * factor for factor in (0.5, 1, 1.5, 2)]
-    expected = [models[0].get_image_embeddings(picture) for picture in pictures]
+    images = [make_inputs(on_gpu, 1, 1)["pixel_values"] * factor for factor in (0.5, 1, 1.5, 2)]
+    expected = [models[0].get_image_embeddings(image) for image in images]
     torch.cuda.synchronize()
     wrong = []
 
     def work(place: int):
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(30):
-                found = models[place % 2].get_image_embeddings(pictures[place])
+                found = models[place % 2].get_image_embeddings(images[place])
                 torch.cuda.current_stream().synchronize()
                 if not torch.equal(found, expected[place]):
                     wrong.append(place)

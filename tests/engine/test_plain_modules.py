@@ -22,7 +22,7 @@ from samlight_hf.engine.optimize import optimize
 from samlight_hf.engine.plain_modules import base_model, why_not_plain_decoder, why_not_plain_encoder
 from samlight_hf.images.preprocessing import preprocess
 from tests.conftest import tiny_config
-from tests.inference.test_mask_generation import KEEP_ALL, assert_equal_to_stock, random_picture, stock
+from tests.inference.test_mask_generation import KEEP_ALL, assert_equal_to_stock, random_image, stock
 
 from .test_optimize import assert_equal, make_inputs
 
@@ -224,7 +224,7 @@ def altered(request, loud):
     return model, parts, reason
 
 
-PICTURE = random_picture(50, 40)
+IMAGE = random_image(50, 40)
 BOX = (5, 6, 40, 30)
 
 
@@ -232,7 +232,7 @@ BOX = (5, 6, 40, 30)
 def predict_by_hand(model) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and logits of the box, by the model's own calls."""
     inputs = make_processor(base_model(model).config.vision_config)(
-        PICTURE, input_boxes=[[[float(value) for value in BOX]]], return_tensors="pt"
+        IMAGE, input_boxes=[[[float(value) for value in BOX]]], return_tensors="pt"
     )
     inputs = inputs.to(base_model(model).device)
     pixel_values = preprocess_as_here(model)
@@ -243,8 +243,8 @@ def predict_by_hand(model) -> tuple[torch.Tensor, torch.Tensor]:
 def preprocess_as_here(model) -> torch.Tensor:
     base = base_model(model)
     processor = make_processor(base.config.vision_config).image_processor
-    picture = torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)
-    return preprocess(processor, [picture], base.device, base.dtype)
+    image = torch.from_numpy(np.array(IMAGE)).permute(2, 0, 1)
+    return preprocess(processor, [image], base.device, base.dtype)
 
 
 def made_with_warnings(make, parts, reason):
@@ -264,7 +264,7 @@ def test_predictor(altered):
     predictor = made_with_warnings(lambda: Predictor(model, processor, output="torch"), parts, reason)
     assert isinstance(predictor.decoder, PlainMaskDecoder if DECODER in parts else FastMaskDecoder)
     assert (predictor.encoder.copied is None) == (ENCODER in parts)
-    found = predictor.set_image(PICTURE).predict(boxes_xyxy=[BOX])
+    found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
     scores, logits = predict_by_hand(model)
     tolerance = 1e-6 if DECODER in parts else 1e-4  # the model's own decoder, or one of fewer operations
     torch.testing.assert_close(found.scores, scores, rtol=10 * tolerance, atol=tolerance)
@@ -276,7 +276,7 @@ def test_everything_mode_and_its_pipeline(altered, by_pipeline):
     model, parts, reason = altered
     processor = make_processor(base_model(model).config.vision_config)
     # Points by the stock pipeline's number: a quantized layer scales what it is given together.
-    expected = stock(base_model(model), processor, PICTURE, **SETTINGS)
+    expected = stock(base_model(model), processor, IMAGE, **SETTINGS)
     if by_pipeline:
         task = made_with_warnings(
             lambda: pipeline("fast-mask-generation", model=model, image_processor=processor.image_processor),
@@ -284,12 +284,12 @@ def test_everything_mode_and_its_pipeline(altered, by_pipeline):
             reason,
         )
         generator = task.generator
-        found = task(PICTURE, points_per_batch=16, **SETTINGS)
+        found = task(IMAGE, points_per_batch=16, **SETTINGS)
         assert torch.allclose(found["scores"], torch.as_tensor(expected["scores"]).cpu(), atol=1e-4)
         assert len(found["masks"]) == len(expected["masks"]) > 0
     else:
         generator = made_with_warnings(lambda: MaskGenerator(model, processor, points_per_batch=16), parts, reason)
-        assert_equal_to_stock(generator(PICTURE, **SETTINGS), expected)
+        assert_equal_to_stock(generator(IMAGE, **SETTINGS), expected)
     assert isinstance(generator.decoder, PlainMaskDecoder if DECODER in parts else FastMaskDecoder)
     assert (generator.encoder.copied is None) == (ENCODER in parts)
 
@@ -315,7 +315,7 @@ def test_merged_adapters_are_fast_again(loud):
     processor = make_processor(merged.config.vision_config)
     predictor = made_with_warnings(lambda: Predictor(merged, processor, output="torch"), (), "")
     assert isinstance(predictor.decoder, FastMaskDecoder) and predictor.encoder.copied is not None
-    found = predictor.set_image(PICTURE).predict(boxes_xyxy=[BOX])
+    found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
     torch.testing.assert_close(found.scores, scores, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.logits, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
 
@@ -324,7 +324,7 @@ def test_an_adapter_that_is_switched_off_is_off(loud):
     adapted = lora("all-linear")(loud)
     predictor = Predictor(adapted, make_processor(loud.config.vision_config), output="torch")
     with adapted.disable_adapter():
-        found = predictor.set_image(PICTURE).predict(boxes_xyxy=[BOX])
+        found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
         scores, _ = predict_by_hand(adapted)
     torch.testing.assert_close(found.scores, scores)
 
@@ -423,13 +423,13 @@ def test_changed_weights_do_not_reach_what_was_made_before(loud, change):
     optimized = optimize(loud, dtype=torch.float32)
     scores, logits = predict_by_hand(loud)
     with torch.no_grad():
-        outputs, masks = loud(**inputs), generator(PICTURE, **SETTINGS).masks.to_coco()
+        outputs, masks = loud(**inputs), generator(IMAGE, **SETTINGS).masks.to_coco()
     change(loud)
     assert not torch.allclose(predict_by_hand(loud)[0], scores, rtol=1e-2)
-    found = predictor.set_image(PICTURE).predict(boxes_xyxy=[BOX])
+    found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
     torch.testing.assert_close(found.scores, scores, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.logits, logits, rtol=1e-3, atol=1e-4 * logits.abs().max().item())
-    assert generator(PICTURE, **SETTINGS).masks.to_coco() == masks
+    assert generator(IMAGE, **SETTINGS).masks.to_coco() == masks
     assert_equal(optimized(**inputs), outputs, 1e-3)
     with torch.no_grad():
         assert_equal(optimized(**inputs, output_hidden_states=True), outputs, 1e-3)  # the slow path
@@ -467,25 +467,25 @@ def test_a_copied_part_does_not_meet_a_changed_one(device, make, change):
     model = make(device)
     processor = make_processor(base_model(model).config.vision_config)
     predictor, generator = Predictor(model, processor, output="torch"), MaskGenerator(model, processor)
-    predictor.set_image(PICTURE).predict(boxes_xyxy=[BOX])
-    generator(PICTURE, **SETTINGS)
+    predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
+    generator(IMAGE, **SETTINGS)
     change(model.requires_grad_(True))
     if isinstance(predictor.decoder, PlainMaskDecoder):
         with pytest.raises(ValueError, match="the model has changed"):
             predictor.predict(boxes_xyxy=[BOX])
     with pytest.raises(ValueError, match="the model has changed"):
-        predictor.set_image(PICTURE)
+        predictor.set_image(IMAGE)
     with pytest.raises(ValueError, match="the model has changed"):
-        generator(PICTURE, **SETTINGS)
-    Predictor(model, processor).set_image(PICTURE)
+        generator(IMAGE, **SETTINGS)
+    Predictor(model, processor).set_image(IMAGE)
 
 
 def test_an_adapter_that_comes_later_is_noticed(device):
     model = original_sam(device)
-    predictor = Predictor(model, make_processor(model.config.vision_config)).set_image(PICTURE)
+    predictor = Predictor(model, make_processor(model.config.vision_config)).set_image(IMAGE)
     lora("all-linear")(model)
     with pytest.raises(ValueError, match="the model has changed"):
-        predictor.set_image(PICTURE)
+        predictor.set_image(IMAGE)
 
 
 def test_an_optimized_model_keeps_its_weights(loud):

@@ -17,7 +17,7 @@ def promptable(model, tmp_path):
 
 @pytest.fixture
 def tar(tmp_path):
-    """Five pictures of different sizes with two to four instances each, one of them a crowd."""
+    """Five images of different sizes with two to four instances each, one of them a crowd."""
     generator = np.random.default_rng(0)
     members = {}
     for number in range(5):
@@ -32,7 +32,7 @@ def tar(tmp_path):
         annotations[-1]["iscrowd"] = int(number == 2)
         members[f"sa_{number}.jpg"] = jpeg(width, height, seed=number)
         members[f"sa_{number}.json"] = sa1b_json(*annotations, width=width, height=height)
-    return write_tar(tmp_path / "pictures.tar", members)
+    return write_tar(tmp_path / "images.tar", members)
 
 
 @pytest.fixture

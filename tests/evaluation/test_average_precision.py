@@ -23,12 +23,12 @@ SIZE = 200
 
 
 def truth_and_results(tmp_path, seed=0):
-    """Eight pictures, three categories, and detections that are shifted, missing, double and of the wrong category."""
+    """Eight images, three categories, and detections that are shifted, missing, double and of the wrong category."""
     generator = np.random.default_rng(seed)
-    images, annotations, results, pictures = [], [], [], {}
+    entries, annotations, results, images = [], [], [], {}
     for image_id in range(1, 9):
-        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "width": SIZE, "height": SIZE})
-        pictures[f"{image_id}.jpg"] = jpeg(SIZE, SIZE, seed=image_id)
+        entries.append({"id": image_id, "file_name": f"{image_id}.jpg", "width": SIZE, "height": SIZE})
+        images[f"{image_id}.jpg"] = jpeg(SIZE, SIZE, seed=image_id)
         for _ in range(5):
             side = int(generator.choice([12, 50, 110]))
             x, y = (int(value) for value in generator.integers(0, SIZE - side, 2))
@@ -46,7 +46,7 @@ def truth_and_results(tmp_path, seed=0):
                      "score": float(generator.random()), "segmentation": encode_rle(found)}
                 )  # fmt: skip
     categories = [{"id": i, "name": str(i), "frequency": "rcf"[i - 1]} for i in (1, 2, 3)]
-    path, folder = write_coco(tmp_path, images, annotations, pictures)
+    path, folder = write_coco(tmp_path, entries, annotations, images)
     path.write_text(json.dumps({**json.loads(path.read_text()), "categories": categories}))
     return path, folder, results
 
@@ -87,7 +87,7 @@ def test_average_precision_that_is_known(tmp_path):
     assert half["AP all"] == pytest.approx(51 / 101)
 
 
-def test_only_the_pictures_of_the_run_count(tmp_path):
+def test_only_the_images_of_the_run_count(tmp_path):
     path, _, results = truth_and_results(tmp_path)
     scores = average_precision(path, results, [1, 2, 3])
     precision = reference(path, results, [1, 2, 3])["precision"][:, :, :, 0, -1]
@@ -113,11 +113,11 @@ def test_ids_that_are_text_or_zero(tmp_path):
     expected = average_precision(path, results, list(range(1, 9)))
     content = json.loads(path.read_text())
     for image in content["images"]:
-        image["id"] = f"picture {image['id']}"
+        image["id"] = f"image {image['id']}"
     for annotation in content["annotations"]:
-        annotation |= {"id": annotation["id"] - 1, "image_id": f"picture {annotation['image_id']}"}
+        annotation |= {"id": annotation["id"] - 1, "image_id": f"image {annotation['image_id']}"}
     path.write_text(json.dumps(content))
-    results = [{**result, "image_id": f"picture {result['image_id']}"} for result in results]
+    results = [{**result, "image_id": f"image {result['image_id']}"} for result in results]
     assert average_precision(path, results, [image["id"] for image in content["images"]]) == expected
 
 
@@ -170,7 +170,7 @@ def test_lvis_scores_by_frequency(tmp_path):
         image["not_exhaustive_category_ids"] = []
     path.write_text(json.dumps(content))
     scores = average_precision(path, results, list(range(1, 9)), lvis=True)
-    # Every category of every picture is annotated, so LVIS's rules leave nothing out, and COCO's numbers must come out.
+    # Every category of every image is annotated, so LVIS's rules leave nothing out, and COCO's numbers must come out.
     precision = reference(path, results, list(range(1, 9)), max_detections=(300,))["precision"][:, :, :, 0, -1]
     assert scores["AP all"] == pytest.approx(precision.mean(), abs=1e-12)
     for category, name in enumerate(("rare", "common", "frequent")):
@@ -194,7 +194,7 @@ def test_average_recall_equals_pycocotools(tmp_path):
         assert scores[f"AR@1000 {size}"] == pytest.approx(recall[:, 0, place, 0].mean(), abs=1e-12)
 
 
-def test_pictures_without_masks_or_predictions(tmp_path):
+def test_images_without_masks_or_predictions(tmp_path):
     target = {"segmentation": rle(box_mask()), "area": 80, "iscrowd": 0}
     records = [
         {"picture": "a", "targets": [target], "predictions": []},
@@ -263,11 +263,11 @@ def test_a_file_that_is_no_results_is_refused(tmp_path, content):
         DetectorBoxes(tmp_path / "boxes.json", [1])
 
 
-def test_boxes_of_other_pictures_alone_are_refused(tmp_path):
+def test_boxes_of_other_images_alone_are_refused(tmp_path):
     (tmp_path / "boxes.json").write_text(
         json.dumps([{"image_id": 5, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 1}])
     )
-    with pytest.raises(ValueError, match="none of its 1 boxes is of a picture of this dataset"):
+    with pytest.raises(ValueError, match="none of its 1 boxes is of an image of this dataset"):
         DetectorBoxes(tmp_path / "boxes.json", [1, 2])
 
 

@@ -5,7 +5,7 @@ from samlight_hf.evaluation.clicks import deepest_point, next_click
 
 
 def brute_force_depth(mask: np.ndarray) -> np.ndarray:
-    """Distance of each pixel to the nearest one outside the mask, all around the picture counted as outside."""
+    """Distance of each pixel to the nearest one outside the mask, all around the image counted as outside."""
     padded = np.pad(mask, 1)
     outside = np.argwhere(~padded)
     depth = np.zeros(mask.shape)
@@ -25,8 +25,8 @@ def test_deepest_point_by_brute_force(seed):
     assert (y, x) == np.unravel_index(np.argmax(depth), depth.shape)
 
 
-def test_the_border_of_the_picture_is_outside():
-    """Without padding, the deepest point of a picture-filling mask would be anywhere; with it, the middle."""
+def test_the_border_of_the_image_is_outside():
+    """Without padding, the deepest point of an image-filling mask would be anywhere; with it, the middle."""
     assert deepest_point(np.ones((5, 9), bool)) == ((2, 2), 3.0)
 
 

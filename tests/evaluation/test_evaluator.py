@@ -42,7 +42,7 @@ def test_an_interrupted_run_goes_on(promptable, dataset, tmp_path):
     run(promptable, dataset, tmp_path / "half")
     (path,) = (tmp_path / "half").glob("*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:3]) + lines[3][:40])  # two pictures are done, and the third's line was cut off
+    path.write_text("".join(lines[:3]) + lines[3][:40])  # two images are done, and the third's line was cut off
     promptable.count["encoder"] = 0
     records, _, _ = run(promptable, dataset, tmp_path / "half")
     assert records == expected
@@ -95,8 +95,8 @@ def test_bad_data_is_counted_once_and_left_out(promptable, tmp_path):
     for attempt in range(2):  # the second from the journal alone
         records, report, _ = run(promptable, load_dataset(tar), tmp_path / "journal")
         assert [record["instance"] for record in records] == [1, 3], attempt
-        assert {reason: s.count for reason, s in report.pictures.items()} == {
-            SkipReason.BROKEN_PICTURE: 1,
+        assert {reason: s.count for reason, s in report.images.items()} == {
+            SkipReason.BROKEN_IMAGE: 1,
             SkipReason.MISSING_JSON: 1,
         }
         assert sum(s.count for s in report.instances.values()) == 2

@@ -40,7 +40,7 @@ def random_masks(rng, count, height=None, width=None):
 
 
 def eroded_boundary(mask, ratio=0.02):
-    """Boundary IoU's definition: one 3x3 erosion after another, background outside the picture."""
+    """Boundary IoU's definition: one 3x3 erosion after another, background outside the image."""
     steps = max(1, round(ratio * np.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2)))
     inner = mask
     for _ in range(steps):
@@ -100,13 +100,13 @@ def test_boundary_equals_repeated_erosion(library, seed):
         np.testing.assert_array_equal(np.asarray(pairs), np.asarray(matrix).diagonal())
 
 
-def test_hand_computed_boundary_at_the_border_of_the_picture():
+def test_hand_computed_boundary_at_the_border_of_the_image():
     full = np.ones((30, 40), bool)  # diagonal 50, distance 1
     boundary = mask_boundary(full)
     assert boundary.sum() == 30 * 40 - 28 * 38
     assert boundary[0].all() and not boundary[1, 1:-1].any()
     assert mask_boundary(full, 0.06).sum() == 30 * 40 - 24 * 34  # distance 3
-    # Where the window is as large as the picture one pixel is left inside, and none where it is larger.
+    # Where the window is as large as the image one pixel is left inside, and none where it is larger.
     assert mask_boundary(np.ones((3, 3), bool)).sum() == 8
     assert mask_boundary(np.ones((2, 3), bool)).all()
 
@@ -232,15 +232,15 @@ def _runs(mask):
 
 def test_batches_and_single_masks_of_any_size_add_up(load):
     rng = np.random.default_rng(4)
-    pictures = [random_masks(rng, 6) for _ in range(5)]
+    images = [random_masks(rng, 6) for _ in range(5)]
     metric = load()
-    for masks in pictures[:4]:
+    for masks in images[:4]:
         metric.add_batch(predictions=masks[:3], references=masks[3:])
     metric.add_batch(predictions=[], references=[])
-    for prediction, reference in zip(pictures[4][:3], pictures[4][3:]):
+    for prediction, reference in zip(images[4][:3], images[4][3:]):
         metric.add(prediction=prediction, reference=reference)
     result = metric.compute(per_instance=True)
-    expected = [iou for masks in pictures for iou in coco_iou(masks[:3], masks[3:]).diagonal()]
+    expected = [iou for masks in images for iou in coco_iou(masks[:3], masks[3:]).diagonal()]
     assert result["ious"] == expected and result["num_instances"] == 15
 
 

@@ -174,8 +174,8 @@ def test_many_instances_go_in_chunks_with_the_same_result(promptable, dataset, m
         assert ours["iou"] == pytest.approx(theirs["iou"], abs=1e-3)
 
 
-def test_pictures_together_have_the_records_of_each_alone(promptable, dataset):
-    """The prompts of four pictures of different sizes in calls of three prompts, one of them without an instance."""
+def test_images_together_have_the_records_of_each_alone(promptable, dataset):
+    """The prompts of four images of different sizes in calls of three prompts, one of them without an instance."""
     protocols = InstanceProtocols(ProtocolSettings(num_clicks=(1,), with_boundary_iou=True))
     samples = [dataset[index] for index in range(4)]
     samples[2] = dataclasses.replace(samples[2], instances=samples[2].instances[-1:])  # a crowd alone
@@ -193,8 +193,8 @@ def test_pictures_together_have_the_records_of_each_alone(promptable, dataset):
     assert protocols.batch(promptable, encoded[2:3], [protocols.prepare(samples[2])]) == [[]]
 
 
-def test_boxes_of_several_pictures_are_predicted_as_those_of_one(dataset):
-    """Any SAM; a picture may come twice, and its prompts be split between calls."""
+def test_boxes_of_several_images_are_predicted_as_those_of_one(dataset):
+    """Any SAM; an image may come twice, and its prompts be split between calls."""
     boxes = [torch.tensor([[3.0, 4.0, 30.0, 20.0]] * n) + torch.arange(n)[:, None] for n in (2, 4, 1)]
     for model, processor in other_sams():
         promptable = PromptableModel(model, processor, prompts_per_batch=3)
@@ -209,7 +209,7 @@ def test_boxes_of_several_pictures_are_predicted_as_those_of_one(dataset):
             assert (prediction.masks == alone.masks).float().mean() > 0.999
 
 
-def test_prompts_and_masks_are_in_pixels_of_the_picture(promptable, dataset):
+def test_prompts_and_masks_are_in_pixels_of_the_image(promptable, dataset):
     """The same as transformers' own processor and model, prompt by prompt."""
     sample = dataset[3]
     model, processor = promptable.model, promptable.processor

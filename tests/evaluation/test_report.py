@@ -22,10 +22,10 @@ SENTENCES = ["Box: the true mask's box is the prompt, instance mean.", "Clicks: 
 PLOTS = "iou_histogram.png", "iou_by_object_size.png", "iou_by_clicks.png", "latency_against_miou.png"
 
 
-def result_of(name="org/model", gain=0.0, num_pictures=25, protocols=PROTOCOLS, **settings) -> ModelResult:
+def result_of(name="org/model", gain=0.0, num_images=25, protocols=PROTOCOLS, **settings) -> ModelResult:
     generator = np.random.default_rng(0)
     records = []
-    for number in range(4 * num_pictures):
+    for number in range(4 * num_images):
         iou = {protocol: float(np.clip(generator.normal(0.5 + gain, 0.1), 0, 1)) for protocol in protocols}
         records.append({
             "picture": f"sa_{number // 4}", "instance": number, "area": (300, 5000, 20_000)[number % 3],
@@ -35,7 +35,7 @@ def result_of(name="org/model", gain=0.0, num_pictures=25, protocols=PROTOCOLS, 
     settings = {
         "model": name, "dataset": "toy set", "protocols": SENTENCES, "command": f"samlight evaluate --model {name}",
         "date": "2026-11-24", "device": "cpu", "dtype": "float32", "versions": {"torch": "2.11.0"},
-        "skipped": {"zero area": 3}, "num_pictures": num_pictures, "num_instances": len(records),
+        "skipped": {"zero area": 3}, "num_pictures": num_images, "num_instances": len(records),
         "seconds": {"model": 1.5, "total": 2.0}, "latency_ms": {"encoder": 12.5, "decoder": 4.0},
         "extra": {"COCO AP": 0.3333333}, **settings,
     }  # fmt: skip
@@ -106,9 +106,7 @@ def test_missing_numbers_are_said(tmp_path):
         del broken.settings[name]
     broken.settings["num_instances"] = 101
     text = write_report(tmp_path, [whole, broken]).read_text()
-    assert (
-        "broken, mIoU: 1 of 100 values are missing or not finite, first: picture sa_1, instance 5 (box/single)" in text
-    )
+    assert "broken, mIoU: 1 of 100 values are missing or not finite, first: image sa_1, instance 5 (box/single)" in text
     for measure in ("gap", "error"):
         assert f"broken, calibration {measure}: 1 of 100 values are missing" in text
     assert "num_instances is 101, but there are 100 records" in text
@@ -123,11 +121,11 @@ def test_missing_numbers_are_said(tmp_path):
     assert "broken, mIoU: 1 of 100" in console_table([whole, broken])
 
 
-def test_one_picture_and_none(tmp_path):
-    text = write_report(tmp_path, [result_of(num_pictures=1)], plots=False).read_text()
-    assert "no interval: one picture" in text and "Pictures: 1. With fewer than 20" in text
-    nothing = result_of(num_pictures=0)
-    text = write_report(tmp_path, [nothing, result_of("b", num_pictures=0)]).read_text()
+def test_one_image_and_none(tmp_path):
+    text = write_report(tmp_path, [result_of(num_images=1)], plots=False).read_text()
+    assert "no interval: one image" in text and "Images: 1. With fewer than 20" in text
+    nothing = result_of(num_images=0)
+    text = write_report(tmp_path, [nothing, result_of("b", num_images=0)]).read_text()
     assert "no instance was evaluated (all protocols)" in text and "No IoU histogram: no model has a mean IoU." in text
     assert "no instance was evaluated" in console_table([nothing])
 
@@ -138,8 +136,8 @@ def test_plots_are_drawn_and_shown(tmp_path):
     ).read_text()
     for name in PLOTS:
         assert f"]({name})" in text
-        with Image.open(tmp_path / name) as picture:
-            assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 20
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 800 and len(image.convert("RGB").getcolors(2**20)) > 20
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
@@ -176,7 +174,7 @@ def test_same_results_make_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("results", [[], ["org/x", "org/x"], ["org/x", "org--x"]])
 def test_no_models_and_models_of_one_name_are_refused(tmp_path, results):
     with pytest.raises(ValueError, match="at least one model|name of its own"):
-        write_report(tmp_path, [result_of(name, num_pictures=1) for name in results], plots=False)
+        write_report(tmp_path, [result_of(name, num_images=1) for name in results], plots=False)
 
 
 def test_console_table_is_aligned_plain_text():
@@ -213,9 +211,9 @@ def test_worst_cases_draw_the_lowest_first_a_sheet_at_a_time(tmp_path):
 
 
 def test_contours_lie_where_the_masks_end():
-    picture = Image.new("RGB", (64, 48), (90, 90, 90))
-    panel = np.asarray(drawing._draw_case(picture, square(4, 14), square(40, 14), None, "here"))
-    scale = panel.shape[1] / 64  # both masks and their surroundings are the whole picture
+    image = Image.new("RGB", (64, 48), (90, 90, 90))
+    panel = np.asarray(drawing._draw_case(image, square(4, 14), square(40, 14), None, "here"))
+    scale = panel.shape[1] / 64  # both masks and their surroundings are the whole image
     for colour, left in ((drawing._TRUE_COLOUR, 4), (drawing._PREDICTED_COLOUR, 40)):
         rows, columns = np.nonzero((panel == colour).all(axis=2))
         found = np.array([columns.min(), columns.max(), rows.min(), rows.max()]) / scale
@@ -230,9 +228,9 @@ def test_empty_masks_and_masks_at_the_border_can_be_drawn(masks):
 
 
 def test_worst_cases_refuse_what_does_not_fit(tmp_path):
-    result = result_of(num_pictures=1)
+    result = result_of(num_images=1)
     with pytest.raises(ValueError, match="no protocol 'box/best', only: box/single"):
         worst_cases(tmp_path, result, None, "box/best")
-    with pytest.raises(ValueError, match=r"picture sa_0, instance \d: a mask is \(48, 64\)"):
+    with pytest.raises(ValueError, match=r"image sa_0, instance \d: a mask is \(48, 64\)"):
         turned = square(0, 0).T
         worst_cases(tmp_path, result, lambda _: (Image.new("RGB", (64, 48)), turned, turned, None), "box/single")

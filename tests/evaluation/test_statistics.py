@@ -18,18 +18,18 @@ from samlight_hf.evaluation.statistics import (
 )
 
 
-def clustered(generator, num_pictures, spread_between=1.0, spread_within=0.3):
-    """Values that hang together within pictures of 1 to 8 instances, and their pictures."""
-    sizes = generator.integers(1, 9, num_pictures)
-    groups = np.repeat(np.arange(num_pictures), sizes)
-    values = spread_between * generator.normal(size=num_pictures)[groups]
-    return values + spread_within * generator.normal(size=len(groups)), [f"picture {group}" for group in groups]
+def clustered(generator, num_images, spread_between=1.0, spread_within=0.3):
+    """Values that hang together within images of 1 to 8 instances, and their images."""
+    sizes = generator.integers(1, 9, num_images)
+    groups = np.repeat(np.arange(num_images), sizes)
+    values = spread_between * generator.normal(size=num_images)[groups]
+    return values + spread_within * generator.normal(size=len(groups)), [f"image {group}" for group in groups]
 
 
-def record(picture="p", instance=0, area=500, **measures):
+def record(image="p", instance=0, area=500, **measures):
     """`iou=0.5` stands for {"box/single": 0.5}; a dict is taken as it is."""
     values = {name: value if isinstance(value, dict) else {"box/single": value} for name, value in measures.items()}
-    return {"picture": picture, "instance": instance, "area": area, "width": 9, "height": 9, **values}
+    return {"picture": image, "instance": instance, "area": area, "width": 9, "height": 9, **values}
 
 
 def test_normal_sample_has_the_analytic_interval():
@@ -49,13 +49,13 @@ def test_smaller_confidence_is_narrower():
 
 
 def test_clustered_interval_covers_and_the_naive_one_does_not():
-    covered = {"by picture": 0, "by instance": 0}
+    covered = {"by image": 0, "by instance": 0}
     for trial in range(300):
-        values, groups = clustered(np.random.default_rng(trial), num_pictures=60)
-        for name, given in (("by picture", groups), ("by instance", None)):
+        values, groups = clustered(np.random.default_rng(trial), num_images=60)
+        for name, given in (("by image", groups), ("by instance", None)):
             _, low, high = bootstrap_interval(values, given, num_resamples=400, seed=trial)
             covered[name] += low <= 0 <= high
-    assert 0.91 <= covered["by picture"] / 300 <= 0.98
+    assert 0.91 <= covered["by image"] / 300 <= 0.98
     assert covered["by instance"] / 300 < 0.8
 
 
@@ -67,7 +67,7 @@ def test_clusters_of_one_are_no_clusters_and_names_and_order_of_groups_do_not_ma
 
 
 def test_interval_of_two_clusters_by_enumeration():
-    # Draws of two pictures: AA, AB, BA, BB with instance means 0, 2/3 (2 of 3 instances are 1), 2/3, 1.
+    # Draws of two images: AA, AB, BA, BB with instance means 0, 2/3 (2 of 3 instances are 1), 2/3, 1.
     mean, low, high = bootstrap_interval([0, 1, 1], ["A", "B", "B"], confidence=0.9)
     assert (mean, low, high) == (pytest.approx(2 / 3), 0, 1)
     middle = bootstrap_interval([0, 1, 1], ["A", "B", "B"], confidence=0.4)
@@ -86,7 +86,7 @@ def test_seed_decides_and_memory_does_not(monkeypatch):
     first = bootstrap_interval(values, groups)
     assert bootstrap_interval(values, groups) == first
     assert bootstrap_interval(values, groups, seed=1) != first
-    monkeypatch.setattr(statistics, "_MAX_DRAWS", 7)  # less than one draw of all pictures
+    monkeypatch.setattr(statistics, "_MAX_DRAWS", 7)  # less than one draw of all images
     assert bootstrap_interval(values, groups) == pytest.approx(first, abs=1e-12)
 
 
@@ -179,7 +179,7 @@ def test_calibration_of_what_cannot_be_compared(measure):
 
 
 def test_interval_of_the_calibration_error_by_enumeration():
-    # Draws of two pictures: AA, AB, BA, BB with 0.2, (|0.2 - 0.2| + 0.1) / 3 twice, and (0.4 + 0.2) / 4.
+    # Draws of two images: AA, AB, BA, BB with 0.2, (|0.2 - 0.2| + 0.1) / 3 twice, and (0.4 + 0.2) / 4.
     records = [
         record("A", 0, predicted_iou=0.55, iou=0.75),
         record("B", 1, predicted_iou=0.55, iou=0.35),
@@ -199,9 +199,9 @@ def test_protocol_scores_are_those_of_the_single_functions():
     ]  # fmt: skip
     scores = protocol_scores(records, ["box/single"])["box/single"]
     values = {name: [r[name]["box/single"] for r in records] for name in ("iou", "boundary_iou", "predicted_iou")}
-    pictures = [r["picture"] for r in records]
+    images = [r["picture"] for r in records]
     for name in ("iou", "boundary_iou"):
-        expected = bootstrap_interval(values[name], pictures)
+        expected = bootstrap_interval(values[name], images)
         assert scores[name] == pytest.approx({"n": 60, **expected._asdict()})
     for name, measure in (("calibration_gap", calibration_gap), ("calibration_error", calibration_error)):
         assert scores[name]["mean"] == pytest.approx(measure(values["predicted_iou"], values["iou"]))
@@ -222,11 +222,11 @@ def test_missing_value_takes_the_mean_with_it_and_is_named(gone):
     scores = protocol_scores(records, ["box/single"])["box/single"]
     for score in (scores["iou"], scores["calibration_gap"], scores["calibration_error"]):
         assert score["mean"] is score["low"] is score["high"] is None
-        assert score["reason"] == "1 of 3 values are missing or not finite, first: picture b, instance 7"
+        assert score["reason"] == "1 of 3 values are missing or not finite, first: image b, instance 7"
     assert scores["boundary_iou"]["mean"] == pytest.approx(0.4)
     assert scores["by_size"]["small"]["mean"] is None
     assert scores["by_size"]["medium"] == {
-        "mean": 0.5, "low": None, "high": None, "n": 1, "reason": "no interval: a single picture",
+        "mean": 0.5, "low": None, "high": None, "n": 1, "reason": "no interval: a single image",
     }  # fmt: skip
     assert scores["by_size"]["large"] == {
         "mean": None, "low": None, "high": None, "n": 0, "reason": "no such instances",
@@ -250,7 +250,7 @@ def test_protocol_differences_say_why_there_is_none():
     assert other["difference"] is None
     assert other["reason"] == "not the same instances: 1 only in first, 0 only in second"
     same = protocol_differences(a, a, ["x", "y"], ("first", "second"))
-    assert same["x"]["difference"] == 0 and same["x"]["p_value"] is None and "single picture" in same["x"]["reason"]
+    assert same["x"]["difference"] == 0 and same["x"]["p_value"] is None and "single image" in same["x"]["reason"]
     assert same["y"]["difference"] is None and "(first)" in same["y"]["reason"] and "(second)" in same["y"]["reason"]
     assert protocol_differences([], [], ["x"])["x"]["reason"] == "no instances"
 
@@ -259,11 +259,11 @@ def test_model_result_checks_its_records():
     good = record(iou=0.5)
     with pytest.raises(ValueError, match="must name the model"):
         ModelResult({}, [good])
-    with pytest.raises(ValueError, match="m: picture p, instance 0 has two records"):
+    with pytest.raises(ValueError, match="m: image p, instance 0 has two records"):
         ModelResult({"model": "m"}, [good, good])
     with pytest.raises(ValueError, match="m: record 0 has no area, iou"):
         ModelResult({"model": "m"}, [{"picture": "p", "instance": 0}])
     for measures in ({"iou": 1.2}, {"iou": 0.5, "boundary_iou": -0.1}):
-        with pytest.raises(ValueError, match=r"m: picture p, instance 0: box/single \w*iou is"):
+        with pytest.raises(ValueError, match=r"m: image p, instance 0: box/single \w*iou is"):
             ModelResult({"model": "m"}, [record(**measures)])
     assert ModelResult({"model": "m"}, [good]).score("1 click/single")["reason"] == "not evaluated"

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 COFFEE = EXAMPLE_IMAGES / "coffee.jpg"
 
 
-def annotate(pictures, out):
+def annotate(images, out):
     options = "--device cpu --points-per-side 4 --pred-iou-thresh 0.4 --stability-score-thresh 0.65"
-    command = [sys.executable, "examples/annotate.py", pictures, "--out", out, "--model", BUNDLED_CHECKPOINT]
+    command = [sys.executable, "examples/annotate.py", images, "--out", out, "--model", BUNDLED_CHECKPOINT]
     run = subprocess.run([*map(str, command), *options.split()], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -30,7 +30,7 @@ def annotate(pictures, out):
 
 @pytest.fixture(scope="module")
 def annotated(tmp_path_factory):
-    """The tar of a folder with a JPEG, a BMP, one picture that is damaged and one that is too thin; and what was printed."""
+    """The tar of a folder with a JPEG, a BMP, one image that is damaged and one that is too thin; and what was printed."""
     folder = tmp_path_factory.mktemp("photographs")
     (folder / "a.jpg").write_bytes(COFFEE.read_bytes())
     Image.open(COFFEE).resize((300, 200)).save(folder / "b.bmp")
@@ -41,7 +41,7 @@ def annotated(tmp_path_factory):
 
 def test_a_folder_becomes_a_tar_to_train_on(annotated):
     tar, printed = annotated
-    assert "2 pictures" in printed and "damaged" in printed and "too thin" in printed, printed
+    assert "2 images" in printed and "damaged" in printed and "too thin" in printed, printed
     with tarfile.open(tar) as opened:
         assert opened.getnames() == ["out_1.jpg", "out_1.json", "out_2.png", "out_2.json"]
         assert opened.extractfile("out_1.jpg").read() == COFFEE.read_bytes()

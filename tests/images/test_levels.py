@@ -14,8 +14,8 @@ from samlight_hf.data.dataset import decode_image
 from samlight_hf.data.lazy import LazySample
 from samlight_hf.images import levels
 from samlight_hf.images.levels import GDAL_NODATA_TAG, has_more_than_8_bits, stretch, to_rgb
-from samlight_hf.images.preprocessing import picture_tensor
-from samlight_hf.images.reading import PictureError, open_image
+from samlight_hf.images.preprocessing import image_tensor
+from samlight_hf.images.reading import ImageError, open_image
 from samlight_hf.inference.pipelines import _load
 
 
@@ -171,7 +171,7 @@ def test_colours_of_16_bits_keep_their_levels_and_their_hue(tmp_path, name):
     image = Image.open(path)
     assert has_more_than_8_bits(image)
     for _ in range(2):  # and again: the image that was given is not changed
-        assert np.array_equal(picture_tensor(image).permute(1, 2, 0), expected)
+        assert np.array_equal(image_tensor(image).permute(1, 2, 0), expected)
     assert np.array_equal(_load(str(path), None), expected)
     assert np.array_equal(decode_image(FILES[name], (60, 40)), expected)
     assert np.array_equal(LazySample("x", Image.open(io.BytesIO(FILES[name])), []).decode()[0], expected)
@@ -201,7 +201,7 @@ def test_planes_of_16_bits(tmp_path):
     found = np.asarray(open_image(tmp_path / "x.tif")).astype(int)
     assert np.abs(found - stretch(COLOURS)[0]).max() <= 60 and found.max() == 255  # the high bytes alone, stretched
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, planar=True))
-    with pytest.raises(PictureError, match="separate planes cannot be read. Save them interleaved"):
+    with pytest.raises(ImageError, match="separate planes cannot be read. Save them interleaved"):
         open_image(tmp_path / "x.tif")
 
 
@@ -249,7 +249,7 @@ def test_an_alpha_that_hides_everything_is_ignored(tmp_path, caplog, most_opaque
         caplog.clear()
         assert np.array_equal(open_image(tmp_path / name), colours)
         assert f"{name}: its alpha hides the whole image and is ignored." in caplog.text
-    assert np.array_equal(picture_tensor(image).permute(1, 2, 0), colours)
+    assert np.array_equal(image_tensor(image).permute(1, 2, 0), colours)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "RGBA", "1", "CMYK"])
@@ -279,7 +279,7 @@ def test_an_image_is_the_same_in_whatever_form_it_comes(tmp_path, caplog, dtype)
         torch.from_numpy(colours).permute(2, 0, 1),
     ):
         caplog.clear()
-        assert torch.equal(picture_tensor(given), expected)
+        assert torch.equal(image_tensor(given), expected)
         assert "became 0 to 255" in caplog.text
     assert np.array_equal(to_rgb(image), np.asarray(expected.permute(1, 2, 0)))
     assert torch.equal(torch.from_numpy(np.array(_load(str(tmp_path / "x.tif"), None))).permute(2, 0, 1), expected)
@@ -287,7 +287,7 @@ def test_an_image_is_the_same_in_whatever_form_it_comes(tmp_path, caplog, dtype)
 
 def test_half_precision_tensors():
     pixels = torch.linspace(0, 1, 600, dtype=torch.bfloat16).reshape(20, 30)
-    assert picture_tensor(pixels).dtype == torch.uint8 and picture_tensor(pixels.half()).max() == 255
+    assert image_tensor(pixels).dtype == torch.uint8 and image_tensor(pixels.half()).max() == 255
 
 
 def test_data_tell_once(caplog, monkeypatch):

@@ -8,8 +8,8 @@ from transformers import SamImageProcessor
 
 from samlight_hf.images.preprocessing import (
     check_size,
+    image_tensor,
     normalised_levels,
-    picture_tensor,
     preprocess,
     resized_size,
     why_not_on_device,
@@ -22,7 +22,7 @@ SIZES = [(683, 1024), (1, 1), (7, 300), (300, 7), (1200, 801), (64, 64)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def random_picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -33,10 +33,10 @@ def test_pixel_values_are_those_of_the_cpu_on_any_device(device, dtype):
     if device == "cuda":
         assert why_not_triton(torch.empty(1, 1, 1, device=device)) is None
     processor = SamImageProcessor()
-    pictures = [random_picture(*size) for size in SIZES if min(size) > 1]
-    pictures += [picture_tensor(picture.permute(1, 2, 0).numpy()) for picture in pictures]
-    expected = processor([*pictures], return_tensors="pt")["pixel_values"].to(dtype)
-    pixel_values = preprocess(processor, pictures, torch.device(device), dtype)
+    images = [random_image(*size) for size in SIZES if min(size) > 1]
+    images += [image_tensor(image.permute(1, 2, 0).numpy()) for image in images]
+    expected = processor([*images], return_tensors="pt")["pixel_values"].to(dtype)
+    pixel_values = preprocess(processor, images, torch.device(device), dtype)
     assert pixel_values.dtype == dtype
     assert torch.equal(pixel_values.cpu(), expected)
 
@@ -49,22 +49,22 @@ def test_resized_levels_are_normalised_as_the_image_processor_does(settings, dty
     """Also when it is changed after its levels were asked for."""
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("without AVX2 torchvision resizes in floating point")
-    processor, picture = SamImageProcessor(), random_picture(700, 333)
+    processor, image = SamImageProcessor(), random_image(700, 333)
     for name, value in settings.items():
         normalised_levels(processor, dtype, torch.device("cpu"))
         setattr(processor, name, value)
-    expected = processor(picture, return_tensors="pt")["pixel_values"][0].to(dtype)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0].to(dtype)
     levels = normalised_levels(processor, dtype, torch.device("cpu"))
-    resize_into(found := torch.empty(3, 1024, 1024, dtype=dtype), picture, resized_size(700, 333, 1024), levels)
+    resize_into(found := torch.empty(3, 1024, 1024, dtype=dtype), image, resized_size(700, 333, 1024), levels)
     assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu
-def test_a_warm_call_launches_one_kernel_a_picture_and_copies_nothing():
-    processor, pictures = SamImageProcessor(), [random_picture(683, 1024).cuda(), random_picture(500, 333).cuda()]
+def test_a_warm_call_launches_one_kernel_an_image_and_copies_nothing():
+    processor, images = SamImageProcessor(), [random_image(683, 1024).cuda(), random_image(500, 333).cuda()]
 
     def run():
-        preprocess(processor, pictures, pictures[0].device, torch.bfloat16)
+        preprocess(processor, images, images[0].device, torch.bfloat16)
         torch.cuda.synchronize()
 
     run()
@@ -72,7 +72,7 @@ def test_a_warm_call_launches_one_kernel_a_picture_and_copies_nothing():
         run()
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert on_device == ["_resize_kernel"] * len(pictures)
+    assert on_device == ["_resize_kernel"] * len(images)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_other_image_processors_are_left_to_themselves(settings, words):
 
 
 @pytest.mark.parametrize("size", [*SIZES, (1024, 1024), (500, 1500)])
-def test_logits_reach_the_pictures_size_as_the_image_processor_brings_them(size):
+def test_logits_reach_the_images_size_as_the_image_processor_brings_them(size):
     processor = SamImageProcessor()
     resized = resized_size(*size, 1024)
     logits = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -94,22 +94,20 @@ def test_logits_reach_the_pictures_size_as_the_image_processor_brings_them(size)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "LA", "P"])
-def test_a_picture_is_what_its_file_is(mode, tmp_path):
+def test_an_image_is_what_its_file_is(mode, tmp_path):
     levels = np.random.default_rng(0).integers(0, 255, (6, 5), dtype=np.uint8)
-    picture = (
-        Image.fromarray(levels.astype(np.uint16) * 99) if mode == "I;16" else Image.fromarray(levels).convert(mode)
-    )
+    image = Image.fromarray(levels.astype(np.uint16) * 99) if mode == "I;16" else Image.fromarray(levels).convert(mode)
     if mode in ("RGBA", "LA"):
-        picture.putalpha(Image.fromarray(levels))
-    picture.save(tmp_path / "picture.png")
-    assert torch.equal(picture_tensor(picture), picture_tensor(tmp_path / "picture.png"))
+        image.putalpha(Image.fromarray(levels))
+    image.save(tmp_path / "image.png")
+    assert torch.equal(image_tensor(image), image_tensor(tmp_path / "image.png"))
 
 
-def test_pictures_of_every_kind(tmp_path):
+def test_images_of_every_kind(tmp_path):
     levels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
     expected = torch.from_numpy(levels).permute(2, 0, 1)
     Image.fromarray(levels).save(tmp_path / "x.png")
-    for picture in (
+    for image in (
         Image.fromarray(levels),
         levels,
         levels[:, ::-1][:, ::-1],
@@ -117,17 +115,17 @@ def test_pictures_of_every_kind(tmp_path):
         tmp_path / "x.png",
         str(tmp_path / "x.png"),
     ):
-        assert torch.equal(picture_tensor(picture), expected)
+        assert torch.equal(image_tensor(image), expected)
     grey = levels[..., 0]
-    for picture in (Image.fromarray(grey), grey, torch.from_numpy(grey)):
-        assert torch.equal(picture_tensor(picture), torch.from_numpy(grey).expand(3, -1, -1))
+    for image in (Image.fromarray(grey), grey, torch.from_numpy(grey)):
+        assert torch.equal(image_tensor(image), torch.from_numpy(grey).expand(3, -1, -1))
     turned = Image.fromarray(levels)
     turned.getexif()[0x0112] = 6
-    assert picture_tensor(turned).shape == (3, 9, 6)
+    assert image_tensor(turned).shape == (3, 9, 6)
 
 
 @pytest.mark.parametrize(
-    "picture, words",
+    "image, words",
     [
         (np.zeros((4, 5, 3), dtype=bool), "bool, and must be integers or floats"),
         (torch.zeros(3, 4, 5, dtype=torch.bool), "torch.bool, and must be integers or floats"),
@@ -139,12 +137,12 @@ def test_pictures_of_every_kind(tmp_path):
         ("nowhere.jpg", "no such file"),
     ],
 )
-def test_what_is_no_picture(picture, words):
+def test_what_is_no_image(image, words):
     with pytest.raises(ValueError, match=words):
-        picture_tensor(picture)
+        image_tensor(image)
 
 
-def test_pictures_that_are_too_thin():
+def test_images_that_are_too_thin():
     check_size(SamImageProcessor(), 1, 2048)
     with pytest.raises(ValueError, match=r"2049x1 pixels is too thin.*2048:1"):
         check_size(SamImageProcessor(), 1, 2049)

@@ -1,4 +1,4 @@
-"""Pictures of every mode come out as RGB that looks right, and files that are none as one line."""
+"""Images of every mode come out as RGB that looks right, and files that are none as one line."""
 
 import io
 import os
@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from samlight_hf.images import reading as pictures
+from samlight_hf.images import reading as images
 from samlight_hf.images.formats import describe_left_out, image_suffixes, opening_hint
-from samlight_hf.images.reading import PictureError, common_folder, find_pictures, open_image, read_ahead
+from samlight_hf.images.reading import ImageError, common_folder, find_images, open_image, read_ahead
 
 
 def refused(path, *words):
-    with pytest.raises(PictureError) as raised:
+    with pytest.raises(ImageError) as raised:
         open_image(path)
     message = str(raised.value)
     assert "\n" not in message
@@ -29,8 +29,8 @@ def refused(path, *words):
         assert word in message, message
 
 
-def save(picture, path, **options):
-    picture.save(path, **options)
+def save(image, path, **options):
+    image.save(path, **options)
     return path
 
 
@@ -48,23 +48,23 @@ def png_of_size(width, height) -> bytes:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"])
 def test_every_mode_gives_rgb(tmp_path, mode):
-    picture = Image.new("L", (5, 3), 200).convert(mode) if mode != "I;16" else Image.new(mode, (5, 3), 200)
-    path = save(picture, tmp_path / "x.tif")
+    image = Image.new("L", (5, 3), 200).convert(mode) if mode != "I;16" else Image.new(mode, (5, 3), 200)
+    path = save(image, tmp_path / "x.tif")
     opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", (5, 3))
 
 
 def test_colours_of_cmyk_and_of_palettes(tmp_path):
     red = Image.new("RGB", (8, 8), (250, 10, 10))
-    for picture, name in ((red.convert("CMYK"), "x.jpg"), (red.quantize(4), "x.gif")):
-        opened = open_image(save(picture, tmp_path / name))
-        assert np.asarray(opened).reshape(-1, 3).mean(axis=0) == pytest.approx([250, 10, 10], abs=6), picture.mode
+    for image, name in ((red.convert("CMYK"), "x.jpg"), (red.quantize(4), "x.gif")):
+        opened = open_image(save(image, tmp_path / name))
+        assert np.asarray(opened).reshape(-1, 3).mean(axis=0) == pytest.approx([250, 10, 10], abs=6), image.mode
 
 
 def test_transparency_is_laid_on_white(tmp_path):
-    picture = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    opened = open_image(save(picture, tmp_path / "x.png"))
+    image = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    opened = open_image(save(image, tmp_path / "x.png"))
     assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 255), (255, 255, 255)]
     palette = Image.new("P", (1, 1), 0)
     assert open_image(save(palette, tmp_path / "p.png", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
@@ -82,29 +82,29 @@ def test_grey_of_floats_with_holes(tmp_path):
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    picture = Image.new("RGB", (40, 20), "black")
-    picture.paste("white", (0, 0, 20, 20))
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: what is stored at the left is seen at the top
-    opened = open_image(save(picture, tmp_path / "x.jpg", exif=exif))
+    opened = open_image(save(image, tmp_path / "x.jpg", exif=exif))
     assert opened.size == (20, 40)
     assert opened.getpixel((10, 3))[0] > 200
     assert opened.getpixel((10, 36))[0] < 50
 
 
-def test_small_and_long_pictures(tmp_path):
+def test_small_and_long_images(tmp_path):
     for size in ((1, 1), (20_000, 5)):
         assert open_image(save(Image.new("RGB", size), tmp_path / "x.png")).size == size
 
 
-def test_pictures_above_the_limit(tmp_path, monkeypatch):
+def test_images_above_the_limit(tmp_path, monkeypatch):
     for width, height in ((20_000, 5_001), (20_000, 20_000), (2_000_000, 2_000_000)):
         path = tmp_path / "x.png"
         path.write_bytes(png_of_size(width, height))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             refused(path, "100,000,000")
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 10)
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
     refused(save(Image.new("RGB", (4, 3)), tmp_path / "small.png"), "4x3", "12 pixels")
 
 
@@ -117,30 +117,30 @@ def test_truncated_files(tmp_path, suffix):
     refused(path)
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     path = tmp_path / "x.jpg"
     refused(path, "no such file")
     refused(tmp_path, "is a folder")
     path.write_bytes(b"")
     refused(path, "empty")
     path.write_text("Dear diary")
-    refused(path, "not a picture")
+    refused(path, "not an image")
 
 
-def test_a_picture_with_broken_exif_still_opens(tmp_path):
+def test_an_image_with_broken_exif_still_opens(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, format="JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff")
     (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
     assert open_image(tmp_path / "x.jpg").size == (4, 4)
 
 
-def test_finds_pictures_in_folders_files_and_patterns(tmp_path):
+def test_finds_images_in_folders_files_and_patterns(tmp_path):
     for name in ("b.JPG", "a.png", "deep/er/c.Tiff", "notes.txt", ".hidden.png", ".git/d.png", "out/e.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
     def names(*paths):
-        found, problems = find_pictures([tmp_path / path for path in paths], exclude=tmp_path / "out")
+        found, problems = find_images([tmp_path / path for path in paths], exclude=tmp_path / "out")
         return [os.path.relpath(path, tmp_path) for path in found], len(problems)
 
     assert names(".") == (["a.png", "b.JPG", "deep/er/c.Tiff"], 0)
@@ -153,13 +153,13 @@ def test_finds_pictures_in_folders_files_and_patterns(tmp_path):
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
     path = tmp_path / "x[1].png"
     path.touch()
-    assert find_pictures([path]) == ([path], [])
+    assert find_images([path]) == ([path], [])
 
 
 def test_an_empty_folder_is_a_problem(tmp_path):
-    found, problems = find_pictures([tmp_path])
+    found, problems = find_images([tmp_path])
     assert not found
-    assert "no pictures" in str(problems[0])
+    assert "no images" in str(problems[0])
 
 
 def test_items_are_read_ahead_in_their_order_and_no_further():
@@ -193,9 +193,9 @@ def test_what_reading_raises_comes_in_its_place():
 
 def test_an_address_is_called_one():
     address = "https://example.com/a.jpg"
-    with pytest.raises(PictureError, match=f"{address}: is an address.* Download it"):
+    with pytest.raises(ImageError, match=f"{address}: is an address.* Download it"):
         open_image(address)
-    found, (problem,) = find_pictures([address])
+    found, (problem,) = find_images([address])
     assert not found and str(problem).startswith(f"{address}: is an address")
 
 
@@ -209,7 +209,7 @@ def test_all_suffixes_of_images_that_pillow_opens(tmp_path):
     for kind in kinds:
         Image.fromarray(colours).save(tmp_path / f"{kind}.{kind}")
     left_out = Counter()
-    found, problems = find_pictures([tmp_path], left_out=left_out)
+    found, problems = find_images([tmp_path], left_out=left_out)
     assert sorted(path.stem for path in found) == sorted(kinds)
     assert not problems and not left_out
     assert all(open_image(path).mode == "RGB" for path in found)
@@ -234,7 +234,7 @@ def test_files_that_are_left_out_are_counted(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     left_out = Counter()
-    assert len(find_pictures([tmp_path], left_out=left_out)[0]) == 1
+    assert len(find_images([tmp_path], left_out=left_out)[0]) == 1
     assert left_out == {".txt": 2, ".mov": 1, "": 1, ".cr2": 1}
     assert describe_left_out(left_out) == (
         "left out 5 files, by suffix no image that can be opened: 1 .cr2 (camera raw: convert it to TIFF), 2 .txt, "
@@ -243,10 +243,10 @@ def test_files_that_are_left_out_are_counted(tmp_path):
     assert describe_left_out(Counter()) is None
     assert describe_left_out(Counter({f".{n}": 1 for n in range(20)})).endswith(", 12 further kinds.")
     left_out = Counter()
-    (problem,) = find_pictures([tmp_path / "*.txt"], left_out=left_out)[1]
-    assert "no picture matches this pattern: left out 1 file" in str(problem) and left_out == {".txt": 1}
-    (problem,) = find_pictures([tmp_path / "deep"])[1]
-    assert "no pictures in this folder" in str(problem) and "camera raw" in str(problem)
+    (problem,) = find_images([tmp_path / "*.txt"], left_out=left_out)[1]
+    assert "no image matches this pattern: left out 1 file" in str(problem) and left_out == {".txt": 1}
+    (problem,) = find_images([tmp_path / "deep"])[1]
+    assert "no images in this folder" in str(problem) and "camera raw" in str(problem)
 
 
 HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
@@ -262,13 +262,13 @@ import sys
 from collections import Counter
 sys.modules["pillow_heif"] = None
 from samlight_hf.images.formats import describe_left_out
-from samlight_hf.images.reading import find_pictures, open_picture
+from samlight_hf.images.reading import find_images, open_image
 left_out = Counter()
-found, _ = find_pictures([sys.argv[1]], left_out=left_out)
+found, _ = find_images([sys.argv[1]], left_out=left_out)
 print(len(found), describe_left_out(left_out))
 for name in ("phone.jpg", "x.HEIC"):
     try:
-        open_picture(f"{sys.argv[1]}/{name}")
+        open_image(f"{sys.argv[1]}/{name}")
     except ValueError as error:
         print(error)
 """
@@ -283,7 +283,7 @@ for name in ("phone.jpg", "x.HEIC"):
 def test_heic_is_opened_where_its_plugin_is_installed(tmp_path):
     pytest.importorskip("pillow_heif").register_heif_opener()
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "x.HEIC", format="HEIF")
-    (path,), _ = find_pictures([tmp_path])
+    (path,), _ = find_images([tmp_path])
     assert open_image(path).size == (40, 30)
 
 
@@ -298,7 +298,7 @@ def test_links_in_a_circle_are_one_bad_file(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     Image.new("RGB", (3, 3)).save(tmp_path / "c.png")
-    found, _ = find_pictures([tmp_path])
+    found, _ = find_images([tmp_path])
     assert len(found) >= 1
     refused(tmp_path / "a.png")
 

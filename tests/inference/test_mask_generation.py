@@ -1,4 +1,4 @@
-"""Everything mode is the stock pipeline's, mask for mask; prompts in pixels give masks of the picture's size."""
+"""Everything mode is the stock pipeline's, mask for mask; prompts in pixels give masks of the image's size."""
 
 import gc
 import multiprocessing
@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamImageProcessor, SamProcessor
 
-from samlight_hf import MaskGenerationSettings, MaskGenerator, PictureError, Predictor, SamLighteningModel
+from samlight_hf import ImageError, MaskGenerationSettings, MaskGenerator, Predictor, SamLighteningModel
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
 from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.memory_budget import MemoryBudget
-from samlight_hf.images.preprocessing import picture_tensor
+from samlight_hf.images.preprocessing import image_tensor
 from samlight_hf.inference.crops import crop_boxes, point_grid
 from samlight_hf.inference.mask_generation import segment_everything
 from samlight_hf.loading import load_model, quiet_transformers
@@ -60,17 +60,17 @@ def bundled():
     return load_model(BUNDLED_CHECKPOINT, "cpu")
 
 
-def random_picture(width, height, seed=0):
+def random_image(width, height, seed=0):
     """Coarse patches: what a model of 8 x 8 tokens can tell apart."""
     levels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST)
 
 
-def stock(model, processor, picture, **settings) -> dict:
+def stock(model, processor, image, **settings) -> dict:
     pipeline = MaskGenerationPipeline(model=model, image_processor=processor.image_processor, device=model.device)
     with quiet_transformers():
         try:
-            return pipeline(picture, points_per_batch=16, output_rle_mask=True, output_bboxes_mask=True, **settings)
+            return pipeline(image, points_per_batch=16, output_rle_mask=True, output_bboxes_mask=True, **settings)
         except RuntimeError as error:
             # transformers 5.17 stacks crops, which are of different sizes.
             if settings.get("crops_n_layers") and "stack expects each tensor to be equal size" in str(error):
@@ -98,10 +98,10 @@ def assert_equal_to_stock(generated: GeneratedMasks, expected: dict):
         assert np.abs(generated.boxes_xyxy[index] - edges).max() <= 1
 
 
-def well_formed(result: GeneratedMasks, picture, count=None):
+def well_formed(result: GeneratedMasks, image, count=None):
     count = len(result) if count is None else count
     assert len(result) == len(result.masks) == count
-    assert (result.masks.height, result.masks.width) == (picture.height, picture.width)
+    assert (result.masks.height, result.masks.width) == (image.height, image.width)
     for name, width in (
         ("scores", 0),
         ("stability_scores", 0),
@@ -133,10 +133,10 @@ def well_formed(result: GeneratedMasks, picture, count=None):
     ],
 )  # fmt: skip
 def test_tiny_models_give_the_stock_pipelines_masks(tiny, size, settings):
-    picture, settings = random_picture(*size, seed=size[0]), {**KEEP_ALL, **settings}
-    expected = stock(*tiny, picture, **settings)
-    generated = MaskGenerator(*tiny)(picture, **settings)
-    well_formed(generated, picture)
+    image, settings = random_image(*size, seed=size[0]), {**KEEP_ALL, **settings}
+    expected = stock(*tiny, image, **settings)
+    generated = MaskGenerator(*tiny)(image, **settings)
+    well_formed(generated, image)
     assert len(generated) > 0
     assert_equal_to_stock(generated, expected)
     # On the CPU nothing at all differs: run lengths, their order and the boxes.
@@ -151,19 +151,19 @@ def test_tiny_models_give_the_stock_pipelines_masks(tiny, size, settings):
     ],
 )
 def test_photographs_give_the_stock_pipelines_masks(bundled, name, size, settings):
-    picture = Image.open(EXAMPLE_IMAGES / f"{name}.jpg")
-    picture = picture if size is None else picture.resize(size)
+    image = Image.open(EXAMPLE_IMAGES / f"{name}.jpg")
+    image = image if size is None else image.resize(size)
     settings = {**KEEP_MORE, **settings}
-    generated = MaskGenerator(*bundled)(picture, **settings)
-    well_formed(generated, picture)
+    generated = MaskGenerator(*bundled)(image, **settings)
+    well_formed(generated, image)
     assert len(generated) >= {"coffee": 36, "rocket": 12}[name]
-    assert_equal_to_stock(generated, stock(*bundled, picture, **settings))
+    assert_equal_to_stock(generated, stock(*bundled, image, **settings))
 
 
 @pytest.mark.parametrize("settings", [{"crops_nms_thresh": 0.95}, {"pred_iou_thresh": 0.44, "crops_n_layers": 1}])
 def test_results_do_not_depend_on_batches(tiny, settings):
-    picture, settings = random_picture(164, 141), {**KEEP_ALL, "points_per_crop": 5, **settings}
-    results = [MaskGenerator(*tiny, points_per_batch=batch)(picture, **settings) for batch in (1, 3, 7, 25, 64)]
+    image, settings = random_image(164, 141), {**KEEP_ALL, "points_per_crop": 5, **settings}
+    results = [MaskGenerator(*tiny, points_per_batch=batch)(image, **settings) for batch in (1, 3, 7, 25, 64)]
     assert len({len(result) for result in results}) == 1
     assert len(results[0]) > 3
     for result in results[1:]:
@@ -176,9 +176,9 @@ def test_the_plain_decoder_is_held_to_the_same(tiny):
     fast, plain = MaskGenerator(model, processor), MaskGenerator(model, processor)
     assert isinstance(fast.decoder, FastMaskDecoder)
     plain.decoder = plain.encoder.decoder = PlainMaskDecoder(model)
-    picture = random_picture(50, 40)
+    image = random_image(50, 40)
     first, second = (
-        generator(picture, points_per_crop=4, **KEEP_ALL, crops_nms_thresh=1.0) for generator in (fast, plain)
+        generator(image, points_per_crop=4, **KEEP_ALL, crops_nms_thresh=1.0) for generator in (fast, plain)
     )
     assert first.masks.to_coco() == second.masks.to_coco()
 
@@ -199,18 +199,18 @@ def test_models_of_another_build_run_as_they_are():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     processor = SamProcessor(SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}))
-    generator, picture = MaskGenerator(model, processor), random_picture(70, 50)
+    generator, image = MaskGenerator(model, processor), random_image(70, 50)
     assert isinstance(generator.decoder, PlainMaskDecoder)
     settings = {"points_per_crop": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "crops_nms_thresh": 1.0}
-    generated, expected = generator(picture, **settings), stock(model, processor, picture, **settings)
+    generated, expected = generator(image, **settings), stock(model, processor, image, **settings)
     assert len(generated) == 27
     assert generated.masks.to_coco(compressed=False) == expected["rle_mask"]
 
 
 def test_where_masks_come_from(tiny):
-    picture = random_picture(800, 600)
+    image = random_image(800, 600)
     settings = MaskGenerationSettings(points_per_crop=3, crops_n_layers=1, **KEEP_ALL, crops_nms_thresh=1.0)
-    result = MaskGenerator(*tiny)(picture, settings)
+    result = MaskGenerator(*tiny)(image, settings)
     crops = {crop.box_xyxy for crop in crop_boxes(600, 800, settings)}
     assert len(crops) == 5
     assert {tuple(map(int, box)) for box in result.crop_boxes_xyxy} == crops
@@ -221,46 +221,46 @@ def test_where_masks_come_from(tiny):
 
 
 def test_grids_may_differ_between_layers_which_the_stock_pipeline_cannot_take(tiny):
-    picture = random_picture(640, 640)
+    image = random_image(640, 640)
     settings = {"points_per_crop": 4, "crops_n_layers": 1, "crop_n_points_downscale_factor": 2, **KEEP_ALL}
-    result = MaskGenerator(*tiny)(picture, **settings, crops_nms_thresh=1.0)
+    result = MaskGenerator(*tiny)(image, **settings, crops_nms_thresh=1.0)
     inside = (result.crop_boxes_xyxy != [0, 0, 640, 640]).any(axis=1)
     assert len(np.unique(result.points_xy[~inside], axis=0)) <= 16
     assert 0 < len(np.unique(result.points_xy[inside], axis=0)) <= 4 * 4
 
 
-def test_pictures_of_every_kind_one_and_many(tiny, tmp_path):
-    picture = random_picture(50, 30)
-    picture.save(tmp_path / "x.png")
-    levels = np.asarray(picture)
-    kinds = [picture, levels, torch.tensor(levels).permute(2, 0, 1), tmp_path / "x.png", str(tmp_path / "x.png")]
+def test_images_of_every_kind_one_and_many(tiny, tmp_path):
+    image = random_image(50, 30)
+    image.save(tmp_path / "x.png")
+    levels = np.asarray(image)
+    kinds = [image, levels, torch.tensor(levels).permute(2, 0, 1), tmp_path / "x.png", str(tmp_path / "x.png")]
     generator = MaskGenerator(*tiny)
-    one = generator(picture, points_per_crop=3, **KEEP_ALL)
+    one = generator(image, points_per_crop=3, **KEEP_ALL)
     many = generator(kinds, points_per_crop=3, **KEEP_ALL)
     assert len(many) == len(kinds)
     assert all(result.masks.to_coco() == one.masks.to_coco() for result in many)
     assert generator([]) == []
 
 
-def test_any_number_of_pictures_are_taken_as_they_are_needed(tiny):
+def test_any_number_of_images_are_taken_as_they_are_needed(tiny):
     taken = []
 
-    def pictures():
+    def images():
         for number in range(1000):
             taken.append(number)
-            yield random_picture(20, 20, number)
+            yield random_image(20, 20, number)
 
-    results = MaskGenerator(*tiny).generate_many(pictures(), points_per_crop=2, **KEEP_ALL)
+    results = MaskGenerator(*tiny).generate_many(images(), points_per_crop=2, **KEEP_ALL)
     assert len([next(results) for _ in range(3)]) == 3
     results.close()
     assert len(taken) < 10
 
 
 def test_nothing_found_is_well_formed(tiny):
-    picture = random_picture(50, 30)
+    image = random_image(50, 30)
     for settings in ({"pred_iou_thresh": 1.0}, {"pred_iou_thresh": 0.0, "stability_score_thresh": 1.0}):
-        result = MaskGenerator(*tiny)(picture, points_per_crop=2, **settings)
-        well_formed(result, picture, count=0)
+        result = MaskGenerator(*tiny)(image, points_per_crop=2, **settings)
+        well_formed(result, image, count=0)
         assert result.masks.to_masks().shape == result.to_result().masks.shape == (0, 30, 50)
         assert result.masks.to_coco() == []
 
@@ -273,27 +273,27 @@ def test_progress_is_told_in_points(tiny):
             self.total += count
 
     bar = Bar()
-    segment_everything(*tiny, random_picture(40, 30), 5, progress=bar, points_per_batch=7)
+    segment_everything(*tiny, random_image(40, 30), 5, progress=bar, points_per_batch=7)
     assert bar.total == 25
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(bundled, dtype, tmp_path):
     model, processor = load_model(BUNDLED_CHECKPOINT, "cpu", dtype)
-    picture = Image.open(EXAMPLE_IMAGES / "coffee.jpg")
+    image = Image.open(EXAMPLE_IMAGES / "coffee.jpg")
     settings = {**KEEP_MORE, "points_per_crop": 3}
-    result = MaskGenerator(model, processor)(picture, **settings)
-    well_formed(result, picture)
-    exact = list(MaskGenerator(*bundled)(picture, **settings).masks)
+    result = MaskGenerator(model, processor)(image, **settings)
+    well_formed(result, image)
+    exact = list(MaskGenerator(*bundled)(image, **settings).masks)
     near = [max(intersection_over_union(mask, other) for other in exact) for mask in result.masks]
     assert len(near) >= 5
     assert np.mean(near) > 0.9
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (63, 1), (3, 3), (1, 2)])
-def test_very_small_pictures(tiny, size, capfd):
-    picture = Image.new("RGB", size, "orange")
-    well_formed(MaskGenerator(*tiny)(picture, points_per_crop=2, **KEEP_ALL), picture)
+def test_very_small_images(tiny, size, capfd):
+    image = Image.new("RGB", size, "orange")
+    well_formed(MaskGenerator(*tiny)(image, points_per_crop=2, **KEEP_ALL), image)
     assert capfd.readouterr() == ("", "")
 
 
@@ -304,7 +304,7 @@ def test_very_small_pictures(tiny, size, capfd):
         ((1, 1), {"crops_n_layers": 2, "crop_overlap_ratio": 0.0}, "too small for crops_n_layers=2"),
     ],
 )
-def test_pictures_that_cannot_be_segmented(tiny, size, settings, words):
+def test_images_that_cannot_be_segmented(tiny, size, settings, words):
     with pytest.raises(ValueError, match=words):
         MaskGenerator(*tiny)(Image.new("RGB", size), **settings)
 
@@ -343,9 +343,9 @@ def test_arguments_that_cannot_be(tiny):
         with pytest.raises(ValueError, match=words):
             MaskGenerator(*tiny, **arguments)
     with pytest.raises(ValueError, match="points_per_side=0"):
-        segment_everything(*tiny, random_picture(9, 9), 0)
+        segment_everything(*tiny, random_image(9, 9), 0)
     with pytest.raises(ValueError, match="not both"):
-        MaskGenerator(*tiny)(random_picture(9, 9), MaskGenerationSettings(), pred_iou_thresh=0.1)
+        MaskGenerator(*tiny)(random_image(9, 9), MaskGenerationSettings(), pred_iou_thresh=0.1)
 
 
 def test_the_grid_and_boxes():
@@ -377,7 +377,7 @@ def test_less_memory_means_smaller_steps(bundled):
     sizes = [budget.points_per_batch for budget in (budgets[1], *more)]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 4
-    for name in ("points_per_batch", "points_per_upscaling", "pictures_per_encoding"):
+    for name in ("points_per_batch", "points_per_upscaling", "images_per_encoding"):
         sizes = [getattr(budget, name) for budget in budgets]
         assert sizes == sorted(sizes)
         assert sizes[0] >= 1
@@ -400,13 +400,13 @@ def photograph():
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graph", "eager"])
 def test_on_a_gpu_photographs_give_the_stock_pipelines_masks(photograph, settings, size, cuda_graphs):
     model, processor = load_model(BUNDLED_CHECKPOINT, "cuda")
-    picture = photograph if size is None else photograph.resize(size)
+    image = photograph if size is None else photograph.resize(size)
     settings = {**KEEP_MANY, **settings}
     generator = MaskGenerator(model, processor, cuda_graphs=cuda_graphs)
-    generated = generator(picture, **settings)
+    generated = generator(image, **settings)
     assert generator.decoder.transform.last_ran == ("graph" if cuda_graphs else "eager")
     assert len(generated) >= 10
-    assert_equal_to_stock(generated, stock(model, processor, picture, **settings))
+    assert_equal_to_stock(generated, stock(model, processor, image, **settings))
 
 
 @pytest.mark.gpu
@@ -479,13 +479,13 @@ def test_numbers_that_leave_the_range_of_the_decoder_are_told(tiny):
     for layer in model.mask_decoder.transformer.layers:
         layer.mlp.lin1.weight.data.mul_(1e3)
         layer.mlp.lin2.weight.data.mul_(1e3)
-    picture, settings = random_picture(40, 30), {**KEEP_ALL, "points_per_crop": 3}
-    well_formed(MaskGenerator(model, processor)(picture, **settings), picture)
+    image, settings = random_image(40, 30), {**KEEP_ALL, "points_per_crop": 3}
+    well_formed(MaskGenerator(model, processor)(image, **settings), image)
     generator = MaskGenerator(model, processor, decoder_dtype=torch.float16)
     with pytest.raises(
         ValueError, match=r"NaN, with a mask decoder in torch.float16.*float32, or decoder_dtype=torch.bfl"
     ):
-        generator(picture, **settings)
+        generator(image, **settings)
     with pytest.raises(ValueError, match="decoder_dtype='float16' must be a floating point type"):
         MaskGenerator(model, processor, decoder_dtype="float16")
 
@@ -495,17 +495,17 @@ def test_a_decoder_in_another_dtype_than_the_model(tiny):
     model, processor = tiny
     model = SamLighteningModel(model.config).bfloat16()
     model.load_state_dict(tiny[0].state_dict())
-    picture, settings = random_picture(40, 30), MaskGenerationSettings(**KEEP_ALL, points_per_crop=3)
+    image, settings = random_image(40, 30), MaskGenerationSettings(**KEEP_ALL, points_per_crop=3)
     generator = MaskGenerator(model, processor, decoder_dtype=torch.float16)
-    expected = generator(picture, settings)
-    prepared = Predictor(model, processor).encode(picture)
+    expected = generator(image, settings)
+    prepared = Predictor(model, processor).encode(image)
     assert prepared.embedding.dtype == torch.bfloat16
-    again = generator.generate(picture_tensor(picture), settings, image=prepared)
+    again = generator.generate(image_tensor(image), settings, encoded=prepared)
     np.testing.assert_array_equal(
-        again.scores, generator.generate(picture_tensor(picture), settings, image=prepared.embedding).scores
+        again.scores, generator.generate(image_tensor(image), settings, encoded=prepared.embedding).scores
     )
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = MaskGenerator(model, processor, decoder_dtype=torch.float16)(picture, settings)
+        under_autocast = MaskGenerator(model, processor, decoder_dtype=torch.float16)(image, settings)
     for result in (again, under_autocast):
         np.testing.assert_array_equal(result.scores, expected.scores)
 
@@ -532,13 +532,13 @@ def test_on_a_gpu_the_memory_stays_below_the_budget_and_the_result_the_same(phot
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_one_generator_serves_pictures_of_any_size():
+def test_on_a_gpu_one_generator_serves_images_of_any_size():
     model, processor = load_model(BUNDLED_CHECKPOINT, "cuda")
-    pictures = [Image.open(path) for path in sorted(EXAMPLE_IMAGES.glob("*.jpg"))]
+    images = [Image.open(path) for path in sorted(EXAMPLE_IMAGES.glob("*.jpg"))]
     settings = {**KEEP_MANY, "points_per_crop": 8}
     generator, eager = MaskGenerator(model, processor), MaskGenerator(model, processor, cuda_graphs=False)
-    for one, picture in zip(generator(pictures, **settings), pictures, strict=True):
-        other = eager(picture, **settings)
+    for one, image in zip(generator(images, **settings), images, strict=True):
+        other = eager(image, **settings)
         assert one.masks.to_coco() == other.masks.to_coco()
 
 
@@ -569,7 +569,7 @@ def test_triton_kernels_that_are_asked_for_and_cannot_be(tiny):
 
 
 def test_a_damaged_file_does_not_end_the_others(tiny, tmp_path):
-    good = [random_picture(40, 30, seed) for seed in range(3)]
+    good = [random_image(40, 30, seed) for seed in range(3)]
     (tmp_path / "half.png").write_bytes(b"\x89PNG")
     images = [
         good[0],
@@ -583,8 +583,8 @@ def test_a_damaged_file_does_not_end_the_others(tiny, tmp_path):
     expected = [generator(image, **settings) for image in good]
     with pytest.warns(UserWarning) as told:
         found = list(generator.generate_many(iter(images), **settings))
-    words = {1: "image 1: .*half.png: not a picture", 3: "image 3: .*too thin", 4: "image 4: .*gone.jpg: no such file"}
-    assert [place for place, result in enumerate(found) if isinstance(result, PictureError)] == list(words)
+    words = {1: "image 1: .*half.png: not an image", 3: "image 3: .*too thin", 4: "image 4: .*gone.jpg: no such file"}
+    assert [place for place, result in enumerate(found) if isinstance(result, ImageError)] == list(words)
     for place, pattern in words.items():
         assert re.search(pattern, str(found[place])) and found[place].__traceback__ is None
         assert str(found[place]) in [str(warning.message) for warning in told]
@@ -596,16 +596,16 @@ def test_a_damaged_file_does_not_end_the_others(tiny, tmp_path):
         lambda **kind: list(generator.generate_many(images, **kind)),
         lambda **kind: generator(images, **kind),
     ):
-        with pytest.raises(PictureError, match=words[1]):
+        with pytest.raises(ImageError, match=words[1]):
             call(errors="raise")
         with pytest.raises(ValueError, match="errors='ignore' must be 'return' or 'raise'"):
             call(errors="ignore")
-    with pytest.raises(PictureError, match="half.png"):
+    with pytest.raises(ImageError, match="half.png"):
         generator(images[1])
 
 
 def test_an_image_that_does_not_fit_into_memory_does_not_end_the_others(tiny, monkeypatch):
-    generator, images = MaskGenerator(*tiny), [random_picture(*size) for size in ((40, 30), (99, 30), (40, 30))]
+    generator, images = MaskGenerator(*tiny), [random_image(*size) for size in ((40, 30), (99, 30), (40, 30))]
     encode = generator.encoder.encode
 
     def full(pixel_values):
@@ -618,11 +618,11 @@ def test_an_image_that_does_not_fit_into_memory_does_not_end_the_others(tiny, mo
     monkeypatch.setattr(generator.encoder, "encode", full)
     with pytest.warns(UserWarning, match="image 1: OutOfMemoryError: CUDA out of memory"):
         found = generator(images, **KEEP_ALL, points_per_crop=2)
-    assert [isinstance(result, PictureError) for result in found] == [False, True, False]
+    assert [isinstance(result, ImageError) for result in found] == [False, True, False]
 
 
 def test_a_generator_in_a_process_that_is_spawned(tiny):
-    generator, image = MaskGenerator(*tiny, max_memory_mb=1400, decoder_dtype=torch.float64), random_picture(40, 30)
+    generator, image = MaskGenerator(*tiny, max_memory_mb=1400, decoder_dtype=torch.float64), random_image(40, 30)
     generator.set_budget(1300, points_per_batch=3)
     settings = {**KEEP_ALL, "points_per_crop": 3}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

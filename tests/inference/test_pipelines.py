@@ -36,7 +36,7 @@ def stock(checkpoint):
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))
 
 
@@ -51,10 +51,10 @@ def picture():
     ],
     ids=str,
 )
-def test_the_dictionary_is_the_stock_tasks(fast, stock, picture, settings):
-    ours = fast(picture, **{**SETTINGS, **settings})
+def test_the_dictionary_is_the_stock_tasks(fast, stock, image, settings):
+    ours = fast(image, **{**SETTINGS, **settings})
     try:
-        expected = stock(picture, **{**SETTINGS, **settings})
+        expected = stock(image, **{**SETTINGS, **settings})
     except RuntimeError as error:
         if "crops_n_layers" in settings and "stack expects each tensor to be equal size" in str(error):
             pytest.skip("the stock pipeline of this transformers cannot take crops")
@@ -72,24 +72,24 @@ def test_the_dictionary_is_the_stock_tasks(fast, stock, picture, settings):
         assert torch.equal(ours["bounding_boxes"], expected["bounding_boxes"].reshape(-1, 4).long())
 
 
-def test_a_list_gives_a_list_of_paths_too(fast, picture, tmp_path):
-    picture.save(tmp_path / "x.png")
-    results = fast([picture, str(tmp_path / "x.png")], **SETTINGS, batch_size=2)
+def test_a_list_gives_a_list_of_paths_too(fast, image, tmp_path):
+    image.save(tmp_path / "x.png")
+    results = fast([image, str(tmp_path / "x.png")], **SETTINGS, batch_size=2)
     assert len(results) == 2
     assert all(torch.equal(*pair) for pair in zip(*(result["masks"] for result in results)))
 
 
-def test_masks_may_be_left_out_and_the_documented_name_works(fast, picture):
-    result = fast(picture, **SETTINGS, output_masks=False, output_rle_masks=True)
+def test_masks_may_be_left_out_and_the_documented_name_works(fast, image):
+    result = fast(image, **SETTINGS, output_masks=False, output_rle_masks=True)
     assert list(result) == ["scores", "rle_mask"]
     assert len(result["rle_mask"]) == len(result["scores"]) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(checkpoint, picture, dtype):
+def test_half_precision(checkpoint, image, dtype):
     task = pipeline("fast-mask-generation", model=checkpoint, dtype=dtype, device="cpu")
     assert task.model.dtype == dtype
-    assert len(task(picture, **SETTINGS)["masks"]) > 0
+    assert len(task(image, **SETTINGS)["masks"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_half_precision(checkpoint, picture, dtype):
         ({"colour": "red"}, "colour is no argument"),
     ],
 )
-def test_arguments_that_cannot_be(fast, picture, settings, words):
+def test_arguments_that_cannot_be(fast, image, settings, words):
     with pytest.raises(ValueError, match=words):
-        fast(picture, **{**SETTINGS, **settings})
-    assert len(fast(picture, **SETTINGS, max_hole_area=None, max_sprinkle_area=0)["masks"]) > 0
+        fast(image, **{**SETTINGS, **settings})
+    assert len(fast(image, **SETTINGS, max_hole_area=None, max_sprinkle_area=0)["masks"]) > 0
 
 
 def test_arguments_of_the_model_are_given_with_it(checkpoint):
@@ -116,10 +116,10 @@ def test_arguments_of_the_model_are_given_with_it(checkpoint):
         pipeline("fast-mask-generation", model=checkpoint, device="cpu", cuda_graphs=True)
 
 
-def test_pickled_it_gives_the_same(fast, picture):
+def test_pickled_it_gives_the_same(fast, image):
     again = pickle.loads(pickle.dumps(fast))
     assert again.generator.model is again.model is not fast.model
-    found, expected = (task(picture, **SETTINGS, output_rle_mask=True) for task in (again, fast))
+    found, expected = (task(image, **SETTINGS, output_rle_mask=True) for task in (again, fast))
     assert found["rle_mask"] == expected["rle_mask"] and len(found["masks"]) > 0
 
 

@@ -1,4 +1,4 @@
-"""Prompts in pixels of the original pictures give what the model gives for each of them alone, however they are batched."""
+"""Prompts in pixels of the original images give what the model gives for each of them alone, however they are batched."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
-from samlight_hf import EncodedImage, PictureError, Predictor, SamLighteningModel, optimize
+from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel, optimize
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
@@ -47,18 +47,18 @@ def tiny(request, folder):
     return load_model(folder, request.param)
 
 
-def random_picture(width, height, seed=0):
+def random_image(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.fixture
-def picture():
-    return random_picture(50, 30)
+def image():
+    return random_image(50, 30)
 
 
-def by_the_model(model, processor, picture, multimask_output=True, logits=None, **prompts):
+def by_the_model(model, processor, image, multimask_output=True, logits=None, **prompts):
     """One prompt through processor and model, as SamModel's documentation does it."""
-    inputs = processor(images=picture, return_tensors="pt", **{k: [[v]] for k, v in prompts.items()}).to(model.device)
+    inputs = processor(images=image, return_tensors="pt", **{k: [[v]] for k, v in prompts.items()}).to(model.device)
     sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
     inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.inference_mode():
@@ -75,8 +75,8 @@ def assert_same(prediction, place, expected):
 
 
 @pytest.mark.parametrize("multimask_output", [True, False])
-def test_every_kind_of_prompt_is_what_the_model_gives(tiny, picture, multimask_output):
-    predictor = Predictor(*tiny).set_image(picture)
+def test_every_kind_of_prompt_is_what_the_model_gives(tiny, image, multimask_output):
+    predictor = Predictor(*tiny).set_image(image)
     boxes, points, labels = (
         [(1, 2, 40, 20), (0, 0, 50, 30)],
         [[(3, 4), (30.5, 20)], [(49.9, 0), (7, 7)]],
@@ -92,42 +92,40 @@ def test_every_kind_of_prompt_is_what_the_model_gives(tiny, picture, multimask_o
             {"input_boxes": [*map(float, boxes[place])]},
             {"input_points": points[place], "input_labels": labels[place]},
         )
-        assert_same(by_box, place, by_the_model(*tiny, picture, **box, **plain))
-        assert_same(by_points, place, by_the_model(*tiny, picture, **point, **plain))
-        assert_same(by_both, place, by_the_model(*tiny, picture, **box, **point, **plain))
+        assert_same(by_box, place, by_the_model(*tiny, image, **box, **plain))
+        assert_same(by_points, place, by_the_model(*tiny, image, **point, **plain))
+        assert_same(by_both, place, by_the_model(*tiny, image, **box, **point, **plain))
         logits = torch.as_tensor(by_points.logits[place, 0], device=tiny[0].device)[None, None]
-        assert_same(refined, place, by_the_model(*tiny, picture, logits=logits, **point, **plain))
+        assert_same(refined, place, by_the_model(*tiny, image, logits=logits, **point, **plain))
     assert by_box.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
     assert (by_box.masks.dtype, by_box.scores.dtype, by_box.logits.dtype) == (bool, np.float32, np.float32)
     assert by_box.logits.shape[2:] == (32, 32)
 
 
-def test_ragged_prompts_on_several_pictures_equal_each_alone(tiny):
-    pictures = [random_picture(*size, seed) for seed, size in enumerate([(50, 30), (20, 64), (50, 30), (33, 33)])]
+def test_ragged_prompts_on_several_images_equal_each_alone(tiny):
+    images = [random_image(*size, seed) for seed, size in enumerate([(50, 30), (20, 64), (50, 30), (33, 33)])]
     random = np.random.default_rng(0)
 
-    def points_on(picture, *counts):
-        return [[(x * picture.width, y * picture.height) for x, y in random.random((count, 2))] for count in counts]
+    def points_on(image, *counts):
+        return [[(x * image.width, y * image.height) for x, y in random.random((count, 2))] for count in counts]
 
-    points = [points_on(pictures[0], 1, 3, 1), points_on(pictures[1], *[2] * 9, 1), None, points_on(pictures[3])]
+    points = [points_on(images[0], 1, 3, 1), points_on(images[1], *[2] * 9, 1), None, points_on(images[3])]
     labels = [None if p is None else [random.integers(0, 2, len(prompt)).tolist() for prompt in p] for p in points]
-    together = Predictor(*tiny).set_images(pictures).predict(points, labels)
+    together = Predictor(*tiny).set_images(images).predict(points, labels)
     assert [len(prediction) for prediction in together] == [3, 10, 0, 0]
     assert together[2].masks.shape == (0, 3, 30, 50)
-    for picture, prompts, own_labels, prediction in zip(pictures, points, labels, together):
-        alone = Predictor(*tiny).set_image(picture)
+    for image, prompts, own_labels, prediction in zip(images, points, labels, together):
+        alone = Predictor(*tiny).set_image(image)
         for place in range(len(prediction)):
             one = alone.predict([prompts[place]], [own_labels[place]])
             assert_same(prediction, place, (one.masks[0], one.scores[0], one.logits[0]))
 
 
-def test_numpy_and_torch_in_and_out(tiny, picture):
+def test_numpy_and_torch_in_and_out(tiny, image):
     boxes, points = np.array([[1, 2, 40, 20.0]]), torch.tensor([[[3, 4.0]]])
-    as_numpy = Predictor(*tiny).set_image(np.asarray(picture)).predict(points, boxes_xyxy=boxes)
+    as_numpy = Predictor(*tiny).set_image(np.asarray(image)).predict(points, boxes_xyxy=boxes)
     as_torch = (
-        Predictor(*tiny, output="torch")
-        .set_image(picture)
-        .predict([[(3, 4)]], np.array([[1]]), torch.from_numpy(boxes))
+        Predictor(*tiny, output="torch").set_image(image).predict([[(3, 4)]], np.array([[1]]), torch.from_numpy(boxes))
     )
     for name in ("masks", "scores", "logits"):
         array, tensor = getattr(as_numpy, name), getattr(as_torch, name)
@@ -136,15 +134,15 @@ def test_numpy_and_torch_in_and_out(tiny, picture):
         assert np.allclose(array, tensor.cpu().numpy(), atol=1e-5)
     assert as_torch.masks.dtype == torch.bool
     refined = [
-        Predictor(*tiny).set_image(picture).predict(points, logits=logits)
+        Predictor(*tiny).set_image(image).predict(points, logits=logits)
         for logits in (as_numpy.logits[:, 0], as_torch.logits[:, 0], as_torch.logits[:, 0].clone().requires_grad_())
     ]
     for prediction in refined[1:]:
         assert np.allclose(prediction.logits, refined[0].logits, atol=1e-5)
 
 
-def test_logits_alone_and_their_masks_later(tiny, picture):
-    predictor = Predictor(*tiny).set_image(picture)
+def test_logits_alone_and_their_masks_later(tiny, image):
+    predictor = Predictor(*tiny).set_image(image)
     prediction = predictor.predict([[(3, 4)], [(9, 9)]], full_size=False)
     assert prediction.masks is None
     later = predictor.to_masks(prediction.logits[:, 1]).cpu().numpy()
@@ -152,44 +150,44 @@ def test_logits_alone_and_their_masks_later(tiny, picture):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_under_autocast_the_result_is_the_same(folder, picture, dtype):
+def test_under_autocast_the_result_is_the_same(folder, image, dtype):
     predictor = Predictor(*load_model(folder, "cpu", dtype))
-    expected = predictor.set_image(picture).predict([[(9, 9), (20, 11)]])
+    expected = predictor.set_image(image).predict([[(9, 9), (20, 11)]])
     with torch.autocast("cpu", torch.bfloat16):
-        found = predictor.set_image(picture).predict([[(9, 9), (20, 11)]])
+        found = predictor.set_image(image).predict([[(9, 9), (20, 11)]])
     assert np.array_equal(found.logits, expected.logits)
 
 
 @pytest.mark.filterwarnings("ignore:The image encoder runs as in the model")
-def test_a_picture_is_encoded_once(tiny, picture):
+def test_an_image_is_encoded_once(tiny, image):
     encoded = []
     hook = tiny[0].vision_encoder.register_forward_hook(lambda *arguments: encoded.append(1))
     predictor = Predictor(*tiny, cuda_graphs=False)
-    predictor.set_image(picture)
+    predictor.set_image(image)
     for x in range(3):
         predictor.predict([[(x, 0)]])
     hook.remove()
     assert len(encoded) == 1
 
 
-def test_one_mask_for_each_prompt(tiny, picture):
+def test_one_mask_for_each_prompt(tiny, image):
     boxes, points = [(0, 0, 50, 30), (3.5, 4, 20, 25)], [(0, 0), (49.9, 29), (10, 10)]
-    result = segment_prompts(*tiny, picture, boxes, points)
+    result = segment_prompts(*tiny, image, boxes, points)
     assert (result.masks.shape, result.masks.dtype) == ((5, 30, 50), bool)
     assert (result.scores.shape, result.boxes_xyxy.shape) == ((5,), (5, 4))
-    predictor = Predictor(*tiny).set_image(picture)
+    predictor = Predictor(*tiny).set_image(image)
     by_box = predictor.predict(boxes_xyxy=boxes, multimask_output=False)
     assert np.array_equal(result.masks[:2], by_box.masks[:, 0])
     by_point = predictor.predict([[point] for point in points])
     best = by_point.scores.argmax(axis=1)
     assert np.array_equal(result.masks[2:], by_point.masks[np.arange(3), best])
-    assert len(segment_prompts(*tiny, picture)) == 0
-    pictures = Predictor(*tiny).set_images([random_picture(20, 20), picture])
-    assert np.array_equal(predict_prompts(pictures, boxes, points, picture=1).masks, result.masks)
+    assert len(segment_prompts(*tiny, image)) == 0
+    images = Predictor(*tiny).set_images([random_image(20, 20), image])
+    assert np.array_equal(predict_prompts(images, boxes, points, index=1).masks, result.masks)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (63, 1), (3, 3)])
-def test_very_small_pictures(tiny, size, capfd):
+def test_very_small_images(tiny, size, capfd):
     prediction = (
         Predictor(*tiny).set_image(Image.new("RGB", size, "orange")).predict([[(0, 0)]], boxes_xyxy=[(0, 0, *size)])
     )
@@ -201,10 +199,10 @@ def logits_of(*shape, value=0.0):
     return np.full(shape, value, dtype=np.float32)
 
 
-def test_an_encoded_image_is_prompted_whatever_was_set_or_encoded_since(tiny, picture):
-    predictor, other = Predictor(*tiny), random_picture(20, 64, seed=1)
-    expected = [predictor.set_image(each).predict([[(3, 4)]]) for each in (picture, other)]
-    encoded = predictor.encode([picture, other])
+def test_an_encoded_image_is_prompted_whatever_was_set_or_encoded_since(tiny, image):
+    predictor, other = Predictor(*tiny), random_image(20, 64, seed=1)
+    expected = [predictor.set_image(each).predict([[(3, 4)]]) for each in (image, other)]
+    encoded = predictor.encode([image, other])
     assert [type(each) for each in encoded] == [EncodedImage] * 2
     assert [each.size for each in encoded] == [(30, 50), (64, 20)]
     for each, own in zip(encoded, expected):
@@ -222,29 +220,27 @@ def test_an_encoded_image_is_prompted_whatever_was_set_or_encoded_since(tiny, pi
     assert predictor.predict([[(3, 4)]], image=encoded[1]).masks.shape[2:] == (64, 20)
 
 
-def test_images_that_cannot_be(tiny, picture, tmp_path):
+def test_images_that_cannot_be(tiny, image, tmp_path):
     predictor = Predictor(*tiny)
-    for image, words in (
-        (picture, "image is a Image, and must be what encode returned"),
+    for encoded, words in (
+        (image, "image is a Image, and must be what encode returned"),
         ([], "image is an empty list"),
-        ([predictor.encode(picture), None], "image is a NoneType"),
+        ([predictor.encode(image), None], "image is a NoneType"),
     ):
         with pytest.raises(ValueError, match=words):
-            predictor.predict([[(1, 1)]], image=image)
+            predictor.predict([[(1, 1)]], image=encoded)
     other = SamLighteningModel(tiny_config(image_size=64)).to(tiny[0].device)
     with pytest.raises(ValueError, match="encoded by another model"):
-        predictor.predict(
-            [[(1, 1)]], image=Predictor(other, make_processor(other.config.vision_config)).encode(picture)
-        )
+        predictor.predict([[(1, 1)]], image=Predictor(other, make_processor(other.config.vision_config)).encode(image))
     with pytest.raises(ValueError, match="encode takes an image, or a list of at least one"):
         predictor.encode([])
     with pytest.raises(ValueError, match="set_image takes one image"):
-        predictor.set_image([picture])
+        predictor.set_image([image])
     (tmp_path / "half.png").write_bytes(b"\x89PNG")
     for images, words in (
-        ([picture, tmp_path / "half.png"], "image 1: .*half.png: not a picture"),
-        ([picture, picture, Image.new("RGB", (20_000, 100))], "image 2: .*too thin"),
-        ([None, picture], "image 0: .*NoneType"),
+        ([image, tmp_path / "half.png"], "image 1: .*half.png: not an image"),
+        ([image, image, Image.new("RGB", (20_000, 100))], "image 2: .*too thin"),
+        ([None, image], "image 0: .*NoneType"),
     ):
         for call in (predictor.encode, predictor.set_images):
             with pytest.raises(ValueError, match=words):
@@ -262,8 +258,8 @@ def test_images_that_cannot_be(tiny, picture, tmp_path):
     ],
     ids=["box", "point", "logits", "mask", "no list"],
 )
-def test_a_bad_prompt_names_its_image_and_does_not_void_the_others(tiny, picture, bad, words):
-    predictor = Predictor(*tiny).set_images([picture, picture, random_picture(20, 64, seed=1)])
+def test_a_bad_prompt_names_its_image_and_does_not_void_the_others(tiny, image, bad, words):
+    predictor = Predictor(*tiny).set_images([image, image, random_image(20, 64, seed=1)])
     good = {"boxes_xyxy": [(0, 0, 9, 9)]}
     arguments = {
         name: [good.get(name), bad.get(name), good.get(name)] for name in ("points_xy", "boxes_xyxy", "logits", "masks")
@@ -271,26 +267,26 @@ def test_a_bad_prompt_names_its_image_and_does_not_void_the_others(tiny, picture
     arguments = {name: value if any(each is not None for each in value) else None for name, value in arguments.items()}
     with pytest.warns(UserWarning, match=words):
         found = predictor.predict(**arguments)
-    assert isinstance(found[1], PictureError) and str(found[1]).startswith("image 1: ")
+    assert isinstance(found[1], ImageError) and str(found[1]).startswith("image 1: ")
     expected = predictor.predict(boxes_xyxy=[good["boxes_xyxy"], None, good["boxes_xyxy"]])
     for place in (0, 2):
         assert np.array_equal(found[place].logits, expected[place].logits)
         assert np.array_equal(found[place].masks, expected[place].masks)
-    with pytest.raises(PictureError, match=words):
+    with pytest.raises(ImageError, match=words):
         predictor.predict(**arguments, errors="raise")
 
 
-def disc(picture, radius=9.0) -> np.ndarray:
+def disc(image, radius=9.0) -> np.ndarray:
     """bool (1, H, W)."""
-    y, x = np.mgrid[: picture.height, : picture.width]
-    return ((x - picture.width / 2) ** 2 + (y - picture.height / 3) ** 2 < radius**2)[None]
+    y, x = np.mgrid[: image.height, : image.width]
+    return ((x - image.width / 2) ** 2 + (y - image.height / 3) ** 2 < radius**2)[None]
 
 
 @pytest.mark.parametrize("size", [(50, 30), (20, 64), (32, 32), (300, 200)])
 def test_a_mask_of_any_kind_is_a_mask_whatever_it_is_called(tiny, size):
-    picture = random_picture(*size)
-    predictor = Predictor(*tiny).set_image(picture)
-    mask, box = disc(picture, min(size) / 3), {"boxes_xyxy": [(2, 3, 18, 19)]}
+    image = random_image(*size)
+    predictor = Predictor(*tiny).set_image(image)
+    mask, box = disc(image, min(size) / 3), {"boxes_xyxy": [(2, 3, 18, 19)]}
     small = predictor.predict(**box, masks=mask, multimask_output=False).logits[:, 0] > 0
     small[:, 0, 0], small[:, 1, 1] = True, False
     for each in (mask, small):
@@ -306,9 +302,9 @@ def test_a_mask_of_any_kind_is_a_mask_whatever_it_is_called(tiny, size):
 @pytest.mark.parametrize("size", [(50, 30), (20, 64), (300, 200), (1, 1)])
 def test_masks_become_logits_and_logits_masks(tiny, size):
     """The way back is `to_masks`; what is lost is less than a cell of the decoder's size along the outline."""
-    picture = random_picture(*size)
+    image = random_image(*size)
     predictor = Predictor(*tiny)
-    encoded, mask = predictor.encode(picture), disc(picture, max(1.0, min(size) / 3))
+    encoded, mask = predictor.encode(image), disc(image, max(1.0, min(size) / 3))
     logits = logits_of_prompt(mask, encoded, predictor.logits_size, tiny[0].device)
     assert logits.shape == (1, 32, 32) and logits.abs().max().item() == pytest.approx(MASK_LOGIT)
     height, width = encoded.resized
@@ -320,8 +316,8 @@ def test_masks_become_logits_and_logits_masks(tiny, size):
     assert (logits_of_prompt(~np.ones_like(mask), encoded, (32, 32), tiny[0].device) == -MASK_LOGIT).all()
 
 
-def test_zeros_in_fractions_are_logits_and_in_whole_numbers_a_mask(tiny, picture):
-    predictor = Predictor(*tiny).set_image(picture)
+def test_zeros_in_fractions_are_logits_and_in_whole_numbers_a_mask(tiny, image):
+    predictor = Predictor(*tiny).set_image(image)
     box = {"boxes_xyxy": [(2, 3, 18, 19)]}
     found = {dtype: predictor.predict(**box, logits=np.zeros((1, 32, 32), dtype)).logits for dtype in ("f4", "u1")}
     empty = predictor.predict(**box, logits=np.full((1, 32, 32), -MASK_LOGIT, "f4")).logits
@@ -331,20 +327,20 @@ def test_zeros_in_fractions_are_logits_and_in_whole_numbers_a_mask(tiny, picture
 
 @pytest.mark.parametrize("decoder", ["fast", "plain"])
 @pytest.mark.parametrize("multimask_output", [True, False])
-def test_a_mask_alone_is_what_the_model_gives(tiny, picture, multimask_output, decoder):
-    predictor = Predictor(*tiny).set_image(picture)
+def test_a_mask_alone_is_what_the_model_gives(tiny, image, multimask_output, decoder):
+    predictor = Predictor(*tiny).set_image(image)
     if decoder == "plain":
         predictor.decoder = predictor.encoder.decoder = PlainMaskDecoder(tiny[0])
-        predictor.set_image(picture)
+        predictor.set_image(image)
     logits = predictor.predict(boxes_xyxy=[(2, 3, 18, 19), (5, 5, 30, 20)], multimask_output=False).logits[:, 0]
     found = predictor.predict(logits=logits, multimask_output=multimask_output)
     assert found.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
     for place, each in enumerate(torch.from_numpy(logits).to(tiny[0].device)):
-        expected = by_the_model(*tiny, picture, multimask_output, logits=each[None, None])
+        expected = by_the_model(*tiny, image, multimask_output, logits=each[None, None])
         assert_same(found, place, expected)
         one = predictor.predict(logits=each[None], multimask_output=multimask_output)
         assert_same(one, 0, expected)
-    both = Predictor(*tiny).set_images([picture, picture]).predict(masks=[disc(picture), None])
+    both = Predictor(*tiny).set_images([image, image]).predict(masks=[disc(image), None])
     assert [len(each) for each in both] == [1, 0]
 
 
@@ -372,19 +368,19 @@ def test_a_mask_refines_as_its_logits_do():
     assert min(means["mask"], means["small mask"]) > means["0 and 1 as logits"] + 0.02
 
 
-def test_in_a_process_that_is_spawned(folder, picture):
-    predictor = Predictor(*load_model(folder, "cpu"), max_memory_mb=1400).set_image(picture)
+def test_in_a_process_that_is_spawned(folder, image):
+    predictor = Predictor(*load_model(folder, "cpu"), max_memory_mb=1400).set_image(image)
     expected = predictor.predict([[(3, 4)]])
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(predictor.predict, [[(3, 4)]], image=predictor.encode(picture)).result(timeout=300)
+        found = pool.submit(predictor.predict, [[(3, 4)]], image=predictor.encode(image)).result(timeout=300)
         of_the_image_that_was_set = pool.submit(predictor.predict, [[(3, 4)]]).result(timeout=300)
     for each in (found, of_the_image_that_was_set):
         assert np.allclose(each.logits, expected.logits, atol=1e-5)
         assert np.array_equal(each.masks, expected.masks)
 
 
-def test_pickled_it_keeps_its_settings_and_images(tiny, picture):
-    predictor = Predictor(*tiny, output="torch", max_memory_mb=1400, cuda_graphs=False).set_images([picture, picture])
+def test_pickled_it_keeps_its_settings_and_images(tiny, image):
+    predictor = Predictor(*tiny, output="torch", max_memory_mb=1400, cuda_graphs=False).set_images([image, image])
     again = pickle.loads(pickle.dumps(predictor))
     assert (again.output, again.decoder.cuda_graphs, again._settings) == ("torch", False, predictor._settings)
     assert again.model is not predictor.model and again.model.device == predictor.model.device
@@ -435,19 +431,19 @@ def test_pickled_it_keeps_its_settings_and_images(tiny, picture):
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
 )  # fmt: skip
-def test_prompts_that_cannot_be(tiny, picture, prompts, words):
+def test_prompts_that_cannot_be(tiny, image, prompts, words):
     with pytest.raises(ValueError, match=words):
-        Predictor(*tiny).set_image(picture).predict(**prompts)
+        Predictor(*tiny).set_image(image).predict(**prompts)
 
 
-def test_uses_that_cannot_be(tiny, picture):
+def test_uses_that_cannot_be(tiny, image):
     predictor = Predictor(*tiny)
     with pytest.raises(ValueError, match="no image yet: call set_image"):
         predictor.predict([[(1, 1)]])
-    for pictures in ([], "x.jpg", picture):
+    for images in ([], "x.jpg", image):
         with pytest.raises(ValueError, match="set_images takes a list"):
-            predictor.set_images(pictures)
-    predictor.set_images([picture, picture])
+            predictor.set_images(images)
+    predictor.set_images([image, image])
     for boxes, words in (
         ([None], "a list of 2, one entry for each image, not 1"),
         (np.zeros((2, 1, 4)), "not a ndarray"),
@@ -461,15 +457,15 @@ def test_uses_that_cannot_be(tiny, picture):
         predictor.predict([[(1, 1)]])
     with pytest.raises(ValueError, match="output='jax'"):
         Predictor(*tiny, output="jax")
-    predictor.set_image(picture)
+    predictor.set_image(image)
     with pytest.raises(ValueError, match="too thin"):
         predictor.set_image(Image.new("RGB", (20_000, 100)))
     with pytest.raises(ValueError, match="no image yet"):  # and not the last one's masks
         predictor.predict([[(1, 1)]])
 
 
-def test_logits_of_any_array(tiny, picture):
-    predictor = Predictor(*tiny).set_image(picture)
+def test_logits_of_any_array(tiny, image):
+    predictor = Predictor(*tiny).set_image(image)
     logits = predictor.predict([[(3, 4)]], multimask_output=False).logits[:, 0]
     flipped = logits[:, :, ::-1]
     expected = predictor.predict([[(3, 4)]], logits=flipped.copy()).logits
@@ -479,8 +475,8 @@ def test_logits_of_any_array(tiny, picture):
         predictor.to_masks(expected)
 
 
-def test_empty_prompts_give_empty_results(tiny, picture):
-    predictor = Predictor(*tiny).set_image(picture)
+def test_empty_prompts_give_empty_results(tiny, image):
+    predictor = Predictor(*tiny).set_image(image)
     for prompts in ({"points_xy": []}, {"boxes_xyxy": np.zeros((0, 4))}, {"points_xy": [], "labels": []}):
         prediction = predictor.predict(**prompts)
         assert prediction.masks.shape == (0, 3, 30, 50)
@@ -522,8 +518,8 @@ def test_what_sticks_out_of_the_image_is_cut_off():
     assert points == [[49, 3], [49, 29], [0, 0], [49.9, 0.2]]
 
 
-def test_prompts_that_stick_out_are_those_at_the_border(tiny, picture):
-    predictor = Predictor(*tiny).set_image(picture)
+def test_prompts_that_stick_out_are_those_at_the_border(tiny, image):
+    predictor = Predictor(*tiny).set_image(image)
     for found, expected in (
         ({"boxes_xyxy": [(-0.31, 2, 50.004, 31)]}, {"boxes_xyxy": [(0, 2, 50, 30)]}),
         ({"points_xy": [[(50, 30), (-0.5, 4)]]}, {"points_xy": [[(49, 29), (0, 4)]]}),
@@ -542,22 +538,22 @@ def test_batches_are_of_one_kind_and_lose_no_prompt():
     batches = list(prompt_batches(prompts, most=4))
     assert sorted(place for batch in batches for place in batch) == list(range(len(prompts)))
     assert all(len({prompts[place].kind() for place in batch}) == 1 and len(batch) <= 4 for batch in batches)
-    assert [9, 12] in batches  # of two pictures
+    assert [9, 12] in batches  # of two images
 
 
 def test_the_bundled_checkpoint_finds_the_nose_of_the_cat():
     model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
-    picture = Image.open(EXAMPLE_IMAGES / "cat.jpg")
-    result = segment_prompts(model, processor, picture, [(215, 215, 288, 265)], [(250, 240)])
+    image = Image.open(EXAMPLE_IMAGES / "cat.jpg")
+    result = segment_prompts(model, processor, image, [(215, 215, 288, 265)], [(250, 240)])
     assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.6
     assert result.masks[:, 235, 250].all()
     assert not result.masks[:, 100, 165].any()
 
 
 @pytest.mark.gpu
-def test_a_single_prompt_is_replayed_from_a_graph(folder, picture):
+def test_a_single_prompt_is_replayed_from_a_graph(folder, image):
     model, processor = load_model(folder, "cuda")
-    graphed, eager = (Predictor(model, processor, cuda_graphs=on).set_image(picture) for on in (None, False))
+    graphed, eager = (Predictor(model, processor, cuda_graphs=on).set_image(image) for on in (None, False))
     for prompts in ({"points_xy": [[(3, 4)]]}, {"points_xy": [[(9, 20)]]}, {"boxes_xyxy": [(1, 2, 40, 20)]}):
         for multimask_output in (True, False):
             one, other = (p.predict(**prompts, multimask_output=multimask_output) for p in (graphed, eager))
@@ -583,8 +579,8 @@ def test_pixel_values_are_written_where_the_encoders_graph_reads_them(folder, mo
     model, processor = load_model(folder, "cuda")
     encoder, eager = (Predictor(model, processor, cuda_graphs=on).encoder for on in (True, False))
     one, other = torch.randint(0, 256, (2, 3, 30, 50), dtype=torch.uint8, device="cuda")
-    for pictures in ([one], [other], [one, other], [other, one, one], [other, one], [one]):
-        for found, expected in zip(encoder(pictures), eager(pictures), strict=True):
+    for images in ([one], [other], [one, other], [other, one, one], [other, one], [one]):
+        for found, expected in zip(encoder(images), eager(images), strict=True):
             assert torch.allclose(found, expected, atol=1e-5)
     written = events_on_device(lambda: encoder([one]))
     monkeypatch.setattr(encoder.encode, "empty", torch.empty)
@@ -595,8 +591,8 @@ def test_pixel_values_are_written_where_the_encoders_graph_reads_them(folder, mo
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(50, 30), (20, 64), (1100, 700)])
-def test_masks_are_all_that_is_written_at_the_pictures_size(folder, size, monkeypatch):
-    predictor = Predictor(*load_model(folder, "cuda"), output="torch").set_image(random_picture(*size))
+def test_masks_are_all_that_is_written_at_the_images_size(folder, size, monkeypatch):
+    predictor = Predictor(*load_model(folder, "cuda"), output="torch").set_image(random_image(*size))
     logits = predictor.predict([[(3, 4)], [(9, 9)]], full_size=False).logits.flatten(0, 1)
     assert events_on_device(lambda: predictor.to_masks(logits)) == ["_masks_kernel"]
     torch.cuda.reset_peak_memory_stats()
@@ -612,24 +608,24 @@ def test_masks_are_all_that_is_written_at_the_pictures_size(folder, size, monkey
 
 
 @pytest.mark.gpu
-def test_a_later_picture_does_not_change_an_earlier_prediction(folder):
+def test_a_later_image_does_not_change_an_earlier_prediction(folder):
     model, processor = load_model(folder, "cuda")
     predictor = Predictor(model, processor, output="torch")
-    first = predictor.set_image(random_picture(50, 30, 0)).predict([[(3, 4)]])
+    first = predictor.set_image(random_image(50, 30, 0)).predict([[(3, 4)]])
     before = first.logits.clone(), first.scores.clone()
-    predictor.set_image(random_picture(50, 30, 1)).predict([[(30, 4)]])
+    predictor.set_image(random_image(50, 30, 1)).predict([[(30, 4)]])
     assert torch.equal(first.logits, before[0])
     assert torch.equal(first.scores, before[1])
 
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device(folder):
-    """From a picture on the device to a mask there; torch tells of what waits."""
+    """From an image on the device to a mask there; torch tells of what waits."""
     predictor = Predictor(*load_model(folder, "cuda"), output="torch")
-    picture = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, device="cuda")
+    image = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, device="cuda")
 
     def run():
-        predictor.set_image(picture)
+        predictor.set_image(image)
         for prompts in ({"points_xy": [[(3, 4)]]}, {"boxes_xyxy": [(1, 2, 40, 20)]}):
             prediction = predictor.predict(**prompts, full_size=False)
             predictor.to_masks(prediction.logits[0].index_select(0, prediction.scores[0].argmax(0, keepdim=True)))

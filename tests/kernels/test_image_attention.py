@@ -24,7 +24,7 @@ from samlight_hf.kernels.support import triton
 from .interpreter import run_in_tritons_interpreter
 
 
-CASES = [  # prompts, pictures, tokens of a prompt, heads, image tokens, channels
+CASES = [  # prompts, images, tokens of a prompt, heads, image tokens, channels
     (2, 2, 7, 8, 200, 128),  # no multiple of a block
     (2, 1, 8, 8, 64, 256),
     (1, 1, 13, 4, 130, 128),
@@ -37,13 +37,13 @@ TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 def relative_errors(case, dtype, device="cpu") -> list[float]:
     """Of the kernels against the steps in float32 on the same rounded numbers: of what tokens see, and of what is made of the image."""
-    prompts, pictures, own, heads, tokens, channels = case
+    prompts, images, own, heads, tokens, channels = case
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape, scale=1.0):
         return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
 
-    image, positions = numbers(pictures, tokens, channels), numbers(tokens, channels)
+    image, positions = numbers(images, tokens, channels), numbers(tokens, channels)
     queries, keys, values = (numbers(prompts, heads * own, channels, scale=0.15) for _ in range(3))
     biases, norm = numbers(prompts, heads * own), nn.LayerNorm(channels, eps=1e-6)
     nn.init.normal_(norm.weight)
@@ -93,15 +93,15 @@ def check_decoder(device="cpu"):
         {"points": points, "labels": labels, "boxes": boxes, "mask_logits": torch.randn(3, 16, 16)},
         {"points": points.repeat(1, 4, 1), "labels": labels.repeat(1, 4)},  # too many for the kernels of attention
     ):
-        for num_pictures in (1, 3):
+        for num_images in (1, 3):
             prompts = {name: prompt.to(device) for name, prompt in prompts.items()}
-            image = torch.randn(num_pictures, 128, 4, 4, device=device)
+            image = torch.randn(num_images, 128, 4, 4, device=device)
             found = fast.decode(fast.prepare(image), **prompts)
             expected = plain.decode(plain.prepare(image), **prompts)
             assert found.logits.shape == expected.logits.shape
             assert (found.logits - expected.logits).norm() < 5e-3 * expected.logits.norm(), (
                 prompts.keys(),
-                num_pictures,
+                num_images,
             )
 
 
@@ -143,8 +143,8 @@ def test_the_steps_are_attention():
 
 @pytest.mark.filterwarnings("ignore:the Triton kernel for the attention")
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_where_the_kernels_cannot_be_compiled_the_steps_run(pictures):
-    image, positions, norm = torch.randn(pictures, 10, 128), torch.randn(10, 128), nn.LayerNorm(128)
+def test_where_the_kernels_cannot_be_compiled_the_steps_run(images):
+    image, positions, norm = torch.randn(images, 10, 128), torch.randn(10, 128), nn.LayerNorm(128)
     queries, keys, values = torch.randn(3, 3, 2 * 4, 128)
     biases = torch.randn(3, 8)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Pictures are resized as torch resizes them on a CPU, to the bit, by PyTorch's operations as by the Triton kernel.
+"""Images are resized as torch resizes them on a CPU, to the bit, by PyTorch's operations as by the Triton kernel.
 
 The kernel runs in Triton's interpreter everywhere, and on a GPU where there is one.
 """
@@ -24,7 +24,7 @@ from .interpreter import run_in_tritons_interpreter
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = [(683, 1024), (1, 1), (7, 300), (300, 7), (1200, 801), (64, 64)]
-# Of the picture, resized, and of the pixel values: down and up, one axis or both as they were, and a pixel thick.
+# Of the image, resized, and of the pixel values: down and up, one axis or both as they were, and a pixel thick.
 CASES = [
     ((61, 37), (40, 24), (40, 40)),
     ((37, 61), (24, 40), (40, 40)),
@@ -40,38 +40,38 @@ CASES = [
     ((200, 333), (24, 40), (24, 40)),  # many neighbours
 ]
 LAYOUTS = {
-    "planes": lambda picture: picture,
-    "an image file's": lambda picture: picture.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-    "grey": lambda picture: picture[:1].expand(3, -1, -1),
-    "a crop": lambda picture: torch.nn.functional.pad(picture, (3, 2, 1, 4), value=99)[:, 1:-4, 3:-2],
-    "transposed": lambda picture: picture.mT.contiguous().mT,
+    "planes": lambda image: image,
+    "an image file's": lambda image: image.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "grey": lambda image: image[:1].expand(3, -1, -1),
+    "a crop": lambda image: torch.nn.functional.pad(image, (3, 2, 1, 4), value=99)[:, 1:-4, 3:-2],
+    "transposed": lambda image: image.mT.contiguous().mT,
 }
-# Strides of a picture (3, 5, 6), whose pixels lie further apart than 32 bits count.
+# Strides of an image (3, 5, 6), whose pixels lie further apart than 32 bits count.
 FAR_APART = [(2**30 + 9, 50, 3), (20, 2**29 + 9, 3), (20, 70, 2**29 + 9)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def random_picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def check_kernel(size, resized, padded, layout="planes", dtype=torch.float32, device="cpu"):
-    """The kernel writes every pixel value, and writes what torch makes of the picture on a CPU."""
-    picture = random_picture(*size)
+    """The kernel writes every pixel value, and writes what torch makes of the image on a CPU."""
+    image = random_image(*size)
     levels = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = torch.empty(3, *padded, dtype=dtype)
-    resize_into_reference(expected, LAYOUTS[layout](picture), resized, levels)
+    resize_into_reference(expected, LAYOUTS[layout](image), resized, levels)
     found = torch.full((3, *padded), torch.nan, dtype=dtype, device=device)
-    launch_resize(found, LAYOUTS[layout](picture.to(device)), resized, levels.to(device))
+    launch_resize(found, LAYOUTS[layout](image.to(device)), resized, levels.to(device))
     assert torch.equal(found.cpu(), expected), (size, resized, padded, layout, dtype)
 
 
 def check_far_apart(strides, device="cpu"):
-    picture, levels = random_picture(5, 6).to(device), torch.rand(3, 256, device=device)
-    spread = torch.empty_strided(picture.shape, strides, dtype=torch.uint8, device=device).copy_(picture)
+    image, levels = random_image(5, 6).to(device), torch.rand(3, 256, device=device)
+    spread = torch.empty_strided(image.shape, strides, dtype=torch.uint8, device=device).copy_(image)
     found, expected = torch.empty(2, 3, 4, 5, device=device)
     launch_resize(found, spread, (4, 5), levels)
-    resize_into_reference(expected, picture, (4, 5), levels)
+    resize_into_reference(expected, image, (4, 5), levels)
     assert torch.equal(found, expected), strides
 
 
@@ -89,24 +89,24 @@ def every_check():
 def test_resizing_is_torchs_own_on_a_cpu(size, target, device):
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("without AVX2 torchvision resizes in floating point")
-    picture = random_picture(*size)
-    resized = resize_uint8(picture.to(device), target).cpu()
-    assert torch.equal(resized, tv.resize(picture, list(target), antialias=True))
+    image = random_image(*size)
+    resized = resize_uint8(image.to(device), target).cpu()
+    assert torch.equal(resized, tv.resize(image, list(target), antialias=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_levels_become_what_the_table_says_and_the_rest_zeros(layout):
-    picture, levels = LAYOUTS[layout](random_picture(4, 6)), torch.arange(3 * 256.0).view(3, 256) + 1
+    image, levels = LAYOUTS[layout](random_image(4, 6)), torch.arange(3 * 256.0).view(3, 256) + 1
     pixel_values = torch.full((3, 8, 8), torch.nan)
-    resize_into(pixel_values, picture, (4, 6), levels)
-    assert torch.equal(pixel_values[:, :4, :6], picture + 256 * torch.arange(3).view(3, 1, 1) + 1.0)
+    resize_into(pixel_values, image, (4, 6), levels)
+    assert torch.equal(pixel_values[:, :4, :6], image + 256 * torch.arange(3).view(3, 1, 1) + 1.0)
     assert pixel_values[:, 4:].eq(0).all() and pixel_values[:, :, 6:].eq(0).all()
 
 
 @pytest.mark.parametrize("size", [(9, 4), (4, 9)])
 def test_what_does_not_fit_is_not_written(size):
     with pytest.raises(ValueError, match=f"{size[1]}x{size[0]} pixels does not fit into 8x8.*longest_edge"):
-        resize_into(torch.empty(3, 8, 8), random_picture(4, 6), size, torch.zeros(3, 256))
+        resize_into(torch.empty(3, 8, 8), random_image(4, 6), size, torch.zeros(3, 256))
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
@@ -133,9 +133,9 @@ def test_pixels_far_apart_on_a_gpu(strides):
 def test_what_the_kernel_cannot_take_goes_to_the_reference():
     pixel_values, levels = torch.empty(3, 8, 16, device="cuda")[..., ::2], torch.rand(3, 256)
     assert "not contiguous" in why_not_triton(pixel_values)
-    resize_into(pixel_values, random_picture(12, 9).cuda(), (8, 6), levels.cuda())
+    resize_into(pixel_values, random_image(12, 9).cuda(), (8, 6), levels.cuda())
     expected = torch.empty(3, 8, 8)
-    resize_into_reference(expected, random_picture(12, 9), (8, 6), levels)
+    resize_into_reference(expected, random_image(12, 9), (8, 6), levels)
     assert torch.equal(pixel_values.cpu(), expected)
 
 

@@ -15,7 +15,7 @@ from samlight_hf.kernels.tokens import MOST_PROMPTS, TokenKernels, fits, referen
 from .interpreter import run_in_tritons_interpreter
 
 
-CASES = [  # prompts, pictures, points of each, whether each has a box, masks
+CASES = [  # prompts, images, points of each, whether each has a box, masks
     (1, 1, 1, False, slice(1, None)),
     (2, 2, 2, False, slice(0, 1)),
     (2, 1, 0, True, slice(0, 1)),
@@ -54,12 +54,12 @@ def prompts_of(num_prompts: int, num_points: int, with_box: bool, size: int) -> 
 @torch.no_grad()
 def relative_errors(case, device="cpu", dtype=torch.float16, **sizes) -> list[float]:
     """Of scores, hypernetworks and image tokens, against the modules in float32 with the same rounded weights."""
-    num_prompts, num_pictures, num_points, with_box, masks = case
+    num_prompts, num_images, num_points, with_box, masks = case
     model = sam(**sizes).to(dtype)
     size, side = model.config.vision_config.image_size, model.prompt_encoder.image_embedding_size[0]
     prompts = tuple(prompt.to(device) for prompt in prompts_of(num_prompts, num_points, with_box, size))
     channels = model.config.mask_decoder_config.hidden_size
-    image, positions = torch.randn(num_pictures, side**2, channels), torch.randn(side**2, channels)
+    image, positions = torch.randn(num_images, side**2, channels), torch.randn(side**2, channels)
     image, positions = image.to(device, dtype), positions.to(device, dtype)
     decoder, encoder = model.mask_decoder.to(device), model.prompt_encoder.to(device)
     found = TokenKernels(decoder, PromptEmbedding(encoder), positions)(image, prompts, masks)
@@ -78,7 +78,7 @@ def check_decoder(device="cpu", **sizes):
     runs, kernels = [], fast.token_kernels
     fast.token_kernels = lambda *arguments: (runs.append(arguments), kernels(*arguments))[1]
     size, side = model.config.vision_config.image_size, model.prompt_encoder.image_embedding_size[0]
-    for num_prompts, num_pictures, num_points, with_box, with_mask, multimask_output in (
+    for num_prompts, num_images, num_points, with_box, with_mask, multimask_output in (
         (1, 1, 1, False, False, True),
         (3, 1, 2, False, False, False),
         (1, 1, 0, True, False, False),
@@ -88,7 +88,7 @@ def check_decoder(device="cpu", **sizes):
         names = (*(("points", "labels") if num_points else ()), *(("boxes",) if with_box else ()))
         prompts = dict(zip(names, prompts_of(num_prompts, num_points, with_box, size)))
         logits = torch.randn(num_prompts, 4 * side, 4 * side, device=device) if with_mask else None
-        image = torch.randn(num_pictures, 256, side, side, device=device)
+        image = torch.randn(num_images, 256, side, side, device=device)
         arguments = {**prompts, "mask_logits": logits, "multimask_output": multimask_output}
         runs.clear()
         found = fast.decode(fast.prepare(image), **arguments, repeated=num_prompts == 1)  # as `Predictor` does

@@ -55,7 +55,7 @@ def check(name: str, device="cpu", dtype=torch.float32):
     assert (written.dtype, written.shape) == (torch.bool, expected.shape), name
     assert (written != expected).flatten(1).sum(dim=1).max() <= 1, name
     masks = [
-        RunLengthMasks.from_changes(*frame.picture, *(tensor.cpu().numpy() for tensor in result)).to_masks()
+        RunLengthMasks.from_changes(*frame.image, *(tensor.cpu().numpy() for tensor in result)).to_masks()
         for result in (launch_changes(logits, frame, 0.0), changes_reference(logits, frame, 0.0))
     ]
     for mask, other in zip(*masks, strict=True):
@@ -98,7 +98,7 @@ def test_masks_of_the_published_size_on_a_gpu(frame):
     assert (found[:, 2:] - expected[:, 2:]).abs().max() <= 1
     masks, others = (
         torch.from_numpy(
-            RunLengthMasks.from_changes(*frame.picture, *(tensor.cpu().numpy() for tensor in result)).to_masks()
+            RunLengthMasks.from_changes(*frame.image, *(tensor.cpu().numpy() for tensor in result)).to_masks()
         )
         for result in (launch_changes(logits, frame, 0.0), changes_reference(logits, frame, 0.0))
     )
@@ -132,7 +132,7 @@ def test_why_the_kernels_do_not_run_on_a_cpu_and_what_runs_there():
 
 
 @pytest.mark.parametrize("pixels, at_once", [((683, 1024), 161), ((4000, 6000), 20), ((60_000, 60_000), 1)])
-def test_outlines_of_large_pictures_are_made_of_fewer_masks_at_once(monkeypatch, pixels, at_once):
+def test_outlines_of_large_images_are_made_of_fewer_masks_at_once(monkeypatch, pixels, at_once):
     parts = []
 
     def launch(part, frame, threshold):
@@ -165,18 +165,18 @@ def test_more_masks_than_the_second_axis_of_a_grid_has_programs():
 
 @pytest.mark.parametrize("max_bytes", [0, 3000, 1e9])
 def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
-    """Masks of a picture and of a crop of it, kept in another order than they came."""
+    """Masks of an image and of a crop of it, kept in another order than they came."""
     crop = CASES["a crop"][1]
-    picture = Frame((32, 32), (27, 32), crop.picture, (0, 0), crop.picture)
-    found = Candidates(crop.picture, 0.0, max_bytes, use_triton=False)
+    image = Frame((32, 32), (27, 32), crop.image, (0, 0), crop.image)
+    found = Candidates(crop.image, 0.0, max_bytes, use_triton=False)
     masks = []
-    for seed, frame in enumerate((picture, picture, crop, picture, crop)):
+    for seed, frame in enumerate((image, image, crop, image, crop)):
         logits = logits_of((8, 8), count=seed)
         count = len(logits)
         table = Table(torch.rand(count), torch.rand(count), torch.rand(count, 4), torch.rand(count, 2))
         found.add(table, frame, logits, step=2)
         masks.append(
-            RunLengthMasks.from_changes(*crop.picture, *map(torch.Tensor.numpy, changes_reference(logits, frame, 0.0)))
+            RunLengthMasks.from_changes(*crop.image, *map(torch.Tensor.numpy, changes_reference(logits, frame, 0.0)))
         )
     expected = [mask for part in masks for mask in part]
     assert len(found.columns()) == len(expected) == 25

@@ -138,14 +138,14 @@ def test_load_in_another_dtype(model, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("size", [(20, 30), (57, 32), (1, 1), (9, 200)])
-def test_masks_return_to_the_size_of_the_picture(model, tmp_path, size):
+def test_masks_return_to_the_size_of_the_image(model, tmp_path, size):
     from PIL import Image
     from transformers import AutoProcessor
 
     model.save_pretrained(tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    picture = Image.new("RGB", size[::-1], (120, 60, 200))
-    inputs = processor(images=picture, input_boxes=[[[0, 0, size[1], size[0]]]], return_tensors="pt")
+    image = Image.new("RGB", size[::-1], (120, 60, 200))
+    inputs = processor(images=image, input_boxes=[[[0, 0, size[1], size[0]]]], return_tensors="pt")
     inputs["input_boxes"] = inputs["input_boxes"].float()
     assert inputs["pixel_values"].shape == (1, 3, 32, 32)
     with torch.no_grad():

@@ -21,9 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def photograph():
-    picture = Image.open(ROOT / "examples" / "images" / "coffee.jpg").convert("RGB")
-    picture.thumbnail((160, 160))
-    return picture
+    image = Image.open(ROOT / "examples" / "images" / "coffee.jpg").convert("RGB")
+    image.thumbnail((160, 160))
+    return image
 
 
 def stock_pipeline(photograph, dtype=torch.float32, device="cpu", **parts) -> dict:
@@ -81,7 +81,7 @@ def test_filter_masks_is_sams_of_the_same_values_in_float32(dtype, thresholds):
 
 
 def test_checkpoints_with_either_processor_load_and_give_the_same(model, tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
     found = []
     for kind in (SamLighteningImageProcessor, SamImageProcessor):
         folder = tmp_path / kind.__name__
@@ -90,7 +90,7 @@ def test_checkpoints_with_either_processor_load_and_give_the_same(model, tmp_pat
         loaded, processor = load_model(folder, "cpu")
         assert type(processor.image_processor) is kind
         keep_all = {"points_per_crop": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
-        found.append(MaskGenerator(loaded, processor)(picture, **keep_all))
+        found.append(MaskGenerator(loaded, processor)(image, **keep_all))
     ours, stock = found
     assert len(ours) > 0
     assert ours.masks.to_coco() == stock.masks.to_coco()

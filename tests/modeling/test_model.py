@@ -194,7 +194,7 @@ def test_image_embeddings_may_be_given(model, pixel_values, prompts):
     assert embeddings.shape == (2, 32, 8, 8)
 
 
-def test_picture_of_another_size_is_refused(model):
+def test_image_of_another_size_is_refused(model):
     with pytest.raises(ValueError, match=r"16\*16.*32\*32"):
         model(torch.randn(1, 3, 16, 16))
 
@@ -207,7 +207,7 @@ def test_pixels_that_are_not_normalized_are_refused(model, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, pixel_values, prompts, dtype):
-    """float32 pictures and prompts go in; outputs are the model's dtype and close to float32's."""
+    """float32 images and prompts go in; outputs are the model's dtype and close to float32's."""
     with torch.no_grad():
         expected = model(pixel_values, **prompts["boxes and points"])
         half = copy.deepcopy(model).to(dtype)

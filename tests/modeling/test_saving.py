@@ -67,7 +67,7 @@ def folder(model, tmp_path):
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
 
 
@@ -203,25 +203,25 @@ def test_vision_model_folder(model, tmp_path, pixel_values):
     assert torch.equal(loaded(pixel_values).last_hidden_state, vision_model(pixel_values).last_hidden_state)
 
 
-def test_pipeline(folder, picture):
+def test_pipeline(folder, image):
     everything = pipeline("mask-generation", model=str(folder), points_per_batch=16)
-    found = everything(picture, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
+    found = everything(image, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
     assert found["masks"]
     assert found["masks"][0].shape == (20, 30)
 
 
-def test_loads_with_remote_code_alone_saves_again_and_loads_again(folder, model, pixel_values, picture, tmp_path):
+def test_loads_with_remote_code_alone_saves_again_and_loads_again(folder, model, pixel_values, image, tmp_path):
     """Every entrance of the mission, in a process where the package cannot be imported; then its own save, loaded the same way."""
     stock = tmp_path / "stock"  # as an older checkpoint has it: a processor of transformers' own, which needs no trust
     SamProcessor(SamImageProcessor(size={"longest_edge": 32}, image_mean=[0.5, 0.5, 0.5])).save_pretrained(stock)
     stock_processor = (stock / "processor_config.json").read_bytes()
     torch.save(pixel_values, tmp_path / "pixels.pt")
-    picture.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     script = """
 import torch
 from transformers import (
     AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMaskGeneration, AutoProcessor, pipeline)
-source, target, stock, pixels, picture, output = sys.argv[1:]
+source, target, stock, pixels, image, output = sys.argv[1:]
 config = AutoConfig.from_pretrained(source, trust_remote_code=True)
 model = AutoModel.from_pretrained(source, trust_remote_code=True)
 generator = AutoModelForMaskGeneration.from_pretrained(source, trust_remote_code=True)
@@ -240,7 +240,7 @@ for auto_class in (AutoProcessor, AutoImageProcessor):
         raise AssertionError("code was run without trust")
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     found = pipeline("mask-generation", model=source, trust_remote_code=True, dtype=dtype)(
-        picture, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
+        image, points_per_crop=4, pred_iou_thresh=-1.0, stability_score_thresh=0.0)
     assert found["masks"], found
 torch.save(model.get_image_embeddings(torch.load(pixels)), output)
 generator.save_pretrained(target)  # makes a processor
@@ -255,7 +255,7 @@ except ImportError:
 """
     saved_again = tmp_path / "again"
     for source, target in ((folder, saved_again), (saved_again, tmp_path / "third")):
-        arguments = (source, target, stock, tmp_path / "pixels.pt", tmp_path / "picture.png", tmp_path / "output.pt")
+        arguments = (source, target, stock, tmp_path / "pixels.pt", tmp_path / "image.png", tmp_path / "output.pt")
         (cache := tmp_path / f"cache of {source.name}").mkdir()
         assert run_without_the_package(script, cache, *arguments) == "ran without the package\n"
         assert torch.equal(torch.load(tmp_path / "output.pt"), model.get_image_embeddings(pixel_values))

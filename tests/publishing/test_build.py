@@ -11,7 +11,7 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.images.reading import PictureError
+from samlight_hf.images.reading import ImageError
 from samlight_hf.loading import CheckpointError, load_model
 from samlight_hf.publishing import verify as verification
 from samlight_hf.publishing.build import build_folder
@@ -306,15 +306,15 @@ def test_a_folder_that_does_not_run_elsewhere_says_why(built, tmp_path, monkeypa
         verify_folder(built, timeout=0.1)
 
 
-def test_a_picture_that_is_none(built, tmp_path):
-    (tmp_path / "picture.png").write_bytes(b"no picture")
-    with pytest.raises(PictureError, match=r"picture\.png"):
-        verify_folder(built, tmp_path / "picture.png")
+def test_an_image_that_is_none(built, tmp_path):
+    (tmp_path / "image.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"image\.png"):
+        verify_folder(built, tmp_path / "image.png")
 
 
 def test_one_different_bit_is_seen():
     ours = {"box masks": torch.ones(2, 2), "box scores": torch.zeros(1)}
-    compare_outputs(Path("x"), "a picture", ours, {name: tensor.clone() for name, tensor in ours.items()})
+    compare_outputs(Path("x"), "an image", ours, {name: tensor.clone() for name, tensor in ours.items()})
     for theirs in (
         {**ours, "box masks": torch.nextafter(torch.ones(2, 2), torch.tensor(2.0))},
         {"box masks": ours["box masks"]},
@@ -322,7 +322,7 @@ def test_one_different_bit_is_seen():
         {**ours, "box masks": torch.full((2, 2), torch.nan)},
     ):
         with pytest.raises(FolderError, match="not what this package computes"):
-            compare_outputs(Path("x"), "a picture", ours, theirs)
+            compare_outputs(Path("x"), "an image", ours, theirs)
 
 
 # Where it may go: what can be told without asking the Hub.

@@ -78,9 +78,7 @@ def test_the_card_follows_its_report(report):
     changed["models"][0]["scores"] = {"box/single": {"iou": {"mean": 0.98765, "n": 3, "low": None, "high": None}}}
     changed["models"][0]["settings"] |= {"num_pictures": 1234, "device": "an abacus", "latency_ms": {"encoder": 77.123}}
     text = render_card(CHECKPOINT, evaluation=changed)
-    assert (
-        "| box | single | 0.988 |" in text and "1,234 pictures" in text and "an abacus" in text and "77.12 ms" in text
-    )
+    assert "| box | single | 0.988 |" in text and "1,234 images" in text and "an abacus" in text and "77.12 ms" in text
     for gone in ("0.693", "0.603", "H100", "boundary IoU", "3.03"):
         assert gone not in text
 

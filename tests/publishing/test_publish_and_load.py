@@ -70,7 +70,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForMaskGeneration, AutoProcessor, pipeline
 
 repo_id, revisions, photo = {arguments!r}
-picture = Image.open(photo)
+image = Image.open(photo)
 found = {{}}
 for revision in revisions:
     options = {{"revision": revision, "trust_remote_code": True}}
@@ -78,11 +78,11 @@ for revision in revisions:
     again = AutoModelForMaskGeneration.from_pretrained(repo_id, **options)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     processor = AutoProcessor.from_pretrained(repo_id, **options)
-    inputs = processor(picture, input_boxes=[[[10, 10, 200, 150]]], return_tensors="pt")
+    inputs = processor(image, input_boxes=[[[10, 10, 200, 150]]], return_tensors="pt")
     with torch.inference_mode():
         masks = model(**inputs, multimask_output=False).pred_masks
     generator = pipeline("mask-generation", model=repo_id, device="cpu", **options)
-    everything = generator(picture, points_per_crop=2, pred_iou_thresh=-1.0, stability_score_thresh=-1.0, crops_nms_thresh=1.0)
+    everything = generator(image, points_per_crop=2, pred_iou_thresh=-1.0, stability_score_thresh=-1.0, crops_nms_thresh=1.0)
     found[revision] = [model.mask_decoder.iou_token.weight[0, 0].item(), masks.double().sum().item(), len(everything["masks"])]
 assert type(model).__module__.startswith("transformers_modules.")
 print(json.dumps(found))

@@ -61,9 +61,9 @@ def test_the_bundled_checkpoint_is_verified_on_a_photograph_and_published(hub, c
 
 
 def test_dry_run_shows_everything_and_asks_nothing(hub, folder, capsys):
-    """It is the whole of it but the upload, and verified too: on another picture, with a model of another shape."""
-    picture = ROOT / "examples" / "images" / "cat.jpg"
-    status, out, err = run(capsys, "publish", folder, REPO, "--dry-run", "--license", "mit", "--picture", picture)
+    """It is the whole of it but the upload, and verified too: on another image, with a model of another shape."""
+    image = ROOT / "examples" / "images" / "cat.jpg"
+    status, out, err = run(capsys, "publish", folder, REPO, "--dry-run", "--license", "mit", "--image", image)
     assert status == 0, err
     for name in ("config.json", "model.safetensors", "modeling_sam_lightening.py", "processor_config.json", "LICENSE"):
         assert re.search(rf"^ +[\d,]+  {re.escape(name)}$", out, flags=re.M)
@@ -102,7 +102,7 @@ def pickled(folder):
         (lambda folder: None, ["--evaluation", "nowhere.json"], 1, "nowhere.json"),
         (lambda folder: None, ["--card", "nowhere.md"], 1, "nowhere.md"),
         (lambda folder: None, ["--max-shard-size", "much"], 1, "much"),
-        (lambda folder: None, ["--picture", "nowhere.jpg"], 1, "nowhere.jpg"),
+        (lambda folder: None, ["--image", "nowhere.jpg"], 1, "nowhere.jpg"),
         (lambda folder: None, ["--training", "config.json"], 1, "config.json"),
     ],
 )

@@ -79,9 +79,9 @@ repo_id, revision, photo = {arguments!r}
 model = AutoModel.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
 generator = pipeline("mask-generation", model=repo_id, revision=revision, trust_remote_code=True, device="cpu")
 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), generator.model.parameters(), strict=True))
-picture = Image.open(photo)
-masks = generator(picture, points_per_crop=2, pred_iou_thresh=-1.0, stability_score_thresh=-1.0, crops_nms_thresh=1.0)["masks"]
-assert all(tuple(mask.shape) == picture.size[::-1] for mask in masks)
+image = Image.open(photo)
+masks = generator(image, points_per_crop=2, pred_iou_thresh=-1.0, stability_score_thresh=-1.0, crops_nms_thresh=1.0)["masks"]
+assert all(tuple(mask.shape) == image.size[::-1] for mask in masks)
 print(type(model).__module__.split(".")[0], len(masks))
 """
 
@@ -181,7 +181,7 @@ def test_the_last_checkpoint_takes_the_place_of_the_one_before(hub, tmp_path, in
     HfApi().create_commit(REPO, stale, commit_message="of a run on two processes")
     options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "box_miou", "eval_max_instances": 1}
     args = arguments(tmp_path, hub_strategy="checkpoint", max_steps=1, save_steps=1, **options)
-    trainer = make_trainer(args, eval_pictures=SyntheticScenes(1, 32))
+    trainer = make_trainer(args, eval_images=SyntheticScenes(1, 32))
     save = trainer._save
 
     def save_as_trainer_does(folder, state_dict=None):

@@ -2,7 +2,7 @@
 // is in capitals. q, k and v have 64 features and lie side by side in a token's row, head by head; the tokens of a group lie
 // DILATION rows apart in a segment. PER_HEAD, a head has one of a segment's groups, and is zero in the others' tokens.
 //
-// A program has WARPGROUPS * 64 queries of a group, each warpgroup 64 of them, and sees all keys, KEYS at a time. Sums and the softmax are
+// A thread block has WARPGROUPS * 64 queries of a group, each warpgroup 64 of them, and sees all keys, KEYS at a time. Sums and the softmax are
 // float32. While some warpgroups compute exponentials, the tensor cores work for the others.
 
 #include "common.cuh"

@@ -14,7 +14,7 @@ from ..support import normal_numbers, why_not_tried
 from . import runtime as hopper
 
 
-STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by a program's warpgroups
+STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by a thread block's warpgroups
 _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in attention.cu
 
 
@@ -123,12 +123,12 @@ def _num_groups(constants: dict[str, int], num_segments: int) -> int:
 
 
 def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
-    """Of a program. If all programs fit at once, three, which look ahead, or one, if the busiest multiprocessor has fewer then; else two."""
+    """Of a thread block. If all thread blocks fit at once, three, which look ahead, or one, if the busiest multiprocessor has fewer then; else two."""
     busiest = {}
     for warpgroups, at_once in ((3, 1), (1, 3)):
-        programs = math.ceil(num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) / num_processors)
-        if programs <= at_once:
-            busiest[warpgroups] = warpgroups * programs
+        thread_blocks = math.ceil(num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) / num_processors)
+        if thread_blocks <= at_once:
+            busiest[warpgroups] = warpgroups * thread_blocks
     return min(busiest, key=busiest.get, default=2)
 
 
@@ -149,7 +149,7 @@ def source_of(**constants: int) -> str:
 
 
 def _shared_bytes(constants: dict[str, int]) -> int:
-    """Of a program: its queries, blocks of keys and of values, and barriers."""
+    """Of a thread block: its queries, blocks of keys and of values, and barriers."""
     stages = constants["STAGES"]
     return 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * stages) + 8 * (1 + 3 * stages)
 

@@ -2,7 +2,7 @@
 // what is in capitals, and warpgroup_product. x is (rows, K), W (N, K), y (rows, N) and the residual (its rows, N), half precision and
 // contiguous; sums are float32.
 //
-// Programs stay and take tile after tile of y, of the same columns. Of each one's warpgroups the first has the tensor memory accelerator
+// Thread blocks stay and take tile after tile of y, of the same columns. Of each one's warpgroups the first has the tensor memory accelerator
 // copy blocks of x and W, STAGES of them ahead; where W_STAYS, the rows of W for these columns are copied once. Each of CONSUMERS others
 // multiplies a tile of 128 rows and TILE_N columns by itself: with two of them, the tensor cores work on one's tile while the other
 // finishes its own and writes it.
@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
     const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows, float eps) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
-    // Programs of the same rows are neighbours: they read these rows at about the same time, from the cache.
+    // Thread blocks of the same rows are neighbours: they read these rows at about the same time, from the cache.
     int column = blockIdx.x % COLUMN_TILES * TILE_N, first_row = blockIdx.x / COLUMN_TILES * BLOCK_M;
     int next_row = gridDim.x / COLUMN_TILES * BLOCK_M;
     if (threadIdx.x == 0) {

@@ -13,9 +13,9 @@ import torch
 from . import runtime as hopper
 
 
-FEW_ROWS = 8192  # pictures of 4096 rows, one or two
+FEW_ROWS = 8192  # images of 4096 rows, one or two
 _BLOCK_M, _BLOCK_K = 128, 64  # as in linear.cu
-_SHARED_BYTES = 227 * 1024  # what a program may have
+_SHARED_BYTES = 227 * 1024  # what a thread block may have
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ def launch_linear(
     kernel, shared_bytes = _kernel(weight.device, tile, **constants)
     # Rows in the order in which `load_weight` of linear.cu wants them.
     sizes, strides = (in_features, 2, 4, 4, out_features // 32), tuple(in_features * n for n in (1, 8, 2, 32))
-    # Equally many programs for each tile's columns, as there is room for, or fewer that have as much to do.
+    # Equally many thread blocks for each tile's columns, as there is room for, or fewer that have as much to do.
     row_tiles, column_tiles = x.num_rows // _BLOCK_M, out_features // tile.columns
     num_processors = num_processors or hopper.num_processors(weight.device)
     turns = math.ceil(row_tiles / max(1, num_processors // column_tiles))
-    programs = math.ceil(row_tiles / turns) * column_tiles
+    thread_blocks = math.ceil(row_tiles / turns) * column_tiles
     hopper.launch_kernel(
-        kernel, weight.device, programs, 128 * (1 + tile.consumers), shared_bytes,
+        kernel, weight.device, thread_blocks, 128 * (1 + tile.consumers), shared_bytes,
         hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
         hopper.tensor_map(weight, sizes, strides, (_BLOCK_K, 2, 4, 4, tile.columns // 32)),
         layer.bias, layer.row_sums, given if normalizes else None, residual, output, found,

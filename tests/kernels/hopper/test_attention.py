@@ -48,7 +48,7 @@ def test_what_a_kernel_is_held_to_where_it_runs_is_the_reference(pattern):
 
 
 def test_programs_are_as_large_as_leaves_all_multiprocessors_busy():
-    """Of 132: a picture's whole image in two groups a head or one, its bands of 512 tokens, and those of eight pictures."""
+    """Of 132: an image's whole image in two groups a head or one, its bands of 512 tokens, and those of eight images."""
     assert warpgroups_of(6 * 2, 2048, 132) == 3
     assert warpgroups_of(6, 2048, 132) == warpgroups_of(6 * 8, 512, 132) == 1
     assert warpgroups_of(8 * 6 * 8, 512, 132) == warpgroups_of(8 * 6 * 2, 2048, 132) == 2

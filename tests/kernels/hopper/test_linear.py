@@ -71,7 +71,7 @@ def test_the_kernel_compiles_without_spilling(tile, constants, bfloat16):
 
 
 def test_tiles_fit():
-    """Whatever passes `why_not` is divided by its tile, and a program has room on a multiprocessor; short weights stay there."""
+    """Whatever passes `why_not` is divided by its tile, and a thread block has room on a multiprocessor; short weights stay there."""
     for num_rows in (128, 4096, 4096 * 32):
         for out_features in range(64, 3072 + 1, 64):
             for normalizes, gelu in ((False, False), (True, False), (True, True)):
@@ -121,7 +121,7 @@ def test_every_reason_not_to_run_it(monkeypatch):
     "in_features", [192, 768, 1536]
 )  # fewer blocks than are asked for ahead, and more; weights that stay, some or none
 def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile):
-    """More tiles than there are programs, so that each takes several."""
+    """More tiles than there are thread blocks, so that each takes several."""
     sizes = {"num_rows": 256 * 129, "in_features": in_features, "out_features": 768}
     layer, rows, residual, expected = make(case, dtype, "cuda", **sizes)
     memory = torch.full((expected.numel() + 8,), 5, dtype=dtype, device="cuda")

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 
-# Cheng et al. take 2 % of the picture's diagonal for COCO, and 0.5 % where annotations are finer.
+# Cheng et al. take 2 % of the image's diagonal for COCO, and 0.5 % where annotations are finer.
 DILATION_RATIO = 0.02
 
 # The matrix product counts in float32, which is exact up to 2**24, and holds masks as float32 for this many pixels each.
@@ -53,8 +53,8 @@ def mask_iou_matrix(predictions, references):
 def mask_boundary(masks, dilation_ratio: float = DILATION_RATIO):
     """The pixels of each mask within a distance of its contour. (..., H, W) -> (..., H, W), bool.
 
-    The distance is `dilation_ratio` of the picture's diagonal, rounded, at least 1 pixel, along rows, columns and
-    diagonals alike: what 3x3 erosion takes away in so many steps. Behind the picture's border everything counts as
+    The distance is `dilation_ratio` of the image's diagonal, rounded, at least 1 pixel, along rows, columns and
+    diagonals alike: what 3x3 erosion takes away in so many steps. Behind the image's border everything counts as
     outside the mask, so that the border is a contour too.
 
     Source: Cheng et al., Boundary IoU, CVPR 2021, section 4.
@@ -102,7 +102,7 @@ def _check(predictions, references):
     if predictions.shape[-2:] != references.shape[-2:]:
         raise ValueError(
             f"Predictions of {tuple(predictions.shape[-2:])} and references of {tuple(references.shape[-2:])} pixels: "
-            "IoU needs the same height and width. Resize the predictions to the picture's own size."
+            "IoU needs the same height and width. Resize the predictions to the image's own size."
         )
 
 

@@ -21,7 +21,7 @@ Args:
         COCO RLE, `{"size": [H, W], "counts": string, bytes or list of runs}`. Kinds may be mixed.
     references: the true masks, of the same height and width as their predictions.
     boundary (bool): also compute the boundary IoU. Default True.
-    dilation_ratio (float): width of the boundary as a part of the picture's diagonal. Default 0.02.
+    dilation_ratio (float): width of the boundary as a part of the image's diagonal. Default 0.02.
     per_instance (bool): also return lists with the value of each instance. Default False.
 Returns:
     mean_iou: mean over all instances.
@@ -56,7 +56,7 @@ _RLE_COUNTS = re.compile(rb"(?:[P-o]{0,6}[0-O])+")
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class MaskIou(evaluate.Metric):
-    """Masks are kept as RLE until `compute`: a thousandth of their size, and any picture size in one batch."""
+    """Masks are kept as RLE until `compute`: a thousandth of their size, and any image size in one batch."""
 
     def _info(self):
         rle = {"size": [datasets.Value("int32")], "counts": datasets.Value("string")}
@@ -124,7 +124,7 @@ def _pair(prediction, reference) -> tuple[dict, dict]:
     if prediction["size"] != reference["size"]:
         raise ValueError(
             f"A prediction of {prediction['size']} and a reference of {reference['size']} pixels: expected the same "
-            "height and width. Resize the prediction to the picture's own size."
+            "height and width. Resize the prediction to the image's own size."
         )
     return prediction, reference
 
