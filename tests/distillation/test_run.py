@@ -319,7 +319,7 @@ def test_how_mask_files_are_read_is_a_setting(folder, tmp_path):
         run(folder, tmp_path / "a", *options, stages=("end_to_end",), data=data)
     run(folder, tmp_path / "b", *options, "--binary_masks", "true", stages=("end_to_end",), data=data)
     result = json.loads((tmp_path / "b/end_to_end/result.json").read_text())
-    assert not result["skipped"]["pictures"] and "eval_skipped_images" not in result["metrics"]
+    assert not result["skipped"]["pictures"] and "eval_skipped_pictures" not in result["metrics"]
     with pytest.raises(ValueError, match="no folder with images/ and masks/ is among the data"):
         run(folder, tmp_path / "c", "--ignore_label", "255", stages=("end_to_end",))
     with pytest.raises(ValueError, match="ignore_label=void must be a label's number, auto or none"):
