@@ -142,9 +142,9 @@ def test_the_steps_are_attention():
 
 
 @pytest.mark.filterwarnings("ignore:the Triton kernel for the attention")
-@pytest.mark.parametrize("pictures", [1, 3])
-def test_where_the_kernels_cannot_be_compiled_the_steps_run(images):
-    image, positions, norm = torch.randn(images, 10, 128), torch.randn(10, 128), nn.LayerNorm(128)
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_where_the_kernels_cannot_be_compiled_the_steps_run(num_images):
+    image, positions, norm = torch.randn(num_images, 10, 128), torch.randn(10, 128), nn.LayerNorm(128)
     queries, keys, values = torch.randn(3, 3, 2 * 4, 128)
     biases = torch.randn(3, 8)
     with torch.no_grad():
