@@ -21,12 +21,11 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from samlight_hf.data import Augmentation, Cutouts, ImageDataset, PromptSampling, Sa1bDataset, TrainingExamples
-from samlight_hf.data.annotations import text_rle
 from samlight_hf.data.sa1b import add_sample
+from samlight_hf.masks.rle import encode_rle
 from samlight_hf.utils.messages import make_console_safe
 
 
@@ -152,7 +151,7 @@ def frayed_ellipse(generator: np.random.Generator) -> dict:
     rows = np.arange(HEIGHT)[:, None]
     mask = (rows >= top) & (rows <= bottom) & (inside > 0)
     mask[int(y), int(x)] = True
-    return text_rle(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    return encode_rle(mask)
 
 
 def processor() -> str:

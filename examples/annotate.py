@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator
 from samlight_hf.data import ImageDataset, SkipReason, SkipReport, load_dataset
-from samlight_hf.data.annotations import text_rle
 from samlight_hf.data.sa1b import add_sample
 from samlight_hf.images.preprocessing import check_size
 from samlight_hf.loading import load_model
 from samlight_hf.masks.files import coco_document
+from samlight_hf.masks.rle import text_rle
 from samlight_hf.utils.atomic_files import atomic_write
 from samlight_hf.utils.messages import make_console_safe, one_line
 

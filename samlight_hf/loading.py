@@ -1,7 +1,6 @@
 """A checkpoint from a folder or the Hub, loaded strictly: all of its weights, and nothing but its weights, or an error."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from transformers import AutoModelForMaskGeneration, AutoProcessor, PreTrainedMo
 from transformers.utils import logging
 
 from . import SamLighteningModel  # noqa: F401  registered with the Auto classes where it is imported
+from .utils import json_files
 from .utils.messages import one_line
 
 
@@ -192,12 +192,9 @@ def read_json(file: Path, fix: str) -> dict:
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: has no {file.name}. {fix}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({one_line(error, _MESSAGE_LIMIT)}). {fix}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds no JSON object. {fix}")
-    return content
+        return json_files.read_json(file, dict)
+    except ValueError as error:
+        raise CheckpointError(f"{error} {fix}") from error
 
 
 def _check_model(source: str, model: PreTrainedModel, report: dict, model_types: tuple[str, ...]):

@@ -16,6 +16,7 @@ import transformers
 
 from ..loading import quiet_transformers
 from ..utils.atomic_files import atomic_write
+from ..utils.json_files import read_json
 from .attention import attention_rows, projection_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
@@ -62,7 +63,7 @@ def run_benchmark(
     parts = list(parts)
     result = {**_head(settings, parts), "rows": []}
     if append and out and out.exists():
-        _take_over(result, json.loads(out.read_text()), parts)
+        _take_over(result, read_json(out, dict), parts)
     new = len(result["rows"])
     if settings.on_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -1,10 +1,10 @@
 """`samlight demo`: boxes, points and everything on the example images, a contact sheet, and a table."""
 
 import argparse
-import json
 import time
 from pathlib import Path
 
+from ..utils.json_files import read_json
 from .options import (
     BUNDLED_THRESHOLDS,
     EXAMPLE_IMAGES,
@@ -47,7 +47,7 @@ def run_demo(args: argparse.Namespace) -> int:
         DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
     summary = Summary(args.out, columns=3)
-    for name, prompts in progress(list(json.loads(prompts_file.read_text(encoding="utf-8")).items())):
+    for name, prompts in progress(list(read_json(prompts_file, dict).items())):
         image = open_image(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
         start = time.perf_counter()

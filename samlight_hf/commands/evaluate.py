@@ -305,7 +305,7 @@ def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[s
 
     from ..evaluation.clicks import deepest_point
     from ..evaluation.metrics.mask_iou.iou import mask_iou
-    from ..evaluation.protocols import box_xyxy
+    from ..masks.boxes import xywh_to_xyxy
 
     def draw_inputs(record):
         sample = dataset[images[record["picture"]]]
@@ -314,7 +314,7 @@ def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[s
         (encoded,) = model.encode([sample.image])
         prompt, choice = protocol.split("/")
         if prompt == "box":
-            box = box_xyxy(instance.bbox_xywh)
+            box = xywh_to_xyxy(instance.bbox_xywh)
             shown, prompts = {"boxes_xyxy": [box]}, {"boxes_xyxy": torch.tensor([box])}
         else:
             point, _ = deepest_point(target)

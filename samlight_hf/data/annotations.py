@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Container
-from functools import lru_cache
 
 import numpy as np
 
+from ..masks.rle import run_lengths
 from .samples import Instance, SampleError, SkipReason, SkipReport
 
 
@@ -143,45 +143,6 @@ def usable_polygons(segmentation) -> tuple[list[list], list[SkipReason]]:
     return rings, reasons + [SkipReason.STRAY_RING] * (len(segmentation) - len(rings))
 
 
-def text_rle(rle: dict) -> dict:
-    """A compressed RLE as JSON takes it: counts as a string."""
-    counts = rle["counts"]
-    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
-
-
-@lru_cache(maxsize=1)  # a mask is checked, and then decoded
-def run_lengths(counts: str | bytes) -> np.ndarray:
-    """The runs of a compressed COCO RLE, int64 (runs,), not to be changed: pixels outside and inside the mask in turn, column by column.
-
-    Each number is written in groups of 5 bits, lowest first, one character each: 48 + bits + 32 where another group
-    follows. The highest bit of the last group is the sign. From the fourth run on, the difference from the run before
-    the last is written. Needed because pycocotools takes runs that end too early without a word, and then decodes
-    uninitialised memory or does not return.
-
-    Raises:
-        SampleError: for counts that no encoder writes. The sum of the runs is for the caller to check.
-    """
-    try:
-        codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8).astype(np.int64)
-    except UnicodeEncodeError as error:
-        raise SampleError(SkipReason.MALFORMED_RLE) from error
-    codes -= 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise SampleError(SkipReason.MALFORMED_RLE)
-    ends = np.flatnonzero((codes & 32) == 0) + 1
-    starts = np.concatenate(([0], ends[:-1]))
-    num_groups = ends - starts
-    if num_groups.max() > 7:  # 35 bits: more than any run of an image, and no overflow below
-        raise SampleError(SkipReason.MALFORMED_RLE)
-    group = np.arange(len(codes)) - np.repeat(starts, num_groups)
-    runs = np.add.reduceat((codes & 31) << (5 * group), starts)
-    runs -= (codes[ends - 1] & 16 > 0) * (1 << 5 * num_groups)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    runs.flags.writeable = False
-    return runs
-
-
 def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int]:
     """Compressed RLE with counts as bytes, and the mask's count of pixels."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
@@ -195,7 +156,10 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
         except UnicodeEncodeError as error:
             raise SampleError(SkipReason.MALFORMED_RLE) from error
     if isinstance(counts, bytes):
-        runs = run_lengths(counts)
+        try:
+            runs = run_lengths(counts)
+        except ValueError as error:
+            raise SampleError(SkipReason.MALFORMED_RLE) from error
     elif isinstance(counts, list) and all(map(_is_integer, counts)) and counts:
         runs = np.array(counts, dtype=object)  # as large as they come: the check below must not overflow
     else:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ..masks.boxes import mask_extent
 from .lazy import LazySample, decode_columns
 
 
@@ -167,11 +168,11 @@ class View:
         pixels = decode_columns(rle, x0, x1)[:, y0:y1]  # (columns, rows)
         share = 1.0
         if (x0, y0, x1, y1) != (x, y, x + width, y + height):  # cut by the crop: find what is left
-            columns, rows = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-            if not len(columns):
+            extent = mask_extent(pixels.T)
+            if extent is None:
                 return None
-            pixels = pixels[columns[0] : columns[-1] + 1, rows[0] : rows[-1] + 1]
-            x0, y0 = x0 + columns[0], y0 + rows[0]
+            pixels = pixels[extent[0] : extent[2], extent[1] : extent[3]]
+            x0, y0 = x0 + extent[0], y0 + extent[1]
             share = np.count_nonzero(pixels) / int(coco_mask.area(rle))
         x0, y0 = x0 - left, y0 - top
         if self.flip:

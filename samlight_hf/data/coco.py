@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from ..utils.json_files import read_json
 from .annotations import annotation_id, matching_id
 from .dataset import FileDataset, check_limit
 from .samples import SampleError, SkipReason, SkipReport
@@ -138,12 +139,7 @@ def _image_name(image) -> str | None:
 
 def _read_json(path: Path) -> tuple[list, list]:
     """(images, annotations) of a COCO-shaped JSON."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON, or cut short ({error}).") from error
+    content = read_json(path)
     if isinstance(content, list):
         raise ValueError(f"{path}: a list, as results files are. An annotation file has 'images' and 'annotations'.")
     lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ..masks.boxes import mask_extent
 from .augmentation import check_strengths, draw_colours, resize, to_cells
 from .lazy import planes
 from .sa1b import tar_members
@@ -186,16 +187,16 @@ class Cutouts:
         layer = _turn(_premultiplied(cutout, colours), size, angle, (x - left, y - top, x_end - left, y_end - top))
         _lay_over(pixels[:, y:y_end, x:x_end], layer)
         seen = (layer[3] >= MIN_ALPHA).view(np.uint8)
-        columns, rows = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
-        if not len(columns):
+        extent = mask_extent(seen)
+        if extent is None:
             return None
-        tight = seen[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        tight = seen[extent[1] : extent[3], extent[0] : extent[2]]
         share = 1.0
         if (x_end - x, y_end - y) != turned:
             # As many pixels as the object had, were all of it in the image.
             whole = np.count_nonzero(cutout[3] >= MIN_ALPHA) * size[0] * size[1] / cutout[3].size
             share = min(1.0, np.count_nonzero(tight) / max(1.0, whole))
-        return Pasted(tight, int(x + columns[0]), int(y + rows[0]), share)
+        return Pasted(tight, x + extent[0], y + extent[1], share)
 
 
 def _lay_over(pixels: np.ndarray, layer: np.ndarray):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from ..masks.boxes import mask_extent
 from .augmentation import Augmentation, View
 from .cutouts import Cutouts, Pasted
 from .lazy import LazySample
@@ -144,11 +145,8 @@ class ExampleMaker:
             mask = mask & ~cover
             share *= np.count_nonzero(mask) / num_cells
             num_cells = np.count_nonzero(mask)
-            if num_cells:
-                cell = self.image_size // self.mask_size
-                columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-                lower = np.array([columns[0], rows[0]]) * cell
-                upper = np.array([columns[-1] + 1, rows[-1] + 1]) * cell
+            if (extent := mask_extent(mask)) is not None:
+                lower, upper = np.array(extent).reshape(2, 2) * (self.image_size // self.mask_size)
                 box = np.concatenate([np.maximum(box[:2], lower), np.minimum(box[2:], upper)])
         if num_cells < self.prompts.min_mask_cells or share < self.prompts.min_visible:
             return None

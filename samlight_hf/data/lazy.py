@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from ..images.levels import to_rgb
-from .annotations import is_number, parse_instance, run_lengths
+from ..masks.rle import run_lengths
+from .annotations import is_number, parse_instance
 from .samples import Instance, SampleError, SkipReason
 
 

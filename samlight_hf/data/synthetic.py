@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..masks.boxes import mask_extent
 from .dataset import ImageDataset
 from .lazy import LazySample
 from .samples import Instance, Sample, SkipReport
@@ -60,8 +61,9 @@ class SyntheticScenes(ImageDataset):
         areas = []
         for label in range(1, generator.integers(3, 11) + 1):
             shape = _shape(generator, side)
-            rows, columns = np.flatnonzero(shape.any(1)), np.flatnonzero(shape.any(0))
-            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            extent = mask_extent(shape)
+            assert extent is not None
+            box = slice(extent[1], extent[3]), slice(extent[0], extent[2])
             inside = shape[box]
             canvas[box][inside] = _texture(generator, *inside.shape)[inside]
             labels[box][inside] = label

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..data import Sample, decode_masks
 from ..evaluation.metrics.mask_iou.iou import mask_iou
-from ..evaluation.protocols import box_xyxy
+from ..masks.boxes import xywh_to_xyxy
 from ..masks.drawing import Panel, contact_sheet, draw_overlay
 from ..masks.results import MaskResult
 from ..utils.atomic_files import atomic_write
@@ -107,7 +107,7 @@ def draw_masks(promptable, samples: Sequence[Sample], title: str, max_instances:
         instances = sorted(sample.instances, key=lambda instance: -instance.area)[:max_instances]
         if not instances:
             continue
-        boxes = torch.tensor([box_xyxy(instance.bbox_xywh) for instance in instances])
+        boxes = torch.tensor([xywh_to_xyxy(instance.bbox_xywh) for instance in instances])
         prediction = promptable.predict(promptable.encode([sample.image])[0], boxes_xyxy=boxes, multimask_output=False)
         targets, masks = decode_masks(instances), prediction.masks[:, 0].cpu().numpy()
         iou = mask_iou(masks, targets).mean()

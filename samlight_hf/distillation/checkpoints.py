@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -12,7 +11,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..loading import weights_fingerprint
-from ..utils.atomic_files import atomic_write, beside
+from ..utils.atomic_files import atomic_write
+from ..utils.json_files import read_json
 from .arguments import DistillationArguments
 from .stages import TRAINABLE
 from .teacher import Teacher
@@ -67,7 +67,7 @@ def read_settings(checkpoint: str | os.PathLike) -> dict:
         raise CheckpointChangedError(
             f"{checkpoint}: not a checkpoint of this trainer: it has no {' and no '.join(missing)}."
         )
-    return json.loads((Path(checkpoint) / SETTINGS_NAME).read_text(encoding="utf-8"))
+    return read_json(Path(checkpoint) / SETTINGS_NAME, dict)
 
 
 def check_same_run(
@@ -107,30 +107,14 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 def checkpoint_step(checkpoint: str | os.PathLike) -> int:
     """The optimizer step at which it was saved."""
-    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    return read_json(Path(checkpoint) / TRAINER_STATE_NAME, dict)["global_step"]
 
 
 def find_best_again(checkpoint: str | os.PathLike, output_dir: str | os.PathLike):
     """The best checkpoint is remembered by its path: in a folder that was moved, it is made the one that is there."""
     path = Path(checkpoint) / TRAINER_STATE_NAME
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_json(path, dict)
     best = state["best_model_checkpoint"]
     if best and not os.path.isdir(best) and (moved := Path(output_dir) / Path(best).name).is_dir():
         text = json.dumps({**state, "best_model_checkpoint": str(moved)}, indent=2)
         atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def move_into_place(staged: Path, final: Path):
-    """Moves a finished checkpoint to where it is looked for; after a power cut too, it is there whole or not at all."""
-    for path in [*staged.rglob("*"), staged]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    old = beside(final, ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():  # of an earlier run in this folder that had gone on from an earlier checkpoint
-        os.replace(final, old)
-    os.replace(staged, final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..publishing.upload import PublishError
 from ..utils.atomic_files import atomic_write
+from ..utils.json_files import read_json
 from ..utils.messages import one_line
 
 
@@ -268,10 +269,9 @@ class HubPublisher:
 def read_record(output_dir: str | os.PathLike) -> list[dict]:
     """What became of the pushes of a stage, each as `PushResult`; also after a restart."""
     try:
-        content = json.loads((Path(output_dir) / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(Path(output_dir) / RECORD_NAME, list)
+    except ValueError:
         return []
-    return content if isinstance(content, list) else []
 
 
 def has_arrived(output_dir: str | os.PathLike, repo_id: str) -> bool:

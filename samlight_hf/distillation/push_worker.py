@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from ..publishing.build import build_folder
 from ..publishing.card import CardFacts, render_card
 from ..publishing.upload import publish
+from ..utils.json_files import read_json
 from ..utils.messages import one_line
 from .publishing import Push
 
@@ -56,6 +57,6 @@ def _checkpoint_files(push: Push) -> dict[str, str | bytes]:
 
 def _portable_state(path: Path) -> bytes:
     """The trainer's state without the best checkpoint, which is a place on this machine, and stays here."""
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_json(path, dict)
     state |= dict.fromkeys(("best_model_checkpoint", "best_metric", "best_global_step") & state.keys())
     return (json.dumps(state, indent=2, sort_keys=True) + "\n").encode()

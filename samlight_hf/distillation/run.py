@@ -42,12 +42,13 @@ from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
 from ..modeling.modeling_sam_lightening import SamLighteningModel, make_processor
 from ..publishing.upload import PublishError
-from ..utils.atomic_files import atomic_write
+from ..utils.atomic_files import atomic_write, replace_folder
+from ..utils.json_files import read_json
 from ..utils.messages import one_line
 from ..utils.processes import tell
 from .arguments import DistillationArguments, RunArguments
 from .callbacks import MaskImageCallback
-from .checkpoints import check_same_run, last_checkpoint, move_into_place, run_settings
+from .checkpoints import check_same_run, last_checkpoint, run_settings
 from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
 from .plots import plot_learning_curves
 from .publishing import HubPublisher, Push, has_arrived
@@ -129,10 +130,7 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
     final = Path(stages[-1].output_dir).parent / "student"
     state = PartialState()
     if state.is_main_process:
-        aside = final.with_name(".student.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(folder, aside)
-        move_into_place(aside, final)
+        replace_folder(final, lambda aside: shutil.copytree(folder, aside), fsync=True)
         if publisher is not None and run.push_to:
             options = {"private": stages[-1].hub_private_repo, "is_kept": True}
             push = Push(str(final), run.push_to, None, "", publisher.training(), publisher.facts, **options)
@@ -214,7 +212,7 @@ def train_stage(
         teacher = Teacher(teacher_model, layers, find_dtype(args.teacher_dtype), compile=args.torch_compile)
     examples = make_examples(student, args, run, sources)
     if (output_dir / RESULT_NAME).is_file():
-        saved = json.loads((output_dir / RESULT_NAME).read_text(encoding="utf-8"))
+        saved = read_json(output_dir / RESULT_NAME, dict)
         settings = run_settings(args, examples, teacher, student)
         check_same_run(output_dir, saved["settings"], settings, bool(run.stream_data), is_finished=True)
         tell(f"{output_dir}: finished before, and kept.")

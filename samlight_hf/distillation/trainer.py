@@ -20,7 +20,7 @@ from ..data import ImageDataset, Sample
 from ..evaluation.models import PromptableModel
 from ..evaluation.protocols import InstanceProtocols, ProtocolSettings
 from ..loading import quiet_transformers
-from ..utils.atomic_files import beside
+from ..utils.atomic_files import beside, move_folder
 from ..utils.messages import one_line
 from .arguments import DistillationArguments
 from .callbacks import FiniteLossCallback, MaskImageCallback, ThroughputCallback, diverged
@@ -32,7 +32,6 @@ from .checkpoints import (
     checkpoint_step,
     find_best_again,
     last_checkpoint,
-    move_into_place,
     read_settings,
     run_settings,
 )
@@ -313,7 +312,7 @@ class DistillationTrainer(PushingTrainer):
         if self.args.should_save:
             for name in (EXTRA_STATE_NAME, SETTINGS_NAME):
                 (aside / name).unlink(missing_ok=True)
-            move_into_place(aside, folder)
+            move_folder(aside, folder, fsync=True)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
@@ -367,7 +366,7 @@ class DistillationTrainer(PushingTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                move_into_place(staging / name, output_dir / name)
+                move_folder(staging / name, output_dir / name, fsync=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise RuntimeError(
                 f"the checkpoint of step {self.state.global_step} could not be saved in {output_dir} ({one_line(error)}). The last whole "

@@ -1,6 +1,5 @@
 """Masks scored as detections are: AP for a detector's boxes, AR for everything mode, by COCOeval (faster-coco-eval)."""
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +9,9 @@ import torch
 from pycocotools import mask as coco_mask
 
 from ..data import Sample, SampleError
-from ..data.annotations import annotation_id, as_integer, matching_id, text_rle, usable_polygons
+from ..data.annotations import annotation_id, as_integer, matching_id, usable_polygons
+from ..masks.rle import encode_rle, text_rle
+from ..utils.json_files import read_json
 from .models import Encoded, PromptableModel
 from .work import EvaluationTask
 
@@ -34,7 +35,7 @@ class DetectorBoxes(EvaluationTask):
 
     def __init__(self, path: str | Path, image_ids):
         try:
-            results = json.loads(Path(path).read_text(encoding="utf-8"))
+            results = read_json(path)
             by_image = defaultdict(list)
             for number, result in enumerate(results):
                 box = tuple(float(result["bbox"][i]) for i in range(4))
@@ -203,17 +204,12 @@ def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str,
     return _means({f"AR@{max_detections} {size}": recall[:, :, i, -1] for i, size in enumerate(SIZES)})
 
 
-def encode_rle(mask: np.ndarray) -> dict:
-    """Bool (H, W) -> compressed COCO RLE with counts as text, for JSON."""
-    return text_rle(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))))
-
-
 def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tuple[dict, dict[int | str, int]]:
     """The annotations of these images for COCOeval, and the numbers of the images in it by their ids.
 
     Numbers, because COCOeval takes no text for an id, and an annotation 0 for one that was not found.
     """
-    content = json.loads(Path(annotation_json).read_bytes())
+    content = read_json(annotation_json, dict)
     categories = content.get("categories")
     if not (isinstance(categories, list) and categories and all(_has_integer(c, "id") for c in categories)):
         raise ValueError(

@@ -5,10 +5,11 @@ import statistics
 import torch
 
 from ..data import Sample
+from ..masks.boxes import xywh_to_xyxy
 from .clicks import deepest_point
 from .metrics.mask_iou.iou import mask_iou
 from .models import Encoded, PromptableModel
-from .protocols import box_xyxy, check_max_instances, select
+from .protocols import check_max_instances, select
 from .work import EvaluationTask
 
 
@@ -69,7 +70,7 @@ class Fidelity(EvaluationTask):
         if not instances:
             return {}
         points = [[deepest_point(instance.mask())[0]] for instance in instances]
-        box = {"boxes_xyxy": torch.tensor([box_xyxy(i.bbox_xywh) for i in instances]), "multimask_output": False}
+        box = {"boxes_xyxy": torch.tensor([xywh_to_xyxy(i.bbox_xywh) for i in instances]), "multimask_output": False}
         click = {"points_xy": torch.tensor(points), "labels": torch.ones(len(points), 1, dtype=torch.long)}
         agreement = {}
         for name, prompts in (("box/single", box), ("1 click/predicted", click)):

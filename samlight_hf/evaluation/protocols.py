@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..data import Sample
+from ..masks.boxes import xywh_to_xyxy
 from .clicks import deepest_point, next_click
 from .metrics.mask_iou.iou import boundary_iou, mask_iou
 from .models import Encoded, PromptableModel, PromptedMasks
@@ -180,12 +181,6 @@ def select(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor[torch.arange(len(tensor), device=tensor.device), index.to(tensor.device)]
 
 
-def box_xyxy(bbox_xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    """COCO's (x, y, width, height) as corners, the lower right one exclusive."""
-    x, y, width, height = bbox_xywh
-    return x, y, x + width, y + height
-
-
 def _box_protocol(
     model: PromptableModel,
     pieces: Sequence[tuple[Encoded, Targets]],
@@ -193,7 +188,7 @@ def _box_protocol(
     settings: ProtocolSettings,
 ):
     encoded = [each for each, _ in pieces]
-    boxes = [torch.tensor([box_xyxy(instance.bbox_xywh) for instance in piece.instances]) for _, piece in pieces]
+    boxes = [torch.tensor([xywh_to_xyxy(instance.bbox_xywh) for instance in piece.instances]) for _, piece in pieces]
     predictions = {
         multimask: model.predict_boxes(encoded, boxes, multimask_output=multimask)
         for multimask in {choice != "single" for choice in settings.mask_choices}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..data import Instance, Sample
-from ..data.annotations import run_lengths
+from ..masks.rle import run_lengths
 from .models import to_device
 
 

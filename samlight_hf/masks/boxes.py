@@ -4,8 +4,37 @@ import numpy as np
 import torch
 
 
+def mask_extent(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Return the tight box of a mask, or None if it is empty.
+
+    Args:
+        mask: (H, W), bool, or numbers that are not 0 inside.
+
+    Returns:
+        x1, y1, x2, y2 as pixel edges: `mask[y1:y2, x1:x2]` is the part that holds the mask.
+    """
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return None
+    columns = np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def mask_edges(masks: np.ndarray) -> np.ndarray:
+    """Return the tight boxes of n masks, bool (n, H, W), as float32 (n, 4): `mask_extent`, with zeros for an empty mask."""
+    boxes = [mask_extent(mask) or (0, 0, 0, 0) for mask in masks]
+    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
+
+
 def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """bool (n, H, W) to int64 (n, 4): first and last column and row, as x1, y1, x2, y2; zeros for an empty mask."""
+    """Return the first and the last column and row of n masks, on their device and without waiting for it.
+
+    Args:
+        masks: bool (n, H, W).
+
+    Returns:
+        int64 (n, 4), x1, y1, x2, y2 as pixels: one less than the edges of `mask_extent` in x2 and y2. Zeros for an empty mask.
+    """
     if not masks.numel():
         return torch.zeros(len(masks), 4, dtype=torch.int64, device=masks.device)
     edges = []
@@ -16,11 +45,7 @@ def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
     return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
 
 
-def mask_edges(masks: np.ndarray) -> np.ndarray:
-    """bool (n, H, W) to the boxes of `MaskResult`, float32 (n, 4)."""
-    boxes = np.zeros((len(masks), 4), dtype=np.float32)
-    for box, mask in zip(boxes, masks):
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        if len(columns):
-            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return boxes
+def xywh_to_xyxy(box_xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """Convert COCO's (x, y, width, height) to the two corners; the lower right one is exclusive."""
+    x, y, width, height = box_xywh
+    return x, y, x + width, y + height

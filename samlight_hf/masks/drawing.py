@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from .boxes import mask_extent
 from .results import GeneratedMasks, MaskResult
 
 
@@ -110,10 +111,10 @@ def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _paint_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], thickness: int):
     """Blends one mask into the canvas (H, W, 3) uint8 in place, in the mask's own rectangle alone."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    if not len(columns):
+    extent = mask_extent(mask)
+    if extent is None:
         return
-    inside = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    inside = np.s_[extent[1] : extent[3], extent[0] : extent[2]]
     part, mask = canvas[inside], mask[inside]
     colour = np.asarray(colour, dtype=np.float32)
     part[mask] = np.rint(part[mask] * (1 - _FILL_OPACITY) + colour * _FILL_OPACITY).astype(np.uint8)

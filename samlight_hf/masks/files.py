@@ -3,14 +3,12 @@
 import csv
 import errno
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..utils.atomic_files import atomic_write, beside
+from ..utils.atomic_files import atomic_write, replace_folder
 from .drawing import draw_overlay
 from .results import GeneratedMasks, MaskResult
 from .rle import RunLengthMasks
@@ -99,15 +97,6 @@ def _write_folder(path: Path, result: GeneratedMasks | MaskResult):
                 Image.fromarray(mask).save(aside / name, format="PNG")  # bool: one bit a pixel
                 table.writerow([name, *(f"{v:g}" for v in (columns["scores"][index], *columns["boxes_xyxy"][index]))])
 
-    # A folder cannot be moved onto another one that holds something: the old one goes first.
-    aside, old = beside(path), beside(path, f".{os.getpid()}.old")
     if path.exists() and any(entry.is_dir() for entry in path.iterdir()):
         raise FileExistsError(errno.EEXIST, "it holds folders that are no masks", str(path))
-    try:
-        write(aside)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(aside, path)
-    finally:
-        for folder in (aside, old):
-            shutil.rmtree(folder, ignore_errors=True)
+    replace_folder(path, write)

@@ -6,6 +6,7 @@ written as runs, and only what is looked at becomes pixels again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import overload
 
@@ -140,7 +141,14 @@ class RunLengthMasks(Sequence):
 
 
 def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
-    """COCO's compressed counts of many masks at once; `samlight_hf.data.annotations.run_lengths` tells the format, and reads it."""
+    """Write COCO's compressed counts of many masks at once; `run_lengths` describes the format, and reads it.
+
+    Args:
+        runs, offsets: as in `RunLengthMasks`.
+
+    Returns:
+        The counts of each mask.
+    """
     position = np.arange(len(runs)) - np.repeat(offsets[:-1], np.diff(offsets))
     values = runs.astype(np.int64)
     later = np.flatnonzero(position > 2)
@@ -161,3 +169,47 @@ def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
     ends = np.concatenate(([0], np.cumsum(written.sum(axis=1))))[offsets].tolist()
     text = characters[written].tobytes().decode("ascii")
     return [text[start:end] for start, end in pairwise(ends)]
+
+
+@lru_cache(maxsize=1)  # a mask is checked, and then decoded
+def run_lengths(counts: str | bytes) -> np.ndarray:
+    """Read the runs of a compressed COCO RLE; the inverse of `compress_runs`.
+
+    Each number is written in groups of 5 bits, lowest first, one character each: 48 + bits + 32 where another group
+    follows. The highest bit of the last group is the sign. From the fourth run on, the difference from the run before
+    the last is written. Needed because pycocotools accepts runs that end too early without an error, and then decodes
+    uninitialised memory or does not return.
+
+    Returns:
+        int64 (runs,), read-only: pixels outside and inside the mask in turn, column by column.
+
+    Raises:
+        ValueError: for counts that no encoder writes. The caller checks the sum of the runs.
+    """
+    codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8).astype(np.int64)
+    codes -= 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError("the counts of an RLE are empty, cut short, or have a character outside of its alphabet.")
+    ends = np.flatnonzero((codes & 32) == 0) + 1
+    starts = np.concatenate(([0], ends[:-1]))
+    num_groups = ends - starts
+    if num_groups.max() > 7:  # 35 bits: more than any run of an image, and no overflow below
+        raise ValueError("the counts of an RLE have a run of more than 35 bits.")
+    group = np.arange(len(codes)) - np.repeat(starts, num_groups)
+    runs = np.add.reduceat((codes & 31) << (5 * group), starts)
+    runs -= (codes[ends - 1] & 16 > 0) * (1 << 5 * num_groups)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    runs.flags.writeable = False
+    return runs
+
+
+def text_rle(rle: dict) -> dict:
+    """Return a compressed RLE with counts as str, which JSON can hold."""
+    counts = rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """Return the compressed COCO RLE of a mask, (H, W) of bool or numbers, with counts as str."""
+    return RunLengthMasks.from_masks(np.asarray(mask, dtype=bool)[None]).to_coco()[0]

@@ -10,7 +10,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from ..loading import TRAINER_STATE, load_model, weight_files
-from ..utils.atomic_files import beside
+from ..utils.atomic_files import replace_folder
+from ..utils.json_files import read_json
 from .card import render_card
 from .checks import AUTO_MAP, CARD_NAME, CODE, CODE_FOLDER, LICENSE_NAME, FolderError, refuse_pickles
 from .upload import _REPLACED
@@ -40,10 +41,9 @@ def build_folder(
         raise FolderError(f"{source}: no such folder. Give the checkpoint's folder, with config.json in it.")
     _, processor = load_model(source, "cpu")
     card = render_card(source) if card is None else card
-    aside = beside(destination)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+
+    def write(aside: Path):
+        aside.mkdir(parents=True)
         weights = {}
         for path in weight_files(source):
             weights |= load_file(path)
@@ -54,10 +54,8 @@ def build_folder(
             shutil.copyfile(CODE_FOLDER / name, aside / name)
         (aside / CARD_NAME).write_text(card, encoding="utf-8")
         (aside / LICENSE_NAME).write_text(_license_text(), encoding="utf-8")
-        shutil.rmtree(destination, ignore_errors=True)
-        os.replace(aside, destination)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    replace_folder(destination, write)
     return sorted(destination.iterdir())
 
 
@@ -77,7 +75,7 @@ def _check_destination(source: Path, destination: Path):
 
 def _write_config(source: Path, destination: Path) -> str:
     """The source's config with what trust_remote_code=True needs; returns its model_type."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json", dict)
     config.pop("_name_or_path", None)
     config.pop("auto_map", None)
     if config["model_type"] == "sam_lightening":

@@ -4,7 +4,6 @@ What no file can tell, such as the terms of the training data, stands in a `card
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from ..conversion.original import ORIGINAL_SUFFIXES
 from ..loading import LOADING_ERRORS, weight_files
 from ..modeling.configuration_sam_lightening import SamLighteningConfig
 from ..utils.atomic_files import read_yaml
+from ..utils.json_files import read_json
 from ..utils.messages import one_line
 from .card_tables import (
     architecture_rows,
@@ -246,7 +246,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if not path.is_file():
         raise FolderError(f"{folder}: no checkpoint's folder: it has no config.json.")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        model_type = read_json(path, dict).get("model_type")
         classes = {kind.model_type: kind for kind in (SamLighteningConfig, SamConfig)}
         if model_type not in classes:
             raise FolderError(f"{path}: model_type={model_type!r} must be one of {', '.join(classes)}.")
@@ -286,10 +286,4 @@ def _content(source):
         return source
     if isinstance(source, Sequence) and not isinstance(source, str):
         return [_content(each) for each in source]
-    try:
-        content = json.loads(Path(source).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: cannot be read as JSON ({one_line(error, 200)}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{source}: holds no JSON object.")
-    return content
+    return read_json(source, dict)

@@ -1,7 +1,8 @@
-"""Files that are whole or not there, names that file systems take, and files that people write."""
+"""Files and folders that are written whole or not at all, names that file systems accept, and YAML files."""
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,13 @@ from .messages import one_line
 _USUAL_LIMIT = 255  # bytes of a name on nearly every file system
 
 
-def atomic_write(path: Path, write: Callable[[Path], object]):
-    """Has `write` make a file beside `path`, and moves it there: whoever is killed on the way leaves what was there before."""
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and move it to `path`; an interruption leaves the earlier file as it was.
+
+    Args:
+        path: where the file goes.
+        write: called with the temporary path, beside `path`, to write the file there.
+    """
     aside = beside(path)
     try:
         write(aside)
@@ -23,22 +29,87 @@ def atomic_write(path: Path, write: Callable[[Path], object]):
         aside.unlink(missing_ok=True)
 
 
+def replace_folder(path: Path, write: Callable[[Path], object], *, fsync: bool = False) -> None:
+    """Write a folder under a temporary name and move it to `path`; an error leaves the earlier folder as it was.
+
+    Args:
+        path: where the folder goes. What is there is removed once the new folder is in its place.
+        write: called with the temporary path, beside `path`, to make the folder there.
+        fsync: as in `move_folder`.
+
+    Raises:
+        OSError: if the folder cannot be written or moved.
+    """
+    aside = beside(path)
+    _remove(aside)
+    try:
+        write(aside)
+        move_folder(aside, path, fsync=fsync)
+    finally:
+        _remove(aside)
+
+
+def move_folder(source: Path, destination: Path, *, fsync: bool = False) -> None:
+    """Move a finished folder to `destination`, and then remove what was there.
+
+    A folder cannot be moved onto one that is not empty, so the earlier one is first moved to a hidden name beside it. It is put
+    back if the move fails. A process that is killed between the two moves leaves both, whole, under hidden names.
+
+    Args:
+        source: a folder on the file system of `destination`.
+        destination: where it goes.
+        fsync: write everything to the disk before and after the move, so that a power cut leaves no incomplete folder.
+
+    Raises:
+        OSError: if the folder cannot be moved.
+    """
+    if fsync:
+        for path in [*source.rglob("*"), source]:
+            _flush(path)
+    earlier = beside(destination, f".{os.getpid()}.old")
+    _remove(earlier)
+    is_replaced = os.path.lexists(destination)
+    if is_replaced:
+        os.replace(destination, earlier)
+    try:
+        os.replace(source, destination)
+    except BaseException:
+        if is_replaced:
+            os.replace(earlier, destination)
+        raise
+    if fsync:
+        _flush(destination.parent)
+    _remove(earlier)
+
+
 def beside(path: Path, ending: str | None = None) -> Path:
-    """Return a hidden name beside `path` that no other process takes (or with another `ending`), short enough for its folder."""
+    """Return a hidden name beside `path`, short enough for its folder.
+
+    Args:
+        path: the file or folder that is to be written.
+        ending: the end of the name; by default one that no other process uses.
+    """
     return path.with_name(fit_name(f".{path.name}", f".{os.getpid()}.part" if ending is None else ending, path.parent))
 
 
 def fit_name(stem: str, ending: str, folder: Path = Path()) -> str:
-    """Join the stem and the ending to a name of a file in `folder`; a stem that is too long is cut, and told apart by a hash."""
+    """Join a stem and an ending to a file name that is not too long for `folder`.
+
+    A stem that is too long is cut, and a hash of it keeps the names of different stems apart.
+    """
     limit = _name_limit(folder)
     if len(os.fsencode(stem + ending)) <= limit:
         return stem + ending
-    mark = f"~{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}{ending}"
-    return os.fsencode(stem)[: limit - len(os.fsencode(mark))].decode("utf-8", "ignore") + mark
+    suffix = f"~{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}{ending}"
+    return os.fsencode(stem)[: limit - len(os.fsencode(suffix))].decode("utf-8", "ignore") + suffix
 
 
 def read_yaml(path: str | os.PathLike):
-    """What a YAML file holds. Raises ValueError, with the path, for one that cannot be read."""
+    """Return the content of a YAML file.
+
+    Raises:
+        ValueError: if it cannot be read, with its path in the message.
+    """
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,9 +118,26 @@ def read_yaml(path: str | os.PathLike):
         raise ValueError(f"{path}: cannot be read: not YAML ({one_line(error)}).") from error
 
 
+def _flush(path: Path) -> None:
+    """Write a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, where there is one, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _name_limit(folder: Path) -> int:
-    """Bytes that a name in this folder may have: fewer than usual where names are encrypted."""
+    """Return how many bytes a name in this folder may have: fewer than usual where names are encrypted."""
     try:
         return min(_USUAL_LIMIT, os.pathconf(folder, "PC_NAME_MAX"))
-    except (AttributeError, OSError, ValueError):  # Windows, or a folder that is not there yet
+    except (AttributeError, OSError, ValueError):  # Windows, or a folder that does not exist yet
         return _USUAL_LIMIT

@@ -8,7 +8,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from samlight_hf.data import SampleError, SkipReason, SkipReport
-from samlight_hf.data.annotations import parse_instance, parse_instances, run_lengths
+from samlight_hf.data.annotations import parse_instance, parse_instances
+from samlight_hf.masks.rle import run_lengths
 
 from .files import HEIGHT, WIDTH, annotation, box_mask, rle, uncompressed_rle
 

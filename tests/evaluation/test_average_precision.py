@@ -12,10 +12,10 @@ from samlight_hf.evaluation.average_precision import (
     average_precision,
     average_recall,
     check_annotations,
-    encode_rle,
     precision,
     summarize_everything,
 )
+from samlight_hf.masks.rle import encode_rle
 from tests.data.files import box_mask, jpeg, rle, write_coco
 
 

@@ -9,7 +9,8 @@ import torch
 from samlight_hf.evaluation.clicks import deepest_point
 from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.models import PromptableModel, PromptedMasks
-from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings, box_xyxy
+from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
+from samlight_hf.masks.boxes import xywh_to_xyxy
 
 
 ALL = ProtocolSettings(with_crowd=True, with_boundary_iou=True)
@@ -93,7 +94,7 @@ def test_boxes_are_the_annotated_corners(dataset):
     InstanceProtocols(ProtocolSettings(("box",), ("single",), with_crowd=True))(model, Encoded(), sample)
     expected = [[x, y, x + w, y + h] for x, y, w, h in (instance.bbox_xywh for instance in sample.instances)]
     assert model.asked[0]["boxes"].tolist() == expected
-    assert box_xyxy((3, 4, 10, 20)) == (3, 4, 13, 24)
+    assert xywh_to_xyxy((3, 4, 10, 20)) == (3, 4, 13, 24)
 
 
 @pytest.mark.parametrize("feed_back", [True, False])

@@ -5,8 +5,15 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from samlight_hf.data.annotations import run_lengths
-from samlight_hf.masks.rle import RunLengthMasks, compress_runs, mask_changes, select_changes
+from samlight_hf.masks.rle import (
+    RunLengthMasks,
+    compress_runs,
+    encode_rle,
+    mask_changes,
+    run_lengths,
+    select_changes,
+    text_rle,
+)
 
 
 SIZES = [(1, 1), (1, 7), (9, 1), (5, 6), (70, 61)]
@@ -38,6 +45,20 @@ def test_counts_are_those_of_pycocotools(size):
         assert packed == {"size": list(size), "counts": expected["counts"].decode()}
         assert np.array_equal(coco_mask.decode(coco_mask.frPyObjects(plain, *size)), mask)
         assert run_lengths(packed["counts"]).tolist() == plain["counts"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_mask_of_any_type_is_encoded_as_pycocotools_does(size):
+    for mask in random_masks(*size):
+        expected = text_rle(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))))
+        for numbers in (mask, mask.astype(np.uint8), mask.astype(np.float32)):
+            assert encode_rle(numbers) == expected
+
+
+@pytest.mark.parametrize("counts", ["", "\x01", "P", b"p0", "PPPPPPP0", "é"])
+def test_counts_that_no_encoder_writes_are_refused(counts):
+    with pytest.raises(ValueError):
+        run_lengths(counts)
 
 
 def test_long_runs_and_large_steps_are_compressed_and_read_back():
