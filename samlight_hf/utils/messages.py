@@ -55,7 +55,7 @@ def make_console_safe():
 def log_to_stderr(prefix: str) -> Iterator[None]:
     """Print what the package logs as lines with this prefix; of one kind the first 20, and then how many there were more."""
     handler = _Lines(prefix)
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger(__package__.partition(".")[0])
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

@@ -1,10 +1,12 @@
 """Errors are told in one line, wherever they come from."""
 
+import logging
+
 import pytest
 from torch.utils.data import DataLoader
 
 from samlight_hf.data import SampleError, SkipReason
-from samlight_hf.utils.messages import one_line
+from samlight_hf.utils.messages import log_to_stderr, one_line
 
 
 class Failing:
@@ -39,3 +41,24 @@ def test_other_messages_are_left_as_they_are():
     assert one_line(ValueError("a:\n b")) == "a: b"
     assert one_line(ValueError("Traceback (most recent call last):\n  x\nE: y")).startswith("Traceback")
     assert one_line(ValueError("x" * 30), 10) == "xxxxxxx..."
+
+
+@pytest.mark.parametrize("module", ["samlight_hf.images.levels", "samlight_hf.loading", "samlight_hf"])
+def test_warnings_of_every_module_are_printed(capfd, module):
+    with log_to_stderr("samlight: "):
+        logging.getLogger(module).warning("%s:\n stretched", "a.tif")
+    assert capfd.readouterr().err == "samlight: a.tif: stretched\n"
+
+
+def test_repeated_warnings_are_counted(capfd):
+    logger = logging.getLogger("samlight_hf.images.levels")
+    with log_to_stderr("samlight: "):
+        for number in range(1_021):
+            logger.warning("%d: stretched", number)
+        logger.warning("another")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        *(f"samlight: {number}: stretched" for number in range(20)),
+        "samlight: another",
+        "samlight: 1,001 further lines like these.",
+    ]
