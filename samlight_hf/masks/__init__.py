@@ -1,1 +1,1 @@
-"""Masks as results, run lengths, boxes, drawings and files; no model is needed for any of it."""
+"""Masks as results, run lengths, boxes, drawings and files; nothing here needs a model."""

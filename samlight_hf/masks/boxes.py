@@ -21,27 +21,35 @@ def mask_extent(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 
 
 def mask_edges(masks: np.ndarray) -> np.ndarray:
-    """Return the tight boxes of n masks, bool (n, H, W), as float32 (n, 4): `mask_extent`, with zeros for an empty mask."""
-    boxes = [mask_extent(mask) or (0, 0, 0, 0) for mask in masks]
-    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
-
-
-def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Return the first and the last column and row of n masks, on their device and without waiting for it.
+    """Return the tight boxes of masks as pixel edges.
 
     Args:
         masks: bool (n, H, W).
 
     Returns:
-        int64 (n, 4), x1, y1, x2, y2 as pixels: one less than the edges of `mask_extent` in x2 and y2. Zeros for an empty mask.
+        float32 (n, 4), x1, y1, x2, y2 as `mask_extent` gives them; zeros for an empty mask.
+    """
+    boxes = [mask_extent(mask) or (0, 0, 0, 0) for mask in masks]
+    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
+
+
+def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Return the tight boxes of masks as pixels, on their device and without waiting for it.
+
+    Args:
+        masks: bool (n, H, W).
+
+    Returns:
+        int64 (n, 4), the first and the last column and row as x1, y1, x2, y2: x2 and y2 are one less than those of
+        `mask_extent`. Zeros for an empty mask.
     """
     if not masks.numel():
         return torch.zeros(len(masks), 4, dtype=torch.int64, device=masks.device)
-    edges = []
+    bounds = []
     for inside in (masks.any(dim=1), masks.any(dim=2)):  # columns, rows
         inside = inside.byte()  # argmax takes the first of equal values
-        edges.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
-    (x1, x2), (y1, y2) = edges
+        bounds.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
+    (x1, x2), (y1, y2) = bounds
     return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
 
 

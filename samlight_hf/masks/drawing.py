@@ -1,4 +1,4 @@
-"""Masks drawn over images, and many such images on one sheet. Needs Pillow and numpy alone."""
+"""Overlays of masks on images, and contact sheets of many images. Needs only Pillow and numpy."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .boxes import mask_extent
 from .results import GeneratedMasks, MaskResult
 
 
-# Neighbours in this list are far apart in hue, since masks are coloured in the order of their size.
+# Neighbours in this list differ much in hue: masks are coloured in the order of their size.
 COLOURS = (
     (46, 204, 143), (190, 110, 255), (255, 200, 40), (64, 156, 255), (255, 99, 71), (30, 200, 220), (255, 95, 170),
     (150, 210, 60), (110, 120, 255), (255, 140, 40), (0, 170, 150), (235, 90, 220), (215, 225, 70), (120, 190, 255),
@@ -25,7 +25,7 @@ _MARGIN, _GAP, _CAPTION_HEIGHT = 36, 24, 52
 
 @dataclass(frozen=True)
 class Panel:
-    """One image of a contact sheet, with the two lines below it."""
+    """One image of a contact sheet, with the two lines of its caption."""
 
     image: Image.Image
     title: str
@@ -39,10 +39,20 @@ def draw_overlay(
     points_xy: Sequence[Sequence[float]] = (),
     max_size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """The image with every mask as a translucent colour inside a crisp contour, and the prompts as rectangles and dots.
+    """Draw each mask as a translucent colour inside an opaque contour, and prompts as rectangles and dots.
 
-    Prompts are in pixels of the image. Small masks lie on large ones. The result, RGB, is as large as the image, or
-    fills `max_size` (width, height), where contours are drawn smoothly at that size instead of being resized.
+    Small masks are drawn over large ones.
+
+    Args:
+        image: of any mode.
+        result: masks of the image.
+        boxes_xyxy: box prompts, in pixels of the image.
+        points_xy: point prompts, in pixels of the image.
+        max_size: (width, height) that the result fills without a change of its aspect ratio. Contours are drawn at that
+            size instead of being resized with the image.
+
+    Returns:
+        An RGB image, without `max_size` as large as `image`.
     """
     if max_size is None:
         return _draw_at(image.size, image, result, boxes_xyxy, points_xy)
@@ -51,9 +61,20 @@ def draw_overlay(
 
 
 def contact_sheet(panels: Sequence[Panel], title: str, columns: int | None = None) -> Image.Image:
-    """All panels in rows of `columns` (by default as many as make the sheet about square), RGB.
+    """Arrange panels in rows on one image.
 
-    Cells are as wide and, row by row, as high as their largest image. Raises ValueError without any panel.
+    Cells are as wide as the widest image, and as high as the highest one of their row.
+
+    Args:
+        panels: in the order of reading.
+        title: a line above them.
+        columns: panels in a row; by default as many as make the sheet about square.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: without any panel.
     """
     if not panels:
         raise ValueError("a contact sheet needs at least one panel.")
@@ -84,10 +105,10 @@ def contact_sheet(panels: Sequence[Panel], title: str, columns: int | None = Non
 
 
 def _draw_at(size: tuple[int, int], image: Image.Image, result, boxes_xyxy, points_xy) -> Image.Image:
-    """`draw_overlay`, on a canvas of `size` (width, height)."""
+    """Draw the overlay on a canvas of `size` (width, height)."""
     canvas = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)).copy()
     thickness = max(1, round(max(size) / 450))
-    areas = np.array([np.count_nonzero(mask) for mask in result.masks])  # masks may be run lengths: one at a time
+    areas = np.array([np.count_nonzero(mask) for mask in result.masks])  # one at a time: they may be run lengths
     for rank, index in enumerate(np.argsort(-areas, kind="stable")):
         _paint_mask(canvas, _resize_mask(result.masks[index], size), COLOURS[rank % len(COLOURS)], thickness)
     overlay = Image.fromarray(canvas)
@@ -102,7 +123,7 @@ def _fit(size: tuple[int, int], max_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool -> (height, width) bool, with smooth edges where it grows."""
+    """Resize a mask, bool (H, W), to bool (height, width), with smooth edges where it is enlarged."""
     if mask.shape == (size[1], size[0]):
         return mask
     image = Image.fromarray(mask.astype(np.uint8) * 255)
@@ -110,28 +131,28 @@ def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _paint_mask(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], thickness: int):
-    """Blends one mask into the canvas (H, W, 3) uint8 in place, in the mask's own rectangle alone."""
+    """Blend one mask into the canvas, uint8 (H, W, 3), in place; only its tight box is read and written."""
     extent = mask_extent(mask)
     if extent is None:
         return
     inside = np.s_[extent[1] : extent[3], extent[0] : extent[2]]
     part, mask = canvas[inside], mask[inside]
-    colour = np.asarray(colour, dtype=np.float32)
-    part[mask] = np.rint(part[mask] * (1 - _FILL_OPACITY) + colour * _FILL_OPACITY).astype(np.uint8)
-    # Beyond the rectangle there is no mask, so its border is a contour too: the filter needs to see that.
+    fill = np.asarray(colour, dtype=np.float32) * _FILL_OPACITY
+    part[mask] = np.rint(part[mask] * (1 - _FILL_OPACITY) + fill).astype(np.uint8)
+    # There is no mask outside the box, so its border belongs to the contour: padding shows that to the filter.
     padded = Image.fromarray(np.pad(mask, thickness).astype(np.uint8) * 255)
     for _ in range(thickness):
         padded = padded.filter(ImageFilter.MinFilter(3))
     eroded = np.asarray(padded)[thickness:-thickness, thickness:-thickness] > 0
-    part[mask & ~eroded] = np.rint(colour).astype(np.uint8)
+    part[mask & ~eroded] = colour
 
 
 def _draw_prompts(overlay: Image.Image, scale: tuple[float, float], thickness: int, boxes_xyxy, points_xy):
-    """White on black, which can be seen on any image and is no mask's colour."""
+    """Draw prompts in white on black, which is visible on any image and is not the colour of a mask."""
     draw = ImageDraw.Draw(overlay)
     for x1, y1, x2, y2 in boxes_xyxy:
         left, top = round(x1 * scale[0]), round(y1 * scale[1])
-        right = max(left, min(overlay.width, round(x2 * scale[0])) - 1)  # a box's edge lies behind its last pixel
+        right = max(left, min(overlay.width, round(x2 * scale[0])) - 1)  # x2 lies behind the box's last pixel
         bottom = max(top, min(overlay.height, round(y2 * scale[1])) - 1)
         draw.rectangle((left, top, right, bottom), outline="black", width=4 * thickness)
         inner = left + thickness, top + thickness, right - thickness, bottom - thickness
@@ -145,12 +166,12 @@ def _draw_prompts(overlay: Image.Image, scale: tuple[float, float], thickness: i
 
 
 def _draw_line(draw: ImageDraw.ImageDraw, position, text: str, font_size: int, colour, max_width: int):
-    """One line of text, with its middle left out where it is too long: a file's suffix and its beginning say most."""
+    """Draw one line of text; a long one without its middle: a file name is known by its beginning and its suffix."""
     font = ImageFont.load_default(font_size)
     text = " ".join(text.split())
-    kept = len(text)
+    length = len(text)
     line = text
-    while kept > 1 and draw.textlength(line, font=font) > max_width:
-        kept -= 1
-        line = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+    while length > 1 and draw.textlength(line, font=font) > max_width:
+        length -= 1
+        line = text[: (length + 1) // 2] + "…" + text[len(text) - length // 2 :]
     draw.text(position, line, font=font, fill=colour)

@@ -1,4 +1,4 @@
-"""Masks of an image as files: an overlay, a folder of PNGs, COCO's JSON, or numpy arrays. Each is whole, or not there."""
+"""Masks of an image as files: an overlay, a folder of PNGs, COCO's JSON, or numpy arrays, each written atomically."""
 
 import csv
 import errno
@@ -14,7 +14,7 @@ from .results import GeneratedMasks, MaskResult
 from .rle import RunLengthMasks
 
 
-# Behind the image's name; what has no suffix is a folder.
+# The end of a result's name, behind that of the image. One without a suffix is a folder.
 ENDINGS = {"overlay": "_masks.png", "png": "_masks", "coco": ".json", "npz": ".npz"}
 
 
@@ -27,12 +27,21 @@ def write_masks(
     boxes_xyxy=(),
     points_xy=(),
 ):
-    """Writes `path`, whose name ends as `ENDINGS` says, in one step: who is interrupted leaves what was there before.
+    """Write the masks of an image as a file or a folder; an interruption leaves the earlier one as it was.
 
-    overlay: the image with its masks and prompts. png: a folder of 0000.png and so on, 255 inside, with masks.csv.
-    coco: `images`, `annotations` and `categories` of one image, with SA-1B's fields too. npz: the result's arrays, masks
-    as bool (n, H, W).
-    Raises OSError where it cannot be written.
+    Args:
+        path: where it is written; its name ends as `ENDINGS` says.
+        file_format: "overlay", the image with masks and prompts; "png", a folder of 0000.png and so on, 255 inside,
+            with masks.csv; "coco", `images`, `annotations` and `categories` of one image, with SA-1B's fields; or "npz",
+            the arrays of the result, with masks as bool (n, H, W).
+        image: for an overlay, and for its size.
+        image_name: the image's name in COCO's JSON.
+        result: masks of the image.
+        boxes_xyxy: box prompts that an overlay shows, in pixels of the image.
+        points_xy: point prompts that an overlay shows, in pixels of the image.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     if file_format == "overlay":
         overlay = draw_overlay(image, result, boxes_xyxy, points_xy)
@@ -48,7 +57,7 @@ def write_masks(
 
 
 def coco_document(image_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> dict:
-    """One image, `size` (width, height), as COCO's JSON; boxes are x, y, width, height."""
+    """Return COCO's document of one image, `size` (width, height), with its masks; boxes are x, y, width, height."""
     masks = result.masks if isinstance(result.masks, RunLengthMasks) else RunLengthMasks.from_masks(result.masks)
     annotations = []
     columns = {name: values.tolist() for name, values in _columns(result).items()}
@@ -82,7 +91,7 @@ def _pixels(result: GeneratedMasks | MaskResult) -> np.ndarray:
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]):
     with path.open("wb") as file:  # numpy would add a suffix to a name
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # it takes arrays by name
 
 
 def _write_folder(path: Path, result: GeneratedMasks | MaskResult):

@@ -1,4 +1,4 @@
-"""Masks of an image as they are given out: as pixels, or as run lengths with how they were found."""
+"""Results for one image: masks as pixels, or as run lengths with the prompts that gave them."""
 
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -9,20 +9,20 @@ from .rle import RunLengthMasks
 
 
 def _check_part(part):
-    """A number would give fields without their first dimension, and let the result be walked through, pixel row by pixel row."""
+    """Refuse a single index: it would remove the first dimension of each field, and a loop would run over rows."""
     if isinstance(part, Integral):
         raise TypeError(f"[{part}] of masks is not possible: use result.masks[{part}], or a slice such as result[:10].")
 
 
 @dataclass(frozen=True)
 class MaskResult:
-    """n masks of an image of H x W pixels; all fields are well formed where n is 0.
+    """Masks of an image of H x W pixels; all fields keep their shape where the number of masks n is 0.
 
     Attributes:
         masks: bool (n, H, W).
-        scores: float32 (n,), the IoU with the true mask that the model predicts.
-        boxes_xyxy: float32 (n, 4), the tight box of each mask as pixel edges: x2 and y2 lie behind the last pixel. Zeros
-            for an empty mask.
+        scores: float32 (n,), the predicted IoU with the true mask.
+        boxes_xyxy: float32 (n, 4), the tight box of each mask as pixel edges: x2 and y2 lie behind the last pixel.
+            Zeros for an empty mask.
     """
 
     masks: np.ndarray
@@ -39,15 +39,15 @@ class MaskResult:
 
 @dataclass(frozen=True)
 class GeneratedMasks:
-    """n masks of everything in an image, the best first; all fields are well formed where n is 0.
+    """Masks of everything in an image, the best first; all fields keep their shape where the number of masks n is 0.
 
     Attributes:
-        masks: a sequence of bool (H, W), kept as run lengths; `masks.to_coco()` is COCO's RLE.
-        scores: float32 (n,), the IoU with the true mask that the model predicts.
+        masks: a sequence of bool (H, W), stored as run lengths; `masks.to_coco()` gives COCO's RLE.
+        scores: float32 (n,), the predicted IoU with the true mask.
         boxes_xyxy: float32 (n, 4), as in `MaskResult`.
         stability_scores: float32 (n,), the IoU of the mask at the lower threshold with the mask at the higher one.
-        points_xy: float32 (n, 2), the point of the grid that gave the mask, in pixels of the image.
-        crop_boxes_xyxy: float32 (n, 4), the crop that the mask was found in, as pixel edges.
+        points_xy: float32 (n, 2), the point prompt of each mask, in pixels of the image.
+        crop_boxes_xyxy: float32 (n, 4), the crop of each mask, as pixel edges of the image.
     """
 
     masks: RunLengthMasks
@@ -65,4 +65,5 @@ class GeneratedMasks:
         return GeneratedMasks(*(getattr(self, field.name)[part] for field in fields(self)))
 
     def to_result(self) -> MaskResult:
+        """Return the masks as pixels, with their scores and boxes."""
         return MaskResult(self.masks.to_masks(), self.scores, self.boxes_xyxy)

@@ -1,7 +1,7 @@
-"""Binary masks as run lengths, in COCO's order: column by column, pixels outside and inside the mask in turn.
+"""Binary masks as run lengths in COCO's order: column by column, pixels outside and inside the mask in turn.
 
-A mask of a photograph is a thousand runs or so, where its pixels are a million: masks are kept, sent from the GPU and
-written as runs, and only what is looked at becomes pixels again.
+A mask of a photograph has a million pixels, but only about a thousand runs. Masks are therefore stored, copied from the
+GPU and written as runs, and decoded to pixels only where they are used as such.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,14 @@ import torch
 
 
 def mask_changes(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each of n masks, bool (n, H, W), changes, on their own device; waits for it once.
+    """Find the pixels at which runs begin, on the masks' device; waits for it once.
 
-    Returns int32 (total,), the column-major positions x * H + y of the pixels that differ from the one before (before
-    the first lies the outside), mask after mask, and int32 (n,), how many of them each mask has.
+    Args:
+        masks: bool (n, H, W).
+
+    Returns:
+        int32 (total,), the column-major positions x * H + y of the pixels that differ from the one before, mask after
+        mask; the pixel before the first counts as outside. And int32 (n,), the number of positions of each mask.
     """
     num_masks, height, width = masks.shape
     pixels = masks.transpose(1, 2).reshape(num_masks, height * width)
@@ -31,24 +35,35 @@ def mask_changes(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def select_changes(
-    positions: torch.Tensor, counts: torch.Tensor, kept: torch.Tensor
+    positions: torch.Tensor, counts: torch.Tensor, selected: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `mask_changes` returns, of the masks `kept` (k,) alone and in their order; waits for the device once."""
+    """Select masks from the output of `mask_changes`; waits for the device once.
+
+    Args:
+        positions, counts: of n masks, as `mask_changes` returns them.
+        selected: int64 (k,), indices of masks, in any order.
+
+    Returns:
+        The positions and the counts of the k masks.
+    """
     starts = counts.long().cumsum(0) - counts
-    lengths = counts[kept].long()
+    lengths = counts[selected].long()
     ends = lengths.cumsum(0)
-    total = int(ends[-1]) if len(kept) else 0
-    # The k-th change of a kept mask lies k behind its first.
-    shift = torch.repeat_interleave(starts[kept] - (ends - lengths), lengths, output_size=total)
-    return positions[shift + torch.arange(total, device=positions.device)], counts[kept]
+    total = int(ends[-1]) if len(selected) else 0
+    # The k-th change of a selected mask lies k behind its first.
+    shift = torch.repeat_interleave(starts[selected] - (ends - lengths), lengths, output_size=total)
+    return positions[shift + torch.arange(total, device=positions.device)], counts[selected]
 
 
 @dataclass(frozen=True, eq=False)
 class RunLengthMasks(Sequence):
-    """n masks of `height` x `width` pixels. As a sequence it holds them as bool (H, W); a slice or an index array selects.
+    """A sequence of n masks of one size, stored as run lengths.
+
+    An index gives one mask as bool (H, W); a slice or an index array gives `RunLengthMasks`.
 
     Attributes:
-        runs: int64 (total,), the lengths of the runs of all masks. The first run of each lies outside, and may be 0 long.
+        height, width: of the masks, in pixels.
+        runs: int64 (total,), the run lengths of all masks. The first run of a mask lies outside of it, and may be 0.
         offsets: int64 (n + 1,): the runs of mask i are `runs[offsets[i]:offsets[i + 1]]`. They sum to height * width.
     """
 
@@ -59,8 +74,14 @@ class RunLengthMasks(Sequence):
 
     @classmethod
     def from_changes(cls, height: int, width: int, positions: np.ndarray, counts: np.ndarray) -> "RunLengthMasks":
-        """Of what `mask_changes` returns."""
-        # Each mask's positions between the first and the behind-last pixel; runs are what lies between neighbours.
+        """Make run lengths from the output of `mask_changes`.
+
+        Args:
+            height, width: of the masks, in pixels.
+            positions: int (total,), the pixels at which runs begin, mask after mask.
+            counts: int (n,), the number of positions of each mask.
+        """
+        # The bounds of each mask are 0, its positions and height * width; runs are the differences of neighbours.
         offsets = np.concatenate(([0], np.cumsum(counts + 2, dtype=np.int64)))
         bounds = np.zeros(offsets[-1], dtype=np.int64)
         is_change = np.ones(len(bounds), dtype=bool)
@@ -74,12 +95,17 @@ class RunLengthMasks(Sequence):
 
     @classmethod
     def from_masks(cls, masks: np.ndarray | torch.Tensor) -> "RunLengthMasks":
-        """Of bool (n, H, W)."""
+        """Make run lengths from masks, bool (n, H, W).
+
+        Raises:
+            ValueError: for another dtype or number of dimensions.
+        """
         masks = torch.as_tensor(masks)
         if masks.dtype != torch.bool or masks.ndim != 3:
             raise ValueError(f"masks are {masks.dtype} of shape {tuple(masks.shape)}, and must be bool (n, H, W).")
         positions, counts = mask_changes(masks)
-        return cls.from_changes(*masks.shape[1:], positions.cpu().numpy(), counts.cpu().numpy())
+        height, width = masks.shape[1:]
+        return cls.from_changes(height, width, positions.cpu().numpy(), counts.cpu().numpy())
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -96,7 +122,7 @@ class RunLengthMasks(Sequence):
         index = np.arange(len(self))[index]
         lengths = np.diff(self.offsets)[index]
         offsets = np.concatenate(([0], np.cumsum(lengths)))
-        # The k-th run of a chosen mask lies k behind its first.
+        # The k-th run of a selected mask lies k behind its first.
         source = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return RunLengthMasks(self.height, self.width, self.runs[source], offsets)
 
@@ -104,25 +130,32 @@ class RunLengthMasks(Sequence):
         return map(self._decode, range(len(self)))
 
     def runs_of(self, index: int) -> np.ndarray:
-        """int64 (runs,) of one mask."""
+        """Return the run lengths of one mask, int64 (runs,)."""
         return self.runs[self.offsets[index] : self.offsets[index + 1]]
 
     @property
     def areas(self) -> np.ndarray:
-        """Pixels inside each mask, int64 (n,)."""
+        """The number of pixels inside each mask, int64 (n,)."""
         position = np.arange(len(self.runs)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
         totals = np.concatenate(([0], np.cumsum(self.runs * (position % 2))))
         return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
 
     def to_masks(self) -> np.ndarray:
-        """bool (n, H, W)."""
+        """Return the masks as pixels, bool (n, H, W)."""
         masks = np.zeros((len(self), self.width, self.height), dtype=bool)
         for index, mask in enumerate(masks):
             self._fill(index, mask.reshape(-1))
         return masks.transpose(0, 2, 1)
 
     def to_coco(self, compressed: bool = True) -> list[dict]:
-        """`{"size": [H, W], "counts": ...}` of each mask, as pycocotools reads it; counts are str, or lists of int."""
+        """Return the masks as COCO's RLE, which pycocotools reads.
+
+        Args:
+            compressed: return counts as str, else as lists of int.
+
+        Returns:
+            `{"size": [H, W], "counts": ...}` of each mask.
+        """
         size = [self.height, self.width]
         if compressed:
             return [{"size": size.copy(), "counts": counts} for counts in compress_runs(self.runs, self.offsets)]
@@ -134,7 +167,7 @@ class RunLengthMasks(Sequence):
         return pixels.reshape(self.width, self.height).T
 
     def _fill(self, index: int, pixels: np.ndarray):
-        """Sets the mask's pixels, column by column, in (H * W,) of zeros. A loop over runs is faster than over pixels."""
+        """Set the pixels of a mask in zeros, (H * W,) column by column. There are far fewer runs than pixels."""
         bounds = np.cumsum(self.runs_of(index)).tolist()
         for start, end in zip(bounds[0::2], bounds[1::2]):
             pixels[start:end] = True
@@ -158,7 +191,7 @@ def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
     rest, unfinished = values, np.ones(len(values), dtype=bool)
     while unfinished.any():
         group = rest & 31
-        rest = rest >> 5  # arithmetic: what is left of a negative number ends as -1
+        rest = rest >> 5  # an arithmetic shift: a negative number ends as -1
         more = unfinished & (rest != np.where(group & 16, -1, 0))
         groups.append(np.where(unfinished, 48 + group + 32 * more, 0))
         unfinished = more
@@ -212,4 +245,7 @@ def text_rle(rle: dict) -> dict:
 
 def encode_rle(mask: np.ndarray) -> dict:
     """Return the compressed COCO RLE of a mask, (H, W) of bool or numbers, with counts as str."""
-    return RunLengthMasks.from_masks(np.asarray(mask, dtype=bool)[None]).to_coco()[0]
+    pixels = np.asarray(mask, dtype=bool).ravel(order="F")
+    positions = np.flatnonzero(np.diff(pixels, prepend=False))
+    height, width = mask.shape
+    return RunLengthMasks.from_changes(height, width, positions, np.array([len(positions)])).to_coco()[0]

@@ -1,4 +1,4 @@
-"""A decoder's logits at the size of the image."""
+"""The mask decoder's logits at the size of the image."""
 
 import math
 
@@ -9,10 +9,19 @@ from torch.nn import functional as F
 def upscale_logits(
     logits: torch.Tensor, padded_size: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]
 ) -> torch.Tensor:
-    """The decoder's logits (n, h, w) at the image's `original` size, float32 (n, H, W), as the image processor makes them.
+    """Upscale the mask decoder's logits to the size of the image, as the image processor does.
 
-    Bilinear to the `padded_size` of the model's input, cut to the `resized` image in it, and bilinear to the original;
-    all sizes are (height, width). What would be cut off is not computed.
+    They are resized bilinearly to the model's input, cropped to the image in it, and resized bilinearly to the original
+    size. Rows and columns that would be cropped are not computed.
+
+    Args:
+        logits: (n, h, w).
+        padded_size: (height, width) of the model's input.
+        resized: (height, width) of the image within the model's input, without padding.
+        original: (H, W) of the image.
+
+    Returns:
+        float32 (n, H, W).
     """
     size = logits.shape[-2:]
     ratios = [padded / low if padded % low == 0 else 0 for padded, low in zip(padded_size, size)]

@@ -1,1 +1,1 @@
-"""What every other folder may use: files that are whole or not there, messages, autocast."""
+"""Tools that every other folder may use: files, messages, processes, threads that share a device, autocast."""

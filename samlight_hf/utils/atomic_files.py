@@ -52,13 +52,14 @@ def replace_folder(path: Path, write: Callable[[Path], object], *, fsync: bool =
 def move_folder(source: Path, destination: Path, *, fsync: bool = False) -> None:
     """Move a finished folder to `destination`, and then remove what was there.
 
-    A folder cannot be moved onto one that is not empty, so the earlier one is first moved to a hidden name beside it. It is put
-    back if the move fails. A process that is killed between the two moves leaves both, whole, under hidden names.
+    A folder cannot be moved onto one that is not empty, so the earlier one is first moved to a hidden name beside it.
+    It is put back if the move fails. A process that is killed between the two moves leaves both whole, the earlier one
+    under its hidden name.
 
     Args:
         source: a folder on the file system of `destination`.
         destination: where it goes.
-        fsync: write everything to the disk before and after the move, so that a power cut leaves no incomplete folder.
+        fsync: flush everything to the disk before and after the move, so that a power cut leaves no incomplete folder.
 
     Raises:
         OSError: if the folder cannot be moved.

@@ -1,4 +1,4 @@
-"""Autocast, which the fast paths and the teacher stay out of: their precision is chosen."""
+"""Autocast, which the fast paths and the teacher switch off: their precision is chosen explicitly."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import torch
 
 
 def without_autocast(function: Callable) -> Callable:
-    """The function in its tensors' own dtypes, also where it is called under `torch.autocast`."""
+    """Decorate a function to compute in the dtypes of its tensors, also where it is called under `torch.autocast`."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""How errors and tables are told to a user."""
+"""Errors, tables and warnings as text for users."""
 
 import logging
 import sys
@@ -8,30 +8,41 @@ from contextlib import contextmanager
 from itertools import dropwhile
 
 
-_MAX_LINES = 20  # of one kind
+_MAX_LINES = 20  # of warnings of one kind
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """The message of an error on one line, of at most `limit` characters; the error's type where it has none.
+    """Return the message of an error on one line, or the error's type if it has no message.
 
-    Of an error that a DataLoader brought from a worker, with the worker's traceback for a message, its own message.
+    A DataLoader raises an error of a worker again with the worker's traceback as its message; here only the original
+    message is returned.
+
+    Args:
+        error: any error.
+        limit: the largest number of characters; a longer message ends with "...".
     """
-    message = " ".join(_of_the_worker(str(error)).split()) or type(error).__name__
+    message = " ".join(_strip_worker_traceback(str(error)).split()) or type(error).__name__
     return message if limit is None or len(message) <= limit else message[: limit - 3] + "..."
 
 
-def _of_the_worker(message: str) -> str:
-    """Behind the last frame of the traceback in a message of torch's ExceptionWrapper; any other message as it is."""
+def _strip_worker_traceback(message: str) -> str:
+    """Return the text behind the traceback that torch's ExceptionWrapper adds; other messages unchanged."""
     _, head, traceback = message.rpartition("Traceback (most recent call last):\n")
     if not head or not message.startswith("Caught ") or "\nOriginal " not in message:
         return message
     lines = list(dropwhile(lambda line: line.startswith(" "), traceback.splitlines()))
-    name, _, own = "\n".join(lines).partition(": ")
-    return own or name
+    name, _, original = "\n".join(lines).partition(": ")
+    return original or name
 
 
 def text_table(rows: Sequence[Sequence[str]], flush_right: Collection[int] = (), rule: bool = False) -> str:
-    """Columns as wide as their longest cell, those of `flush_right` by number; with a `rule` below the first row."""
+    """Lay out rows of cells as text, with columns as wide as their longest cell.
+
+    Args:
+        rows: cells of each row, as many in each.
+        flush_right: indices of the columns that are aligned at the right.
+        rule: draw a line below the first row.
+    """
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [rows[0], *([["-" * width for width in widths]] if rule else []), *rows[1:]]
 
@@ -42,9 +53,10 @@ def text_table(rows: Sequence[Sequence[str]], flush_right: Collection[int] = (),
 
 
 def make_console_safe():
-    """Have stdout and stderr write what their encoding lacks as escapes: a redirected Windows console is cp1252.
+    """Make stdout and stderr write characters that their encoding lacks as escapes.
 
-    Called first by every command and example: a result that is written must not be followed by an error in telling it.
+    A redirected Windows console, for example, is cp1252. Every command and example calls this first, so that printing a
+    summary cannot fail after the results have been written.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -53,7 +65,12 @@ def make_console_safe():
 
 @contextmanager
 def log_to_stderr(prefix: str) -> Iterator[None]:
-    """Print what the package logs as lines with this prefix; of one kind the first 20, and then how many there were more."""
+    """Print the package's warnings to stderr, one line each.
+
+    Args:
+        prefix: the beginning of each line. The first 20 warnings of a kind are printed, and at the end the number of
+            further ones.
+    """
     handler = _Lines(prefix)
     logger = logging.getLogger(__package__.partition(".")[0])
     propagate, logger.propagate = logger.propagate, False
@@ -69,7 +86,8 @@ def log_to_stderr(prefix: str) -> Iterator[None]:
 class _Lines(logging.Handler):
     def __init__(self, prefix: str):
         super().__init__(logging.WARNING)
-        self.prefix, self.counts = prefix, Counter()
+        self.prefix = prefix
+        self.counts: Counter[tuple[str, str]] = Counter()
 
     def emit(self, record: logging.LogRecord):
         self.counts[record.name, record.msg] += 1

@@ -1,5 +1,6 @@
-"""Several processes of one command, as `accelerate launch` and torchrun start them: one of them speaks for all, and each leaves
-the group that they communicate through before it ends.
+"""Several processes of one command, as `accelerate launch` and torchrun start them.
+
+Only the main process prints, and each process leaves the process group before it ends.
 """
 
 import contextlib
@@ -16,33 +17,33 @@ if TYPE_CHECKING:
 
 
 def process_index() -> int:
-    """Returns this process's number among those that were started together, 0 where it is alone."""
-    distributed = sys.modules.get("torch.distributed")  # nothing is imported for it: who has a group has torch
+    """Return the global rank of this process, 0 if it runs alone."""
+    distributed = sys.modules.get("torch.distributed")  # not imported here: a process in a group has it
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    # Before there is a group, and after it: what the launchers tell each process.
+    # Before there is a group and after it: the environment variables that launchers set.
     return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ and "RANK" in os.environ else 0
 
 
 def is_main_process() -> bool:
-    """Returns whether this process is the one that speaks, and that writes what all have made."""
+    """Return whether this process is the one that prints, and that writes the common results."""
     return process_index() == 0
 
 
 def tell(*values, **options):
-    """Prints, as `print` does, on the main process; the others have the same to say."""
+    """Print on the main process only, with the arguments of `print`."""
     if is_main_process():
         print(*values, **options)
 
 
 def tell_error(message: str):
-    """Prints to stderr on every process, since an error may be of one alone; all but the main one say who they are."""
+    """Print an error to stderr on every process, since it may concern only one; all but the main one add their rank."""
     print(message if is_main_process() else f"process {process_index()}: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Drops on all but the main process what is printed in it: for code that prints by itself, such as argparse's --help."""
+    """Silence all but the main process in this context: for code that prints by itself, such as argparse's --help."""
     if is_main_process():
         yield
     else:
@@ -52,12 +53,15 @@ def one_voice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group(cpu: bool = False) -> "Iterator[PartialState]":
-    """Gives accelerate's state of the processes; a group that is made here is left here, and one that was there stays.
+    """Enter a process group, and leave it at the end unless it existed before.
 
-    After an error nobody leaves: the others may wait in a communication, and the launcher ends them.
+    After an error the group is not left: other processes may wait in a collective call, and the launcher ends them.
 
     Args:
         cpu: communicate and compute on the CPU, also where there is a GPU.
+
+    Yields:
+        accelerate's state of the processes.
     """
     import torch
     from accelerate import PartialState
@@ -69,10 +73,10 @@ def process_group(cpu: bool = False) -> "Iterator[PartialState]":
 
 
 def leave_process_group():
-    """The last that a script does on each process, once its trainers are out of scope.
+    """Leave the process group: the last step of a script on each process, once its trainers are out of scope.
 
-    What is left of the last communication is freed by a thread of Gloo's. If it comes to that while the interpreter ends, the
-    process aborts, with everything done (PyTorch issue 179291). NCCL warns of every process that ends without it.
+    A thread of Gloo frees the objects of the last collective call. If it does so while the interpreter ends, the
+    process aborts although its work is done (PyTorch issue 179291). NCCL warns of each process that skips this call.
     """
     from accelerate import PartialState
 

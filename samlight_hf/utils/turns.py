@@ -1,4 +1,4 @@
-"""Threads that share a device: one after the other where they share memory, and in order where their streams differ."""
+"""Threads that share a CUDA device: they run one after the other, and their streams wait for each other."""
 
 import contextlib
 import functools
@@ -9,9 +9,9 @@ import torch
 
 
 class _Turns:
-    """Of one device: who has the turn, and where the last turn ended."""
+    """The lock of one device, and the stream and the event that ended the last turn."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.RLock()
         self.last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
@@ -21,17 +21,21 @@ _turns: dict[torch.device, _Turns] = {}
 
 @contextlib.contextmanager
 def turn(device: torch.device) -> Iterator[None]:
-    """Runs on a CUDA device one thread at a time, after what the turn before asked of the device, on whatever stream.
+    """Hold a CUDA device for one thread at a time; its work starts after that of the turn before, on any stream.
 
-    Graphs have one set of buffers, and what is encoded on one stream is decoded on another. All models on a device take
-    turns together: a capture tolerates little beside it. Elsewhere nothing is shared, and threads run side by side.
+    CUDA graphs have one set of buffers, and an image that is encoded on one stream may be decoded on another. All
+    models on a device take turns together, because a graph capture tolerates little other work. On other devices
+    nothing is shared, and threads run side by side.
+
+    Args:
+        device: of the model.
     """
     if device.type != "cuda":
         yield
         return
     turns = _turns.setdefault(device, _Turns())
     with turns.lock:
-        if torch.cuda.is_current_stream_capturing():  # by the caller, whose graph cannot wait for what is not in it
+        if torch.cuda.is_current_stream_capturing():  # by the caller: a graph cannot wait for events outside of it
             yield
             return
         stream = torch.cuda.current_stream(device)
@@ -46,7 +50,7 @@ def turn(device: torch.device) -> Iterator[None]:
 
 
 def takes_turns(method: Callable) -> Callable:
-    """The method of an object with a `device`, in `turn`."""
+    """Decorate a method of an object with a `device` to run in `turn`."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -57,7 +61,10 @@ def takes_turns(method: Callable) -> Callable:
 
 
 def read_here(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, which another stream may have made: its memory is not given away before this stream has read it."""
+    """Return a tensor that another stream may have made, to be read on the current stream.
+
+    Its memory is not reused before the current stream has read it.
+    """
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

@@ -47,7 +47,7 @@ def test_what_only_the_earlier_folder_had_is_gone(tmp_path):
 
 @pytest.mark.parametrize(("is_there", "step"), [(False, 0), (False, 1), (True, 0), (True, 1), (True, 2)])
 def test_an_interruption_leaves_the_earlier_folder(tmp_path, monkeypatch, is_there, step):
-    """Step 0 is the writing, later ones are the moves: one where nothing is there, two where the earlier folder makes room."""
+    """Interrupt the writing (0) or a move: there is one, or two where an earlier folder makes room."""
     path = tmp_path / "folder"
     if is_there:
         replace_folder(path, write_files("old"))
