@@ -1,7 +1,7 @@
 import os
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests comes from the Hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need nothing from the Hub
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and pytest-xdist runs the tests side by side
 
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items):
 
 
 def tiny_config(**vision_config) -> SamLighteningConfig:
-    """8x8 = 64 tokens of 4x4 pixels, 3 layers, 4 heads: the published architecture, small enough for any test."""
+    """Return the published architecture at a small size: 8x8 = 64 tokens of 4x4 pixels, 3 layers, 4 heads."""
     vision_config = {
         "hidden_size": 32,
         "num_hidden_layers": 3,

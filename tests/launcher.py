@@ -1,4 +1,4 @@
-"""Scripts on several processes of this machine, as `accelerate launch` would start them."""
+"""Start of scripts on several processes of this machine, as `accelerate launch` does it."""
 
 import atexit
 import os
@@ -15,7 +15,7 @@ _ENDED = "process {rank} ended, in a group: {in_group}"
 
 
 def main(script: str, *arguments: str):
-    """Runs a script as itself, and has it say at its end whether it left the group of processes."""
+    """Run a script as `__main__`, and print at its end whether it has left the process group."""
     atexit.register(
         lambda: print(_ENDED.format(rank=os.environ["RANK"], in_group=torch.distributed.is_initialized()), flush=True)
     )
@@ -24,7 +24,7 @@ def main(script: str, *arguments: str):
 
 
 def torchrun(script: Path, num_ranks: int, *arguments, cuda: bool = False) -> str:
-    """Returns what the script prints on `num_ranks` processes, all of which must succeed, and leave their group."""
+    """Return the output of a script on `num_ranks` processes, all of which must succeed and leave their group."""
     command = [
         sys.executable,
         "-m",

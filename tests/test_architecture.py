@@ -1,4 +1,4 @@
-"""The house: which folder may import which, and that nothing lies loose at the package's root."""
+"""Check which folder may import which, and that no other modules are at the root of the package."""
 
 import ast
 from pathlib import Path
@@ -9,38 +9,38 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "samlight_hf"
 
-# Each may import itself and those before it, never one after it. "samlight_hf" is the package's own __init__.
+# Each folder may import itself and those before it. "samlight_hf" stands for the package's own __init__.
 ORDER = (
     "modeling", "utils", "masks", "kernels", "images", "engine", "inference", "samlight_hf", "loading", "data",
     "conversion", "publishing", "hub", "evaluation", "benchmark", "distillation", "commands", "cli",
 )  # fmt: skip
 
-# Modules that people import by these names, and the one that knows names from before there were folders.
+# Modules with public names, and the one that maps names from before there were folders.
 ROOT_MODULES = {"__init__", "cli", "hub", "loading", "old_names"}
 
 
 def folder_of(module: str) -> str:
-    """The part of the house that a dotted name belongs to: samlight_hf.data.coco -> data."""
+    """Return the entry of ORDER that a dotted name belongs to: samlight_hf.data.coco -> data."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ORDER else "samlight_hf"
 
 
 def imports_of(source: str, module: str) -> list[tuple[int, str]]:
-    """Line and dotted name of all that a module imports from the package, also inside functions and for type checkers."""
-    found = []
+    """Return the line and the dotted name of each import from the package, also inside functions."""
+    imports = []
     package = module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            imports += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             target = ".".join([*base, *filter(None, [node.module])])
-            found += [(node.lineno, f"{target}.{alias.name}") for alias in node.names]
-    return [(line, name) for line, name in found if name.split(".")[0] == "samlight_hf"]
+            imports += [(node.lineno, f"{target}.{alias.name}") for alias in node.names]
+    return [(line, name) for line, name in imports if name.split(".")[0] == "samlight_hf"]
 
 
 def arrows_back(source: str, module: str) -> list[str]:
-    """Sentences about imports of folders that come later in ORDER."""
+    """Return a sentence for each import of a folder that comes later in ORDER."""
     own = folder_of(module)
     return [
         f"{module}:{line} imports {name}: {own} comes before {folder_of(name)}"
@@ -55,8 +55,9 @@ def modules() -> dict[str, Path]:
 
 
 def test_imports_go_one_way():
-    found = [each for name, path in modules().items() for each in arrows_back(path.read_text(encoding="utf-8"), name)]
-    assert not found, "\n".join(found)
+    sources = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
+    errors = [error for name, source in sources.items() for error in arrows_back(source, name)]
+    assert not errors, "\n".join(errors)
 
 
 def test_every_folder_has_its_place():
@@ -76,7 +77,7 @@ def test_modeling_imports_nothing_but_its_own_files():
 
 
 def test_commands_do_not_import_each_other():
-    """But the command line, which has them all; what several need is in modules that are no command."""
+    """Only `cli` imports commands; code that several commands share is in modules that are not commands."""
     commands = {"benchmark", "demo", "distill", "evaluate", "publish", "segment"}
     for path in (PACKAGE / "commands").glob("*.py"):
         if path.stem not in commands:

@@ -1,4 +1,4 @@
-"""Every way in which a checkpoint can be wrong raises one line, and never gives a model with random weights."""
+"""Check that every fault of a checkpoint raises a one-line error, and never gives a model with random weights."""
 
 import json
 import shutil

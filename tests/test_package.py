@@ -1,4 +1,4 @@
-"""The package as a user installs and imports it."""
+"""Check the package as a user installs and imports it."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ def run(*arguments, **kwargs) -> str:
     return process.stdout
 
 
-# What anyone who uses SAM through the Auto classes imports anyway (with accelerate and triton, where they are installed).
+# The imports of anyone who uses SAM through the Auto classes (with accelerate and triton, where they are installed).
 THEIRS = "from transformers import AutoModelForMaskGeneration, AutoProcessor, SamImageProcessor, SamModel, SamProcessor"
 
 
@@ -35,7 +35,7 @@ print(sorted(set(sys.modules) - before))
 
 
 def test_import_takes_no_longer_than_transformers_sam():
-    """In one fresh process: what `import samlight_hf` adds to transformers' own import."""
+    """Measure the time that `import samlight_hf` adds to the import of transformers, in a fresh process."""
     script = f"""
 import time
 start = time.perf_counter()
@@ -82,7 +82,7 @@ build_folder("student", "built")
 
 
 def test_bundled_checkpoint_has_this_code():
-    """trust_remote_code=True on the checkpoint runs exactly what the package runs."""
+    """Compare the code that trust_remote_code=True runs with that of the package."""
     modeling = ROOT / "modeling"
     code = {path.name for path in modeling.glob("*.py")} - {"__init__.py"}
     assert {path.name for path in CHECKPOINT.glob("*.py")} == code

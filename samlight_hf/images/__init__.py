@@ -1,1 +1,1 @@
-"""Images from files, and as pixel values for the model."""
+"""Reading of images, and preprocessing to pixel values for the model."""

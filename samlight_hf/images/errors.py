@@ -1,4 +1,4 @@
-"""The error of one image among many: it names the image, and stands where its result would."""
+"""Errors of single images in a batch: each names its image, and takes the place of its result."""
 
 import os
 
@@ -6,19 +6,25 @@ from ..utils.messages import one_line
 from .reading import ImageError
 
 
-# What concerns one image: it is damaged or cannot be used, its prompts are wrong, or it does not fit into memory.
+# Errors that concern one image: it is damaged or unusable, its prompts are wrong, or it does not fit into memory.
 IMAGE_ERRORS = (ValueError, RuntimeError, MemoryError, OSError)
 
 
 def check_errors(errors: str):
-    """Raises ValueError for what is no way to tell errors."""
+    """Raise ValueError unless `errors` is "return" or "raise"."""
     if errors not in ("return", "raise"):
         raise ValueError(f"errors={errors!r} must be 'return' or 'raise'.")
 
 
-def error_of_image(place: int, error: Exception, image=None) -> ImageError:
-    """The error as that of image number `place`, counted from 0; of a path, that is named too. It holds no stack frames."""
-    message, name = one_line(error), f"image {place}"
+def error_of_image(index: int, error: Exception, image=None) -> ImageError:
+    """Return the error of one image, with the image's name and without stack frames.
+
+    Args:
+        index: the image's number in the batch, from 0.
+        error: raised for the image.
+        image: as the caller passed it; a path is named in the message.
+    """
+    message, name = one_line(error), f"image {index}"
     if not isinstance(error, ValueError):
         message = f"{type(error).__name__}: {message}"
     if isinstance(image, str | os.PathLike) and not message.startswith(os.fspath(image)):

@@ -1,4 +1,4 @@
-"""Which files are images that can be opened here, and why others cannot."""
+"""Image formats that Pillow opens here, and hints for those that it does not."""
 
 from collections import Counter
 from functools import lru_cache
@@ -6,10 +6,10 @@ from functools import lru_cache
 from PIL import Image, features
 
 
-# Formats of Pillow that are no images of pixels: documents, drawings, videos, and data that it knows by name alone.
+# Formats of Pillow that are not raster images: documents, drawings, videos, and data that it only identifies.
 _NO_IMAGES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"))
-_READ_AS_OTHERS = frozenset(("MPO",))  # opened by the plugin of JPEG
-_MAX_SUFFIXES = 8  # that are named one by one
+_READ_AS_OTHERS = frozenset(("MPO",))  # opened by the JPEG plugin
+_MAX_SUFFIXES = 8  # listed one by one in a message
 
 _HEIF = "pip install pillow-heif"
 _HINTS = {
@@ -22,7 +22,7 @@ _HINTS = {
 
 
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes, in lower case, of all images of pixels that Pillow and its plugins open here."""
+    """Return the suffixes, in lower case, of all raster images that Pillow and its plugins open here."""
     _register_openers()
     readable = (Image.OPEN.keys() | _READ_AS_OTHERS) - _NO_IMAGES
     if not features.check("jpg_2000"):
@@ -31,7 +31,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def opening_hint(suffix: str, header: bytes = b"") -> str | None:
-    """Return how a file can be made readable: by its suffix, or by its first bytes; None where nothing is known."""
+    """Return how to make a file readable, from its suffix or its first bytes; None if no way is known."""
     suffix = suffix.lower()
     if header[4:8] == b"ftyp":  # HEIC under any name: phones and messengers rename it to .jpg
         suffix = ".avif" if header[8:12] in (b"avif", b"avis") else ".heic"
@@ -39,7 +39,7 @@ def opening_hint(suffix: str, header: bytes = b"") -> str | None:
 
 
 def describe_left_out(left_out: Counter[str]) -> str | None:
-    """Say in one line how many files were left out, by suffix, and what would help; None where there are none."""
+    """Return a line with the number of files that were left out, by suffix, and hints; None if there are none."""
     if not left_out:
         return None
     parts = []
@@ -54,7 +54,7 @@ def describe_left_out(left_out: Counter[str]) -> str | None:
 
 @lru_cache(maxsize=1)
 def _register_openers():
-    """Have Pillow load its plugins, and that of HEIC where it is installed."""
+    """Load the plugins of Pillow, and that of HEIC if it is installed."""
     Image.init()
     try:
         import pillow_heif

@@ -1,8 +1,10 @@
-"""Images of any depth as 8-bit RGB: robust percentiles, nodata left out, transparency laid on white."""
+"""Conversion of images of any bit depth to 8-bit RGB: robust percentiles, nodata values, transparency on white."""
 
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import IO, Any, cast
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -10,43 +12,44 @@ from PIL import Image, ImageFile, ImageOps
 
 logger = logging.getLogger(__name__)
 
-# Share of the levels at each end that may be clipped: hot and dead pixels are rarer, and objects larger.
+# Share of the levels that may be clipped at each end: more than hot and dead pixels, less than an object.
 TAIL = 0.005
 
 GDAL_NODATA_TAG = 42113
-# Signed levels that stand for "no data" by convention, where nothing in the image is lower.
+# Signed levels that mean "no data" by convention, if no level of the image is lower.
 _SENTINELS = (-2147483648.0, -99999.0, -32768.0, -9999.0)
-_TOO_LARGE = 1e30  # no measurement: -3.4e38 and 9.97e36 are the fill values of GIS and netCDF
+_TOO_LARGE = 1e30  # not a measurement: -3.4e38 and 9.97e36 are the fill values of GIS and netCDF
 _IGNORED = "its alpha hides the whole image and is ignored"
-_BLOCK = 1 << 22  # levels that are scaled at once, in float64
+_BLOCK = 1 << 22  # levels scaled at once, in float64
 
 _DEEP = ("RGB", "RGBA")
 _SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
-_told = False
+_has_told = False  # of an image without a name
 
 
 class LevelsError(ValueError):
-    """An image whose levels cannot be read right."""
+    """An image whose levels Pillow cannot read correctly."""
 
 
 def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -> Image.Image:
-    """Convert an image of any mode to RGB, 8 bits, and log one line where its levels were changed.
+    """Convert an image of any mode to RGB, 8 bits, and log one line if its levels are changed.
 
-    8-bit levels stay as they are. Levels of more bits are stretched, see `stretch`. Transparency is laid on white; an
-    alpha that hides the whole image is ignored.
+    8-bit levels are kept. Levels of more bits are stretched, see `stretch`. Transparency is composited on white; an
+    alpha channel that hides the whole image is ignored.
 
     Args:
-        image: any PIL image. A file that is not loaded yet gives all of its bits: Pillow drops half of 16-bit colours.
-        name: the image in the line that is logged; without one only the first such line of the process is logged.
-        upright: turn it as its EXIF orientation says.
+        image: any PIL image. All bits are read from a file that is not loaded yet; of 16-bit colours that are loaded,
+            Pillow keeps only the high byte.
+        name: names the image in the log. Without a name only the first such line of the process is logged.
+        upright: turn the image as its EXIF orientation says.
 
     Raises:
-        LevelsError: for 16-bit colours in separate planes without compression, which Pillow takes for 8 bits.
+        LevelsError: for 16-bit colours in separate planes without compression, which Pillow reads as 8 bits.
     """
     nodata, deep, is_unsigned = _nodata_value(image), _deep_bytes(image), _is_unsigned_32(image)
     notes: list[str] = []
-    if deep:  # the image itself is left as it was found: once loaded, its low bytes are lost
+    if deep:  # the image itself is not loaded, which would lose its low bytes
         high, low = map(ImageOps.exif_transpose, deep) if upright else deep
         image = _deep_colours_to_rgb(high, low, nodata, notes)
         tell(name, notes)
@@ -67,24 +70,26 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -
 
 
 def has_more_than_8_bits(image: Image.Image) -> bool:
-    """Whether `to_rgb` would stretch the levels of this image; a file must not be loaded yet."""
+    """Return whether `to_rgb` would stretch the levels of an image; a file must not be loaded yet."""
     return image.mode.startswith(("I", "F")) or _deep_rawmode(image) is not None
 
 
-def stretch(levels: np.ndarray, nodata: float | None = None, hidden: np.ndarray | None = None):
+def stretch(
+    levels: np.ndarray, nodata: float | None = None, hidden: np.ndarray | None = None
+) -> tuple[np.ndarray, str | None]:
     """Scale levels of any number type linearly to 0 to 255, between robust percentiles of all channels together.
 
-    0.5 % of the levels at each end may be clipped, but in an image where all others are equal. A constant image is read as
-    16 bits. NaN, infinities, beyond +-1e30, `nodata`, and -9999, -32768 and the like where nothing is lower are no
-    levels: they become 0.
+    Up to 0.5 % of the levels are clipped at each end, unless all others are equal. A constant image is scaled as 16
+    bits. These values are not levels, and become 0: NaN, infinities, numbers beyond +-1e30, `nodata`, and -9999, -32768
+    and similar ones if no level is lower.
 
     Args:
-        levels: (H, W) or (H, W, C) integers or floats.
-        nodata: a further level that means "no data"; with several channels, black only where all of them have it.
-        hidden: bool (H, W), pixels that cannot be seen, which the percentiles leave out.
+        levels: (H, W) or (H, W, C), integers or floats.
+        nodata: a further value that means "no data". A pixel of several channels is black only if all of them have it.
+        hidden: bool (H, W), invisible pixels, which do not count for the percentiles.
 
     Returns:
-        uint8 levels of the same shape, and a sentence that says what was done, or None where it was nothing.
+        uint8 levels of the same shape, and a sentence that describes the changes, or None without any.
     """
     valid = _valid_levels(levels)
     shown, black = valid, ~valid
@@ -120,18 +125,19 @@ def stretch(levels: np.ndarray, nodata: float | None = None, hidden: np.ndarray 
 
 
 def tell(name: str | None, notes: list[str]):
-    """Log what was done to an image, if anything; without a name only once a process."""
-    global _told
+    """Log the changes to an image, if there are any; without a name only once in a process."""
+    global _has_told
     if not notes:
         return
     if name is not None:
         logger.warning("%s: %s.", name, ", ".join(notes))
-    elif not _told:
-        _told = True
-        logger.warning("an image of the data: %s. Further images like this are not told.", ", ".join(notes))
+    elif not _has_told:
+        _has_told = True
+        logger.warning("an image of the data: %s. Further images like this are not reported.", ", ".join(notes))
 
 
 def _valid_levels(levels: np.ndarray) -> np.ndarray:
+    """Return a mask of the levels that are measurements, in the shape of `levels`."""
     is_float = levels.dtype.kind == "f"
     largest = (np.finfo if is_float else np.iinfo)(levels.dtype).max
     if is_float:
@@ -145,7 +151,7 @@ def _valid_levels(levels: np.ndarray) -> np.ndarray:
 
 
 def _fits(value: float, levels: np.ndarray) -> bool:
-    """Whether a level of this type can have the value."""
+    """Return whether the dtype of the levels can hold the value."""
     if levels.dtype.kind == "f":
         return abs(value) <= np.finfo(levels.dtype).max
     limits = np.iinfo(levels.dtype)
@@ -153,8 +159,8 @@ def _fits(value: float, levels: np.ndarray) -> bool:
 
 
 def _nodata_value(image: Image.Image) -> float | None:
-    """GDAL's nodata value of a TIFF, or the transparent grey of a PNG; None where there is none that is finite."""
-    value = getattr(image, "tag_v2", {}).get(GDAL_NODATA_TAG)
+    """Return GDAL's nodata value of a TIFF, or the transparent grey of a PNG; None without a finite one."""
+    value: Any = _tiff_tags(image).get(GDAL_NODATA_TAG)
     if value is None and image.mode.startswith("I"):
         value = image.info.get("transparency")
     with suppress(TypeError, ValueError):
@@ -163,50 +169,54 @@ def _nodata_value(image: Image.Image) -> float | None:
     return None
 
 
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of a TIFF by number; none for other images."""
+    return getattr(image, "tag_v2", {})
+
+
 def _is_unsigned_32(image: Image.Image) -> bool:
-    """Whether mode I, which is signed, holds the bits of unsigned levels."""
-    tags = getattr(image, "tag_v2", {})
+    """Return whether mode I, which is signed, holds the bits of unsigned levels."""
+    tags = _tiff_tags(image)
     bits, sample_format = tags.get(258), tags.get(339, (1,))
     return image.mode == "I" and tuple(bits or ()) == (32,) and tuple(sample_format) == (1,)
 
 
 def _deep_rawmode(image: Image.Image) -> str | None:
-    """The raw mode of a PNG, TIFF or PPM with several channels of 16 bits that is not loaded yet; None for others."""
-    tiles = image.tile if isinstance(image, ImageFile.ImageFile) and image.format in ("PNG", "PPM", "TIFF") else []
+    """Return the raw mode of a PNG, TIFF or PPM with several channels of 16 bits that is not loaded yet, else None."""
+    if not isinstance(image, ImageFile.ImageFile) or image.format not in ("PNG", "PPM", "TIFF"):
+        return None
+    tiles: list[Any] = image.tile
     mode = "".join(sorted({args if isinstance(args, str) else args[0] for *_, args in tiles if args})) or None
-    if image.format == "TIFF" and image.mode in _DEEP and tuple(image.tag_v2.get(258, ()))[:1] == (16,):
-        return mode  # of separate planes the letters of all
-    if (
-        image.format == "PPM"
-        and image.mode == "RGB"
-        and [tile[0] for tile in tiles] == ["ppm"]
-        and tiles[0][3][1] > 255
-    ):
-        return mode
+    if image.format == "TIFF" and image.mode in _DEEP and tuple(_tiff_tags(image).get(258, ()))[:1] == (16,):
+        return mode  # with separate planes, the letters of all
+    if image.format == "PPM" and image.mode == "RGB" and [tile[0] for tile in tiles] == ["ppm"]:
+        return mode if tiles[0][3][1] > 255 else None
     return mode if image.format == "PNG" and mode in ("LA;16B", "RGB;16B", "RGBA;16B") else None
 
 
 def _deep_bytes(image: Image.Image) -> tuple[Image.Image, Image.Image] | None:
-    """The high and the low bytes of a file with several channels of 16 bits, as two images; None for other images.
+    """Read the high and the low bytes of a file with several channels of 16 bits as two images; None for other images.
 
     Pillow reads the high byte of each level. With the raw mode of the other byte order it reads the low one.
 
     Raises:
-        LevelsError: for planes that Pillow takes for those of 8 bits.
+        LevelsError: for planes that Pillow reads as 8 bits.
     """
     mode = _deep_rawmode(image)
     if mode is None:
         return None
+    assert isinstance(image, ImageFile.ImageFile)
     if image.format == "PPM":
-        image.fp.seek(image.tile[0][2])
-        levels = np.frombuffer(image.fp.read(6 * image.width * image.height), ">u2").reshape(*image.size[::-1], 3)
+        file = _file_of(image)
+        file.seek(image.tile[0][2])
+        levels = np.frombuffer(file.read(6 * image.width * image.height), ">u2").reshape(*image.size[::-1], 3)
         return Image.fromarray((levels >> 8).astype(np.uint8)), Image.fromarray(levels.astype(np.uint8))
-    is_planar = getattr(image, "tag_v2", {}).get(284) == 2
+    is_planar = _tiff_tags(image).get(284) == 2
     if is_planar and image.tile[0][0] == "raw":
         raise LevelsError("16-bit colours in separate planes cannot be read. Save them interleaved or compressed.")
     high = _read_as(image, None)
     if is_planar or mode.startswith("RGBa"):
-        return high, high  # Pillow gives the high bytes alone: 256 levels
+        return high, high  # Pillow gives only the high bytes: 256 levels
     if mode != "LA;16B":
         return high, _read_as(image, mode[:-1] + _SWAPPED[mode[-1]])
     _, grey, _, alpha = _read_as(image, "RGBA").split()  # four bytes a pixel: grey and alpha, high and low
@@ -215,27 +225,34 @@ def _deep_bytes(image: Image.Image) -> tuple[Image.Image, Image.Image] | None:
     return high, low
 
 
-def _read_as(image: Image.Image, mode: str | None) -> Image.Image:
-    """The file of an image that is not loaded yet, read by another raw mode."""
-    position = image.fp.tell()
-    image.fp.seek(0)
-    twin = Image.open(image.fp)
+def _read_as(image: ImageFile.ImageFile, mode: str | None) -> Image.Image:
+    """Read the file of an image that is not loaded yet, by another raw mode if one is given."""
+    file = _file_of(image)
+    position = file.tell()
+    file.seek(0)
+    twin = Image.open(file)
     if image.tell():
         twin.seek(image.tell())
     if mode is not None:
         twin.tile = [_with_mode(tile, mode) for tile in twin.tile]
     twin.load()
-    image.fp.seek(position)
+    file.seek(position)
     return twin
 
 
-def _with_mode(tile: tuple, mode: str) -> tuple:
-    """What Pillow reads a part of a file by, with another raw mode; before Pillow 11 it is a plain tuple."""
+def _file_of(image: ImageFile.ImageFile) -> IO[bytes]:
+    assert image.fp is not None
+    return image.fp
+
+
+def _with_mode(tile: Any, mode: str) -> Any:
+    """Return the tile by which Pillow reads a part of a file, with another raw mode; a plain tuple before Pillow 11."""
     args = mode if isinstance(tile[3], str) else (mode, *tile[3][1:])
     return tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
 
 
 def _deep_colours_to_rgb(high: Image.Image, low: Image.Image, nodata: float | None, notes: list[str]) -> Image.Image:
+    """Stretch colours whose high and low bytes are two images; sentences about the changes are added to `notes`."""
     levels = np.asarray(high).astype(np.uint16) << 8 | np.asarray(low)
     alpha = None
     if levels.shape[-1] == 4:
@@ -255,8 +272,9 @@ def _deep_colours_to_rgb(high: Image.Image, low: Image.Image, nodata: float | No
 
 
 def _lay_on_white(image: Image.Image, notes: list[str]) -> Image.Image:
-    *colours, (_, most_opaque) = image.getextrema()
-    if most_opaque <= 1 and any(low < high for low, high in colours):  # one colour has nothing to show
+    """Composite RGBA on white, or ignore an alpha channel that hides everything, with a sentence in `notes`."""
+    *colours, (_, most_opaque) = cast(tuple[tuple[int, int], ...], image.getextrema())
+    if most_opaque <= 1 and any(low < high for low, high in colours):  # an image of one colour has nothing to show
         notes.append(_IGNORED)
         return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,4 +1,4 @@
-"""Images to pixel values on the model's device, bit for bit as transformers' image processor makes them on a CPU."""
+"""Preprocessing on the model's device, bit for bit equal to that of transformers' image processor on a CPU."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,17 +19,18 @@ ImageInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
 
 def image_tensor(image: ImageInput) -> torch.Tensor:
-    """Read one image as uint8 (3, H, W), by the same rule in whatever form it comes.
+    """Read one image as uint8 (3, H, W), by the same rules for every type of input.
 
-    Levels that are not uint8, integers or floats, are stretched between robust percentiles, and a line is logged: see
-    `levels.stretch`. A file or a PIL image is turned upright, and its transparency laid on white.
+    Integers and floats other than uint8 are stretched between robust percentiles, and a line is logged: see
+    `levels.stretch`. A file or a PIL image is turned upright, and its transparency composited on white.
 
     Args:
         image: a path, a PIL image, an array (H, W) or (H, W, 3), or a tensor (H, W) or (3, H, W), grey or RGB. A tensor
             stays on its device.
 
     Raises:
-        ValueError: for another type or shape and for an empty image; ImageError, a ValueError, for a file that cannot be read.
+        ValueError: for another type, dtype or shape, and for an image without pixels.
+        ImageError: a ValueError, for a file that cannot be read.
     """
     if isinstance(image, str | os.PathLike):
         image = open_image(image)
@@ -46,29 +47,42 @@ def image_tensor(image: ImageInput) -> torch.Tensor:
         )
     if 0 in shape:
         raise ValueError(f"an image of shape {shape} has no pixels.")
-    image = _to_uint8(image)
-    if is_array:  # torch takes neither negative strides nor memory that must not be written to without a word
-        image = torch.from_numpy(np.array(image.transpose(2, 0, 1) if len(shape) == 3 else image))
-    return image if len(shape) == 3 else image.expand(3, -1, -1)
+    if isinstance(image, np.ndarray):
+        levels = _stretch_array(image)
+        # A copy: torch accepts no negative strides, and warns of memory that is read-only.
+        tensor = torch.from_numpy(np.array(levels.transpose(2, 0, 1) if len(shape) == 3 else levels))
+    else:
+        tensor = _stretch_tensor(image)
+    return tensor if len(shape) == 3 else tensor.expand(3, -1, -1)
 
 
-def _to_uint8(levels: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Stretch levels of an array or a tensor that are not uint8. Raises ValueError for what is neither integer nor float."""
-    if levels.dtype in (np.uint8, torch.uint8):
+def _stretch_array(levels: np.ndarray) -> np.ndarray:
+    """Stretch levels that are not uint8. Raises ValueError for levels that are neither integers nor floats."""
+    if levels.dtype == np.uint8:
         return levels
-    is_array = isinstance(levels, np.ndarray)
-    if levels.dtype.kind not in "iuf" if is_array else levels.dtype == torch.bool or levels.is_complex():
-        raise ValueError(f"an image's levels are {levels.dtype}, and must be integers or floats.")
-    array = levels
-    if not is_array:
-        array = (levels.float() if levels.dtype == torch.bfloat16 else levels).detach().cpu().numpy()
-    array, note = stretch(array)
+    if levels.dtype.kind not in "iuf":
+        raise _wrong_levels(levels.dtype)
+    stretched, note = stretch(levels)
     tell("the image", [note] if note else [])
-    return array if is_array else torch.from_numpy(array).to(levels.device)
+    return stretched
+
+
+def _stretch_tensor(levels: torch.Tensor) -> torch.Tensor:
+    """Stretch levels that are not uint8, on a CPU; the result is on their device."""
+    if levels.dtype == torch.uint8:
+        return levels
+    if levels.dtype == torch.bool or levels.is_complex():
+        raise _wrong_levels(levels.dtype)
+    array = (levels.float() if levels.dtype == torch.bfloat16 else levels).detach().cpu().numpy()
+    return torch.from_numpy(_stretch_array(array)).to(levels.device)
+
+
+def _wrong_levels(dtype: np.dtype | torch.dtype) -> ValueError:
+    return ValueError(f"an image's levels are {dtype}, and must be integers or floats.")
 
 
 def check_size(image_processor: SamImageProcessor, height: int, width: int):
-    """Raises ValueError for an image whose short side would vanish when its long side is resized for the model."""
+    """Raise ValueError for an image whose short side would vanish when its long side is resized for the model."""
     longest_edge = image_processor.size["longest_edge"]
     if min(height, width) * longest_edge / max(height, width) < 0.5:
         raise ValueError(
@@ -78,7 +92,7 @@ def check_size(image_processor: SamImageProcessor, height: int, width: int):
 
 
 def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
-    """(height, width) within the model's input, rounded as the image processor does."""
+    """Return the (height, width) of an image within the model's input, rounded as the image processor does."""
     scale = longest_edge / max(height, width)
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -90,12 +104,24 @@ def preprocess(
     dtype: torch.dtype = torch.float32,
     empty: Callable[..., torch.Tensor] = torch.empty,
 ) -> torch.Tensor:
-    """Images, uint8 (3, H, W) of any sizes and on any device, to pixel values (B, 3, S, S), in `dtype` and on `device`.
+    """Preprocess images to pixel values.
 
-    Resized to the image processor's longest edge, normalised, and padded with zeros at the right and at the bottom: in
-    float32, rounded to `dtype`. `empty`, called as `torch.empty`, gives the tensor that kernels write them to; on the CPU,
-    and where the image processor does it itself, it is not asked. Raises ValueError for an image processor that resizes to
-    more than it pads to.
+    Images are resized to the image processor's longest edge, normalised, and padded with zeros at the right and at the
+    bottom. This is computed in float32 and rounded to `dtype`.
+
+    Args:
+        image_processor: the model's.
+        images: B images, uint8 (3, H, W) of any sizes and on any device.
+        device: where the pixel values are made.
+        dtype: of the pixel values.
+        empty: called as `torch.empty` for the tensor that kernels write to. Not called on the CPU, nor where the image
+            processor itself does the work, see `why_not_on_device`.
+
+    Returns:
+        Pixel values (B, 3, S, S), where S is the size that the image processor pads to.
+
+    Raises:
+        ValueError: for an image processor that resizes to more than it pads to.
     """
     if device.type == "cpu" or why_not_on_device(image_processor):
         inputs = image_processor(list(images), return_tensors="pt", device=device if device.type != "cpu" else None)
@@ -104,18 +130,18 @@ def preprocess(
     levels = normalised_levels(image_processor, dtype, device)
     pixel_values = empty(len(images), 3, height, width, dtype=dtype, device=device)
     for place, image in zip(pixel_values, images):
-        size = resized_size(*image.shape[-2:], image_processor.size["longest_edge"])
+        size = resized_size(image.shape[-2], image.shape[-1], image_processor.size["longest_edge"])
         resize_into(place, image.to(device, non_blocking=True), size, levels)
     return pixel_values
 
 
 def normalised_levels(image_processor: SamImageProcessor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What each of uint8's levels becomes, (3, 256), as the image processor itself normalises them on a CPU."""
+    """Return the normalised value of each uint8 level, (3, 256), as the image processor computes it on a CPU."""
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
     return _normalised_levels(image_processor, image_processor.rescale_factor, mean, std, dtype, device)
 
 
-@lru_cache(maxsize=16)  # with all that the levels depend on, since an image processor can be changed
+@lru_cache(maxsize=16)  # keyed by all settings that the levels depend on: an image processor is mutable
 def _normalised_levels(image_processor, rescale_factor, mean, std, dtype, device) -> torch.Tensor:
     levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256).contiguous()
     levels = image_processor.rescale_and_normalize(levels, True, rescale_factor, True, mean, std)
@@ -123,7 +149,7 @@ def _normalised_levels(image_processor, rescale_factor, mean, std, dtype, device
 
 
 def why_not_on_device(image_processor: SamImageProcessor) -> str | None:
-    """Why this processor's images are not resized by `resize_into`: a sentence, or None where they are."""
+    """Return why `resize_into` cannot resize images for this processor, or None if it can."""
     if image_processor.resample not in (PILImageResampling.BILINEAR, int(PILImageResampling.BILINEAR)):
         return f"resample={image_processor.resample!r} is not bilinear"
     for step in ("do_resize", "do_rescale", "do_normalize", "do_pad"):

@@ -1,4 +1,4 @@
-"""Images from files, folders and patterns, and one image of any kind as RGB."""
+"""Finding of image files by path, folder and pattern, and reading of a file of any format as RGB."""
 
 import glob
 import os
@@ -17,14 +17,15 @@ from .formats import describe_left_out, image_suffixes, opening_hint
 from .levels import LevelsError, to_rgb
 
 
-# In a folder of results of `samlight segment`: the settings they were made with, and of which images.
+# The file of `samlight segment` in a folder of results: their settings, and the images that they belong to.
 NOTE_NAME = ".samlight.json"
 
-_NO_ADDRESS = "{}: is an address, and files alone are read. Download it."
+_NO_ADDRESS = "{}: is an address, but only files are read. Download it."
 
-Item, Read = TypeVar("Item"), TypeVar("Read")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-# 300 MB as RGB. The masks of one image can take as many bytes each as it has pixels.
+# 300 MB as RGB. Each mask of an image can take as many bytes as the image has pixels.
 MAX_PIXELS = 100_000_000
 
 
@@ -37,27 +38,31 @@ def find_images(
     exclude: str | os.PathLike | None = None,
     left_out: Counter[str] | None = None,
 ) -> tuple[list[Path], list[ImageError]]:
-    """Find all images that `paths` name, each once, and make an error for each path that names none.
+    """Find all images that `paths` name, each once.
 
-    A file is taken whatever its suffix. A folder stands for the images in it and in its subfolders, in sorted order,
-    without hidden ones: all suffixes that Pillow opens here, in any case. A path that does not exist is read as a pattern
-    (`*`, `?`, `**`).
+    A file is accepted with any suffix. A folder stands for the images in it and in its subfolders, sorted and without
+    hidden ones: files with a suffix, in upper or lower case, that Pillow opens here. A path that does not exist is read
+    as a pattern (`*`, `?`, `**`).
 
     Args:
         paths: files, folders and patterns.
-        exclude: the folder that results are written to: inside a searched one it is left out, as are those of earlier runs.
-        left_out: where files of folders and patterns that are no images are counted, by suffix in lower case.
+        exclude: the folder that results are written to. It is left out of the folders that are searched, as are the
+            results of earlier runs.
+        left_out: counts, by suffix in lower case, the files in folders and patterns that are not images.
+
+    Returns:
+        The images, and an error for each path that names none.
     """
     left_out = Counter() if left_out is None else left_out
-    found: dict[str, Path] = {}
-    problems = []
+    images_by_file: dict[str, Path] = {}
+    problems: list[ImageError] = []
     excluded = None if exclude is None else Path(exclude).resolve()
     suffixes = image_suffixes()
-    for path in paths:
-        if _is_address(path):
-            problems.append(ImageError(_NO_ADDRESS.format(path)))
+    for name in paths:
+        if _is_address(name):
+            problems.append(ImageError(_NO_ADDRESS.format(name)))
             continue
-        path, others = Path(path), Counter()
+        path, others = Path(name), Counter[str]()
         if path.is_dir():
             files = _in_folder(path, excluded, problems)
         elif path.exists():
@@ -69,19 +74,22 @@ def find_images(
             others.update(file.suffix.lower() for file in files if file.suffix.lower() not in suffixes)
         left_out.update(others)
         if not images:
-            what = "no images in this folder" if path.is_dir() else "no such file or folder. Check the name"
-            what = "no image matches this pattern" if others and not path.is_dir() else what
-            problems.append(ImageError(f"{path}: {what}" + (f": {describe_left_out(others)}" if others else ".")))
+            reason = "no images in this folder" if path.is_dir() else "no such file or folder. Check the name"
+            reason = "no image matches this pattern" if others and not path.is_dir() else reason
+            problems.append(ImageError(f"{path}: {reason}" + (f": {describe_left_out(others)}" if others else ".")))
         for image in images:
-            found.setdefault(os.path.realpath(image), image)  # Path.resolve raises for links in a circle
-    return list(found.values()), problems
+            images_by_file.setdefault(os.path.realpath(image), image)  # Path.resolve raises for links in a circle
+    return list(images_by_file.values()), problems
 
 
 def common_folder(paths: Iterable[str | os.PathLike]) -> Path | None:
-    """Return the folder that was asked for, absolute: of several paths, the deepest one that holds them all.
+    """Return the deepest folder that holds all paths, as an absolute path.
 
-    A folder stands for itself, a file for the folder that it is in, a pattern for its part before the first `*`, `?` or
-    `[`. None where there is no such folder: on several drives, or where no path exists.
+    A folder stands for itself, a file for the folder that it is in, and a pattern for its part before the first `*`,
+    `?` or `[`.
+
+    Returns:
+        The folder, or None if there is none: the paths are on several drives, or none of them exists.
     """
     folders = []
     for path in (Path(path) for path in paths if not _is_address(path)):
@@ -98,13 +106,13 @@ def common_folder(paths: Iterable[str | os.PathLike]) -> Path | None:
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The image as RGB, 8 bits, upright as its EXIF orientation says.
+    """Read an image file as RGB, 8 bits, turned upright as its EXIF orientation says.
 
-    Transparency is laid on white. Levels of more than 8 bits are stretched between robust percentiles, and a line is
-    logged, see `levels.to_rgb`. Of several frames the first is taken.
+    Transparency is composited on white. Levels of more than 8 bits are stretched between robust percentiles, and a line
+    is logged, see `levels.to_rgb`. Only the first frame of a file is read.
 
     Raises:
-        ImageError: for a file that is not there, is no image, is damaged, or has more than `MAX_PIXELS` pixels.
+        ImageError: for a file that does not exist, is not an image, is damaged, or has more than `MAX_PIXELS` pixels.
     """
     if _is_address(path):
         raise ImageError(_NO_ADDRESS.format(path))
@@ -115,10 +123,10 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path}: is a folder. Give a file.")
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty. Copy or download it again.")
-    image_suffixes()  # with the plugins of formats that Pillow has not itself
+    image_suffixes()  # loads plugins for formats that Pillow lacks
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: the limit here is checked below
+            warnings.simplefilter("ignore")  # Pillow's warning of the size, which is checked below
             with Image.open(path) as image:
                 _check_size(path, *image.size)
                 return to_rgb(image, str(path), upright=True)
@@ -142,10 +150,15 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path}: truncated or damaged ({one_line(error)}). Copy or download it again.") from error
 
 
-def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], num_threads: int = 1) -> Iterator[Read]:
-    """`read(item)` of each item in their order, of which up to `num_threads + 1` are read meanwhile by other threads.
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 1) -> Iterator[Result]:
+    """Yield `read(item)` of each item, in order, while other threads read the next `num_threads + 1` items.
 
-    What `read` raises is raised where its result would come. Items are taken as they are needed: there may be any number.
+    An error of `read` is raised in the place of its result.
+
+    Args:
+        read: called in another thread.
+        items: any number of them; each is taken from the iterable only when a thread is to read it.
+        num_threads: that read at the same time.
     """
     items = iter(items)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="read_ahead") as pool:
@@ -161,7 +174,7 @@ def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], num_threads:
 
 
 def _is_address(path: str | os.PathLike) -> bool:
-    return "://" in os.fspath(path)  # of which a Path would keep one slash
+    return "://" in os.fspath(path)  # a Path would keep only one slash
 
 
 def _in_folder(folder: Path, excluded: Path | None, problems: list[ImageError]) -> list[Path]:

@@ -32,7 +32,7 @@ def write_masks(
     Args:
         path: where it is written; its name ends as `ENDINGS` says.
         file_format: "overlay", the image with masks and prompts; "png", a folder of 0000.png and so on, 255 inside,
-            with masks.csv; "coco", `images`, `annotations` and `categories` of one image, with SA-1B's fields; or "npz",
+            with masks.csv; "coco", `images`, `annotations` and `categories` of one image, with SA-1B's fields; "npz",
             the arrays of the result, with masks as bool (n, H, W).
         image: for an overlay, and for its size.
         image_name: the image's name in COCO's JSON.

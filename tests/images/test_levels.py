@@ -1,4 +1,4 @@
-"""Levels of every depth become 8 bits by robust percentiles; 8-bit levels stay as they are; what was done is logged."""
+"""Check that levels of every bit depth become 8 bits, that 8-bit levels are kept, and that changes are logged."""
 
 import io
 import logging
@@ -24,7 +24,7 @@ def gradient(low: int, high: int, dtype=np.uint16, size=(40, 60)) -> np.ndarray:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG of 16 bits, (H, W, 2 to 4), which Pillow does not write."""
+    """Encode a PNG of 16 bits, (H, W, 2 to 4), which Pillow cannot write."""
     height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
@@ -35,7 +35,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def tiff(pixels: np.ndarray, order="<", compressed=False, planar=False, orientation=1, nodata=None) -> bytes:
-    """A TIFF of several 16-bit channels, (H, W, C), which Pillow does not write; the fourth is alpha."""
+    """Encode a TIFF of several 16-bit channels, (H, W, C), which Pillow cannot write; the fourth is alpha."""
     height, width, channels = pixels.shape
     planes = [pixels[..., channel] for channel in range(channels)] if planar else [pixels]
     strips = [plane.astype(f"{order}u2").tobytes() for plane in planes]
@@ -72,17 +72,17 @@ def test_one_pixel_takes_no_levels_from_the_others(value):
     pixels = gradient(1000, 1800)
     without, _ = stretch(pixels)
     pixels[3, 4] = value
-    found, note = stretch(pixels)
-    assert len(np.unique(found)) > 240
-    assert np.abs(np.delete(found, 3 * 60 + 4).astype(int) - np.delete(without, 3 * 60 + 4)).max() <= 2
+    scaled, note = stretch(pixels)
+    assert len(np.unique(scaled)) > 240
+    assert np.abs(np.delete(scaled, 3 * 60 + 4).astype(int) - np.delete(without, 3 * 60 + 4)).max() <= 2
     assert "became 0 to 255" in note
 
 
 def test_an_object_on_a_plain_ground_is_kept():
     pixels = np.full((100, 100), 700, dtype=np.uint16)
-    pixels[2:4, 2:6] = 900  # fewer than may be clipped
-    found, _ = stretch(pixels)
-    assert np.unique(found).tolist() == [0, 255]
+    pixels[2:4, 2:6] = 900  # fewer than the share that is clipped
+    scaled, _ = stretch(pixels)
+    assert np.unique(scaled).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_floats_without_data_are_black_and_do_not_count(nodata):
     pixels = gradient(200, 900, np.float32)
     expected, _ = stretch(pixels[4:])
     pixels[:4] = nodata
-    found, note = stretch(pixels)
-    assert (found[:4] == 0).all() and np.array_equal(found[4:], expected)
+    scaled, note = stretch(pixels)
+    assert (scaled[:4] == 0).all() and np.array_equal(scaled[4:], expected)
     assert f"{4 * 60} pixels without data became black" in note
 
 
@@ -101,8 +101,8 @@ def test_floats_without_data_are_black_and_do_not_count(nodata):
 def test_a_usual_nodata_value_counts_where_something_is_lower(dtype):
     pixels = gradient(-20000, 20000, dtype)
     pixels[20, 20] = -9999
-    found, note = stretch(pixels)
-    assert found[20, 20] == pytest.approx(64, abs=2) and "without data" not in note
+    scaled, note = stretch(pixels)
+    assert scaled[20, 20] == pytest.approx(64, abs=2) and "without data" not in note
 
 
 @pytest.mark.parametrize("nodata, text", [(65535, "65535"), (0, "0 "), (1234, "1234.0")])
@@ -112,9 +112,9 @@ def test_the_nodata_tag_of_gdal(tmp_path, nodata, text, dtype):
     expected, _ = stretch(pixels[4:])
     pixels[:4] = nodata
     Image.fromarray(pixels).save(tmp_path / "tagged.tif", tiffinfo={GDAL_NODATA_TAG: text})
-    found = grey_levels(open_image(tmp_path / "tagged.tif"))
-    assert (found[:4] == 0).all() and np.array_equal(found[4:], expected)
-    if nodata == 65535:  # without the tag it is a level
+    scaled = grey_levels(open_image(tmp_path / "tagged.tif"))
+    assert (scaled[:4] == 0).all() and np.array_equal(scaled[4:], expected)
+    if nodata == 65535:  # without the tag this is a level
         Image.fromarray(pixels).save(tmp_path / "plain.tif")
         assert grey_levels(open_image(tmp_path / "plain.tif"))[0, 0] == 255
 
@@ -138,14 +138,14 @@ def test_unsigned_levels_of_32_bits(tmp_path):
 
 
 def test_nothing_but_holes_is_black():
-    found, note = stretch(np.full((3, 4), np.nan, dtype=np.float32))
-    assert not found.any() and "no data at all" in note
+    scaled, note = stretch(np.full((3, 4), np.nan, dtype=np.float32))
+    assert not scaled.any() and "no data at all" in note
 
 
 @pytest.mark.parametrize("pixels", [gradient(0, 65535), np.zeros((4, 5), np.uint16), np.full((4, 5), 2313, np.uint16)])
 def test_16_bits_that_are_used_whole_and_constant_images_are_only_rounded(pixels):
-    found, note = stretch(pixels)
-    assert np.abs(found - pixels / 257).max() <= 2
+    scaled, note = stretch(pixels)
+    assert np.abs(scaled - pixels / 257).max() <= 2
     assert note is None or ("became" in note and pixels.max() == 65535)
 
 
@@ -161,7 +161,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_colours_of_16_bits_keep_their_levels_and_their_hue(tmp_path, name):
-    """All channels as one: by Pillow alone these are levels 1 to 7."""
+    """Stretch all channels together: Pillow alone gives levels 1 to 7."""
     expected, _ = stretch(COLOURS)
     assert len(np.unique(expected)) > 200
     assert (expected.reshape(-1, 3).mean(axis=0).argsort() == COLOURS.reshape(-1, 3).mean(axis=0).argsort()).all()
@@ -170,7 +170,7 @@ def test_colours_of_16_bits_keep_their_levels_and_their_hue(tmp_path, name):
     assert np.array_equal(open_image(path), expected)
     image = Image.open(path)
     assert has_more_than_8_bits(image)
-    for _ in range(2):  # and again: the image that was given is not changed
+    for _ in range(2):  # twice: the image is not changed
         assert np.array_equal(image_tensor(image).permute(1, 2, 0), expected)
     assert np.array_equal(_load(str(path), None), expected)
     assert np.array_equal(decode_image(FILES[name], (60, 40)), expected)
@@ -178,12 +178,12 @@ def test_colours_of_16_bits_keep_their_levels_and_their_hue(tmp_path, name):
 
 
 def test_the_page_that_was_chosen_is_read(tmp_path):
-    """Also of 16-bit colours, whose file is opened again. Two directories, the first one's link points to the second."""
+    """Read the second page of 16-bit colours, whose file is opened again: the first directory links to the second."""
     first, second = tiff(COLOURS), tiff(COLOURS[::-1])
     place = struct.unpack("<I", second[4:8])[0]
     (count,) = struct.unpack("<H", second[place : place + 2])
     directory = bytearray(second[place:])
-    for number in range(count):  # its offsets, behind the first file
+    for number in range(count):  # offsets, shifted by the length of the first file
         at = 2 + 12 * number
         tag, kind, length, value = struct.unpack("<HHII", directory[at : at + 12])
         if tag == 273 or length * {2: 1, 3: 2, 4: 4}[kind] > 4:
@@ -198,8 +198,8 @@ def test_the_page_that_was_chosen_is_read(tmp_path):
 
 def test_planes_of_16_bits(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, compressed=True, planar=True))
-    found = np.asarray(open_image(tmp_path / "x.tif")).astype(int)
-    assert np.abs(found - stretch(COLOURS)[0]).max() <= 60 and found.max() == 255  # the high bytes alone, stretched
+    scaled = np.asarray(open_image(tmp_path / "x.tif")).astype(int)
+    assert np.abs(scaled - stretch(COLOURS)[0]).max() <= 60 and scaled.max() == 255  # only the high bytes, stretched
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, planar=True))
     with pytest.raises(ImageError, match="separate planes cannot be read. Save them interleaved"):
         open_image(tmp_path / "x.tif")
@@ -207,18 +207,18 @@ def test_planes_of_16_bits(tmp_path):
 
 def test_deep_colours_are_turned_upright(tmp_path):
     (tmp_path / "x.tif").write_bytes(tiff(COLOURS, orientation=6))
-    found = np.asarray(open_image(tmp_path / "x.tif"))
-    assert np.array_equal(found, np.rot90(stretch(COLOURS)[0], -1))
+    scaled = np.asarray(open_image(tmp_path / "x.tif"))
+    assert np.array_equal(scaled, np.rot90(stretch(COLOURS)[0], -1))
 
 
 def test_colours_without_data_are_black_where_all_channels_lack_them(tmp_path):
     pixels = COLOURS.copy()
     pixels[:4] = 65535
-    pixels[10, 10, 1] = 65535  # one channel that is overexposed
+    pixels[10, 10, 1] = 65535  # overexposed in one channel
     (tmp_path / "x.tif").write_bytes(tiff(pixels, nodata="65535"))
-    found = np.asarray(open_image(tmp_path / "x.tif"))
-    assert (found[:4] == 0).all() and found[10, 10, 1] == 255
-    assert np.abs(found[11:].astype(int) - stretch(COLOURS[4:])[0][7:]).max() <= 1
+    scaled = np.asarray(open_image(tmp_path / "x.tif"))
+    assert (scaled[:4] == 0).all() and scaled[10, 10, 1] == 255
+    assert np.abs(scaled[11:].astype(int) - stretch(COLOURS[4:])[0][7:]).max() <= 1
 
 
 @pytest.mark.parametrize("channels", [2, 4])
@@ -230,11 +230,11 @@ def test_alpha_of_16_bits(tmp_path, channels, write):
     alpha[:, :30] = 0
     colours = COLOURS[..., : channels - 1].copy()
     expected, _ = stretch(colours[:, 30:])
-    colours[:, :30] = 60000  # beneath what cannot be seen
+    colours[:, :30] = 60000  # invisible
     path = tmp_path / "x"
     path.write_bytes(write(np.concatenate([colours, alpha], axis=-1)))
-    found = np.asarray(open_image(path))
-    assert (found[:, :30] == 255).all() and np.array_equal(found[:, 30:], np.broadcast_to(expected, (40, 30, 3)))
+    scaled = np.asarray(open_image(path))
+    assert (scaled[:, :30] == 255).all() and np.array_equal(scaled[:, 30:], np.broadcast_to(expected, (40, 30, 3)))
     path.write_bytes(write(np.concatenate([COLOURS[..., : channels - 1], alpha * 0], axis=-1)))
     shown = stretch(COLOURS[..., : channels - 1])[0]
     assert np.array_equal(open_image(path), np.broadcast_to(shown, (40, 60, 3)))
@@ -291,9 +291,9 @@ def test_half_precision_tensors():
 
 
 def test_data_tell_once(caplog, monkeypatch):
-    monkeypatch.setattr(levels, "_told", False)
+    monkeypatch.setattr(levels, "_has_told", False)
     image = Image.fromarray(gradient(300, 900))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             to_rgb(image)
-    assert caplog.text.count("became 0 to 255") == 1 and "not told" in caplog.text
+    assert caplog.text.count("became 0 to 255") == 1 and "not reported" in caplog.text

@@ -1,4 +1,4 @@
-"""On any device the pixel values and the masks' size are what transformers' image processor makes on a CPU, to the bit."""
+"""Compare pixel values and mask sizes on any device with transformers' image processor on a CPU, bit for bit."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def random_image(height, width, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_pixel_values_are_those_of_the_cpu_on_any_device(device, dtype):
-    """On a GPU by the kernel, in every layout and of every size."""
+    """Resize by the kernel on a GPU, from every layout and size."""
     if device == "cuda":
         assert why_not_triton(torch.empty(1, 1, 1, device=device)) is None
     processor = SamImageProcessor()
@@ -46,7 +46,7 @@ def test_pixel_values_are_those_of_the_cpu_on_any_device(device, dtype):
     "settings", [{}, {"image_mean": [0.1, 0.2, 0.3]}, {"image_std": [0.5, 0.6, 0.7]}, {"rescale_factor": 0.01}]
 )
 def test_resized_levels_are_normalised_as_the_image_processor_does(settings, dtype):
-    """Also when it is changed after its levels were asked for."""
+    """Change the image processor after its levels were computed."""
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("without AVX2 torchvision resizes in floating point")
     processor, image = SamImageProcessor(), random_image(700, 333)
@@ -55,8 +55,8 @@ def test_resized_levels_are_normalised_as_the_image_processor_does(settings, dty
         setattr(processor, name, value)
     expected = processor(image, return_tensors="pt")["pixel_values"][0].to(dtype)
     levels = normalised_levels(processor, dtype, torch.device("cpu"))
-    resize_into(found := torch.empty(3, 1024, 1024, dtype=dtype), image, resized_size(700, 333, 1024), levels)
-    assert torch.equal(found, expected)
+    resize_into(resized := torch.empty(3, 1024, 1024, dtype=dtype), image, resized_size(700, 333, 1024), levels)
+    assert torch.equal(resized, expected)
 
 
 @pytest.mark.gpu

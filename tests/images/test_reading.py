@@ -1,4 +1,4 @@
-"""Images of every mode come out as RGB that looks right, and files that are none as one line."""
+"""Check that images of every mode are read as correct RGB, and that other files give a one-line error."""
 
 import io
 import os
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from samlight_hf.images import reading as images
+from samlight_hf.images import reading
 from samlight_hf.images.formats import describe_left_out, image_suffixes, opening_hint
 from samlight_hf.images.reading import ImageError, common_folder, find_images, open_image, read_ahead
 
@@ -35,7 +35,7 @@ def save(image, path, **options):
 
 
 def png_of_size(width, height) -> bytes:
-    """The beginning of a PNG that says that it has this size."""
+    """Encode the beginning of a PNG whose header has this size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -85,7 +85,7 @@ def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 20, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: what is stored at the left is seen at the top
+    exif[0x0112] = 6  # rotate clockwise: the left of the file is the top of the image
     opened = open_image(save(image, tmp_path / "x.jpg", exif=exif))
     assert opened.size == (20, 40)
     assert opened.getpixel((10, 3))[0] > 200
@@ -104,7 +104,7 @@ def test_images_above_the_limit(tmp_path, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             refused(path, "100,000,000")
-    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 10)
     refused(save(Image.new("RGB", (4, 3)), tmp_path / "small.png"), "4x3", "12 pixels")
 
 
@@ -140,8 +140,8 @@ def test_finds_images_in_folders_files_and_patterns(tmp_path):
         (tmp_path / name).touch()
 
     def names(*paths):
-        found, problems = find_images([tmp_path / path for path in paths], exclude=tmp_path / "out")
-        return [os.path.relpath(path, tmp_path) for path in found], len(problems)
+        images, problems = find_images([tmp_path / path for path in paths], exclude=tmp_path / "out")
+        return [os.path.relpath(path, tmp_path) for path in images], len(problems)
 
     assert names(".") == (["a.png", "b.JPG", "deep/er/c.Tiff"], 0)
     assert names("*.p*g", "notes.txt") == (["a.png", "notes.txt"], 0)
@@ -157,8 +157,8 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
 
 
 def test_an_empty_folder_is_a_problem(tmp_path):
-    found, problems = find_images([tmp_path])
-    assert not found
+    images, problems = find_images([tmp_path])
+    assert not images
     assert "no images" in str(problems[0])
 
 
@@ -195,8 +195,8 @@ def test_an_address_is_called_one():
     address = "https://example.com/a.jpg"
     with pytest.raises(ImageError, match=f"{address}: is an address.* Download it"):
         open_image(address)
-    found, (problem,) = find_images([address])
-    assert not found and str(problem).startswith(f"{address}: is an address")
+    images, (problem,) = find_images([address])
+    assert not images and str(problem).startswith(f"{address}: is an address")
 
 
 def test_all_suffixes_of_images_that_pillow_opens(tmp_path):
@@ -209,10 +209,10 @@ def test_all_suffixes_of_images_that_pillow_opens(tmp_path):
     for kind in kinds:
         Image.fromarray(colours).save(tmp_path / f"{kind}.{kind}")
     left_out = Counter()
-    found, problems = find_images([tmp_path], left_out=left_out)
-    assert sorted(path.stem for path in found) == sorted(kinds)
+    images, problems = find_images([tmp_path], left_out=left_out)
+    assert sorted(path.stem for path in images) == sorted(kinds)
     assert not problems and not left_out
-    assert all(open_image(path).mode == "RGB" for path in found)
+    assert all(open_image(path).mode == "RGB" for path in images)
     assert not image_suffixes() & {
         ".pdf",
         ".eps",
@@ -253,7 +253,7 @@ HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
 
 
 def test_what_opens_heic_is_named_where_it_is_missing(tmp_path):
-    """In a process of its own, where the plugin cannot be imported."""
+    """Run a process in which the plugin cannot be imported."""
     (tmp_path / "phone.jpg").write_bytes(HEIC)
     (tmp_path / "x.HEIC").write_bytes(HEIC)
     (tmp_path / "y.heif").write_bytes(HEIC)
@@ -264,8 +264,8 @@ sys.modules["pillow_heif"] = None
 from samlight_hf.images.formats import describe_left_out
 from samlight_hf.images.reading import find_images, open_image
 left_out = Counter()
-found, _ = find_images([sys.argv[1]], left_out=left_out)
-print(len(found), describe_left_out(left_out))
+images, _ = find_images([sys.argv[1]], left_out=left_out)
+print(len(images), describe_left_out(left_out))
 for name in ("phone.jpg", "x.HEIC"):
     try:
         open_image(f"{sys.argv[1]}/{name}")
@@ -298,8 +298,8 @@ def test_links_in_a_circle_are_one_bad_file(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     Image.new("RGB", (3, 3)).save(tmp_path / "c.png")
-    found, _ = find_images([tmp_path])
-    assert len(found) >= 1
+    images, _ = find_images([tmp_path])
+    assert len(images) >= 1
     refused(tmp_path / "a.png")
 
 

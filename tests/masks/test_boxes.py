@@ -1,4 +1,4 @@
-"""The boxes of masks, by every function, against a loop over pixels."""
+"""Compare the boxes of masks, by every function, with a loop over pixels."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Overlays change what a mask covers and nothing else, and a contact sheet holds all of its panels."""
+"""Check that overlays change only the pixels of masks, and that contact sheets show all panels."""
 
 import numpy as np
 import pytest

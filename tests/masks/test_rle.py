@@ -1,4 +1,4 @@
-"""Run lengths are pycocotools' to the byte, and the masks that went in come out."""
+"""Check that run lengths equal those of pycocotools byte for byte, and decode to the masks they were made from."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ SIZES = [(1, 1), (1, 7), (9, 1), (5, 6), (70, 61)]
 
 
 def random_masks(height, width):
-    """Empty, full, and with few, many and nearly all pixels, so that runs begin inside and outside."""
+    """Make masks with no, all, few, many and nearly all pixels, so that runs begin inside and outside."""
     random = np.random.default_rng(height * width)
     shares = (0.0, 1.0, 0.01, 0.5, 0.99)
     return np.stack([random.random((height, width)) < share for share in shares])

@@ -1,4 +1,4 @@
-"""Names that are made of others are no longer than file systems take."""
+"""Check that files with the longest possible names can be written."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""JSON files that can be read, and errors that name those that cannot."""
+"""Check that JSON files are read, and that errors name the file."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Errors are told in one line, wherever they come from."""
+"""Check that errors and warnings become single lines."""
 
 import logging
 
@@ -24,7 +24,7 @@ class Failing:
     ("error", "said"),
     [
         (ValueError("a.png: too small.\n  3 images: a reason (a, b)"), "a.png: too small. 3 images: a reason (a, b)"),
-        (SampleError(SkipReason.GREY_MASK, "a.png"), f"a.png: {SkipReason.GREY_MASK}"),  # takes two arguments
+        (SampleError(SkipReason.GREY_MASK, "a.png"), f"a.png: {SkipReason.GREY_MASK}"),  # its class takes two arguments
         (PermissionError(13, "Permission denied", "a.png"), "[Errno 13] Permission denied: 'a.png'"),
         (MemoryError(), "MemoryError"),
     ],

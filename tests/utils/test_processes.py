@@ -9,7 +9,7 @@ from tests.launcher import torchrun
 
 @pytest.fixture
 def second(monkeypatch):
-    """What torchrun and accelerate tell the second of two processes, before there is a group."""
+    """Set the environment variables of the second of two processes, before there is a group."""
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
 
@@ -23,7 +23,7 @@ def test_a_process_alone_speaks(capsys, monkeypatch):
     tell("done", 3, end="!\n")
     tell_error("error: no")
     assert capsys.readouterr() == ("of another's code\ndone 3!\n", "error: no\n")
-    monkeypatch.setenv("RANK", "1")  # of a cluster that numbers jobs of one process: LOCAL_RANK makes a group
+    monkeypatch.setenv("RANK", "1")  # set by a cluster for jobs of one process: only LOCAL_RANK means a group
     assert is_main_process()
 
 

@@ -1,4 +1,4 @@
-"""A folder is replaced whole: an interruption at any step leaves the earlier one or the new one."""
+"""Check that an interruption at any step leaves the earlier folder or the new one, whole."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from samlight_hf.utils.atomic_files import move_folder, replace_folder
 
 
 class Interrupted(BaseException):
-    """Not an Exception: neither is KeyboardInterrupt."""
+    """An error that, like KeyboardInterrupt, is not an Exception."""
 
 
 def write_files(content):
