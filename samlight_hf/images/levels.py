@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -
     if deep:  # the image itself is not loaded, which would lose its low bytes
         high, low = map(ImageOps.exif_transpose, deep) if upright else deep
         image = _deep_colours_to_rgb(high, low, nodata, notes)
-        tell(name, notes)
+        log_changes(name, notes)
         return image
     image = ImageOps.exif_transpose(image) if upright else image
     image.load()
@@ -65,7 +65,7 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -
         image = _lay_on_white(image.convert("RGBA"), notes)
     else:
         image = image.convert("RGB")
-    tell(name, notes)
+    log_changes(name, notes)
     return image
 
 
@@ -124,7 +124,7 @@ def stretch(
     return scaled, ", ".join(notes) or None
 
 
-def tell(name: str | None, notes: list[str]):
+def log_changes(name: str | None, notes: list[str]):
     """Log the changes to an image, if there are any; without a name only once in a process."""
     global _has_told
     if not notes:

@@ -11,7 +11,7 @@ from transformers import SamImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from ..kernels.resize import resize_into
-from .levels import stretch, tell, to_rgb
+from .levels import log_changes, stretch, to_rgb
 from .reading import open_image
 
 
@@ -63,7 +63,7 @@ def _stretch_array(levels: np.ndarray) -> np.ndarray:
     if levels.dtype.kind not in "iuf":
         raise _wrong_levels(levels.dtype)
     stretched, note = stretch(levels)
-    tell("the image", [note] if note else [])
+    log_changes("the image", [note] if note else [])
     return stretched
 
 
@@ -129,9 +129,9 @@ def preprocess(
     height, width = image_processor.pad_size["height"], image_processor.pad_size["width"]
     levels = normalised_levels(image_processor, dtype, device)
     pixel_values = empty(len(images), 3, height, width, dtype=dtype, device=device)
-    for place, image in zip(pixel_values, images):
+    for target, image in zip(pixel_values, images):
         size = resized_size(image.shape[-2], image.shape[-1], image_processor.size["longest_edge"])
-        resize_into(place, image.to(device, non_blocking=True), size, levels)
+        resize_into(target, image.to(device, non_blocking=True), size, levels)
     return pixel_values
 
 

@@ -93,14 +93,14 @@ def test_what_is_no_stack_of_masks_is_refused(masks):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("kept", [[3, 0, 3, 1], [], [4]], ids=str)
-def test_changes_are_selected_before_they_become_runs(kept, device):
+@pytest.mark.parametrize("selection", [[3, 0, 3, 1], [], [4]], ids=str)
+def test_changes_are_selected_before_they_become_runs(selection, device):
     masks = random_masks(30, 41)
     changes = select_changes(
-        *mask_changes(torch.from_numpy(masks).to(device)), torch.tensor(kept, dtype=torch.int64, device=device)
+        *mask_changes(torch.from_numpy(masks).to(device)), torch.tensor(selection, dtype=torch.int64, device=device)
     )
     selected = RunLengthMasks.from_changes(30, 41, *(tensor.cpu().numpy() for tensor in changes))
-    assert np.array_equal(selected.to_masks(), masks[kept])
+    assert np.array_equal(selected.to_masks(), masks[selection])
 
 
 @pytest.mark.gpu

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from samlight_hf import SamLighteningModel
 from samlight_hf.evaluation.evaluator import Journal
 from samlight_hf.publishing.build import build_folder
+from samlight_hf.utils import atomic_files
 from samlight_hf.utils.atomic_files import atomic_write, beside, fit_name
 from tests.conftest import tiny_config
 
@@ -39,14 +41,28 @@ def test_names_that_are_cut_stay_apart(tmp_path, name):
         (tmp_path / each).touch()
 
 
-def test_journals_and_published_folders_of_long_names(tmp_path, monkeypatch):
-    from samlight_hf import SamLighteningModel
-
+def test_journals_and_published_folders_of_long_names(tmp_path):
     Journal(tmp_path / "journal", f"{'x' * 250}.box", {}).flush()
     (journal,) = (tmp_path / "journal").iterdir()
     assert len(journal.name) <= 255 and journal.name.endswith(".0.jsonl")
-    model = SamLighteningModel(tiny_config())
-    model.save_pretrained(tmp_path / "model")
+    SamLighteningModel(tiny_config()).save_pretrained(tmp_path / "model")
     build_folder(tmp_path / "model", Path(tmp_path / ("y" * 250)), card="# Card\n")
     assert (tmp_path / ("y" * 250) / "config.json").is_file()
     assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["j", "m", "y"]
+
+
+def test_a_published_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    SamLighteningModel(tiny_config()).save_pretrained(tmp_path / "model")
+    build_folder(tmp_path / "model", tmp_path / "built", card="# First\n")
+    replace = os.replace
+
+    def fail(source, destination):
+        if source.name.endswith(".part"):
+            raise OSError("the disk is full")
+        replace(source, destination)
+
+    monkeypatch.setattr(atomic_files.os, "replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        build_folder(tmp_path / "model", tmp_path / "built", card="# Second\n")
+    assert (tmp_path / "built/README.md").read_text() == "# First\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "model"]

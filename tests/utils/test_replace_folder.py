@@ -85,8 +85,8 @@ def test_an_earlier_folder_that_cannot_be_put_back_is_not_lost(tmp_path, monkeyp
     monkeypatch.setattr(atomic_files.os, "replace", replace)
     with pytest.raises(OSError, match="the disk is gone"):
         replace_folder(path, write_files("new"))
-    (kept,) = tmp_path.iterdir()
-    assert content_of(kept) == OLD
+    (earlier,) = tmp_path.iterdir()
+    assert content_of(earlier) == OLD
 
 
 def test_the_earlier_folder_is_there_until_the_new_one_is_whole(tmp_path):
