@@ -1,9 +1,10 @@
-"""Images with instance masks, all read as the same `Sample`, and training examples made from them.
+"""Read images with instance masks as `Sample`s, and make training examples from them.
 
-Sources are SA-1B tars, COCO, LVIS and any COCO-shaped JSON, folders of images with or without masks, and synthetic
-scenes. Nothing bad is dropped in silence: what cannot be used is counted by reason in a `SkipReport`.
+Sources are SA-1B tars, COCO, LVIS and other JSON files in COCO format, folders of images with or without masks, and
+synthetic scenes. Nothing is dropped silently: a `SkipReport` counts unusable images and annotations by reason.
 """
 
+import warnings
 from importlib import import_module
 
 from .coco import CocoDataset
@@ -37,7 +38,7 @@ __all__ = [
     "load_dataset",
 ]
 
-# Imported when asked for: the readers need neither torch nor datasets.
+# Imported on first access: the readers need neither torch nor datasets.
 _MODULES = {
     "Augmentation": ".augmentation",
     "Cutouts": ".cutouts",
@@ -49,4 +50,11 @@ _MODULES = {
 def __getattr__(name: str):
     if name in _MODULES:
         return getattr(import_module(_MODULES[name], __name__), name)
+    if name == "PictureDataset":
+        warnings.warn(
+            "samlight_hf.data.PictureDataset is now called ImageDataset. The old name will be removed.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return ImageDataset
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

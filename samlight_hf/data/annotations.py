@@ -1,6 +1,7 @@
-"""Annotations of one image, as COCO and SA-1B write them in JSON, to instances with checked masks."""
+"""Convert annotations of an image, in the JSON format of COCO and SA-1B, to instances with checked masks."""
 
 import math
+import typing
 from collections.abc import Container
 
 import numpy as np
@@ -12,19 +13,30 @@ from .samples import Instance, SampleError, SkipReason, SkipReport
 def parse_instances(
     annotations: list, sample_id: str, width: int, height: int, report: SkipReport
 ) -> tuple[Instance, ...]:
-    """The usable instances of an image of `width` x `height` pixels; what is left out is added to `report`."""
-    instances, seen = [], set()
+    """Convert the annotations of an image to its usable instances.
+
+    Args:
+        annotations: annotations as JSON has them.
+        sample_id: id of the image, for the report.
+        width, height: size of the image in pixels.
+        report: skipped annotations, and parts left out of instances, are added to it.
+
+    Returns:
+        The instances in the order of the annotations, with unique ids.
+    """
+    instances: list[Instance] = []
+    ids: set[int | str] = set()
     for position, annotation in enumerate(annotations):
         where = f"{sample_id}, annotation {annotation_id(annotation, default=f'number {position}')}"
         left_out: list[SkipReason] = []
         try:
             instance = parse_instance(annotation, width, height, position, left_out)
-            if instance.id in seen:
+            if instance.id in ids:
                 raise SampleError(SkipReason.DUPLICATE_ANNOTATION)
         except SampleError as error:
             report.add_instances(error.reason, where)
         else:
-            seen.add(instance.id)
+            ids.add(instance.id)
             instances.append(instance)
             for reason in left_out:
                 report.add_part(reason, where)
@@ -32,32 +44,32 @@ def parse_instances(
 
 
 def annotation_id(annotation, default=None):
-    """The id of an annotation or an image, an int or a string, or `default`."""
-    found = as_id(annotation.get("id")) if isinstance(annotation, dict) else None
-    return default if found is None else found
+    """Return the id of an annotation or an image in JSON, an int or a string, or `default` if it has none."""
+    identifier = as_id(annotation.get("id")) if isinstance(annotation, dict) else None
+    return default if identifier is None else identifier
 
 
 def as_id(value) -> int | str | None:
-    """An id as JSON has it, an int or a string; 7.0, as tables are exported, is 7. None for what is no id."""
+    """Return an id from JSON as an int or a string, or None if it is neither. 7.0, a common export of 7, is 7."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
 
 
 def matching_id(value, known: Container) -> int | str | None:
-    """`as_id` of a reference; where only the other spelling is `known`, 7 for "7" or "7" for 7, that one."""
-    found = as_id(value)
-    if found is None or found in known:
-        return found
-    other = as_integer(found) if isinstance(found, str) else str(found)
-    return other if other is not None and other in known else found
+    """Convert a reference by `as_id`, or to the other spelling of the id, "7" or 7, if only that is known."""
+    identifier = as_id(value)
+    if identifier is None or identifier in known:
+        return identifier
+    other = as_integer(identifier) if isinstance(identifier, str) else str(identifier)
+    return other if other is not None and other in known else identifier
 
 
 def as_integer(value) -> int | None:
-    """The integer that a number or a text of JSON stands for: 3, 3.0, "3". None where it is none."""
+    """Convert an integer from JSON, written as 3, 3.0 or "3", or return None."""
     if isinstance(value, str):
         return int(value) if value.isascii() and value.strip().isdecimal() else None
-    return found if isinstance(found := as_id(value), int) else None
+    return integer if isinstance(integer := as_id(value), int) else None
 
 
 def parse_instance(
@@ -67,20 +79,20 @@ def parse_instance(
     position: int = 0,
     left_out: list[SkipReason] | None = None,
 ) -> Instance:
-    """One annotation with polygons, uncompressed or compressed RLE.
+    """Convert an annotation with polygons, uncompressed or compressed RLE.
 
-    The mask is exact or the annotation is refused. What lies beside it may be bad: a box, a point or a category that
-    cannot be used is left out, a missing id becomes "number `position`", and rings of under three points, which enclose
-    nothing, are dropped from among others.
+    The mask is exact, or the annotation is refused. Other parts may be unusable: a malformed box, point or category is
+    left out, a missing id is replaced by "number `position`", and polygons of under three points are dropped if there
+    are others.
 
     Args:
-        annotation: as JSON has it; or the error of a reader that has refused it already, which is raised.
-        width, height: of the image in pixels.
-        position: of the annotation in its image, from 0.
-        left_out: the reason of each part that was left out is appended.
+        annotation: the annotation as JSON has it; or the error of a reader that refused it, which is raised.
+        width, height: size of the image in pixels.
+        position: index of the annotation in its image.
+        left_out: the reason for each part that is left out is appended.
 
     Raises:
-        SampleError: whose `reason` says what is wrong with it.
+        SampleError: if the annotation cannot be used; its `reason` says why.
     """
     from pycocotools import mask as coco_mask
 
@@ -123,12 +135,16 @@ def parse_instance(
 
 
 def usable_polygons(segmentation) -> tuple[list[list], list[SkipReason]]:
-    """The rings of three points or more of `[[x, y, x, y, ...], ...]`, and the reasons for what was changed.
+    """Select the polygons of three points or more. Their coordinates are not checked.
 
-    A ring outside a list, `[x, y, x, y, ...]`, is the only one. Coordinates are not looked at.
+    Args:
+        segmentation: `[[x, y, x, y, ...], ...]`, or a single polygon `[x, y, x, y, ...]`.
+
+    Returns:
+        The polygons, and the reasons for each change.
 
     Raises:
-        SampleError: for what is no list of lists, and where no ring is left.
+        SampleError: if it is no list of lists, or if no polygon is left.
     """
     if segmentation is None or segmentation == []:
         raise SampleError(SkipReason.NO_MASK)
@@ -137,14 +153,14 @@ def usable_polygons(segmentation) -> tuple[list[list], list[SkipReason]]:
         segmentation, reasons = [segmentation], [SkipReason.FLAT_POLYGON]
     if not isinstance(segmentation, list) or not all(isinstance(ring, list) for ring in segmentation):
         raise SampleError(SkipReason.MALFORMED_ANNOTATION)
-    rings = [ring for ring in segmentation if len(ring) >= 6]  # pycocotools would take four numbers for a box
+    rings = [ring for ring in segmentation if len(ring) >= 6]  # pycocotools would read four numbers as a box
     if not rings:
         raise SampleError(SkipReason.TOO_FEW_POINTS)
     return rings, reasons + [SkipReason.STRAY_RING] * (len(segmentation) - len(rings))
 
 
 def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int]:
-    """Compressed RLE with counts as bytes, and the mask's count of pixels."""
+    """Check an RLE; return it compressed, with counts as bytes, and the number of pixels in the mask."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(map(_is_integer, size))):
         raise SampleError(SkipReason.MALFORMED_RLE)
@@ -161,7 +177,7 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
         except ValueError as error:
             raise SampleError(SkipReason.MALFORMED_RLE) from error
     elif isinstance(counts, list) and all(map(_is_integer, counts)) and counts:
-        runs = np.array(counts, dtype=object)  # as large as they come: the check below must not overflow
+        runs = np.array(counts, dtype=object)  # integers of any size, so that the check below cannot overflow
     else:
         raise SampleError(SkipReason.MALFORMED_RLE)
     if runs.min() < 0 or runs.sum() != height * width:
@@ -175,13 +191,13 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
 
 
 def _polygons_to_rle(polygons: list[list], width: int, height: int) -> dict:
-    """The union of the polygons `[[x, y, x, y, ...], ...]`, in pixels of the image."""
+    """Rasterize the union of polygons `[[x, y, x, y, ...], ...]` in pixels of the image."""
     from pycocotools import mask as coco_mask
 
     for polygon in polygons:
         if not all(map(is_number, polygon)) or len(polygon) % 2:
             raise SampleError(SkipReason.MALFORMED_ANNOTATION)
-        # pycocotools clips at the border, in time and memory that grow with how far a point lies outside
+        # pycocotools clips at the border, but takes time and memory in proportion to the distance of a point from it
         if not all(-width <= x <= 2 * width for x in polygon[0::2]) or not all(
             -height <= y <= 2 * height for y in polygon[1::2]
         ):
@@ -190,7 +206,7 @@ def _polygons_to_rle(polygons: list[list], width: int, height: int) -> dict:
 
 
 def _box(bbox, width: int, height: int, left_out: list[SkipReason]) -> tuple[float, float, float, float] | None:
-    """The annotated box, or None where there is none with an area that can be used."""
+    """Return the annotated box, xywh, or None if there is no usable box with an area."""
     if bbox is None:
         return None
     if isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox)):
@@ -204,7 +220,7 @@ def _box(bbox, width: int, height: int, left_out: list[SkipReason]) -> tuple[flo
 
 
 def _point(points, width: int, height: int, left_out: list[SkipReason]) -> tuple[float, float] | None:
-    """The first of SA-1B's `point_coords`, `[[x, y], ...]`, or None where there is none that can be used."""
+    """Return the first of SA-1B's `point_coords`, `[[x, y], ...]`, or None if there is no usable one."""
     if not points:
         return None
     point = points[0] if isinstance(points, list) else None
@@ -220,8 +236,8 @@ def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value) -> bool:
-    """A finite number that fits a float: JSON also has NaN, Infinity and integers of any length."""
+def is_number(value) -> typing.TypeGuard[float]:
+    """Return whether a value is a finite number that fits a float. JSON also has NaN, Infinity and huge integers."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Where a person would click on an object."""
+"""Choose the pixel of an object that a person would click on."""
 
 import numpy as np
 
@@ -6,10 +6,16 @@ from ..masks.boxes import mask_extent
 
 
 def deepest_point(mask: np.ndarray) -> tuple[tuple[int, int], float]:
-    """The pixel (x, y) of a bool (H, W) mask that lies deepest in it, and its depth in pixels; ((0, 0), 0.0) if it is empty.
+    """Find the deepest pixel of a mask: the one farthest from the outside of the mask.
 
-    The depth is the Euclidean distance to the nearest pixel outside the mask, where all pixels around the image are
-    outside. Among equals the first in raster order.
+    Depth is the Euclidean distance to the nearest pixel outside the mask; all pixels beyond the image border are
+    outside. Of several deepest pixels, the first in raster order is chosen.
+
+    Args:
+        mask: bool (H, W).
+
+    Returns:
+        The pixel (x, y) and its depth in pixels; ((0, 0), 0.0) for an empty mask.
     """
     from scipy.ndimage import distance_transform_edt
 

@@ -1,4 +1,4 @@
-"""COCO, LVIS and any JSON of COCO's shape, with its folder of images."""
+"""Read COCO, LVIS and other data sets in COCO's JSON format, with a folder of images."""
 
 import json
 import os
@@ -11,20 +11,26 @@ from .samples import SampleError, SkipReason, SkipReport
 
 
 class CocoDataset(FileDataset):
-    """The images of a COCO-shaped JSON, in its order: `images` with `id` and `file_name`, `annotations` with `image_id`.
+    """Reader of an annotation file in COCO format, such as those of COCO and LVIS.
 
-    Masks are polygons, uncompressed or compressed RLE. Where an image has no `file_name`, as in LVIS v1, the end of its
-    `coco_url` is taken. An image is looked for in `image_folder` by its whole name, by its last folder and name
-    (`val2017/000000000139.jpg`) and by its name alone, then by the same of the name as Windows writes it
-    (`C:\\data\\val2017\\139.jpg`). The sample's id is the image id as a string.
+    The JSON has `images` with `id` and `file_name`, and `annotations` with `image_id` and `segmentation`: polygons,
+    uncompressed or compressed RLE. Images are in the order of the JSON. The id of a sample is the image id as a string.
+
+    Images are found in `image_folder` by the whole `file_name`, by its last folder and name
+    (`val2017/000000000139.jpg`), or by its name only. Windows paths (`C:\\data\\val2017\\139.jpg`) are read too. An
+    image without `file_name`, as in LVIS v1, is found by its `coco_url`.
 
     Args:
-        annotation_json: the file.
+        annotation_json: the annotation file.
         image_folder: the folder of the images.
-        limit: only the first so many images, without those skipped while indexing.
+        limit: read the first `limit` images only, not counting those skipped while indexing; by default all.
 
     Raises:
-        ValueError: for a file that is not there or not of this shape, and where no image is found.
+        ValueError: if the file cannot be read or has another format, or if no image is found.
+
+    Example:
+        >>> dataset = CocoDataset("annotations/instances_val2017.json", "val2017")
+        >>> dataset[0].instances[0].category_id
     """
 
     def __init__(self, annotation_json: str | os.PathLike, image_folder: str | os.PathLike, limit: int | None = None):
@@ -39,24 +45,24 @@ class CocoDataset(FileDataset):
         self._sizes: list[tuple[int, int] | None] = []
         known, skipped = self._index_images(images, limit)
         by_image = self._index_annotations(annotations, known, skipped)
-        # One string for each image: worker processes would copy millions of small objects as they touch them.
+        # One string for each image: forked workers copy the memory pages of Python objects when they count references.
         self._json = [json.dumps(by_image[image_id]) for image_id in self._ids]
         self._check_not_empty(str(annotation_json))
 
     @property
     def ids(self) -> list[int | str]:
-        """The ids of the images, as the JSON has them, in order."""
+        """Image ids in order, with the types of the JSON."""
         return list(self._ids)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def _index_images(self, images: list, limit: int | None) -> tuple[set, set]:
-        """Fills the index; the ids of all images, and of those that were skipped."""
+        """Fill the index of images; return the ids of all images, and of the skipped ones."""
         known, skipped = set(), set()
         for image in images:
             image_id, name = annotation_id(image), _image_name(image)
-            if len(self._ids) == limit:  # the ids are still needed: the annotations of these images are no orphans
+            if len(self._ids) == limit:  # still known, so that their annotations do not count as skipped
                 known.add(image_id)
                 continue
             file = None if name is None else self._find_image(name)
@@ -76,9 +82,9 @@ class CocoDataset(FileDataset):
         return known, skipped
 
     def _index_annotations(self, annotations: list, known: set, skipped: set) -> dict[int | str, list]:
-        """The annotations of each indexed image; ids are checked here, because they are unique in the whole file."""
+        """Group annotations by indexed image. Duplicate ids are found here: ids are unique in the whole file."""
         by_image: dict[int | str, list] = {image_id: [] for image_id in self._ids}
-        seen = set()
+        ids = set()
         for position, annotation in enumerate(annotations):
             identifier = annotation_id(annotation)
             image_id = matching_id(annotation.get("image_id"), known) if isinstance(annotation, dict) else None
@@ -90,16 +96,16 @@ class CocoDataset(FileDataset):
             elif image_id in skipped:
                 self.index_report.add_instances(SkipReason.IMAGE_SKIPPED, f"{where} of image {image_id}")
             elif image_id in by_image:
-                if identifier in seen:
+                if identifier in ids:
                     self.index_report.add_instances(SkipReason.DUPLICATE_ANNOTATION, where)
                     continue
-                if identifier is not None:  # one without an id is numbered when it is read
-                    seen.add(identifier)
+                if identifier is not None:  # annotations without an id are numbered when they are read
+                    ids.add(identifier)
                 by_image[image_id].append(annotation)
         return by_image
 
     def _find_image(self, name: str) -> str | None:
-        """The image's path within the folder."""
+        """Find an image by name; return its path within the folder, or None."""
         names = [PurePosixPath(name).parts]
         if "\\" in name:
             windows = PureWindowsPath(name)
@@ -128,7 +134,7 @@ class CocoDataset(FileDataset):
 
 
 def _image_name(image) -> str | None:
-    """`file_name`, or the part of `coco_url` behind the host, or None."""
+    """Return the `file_name` of an image, or the path of its `coco_url`, or None."""
     if not isinstance(image, dict):
         return None
     name = image.get("file_name")
@@ -142,7 +148,7 @@ def _read_json(path: Path) -> tuple[list, list]:
     content = read_json(path)
     if isinstance(content, list):
         raise ValueError(f"{path}: a list, as results files are. An annotation file has 'images' and 'annotations'.")
-    lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
-    if not all(isinstance(found, list) for found in lists):
+    images, annotations = (content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations"))
+    if not isinstance(images, list) or not isinstance(annotations, list):
         raise ValueError(f"{path}: not of COCO's shape, an object with the lists 'images' and 'annotations'.")
-    return lists[0], lists[1]
+    return images, annotations

@@ -1,4 +1,4 @@
-"""Cut-out objects, pasted onto images: objects with exact masks for images with none."""
+"""Paste cut-out objects onto images: this gives objects with exact masks to images without masks."""
 
 import hashlib
 import io
@@ -21,17 +21,22 @@ from .samples import SampleError, SkipReason
 
 CUTOUT_SUFFIXES = frozenset((".png", ".webp"))
 
-# Where an object is more opaque than not.
+# Least alpha of the pixels that belong to an object: half opaque.
 MIN_ALPHA = 128
 
-# Decoded objects that each process keeps: decoding WebP is a fifth of an example of 512 px.
+# Size of the cache of decoded objects in each process: decoding WebP takes a fifth of the time of an example of 512 px.
 CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Pasted:
-    """An object that was pasted onto an image: `pixels`, uint8 0 or 1 (rows, columns), tight around what of it lies in
-    the image, at `left`, `top`, pixels of the frame; `share` of the whole object."""
+    """Mask of an object that was pasted onto an image.
+
+    Attributes:
+        pixels: uint8 0 or 1 (rows, columns), the tight crop of the part inside the image.
+        left, top: position of `pixels` in pixels of the frame.
+        share: share of the object that is inside the image.
+    """
 
     pixels: np.ndarray
     left: int
@@ -39,32 +44,39 @@ class Pasted:
     share: float
 
     def grid(self, image_size: int, mask_size: int) -> np.ndarray:
-        """The cells that are at least half object, bool (mask_size, mask_size)."""
+        """Find the cells of the frame that are at least half object: bool (mask_size, mask_size)."""
         cell = image_size / mask_size
         return to_cells(self.pixels, self.left, self.top, cell, cell, mask_size)
 
     @property
     def extent(self) -> tuple[np.ndarray, float]:
-        """The tight box, float64 xyxy in pixels of the frame, and `share`."""
+        """Tight box, float64 (4,), xyxy in pixels of the frame, and `share`."""
         height, width = self.pixels.shape
         return np.array([self.left, self.top, self.left + width, self.top + height], dtype=np.float64), self.share
 
 
 class Cutouts:
-    """Objects with transparency around them, and how they are pasted onto images. Pickles; holds no open file.
+    """Cut-out objects with a transparent background, and settings for pasting them onto images.
 
-    Where alpha is 128 or more is the object's mask. Later objects lie over earlier ones and over the image.
+    The mask of an object has the pixels with alpha of at least 128. Later objects cover earlier ones. No file is kept
+    open: instances can be pickled.
 
     Args:
-        paths: tars or folders of RGBA PNG or WebP files, searched recursively, or one such path.
-        number: fewest and most objects pasted onto an image.
-        scale: least and greatest longest side of an object, before it is turned, as a share of the image's longest side.
-        flip: whether half of them are mirrored.
-        max_rotation_degrees: to either side.
+        paths: tars or folders of PNG or WebP files with transparency, searched recursively, or one such path.
+        number: least and largest number of objects in an image.
+        scale: least and largest length of an object's longest side, before rotation, as a share of the longest side of
+            the image. Drawn log-uniformly.
+        flip: mirror half of the objects left to right.
+        max_rotation_degrees: largest rotation in either direction.
         brightness, contrast, saturation: as in `Augmentation`.
 
     Raises:
-        ValueError: for a path that is not there or has no such file, and for values out of range.
+        ValueError: if a path does not exist or has no such file, or if a value is out of range.
+
+    Example:
+        >>> cutouts = Cutouts("cutouts.tar", number=(0, 3))
+        >>> images = ImageFolderDataset("photos")
+        >>> examples = TrainingExamples(images, 1000, image_size=512, prompts=PromptSampling(), cutouts=cutouts)
     """
 
     def __init__(
@@ -79,9 +91,9 @@ class Cutouts:
         saturation: float = 0.2,
     ):
         if len(number) != 2 or not 0 <= number[0] <= number[1] or number[1] < 1:
-            raise ValueError(f"number={number!r} must be the fewest and the most objects, such as (1, 5).")
+            raise ValueError(f"number={number!r} must be the least and the largest number of objects, such as (1, 5).")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 2:
-            raise ValueError(f"scale={scale!r} must be the least and the greatest share, above 0 and at most 2.")
+            raise ValueError(f"scale={scale!r} must be the least and the largest share, above 0 and at most 2.")
         if not 0 <= max_rotation_degrees <= 180:
             raise ValueError(f"max_rotation_degrees={max_rotation_degrees!r} must be from 0 to 180.")
         self.number, self.scale, self.flip = tuple(number), tuple(scale), flip
@@ -94,7 +106,9 @@ class Cutouts:
         places = []
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             places += self._index(Path(path))
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)  # (file, offset, size; all of it: -1)
+        self._places = np.array(places, dtype=np.int64).reshape(
+            -1, 3
+        )  # (file, offset, size); a size of -1 is the whole file
         if not len(self._places):
             raise ValueError("No path of cut-outs was given.")
 
@@ -105,17 +119,18 @@ class Cutouts:
         return {**vars(self), "_decoded": {}, "_room": CACHE_BYTES}
 
     def __repr__(self) -> str:
-        """Equal for the same objects and settings, wherever the files are."""
+        """Describe objects and settings; equal for equal ones, in whatever folder the files are."""
         names = [os.path.basename(file) for file in self._files]
         digest = hashlib.sha256(repr(names).encode() + self._places.tobytes()).hexdigest()[:16]
         settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return f"Cutouts({len(self)} objects {digest}, {', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
     def _index(self, path: Path) -> list[tuple[int, int, int]]:
+        """Add the files of a folder or a tar to `_files`; return (file, offset, size) of its objects."""
         places = []
         if path.is_dir():
-            found = (file for file in path.rglob("*") if file.suffix.lower() in CUTOUT_SUFFIXES and file.is_file())
-            for file in sorted(file for file in found if not file.name.startswith(".")):
+            images = (file for file in path.rglob("*") if file.suffix.lower() in CUTOUT_SUFFIXES and file.is_file())
+            for file in sorted(file for file in images if not file.name.startswith(".")):
                 places.append((len(self._files), 0, -1))
                 self._files.append(str(file))
         elif path.is_file():
@@ -131,10 +146,16 @@ class Cutouts:
         return places
 
     def load(self, index: int) -> np.ndarray:
-        """One object, RGBA as uint8 (4, H, W), not to be changed.
+        """Decode an object.
+
+        Args:
+            index: from 0 to `len(cutouts) - 1`.
+
+        Returns:
+            RGBA, uint8 (4, H, W), which must not be changed.
 
         Raises:
-            SampleError: for a file that is damaged or has no transparency.
+            SampleError: if the file is damaged or has no transparency.
         """
         if index not in self._decoded:
             cutout = self._decode(index)
@@ -159,14 +180,21 @@ class Cutouts:
         raise SampleError(SkipReason.BROKEN_CUTOUT, f"{self._files[file]}, cut-out {index}")
 
     def paste(self, pixels: np.ndarray, generator: np.random.Generator) -> list[Pasted]:
-        """Pastes objects onto uint8 (3, H, W), in place. In the order of pasting, those with a pixel in the image.
+        """Paste random objects onto an image.
+
+        Args:
+            pixels: uint8 (3, H, W), changed in place.
+            generator: source of randomness; nothing else determines which objects are drawn.
+
+        Returns:
+            The masks of the objects that have a pixel in the image, in the order of pasting.
 
         Raises:
-            SampleError: for an object that cannot be used. Whether it is drawn depends on the generator alone.
+            SampleError: if an object cannot be used.
         """
         number = generator.integers(self.number[0], self.number[1] + 1)
         objects = (self._paste_one(pixels, generator) for _ in range(number))
-        return [each for each in objects if each]
+        return [pasted for pasted in objects if pasted]
 
     def _paste_one(self, pixels: np.ndarray, generator: np.random.Generator) -> Pasted | None:
         cutout = self.load(int(generator.integers(len(self))))
@@ -177,10 +205,11 @@ class Cutouts:
         if self.flip and flip < 0.5:
             cutout = cutout[:, :, ::-1]
         factor = side / max(cutout.shape[1:])
-        size = tuple(max(1, round(length * factor)) for length in cutout.shape[:0:-1])
+        cutout_height, cutout_width = cutout.shape[1:]
+        size = max(1, round(cutout_width * factor)), max(1, round(cutout_height * factor))
         angle = np.radians(degrees * self.max_rotation_degrees)
         turned = _extent(size, angle)
-        left, top = (round(u * length - own / 2) for u, length, own in zip((across, down), (width, height), turned))
+        left, top = round(across * width - turned[0] / 2), round(down * height - turned[1] / 2)
         x, y, x_end, y_end = max(0, left), max(0, top), min(width, left + turned[0]), min(height, top + turned[1])
         if x >= x_end or y >= y_end:
             return None
@@ -193,30 +222,30 @@ class Cutouts:
         tight = seen[extent[1] : extent[3], extent[0] : extent[2]]
         share = 1.0
         if (x_end - x, y_end - y) != turned:
-            # As many pixels as the object had, were all of it in the image.
+            # Number of pixels of the whole object at this size.
             whole = np.count_nonzero(cutout[3] >= MIN_ALPHA) * size[0] * size[1] / cutout[3].size
             share = min(1.0, np.count_nonzero(tight) / max(1.0, whole))
         return Pasted(tight, x + extent[0], y + extent[1], share)
 
 
 def _lay_over(pixels: np.ndarray, layer: np.ndarray):
-    """Lays premultiplied RGBA, float32 (4, H, W), over uint8 (3, H, W), in place."""
+    """Blend premultiplied RGBA, float32 (4, H, W), over uint8 (3, H, W), in place."""
     mixed = pixels.astype(np.float32)
     mixed *= 1 - layer[3] / np.float32(255)
     mixed += layer[:3]
-    mixed += np.float32(0.5)  # the conversion to bytes cuts off the fraction
+    mixed += np.float32(0.5)  # because the conversion to uint8 truncates
     pixels[:] = mixed.clip(0, 255, out=mixed).astype(np.uint8)
 
 
 def _extent(size: tuple[int, int], angle: float) -> tuple[int, int]:
-    """(width, height) that holds a rectangle of `size` turned by `angle`."""
+    """Return the size of the bounding box of a rectangle turned by `angle` radians. Sizes are (width, height)."""
     cosine, sine = abs(np.cos(angle)), abs(np.sin(angle))
-    sides = size[0] * cosine + size[1] * sine, size[0] * sine + size[1] * cosine
-    return tuple(max(1, int(np.ceil(side - 1e-6))) for side in sides)
+    width, height = size[0] * cosine + size[1] * sine, size[0] * sine + size[1] * cosine
+    return max(1, int(np.ceil(width - 1e-6))), max(1, int(np.ceil(height - 1e-6)))
 
 
 def _premultiplied(cutout: np.ndarray, colours) -> np.ndarray:
-    """RGBA as uint8 (4, H, W) with other colours, each times alpha: what is transparent has no colour to mix in."""
+    """Recolour RGBA, uint8 (4, H, W), and multiply the colours by alpha, so that transparent pixels add none."""
     alpha = cutout[3]
     opaque = alpha.astype(np.float32) / np.float32(255)
     painted = (colours(cutout[:3]) if colours else cutout[:3]) * opaque + np.float32(0.5)
@@ -224,16 +253,25 @@ def _premultiplied(cutout: np.ndarray, colours) -> np.ndarray:
 
 
 def _turn(cutout: np.ndarray, size: tuple[int, int], angle: float, box: tuple[int, int, int, int]) -> np.ndarray:
-    """A part of an object that is resized to `size`, turned counterclockwise by `angle` around its centre and padded to
-    hold the corners: what lies in `box`, xyxy in its pixels, of uint8 (C, H, W). float32 of the same values."""
-    if size[0] < cutout.shape[2]:  # averaged first: what follows takes four pixels alone
+    """Resize an object, turn it, and crop the result.
+
+    Args:
+        cutout: uint8 (C, H, W).
+        size: (width, height) in pixels after resizing.
+        angle: counterclockwise rotation around the centre, in radians.
+        box: the crop, xyxy in pixels of the bounding box of the turned object.
+
+    Returns:
+        float32 (C, rows, columns), on the scale of 0 to 255; zeros outside the object.
+    """
+    if size[0] < cutout.shape[2]:  # average first: grid_sample interpolates between four pixels only
         cutout = resize(cutout, size)
-    source = torch.from_numpy(np.require(cutout, requirements="CW")).float()[None]
+    source = torch.from_numpy(np.require(cutout, requirements=["C", "W"])).float()[None]
     turned = _extent(size, angle)
     columns, rows = (torch.arange(start, stop) + 0.5 for start, stop in ((box[0], box[2]), (box[1], box[3])))
     columns, rows = columns[None] - turned[0] / 2, rows[:, None] - turned[1] / 2
     cosine, sine = float(np.cos(angle)), float(np.sin(angle))
-    # Where each pixel comes from, as a share of half of the object's sides from its centre.
+    # Source of each pixel in grid_sample's coordinates: -1 to 1 between the borders of the object.
     grid = torch.empty(1, rows.shape[0], columns.shape[1], 2)
     torch.add(columns * (2 * cosine / size[0]), rows * (-2 * sine / size[0]), out=grid[0, ..., 0])
     torch.add(columns * (2 * sine / size[1]), rows * (2 * cosine / size[1]), out=grid[0, ..., 1])

@@ -1,4 +1,4 @@
-"""Random access to images with annotations: what all readers share."""
+"""Base classes of the readers: random access to images with annotations."""
 
 import io
 from abc import ABC, abstractmethod
@@ -18,15 +18,25 @@ if TYPE_CHECKING:
 
 
 class ImageDataset(ABC):
-    """Random access to samples. Instances hold an index and no open file: they pickle, and threads and forks may share one.
+    """Base class of all readers: random access to images with instances, as `Sample`s.
 
-    What cannot be used shows up in two places: `index_report` has what was found while indexing, and `load(i)` returns
-    a report for the image that it reads. Adding up the first and each of the others once counts everything once,
-    however many processes share the work.
+    A dataset keeps an index in memory and no file open: it can be pickled, and threads and forked processes can share
+    it.
+
+    Skipped data is reported in two places. `index_report` has the images and instances left out while indexing.
+    `load(index)` returns a report for the image that it reads. The sum of `index_report` and one report for each image
+    counts everything once, however many processes share the work.
 
     Attributes:
-        index_report: images and instances that were left out when the index was made.
-        has_masks: False where no image has instances.
+        index_report: the images and instances left out while indexing.
+        has_masks: False if no image has instances.
+
+    Example:
+        >>> dataset = load_dataset("instances_val2017.json", images="val2017")
+        >>> report = SkipReport().merge(dataset.index_report)
+        >>> for sample in dataset.samples(report):
+        ...     masks = sample.masks()  # bool (num_instances, height, width)
+        >>> print(report.summary(total=dataset.num_images))
     """
 
     index_report: SkipReport
@@ -34,35 +44,50 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of indexed images; reading may still find some of them bad."""
+        """Return the number of indexed images. Reading may still find some of them unusable."""
 
     @property
     def num_images(self) -> int:
-        """All images, with those that were skipped while indexing: the `total` of `SkipReport.too_many`."""
+        """Number of all images, including those skipped while indexing: the `total` of `SkipReport.too_many`."""
         return len(self) + self.index_report.num_images
 
     @abstractmethod
     def load(self, index: int) -> tuple[Sample | None, SkipReport]:
-        """The sample, or None where the image cannot be used, and what was skipped on the way. The same at each call."""
+        """Read one image with its usable instances. Every call gives the same result.
+
+        Args:
+            index: from 0; a negative one counts from the end.
+
+        Returns:
+            The sample, or None if the image cannot be used, and a report of the skipped data.
+        """
 
     @abstractmethod
     def open(self, index: int) -> LazySample:
-        """The same image with nothing decoded and no annotation checked yet, for training, which needs few of them.
+        """Open one image without decoding it or checking annotations. Training uses only a few of them.
+
+        Args:
+            index: from 0; a negative one counts from the end.
 
         Raises:
-            SampleError: for an image or annotations that cannot be read.
+            SampleError: if the image or its annotations cannot be read.
         """
 
     @abstractmethod
     def sample_id(self, index: int) -> str:
-        """The id of the sample, without reading it."""
+        """Return the id of a sample without reading the sample."""
 
     def files(self) -> set:
-        """What is read, wherever it is named from: two datasets that share a file share images."""
+        """Return the resolved paths of all files read. Two datasets that share a path share images."""
         return set()
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample without its bad instances. Raises `SampleError` where the image itself cannot be used."""
+        """Read one image with its usable instances, as `load` does.
+
+        Raises:
+            SampleError: if the image cannot be used.
+            IndexError: if there is no such index.
+        """
         sample, report = self.load(index)
         if sample is None:
             ((reason, skipped),) = report.images.items()
@@ -70,9 +95,12 @@ class ImageDataset(ABC):
         return sample
 
     def samples(self, report: SkipReport, indices: Iterable[int] | None = None) -> Iterator[Sample]:
-        """The usable samples in order, of all images or of `indices`; what is skipped is added to `report`.
+        """Iterate over the usable samples in order.
 
-        `index_report` is not added: each process that reads a part of the dataset would count it again.
+        Args:
+            report: the data skipped on the way is added to it. `index_report` is not: several processes that each read
+                a part of the dataset would all count it.
+            indices: the images to read; by default all.
         """
         for index in range(len(self)) if indices is None else indices:
             sample, skipped = self.load(index)
@@ -87,18 +115,18 @@ class ImageDataset(ABC):
 
 
 class FileDataset(ImageDataset):
-    """Images from files or parts of files, annotations as JSON has them.
+    """Base class of readers whose images are files or parts of files, with annotations in COCO's JSON format.
 
     Attributes:
-        image_cache: where `open` finds and keeps decoded images; None for nowhere.
+        image_cache: cache of decoded images that `open` uses, or None.
     """
 
     image_cache: "ImageCache | None" = None
 
     def load(self, index: int) -> tuple[Sample | None, SkipReport]:
-        index = range(len(self))[index]  # negative ones, and IndexError
+        index = range(len(self))[index]  # accepts negative indices, raises IndexError
         sample_id, report = self.sample_id(index), SkipReport()
-        annotations = []
+        annotations: list = []
         try:
             annotations, size = self._annotations(index)
             image = decode_image(self.image_bytes(index), size)
@@ -119,30 +147,42 @@ class FileDataset(ImageDataset):
 
     @abstractmethod
     def image_bytes(self, index: int) -> bytes:
-        """The image's file. Raises `SampleError`."""
+        """Return the bytes of the image file. Raises SampleError if there is none."""
 
     @abstractmethod
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
-        """The annotations as JSON has them, and (width, height) of the image if it is said. Raises `SampleError`.
+        """Read the annotations of an image.
 
-        A `SampleError` among the annotations stands for one that is left out, and is counted.
+        Returns:
+            Annotations as JSON has them, where a `SampleError` stands for an annotation to skip and count; (width,
+            height) of the annotated image in pixels, or None if unknown.
+
+        Raises:
+            SampleError: if they cannot be read.
         """
 
 
 def check_limit(limit: int | None):
-    """Raises ValueError unless `limit` is None or at least 1."""
+    """Raise ValueError unless `limit` is None or an integer of at least 1."""
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit={limit!r} must be None or an integer of at least 1.")
 
 
 def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """An image file as RGB, see `to_rgb`, pixels where they are stored: annotations are made in that frame.
+    """Decode an image file in the frame of its annotations.
 
-    `size` is the (width, height) of the annotations. Where it fits only the image turned upright by its EXIF
-    orientation, the annotations were made on that, and that is returned.
+    Annotations usually refer to the stored pixels, before EXIF orientation. If the stored size is not `size`, the image
+    is turned upright by its EXIF orientation.
+
+    Args:
+        data: the bytes of the file.
+        size: (width, height) of the annotated image in pixels, or None if unknown.
+
+    Returns:
+        PIL image in mode RGB, see `to_rgb`, without EXIF data.
 
     Raises:
-        SampleError: for a file that is no image, damaged or truncated, or of another size.
+        SampleError: if the file is no image, is damaged or truncated, or has another size.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -153,12 +193,16 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Imag
         raise SampleError(SkipReason.BROKEN_IMAGE) from error
     if size and rgb.size != size:
         raise SampleError(SkipReason.IMAGE_SIZE)
-    rgb.getexif().clear()  # or who segments it would turn it, away from its annotations
+    rgb.getexif().clear()  # otherwise the predictor would turn the image out of the frame of its annotations
     return rgb
 
 
 def open_stored_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """`decode_image` with the decoding left for later where that can be, and the mode as it is."""
+    """Open an image file as `decode_image` does, but leave decoding and conversion to RGB for later where possible.
+
+    Raises:
+        SampleError: if the file is no image or has another size.
+    """
     try:
         image = Image.open(io.BytesIO(data))
     except MemoryError:

@@ -1,4 +1,4 @@
-"""One training example from one image: a pure function of the image and two random generators."""
+"""Make a training example from an image: a pure function of the image and two random generators."""
 
 from dataclasses import asdict, dataclass
 
@@ -15,7 +15,13 @@ from .samples import SampleError, SkipReason, SkipReport
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Turns samples into dicts of tensors: see `TrainingExamples` for what is in them."""
+    """Function from samples to training examples: dicts of tensors, described in `TrainingExamples`.
+
+    Attributes:
+        image_size: side of the frame in pixels.
+        mask_size: side of the masks in cells.
+        augmentation, prompts, cutouts: as in `TrainingExamples`.
+    """
 
     image_size: int
     mask_size: int
@@ -32,7 +38,7 @@ class ExampleMaker:
         prompts: PromptSampling | None,
         cutouts: Cutouts | None,
     ) -> "ExampleMaker":
-        """With the defaults of `TrainingExamples`. Raises ValueError for sizes that do not fit."""
+        """Create a maker with the defaults of `TrainingExamples`. Raises ValueError for invalid sizes."""
         if not isinstance(image_size, int) or image_size < 1:
             raise ValueError(f"image_size={image_size!r} must be an integer of at least 1.")
         mask_size = max(1, image_size // 4) if mask_size is None else mask_size
@@ -41,7 +47,7 @@ class ExampleMaker:
         return cls(image_size, mask_size, augmentation or Augmentation(), prompts, cutouts)
 
     def preprocessing(self) -> dict:
-        """What the pixels depend on, besides the image and the generator."""
+        """Return the settings that determine the pixels, besides the image and the generator."""
         return {
             "image_size": self.image_size,
             "augmentation": asdict(self.augmentation),
@@ -55,24 +61,30 @@ class ExampleMaker:
         prompt_generator: np.random.Generator,
         report: SkipReport,
     ) -> dict[str, torch.Tensor]:
-        """The example without its id. Instances that cannot be used and were met are added to `report`.
+        """Make an example, without its `example_id`.
+
+        Args:
+            sample: the image with its annotations.
+            view_generator: determines the pixels.
+            prompt_generator: determines objects, boxes, points and uniforms.
+            report: unusable instances that were drawn are added to it.
 
         Raises:
-            SampleError: for an image that cannot be decoded, and where there are prompts but no object for them.
+            SampleError: if the image cannot be decoded, or if there are prompts but no usable object.
         """
-        # The pixels depend on the first generator alone: an embedding holds whatever the prompts are.
+        # The pixels depend on the first generator only, so that cached embeddings are valid for all prompts.
         view = self.augmentation.view(view_generator, sample.width, sample.height, self.image_size)
         pixels = view.pixels(sample, self.augmentation.colours(view_generator))
         frame = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
-        seen = frame[:, : pixels.shape[1], : pixels.shape[2]]
-        seen[:] = pixels
-        pasted = self.cutouts.paste(seen, view_generator) if self.cutouts else []
+        image = frame[:, : pixels.shape[1], : pixels.shape[2]]
+        image[:] = pixels
+        pasted = self.cutouts.paste(image, view_generator) if self.cutouts else []
         example = {
             "pixel_values": frame,
             "reshaped_input_sizes": np.array(view.size[::-1]),
         }
         if self.prompts:
-            masks, boxes = self._targets(sample, view, pasted, prompt_generator, report)
+            masks, boxes = self._targets(sample, view, pasted, self.prompts, prompt_generator, report)
             example |= {
                 "masks": masks,
                 "boxes": self.prompts.boxes(boxes, view.size, self.image_size, prompt_generator),
@@ -86,35 +98,37 @@ class ExampleMaker:
         sample: LazySample,
         view: View,
         pasted: list[Pasted],
+        prompts: PromptSampling,
         generator: np.random.Generator,
         report: SkipReport,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """bool (P, M, M) and float64 (P, 4): objects drawn without replacement, and again if there are too few."""
-        num_prompts, num_annotations = self.prompts.num_prompts, len(sample.annotations)
-        # What lies over the annotated objects, over the first pasted one, over the second, ..., over the last: nothing.
+        """Draw objects without replacement, repeat them if there are too few; return masks (P, M, M), boxes (P, 4)."""
+        num_prompts, num_annotations = prompts.num_prompts, len(sample.annotations)
+        # covers[0] hides the annotated objects, covers[i + 1] hides pasted object i; nothing hides the last one.
         covers = [np.zeros((self.mask_size, self.mask_size), dtype=bool)]
-        grids = [each.grid(self.image_size, self.mask_size) for each in pasted]
+        grids = [cutout.grid(self.image_size, self.mask_size) for cutout in pasted]
         for grid in reversed(grids):
             covers.insert(0, covers[0] | grid)
 
         def areas() -> np.ndarray:
             (left, top, right, bottom), (width, height) = view.crop, view.size
-            pixel = (right - left) * (bottom - top) / (width * height)  # of the frame, in those of the image
-            own = [pixel * max(1, np.count_nonzero(each.pixels)) for each in pasted]
-            return np.array([*map(sample.area, range(num_annotations)), *own])
+            pixel_area = (right - left) * (bottom - top) / (width * height)  # a pixel of the frame, in image pixels
+            pasted_areas = [pixel_area * max(1, int(np.count_nonzero(cutout.pixels))) for cutout in pasted]
+            return np.array([*map(sample.area, range(num_annotations)), *pasted_areas])
 
         masks, boxes, num_valid = [], [], 0
-        for position in self.prompts.order(areas, num_annotations + len(pasted), generator):
+        for position in prompts.order(areas, num_annotations + len(pasted), generator):
+            object_in_view: tuple[np.ndarray, np.ndarray, float] | None
             if position >= num_annotations:
                 number = position - num_annotations
-                seen, cover = (grids[number], *pasted[number].extent), covers[number + 1]
+                object_in_view, cover = (grids[number], *pasted[number].extent), covers[number + 1]
             else:
                 rle = self._usable_rle(sample, position, report)
                 if rle is None:
                     continue
-                seen, cover = view.mask(rle, self.mask_size), covers[0]
+                object_in_view, cover = view.mask(rle, self.mask_size), covers[0]
             num_valid += 1
-            target = seen and self._visible(*seen, cover)
+            target = self._visible(*object_in_view, cover, prompts) if object_in_view else None
             if target:
                 masks.append(target[0])
                 boxes.append(target[1])
@@ -122,11 +136,13 @@ class ExampleMaker:
                 break
         if not masks:
             raise SampleError(SkipReason.NOTHING_IN_VIEW if num_valid else SkipReason.NO_INSTANCE, sample.id)
-        again = np.arange(num_prompts) % len(masks)
-        return np.stack(masks)[again], np.stack(boxes)[again]
+        repeated = np.arange(num_prompts) % len(masks)
+        return np.stack(masks)[repeated], np.stack(boxes)[repeated]
 
     def _usable_rle(self, sample: LazySample, position: int, report: SkipReport) -> dict | None:
-        where, left_out = f"{sample.id}, annotation number {position}", []
+        """Return the RLE of an instance, or None if it is a crowd or unusable, which is added to `report`."""
+        where = f"{sample.id}, annotation number {position}"
+        left_out: list[SkipReason] = []
         try:
             instance = sample.instance(position, left_out)
         except SampleError as error:
@@ -137,9 +153,9 @@ class ExampleMaker:
         return None if instance.is_crowd else instance.rle
 
     def _visible(
-        self, mask: np.ndarray, box: np.ndarray, share: float, cover: np.ndarray
+        self, mask: np.ndarray, box: np.ndarray, share: float, cover: np.ndarray, prompts: PromptSampling
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """(mask, box) of what is not covered, or None where it is too small or too small a part."""
+        """Return mask and box of the part outside `cover`, or None if that is too small, or too small a share."""
         num_cells = np.count_nonzero(mask)
         if np.any(mask & cover):
             mask = mask & ~cover
@@ -148,6 +164,6 @@ class ExampleMaker:
             if (extent := mask_extent(mask)) is not None:
                 lower, upper = np.array(extent).reshape(2, 2) * (self.image_size // self.mask_size)
                 box = np.concatenate([np.maximum(box[:2], lower), np.minimum(box[2:], upper)])
-        if num_cells < self.prompts.min_mask_cells or share < self.prompts.min_visible:
+        if num_cells < prompts.min_mask_cells or share < prompts.min_visible:
             return None
         return mask, box

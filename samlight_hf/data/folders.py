@@ -1,4 +1,4 @@
-"""Folders of images: without masks, and with masks as image files."""
+"""Read folders of images, without masks or with masks in image files."""
 
 import logging
 import os
@@ -20,16 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class ImageFolderDataset(FileDataset):
-    """The images in a folder and its subfolders, in sorted order, without instances.
+    """Reader of the images in a folder and its subfolders, in sorted order, without instances.
 
-    Hidden files are left out. The sample's id is the path within the folder.
+    Hidden files are left out. The id of a sample is the path of the image within the folder.
 
     Args:
-        folder: where the images are.
-        limit: only the first so many images.
+        folder: the folder of the images.
+        limit: read the first `limit` images only; by default all.
 
     Raises:
-        ValueError: where there is no such folder or no image in it.
+        ValueError: if there is no such folder, or no image in it.
+
+    Example:
+        >>> dataset = ImageFolderDataset("photos", limit=100)
+        >>> dataset[0].image
     """
 
     has_masks = False
@@ -50,7 +54,7 @@ class ImageFolderDataset(FileDataset):
         return {(self.folder / str(file)).resolve() for file in self._files}
 
     def _set_files(self, files: list[str]):
-        # An array, because worker processes would copy millions of strings page by page as they touch them.
+        # An array: forked workers copy the memory pages of Python objects when they count references.
         self._files = np.array(files, dtype=str)
         self._check_not_empty(str(self.folder))
 
@@ -65,28 +69,41 @@ class ImageFolderDataset(FileDataset):
 
 
 class MaskFolderDataset(ImageFolderDataset):
-    """Images `images/NAME.jpg` with one's own masks: a file `masks/NAME.png`, or files in a folder `masks/NAME/`.
+    """Reader of your own images and masks: `images/NAME.jpg` with a label map or one mask file for each object.
 
-    A file `masks/NAME.png` is a map of labels: 0 is background, every other value one object; of any number of bits,
-    palette indices, or colours whose channels are equal. Grey levels, as of anti-aliased masks, are refused: see
-    `has_grey_levels` in label_maps.py. In a folder `masks/NAME/`, each file is one object: every pixel but 0, or, of grey
-    levels, those at least half as bright as the brightest.
+    A folder of this form is read:
 
-    NAME may be in subfolders, and images and masks of any kind that Pillow reads; suffixes match in any case. The masks of
-    `NAME.jpg` may also be called `NAME.jpg.png`, `NAME_mask.png` or `NAME.jpg_mask.png`, and their folder likewise. Masks
-    have the size of their image. The sample's id is the image's path within `images`.
+    ```
+    folder/
+        images/NAME.jpg       an image
+        masks/NAME.png        its label map: 0 is background, every other value is one object
+        masks/NAME/*.png      or its objects: a folder with one mask file for each
+    ```
+
+    - A label map has integers of any bit depth, palette indices, or colours with equal channels. Anti-aliased masks and
+      other images of grey levels are refused: see `has_grey_levels` in label_maps.py.
+    - A mask file of one object has it at all pixels other than 0. In a mask of grey levels, the object has the pixels
+      that are at least half as bright as the brightest.
+    - NAME may be in subfolders. Images and masks may have any format that Pillow reads; suffixes match in any case.
+    - The masks of `NAME.jpg` may also be called `NAME.jpg.png`, `NAME_mask.png` or `NAME.jpg_mask.png`, and their
+      folder accordingly. Masks have the size of their image.
+
+    The id of a sample is the path of the image within `images`.
 
     Args:
         folder: the folder that has `images` and `masks`.
-        limit: only the first so many images, without those skipped while indexing.
-        ignore_label: the label of a map that is no object, "auto" or None for none. "auto": 255 where the map has it beside
-            labels from 1 to 126 alone, as VOC and Cityscapes write their void, which is counted in the report; in a
-            map of 0 and 255 it is an object.
-        binary_masks: each file is one object, however grey its edges are: every pixel at least half as bright as the
-            brightest.
+        limit: read the first `limit` images only, not counting those skipped while indexing; by default all.
+        ignore_label: label that is no object in label maps; None if there is none. "auto" ignores 255 if the other
+            labels of the map are between 1 and 126, as in VOC and Cityscapes, and counts this in the report. In a map
+            of 0 and 255 only, 255 is an object.
+        binary_masks: read each file as one object with grey edges: the pixels at least half as bright as the brightest.
 
     Raises:
-        ValueError: where there are no such folders, or no image has masks.
+        ValueError: if one of the folders does not exist, or no image has masks.
+
+    Example:
+        >>> dataset = MaskFolderDataset("mine")
+        >>> dataset[0].masks()  # bool (num_instances, height, width)
     """
 
     has_masks = True
@@ -106,35 +123,37 @@ class MaskFolderDataset(ImageFolderDataset):
         self.index_report = SkipReport()
         images = _relative_paths(self.folder)
         masks, orphans = _masks_of(images, [path.relative_to(self.mask_folder) for path in self.mask_files()])
-        files, masks_of_files, seen = [], [], set()
+        files: list[str] = []
+        masks_of_files: list[str] = []
+        names: set[str] = set()
         for file in images:
-            name, own = os.path.splitext(file)[0], masks.get(file, ())
-            if len(own) == 1:
+            name, masks_of_file = os.path.splitext(file)[0], masks.get(file, set())
+            if len(masks_of_file) == 1:
                 files.append(file)
-                masks_of_files += own
-            elif own:
-                self.index_report.add_image(SkipReason.SEVERAL_MASKS, f"{file} ({', '.join(sorted(own))})")
+                masks_of_files += masks_of_file
+            elif masks_of_file:
+                self.index_report.add_image(SkipReason.SEVERAL_MASKS, f"{file} ({', '.join(sorted(masks_of_file))})")
             else:
-                reason = SkipReason.DUPLICATE_IMAGE if name in seen else SkipReason.MISSING_MASK
+                reason = SkipReason.DUPLICATE_IMAGE if name in names else SkipReason.MISSING_MASK
                 self.index_report.add_image(reason, file)
-            seen.add(name)
+            names.add(name)
             if len(files) == limit:
                 break
         else:
-            for name in orphans:
-                self.index_report.add_image(SkipReason.MISSING_IMAGE, name)
+            for mask in orphans:
+                self.index_report.add_image(SkipReason.MISSING_IMAGE, mask)
         self._masks = np.array(masks_of_files, dtype=str)
         self._set_files(files)
 
     def mask_files(self) -> list[Path]:
-        """All mask files, sorted, whether they have an image or not."""
+        """List all mask files, sorted, including those without an image."""
         return _mask_files(self.mask_folder, "**/*")
 
     def _annotations(self, index: int) -> tuple[list, tuple[int, int] | None]:
         path = self.mask_folder / str(self._masks[index])
         if not path.is_dir():
             labels, void = self._read(read_labels, path)
-            segments = dict(_runs_of_labels(labels))
+            segments: dict[int | str, dict] = dict(_runs_of_labels(labels))
         else:
             files, void = _mask_files(path, "*"), None
             if not files:
@@ -146,12 +165,13 @@ class MaskFolderDataset(ImageFolderDataset):
             segments = {name: runs for name, mask in masks.items() for _, runs in _runs_of_labels(mask)}
             labels = next(iter(masks.values()))
         height, width = labels.shape
-        annotations = [{"id": key, "segmentation": runs} for key, runs in segments.items()]
+        annotations: list = [{"id": key, "segmentation": runs} for key, runs in segments.items()]
         if void is not None:
             annotations.append(SampleError(SkipReason.VOID_LABEL))
         return annotations, (width, height)
 
     def _read(self, read: Callable, path: Path):
+        """Read a mask file by `read_labels` or `read_object`; errors name the file."""
         try:
             data = path.read_bytes()
         except FileNotFoundError as error:
@@ -164,8 +184,8 @@ class MaskFolderDataset(ImageFolderDataset):
 
 
 def _mask_files(folder: Path, pattern: str) -> list[Path]:
-    """The image files that a pattern finds, sorted, none of them hidden, such as those that macOS leaves beside others."""
-    # Not find_images: masks that are links to one file are the masks of several images.
+    """List the image files that match a pattern, sorted, without hidden ones, such as the `._NAME` of macOS."""
+    # Not find_images, which lists a file once: links to one mask file may belong to several images.
     return sorted(
         path
         for path in folder.glob(pattern)
@@ -176,30 +196,37 @@ def _mask_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _masks_of(images: list[str], masks: list[Path]) -> tuple[dict[str, set[str]], list[str]]:
-    """The mask files and the folders of masks of each image that has any, and the mask files of none; paths within their folders.
+    """Assign mask files and folders of masks to images by name.
 
-    A name belongs to one image: to that of the same name, before that of which it is a longer form.
+    An image of the same name takes precedence over one whose name the mask extends.
+
+    Args:
+        images, masks: paths of images and mask files within their folders.
+
+    Returns:
+        The mask file or folder of masks of each image that has any: several if the names are ambiguous; and the mask
+        files that belong to no image.
     """
     owners: dict[str, str] = {}
     for ending in ("", "_mask"):
         for name_of in (lambda file: os.path.splitext(file)[0], str):
             for file in images:
                 owners.setdefault(name_of(file) + ending, file)
-    found: dict[str, set[str]] = {}
+    masks_of_images: dict[str, set[str]] = {}
     orphans = []
     for mask in masks:
         file, folder = mask.as_posix(), mask.parent.as_posix()
         if owner := owners.get(os.path.splitext(file)[0]):
-            found.setdefault(owner, set()).add(file)
+            masks_of_images.setdefault(owner, set()).add(file)
         elif owner := owners.get(folder):
-            found.setdefault(owner, set()).add(folder)
+            masks_of_images.setdefault(owner, set()).add(folder)
         else:
             orphans.append(file)
-    return found, orphans
+    return masks_of_images, orphans
 
 
 def _relative_paths(folder: Path) -> list[str]:
-    """The images in a folder and its subfolders, sorted, as paths within it."""
+    """List the images in a folder and its subfolders, sorted, as paths within it."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images.")
     left_out: Counter[str] = Counter()
@@ -212,14 +239,14 @@ def _relative_paths(folder: Path) -> list[str]:
 
 
 def _runs_of_labels(labels: np.ndarray) -> Iterator[tuple[int, dict]]:
-    """(label, uncompressed COCO RLE) of every label but 0, in one pass over the pixels for all labels."""
+    """Encode a label map in one pass over its pixels: yield (label, uncompressed COCO RLE) of each label except 0."""
     height, width = labels.shape
-    pixels = labels.T.ravel()  # column by column, as RLE goes
+    pixels = labels.T.ravel()  # column by column, the order of RLE
     starts = np.concatenate([[0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1])
     ends = np.append(starts[1:], pixels.size)
     values = pixels[starts]
     for label in np.unique(values[values != 0]).tolist():
-        own = values == label
-        edges = np.stack([starts[own], ends[own]], axis=1).ravel()
+        is_label = values == label
+        edges = np.stack([starts[is_label], ends[is_label]], axis=1).ravel()
         runs = np.diff(edges, prepend=0, append=pixels.size)
         yield int(label), {"size": [height, width], "counts": runs.tolist()}

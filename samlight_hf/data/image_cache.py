@@ -1,4 +1,4 @@
-"""Decoded images in a folder: decoding is a third of what a training example costs, and each image comes many times."""
+"""Cache decoded images in a folder: decoding is a third of the cost of a training example, and images repeat."""
 
 import hashlib
 import os
@@ -12,12 +12,13 @@ from .lazy import planes
 
 
 class ImageCache:
-    """Images decoded once, for all processes of a machine, each a `.npy` file of uint8 (3, H, W) named by its content.
+    """Cache of decoded images, shared by all processes of a machine.
 
-    The operating system keeps in memory what is read often. Nothing is deleted: 5,000 images of 640 x 480 are 4.6 GB.
+    Each image is a `.npy` file, uint8 (3, H, W), named by a hash of the image file. Files are memory-mapped: the
+    operating system keeps those read often in memory. Nothing is deleted; 5,000 images of 640 x 480 take 4.6 GB.
 
     Args:
-        folder: made if it is not there. Several runs may share it.
+        folder: created if it does not exist. Several runs may share it.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -25,23 +26,30 @@ class ImageCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def pixels(self, data: bytes, size: tuple[int, int] | None) -> np.ndarray:
-        """What `decode_image` makes of an image's file, uint8 (3, H, W), not to be changed.
+        """Return the decoded image, from the cache if it is there.
+
+        Args:
+            data: the bytes of the image file.
+            size: (width, height) of the annotated image in pixels, or None: see `decode_image`.
+
+        Returns:
+            uint8 (3, H, W), which must not be changed.
 
         Raises:
-            SampleError: for a file that is damaged, or of another size.
+            SampleError: if the file is damaged or has another size.
         """
         digest = hashlib.blake2b(repr(size).encode() + data, digest_size=16).hexdigest()
         path = self.folder / digest[:2] / f"{digest}.npy"
         try:
             return np.load(path, mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError):  # the last two: cut short by a machine that went down
+        except (FileNotFoundError, ValueError, EOFError):  # the last two: a file truncated by a crash
             pixels = planes(decode_image(data, size))
         aside = path.with_name(f".{digest}.{os.getpid()}.npy")
         try:
             path.parent.mkdir(exist_ok=True)
             np.save(aside, pixels)
             aside.replace(path)
-        except OSError as error:  # full: what is not kept is decoded again
+        except OSError as error:  # for example a full disk: the image is decoded again next time
             aside.unlink(missing_ok=True)
             warnings.warn(
                 f"{self.folder}: cannot be written ({error.strerror}), so images are decoded again.", stacklevel=2

@@ -1,4 +1,4 @@
-"""Mask files: from the pixels of an image file to a map of labels, with the checks that it is one."""
+"""Read mask files: convert the pixels of an image file to a label map, and check that it is one."""
 
 import io
 from dataclasses import asdict, dataclass
@@ -13,28 +13,29 @@ from .samples import SampleError, SkipReason
 # The void value of VOC, Cityscapes' training labels and COCO-Stuff.
 VOID_LABEL = 255
 
-# Labels above it are no small ones: objects painted at even distances, such as 127 and 255, reach it.
+# Largest label beside which 255 is void. Objects painted at even distances, such as 127 and 255, exceed it.
 MAX_SMALL_LABEL = 126
 
-# PNGs of 2 and 4 bits, which Pillow stretches to 8.
+# Factor by which Pillow stretches PNGs of 2 and 4 bits to 8 bits, by raw mode.
 _STRETCHED = {"L;2": 85, "L;4": 17}
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 
-# A passage from one object into another that is an edge and no object is at most so many pixels wide.
+# Largest width in pixels of an anti-aliased edge between two objects.
 _MAX_EDGE_WIDTH = 3
 
 
 @dataclass(frozen=True)
 class MaskReading:
-    """How mask files are read.
+    """Settings for reading mask files.
 
     Attributes:
-        ignore_label: the label of a map that is no object. "auto": 255 where the file has it beside small labels, from 1
-            to 126, and no others but 0, as VOC and Cityscapes write their void; a map of 0 and 255 alone is an object
-            of value 255. None: no label.
-        binary: each file is one object, however grey its edges are: what is at least half as bright as the brightest
-            pixel.
+        ignore_label: label that is no object; None if there is none. "auto" ignores 255 if the other labels of the file
+            are between 1 and 126, as in VOC and Cityscapes. In a map of 0 and 255 only, 255 is an object.
+        binary: read each file as one object with grey edges: the pixels at least half as bright as the brightest.
+
+    Raises:
+        ValueError: if `ignore_label` is none of these, or if both settings are given.
     """
 
     ignore_label: int | Literal["auto"] | None = "auto"
@@ -46,16 +47,20 @@ class MaskReading:
             raise ValueError(f'ignore_label={label!r} must be a label\'s number, "auto", or None for no label.')
         if self.binary and label not in ("auto", None):
             raise ValueError(
-                f"ignore_label={label} is of label maps, and binary_masks=True reads none: give one of them."
+                f"ignore_label={label} is for label maps, and binary_masks=True reads none: give one of them."
             )
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """Convert to a dict for JSON."""
         return asdict(self)
 
 
 def parse_ignore_label(text: str | int) -> int | str | None:
-    """The `ignore_label` that a command line or a config says: a number, "auto" or "none"."""
+    """Parse `ignore_label` from a command line or a config: a number, "auto" or "none".
+
+    Raises:
+        ValueError: for any other text.
+    """
     text = str(text).strip().lower()
     if text in ("auto", "none"):
         return None if text == "none" else text
@@ -66,12 +71,18 @@ def parse_ignore_label(text: str | int) -> int | str | None:
 
 
 def read_labels(data: bytes, reading: MaskReading) -> tuple[np.ndarray, int | None]:
-    """The label map of a file, integers or bool (H, W), 0 outside all objects, and the void label that was taken out.
+    """Read a label map.
 
-    The latter is None where `reading` names the label itself, or there is none.
+    Args:
+        data: the bytes of the mask file.
+        reading: the settings.
+
+    Returns:
+        The labels, integers or bool (H, W), 0 outside all objects; and the void label if one was detected by "auto" and
+        removed, or None.
 
     Raises:
-        SampleError: for a file that is damaged, in colours, or of grey levels that are no labels.
+        SampleError: if the file is damaged, has colours, or has grey levels instead of labels.
     """
     values, is_lossy = read_values(data)
     if reading.binary:
@@ -87,28 +98,41 @@ def read_labels(data: bytes, reading: MaskReading) -> tuple[np.ndarray, int | No
 
 
 def read_object(data: bytes, reading: MaskReading) -> np.ndarray:
-    """The one object of a file, bool (H, W): every pixel but 0; of grey levels, what `MaskReading.binary` says.
+    """Read the mask of one object: all pixels other than 0, or, in grey levels, as by `MaskReading.binary`.
+
+    Args:
+        data: the bytes of the mask file.
+        reading: the settings.
+
+    Returns:
+        bool (H, W).
 
     Raises:
-        SampleError: for a file that is damaged or in colours.
+        SampleError: if the file is damaged or has colours.
     """
     values, is_lossy = read_values(data)
     return _bright(values) if reading.binary or is_lossy or has_grey_levels(values) else values != 0
 
 
 def _bright(values: np.ndarray) -> np.ndarray:
+    """Select the pixels at least half as bright as the brightest: bool (H, W)."""
     return (values > 0) & (values >= int(values.max()) / 2)
 
 
 def read_values(data: bytes) -> tuple[np.ndarray, bool]:
-    """The numbers in a mask file, integers or bool (H, W), and whether its format has changed them: JPEG's.
+    """Read the numbers in a mask file.
 
-    Colours are refused, but for those whose channels are equal, and palettes, whose indices are the numbers. What is
-    transparent is 0; of half transparent pixels the number is a part, as of a grey edge. Of several frames the first
-    is taken.
+    Indices of a palette are numbers, and so are colours whose channels are equal; other colours are refused. Numbers
+    are multiplied by the opacity: transparent pixels are 0. The first of several frames is read.
+
+    Args:
+        data: the bytes of the mask file.
+
+    Returns:
+        Integers or bool (H, W), and whether the format is lossy, as JPEG is.
 
     Raises:
-        SampleError: for a file that is damaged, or has no such numbers.
+        SampleError: if the file is damaged or has no such numbers.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -136,14 +160,15 @@ def read_values(data: bytes) -> tuple[np.ndarray, bool]:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file has the pixels, which Pillow turns into `image.mode`; "" where it does not say."""
-    arguments = image.tile[0][3] if image.tile else ""
+    """Return the pixel format of the file, which Pillow converts to `image.mode`; "" if unknown."""
+    tiles = getattr(image, "tile", ())  # of images from files
+    arguments = tiles[0][3] if tiles else ""
     arguments = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return arguments if isinstance(arguments, str) else ""
 
 
 def _grey(pixels: np.ndarray, has_alpha: bool) -> np.ndarray:
-    """The equal channels of (H, W, channels) as one, uint8 (H, W)."""
+    """Merge equal channels, and multiply by alpha: (H, W, channels) -> uint8 (H, W)."""
     colours = pixels[..., :-1] if has_alpha else pixels
     grey = colours[..., 0]
     alpha = pixels[..., -1] if has_alpha else np.full_like(grey, 255)
@@ -153,18 +178,23 @@ def _grey(pixels: np.ndarray, has_alpha: bool) -> np.ndarray:
 
 
 def has_grey_levels(values: np.ndarray) -> bool:
-    """Whether the numbers (H, W) are brightness, as of an anti-aliased, blurred or JPEG mask, and not labels.
+    """Return whether the numbers (H, W) are brightness, as in an anti-aliased, blurred or JPEG mask, and not labels.
 
-    Looked at is every value but 0. It is an *edge* where at least half of its pixels lie in passages of up to three
-    pixels between a lower and a higher value, along a row or a column. It is *scattered* where at least half of its
-    pixels, and two or more, touch none of the same value. The numbers are grey levels
+    Each value other than 0 is classified:
 
-    - with eight values or more that are one or the other, and at least half of all; or
-    - with any edge, edges being at least half of all values, where the values are spread as grey levels are: the
-      largest is at least 16 times their number.
+    - It is an *edge* if at least half of its pixels are in runs of up to three pixels between a lower and a higher
+      value, along a row or a column.
+    - It is *scattered* if it has two or more pixels, and at least half of them are in such runs or touch no pixel of
+      the same value.
 
-    Objects are compact, and rarely so thin: maps of many small, touching objects pass, and so do a thin object
-    between two others, and a map of 0, 1 for borders and 2 for what they enclose.
+    The numbers are grey levels in two cases:
+
+    - At least eight values, and at least half of all values, are edges or scattered.
+    - At least half of all values are edges, and values are spread as grey levels are: the largest is at least 16 times
+      the number of values.
+
+    Objects are compact and rarely that thin. Maps of many small, touching objects pass as labels; so do a thin object
+    between two others, and a map with 1 for borders and 2 for the areas inside.
     """
     if values.dtype == bool:
         return False
@@ -179,7 +209,7 @@ def has_grey_levels(values: np.ndarray) -> bool:
     is_spread = largest >= 16 * num_labels
     if num_labels < 2 or (num_labels < 8 and not is_spread):
         return False
-    rows, columns = _passages(values), [each.T for each in _passages(values.T)]
+    rows, columns = _passages(values), [pixels.T for pixels in _passages(values.T)]
     is_edge, is_alone = rows[0] | columns[0], rows[1] & columns[1]
     edges, loose = (
         np.bincount(places[pixels.ravel()], minlength=len(sizes))[is_label] for pixels in (is_edge, is_edge | is_alone)
@@ -187,30 +217,37 @@ def has_grey_levels(values: np.ndarray) -> bool:
     sizes = sizes[is_label]
     num_edges = np.count_nonzero(2 * edges >= sizes)
     num_loose = np.count_nonzero((2 * edges >= sizes) | ((2 * loose >= sizes) & (sizes >= 2)))
-    return (num_loose >= 8 and 2 * num_loose >= num_labels) or (
-        is_spread and num_edges >= 1 and 2 * num_edges >= num_labels
-    )
+    is_noisy = num_loose >= 8 and 2 * num_loose >= num_labels
+    return bool(is_noisy or (is_spread and num_edges >= 1 and 2 * num_edges >= num_labels))
 
 
 def _passages(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel of (H, W), along its row: whether it is in a short run between a lower and a higher one; alone in its run."""
+    """Find edge pixels and single pixels along the rows of (H, W).
+
+    Returns:
+        Two bool (H, W): pixels in a run of up to three between a lower and a higher value, and pixels that are a run
+        of one.
+    """
     height, width = values.shape
     is_start = np.ones((height, width), dtype=bool)
     is_start[:, 1:] = values[:, 1:] != values[:, :-1]
     starts = np.flatnonzero(is_start)
     lengths = np.diff(starts, append=values.size)
     levels = values.ravel()[starts].astype(np.int64)
-    is_inner = np.zeros(len(starts), dtype=bool)  # with a run of the same row on either side
+    is_inner = np.zeros(len(starts), dtype=bool)  # between two runs of the same row
     rows = starts // width
     is_inner[1:-1] = (rows[:-2] == rows[1:-1]) & (rows[2:] == rows[1:-1])
     is_between = np.zeros(len(starts), dtype=bool)
     is_between[1:-1] = (levels[1:-1] - levels[:-2] > 0) == (levels[2:] - levels[1:-1] > 0)
     is_edge = is_inner & is_between & (lengths <= _MAX_EDGE_WIDTH)
-    return tuple(np.repeat(each, lengths).reshape(height, width) for each in (is_edge, lengths == 1))
+    return (
+        np.repeat(is_edge, lengths).reshape(height, width),
+        np.repeat(lengths == 1, lengths).reshape(height, width),
+    )
 
 
 def _has_void(values: np.ndarray) -> bool:
-    """Whether 255 is void: see `MaskReading.ignore_label`."""
+    """Return whether 255 is void: see `MaskReading.ignore_label`."""
     if values.dtype == bool or values.max() != VOID_LABEL:
         return False
     others = values[(values != 0) & (values != VOID_LABEL)]

@@ -1,4 +1,4 @@
-"""An image that is opened but not decoded, with annotations that are not checked yet: what training reads."""
+"""Images that are opened but not decoded, with unchecked annotations: the input of training examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from .samples import Instance, SampleError, SkipReason
 
 @dataclass
 class LazySample:
-    """One image with its annotations, checked and decoded only as far as they are asked for.
+    """An image with its annotations, each decoded and checked on first use.
 
     Attributes:
         id: as in `Sample`.
-        image: as PIL opened it, of which `decode` or `pixels` may be called once; or its pixels, uint8 (3, H, W).
-        annotations: as JSON has them, checked instances, or the errors of those that a reader has refused.
+        image: a PIL image that is not decoded yet, for one call of `decode` or `pixels`; or the decoded pixels, uint8
+            (3, H, W).
+        annotations: annotations as JSON has them, checked instances, or errors of annotations that a reader refused.
+        width, height: size of the image in pixels.
     """
 
     id: str
@@ -27,26 +29,32 @@ class LazySample:
     annotations: Sequence[dict | Instance | SampleError]
 
     def __post_init__(self):
-        # Now: decoding at a smaller size changes the image's.
-        is_decoded = isinstance(self.image, np.ndarray)
-        self.width, self.height = self.image.shape[:0:-1] if is_decoded else self.image.size
+        # Read before decoding, which at a reduced size changes `image.size`.
+        self.width, self.height = self.image.shape[:0:-1] if isinstance(self.image, np.ndarray) else self.image.size
 
     def pixels(self, min_size: tuple[int, int] | None = None) -> tuple[np.ndarray, float]:
-        """The whole image as uint8 (3, H, W), and by how much it is smaller than the file says, as `decode`."""
+        """Return the whole image as uint8 (3, H, W), and its reduction: see `decode`."""
         if isinstance(self.image, np.ndarray):
             return self.image, 1.0
         image, reduction = self.decode(min_size)
         return planes(image), reduction
 
     def decode(self, min_size: tuple[int, int] | None = None) -> tuple[Image.Image, float]:
-        """The whole image as RGB, and by how much it is smaller than the file says: 1, 2, 4 or 8.
+        """Decode the whole image, at a reduced size if that is enough.
 
-        A JPEG is decoded at a half, a quarter or an eighth where that is still at least `min_size`, (width, height):
-        it costs a fraction, and what would be averaged away later is not computed.
+        A JPEG is decoded at a half, a quarter or an eighth of its size if that is at least `min_size`. This takes a
+        fraction of the time, and the details that it loses would be averaged away by resizing.
+
+        Args:
+            min_size: (width, height) in pixels; None for the full size.
+
+        Returns:
+            The image in RGB, and by what factor it is reduced: 1, 2, 4 or 8.
 
         Raises:
-            SampleError: for an image that is damaged or truncated.
+            SampleError: if the image is damaged or truncated.
         """
+        assert isinstance(self.image, Image.Image), "the image is decoded already"
         reduction = 1.0
         try:
             if min_size and (draft := self.image.draft(None, min_size)):
@@ -58,10 +66,14 @@ class LazySample:
             raise SampleError(SkipReason.BROKEN_IMAGE) from error
 
     def instance(self, position: int, left_out: list[SkipReason] | None = None) -> Instance:
-        """The checked instance of one annotation, see `parse_instance`.
+        """Check and convert one annotation, see `parse_instance`.
+
+        Args:
+            position: index of the annotation.
+            left_out: the reasons for parts left out of the instance are appended.
 
         Raises:
-            SampleError: for one that cannot be used.
+            SampleError: if the annotation cannot be used.
         """
         annotation = self.annotations[position]
         if isinstance(annotation, Instance):
@@ -69,25 +81,29 @@ class LazySample:
         return parse_instance(annotation, self.width, self.height, position, left_out)
 
     def area(self, position: int) -> float:
-        """About how many pixels an annotation covers, at least 1; nothing is decoded where the annotation says it."""
+        """Return the annotated area in pixels, at least 1. The mask is decoded only if no area is annotated."""
         annotation = self.annotations[position]
         area = annotation.get("area") if isinstance(annotation, dict) else None
         if not (is_number(area) and area > 0):
             try:
                 area = self.instance(position).area
-            except SampleError:  # counted where it is drawn
+            except SampleError:  # counted when the annotation is drawn
                 return 1.0
         return float(np.clip(area, 1, self.width * self.height))
 
 
 def planes(image: Image.Image) -> np.ndarray:
-    """An RGB image as uint8 (3, H, W), channel by channel in memory."""
+    """Convert an image of C channels to a contiguous uint8 (C, H, W) array."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def decode_columns(rle: dict, start: int, stop: int) -> np.ndarray:
-    """Columns `start` to `stop` of the mask of a checked compressed RLE, uint8 0 or 1 (stop - start, H)."""
+    """Decode columns `start` to `stop` (exclusive) of the mask of a checked compressed RLE.
+
+    Returns:
+        uint8 0 or 1 (stop - start, H): one row for each column of the mask.
+    """
     height = rle["size"][0]
     ends = np.cumsum(run_lengths(rle["counts"])).clip(start * height, stop * height)
-    values = (np.arange(len(ends)) & 1).astype(np.uint8)  # runs lie outside and inside the mask in turn
+    values = (np.arange(len(ends)) & 1).astype(np.uint8)  # runs are outside and inside the mask in turn
     return np.repeat(values, np.diff(ends, prepend=start * height)).reshape(stop - start, height)

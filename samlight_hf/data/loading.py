@@ -1,4 +1,4 @@
-"""The dataset that a path, a pattern or a name means."""
+"""Open the dataset that a path, a pattern or a name refers to."""
 
 import os
 from collections.abc import Sequence
@@ -19,19 +19,28 @@ def load_dataset(
     ignore_label: int | Literal["auto"] | None = "auto",
     binary_masks: bool = False,
 ) -> ImageDataset:
-    """The dataset that the arguments describe.
+    """Open a dataset.
 
-    - `load_dataset("sa_000000.tar")`, a folder of tars, a pattern or a sequence of these: SA-1B.
-    - `load_dataset("instances_val2017.json", images="val2017")`: COCO, LVIS, or another JSON of this shape.
+    The arguments choose the reader:
+
+    - `load_dataset("sa_000000.tar")`, a folder of tars, a pattern or a sequence of these: `Sa1bDataset`.
+    - `load_dataset("instances_val2017.json", images="val2017")`: `CocoDataset`, for COCO, LVIS and other JSON files in
+      this format.
     - `load_dataset("val2017", annotations="instances_val2017.json")`: the same, folder first.
-    - `load_dataset("mine")`, a folder with `images` and `masks`: one's own masks, see `MaskFolderDataset`.
-    - `load_dataset("photos", require_masks=False)`, a folder of images: without masks.
+    - `load_dataset("mine")`, a folder with `images` and `masks`: `MaskFolderDataset`.
+    - `load_dataset("photos", require_masks=False)`, a folder of images: `ImageFolderDataset`.
     - `load_dataset("coco" or "lvis", annotations=..., images=...)`, `load_dataset("sa1b", images="*.tar")`: by name.
 
-    `ignore_label` and `binary_masks` say how mask files are read, see `MaskFolderDataset`; other datasets have none.
+    Args:
+        name_or_path: "coco", "lvis" or "sa1b"; or a path, a pattern or a sequence of these.
+        annotations: the annotation JSON, if it is not the first argument.
+        images: the folder of images or the tars, if they are not the first argument.
+        limit: read the first `limit` images only; by default all.
+        require_masks: raise an error for a folder without masks.
+        ignore_label, binary_masks: how mask files are read, see `MaskFolderDataset`; unused by other readers.
 
     Raises:
-        ValueError: where the arguments describe none of these, or from the dataset itself.
+        ValueError: if the arguments describe no dataset, or if it cannot be read.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
         if annotations is not None or images is not None:

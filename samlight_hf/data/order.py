@@ -1,35 +1,36 @@
-"""Which image is training example number n: index arithmetic, no state to save and none to restore."""
+"""Map the index of a training example to an image by index arithmetic, without state to save or restore."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 
-# A cycle over several sources has at most so many slots: weights are exact to a ten thousandth.
+# Slots of a cycle over several sources: weights are exact to a ten-thousandth.
 MAX_CYCLE = 10_000
 
 
 class ExampleOrder:
-    """Maps n = 0, 1, 2, ... to (source, epoch of that source, image).
+    """Function from the index n of an example to (source, epoch of that source, image).
 
-    Sources take turns in a fixed cycle, evenly spread by weight. Each one is walked through without replacement, in
-    another random order in each of its epochs.
+    Sources alternate in a fixed cycle, in which each is spread evenly by its weight. Each source is traversed without
+    replacement, in a new random order in each of its epochs.
 
     Args:
-        sizes: the number of images of each source.
-        weights: how often each source is taken, relative to the others; by default as its size.
+        sizes: number of images of each source.
+        weights: how often each source is read, relative to the others; by default in proportion to its size.
+        seed: an integer of at least 0.
 
     Raises:
-        ValueError: for weights that are not one positive number a source.
+        ValueError: if `weights` is not one positive number for each source.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0):
-        weights = np.array(sizes if weights is None else weights, dtype=np.float64)
-        if weights.shape != (len(sizes),) or not np.isfinite(weights).all() or weights.min() <= 0:
-            raise ValueError(f"source_weights={weights.tolist()} must be {len(sizes)} positive numbers, one a source.")
+        shares = np.array(sizes if weights is None else weights, dtype=np.float64)
+        if shares.shape != (len(sizes),) or not np.isfinite(shares).all() or shares.min() <= 0:
+            raise ValueError(f"source_weights={shares.tolist()} must be {len(sizes)} positive numbers, one a source.")
         self.sizes, self.seed = tuple(sizes), seed
         length = 1 if len(sizes) == 1 else MAX_CYCLE
-        self._slots = np.maximum(1, np.round(weights / weights.sum() * length).astype(np.int64))
+        self._slots = np.maximum(1, np.round(shares / shares.sum() * length).astype(np.int64))
         # Slot i of a source with k slots lies at (i + u) / k of the cycle.
         offsets = np.random.default_rng((seed, 0)).random(len(sizes))
         places = np.concatenate([(np.arange(k) + u) / k for k, u in zip(self._slots, offsets)])
@@ -40,11 +41,11 @@ class ExampleOrder:
 
     @property
     def turns(self) -> list[int]:
-        """How often each source is taken in a cycle."""
+        """Number of slots of each source in a cycle."""
         return self._slots.tolist()
 
     def __call__(self, n: int) -> tuple[int, int, int]:
-        """(source, epoch, image) of example number n."""
+        """Return (source, epoch of that source, image) for the example of index n."""
         cycle, slot = divmod(n, len(self._cycle))
         source = int(self._cycle[slot])
         epoch, position = divmod(cycle * int(self._slots[source]) + int(self._turn[slot]), self.sizes[source])
@@ -52,8 +53,8 @@ class ExampleOrder:
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         if (source, epoch) not in self._permutations:
-            # One for each source is enough: examples are asked for nearly in order.
-            self._permutations = {key: kept for key, kept in self._permutations.items() if key[0] != source}
+            # One permutation for each source is enough: examples are read nearly in order.
+            self._permutations = {key: images for key, images in self._permutations.items() if key[0] != source}
             generator = np.random.default_rng((self.seed, 1, source, epoch))
             images = np.arange(self.sizes[source], dtype=np.int32)  # half the memory, in every worker process
             generator.shuffle(images)

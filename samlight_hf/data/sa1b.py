@@ -1,4 +1,4 @@
-"""SA-1B's tars: `NAME.jpg` beside `NAME.json`, masks as COCO RLE."""
+"""Read the tars of SA-1B: `NAME.jpg` beside `NAME.json`, with masks as COCO RLE."""
 
 import glob
 import io
@@ -18,25 +18,32 @@ IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 
 
 class Sa1bDataset(FileDataset):
-    """The images of SA-1B tars, in the order of the sorted tars and of each tar's members.
+    """Reader of SA-1B tars, without unpacking them.
 
-    The headers of all tars are read once; afterwards an image costs two reads at known places of the file. Members
-    may lie in any order within a tar. The sample's id is the member's name without its suffix.
+    Each tar has pairs of members `NAME.jpg` and `NAME.json`, in any order. Indexing reads the headers of all tars once;
+    then each image takes two reads at known offsets. Images are in the order of the sorted tars and of their members.
+    The id of a sample is the name of the member without its suffix.
 
     Args:
-        paths_or_glob: a tar, a folder of tars, a pattern (`*`, `?`, `**`), or a sequence of these. Not compressed.
-        limit: only the first so many images, without those skipped while indexing.
+        paths_or_glob: an uncompressed tar, a folder of tars, a pattern (`*`, `?`, `**`), or a sequence of these.
+        limit: read the first `limit` images only, not counting those skipped while indexing; by default all.
 
     Raises:
-        ValueError: where no tar is found, for one that is damaged, cut short or compressed, and where no image has
-            its JSON.
+        ValueError: if no tar is found, if one is damaged, truncated or compressed, or if no image has a JSON.
+
+    Example:
+        >>> dataset = Sa1bDataset("sa1b/*.tar", limit=1000)
+        >>> sample = dataset[0]
+        >>> sample.image, sample.masks()  # RGB image, bool (num_instances, height, width)
     """
 
     def __init__(self, paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike], limit: int | None = None):
         check_limit(limit)
         self.paths = find_tars(paths_or_glob)
         self.index_report = SkipReport()
-        names, places, seen = [], [], set()
+        names: list[str] = []
+        places: list[tuple[int, ...]] = []
+        seen: set[str] = set()
         for archive, path in enumerate(self.paths):
             for name, images, jsons in _pairs(path):
                 for _ in range(max(len(images), len(jsons)) - (name not in seen)):
@@ -55,7 +62,7 @@ class Sa1bDataset(FileDataset):
                     break
             if len(names) == limit:
                 break
-        # Arrays, because worker processes would copy millions of small objects page by page as they touch them.
+        # Arrays: forked workers copy the memory pages of Python objects when they count references.
         self._names = np.array(names, dtype=str)
         self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
         self._check_not_empty(str(paths_or_glob))
@@ -78,21 +85,27 @@ class Sa1bDataset(FileDataset):
         return parse_json(self._read(archive, offset, size))
 
     def _read(self, archive: int, offset: int, size: int) -> bytes:
-        # Opened for each read: no handle that forks and threads would share, and no limit on the number of tars.
+        # Open for each read: processes and threads share no file handle, and there may be more tars than open files.
         with open(self.paths[archive], "rb") as file:
             file.seek(offset)
             return file.read(size)
 
 
 def parse_json(content: bytes) -> tuple[list, tuple[int, int] | None]:
-    """The annotations in one of SA-1B's JSON files, and (width, height) of its image if it is said.
+    """Parse a JSON file of SA-1B.
+
+    Args:
+        content: the bytes of the file.
+
+    Returns:
+        The annotations as JSON has them, and (width, height) of the image in pixels, or None if the file has no size.
 
     Raises:
-        SampleError: for what is no such file.
+        SampleError: if it is malformed.
     """
     try:
-        content = json.loads(content)
-        annotations, image = content["annotations"], content.get("image") or {}
+        document = json.loads(content)
+        annotations, image = document["annotations"], document.get("image") or {}
         width, height = image.get("width"), image.get("height")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SampleError(SkipReason.MALFORMED_JSON) from error
@@ -102,7 +115,16 @@ def parse_json(content: bytes) -> tuple[list, tuple[int, int] | None]:
 
 
 def add_sample(tar: tarfile.TarFile, name: str, suffix: str, image: bytes, width: int, height: int, annotations: list):
-    """Adds an image's file, of `width` x `height` pixels, and its annotations to a tar that `Sa1bDataset` reads."""
+    """Add an image and its annotations to a tar, as `Sa1bDataset` reads it.
+
+    Args:
+        tar: the tar, open for writing.
+        name: name of the sample.
+        suffix: suffix of the image file, with the dot.
+        image: bytes of the image file.
+        width, height: size of the image in pixels.
+        annotations: annotations as for JSON.
+    """
     entry = {"file_name": name + suffix, "width": width, "height": height}
     document = json.dumps({"image": entry, "annotations": annotations}).encode()
     for member_name, content in ((name + suffix, image), (f"{name}.json", document)):
@@ -112,14 +134,14 @@ def add_sample(tar: tarfile.TarFile, name: str, suffix: str, image: bytes, width
 
 
 def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
-    """The tars that a path, a folder, a pattern or a sequence of these names, each once, sorted within each.
+    """List the tars of a path, a folder, a pattern or a sequence of these, each once, sorted within each of them.
 
     Raises:
-        ValueError: where one of them names no tar.
+        ValueError: if one of them has no tar.
     """
     if isinstance(paths_or_glob, (str, os.PathLike)):
         paths_or_glob = [paths_or_glob]
-    found: dict[Path, Path] = {}
+    tars_by_file: dict[Path, Path] = {}
     for path in map(Path, paths_or_glob):
         if path.is_file():
             tars = [path]
@@ -130,28 +152,28 @@ def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) ->
         if not tars:
             raise ValueError(f"{path}: no tar file here. Give a tar, a folder of *.tar files or a pattern.")
         for tar in tars:
-            found.setdefault(tar.resolve(), tar)
-    if not found:
+            tars_by_file.setdefault(tar.resolve(), tar)
+    if not tars_by_file:
         raise ValueError("No tar file was given.")
-    return list(found.values())
+    return list(tars_by_file.values())
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, list[tuple[int, int]], list[tuple[int, int]]]]:
-    """(name, places of its images, places of its JSONs) by first appearance; a place is (offset, size) in bytes."""
+    """Yield (name, places of its images, places of its JSONs), by first appearance; a place is (offset, size)."""
     members: dict[str, tuple[list, list]] = {}
     for member in tar_members(path):
         name = PurePosixPath(member.name)
         is_json = name.suffix.lower() == ".json"
         if name.name.startswith("._") or not (is_json or name.suffix.lower() in IMAGE_SUFFIXES):
-            continue  # macOS writes ._NAME.jpg beside NAME.jpg: attributes, no image
+            continue  # ._NAME.jpg has the attributes that macOS stores beside NAME.jpg
         places = members.setdefault(str(name.with_suffix("")), ([], []))
         places[is_json].append((member.offset_data, member.size))
-    for name, (images, jsons) in members.items():
-        yield name, images, jsons
+    for sample_name, (images, jsons) in members.items():
+        yield sample_name, images, jsons
 
 
 def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The regular files in a tar. Raises ValueError for one that cannot be read to its end."""
+    """Iterate over the regular files of a tar. Raises ValueError if it cannot be read to its end."""
     damaged = ValueError(f"{path}: the tar is damaged or cut short. Copy or download it again.")
     num_members = 0
     try:
@@ -159,7 +181,7 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
             for num_members, member in enumerate(tar, start=1):  # noqa: B007  counts for the handler below
                 if member.isreg() and not member.issparse():
                     yield member
-            # tarfile takes a header that it cannot read for the end. The end that tar writes is a block of zeros.
+            # tarfile stops at an unreadable header without an error. A complete tar ends with a block of zeros.
             tar.fileobj.seek(tar.offset)
             block = tar.fileobj.read(tarfile.BLOCKSIZE)
     except tarfile.ReadError as error:

@@ -1,4 +1,4 @@
-"""What every reader returns: an image with its instances, and a report of what could not be used."""
+"""Return types of all readers: an image with its instances, and a report of skipped data."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ import numpy as np
 from PIL import Image
 
 
-# A larger share of skipped images than this changes what a number says about the dataset.
+# Above this share of skipped images, a score no longer describes the dataset.
 MAX_SKIPPED_SHARE = 0.05
 
+# Examples that a report names for each reason.
 MAX_EXAMPLES = 5
 
-# What a report counts, by the names of its fields.
-_KINDS = {"pictures": "images", "instances": "instances", "parts": "parts"}  # of a report on disk, and its attributes
+_KINDS = {"pictures": "images", "instances": "instances", "parts": "parts"}  # key in saved reports: attribute
 
 
 class SkipReason(StrEnum):
-    """Why an image, an instance or a part of one is left out. The value is what a report prints and its JSON holds."""
+    """Reasons to skip an image, an instance or a part of an instance. Reports print and save the value."""
 
     # of images
     MISSING_IMAGE = "image file missing"
@@ -60,10 +60,15 @@ class SkipReason(StrEnum):
 
 
 class SampleError(ValueError):
-    """An image or an annotation that cannot be used; `reason` says why, `where` names it."""
+    """Error for an image or an annotation that cannot be used.
+
+    Attributes:
+        reason: the `SkipReason`.
+        where: name of the image, file or annotation; empty where the caller knows it.
+    """
 
     def __init__(self, reason: SkipReason, where: str = ""):
-        super().__init__(reason, where)  # both, so that it can be pickled
+        super().__init__(reason, where)  # both arguments, so that the error can be pickled
         self.reason = reason
         self.where = where
 
@@ -78,12 +83,13 @@ class Instance:
     Attributes:
         id: the annotation's id, an int or a string.
         rle: the mask as compressed COCO RLE, `{"size": [H, W], "counts": bytes or str}`.
-        bbox_xywh: pixels of the image, x and y of the upper left corner, as annotated; where the annotation has no box
-            or one without area, the tight box of the mask.
-        area: in square pixels, as annotated; where it is not annotated or not positive, the mask's count of pixels.
-        is_crowd: one mask for many objects, which evaluations leave out unless asked.
-        category_id: None where the dataset has no categories.
-        point_xy: an annotated point of the object in pixels of the image, or None.
+        bbox_xywh: the annotated box in pixels of the image: x and y of the upper left corner, width, height. The tight
+            box of the mask if the annotation has no box, or a box without area.
+        area: the annotated area in square pixels. The number of pixels in the mask if the annotation has no positive
+            area.
+        is_crowd: True for one mask of many objects. Evaluations leave crowds out by default.
+        category_id: the annotated category, or None.
+        point_xy: an annotated point (x, y) of the object in pixels of the image, or None.
     """
 
     id: int | str
@@ -95,7 +101,7 @@ class Instance:
     point_xy: tuple[float, float] | None = None
 
     def mask(self) -> np.ndarray:
-        """The mask, bool (H, W). Like RLE itself it lies in memory column by column (Fortran order)."""
+        """Decode the mask: bool (H, W), in Fortran memory order (column by column), as RLE is."""
         from pycocotools import mask as coco_mask
 
         return coco_mask.decode(self.rle).view(bool)
@@ -103,7 +109,14 @@ class Instance:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, PIL in mode RGB, of `width` x `height` pixels, with its instances in the order of the annotations."""
+    """An image with its instances.
+
+    Attributes:
+        id: name of the image, unique within its dataset.
+        image: the decoded image, PIL in mode RGB.
+        instances: the usable instances, in the order of the annotations.
+        width, height: size of the image in pixels.
+    """
 
     id: str
     image: Image.Image
@@ -112,12 +125,19 @@ class Sample:
     height: int
 
     def masks(self) -> np.ndarray:
-        """`decode_masks` of all instances."""
+        """Decode the masks of all instances: bool (num_instances, height, width)."""
         return decode_masks(self.instances) if self.instances else np.zeros((0, self.height, self.width), dtype=bool)
 
 
 def decode_masks(instances: Sequence[Instance]) -> np.ndarray:
-    """The masks of one or more instances of an image, bool (n, H, W), column by column in memory: a view of (n, W, H)."""
+    """Decode the masks of one or more instances of the same image.
+
+    Args:
+        instances: n instances, at least one.
+
+    Returns:
+        bool (n, H, W), each mask in Fortran memory order (column by column): a transposed view of (n, W, H).
+    """
     from pycocotools import mask as coco_mask
 
     masks = coco_mask.decode([instance.rle for instance in instances])  # (H, W, n), n slowest in memory
@@ -126,7 +146,7 @@ def decode_masks(instances: Sequence[Instance]) -> np.ndarray:
 
 @dataclass
 class _Skipped:
-    """How many for one reason, and the first examples in sorted order, so that merging in any order gives the same."""
+    """Count and examples of one reason. Examples are sorted, so that reports merge to the same result in any order."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -138,10 +158,24 @@ class _Skipped:
 
 @dataclass
 class SkipReport:
-    """Counts of what was skipped by reason, with a few examples of each: images, instances, and parts of instances.
+    """Counts of skipped images, instances and parts of instances by reason, with up to 5 examples of each reason.
 
-    An instance of which a part was left out is kept, and is not among the skipped instances. Reports of several
-    processes merge into the same report, in any order.
+    A part is, for example, a malformed box: its instance is kept without it, and does not count as skipped. An empty
+    report is false. Reports of several processes merge to the same report in any order.
+
+    Attributes:
+        images: count and examples of skipped images, by reason.
+        instances: count and examples of skipped instances, by reason.
+        parts: count and examples of parts that were left out of instances, by reason.
+
+    Example:
+        >>> report = SkipReport()
+        >>> report.add_image(SkipReason.BROKEN_IMAGE, "139")
+        >>> report.add_instances(SkipReason.IMAGE_SKIPPED, "139", count=20)
+        >>> print(report.summary(total=100))
+        Skipped 1 of 100 images (1.0%) and 20 instances:
+          1 images: image damaged or truncated (139)
+          20 instances: annotation of a skipped image (139, ...)
     """
 
     images: dict[str, _Skipped] = field(default_factory=dict)
@@ -149,21 +183,26 @@ class SkipReport:
     parts: dict[str, _Skipped] = field(default_factory=dict)
 
     def add_image(self, reason: str, example: str, count: int = 1):
+        """Count `count` skipped images, of which `example` names one."""
         self.images.setdefault(str(reason), _Skipped()).add(count, [example])
 
     def add_instances(self, reason: str, example: str, count: int = 1):
+        """Count `count` skipped instances, which may be 0; `example` names one of them or their image."""
         if count:
             self.instances.setdefault(str(reason), _Skipped()).add(count, [example])
 
     def add_part(self, reason: str, example: str, count: int = 1):
+        """Count `count` parts left out of instances that are kept; `example` names one of these instances."""
         self.parts.setdefault(str(reason), _Skipped()).add(count, [example])
 
     @property
     def num_images(self) -> int:
+        """Number of skipped images."""
         return sum(skipped.count for skipped in self.images.values())
 
     @property
     def num_instances(self) -> int:
+        """Number of skipped instances."""
         return sum(skipped.count for skipped in self.instances.values())
 
     def __bool__(self) -> bool:
@@ -173,21 +212,26 @@ class SkipReport:
         return [(name, getattr(self, attribute)) for name, attribute in _KINDS.items()]
 
     def merge(self, other: "SkipReport") -> "SkipReport":
-        """Adds the other report to this one, and returns this one."""
+        """Add the other report to this one, in place, and return this one."""
         for (_, mine), (_, theirs) in zip(self._kinds(), other._kinds()):
             for reason, skipped in theirs.items():
                 mine.setdefault(reason, _Skipped()).add(skipped.count, skipped.examples)
         return self
 
     def too_many(self, total: int) -> bool:
-        """Whether more than 5 % of `total` images were skipped. `total` counts the skipped ones too."""
+        """Return whether more than 5 % of the images were skipped.
+
+        Args:
+            total: number of all images, including the skipped ones.
+        """
         return self.num_images > MAX_SKIPPED_SHARE * total
 
     def summary(self, total: int | None = None) -> str:
-        """What was skipped and why, a line for each reason, most frequent first.
+        """Describe the skipped images, instances and parts: a line for each reason, the most frequent first.
 
-        With `total`, the number of all images including the skipped ones, it opens with a warning where they are
-        too many.
+        Args:
+            total: number of all images, including the skipped ones. If given, the text has the share of skipped
+                images, and begins with a warning where `too_many(total)`.
         """
         if not self:
             return "Nothing was skipped."
@@ -205,7 +249,12 @@ class SkipReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
-        """For JSON: `{"pictures": {reason: {"count": n, "examples": [...]}}, "instances": {...}, "parts": {...}}`."""
+        """Convert to a dict for JSON.
+
+        Returns:
+            `{"pictures": {reason: {"count": n, "examples": [...]}}, "instances": {...}, "parts": {...}}`, where
+            "pictures" has the images.
+        """
 
         def plain(reasons):
             return {
@@ -217,7 +266,7 @@ class SkipReport:
 
     @classmethod
     def from_dict(cls, values: dict) -> "SkipReport":
-        """The inverse of `to_dict`; what was written without "parts" has none."""
+        """Create a report from the result of `to_dict`. Older reports without "parts" have none."""
         return cls(
             *({reason: _Skipped(**skipped) for reason, skipped in values.get(kind, {}).items()} for kind in _KINDS)
         )

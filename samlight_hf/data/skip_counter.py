@@ -1,4 +1,4 @@
-"""Counts of skipped images that all worker processes write and the main process reads."""
+"""Count skipped data in shared memory: all worker processes write, the main process reads."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from .samples import MAX_SKIPPED_SHARE, SkipReason, SkipReport
 
 REASONS = tuple(SkipReason)
 
-# Fewer images than these say nothing about the share of bad ones.
+# The share of unusable images is judged only after this many.
 MIN_READ = 100
 
 # One row for the main process and each of its workers.
@@ -19,15 +19,18 @@ NUM_ROWS = 257
 
 
 class SkipCounter:
-    """Counts by reason, with one example of each, in shared memory: forked and spawned workers write to the same.
+    """Counts of skipped data by reason, with one example of each, in memory that forked and spawned workers share.
 
-    Each worker writes to a row of its own, so that no lock is needed. An image that is read again counts again.
-    `NOTHING_IN_VIEW` is counted but not held against the data: only the view is to blame.
+    Each worker writes to its own row, so no lock is needed. An image that is read twice counts twice.
+    `NOTHING_IN_VIEW` is counted but never makes `check` raise: it is a fault of the random crop, not of the data.
 
     Args:
-        max_skipped: the share of the images read above which `check` raises. Until all have been read, by more than chance
-            explains: bad ones may come first.
-        num_images: how many there are, where that is known.
+        max_skipped: share of unusable images among those read, from 0 to 1, above which `check` raises. Until all
+            images have been read, `check` allows for chance: the unusable ones may come first.
+        num_images: number of all images; infinite if unknown.
+
+    Raises:
+        ValueError: if `max_skipped` is out of range.
     """
 
     def __init__(self, max_skipped: float = MAX_SKIPPED_SHARE, num_images: float = math.inf):
@@ -35,11 +38,16 @@ class SkipCounter:
             raise ValueError(f"max_skipped={max_skipped!r} must be from 0 to 1.")
         self.max_skipped, self.num_images = max_skipped, num_images
         self._num_read = torch.zeros(NUM_ROWS, dtype=torch.int64).share_memory_()
-        # (row, 0 for images, 1 for instances or 2 for parts, reason, count and the first one's source and image)
+        # (row; kind: image, instance or part; reason; count, and source and index of the first image)
         self._skipped = torch.zeros(NUM_ROWS, 3, len(REASONS), 3, dtype=torch.int64).share_memory_()
 
     def add(self, report: SkipReport, source: int, image: int):
-        """Counts one image as read, with what was skipped of it."""
+        """Count one image as read, and add its report.
+
+        Args:
+            report: the data skipped while reading the image.
+            source, image: index of the dataset, and of the image in it.
+        """
         worker = get_worker_info()
         row = 0 if worker is None else worker.id % (NUM_ROWS - 1) + 1
         self._num_read[row] += 1
@@ -52,11 +60,15 @@ class SkipCounter:
 
     @property
     def num_read(self) -> int:
-        """Images read so far by all workers."""
+        """Number of images read so far by all workers."""
         return int(self._num_read.sum())
 
     def report(self, name: Callable[[int, int], str]) -> SkipReport:
-        """What was skipped so far. `name` gives the name of an image for its source and its number."""
+        """Return the report of all workers so far.
+
+        Args:
+            name: returns the name of an image for the indices of its source and of the image.
+        """
         report = SkipReport()
         for row, kind, reason in torch.nonzero(self._skipped[..., 0]).tolist():
             count, source, image = self._skipped[row, kind, reason].tolist()
@@ -65,19 +77,19 @@ class SkipCounter:
         return report
 
     def check(self, name: Callable[[int, int], str]):
-        """Raises ValueError where too many of the images read were skipped."""
+        """Raise ValueError if too many of the images read so far were skipped. `name`: as in `report`."""
         num_read = self.num_read
         if num_read < MIN_READ:
             return
         blamed = self._skipped[:, 0, :, 0].sum(0)
         blamed[REASONS.index(SkipReason.NOTHING_IN_VIEW)] = 0
-        # Four standard deviations: it is looked at after each image that is skipped.
+        # Four standard deviations, because the check repeats after each skipped image.
         chance = (
             4 * math.sqrt(num_read * self.max_skipped * (1 - self.max_skipped)) if num_read < self.num_images else 0
         )
         if int(blamed.sum()) > self.max_skipped * num_read + chance:
             raise ValueError(
                 f"{int(blamed.sum())} of the {num_read} images read so far cannot be used, more than "
-                f"max_skipped={self.max_skipped:.0%}. Mend the data, or raise max_skipped if this is as it should be. "
+                f"max_skipped={self.max_skipped:.0%}. Mend the data, or raise max_skipped if this is expected. "
                 f"{self.report(name).summary()}"
             )

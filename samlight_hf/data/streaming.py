@@ -1,4 +1,4 @@
-"""Training examples from SA-1B tars that are read from end to end: over the network, or where there are too many to index.
+"""Make training examples from SA-1B tars that are read from start to end: over the network, or too many to index.
 
 Needs the package `datasets`.
 """
@@ -8,6 +8,7 @@ import itertools
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -28,7 +29,7 @@ from .skip_counter import SkipCounter
 
 _IMAGE_FIELDS = sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
-# Said, not guessed from the first few samples: their types need not be those of the others.
+# Declared explicitly: inference from the first samples can be wrong.
 _FEATURES = datasets.Features(
     {
         "__key__": datasets.Value("string"),
@@ -37,40 +38,45 @@ _FEATURES = datasets.Features(
     }
 )
 
-# Keys of random generators: no two purposes draw the same numbers.
+# Keys of the random generators, one for each purpose, so that their draws are independent.
 _VIEW, _PROMPTS, _ORDER = range(5, 8)
 
-_BEGINNING = {"epoch": 0, "stream": None, "position": 0}
+_BEGINNING: dict[str, Any] = {"epoch": 0, "stream": None, "position": 0}
 
 
 class _UndecodedTars(WebDataset):
-    """The members as bytes. Decoded, one malformed JSON would end the whole stream."""
+    """Reader of tar members as bytes. With decoding, one malformed JSON would end the whole stream."""
 
-    DECODERS = {}
+    DECODERS: ClassVar[dict] = {}
 
 
 class StreamedExamples(torch.utils.data.IterableDataset):
-    """Training examples as `TrainingExamples` makes them, from SA-1B tars on the network or on disk.
+    """Iterable dataset of training examples from SA-1B tars, on the network or on disk.
 
-    The order is a function of `seed`, `rank`, `world_size` and the number of workers; an example is one of `seed`, the
-    image's name and the epoch. Tars are spread over the workers of all ranks; with fewer tars than workers, several
-    read the same one and share its samples. The order of tars changes with the epoch, samples are shuffled in blocks. A
-    sample that cannot be used is counted, and another one of its block takes its place.
+    Examples have the keys described in `TrainingExamples`. An example depends on `seed`, the name of its image and the
+    epoch; the order also depends on `rank`, `world_size` and the number of workers. Tars are distributed over the
+    workers of all ranks; if there are fewer tars than workers, several workers share the samples of a tar. Each epoch
+    has another order of tars, and samples are shuffled within blocks. A sample that cannot be used is counted, and
+    another one of its block replaces it.
 
-    It can be restarted in two ways, both exact: by `state_dict` and `load_state_dict` in the process that iterates (a
-    stateful data loader calls them), and by `skip_batches`, which has to read what it skips but decodes nothing.
+    There are two exact ways to resume: `state_dict` and `load_state_dict` in the process that iterates, which stateful
+    data loaders call; and `skip_batches`, which reads the skipped samples but does not decode them.
 
     Args:
-        tars: paths, folders, patterns, `https://` or `hf://datasets/...` addresses, or a sequence of these. In a tar, the
-            image and the JSON of a sample lie next to each other.
+        tars: paths, folders, patterns, `https://` or `hf://datasets/...` addresses, or a sequence of these. The image
+            and the JSON of a sample must be adjacent in a tar.
         image_size, mask_size, augmentation, prompts, cutouts, num_views, seed, max_skipped: as in `TrainingExamples`.
-        rank, world_size: of this process among those that share the work.
-        num_epochs: how often the tars are gone through. None: without end.
-        block_size: samples that are shuffled together and held in memory, each as large as its files, in each worker.
+        rank, world_size: index of this process, and number of processes that share the work.
+        num_epochs: number of passes over the tars; None for endless iteration.
+        block_size: number of samples that are shuffled together. Each worker has their files in memory.
 
     Raises:
-        ValueError: where no tar is found, for arguments that do not fit, and while iterating, for a damaged tar and where
-            too many of the images cannot be used.
+        ValueError: if no tar is found or an argument is invalid. Iteration raises it for a damaged tar, and if too many
+            images cannot be used.
+
+    Example:
+        >>> examples = StreamedExamples("sa1b/*.tar", image_size=512, prompts=PromptSampling())
+        >>> loader = torch.utils.data.DataLoader(examples, batch_size=8, num_workers=4)
     """
 
     def __init__(
@@ -95,9 +101,9 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         for name, value, lowest in (("block_size", block_size, 1), ("seed", seed, 0)):
             if not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {lowest}.")
-        for name, value in (("num_views", num_views), ("num_epochs", num_epochs)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be None or an integer of at least 1.")
+        for name, number in (("num_views", num_views), ("num_epochs", num_epochs)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name}={number!r} must be None or an integer of at least 1.")
         self.num_views, self.seed, self.num_epochs, self.block_size = num_views, seed, num_epochs, block_size
         self.maker = ExampleMaker.create(image_size, mask_size, augmentation, prompts, cutouts)
         self._tars, stream = _open_stream(tars)
@@ -107,32 +113,34 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         self._skip = (0, 1)
 
     def skip_batches(self, num_batches: int, batch_size: int):
-        """Iteration starts behind the first `num_batches` batches that a DataLoader of `batch_size` makes of this.
+        """Start iteration after the first batches of a DataLoader.
 
-        The DataLoader must have as many workers as when they were made.
+        Args:
+            num_batches: number of batches to skip.
+            batch_size: batch size of the DataLoader, which must have the same number of workers as before.
         """
         self._skip = (num_batches, batch_size)
 
     def preprocessing(self) -> dict:
-        """What the examples depend on, besides rank, world size and workers: as `TrainingExamples.preprocessing`."""
+        """Return all settings that determine the views, for JSON, as `TrainingExamples.preprocessing` does."""
         tars = [os.path.basename(tar) for tar in self._tars]
         return {"tars": tars, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
 
     def order(self) -> dict:
-        """What the prompts depend on, besides `preprocessing`."""
+        """Return the settings, besides `preprocessing`, that determine the prompts."""
         return {"prompts": repr(self.maker.prompts)}
 
     def state_dict(self) -> dict:
-        """Where iteration in this process is: behind the last example."""
+        """Return the position of iteration in this process: after the last example."""
         return dict(self._state)
 
     def load_state_dict(self, state: dict):
-        """The next iteration starts where `state_dict` was taken."""
+        """Start the next iteration at the position of a `state_dict`."""
         self._start = dict(state)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         stream, skip = self._own_part()
-        start, self._start = self._start, _BEGINNING  # the next iteration begins at the beginning
+        start, self._start = self._start, _BEGINNING  # later iterations begin at the start
         epochs = itertools.count() if self.num_epochs is None else range(self.num_epochs)
         for epoch in itertools.islice(epochs, start["epoch"], None):
             is_empty = start == _BEGINNING
@@ -151,27 +159,27 @@ class StreamedExamples(torch.utils.data.IterableDataset):
                 raise ValueError(f"Nothing for one of the workers: fewer samples than workers in {self._tars}.")
 
     def _own_part(self) -> tuple[datasets.IterableDataset, int]:
-        """What this worker of this rank reads, and how many examples of it are to be skipped."""
+        """Return the stream of this worker of this rank, and the number of its examples to skip."""
         worker = torch.utils.data.get_worker_info()
         number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         num_batches, batch_size = self._skip
-        # Workers make batches in turn, so this one goes on with the part of the worker whose turn comes next.
+        # Workers make batches in turn, so after a restart this one continues the part of the worker that would be next.
         number = (number + num_batches) % num_workers
         part, num_parts = number * self._world_size + self._rank, num_workers * self._world_size
         num_tars = self._stream.num_shards
         if num_tars >= num_parts:
             stream = self._stream.shard(num_parts, part, contiguous=False)
-        else:  # some read the same tar, and each of them takes one sample in so many
+        else:  # several workers read the same tar, and each takes every n-th sample
             stream = self._stream.shard(num_tars, part % num_tars, contiguous=False)
             stream = split_dataset_by_node(stream, part // num_tars, len(range(part % num_tars, num_parts, num_tars)))
-        # A buffer of one: tars are shuffled there, samples by us, where the state can be kept exactly.
+        # With a buffer of one, `datasets` shuffles tars only. Samples are shuffled here, where the state is exact.
         stream = stream.shuffle(seed=self.seed, buffer_size=1)
         return stream, len(range(number, num_batches, num_workers)) * batch_size
 
     def _blocks(
         self, stream: datasets.IterableDataset, epoch: int, state: dict | None
     ) -> Iterator[tuple[dict | None, list[dict]]]:
-        """(state of the stream before the block, up to `block_size` samples)."""
+        """Yield (state of the stream before the block, block of up to `block_size` samples)."""
         stream.set_epoch(epoch)
         if state is not None:
             stream.load_state_dict(state)
@@ -191,7 +199,7 @@ class StreamedExamples(torch.utils.data.IterableDataset):
             state = stream.state_dict()
 
     def _usable(self, samples: list[dict], epoch: int) -> dict[str, torch.Tensor]:
-        """The example of the first sample that can be used."""
+        """Make the example of the first usable sample."""
         failures = SkipReport()
         for sample in samples:
             report = SkipReport()
@@ -220,11 +228,11 @@ class StreamedExamples(torch.utils.data.IterableDataset):
 
     @property
     def num_read(self) -> int:
-        """Images read so far by this process and its workers, the skipped ones included."""
+        """Number of images read so far by this process and its workers, including the skipped ones."""
         return self._counter.num_read
 
     def skip_report(self) -> SkipReport:
-        """What this process and its workers skipped so far; of each reason, the tar of one example is named."""
+        """Return a report of the data skipped by this process and its workers so far. Examples are names of tars."""
         return self._counter.report(self._name)
 
     def _name(self, tar: int, _: int) -> str:
@@ -232,7 +240,8 @@ class StreamedExamples(torch.utils.data.IterableDataset):
 
 
 def _open_stream(tars: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[list[str], datasets.IterableDataset]:
-    files = []
+    """Return the names of the tars and a stream of their samples."""
+    files: list[str] = []
     for path in [tars] if isinstance(tars, (str, os.PathLike)) else tars:
         is_address = "://" in os.fspath(path)
         files += [os.fspath(path)] if is_address else [str(tar.absolute()) for tar in find_tars(path)]
@@ -246,7 +255,7 @@ def _open_stream(tars: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple
 
 
 def _opened(sample: dict) -> LazySample:
-    """Raises `SampleError`."""
+    """Open a sample of the stream. Raises SampleError if it has no image or no annotations."""
     image = next((sample[field] for field in _IMAGE_FIELDS if sample[field] is not None), None)
     if image is None:
         raise SampleError(SkipReason.MISSING_IMAGE)
@@ -257,5 +266,5 @@ def _opened(sample: dict) -> LazySample:
 
 
 def _number(name: str) -> int:
-    """63 bits that stand for a name, the same in every process."""
+    """Hash a name to 63 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""Scenes of textured shapes, made from nothing but a number: for demonstrations and tests."""
+"""Generate scenes of textured shapes from a seed, for demonstrations and tests."""
 
 from collections.abc import Callable
 
@@ -11,21 +11,29 @@ from .lazy import LazySample
 from .samples import Instance, Sample, SkipReport
 
 
-# A shape of which less than this is seen is no instance.
+# Least visible share of a shape that is an instance.
 MIN_VISIBLE = 0.25
 
 
 class SyntheticScenes(ImageDataset):
-    """Images with 3 to 10 overlapping shapes on a background, all with textures; a pure function of seed and index.
+    """Generator of images with 3 to 10 overlapping, textured shapes: a pure function of seed and index.
 
-    Shapes are ellipses, polygons, stars, rings and blobs, textures are gradients, noise, stripes and checks. Colours and
-    textures are drawn alike for shapes and background, and boxes hold much that is not the shape, so that only edges tell.
-    What others cover is no part of a shape.
+    Shapes are ellipses, polygons, stars, rings and blobs; textures are gradients, noise, stripes and checks. Shapes and
+    background have the same distribution of colours and textures, and boxes have much background, so a model must find
+    the edges. The mask of a shape has its visible part only.
 
     Args:
-        num_images: at least 1.
-        image_size: side of the square images in pixels.
-        seed: not negative; another seed gives other scenes.
+        num_images: number of images, at least 1.
+        image_size: side of the square images in pixels, at least 16.
+        seed: an integer of at least 0; another seed gives other scenes.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> scenes = SyntheticScenes(num_images=10)
+        >>> scenes[0].image.size
+        (128, 128)
     """
 
     def __init__(self, num_images: int, image_size: int = 128, seed: int = 0):
@@ -48,11 +56,17 @@ class SyntheticScenes(ImageDataset):
         return f"scene_{self.image_size}px_{self.seed}_{index}"
 
     def load(self, index: int) -> tuple[Sample, SkipReport]:
-        scene = self.open(index)
-        return Sample(scene.id, scene.image, tuple(scene.annotations), scene.width, scene.height), SkipReport()
+        index = range(len(self))[index]
+        image, instances = self._scene(index)
+        return Sample(self.sample_id(index), image, tuple(instances), *image.size), SkipReport()
 
     def open(self, index: int) -> LazySample:
         index = range(len(self))[index]
+        image, instances = self._scene(index)
+        return LazySample(self.sample_id(index), image, instances)
+
+    def _scene(self, index: int) -> tuple[Image.Image, list[Instance]]:
+        """Draw the image and the instances of one scene."""
         generator = np.random.default_rng((self.seed, index))
         side = self.image_size
         canvas = np.empty((side, side, 3), dtype=np.float32)
@@ -67,14 +81,14 @@ class SyntheticScenes(ImageDataset):
             inside = shape[box]
             canvas[box][inside] = _texture(generator, *inside.shape)[inside]
             labels[box][inside] = label
-            areas.append(np.count_nonzero(inside))
+            areas.append(int(np.count_nonzero(inside)))
         canvas += generator.normal(scale=generator.uniform(1, 8), size=(side, side, 1)).astype(np.float32)
         image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-        return LazySample(self.sample_id(index), image, _instances(labels, areas))
+        return image, _instances(labels, areas)
 
 
 def _instances(labels: np.ndarray, areas: list[int]) -> list[Instance]:
-    """What is seen of each label 1, 2, ...; `areas` are those of the whole shapes."""
+    """Make instances of the visible parts of labels 1, 2, ...; `areas` are those of the whole shapes in pixels."""
     from pycocotools import mask as coco_mask
 
     instances = []
@@ -89,12 +103,12 @@ def _instances(labels: np.ndarray, areas: list[int]) -> list[Instance]:
 
 
 def _shape(generator: np.random.Generator, side: int) -> np.ndarray:
-    """One filled shape, bool (side, side), with at least one pixel."""
+    """Draw a filled shape: bool (side, side), with at least one pixel."""
     radius = side * np.exp(generator.uniform(np.log(0.07), np.log(0.28)))
     centre = generator.uniform(0.1 * side, 0.9 * side, 2)
     canvas = Image.new("L", (side, side))
     draw = ImageDraw.Draw(canvas)
-    kind = generator.integers(5)
+    kind = int(generator.integers(5))
     outline = _outline(generator, kind)
     stretch = np.array([1.0, generator.uniform(0.4, 1.0)])
     turn = generator.uniform(0, 2 * np.pi)
@@ -104,12 +118,12 @@ def _shape(generator: np.random.Generator, side: int) -> np.ndarray:
     if kind == 4:  # a ring
         hole = outline * generator.uniform(0.4, 0.75) + centre
         draw.polygon([tuple(point) for point in hole.tolist()], fill=0)
-    draw.point(tuple((outline[0] + centre).clip(0, side - 1).tolist()), fill=1)  # so that nothing is ever empty
+    draw.point(tuple((outline[0] + centre).clip(0, side - 1).tolist()), fill=1)  # so that no shape is empty
     return np.asarray(canvas).view(bool)
 
 
 def _outline(generator: np.random.Generator, kind: int) -> np.ndarray:
-    """Corners of an ellipse, polygon, star, blob or ring of radius 1, float64 (n, 2)."""
+    """Draw the corners of an ellipse, polygon, star, blob or ring of radius 1: float64 (n, 2)."""
     if kind == 1:
         num_corners = generator.integers(3, 7)
         angles = 2 * np.pi * (np.arange(num_corners) + generator.uniform(-0.3, 0.3, num_corners)) / num_corners
@@ -129,7 +143,7 @@ def _outline(generator: np.random.Generator, kind: int) -> np.ndarray:
 
 
 def _texture(generator: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Two colours mixed by a pattern, float32 (height, width, 3), 0 to 255."""
+    """Mix two colours by a random pattern: float32 (height, width, 3), 0 to 255."""
     colours = generator.uniform(0, 255, (2, 3)).astype(np.float32)
     colours[1] = colours[0] + generator.uniform(0.1, 1.0) * (colours[1] - colours[0])
     pattern = PATTERNS[generator.integers(len(PATTERNS))](generator, height, width)[..., None]
@@ -137,7 +151,7 @@ def _texture(generator: np.random.Generator, height: int, width: int) -> np.ndar
 
 
 def _waves(generator: np.random.Generator, height: int, width: int, turn: float, period: float) -> np.ndarray:
-    """A sine along a direction, from -1 to 1, float32 (height, width)."""
+    """Compute a sine wave, float32 (height, width), -1 to 1; `turn`: direction in radians, `period`: in pixels."""
     phase = generator.uniform(0, 2 * np.pi)
     x = np.cos(turn) * 2 * np.pi / period * np.arange(width) + phase
     y = np.sin(turn) * 2 * np.pi / period * np.arange(height)

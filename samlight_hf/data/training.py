@@ -1,6 +1,6 @@
-"""Training examples as a pure function of their number: no epochs, no global random state, nothing to save.
+"""Compute training examples as a pure function of their index: no epochs, no global random state, no state to save.
 
-Resuming at step t, sharing the work between ranks and between worker processes are then index arithmetic.
+Resuming at a step, and sharing the work between ranks and worker processes, are then index arithmetic.
 """
 
 import bisect
@@ -24,50 +24,64 @@ from .samples import MAX_SKIPPED_SHARE, SampleError, SkipReport
 from .skip_counter import SkipCounter
 
 
-# Images tried for one example before giving up.
+# Images tried for one example before an error is raised.
 MAX_TRIES = 100
 
-# Keys of random generators: no two purposes draw the same numbers.
+# Keys of the random generators, one for each purpose, so that their draws are independent.
 _VIEW, _PROMPTS, _REPLACEMENT = range(2, 5)
 
 
 class TrainingExamples(Dataset):
-    """`num_examples` training examples from images; the same n gives the same example, in any process and order.
+    """Map-style dataset of training examples. `examples[n]` depends on n and the arguments only.
 
-    An example is a dict of tensors in SAM's frame of S = `image_size` pixels a side, the image at its upper left:
+    Any process that reads index n, in any order, gets the same example. It is a dict of tensors in SAM's frame: a
+    square of S = `image_size` pixels, which has the resized image at its upper left and zeros elsewhere.
 
-    - `pixel_values`: uint8 (3, S, S), RGB, zeros at right and bottom.
-    - `reshaped_input_sizes`: int64 (2,), height and width of the image in the frame.
-    - `example_id`: int64 (), unique for each source, image and view, so that with `num_views` what a frozen model
-      makes of `pixel_values` can be kept under it. It does not depend on `prompts`, nor do the pixels.
+    | key | dtype, shape | content |
+    |---|---|---|
+    | `pixel_values` | uint8 (3, S, S) | the image in RGB, not normalized |
+    | `reshaped_input_sizes` | int64 (2,) | height and width of the image within the frame, in pixels |
+    | `example_id` | int64 () | number of this view of this image, independent of `prompts` |
 
-    and with `prompts`, for P = `prompts.num_prompts` objects:
+    With `prompts`, it also has P = `prompts.num_prompts` objects; M = `mask_size`:
 
-    - `masks`: bool (P, M, M), M = `mask_size`, true where a cell is at least half object.
-    - `boxes`: float32 (P, 4), xyxy in pixels of the frame, with noise, within the image and never without area.
-    - `points`: float32 (P, 2), x and y of a pixel of the frame, inside the mask.
-    - `uniforms`: float32 (P, `prompts.num_uniforms`) in [0, 1), for what the trainer draws.
+    | key | dtype, shape | content |
+    |---|---|---|
+    | `masks` | bool (P, M, M) | the frame in M x M cells; True where at least half of a cell is object |
+    | `boxes` | float32 (P, 4) | noisy box prompts, xyxy in pixels of the frame, inside the image, never empty |
+    | `points` | float32 (P, 2) | point prompts, (x, y) of a pixel of the frame inside the mask |
+    | `uniforms` | float32 (P, U) | U = `prompts.num_uniforms` random numbers in [0, 1) for the trainer's choices |
 
-    Each source is walked through without replacement in another random order in each of its epochs, and the sources
-    take turns. An image that cannot be used is counted, and another one takes its place.
+    `pixel_values` does not depend on `prompts` either: the embedding of a frozen image encoder can be cached by
+    `example_id` if `num_views` is given.
+
+    Each source is traversed without replacement, in a new random order in each of its epochs. Sources alternate, by
+    `source_weights`. An image that cannot be used is counted in `skip_report()`, and another random image of the same
+    source replaces it.
 
     Args:
         sources: one or more datasets.
-        num_examples: the length. Examples do not depend on it.
-        image_size: side of the frame in pixels.
-        mask_size: side of the masks in cells; divides `image_size`; by default a quarter of it.
-        augmentation: by default none: the longest side becomes `image_size`.
-        prompts: None gives images alone, for which no mask is decoded.
+        num_examples: length of this dataset. The examples do not depend on it.
+        image_size: side S of the frame in pixels.
+        mask_size: side M of the masks in cells, a divisor of `image_size`; by default a quarter of it.
+        augmentation: random changes of the image; by default none, and the longest side is resized to `image_size`.
+        prompts: how objects, boxes and points are drawn. None gives images only, and decodes no mask.
         cutouts: objects to paste onto the images.
-        source_weights: how often each source is taken, relative to the others; by default as its size.
-        num_views: each image is augmented in so many ways, one after another in the epochs of its source. None: in
-            another way in each epoch.
-        seed: not negative.
-        max_skipped: the share of unusable images above which an error is raised, once 100 have been read.
+        source_weights: how often each source is read, relative to the others; by default in proportion to its size.
+        num_views: number of augmented versions of each image, which the epochs of its source repeat in turn. None gives
+            a new version in each epoch.
+        seed: an integer of at least 0.
+        max_skipped: share of unusable images, from 0 to 1, above which an error is raised, after the first 100 images.
 
     Raises:
-        ValueError: for arguments that do not fit, where more than `max_skipped` of a source was left out when it was
-            indexed, and from `__getitem__` where too many of the images read cannot be used.
+        ValueError: if an argument is invalid, or if indexing left out more than `max_skipped` of a source.
+            `__getitem__` raises it if too many of the images read cannot be used.
+
+    Example:
+        >>> dataset = CocoDataset("instances_train2017.json", "train2017")
+        >>> examples = TrainingExamples(dataset, 1000, image_size=512, prompts=PromptSampling(num_prompts=8))
+        >>> examples[0]["masks"].shape
+        torch.Size([8, 128, 128])
     """
 
     def __init__(
@@ -111,7 +125,7 @@ class TrainingExamples(Dataset):
         return self.num_examples
 
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        n = range(self.num_examples)[n]  # negative ones, and IndexError
+        n = range(self.num_examples)[n]  # accepts negative indices, raises IndexError
         source, epoch, image = self._order(n)
         view = epoch if self.num_views is None else epoch % self.num_views
         failures = SkipReport()
@@ -144,22 +158,29 @@ class TrainingExamples(Dataset):
 
     @property
     def num_ids(self) -> int:
-        """How many views there are: `example_id` is below it. Raises ValueError without `num_views`."""
+        """Number of views of all images; `example_id` is below it.
+
+        Raises:
+            ValueError: if `num_views` is None: the views are then endless.
+        """
         if self.num_views is None:
             raise ValueError("num_views=None makes a new view each time: give num_views to enumerate them.")
         return self.num_views * self._first_ids[-1]
 
     def views(self) -> Dataset:
-        """All views by `example_id`, without prompts; zeros where an image cannot be used, which no example has."""
+        """Return a dataset of all views, indexed by `example_id`, without prompts.
+
+        The pixels are zeros where an image cannot be used; no training example refers to these.
+        """
         return _Views(self)
 
     def preprocessing(self) -> dict:
-        """What the pixels of a view depend on: two datasets that agree in it have the same views."""
+        """Return all settings that determine the views, for JSON. Datasets with equal settings have equal views."""
         images = [_fingerprint(source) for source in self.sources]
         return {"pictures": images, "num_views": self.num_views, "seed": self.seed, **self.maker.preprocessing()}
 
     def order(self) -> dict:
-        """What the order of the images, the masks and the prompts depend on, besides `preprocessing`."""
+        """Return the settings, besides `preprocessing`, that determine the image order, the masks and the prompts."""
         order = {"turns": self._order.turns, "prompts": repr(self.maker.prompts)}
         readings = [source.reading for source in self.sources if isinstance(source, MaskFolderDataset)]
         if any(reading != MaskReading() for reading in readings):
@@ -168,13 +189,13 @@ class TrainingExamples(Dataset):
 
     @property
     def num_read(self) -> int:
-        """Images read so far by this process and its workers, the skipped ones included."""
+        """Number of images read so far by this process and its workers, including the skipped ones."""
         return self._counter.num_read
 
     def skip_report(self) -> SkipReport:
-        """What was left out when the sources were indexed, and what this process and its workers skipped so far.
+        """Return a report of the data skipped while indexing, and by this process and its workers so far.
 
-        Of each reason one example in each process is named. An image that is read again counts again.
+        It names one example of each reason and process. An image that is read twice counts twice.
         """
         report = self._counter.report(self._name)
         for source in self.sources:
@@ -190,12 +211,14 @@ class TrainingExamples(Dataset):
             if skipped > self._counter.max_skipped * total:
                 raise ValueError(
                     f"{skipped} of {total} images were left out when the dataset was indexed, more than "
-                    f"max_skipped={self._counter.max_skipped:.0%}. Mend the data, or raise max_skipped if this is as it "
-                    f"should be. {source.index_report.summary()}"
+                    f"max_skipped={self._counter.max_skipped:.0%}. Mend the data, or raise max_skipped if this is "
+                    f"expected. {source.index_report.summary()}"
                 )
 
 
 class _Views(Dataset):
+    """All views of the images of `examples`, see `TrainingExamples.views`."""
+
     def __init__(self, examples: TrainingExamples):
         self.examples = examples
         self.maker = replace(examples.maker, prompts=None)
@@ -220,7 +243,7 @@ class _Views(Dataset):
 
 
 def _fingerprint(source: ImageDataset) -> str:
-    """Of the kind of a dataset and the names of its images in order."""
+    """Hash the type of a dataset and the ids of its images in order."""
     digest = hashlib.sha256(f"{type(source).__name__} {len(source)}".encode())
     for index in range(len(source)):
         digest.update(source.sample_id(index).encode() + b"\0")

@@ -34,13 +34,13 @@ def box_mask(x=5, y=4, width=10, height=8, image=(HEIGHT, WIDTH)) -> np.ndarray:
 
 
 def rle(mask: np.ndarray) -> dict:
-    """Compressed, counts as a string: as SA-1B's JSON has it."""
+    """Encode a mask as compressed RLE, with counts as a string, as in the JSON files of SA-1B."""
     encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def uncompressed_rle(mask: np.ndarray) -> dict:
-    """Written out by hand: runs of 0 and 1 in turn, column by column."""
+    """Encode a mask as uncompressed RLE with a plain loop: runs of 0 and 1 in turn, column by column."""
     runs, value = [0], False
     for pixel in mask.T.ravel():
         if pixel != value:
@@ -68,8 +68,11 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -
 
 
 def coloured_objects(seed: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Three ellipses on black, one in each colour channel, which after any resizing still says how much of a pixel is
-    that object: uint8 (H, W, 3), masks bool (3, H, W)."""
+    """Draw three ellipses on black, one in each channel, which after resizing is the object's share of a pixel.
+
+    Returns:
+        Pixels, uint8 (H, W, 3), and masks, bool (3, H, W).
+    """
     generator = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
     masks = np.zeros((3, height, width), bool)
@@ -81,7 +84,7 @@ def coloured_objects(seed: int, width: int, height: int) -> tuple[np.ndarray, np
 
 
 def coloured_tar(path: Path, sizes: list[tuple[int, int]]) -> Path:
-    """SA-1B with `coloured_objects`, losslessly, one image for each (width, height)."""
+    """Write a tar of SA-1B with a lossless image of `coloured_objects` for each (width, height)."""
     members = {}
     for i, (width, height) in enumerate(sizes):
         pixels, masks = coloured_objects(i, width, height)
@@ -91,7 +94,7 @@ def coloured_tar(path: Path, sizes: list[tuple[int, int]]) -> Path:
 
 
 def write_coco(folder: Path, entries: list, annotations: list, images: dict[str, bytes]) -> tuple[Path, Path]:
-    """(annotation file, folder of images)."""
+    """Write a data set in COCO format; return the annotation file and the folder of images."""
     for name, content in images.items():
         file = folder / "pictures" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -102,5 +105,5 @@ def write_coco(folder: Path, entries: list, annotations: list, images: dict[str,
 
 
 def counts(report) -> tuple[dict[str, int], dict[str, int]]:
-    """(images by reason, instances by reason)."""
+    """Return the counts of skipped images and of skipped instances by reason."""
     return tuple({r: s.count for r, s in kind.items()} for kind in (report.images, report.instances))

@@ -1,4 +1,4 @@
-"""Annotations become instances with the right mask, or are refused for the right reason."""
+"""Test that annotations become instances with the right mask, or are refused for the right reason."""
 
 import json
 from collections import Counter

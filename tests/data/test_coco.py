@@ -1,4 +1,4 @@
-"""COCO, LVIS and their like give every good image, and count every bad one."""
+"""Test that readers of COCO's format return every usable image, and count all others."""
 
 import json
 import pickle
@@ -75,7 +75,7 @@ def test_lvis_names_its_images_by_url(tmp_path, place):
         ("\\\\server\\share\\pics\\a.jpg", "pics/a.jpg"),
         ("..\\pics\\a.jpg", "pics/a.jpg"),
         ("/home/me/pics/a.jpg", "pics/a.jpg"),
-        ("pics\\a.jpg", "pics\\a.jpg"),  # a name of one part, on systems where that can be
+        ("pics\\a.jpg", "pics\\a.jpg"),  # on Linux, a file name with a backslash
     ],
 )
 def test_names_as_windows_writes_them_and_absolute_ones(tmp_path, name, place):
@@ -137,7 +137,7 @@ def test_every_bad_entry_is_counted_by_reason(tmp_path):
     ]  # fmt: skip
     annotations = [
         annotation(1, image_id=1),
-        annotation(1, image_id=7),  # an id that another image has
+        annotation(1, image_id=7),  # the id of an annotation of another image
         annotation(2, image_id=2),  # no such file
         annotation(3, image_id=2),
         annotation(4, image_id=3),  # truncated
@@ -213,7 +213,7 @@ def test_files_that_are_not_there(tmp_path):
     refused(lambda: CocoDataset(tmp_path / "x.json", tmp_path / "pictures"), "pictures", "no such folder")
 
 
-def test_load_dataset_picks_by_what_is_given(coco, tmp_path):
+def test_load_dataset_chooses_the_reader_by_its_arguments(coco, tmp_path):
     json_file, folder = coco
     for dataset in (
         load_dataset(json_file, images=folder),

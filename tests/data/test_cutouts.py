@@ -23,7 +23,7 @@ STILL = {"flip": False, "max_rotation_degrees": 0, "brightness": 0, "contrast": 
 
 
 def disc(colour=(250, 0, 0), side=24, suffix="PNG") -> bytes:
-    """A disc of one colour with a soft edge on nothing."""
+    """Encode a disc of one colour with a soft edge on a transparent background."""
     rows, columns = np.mgrid[:side, :side] - (side - 1) / 2
     alpha = np.clip(side / 2 - 0.5 - np.hypot(rows, columns), 0, 1)
     pixels = np.concatenate(
@@ -36,7 +36,7 @@ def disc(colour=(250, 0, 0), side=24, suffix="PNG") -> bytes:
 
 @pytest.fixture
 def images(tmp_path):
-    """Blue images without any label."""
+    """Return a folder of blue images without masks."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(4):
@@ -54,7 +54,7 @@ def pasted_pixels(example) -> np.ndarray:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_is_pasted_is_what_is_labelled(images, cutouts, turned):
+def test_masks_match_the_pasted_pixels(images, cutouts, turned):
     settings = {} if turned else STILL
     made = TrainingExamples(
         images, 60, S, mask_size=M, cutouts=Cutouts(cutouts, (1, 1), (0.3, 0.8), **settings),
@@ -73,7 +73,7 @@ def test_what_is_pasted_is_what_is_labelled(images, cutouts, turned):
 
 
 def test_later_objects_cover_earlier_ones_and_the_image(tmp_path):
-    """An image that is an object as a whole, and two pasted ones: together they are the image, nothing twice."""
+    """Two objects are pasted onto an image that is one object: the masks are disjoint, and their union is the image."""
     content = sa1b_json(annotation(mask=np.ones((64, 64), bool)), width=64, height=64)
     tar = write_tar(tmp_path / "a.tar", {"a.png": png(np.full((64, 64, 3), (0, 0, 200), np.uint8)), "a.json": content})
     red, green = tmp_path / "cutouts" / "red.png", tmp_path / "cutouts" / "green.png"
@@ -92,7 +92,7 @@ def test_later_objects_cover_earlier_ones_and_the_image(tmp_path):
         pixels = example["pixel_values"].numpy().astype(int)
         for mask in masks.values():
             colour = pixels[:, mask].argmax(0)
-            assert (colour == np.bincount(colour).argmax()).mean() > 0.93  # each has one colour
+            assert (colour == np.bincount(colour).argmax()).mean() > 0.93  # each object has one colour
         areas = sorted(mask.sum() for mask in masks.values())
         overlaps += areas[0] < 0.6 * areas[1]
         for box, mask in zip(example["boxes"].numpy(), example["masks"].numpy()):
@@ -167,5 +167,5 @@ def test_objects_are_decoded_once_as_far_as_there_is_room(cutouts, monkeypatch):
     before = first.tobytes()
     objects.paste(np.zeros((3, 24, 24), np.uint8), np.random.default_rng(0))
     assert first.tobytes() == before
-    copy = pickle.loads(pickle.dumps(objects))  # as a worker process gets it: without the pixels
+    copy = pickle.loads(pickle.dumps(objects))  # as worker processes receive it, without decoded objects
     assert copy.load(0) is not first and copy.load(0).tobytes() == before and repr(copy) == repr(objects)

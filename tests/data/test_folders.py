@@ -27,7 +27,7 @@ def write(folder, files: dict[str, bytes]):
 
 
 def labels(*values, dtype=np.uint8) -> np.ndarray:
-    """A map with a box for each value, side by side."""
+    """Make a label map with a box for each value, side by side."""
     pixels = np.zeros((HEIGHT, WIDTH), dtype)
     for i, value in enumerate(values):
         pixels[5:20, 3 + 8 * i : 9 + 8 * i] = value
@@ -120,7 +120,7 @@ def test_label_maps_without_any_order(tmp_path, seed):
         ("a.tif", "TIFF"),
         ("a.TIFF", "TIFF"),
         ("a.bmp", "BMP"),
-        ("a.jpg", "PNG"),  # the content tells, not the name
+        ("a.jpg", "PNG"),  # the format is read from the content, not the suffix
         ("a.jpg.png", "PNG"),
         ("a_mask.png", "PNG"),
         ("a_mask.PNG", "PNG"),
@@ -155,7 +155,8 @@ def test_each_mask_has_one_image(tmp_path):
     dataset = MaskFolderDataset(write(tmp_path, files))
     found = {sample.id: [i.id for i in sample.instances] for sample in dataset.samples(SkipReport())}
     assert found == {
-        "a.jpg": [1], "a_mask.jpg": [2], "b.jpg.jpg": [3], "c.jpg": [4], "c.png": [5], "d.jpg": [6], "e.jpg": [7], "e/0.jpg": [8]
+        "a.jpg": [1], "a_mask.jpg": [2], "b.jpg.jpg": [3], "c.jpg": [4], "c.png": [5], "d.jpg": [6],
+        "e.jpg": [7], "e/0.jpg": [8],
     }  # fmt: skip
     assert {reason: s.examples for reason, s in dataset.index_report.images.items()} == {
         SkipReason.DUPLICATE_IMAGE: ["d.png"], SkipReason.MISSING_IMAGE: ["lost_mask.png"]
@@ -193,7 +194,7 @@ def test_masks_that_are_links_to_one_file_are_those_of_several_images(tmp_path):
 
 
 def anti_aliased() -> np.ndarray:
-    """Two blobs with grey edges."""
+    """Make two blobs with grey edges."""
     image = Image.new("L", (4 * WIDTH, 4 * HEIGHT))
     for left in (12, 82):
         ImageDraw.Draw(image).ellipse([left, 20, left + 63, 95], fill=255)
@@ -312,9 +313,9 @@ def test_prompts_need_masks_or_cutouts(tmp_path):
 
 
 def test_pixels_stay_as_they_are_stored_whoever_turns_images_upright_later(tmp_path):
-    """Masks are made in that frame: what segments a sample's image must not turn it."""
+    """Masks are in the frame of the stored pixels, so the predictor must not turn the image of a sample."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotate by 90 degrees to display
     (tmp_path / "a.jpg").write_bytes(jpeg(exif=exif))
     image = ImageFolderDataset(tmp_path)[0].image
     assert ImageOps.exif_transpose(image).size == image.size == (WIDTH, HEIGHT)

@@ -1,4 +1,4 @@
-"""Mask files are maps of labels, or are refused; grey levels never become objects."""
+"""Test that mask files are read as label maps or refused, and that grey levels never become objects."""
 
 import io
 import struct
@@ -73,7 +73,7 @@ def test_grey_levels_are_no_labels(name):
 
 
 def nearest(seed: int, count: int, in_order: bool) -> np.ndarray:
-    """Touching cells, as of superpixels: the number of the nearest of some places, from 1."""
+    """Make touching cells, as of superpixels: the number of the nearest of some random points, from 1."""
     places = np.random.default_rng(seed).integers(0, 256, (count, 2))
     if in_order:
         places = places[np.lexsort((places[:, 1], places[:, 0]))]
@@ -156,12 +156,12 @@ VOID = np.where(BLOBS, 15, np.where(RIM, 255, 0)).astype(np.uint8)
         ([1], "auto", [1], 255),
         ([15, 20], "auto", [15, 20], 255),
         ([126], "auto", [126], 255),
-        ([127], "auto", [127, 255], None),  # painted at even distances
+        ([127], "auto", [127, 255], None),  # objects painted at even distances
         ([85, 170], "auto", [85, 170, 255], None),
         ([1, 254], "auto", [1, 254, 255], None),
         ([1, 300], "auto", [1, 255, 300], None),
         ([1], None, [1, 255], None),
-        ([181], 255, [181], None),  # COCO-Stuff, which is told
+        ([181], 255, [181], None),  # COCO-Stuff, with its void label given
         ([], 255, [], None),
         ([7, 9], 7, [9, 255], None),
         ([7, 9], 0, [7, 9, 255], None),
@@ -236,7 +236,7 @@ def test_a_soft_alpha_channel_is_a_grey_edge():
 
 
 def written_out(rows: list[bytes], width: int, bits: int, colour_type: int) -> bytes:
-    """A PNG of a kind that Pillow does not write."""
+    """Encode a PNG of a bit depth that Pillow cannot write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -1,4 +1,4 @@
-"""SA-1B tars give every good image, and count every bad one."""
+"""Test that readers of SA-1B tars return every usable image, and count all others."""
 
 import multiprocessing
 import pickle
@@ -54,14 +54,14 @@ def test_members_may_lie_in_any_order_and_in_folders(tmp_path):
 
 def test_folders_patterns_and_lists_name_the_same_tars(tmp_path):
     paths = [write_tar(tmp_path / f"{name}.tar", pair(f"sa_{name}")) for name in "bac"]
-    for given in (
+    for paths_or_glob in (
         tmp_path,
         str(tmp_path / "*.tar"),
         paths,
         [tmp_path, paths[0]],
         [str(tmp_path / "[ab].tar"), paths[2]],
     ):
-        assert sorted(sample.id for sample in read(Sa1bDataset(given))[0]) == ["sa_a", "sa_b", "sa_c"]
+        assert sorted(sample.id for sample in read(Sa1bDataset(paths_or_glob))[0]) == ["sa_a", "sa_b", "sa_c"]
     assert [sample.id for sample in read(Sa1bDataset(tmp_path))[0]] == ["sa_a", "sa_b", "sa_c"]
 
 
@@ -141,8 +141,8 @@ def test_every_bad_image_is_counted_by_reason(tmp_path):
     assert total.too_many(dataset.num_images) and "WARNING" in total.summary(dataset.num_images)
 
 
-def test_what_is_bad_beside_a_good_mask_costs_no_instance(tmp_path):
-    """Read whole, and as training reads it."""
+def test_bad_fields_beside_a_good_mask_cost_no_instance(tmp_path):
+    """Both `load` and training examples keep instances whose box, point, category or id cannot be used."""
     bad = {**annotation(), "bbox": [], "category_id": "cat", "point_coords": [[999, 1]]}
     del bad["id"]
     dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", pair("sa_1", bad, annotation(5))))
@@ -190,7 +190,7 @@ def test_duplicates_are_counted_once_each_within_a_tar_and_between_tars(tmp_path
 
 def test_an_image_turned_by_exif_is_taken_in_the_frame_of_its_annotations(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees to display
     turned = jpeg(width=HEIGHT, height=WIDTH, exif=exif)
     members = {"stored.jpg": turned, "upright.jpg": turned}
     members["upright.json"] = sa1b_json(annotation())

@@ -1,4 +1,4 @@
-"""Instances and samples decode their masks, and a report counts the same whoever adds up."""
+"""Test that samples decode their masks, and that reports merge to the same counts in any order."""
 
 import json
 import pickle
@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import samlight_hf
-from samlight_hf.data import Instance, Sample, SampleError, SkipReason, SkipReport
+from samlight_hf import data
+from samlight_hf.data import ImageDataset, Instance, Sample, SampleError, SkipReason, SkipReport
 
 from .files import HEIGHT, WIDTH, box_mask, rle
 
@@ -82,7 +83,7 @@ def test_parts_of_instances_are_no_skipped_instances():
         "Skipped 0 images and 0 instances, and parts of 2:",
         f"  2 parts: {SkipReason.BAD_BOX} (sa_1, ...)",
     ]
-    earlier = {"pictures": {}, "instances": {"x": {"count": 1, "examples": ["a"]}}}  # of a journal without parts
+    earlier = {"pictures": {}, "instances": {"x": {"count": 1, "examples": ["a"]}}}  # a report written without parts
     assert SkipReport.from_dict(earlier).num_instances == 1
 
 
@@ -113,8 +114,17 @@ def test_errors_cross_process_borders():
     assert str(error) == "sa_1: image damaged or truncated"
 
 
+def test_the_old_name_of_the_base_class_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="PictureDataset is now called ImageDataset"):
+        from samlight_hf.data import PictureDataset
+    assert PictureDataset is ImageDataset
+    assert not any("Picture" in name for name in data.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Pictures'"):
+        _ = data.Pictures
+
+
 def test_the_readers_import_nothing_optional():
-    """pycocotools is imported where masks are decoded. An empty stand-in for samlight_hf saves importing transformers."""
+    """pycocotools is imported when masks are decoded. An empty samlight_hf module avoids importing transformers."""
     code = (
         "import sys, types; package = sys.modules['samlight_hf'] = types.ModuleType('samlight_hf'); "
         f"package.__path__ = {list(samlight_hf.__path__)}; import samlight_hf.data; "

@@ -1,4 +1,4 @@
-"""Streamed tars: each sample once over all ranks and workers, and both ways of going on where it stopped."""
+"""Test that streamed tars give each sample once over all ranks and workers, and that both ways to resume are exact."""
 
 import pickle
 from pathlib import Path
@@ -49,7 +49,7 @@ def batches(examples, num_workers) -> list[list[int]]:
 def test_an_example_is_what_the_indexed_dataset_gives(tars):
     prompts = PromptSampling(2, num_uniforms=5)
     found = {bytes(e["pixel_values"].numpy()): e for e in streamed(tars, prompts=prompts)}
-    assert len(found) == max(SIZES)  # images of the same number are alike
+    assert len(found) == max(SIZES)  # images of the same number have the same pixels
     image = torch.from_numpy(np.array(Sa1bDataset(tars)[0].image.resize((32, 24), Image.Resampling.BILINEAR)))
     expected = torch.zeros(3, 32, 32, dtype=torch.int16)
     expected[:, :24] = image.permute(2, 0, 1)
@@ -68,7 +68,7 @@ def test_an_example_is_what_the_indexed_dataset_gives(tars):
 
 @pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 0), (2, 2), (3, 2), (1, 3), (4, 3)])
 def test_ranks_and_workers_read_everything_once(tars, world_size, num_workers):
-    """Also with more of them than tars."""
+    """Also with more workers than tars."""
     everything = ids(streamed(tars))
     assert len(set(everything)) == sum(SIZES)
     parts = [
@@ -107,7 +107,7 @@ def test_state_dict_goes_on_exactly(tars, world_size):
         again = pickle.loads(pickle.dumps(streamed(tars, **settings)))
         again.load_state_dict(states[stop])
         assert ids(again) == expected[stop:], stop
-    assert ids(running) == expected  # not from where it was
+    assert ids(running) == expected  # a new iteration starts at the beginning
 
 
 @pytest.mark.parametrize("num_workers", [0, 2, 3])

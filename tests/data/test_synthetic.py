@@ -30,7 +30,7 @@ def test_masks_are_disjoint_and_none_is_empty():
     for scene in scenes(*range(60), image_size=96):
         masks = scene.masks()
         assert 1 <= len(masks) <= 10
-        assert masks.sum(0).max() == 1  # what others cover is no part of a shape
+        assert masks.sum(0).max() == 1  # masks have visible parts only, so they are disjoint
         assert masks.any((1, 2)).all()
         for instance, mask in zip(scene.instances, masks):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -46,7 +46,7 @@ def test_filling_the_box_is_a_bad_answer():
 
 @pytest.mark.parametrize("between_shapes", [False, True])
 def test_edges_are_where_the_masks_change(between_shapes):
-    """Across the outlines the image changes much more than elsewhere, also where one shape covers another."""
+    """The image changes much more across outlines than elsewhere, also where one shape covers another."""
     across, elsewhere = [], []
     for scene in scenes(*range(60), image_size=96):
         labels = sum((i + 1) * mask for i, mask in enumerate(scene.masks()))

@@ -1,4 +1,4 @@
-"""Training examples are a pure function of their number, and masks, boxes and points lie where the pixels show them."""
+"""Test that training examples are a pure function of their index, and that masks, boxes and points match the pixels."""
 
 import pickle
 from collections import Counter
@@ -102,7 +102,7 @@ def test_sources_take_turns_by_weight():
     order = ExampleOrder([1000, 10], weights=[0.3, 0.7], seed=2)
     taken = [order(n) for n in range(20_000)]
     sources = np.array([source for source, _, _ in taken])
-    for window in sources.reshape(-1, 50):  # not only on the whole: in every batch
+    for window in sources.reshape(-1, 50):  # in every batch, not only on average
         assert abs(window.mean() - 0.7) <= 1 / 50
     for source, size in ((0, 1000), (1, 10)):
         own = [(epoch, image) for s, epoch, image in taken if s == source]
@@ -126,7 +126,7 @@ def test_ids_tell_sources_images_and_views_apart():
 
 
 def test_pixels_do_not_depend_on_the_prompts():
-    # Nothing is cropped away here: an image in which nothing is seen would be replaced, by another one.
+    # Without crops: an image whose crop has no object would be replaced by another one.
     settings = {"augmentation": Augmentation(scale=(0.6, 1.0), flip=True, contrast=0.3), "mask_size": 64}
     for plain, prompted in zip(examples(prompts=None, **settings), examples(prompts=PromptSampling(2), **settings)):
         assert id_of(plain) == id_of(prompted)
@@ -181,7 +181,7 @@ def test_plain_examples_have_the_size_and_place_that_sam_gives(tmp_path):
     ids=str,
 )
 def test_masks_boxes_and_points_lie_where_the_object_is_seen(tmp_path, augmentation):
-    """Each object has a colour channel for itself, so the pixels say where it is, and how much of each cell."""
+    """Each object has its own colour channel, so the pixels are its share of each cell."""
     sizes = [(97, 61), (150, 211), (333, 222), (64, 64)]
     tar = Sa1bDataset(coloured_tar(tmp_path / "a.tar", sizes))
     prompts = PromptSampling(3, box_noise=0.0, min_mask_cells=6)
@@ -232,11 +232,11 @@ def test_a_mask_that_the_crop_cuts():
     hole = mask & ~box_mask(x=12, y=10, width=20, height=20, image=(80, 100))
     assert (
         View(100, 80, (14, 0, 30, 40), (100, 80), False, 128).mask(rle(hole), 128) is None
-    )  # in the box, not the mask
+    )  # inside the box, outside the mask
     two = box_mask(x=10, y=10, width=10, height=20, image=(80, 100)) | box_mask(
         x=40, y=25, width=10, height=5, image=(80, 100)
     )
-    cells, box, share = view.mask(rle(two), 128)  # the second alone, which begins behind the edge of the crop
+    cells, box, share = view.mask(rle(two), 128)  # the second object only, which starts after the edge of the crop
     np.testing.assert_array_equal(box, [20, 50, 40, 60])
     np.testing.assert_array_equal(cells, box_mask(x=20, y=50, width=20, height=10, image=(128, 128)))
     assert share == 0.2
@@ -294,7 +294,7 @@ def test_targets_repeat_only_where_there_are_too_few(tmp_path):
 
 
 def bad_tar(path, num_good):
-    """Good images and five that are not: broken, without masks to use, of wrong size, without sense."""
+    """Write a tar of `num_good` usable images and five unusable ones: damaged, malformed or without usable masks."""
     members = {}
     for i in range(num_good):
         members |= {f"good_{i}.jpg": jpeg(seed=i), f"good_{i}.json": sa1b_json(annotation(mask=box_mask(width=30)))}
@@ -330,10 +330,12 @@ def test_bad_images_are_counted_in_all_workers_and_replaced(tmp_path, num_worker
     assert made.num_read == 20 + num_skipped
     for reasons, expected in ((report.images, BAD_IMAGES), (report.instances, BAD_INSTANCES)):
         assert reasons.keys() == expected.keys()
-        assert all(reasons[reason].count >= count for reason, count in expected.items())  # replacements may be bad
+        assert all(
+            reasons[reason].count >= count for reason, count in expected.items()
+        )  # replacements may be unusable too
     assert set(report.images[SkipReason.BROKEN_IMAGE].examples) <= {"broken", "text"}
     ids = {int(i) for batch in batches for i in batch["example_id"]}
-    assert ids == set(range(15))  # the good ones: replacements come from among them
+    assert ids == set(range(15))  # the usable ones, which also replace the others
     again = examples(tar, 20, 32, max_skipped=1.0, augmentation=None)
     assert all(same(again[4 * i + j], {k: v[j] for k, v in batches[i].items()}) for i in range(5) for j in range(4))
 
@@ -383,7 +385,7 @@ def test_objects_too_small_to_see_are_left_out_and_not_held_against_the_data(tmp
 
 @pytest.mark.parametrize("size", [(2250, 1500), (2251, 1499), (1023, 700)])
 def test_large_images_decoded_at_a_fraction_look_like_the_whole_ones(tmp_path, size):
-    """The reduced decoding of JPEG, and where the crop lies then."""
+    """Decoding a JPEG at a reduced size does not shift the crop."""
     photograph = Image.open("examples/images/coffee.jpg").convert("RGB").resize(size)
     file = tmp_path / "a.jpg"
     photograph.save(file, quality=95)
@@ -399,7 +401,7 @@ def test_large_images_decoded_at_a_fraction_look_like_the_whole_ones(tmp_path, s
         expected = whole.resize(shown, Image.Resampling.BILINEAR, crop)
         difference = np.abs(np.asarray(image, np.float32) - np.asarray(expected, np.float32))
         shifted = np.abs(np.asarray(expected, np.float32)[:, 1:] - np.asarray(expected, np.float32)[:, :-1])
-        assert difference.mean() < 0.25 * shifted.mean()  # far less than being one pixel off
+        assert difference.mean() < 0.25 * shifted.mean()  # far less than for a shift by one pixel
 
 
 @pytest.mark.parametrize("size", [(96, 72), (40, 31), (200, 40), (64, 48)])
@@ -428,7 +430,7 @@ def test_colours_are_the_same_whether_changed_before_or_after_resizing(tmp_path,
     photograph = Image.open("examples/images/coffee.jpg").convert("RGB").resize((150, 100))
     sample = LazySample("a", photograph, [])
     view = View(150, 100, (20, 10, 120, 90), (round(100 * scale), round(80 * scale)), True, 256)
-    colours = Colours(0.7, 0.1, 20.0)  # none of which is cut off at black or white
+    colours = Colours(0.7, 0.1, 20.0)  # nothing is clipped at black or white
     expected = colours(resize_box(planes(photograph)[:, 10:90, 20:120], view.size, (0, 0, 100, 80)))[:, :, ::-1]
     assert np.abs(view.pixels(sample, colours).astype(int) - expected).max() <= 2
 
@@ -493,7 +495,7 @@ def test_augmentations_and_prompts_that_do_not_fit(make):
 
 def test_what_a_spawned_worker_gets_counts_in_the_same_memory(tmp_path):
     made = examples(Sa1bDataset(bad_tar(tmp_path / "a.tar", 5)), 10, 32, max_skipped=1.0, augmentation=None)
-    received = ForkingPickler.loads(ForkingPickler.dumps(made))  # how DataLoader hands it over
+    received = ForkingPickler.loads(ForkingPickler.dumps(made))  # as DataLoader passes it to workers
     assert all(same(received[n], made[n]) for n in range(10))
     assert made.num_read == received.num_read > 20
 
