@@ -81,9 +81,8 @@ def parse_instance(
 ) -> Instance:
     """Convert an annotation with polygons, uncompressed or compressed RLE.
 
-    The mask is exact, or the annotation is refused. Other parts may be unusable: a malformed box, point or category is
-    left out, a missing id is replaced by "number `position`", and polygons of under three points are dropped if there
-    are others.
+    The mask is exact, or the annotation is refused. Other parts are optional: a malformed box, point or category is
+    left out, a missing id becomes "number `position`", and polygons of under three points are dropped beside others.
 
     Args:
         annotation: the annotation as JSON has it; or the error of a reader that refused it, which is raised.

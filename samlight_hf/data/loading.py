@@ -69,9 +69,13 @@ def load_dataset(
         return Sa1bDataset(name, limit)
     if all(os.path.isdir(os.path.join(name, part)) for part in ("images", "masks")):
         return MaskFolderDataset(name, limit, ignore_label, binary_masks)
+    return _image_folder(name, limit, require_masks)
+
+
+def _image_folder(folder: str, limit: int | None, require_masks: bool) -> ImageFolderDataset:
     if require_masks:
         raise ValueError(
-            f"{name}: a folder with neither *.tar files nor the folders images and masks. For a folder of images, give "
-            "annotations= too, or require_masks=False where no masks are needed."
+            f"{folder}: a folder with neither *.tar files nor the folders images and masks. For a folder of images, "
+            "give annotations= too, or require_masks=False where no masks are needed."
         )
-    return ImageFolderDataset(name, limit)
+    return ImageFolderDataset(folder, limit)
