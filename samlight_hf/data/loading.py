@@ -19,9 +19,7 @@ def load_dataset(
     ignore_label: int | Literal["auto"] | None = "auto",
     binary_masks: bool = False,
 ) -> ImageDataset:
-    """Open a dataset.
-
-    The arguments choose the reader:
+    """Open a dataset with the reader that fits the arguments.
 
     - `load_dataset("sa_000000.tar")`, a folder of tars, a pattern or a sequence of these: `Sa1bDataset`.
     - `load_dataset("instances_val2017.json", images="val2017")`: `CocoDataset`, for COCO, LVIS and other JSON files in

@@ -92,10 +92,10 @@ def _instances(labels: np.ndarray, areas: list[int]) -> list[Instance]:
     from pycocotools import mask as coco_mask
 
     instances = []
-    for label, whole in enumerate(areas, start=1):
+    for label, whole_area in enumerate(areas, start=1):
         mask = labels == label
         area = np.count_nonzero(mask)
-        if area < MIN_VISIBLE * whole:
+        if area < MIN_VISIBLE * whole_area:
             continue
         rle = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
         instances.append(Instance(label, rle, tuple(coco_mask.toBbox(rle).tolist()), float(area)))

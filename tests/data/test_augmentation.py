@@ -118,9 +118,9 @@ def test_large_images_decoded_at_a_fraction_look_like_the_whole_ones(tmp_path, s
 def test_whole_pixels_are_resized_as_fractions_of_them_are(size):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 64), dtype=np.uint8)
     expected = resize_box(pixels, size, (0, 0, 64, 48))
-    found = resize(pixels[:, :, ::-1][:, :, ::-1], size)
-    assert found.shape == expected.shape == (3, size[1], size[0])
-    assert np.abs(found.astype(int) - expected).max() <= 1
+    resized = resize(pixels[:, :, ::-1][:, :, ::-1], size)
+    assert resized.shape == expected.shape == (3, size[1], size[0])
+    assert np.abs(resized.astype(int) - expected).max() <= 1
 
 
 def test_which_way_of_resizing_runs(tmp_path, monkeypatch):

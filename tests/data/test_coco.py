@@ -51,8 +51,8 @@ def test_limit_takes_the_first_images_without_orphans(coco):
 
 
 def test_a_pickled_dataset_reads_the_same(coco):
-    again = pickle.loads(pickle.dumps(CocoDataset(*coco)))
-    assert [sample.id for sample in read(again)[0]] == ["2", "1", "3"]
+    copy = pickle.loads(pickle.dumps(CocoDataset(*coco)))
+    assert [sample.id for sample in read(copy)[0]] == ["2", "1", "3"]
 
 
 @pytest.mark.parametrize("place", ["val2017/000000000139.jpg", "000000000139.jpg", "images/val2017/000000000139.jpg"])

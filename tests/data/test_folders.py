@@ -91,16 +91,16 @@ def test_label_maps_of_8_and_16_bits_and_palettes(tmp_path):
     for name, content in files.items():
         write(tmp_path, {f"images/{name}.jpg": jpeg(), f"masks/{name}.png": content})
     dataset = MaskFolderDataset(tmp_path)
-    found = {}
+    masks_of_images = {}
     for sample in dataset.samples(report := SkipReport()):
-        found[sample.id] = {i.id: i.mask() for i in sample.instances}
+        masks_of_images[sample.id] = {i.id: i.mask() for i in sample.instances}
     assert not report and not dataset.index_report
-    assert {name: sorted(masks) for name, masks in found.items()} == {
+    assert {name: sorted(masks) for name, masks in masks_of_images.items()} == {
         "8.jpg": [2, 4], "16.jpg": [300, 40_000], "palette.jpg": [2, 4], "bits.jpg": [1]
     }  # fmt: skip
     for name, first, second in (("8.jpg", 4, 2), ("16.jpg", 40_000, 300), ("palette.jpg", 4, 2)):
-        np.testing.assert_array_equal(found[name][first], labels(1, 0) == 1)
-        np.testing.assert_array_equal(found[name][second], labels(0, 1) == 1)
+        np.testing.assert_array_equal(masks_of_images[name][first], labels(1, 0) == 1)
+        np.testing.assert_array_equal(masks_of_images[name][second], labels(0, 1) == 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -153,8 +153,8 @@ def test_each_mask_has_one_image(tmp_path):
     masks = ("a.png", "a_mask.png", "b.jpg.png", "c.jpg.png", "c.png.png", "d.png", "e.png", "e/0.png", "lost_mask.png")
     files |= {f"masks/{name}": png(labels(number)) for number, name in enumerate(masks, start=1)}
     dataset = MaskFolderDataset(write(tmp_path, files))
-    found = {sample.id: [i.id for i in sample.instances] for sample in dataset.samples(SkipReport())}
-    assert found == {
+    ids_of_images = {sample.id: [i.id for i in sample.instances] for sample in dataset.samples(SkipReport())}
+    assert ids_of_images == {
         "a.jpg": [1], "a_mask.jpg": [2], "b.jpg.jpg": [3], "c.jpg": [4], "c.png": [5], "d.jpg": [6],
         "e.jpg": [7], "e/0.jpg": [8],
     }  # fmt: skip
@@ -230,8 +230,8 @@ def test_void_is_no_object_in_evaluation_and_in_training_and_is_counted(tmp_path
     assert [i.id for i in sample.instances] == [1, 20]
     assert counts(report) == ({}, {SkipReason.VOID_LABEL: 1})
     made = TrainingExamples(dataset, 1, 40, mask_size=40, prompts=PromptSampling(3))
-    found = {mask.tobytes() for mask in made[0]["masks"].numpy()}
-    assert found == {np.pad(labels(1, 20) == label, ((0, 10), (0, 0))).tobytes() for label in (1, 20)}
+    masks = {mask.tobytes() for mask in made[0]["masks"].numpy()}
+    assert masks == {np.pad(labels(1, 20) == label, ((0, 10), (0, 0))).tobytes() for label in (1, 20)}
     assert made.skip_report().instances[SkipReason.VOID_LABEL].count == 1
     for ignore_label, ids, count in ((None, [1, 20, 255], {}), (255, [1, 20], {}), (20, [1, 255], {})):
         (sample,) = MaskFolderDataset(tmp_path, ignore_label=ignore_label).samples(report := SkipReport())

@@ -150,7 +150,7 @@ VOID = np.where(BLOBS, 15, np.where(RIM, 255, 0)).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("others", "ignore_label", "found", "void"),
+    ("others", "ignore_label", "expected", "void"),
     [
         ([], "auto", [255], None),  # a plain mask
         ([1], "auto", [1], 255),
@@ -167,14 +167,14 @@ VOID = np.where(BLOBS, 15, np.where(RIM, 255, 0)).astype(np.uint8)
         ([7, 9], 0, [7, 9, 255], None),
     ],
 )
-def test_which_label_is_void(others, ignore_label, found, void):
+def test_which_label_is_void(others, ignore_label, expected, void):
     pixels = np.zeros((40, 60), np.uint16)
     for number, label in enumerate([*others, 255]):
         pixels[5:30, 5 + 15 * number : 15 + 15 * number] = label
     pixels = pixels if pixels.max() > 255 else pixels.astype(np.uint8)
     labels, taken_out = read_labels(encoded(pixels), MaskReading(ignore_label))
-    assert np.unique(labels[labels > 0]).tolist() == found and taken_out == void
-    for label in found:
+    assert np.unique(labels[labels > 0]).tolist() == expected and taken_out == void
+    for label in expected:
         np.testing.assert_array_equal(labels == label, pixels == label)
 
 

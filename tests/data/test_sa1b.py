@@ -81,8 +81,8 @@ def test_a_limit_that_is_none(tar, limit):
 def test_a_pickled_dataset_reads_the_same(tar):
     dataset = Sa1bDataset(tar)
     dataset[0]
-    again = pickle.loads(pickle.dumps(dataset))
-    assert [sample.id for sample in read(again)[0]] == [f"sa_{i}" for i in range(6)]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert [sample.id for sample in read(copy)[0]] == [f"sa_{i}" for i in range(6)]
 
 
 def checksum(dataset, index) -> int:

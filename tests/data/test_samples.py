@@ -76,9 +76,9 @@ def test_a_report_survives_json():
 def test_parts_of_instances_are_no_skipped_instances():
     skipped = SkipReport()
     skipped.add_part(SkipReason.BAD_BOX, "sa_1", 2)
-    again = SkipReport.from_dict(json.loads(json.dumps(skipped.to_dict())))
-    assert again == skipped and skipped and skipped.num_instances == skipped.num_images == 0
-    assert SkipReport().merge(skipped).merge(again).parts[SkipReason.BAD_BOX].count == 4
+    copy = SkipReport.from_dict(json.loads(json.dumps(skipped.to_dict())))
+    assert copy == skipped and skipped and skipped.num_instances == skipped.num_images == 0
+    assert SkipReport().merge(skipped).merge(copy).parts[SkipReason.BAD_BOX].count == 4
     assert skipped.summary().splitlines() == [
         "Skipped 0 images and 0 instances, and parts of 2:",
         f"  2 parts: {SkipReason.BAD_BOX} (sa_1, ...)",

@@ -48,13 +48,13 @@ def batches(examples, num_workers) -> list[list[int]]:
 
 def test_an_example_is_what_the_indexed_dataset_gives(tars):
     prompts = PromptSampling(2, num_uniforms=5)
-    found = {bytes(e["pixel_values"].numpy()): e for e in streamed(tars, prompts=prompts)}
-    assert len(found) == max(SIZES)  # images of the same number have the same pixels
+    examples = {bytes(e["pixel_values"].numpy()): e for e in streamed(tars, prompts=prompts)}
+    assert len(examples) == max(SIZES)  # images of the same number have the same pixels
     image = torch.from_numpy(np.array(Sa1bDataset(tars)[0].image.resize((32, 24), Image.Resampling.BILINEAR)))
     expected = torch.zeros(3, 32, 32, dtype=torch.int16)
     expected[:, :24] = image.permute(2, 0, 1)
     # PIL and torch round differently, twice.
-    (example,) = (e for e in found.values() if (e["pixel_values"] - expected).abs().max() <= 2)
+    (example,) = (e for e in examples.values() if (e["pixel_values"] - expected).abs().max() <= 2)
     assert {key: (value.dtype, tuple(value.shape)) for key, value in example.items()} == {
         "pixel_values": (torch.uint8, (3, 32, 32)),
         "reshaped_input_sizes": (torch.int64, (2,)),
@@ -104,9 +104,9 @@ def test_state_dict_goes_on_exactly(tars, world_size):
     running = streamed(tars, **settings)
     states = [running.state_dict()] + [pickle.loads(pickle.dumps(running.state_dict())) for _ in running]
     for stop in range(0, len(expected) + 1, 3 if world_size == 1 else 2):
-        again = pickle.loads(pickle.dumps(streamed(tars, **settings)))
-        again.load_state_dict(states[stop])
-        assert ids(again) == expected[stop:], stop
+        resumed = pickle.loads(pickle.dumps(streamed(tars, **settings)))
+        resumed.load_state_dict(states[stop])
+        assert ids(resumed) == expected[stop:], stop
     assert ids(running) == expected  # a new iteration starts at the beginning
 
 
@@ -114,9 +114,9 @@ def test_state_dict_goes_on_exactly(tars, world_size):
 def test_skipping_batches_goes_on_exactly(tars, num_workers):
     expected = batches(streamed(tars, num_epochs=3), num_workers)
     for stop in (1, 4, 13):  # 13 of about 12 an epoch
-        again = streamed(tars, num_epochs=3)
-        again.skip_batches(stop, 3)
-        assert batches(again, num_workers) == expected[stop:], stop
+        resumed = streamed(tars, num_epochs=3)
+        resumed.skip_batches(stop, 3)
+        assert batches(resumed, num_workers) == expected[stop:], stop
 
 
 def test_without_a_number_of_epochs_there_is_no_end(tars):
@@ -135,8 +135,8 @@ def bad_tar(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_samples_are_counted_and_replaced(bad_tar, num_workers):
     made = streamed(bad_tar, max_skipped=1.0, block_size=12, num_views=1)
-    found = [i for batch in batches(made, num_workers) for i in batch]
-    assert len(found) == 24 and len(set(found)) == 20
+    example_ids = [i for batch in batches(made, num_workers) for i in batch]
+    assert len(example_ids) == 24 and len(set(example_ids)) == 20
     report = made.skip_report()
     assert set(report.images) == {
         SkipReason.MISSING_JSON, SkipReason.MISSING_IMAGE, SkipReason.MALFORMED_JSON, SkipReason.BROKEN_IMAGE
@@ -160,9 +160,9 @@ def test_damaged_tars_are_named(tmp_path):
 
 
 def test_what_cannot_be_opened(tmp_path):
-    for given, message in ((tmp_path / "no.tar", "no tar file"), ([], "No tar"), (tmp_path, "no tar file")):
+    for paths, message in ((tmp_path / "no.tar", "no tar file"), ([], "No tar"), (tmp_path, "no tar file")):
         with pytest.raises(ValueError, match=message):
-            streamed(given)
+            streamed(paths)
     empty = write_tar(tmp_path / "empty.tar", {})
     assert list(streamed(empty)) == []
     with pytest.raises(ValueError, match="fewer samples than workers"):

@@ -50,9 +50,9 @@ def test_what_is_in_an_example():
 
 def test_the_same_number_gives_the_same_bytes_in_any_order_and_process():
     forwards = list(examples())
-    again = examples(num_examples=400)
-    backwards = [again[n] for n in reversed(range(40))][::-1]
-    copy = pickle.loads(pickle.dumps(again))
+    others = examples(num_examples=400)
+    backwards = [others[n] for n in reversed(range(40))][::-1]
+    copy = pickle.loads(pickle.dumps(others))
     # Workers make whole batches, so that batches of 3 from 2 workers come from both.
     loaded = [
         {key: value[i] for key, value in batch.items()}
@@ -61,9 +61,9 @@ def test_the_same_number_gives_the_same_bytes_in_any_order_and_process():
     ]
     for n, example in enumerate(forwards):
         assert same(example, backwards[n]) and same(example, copy[n]) and same(example, loaded[n]), n
-    assert same(again[-1], again[399])
+    assert same(others[-1], others[399])
     with pytest.raises(IndexError):
-        again[400]
+        others[400]
     assert not same(forwards[0], examples(seed=1)[0])
 
 
@@ -184,8 +184,8 @@ def test_bad_images_are_counted_in_all_workers_and_replaced(tmp_path, num_worker
     assert set(report.images[SkipReason.BROKEN_IMAGE].examples) <= {"broken", "text"}
     ids = {int(i) for batch in batches for i in batch["example_id"]}
     assert ids == set(range(15))  # the usable ones, which also replace the others
-    again = examples(tar, 20, 32, max_skipped=1.0, augmentation=None)
-    assert all(same(again[4 * i + j], {k: v[j] for k, v in batches[i].items()}) for i in range(5) for j in range(4))
+    repeated = examples(tar, 20, 32, max_skipped=1.0, augmentation=None)
+    assert all(same(repeated[4 * i + j], {k: v[j] for k, v in batches[i].items()}) for i in range(5) for j in range(4))
 
 
 def test_without_prompts_images_without_masks_are_used(tmp_path):
