@@ -1,8 +1,8 @@
 """Convert annotations of an image, in the JSON format of COCO and SA-1B, to instances with checked masks."""
 
 import math
-import typing
 from collections.abc import Container
+from typing import TypeGuard
 
 import numpy as np
 
@@ -235,7 +235,7 @@ def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value) -> typing.TypeGuard[float]:
+def is_number(value) -> TypeGuard[float]:
     """Return whether a value is a finite number that fits a float. JSON also has NaN, Infinity and huge integers."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -23,7 +23,7 @@ def deepest_point(mask: np.ndarray) -> tuple[tuple[int, int], float]:
     if extent is None:
         return (0, 0), 0.0
     left, top, right, bottom = extent
-    # Nothing of the mask lies outside its own box: padded by a row of zeros, the box has the distances of the whole.
+    # The tight box, padded by one pixel of zeros, gives the same distances as the whole mask.
     box = np.pad(mask[top:bottom, left:right], 1)
     distance = distance_transform_edt(box)
     row, column = np.unravel_index(np.argmax(distance), distance.shape)

@@ -144,7 +144,7 @@ def _image_name(image) -> str | None:
 
 
 def _read_json(path: Path) -> tuple[list, list]:
-    """(images, annotations) of a COCO-shaped JSON."""
+    """Read (images, annotations) from a JSON in COCO format."""
     content = read_json(path)
     if isinstance(content, list):
         raise ValueError(f"{path}: a list, as results files are. An annotation file has 'images' and 'annotations'.")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..masks.boxes import mask_extent
-from .augmentation import check_strengths, draw_colours, resize, to_cells
+from .augmentation import Colours, check_strengths, draw_colours, resize, to_cells
 from .lazy import planes
 from .sa1b import tar_members
 from .samples import SampleError, SkipReason
@@ -215,11 +215,11 @@ class Cutouts:
             return None
         layer = _turn(_premultiplied(cutout, colours), size, angle, (x - left, y - top, x_end - left, y_end - top))
         _lay_over(pixels[:, y:y_end, x:x_end], layer)
-        seen = (layer[3] >= MIN_ALPHA).view(np.uint8)
-        extent = mask_extent(seen)
+        mask = (layer[3] >= MIN_ALPHA).view(np.uint8)
+        extent = mask_extent(mask)
         if extent is None:
             return None
-        tight = seen[extent[1] : extent[3], extent[0] : extent[2]]
+        tight = mask[extent[1] : extent[3], extent[0] : extent[2]]
         share = 1.0
         if (x_end - x, y_end - y) != turned:
             # Number of pixels of the whole object at this size.
@@ -244,7 +244,7 @@ def _extent(size: tuple[int, int], angle: float) -> tuple[int, int]:
     return max(1, int(np.ceil(width - 1e-6))), max(1, int(np.ceil(height - 1e-6)))
 
 
-def _premultiplied(cutout: np.ndarray, colours) -> np.ndarray:
+def _premultiplied(cutout: np.ndarray, colours: Colours | None) -> np.ndarray:
     """Recolour RGBA, uint8 (4, H, W), and multiply the colours by alpha, so that transparent pixels add none."""
     alpha = cutout[3]
     opaque = alpha.astype(np.float32) / np.float32(255)
