@@ -38,7 +38,8 @@ __all__ = [
     "load_dataset",
 ]
 
-# Imported on first access: the readers need neither torch nor datasets.
+# Imported on first access, because the readers need neither torch nor datasets. For the same reason, readers import
+# samlight_hf.masks, which needs torch, in functions.
 _MODULES = {
     "Augmentation": ".augmentation",
     "Cutouts": ".cutouts",

@@ -6,7 +6,6 @@ from typing import TypeGuard
 
 import numpy as np
 
-from ..masks.rle import run_lengths
 from .samples import Instance, SampleError, SkipReason, SkipReport
 
 
@@ -171,6 +170,8 @@ def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int
         except UnicodeEncodeError as error:
             raise SampleError(SkipReason.MALFORMED_RLE) from error
     if isinstance(counts, bytes):
+        from ..masks.rle import run_lengths
+
         try:
             runs = run_lengths(counts)
         except ValueError as error:

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from ..masks.boxes import mask_extent
-
 
 def deepest_point(mask: np.ndarray) -> tuple[tuple[int, int], float]:
     """Find the deepest pixel of a mask: the one farthest from the outside of the mask.
@@ -18,6 +16,8 @@ def deepest_point(mask: np.ndarray) -> tuple[tuple[int, int], float]:
         The pixel (x, y) and its depth in pixels; ((0, 0), 0.0) for an empty mask.
     """
     from scipy.ndimage import distance_transform_edt
+
+    from ..masks.boxes import mask_extent
 
     extent = mask_extent(mask)
     if extent is None:

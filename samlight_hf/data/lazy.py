@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from ..images.levels import to_rgb
-from ..masks.rle import run_lengths
 from .annotations import is_number, parse_instance
 from .samples import Instance, SampleError, SkipReason
 
@@ -103,6 +102,8 @@ def decode_columns(rle: dict, start: int, stop: int) -> np.ndarray:
     Returns:
         uint8 0 or 1 (stop - start, H): one row for each column of the mask.
     """
+    from ..masks.rle import run_lengths
+
     height = rle["size"][0]
     ends = np.cumsum(run_lengths(rle["counts"])).clip(start * height, stop * height)
     values = (np.arange(len(ends)) & 1).astype(np.uint8)  # runs are outside and inside the mask in turn

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..masks.boxes import mask_extent
 from .dataset import ImageDataset
 from .lazy import LazySample
 from .samples import Instance, Sample, SkipReport
@@ -67,6 +66,8 @@ class SyntheticScenes(ImageDataset):
 
     def _scene(self, index: int) -> tuple[Image.Image, list[Instance]]:
         """Draw the image and the instances of one scene."""
+        from ..masks.boxes import mask_extent
+
         generator = np.random.default_rng((self.seed, index))
         side = self.image_size
         canvas = np.empty((side, side, 3), dtype=np.float32)
