@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := $(VENV)/oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest lint docs format clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/samlight demo --out outputs/demo
@@ -20,6 +20,11 @@ test-oldest: $(OLDEST)/ready
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# The documentation site, in outputs/site: guides from docs/, the API from the docstrings.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 format: $(VENV)/ready
 	$(RUN) -m ruff check --fix .

@@ -54,6 +54,7 @@ def test_wheel_and_sdist_hold_the_package(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "samlight_hf/__init__.py",
+        "samlight_hf/py.typed",
         "samlight_hf/commands/cli.py",
         "samlight_hf/publishing/model_card.md",
         "samlight_hf/kernels/hopper/common.cuh",
