@@ -1,10 +1,11 @@
-"""Make links that lead out of docs/ work on the site: the files that they name are copied to it.
+"""Let links lead out of docs/ on the site, as they do on GitHub.
 
-On GitHub `../benchmarks/results/speed_h100.json` is a file of the repository. The site has such files under `repository/`,
-with `.txt` behind the names of Markdown and Python files, which a browser then shows. A link to a folder becomes plain text.
-A link to what does not exist is left as it is, and the strict build reports it.
+Pages at the root of the repository (`PAGES`) become pages of the site. Other files that a page links to are copied to
+`repository/`, with `.txt` behind the names of source files, which a browser then shows. A link to a folder becomes plain text.
+A link to what does not exist stays as it is, and the strict build reports it.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -12,32 +13,45 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = {ROOT / "CONTRIBUTING.md": "contributing.md", ROOT / "CHANGELOG.md": "changelog.md"}
 SHOWN_AS_TEXT = {".cu", ".cuh", ".md", ".py", ".toml", ".yaml", ".yml"}
 
 _LINK = re.compile(
-    r"(?P<start>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)"
+    r"\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>(?![a-z]+:|#)[^()\s#]+)(?P<anchor>#[^()\s]*)?\)"
 )
 _FENCE = re.compile(r"(^```.*?^```[^\n]*$)", re.MULTILINE | re.DOTALL)
 
 
+def on_files(files, config):
+    for path, name in PAGES.items():
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
 def on_page_markdown(markdown, page, config, files):
-    folder = Path(config["docs_dir"], page.file.src_uri).parent
+    folder = Path(page.file.abs_src_path).resolve().parent
 
     def rewrite(match: re.Match) -> str:
         target = (folder / match["target"]).resolve()
-        if not match["target"].startswith(".") or not target.is_relative_to(ROOT) or not target.exists():
-            return match[0]
-        if target.is_relative_to(config["docs_dir"]):
+        if not target.is_relative_to(ROOT) or not target.exists():
             return match[0]
         if target.is_dir():
             return match["text"]
-        name = f"repository/{target.relative_to(ROOT).as_posix()}"
-        if target.suffix in SHOWN_AS_TEXT:
-            name += ".txt"
+        name = _name_on_the_site(target)
         if files.get_file_from_path(name) is None:
             files.append(File.generated(config, name, abs_src_path=str(target)))
-        up = "../" * page.file.src_uri.count("/")
-        return f"{match['start']}[{match['text']}]({up}{name})"
+        relative = os.path.relpath(name, os.path.dirname(page.file.src_uri) or ".").replace(os.sep, "/")
+        return f"[{match['text']}]({relative}{match['anchor'] or ''})"
 
     parts = _FENCE.split(markdown)  # every other one is a block of code, in which nothing is a link
     return "".join(part if number % 2 else _LINK.sub(rewrite, part) for number, part in enumerate(parts))
+
+
+def _name_on_the_site(path: Path) -> str:
+    if path in PAGES:
+        return PAGES[path]
+    if path.is_relative_to(DOCS):
+        return path.relative_to(DOCS).as_posix()
+    name = f"repository/{path.relative_to(ROOT).as_posix()}"
+    return f"{name}.txt" if path.suffix in SHOWN_AS_TEXT else name
