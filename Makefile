@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := $(VENV)/oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-oldest lint docs format clean
+.PHONY: demo test test-oldest lint format clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/samlight demo --out outputs/demo
@@ -22,9 +22,10 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# The documentation site, in outputs/site: guides from docs/, the API from the docstrings.
+# The documentation site, in outputs/site: guides from docs/, the API from the docstrings. With --quiet, --strict would see no warning.
+.PHONY: docs
 docs: $(VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 format: $(VENV)/ready
 	$(RUN) -m ruff check --fix .
