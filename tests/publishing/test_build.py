@@ -15,9 +15,9 @@ from samlight_hf.images.reading import ImageError
 from samlight_hf.loading import CheckpointError, load_model
 from samlight_hf.publishing import verify as verification
 from samlight_hf.publishing.build import build_folder
-from samlight_hf.publishing.checks import CODE, CODE_FOLDER
-from samlight_hf.publishing.upload import FolderError, check_folder, publish, verify_folder
-from samlight_hf.publishing.verify import compare_outputs
+from samlight_hf.publishing.checks import CODE, CODE_FOLDER, FolderError, check_folder
+from samlight_hf.publishing.upload import publish
+from samlight_hf.publishing.verify import compare_outputs, verify_folder
 from tests.conftest import tiny_config
 
 

@@ -117,12 +117,12 @@ def test_metadata(folder):
 
 def test_what_nobody_wrote_down_is_said_to_be_unknown(folder):
     text = render_card(folder)
-    assert "None have been recorded" in text
+    assert "No results have been recorded" in text
     assert "licence of the weights has not been stated" in text
-    assert "What it was trained on has not been recorded." in text
+    assert "The training data have not been recorded." in text
     assert "Not measured" in text
     assert "license" not in ModelCard(text).data.to_dict()
-    assert "None" not in text.replace("None have been recorded", "")
+    assert "None" not in text
     assert "{{" not in text.split("```bibtex")[0] and "{%" not in text
 
 
@@ -316,10 +316,8 @@ def test_citation_file():
 
 
 def test_template_is_at_the_top_and_in_the_package():
-    """Two files, no link: links do not survive every checkout and archive."""
-    assert (ROOT / "model_card.md").read_bytes() == TEMPLATE.read_bytes(), (
-        "cp model_card.md samlight_hf/publishing/model_card.md"
-    )
+    """Two files, not a link, because links do not survive every checkout and archive."""
+    assert (ROOT / "model_card.md").read_bytes() == TEMPLATE.read_bytes(), "run `make sync`"
     for heading in (
         "What it is",
         "Use",
