@@ -1,4 +1,4 @@
-"""The original SAM, written from its paper with the names of its checkpoints, in the plainest form."""
+"""An independent, plain implementation of the original SAM, after its paper, with the names of its checkpoints."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Over the channels of (B, C, H, W)."""
+    """Layer norm over the channels of (B, C, H, W)."""
 
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -36,7 +36,7 @@ class Perceptron(nn.Module):
 
 
 class EncoderAttention(nn.Module):
-    """Every token of a side x side square sees every other, with a bias by the distance in rows and in columns."""
+    """Full attention in a square of side x side tokens, with relative positions by row and by column."""
 
     def __init__(self, width, num_heads, side):
         super().__init__()
@@ -112,12 +112,15 @@ class PromptEncoder(nn.Module):
         )  # fmt: skip
 
     def positions(self, xy):
-        """Random Fourier features of pixel coordinates (..., 2)."""
+        """Return random Fourier features of pixel coordinates (..., 2)."""
         angles = 2 * math.pi * (2 * xy / self.image_size - 1) @ self.pe_layer.positional_encoding_gaussian_matrix
         return torch.cat([angles.sin(), angles.cos()], -1)
 
     def forward(self, points=None, labels=None, boxes=None, mask=None):
-        """Points (P, n, 2) with labels of 1 and 0, boxes (P, 4), one mask (1, 1, h, w) -> (P, tokens, C), (1, C, ?, ?)."""
+        """Return sparse embeddings (P, tokens, C) and a dense embedding (1, C, H, W), or (1, C, 1, 1) without a mask.
+
+        Points are (P, n, 2) with labels of 1 and 0, boxes (P, 4), the mask (1, 1, h, w).
+        """
         sparse = []
         if points is not None:
             kind = torch.stack([embedding.weight[0] for embedding in self.point_embeddings])
@@ -156,7 +159,7 @@ class TwoWayBlock(nn.Module):
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
 
     def forward(self, tokens, image, token_positions, image_positions, is_first):
-        if is_first:  # the tokens are still their own positions
+        if is_first:  # here tokens and token_positions are equal
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
             q = tokens + token_positions
@@ -203,7 +206,10 @@ class MaskDecoder(nn.Module):
 
 
 class OriginalSam(nn.Module):
-    """48 px in patches of 8: a 6x6 grid, windows of 4 that need padding; weights that make every part count."""
+    """A small SAM: 48 px in patches of 8, a 6x6 grid, windows of 4 that need padding.
+
+    Its random weights are large enough for every part to affect the output.
+    """
 
     def __init__(self, decoder_depth=2, num_masks=3, iou_depth=3):
         super().__init__()
@@ -223,5 +229,5 @@ class OriginalSam(nn.Module):
         grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)  # (6, 6, xy)
         positions = self.prompt_encoder.positions(grid).movedim(-1, 0)
         masks, scores = self.mask_decoder(embedding, positions, *self.prompt_encoder(**prompts))
-        kept = slice(1, None) if multimask_output else slice(0, 1)
-        return masks[:, kept], scores[:, kept]
+        outputs = slice(1, None) if multimask_output else slice(0, 1)
+        return masks[:, outputs], scores[:, outputs]

@@ -37,7 +37,7 @@ def double(prompts):
 
 
 def assert_same(model, original, image, prompts, multimask_output=True):
-    """The two agree to the precision of float64, in which rounding cannot hide a difference of the formulas."""
+    """Compare both models in float64, where rounding errors cannot hide a difference."""
     model, original, prompts = model.double(), original.double(), double(prompts)
     names = {"points": "input_points", "labels": "input_labels", "boxes": "input_boxes"}
     inputs = {names[name]: value[None] for name, value in prompts.items() if name in names}
@@ -120,7 +120,7 @@ def test_checkpoints_are_found_as_people_save_them(original, save, kind):
         options = {"_use_new_zipfile_serialization": False}
     path = save(content, **options)
     model = convert_original_checkpoint(path)
-    with open(path, "r+b") as file:  # the weights are in memory of their own, not the file's
+    with open(path, "r+b") as file:  # the weights must be copies, not memory-mapped
         file.write(bytes(path.stat().st_size))
     weight = model.vision_encoder.layers[2].attn.qkv.weight
     assert torch.equal(weight, state["image_encoder.blocks.2.attn.qkv.weight"].float())
@@ -149,6 +149,10 @@ def _without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
+def _with(name, value):
+    return lambda state: state | {name: value}
+
+
 def endless():
     content = {}
     content["model"] = content
@@ -156,21 +160,54 @@ def endless():
 
 
 BROKEN = {
-    "a missing weight": (lambda s: _without(s, "mask_decoder.iou_token.weight") | {"mask_decoder.iou_token.weights": 0}, "holds no original SAM"),
-    "a missing block weight": (lambda s: _without(s, "image_encoder.blocks.2.norm1.bias"), "1 weights are missing, first vision_encoder.layers.2.layer_norm1.bias"),
-    "a missing size": (lambda s: _without(s, "image_encoder.neck.0.weight"), "has no image_encoder.neck.0.weight"),
-    "an unknown weight": (lambda s: s | {"image_encoder.extra": torch.ones(1)}, "image_encoder.extra does not belong"),
-    "an unknown sequence weight": (lambda s: s | {"image_encoder.neck.4.weight": torch.ones(1)}, "image_encoder.neck.4.weight does not belong"),
-    "a stray weight": (lambda s: {f"module.{k}": v for k, v in s.items()} | {"head.weight": torch.ones(1)}, "head.weight does not belong"),
-    "a wrong shape": (lambda s: s | {"mask_decoder.output_upscaling.0.bias": torch.ones(9)}, r"output_upscaling.0.bias is \(9,\).*\(8,\)"),
-    "a wrong number of dimensions": (lambda s: s | {"image_encoder.pos_embed": torch.ones(1, 36, 32)}, r"pos_embed is \(1, 36, 32\), not of 4"),
-    "NaN": (lambda s: s | {"image_encoder.pos_embed": torch.full((1, 6, 6, 32), math.nan)}, "NaN or infinite values in image_encoder.pos_embed"),
-    "integers": (lambda s: s | {"image_encoder.pos_embed": torch.ones(1, 6, 6, 32, dtype=torch.int8)}, "pos_embed is torch.int8"),
-    "two sizes of windows": (lambda s: s | {"image_encoder.blocks.0.attn.rel_pos_h": torch.ones(5, 16)}, "windows of 3 and 4 tokens in an image of 6x6"),
-    "a width that 8 heads cannot share": (lambda s: s | {"mask_decoder.transformer.final_attn_token_to_image.q_proj.weight": torch.ones(10, 32)}, "no SAM has these shapes"),
+    "a missing weight": (
+        lambda s: _without(s, "mask_decoder.iou_token.weight") | {"mask_decoder.iou_token.weights": 0},
+        "holds no original SAM",
+    ),
+    "a missing block weight": (
+        lambda s: _without(s, "image_encoder.blocks.2.norm1.bias"),
+        "1 weights are missing, first vision_encoder.layers.2.layer_norm1.bias",
+    ),
+    "a missing size": (
+        lambda s: _without(s, "image_encoder.neck.0.weight"),
+        "has no image_encoder.neck.0.weight",
+    ),
+    "an unknown weight": (_with("image_encoder.extra", torch.ones(1)), "image_encoder.extra does not belong"),
+    "an unknown sequence weight": (
+        _with("image_encoder.neck.4.weight", torch.ones(1)),
+        "image_encoder.neck.4.weight does not belong",
+    ),
+    "a stray weight": (
+        lambda s: {f"module.{k}": v for k, v in s.items()} | {"head.weight": torch.ones(1)},
+        "head.weight does not belong",
+    ),
+    "a wrong shape": (
+        _with("mask_decoder.output_upscaling.0.bias", torch.ones(9)),
+        r"output_upscaling.0.bias is \(9,\).*\(8,\)",
+    ),
+    "a wrong number of dimensions": (
+        _with("image_encoder.pos_embed", torch.ones(1, 36, 32)),
+        r"pos_embed is \(1, 36, 32\), not of 4",
+    ),
+    "NaN": (
+        _with("image_encoder.pos_embed", torch.full((1, 6, 6, 32), math.nan)),
+        "NaN or infinite values in image_encoder.pos_embed",
+    ),
+    "integers": (
+        _with("image_encoder.pos_embed", torch.ones(1, 6, 6, 32, dtype=torch.int8)),
+        "pos_embed is torch.int8",
+    ),
+    "two sizes of windows": (
+        _with("image_encoder.blocks.0.attn.rel_pos_h", torch.ones(5, 16)),
+        "windows of 3 and 4 tokens in an image of 6x6",
+    ),
+    "a width that 8 heads cannot share": (
+        _with("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", torch.ones(10, 32)),
+        "no SAM has these shapes",
+    ),
     "an endless nesting": (lambda s: endless(), "holds no original SAM checkpoint"),
     "no mapping": (lambda s: [torch.ones(1)], "holds no original SAM checkpoint"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("breaks", "message"), BROKEN.values(), ids=BROKEN)
@@ -212,7 +249,7 @@ def test_a_teacher_is_a_file_or_a_folder_in_safetensors(original, save, tmp_path
 
 
 def mobile_sam_state(original):
-    """MobileSAM's layout: another image encoder, with batch norm's integers, before the original's decoder."""
+    """Return weights in MobileSAM's layout: another image encoder, with the integers of batch norm."""
     decoder = {k: v for k, v in original.state_dict().items() if not k.startswith("image_encoder.")}
     return {
         "image_encoder.patch_embed.seq.0.c.weight": torch.ones(4, 3, 3, 3),

@@ -21,7 +21,7 @@ from tests.conftest import tiny_config
 
 
 def sam_teacher(**vision_config):
-    """A SAM of transformers, 8x8 tokens of 4x4 pixels, 6 layers with relative positions; every weight is random."""
+    """Return a SAM of transformers with random weights: 8x8 tokens of 4x4 pixels, 6 layers, relative positions."""
     shape = tiny_config().vision_config
     vision_config = {
         "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": shape.image_size,
@@ -71,7 +71,7 @@ def test_a_student_has_the_preset_s_encoder_and_the_teacher_s_decoder(teacher, p
         assert torch.equal(student(**prompts).pred_masks, teacher(**prompts).pred_masks)
         assert student.get_image_embeddings(torch.randn(1, 3, 32, 32)).std() > 0.1
 
-    with torch.no_grad():  # the copy is the student's own
+    with torch.no_grad():  # the student has copies of its own
         for parameter in student.parameters():
             parameter.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
@@ -88,7 +88,7 @@ def test_a_student_is_float32_whatever_the_teacher_and_the_config_are(teacher):
     student = create_student(rounded, config=config, attn_implementation="eager")
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert student.config.vision_config._attn_implementation == "eager"
-    assert config.dtype == torch.bfloat16  # the caller's is not touched
+    assert config.dtype == torch.bfloat16  # the caller's config is not changed
     own = decoder_state(rounded)
     assert all(torch.equal(tensor, own[name].float()) for name, tensor in decoder_state(student).items())
 
@@ -134,8 +134,14 @@ def test_a_patch_embedding_of_another_size_stays_fresh_and_says_so(teacher, capl
 
 @pytest.mark.parametrize(
     ("teacher_layers", "student_layers", "expected"),
-    [(12, 6, (0, 2, 4, 7, 9, 11)), (32, 6, (0, 6, 12, 19, 25, 31)), (5, 5, (0, 1, 2, 3, 4)), (7, 1, (6,)), (2, 2, (0, 1))],
-)  # fmt: skip
+    [
+        (12, 6, (0, 2, 4, 7, 9, 11)),
+        (32, 6, (0, 6, 12, 19, 25, 31)),
+        (5, 5, (0, 1, 2, 3, 4)),
+        (7, 1, (6,)),
+        (2, 2, (0, 1)),
+    ],
+)
 def test_evenly_spaced_layers(teacher_layers, student_layers, expected):
     assert evenly_spaced_layers(teacher_layers, student_layers) == expected
     with pytest.raises(ValueError, match=f"student of {teacher_layers + 1} layers.*teacher of {teacher_layers}"):
@@ -150,7 +156,8 @@ def test_a_preset_s_bands_are_an_eighth_of_any_image(teacher, num_rows, segment_
     sized = argparse.Namespace(
         prompt_encoder=teacher.prompt_encoder, mask_decoder=teacher.mask_decoder, state_dict=dict,
         config=SamConfig(
-            prompt_encoder_config={"hidden_size": 32, "image_size": 16 * num_rows}, mask_decoder_config={"hidden_size": 32}
+            prompt_encoder_config={"hidden_size": 32, "image_size": 16 * num_rows},
+            mask_decoder_config={"hidden_size": 32},
         ),
     )  # fmt: skip
     config = student_config(sized, "tiny", layer_norm_eps=1e-5)
@@ -178,23 +185,51 @@ def with_decoder(layer_norm_eps):
     return config
 
 
+FROM_LAYERS = {"initialize_from_teacher_layers": True}
 REFUSED = {
     "no SAM": (lambda t: {"teacher": nn.Linear(2, 2)}, "the teacher is a Linear, without SAM's prompt encoder"),
     "a vision model alone": (lambda t: {"teacher": t.vision_encoder}, "is a SamVisionEncoder, without SAM's"),
     "unknown preset": (lambda t: {"preset": "huge"}, "preset='huge' is not known. Use one of tiny, small, base"),
     "preset and config": (lambda t: {"preset": "tiny", "config": tiny_config()}, "Give one of them"),
     "another config": (lambda t: {"config": t.config}, "config is a SamConfig. Use a SamLighteningConfig"),
-    "NaN": (lambda t: {"teacher": poisoned(math.nan)}, "NaN or infinite values in vision_encoder.layers.4.mlp.lin2.bias"),
+    "NaN": (
+        lambda t: {"teacher": poisoned(math.nan)},
+        "NaN or infinite values in vision_encoder.layers.4.mlp.lin2.bias",
+    ),
     "inf": (lambda t: {"teacher": poisoned(-math.inf)}, "NaN or infinite values in vision_encoder.layers.4"),
-    "embedding channels": (lambda t: {"config": tiny_config(output_channels=64, num_pos_feats=32)}, "output_channels=64 must equal the teacher's 32"),
-    "embedding grid": (lambda t: {"config": tiny_config(image_size=64)}, "image_size // patch_size=16 must equal the teacher's 8"),
-    "decoder arithmetic": (lambda t: {"config": with_decoder(layer_norm_eps=1e-3)}, "mask_decoder_config.layer_norm_eps=0.001 must equal the teacher's 1e-06"),
-    "widths": (lambda t: {"preset": "tiny", "initialize_from_teacher_layers": True}, "hidden_size=384 and the teacher's 32 must agree"),
-    "mlp widths": (lambda t: {"config": tiny_config(mlp_dim=64), "initialize_from_teacher_layers": True}, "mlp_dim=64 and the teacher's 128 must agree"),
-    "depths": (lambda t: {"config": tiny_config(num_hidden_layers=7, segment_length=None, dilation_rate=2), "initialize_from_teacher_layers": True}, "student of 7 layers.*teacher of 6"),
-    "no positions": (lambda t: {"config": tiny_config(use_abs_pos=False), "initialize_from_teacher_layers": True}, "the student has no place for, first vision_encoder.pos_embed"),
-    "positions missing": (lambda t: {"teacher": sam_teacher(use_abs_pos=False), "config": tiny_config(), "initialize_from_teacher_layers": True}, "lacks 1 weights.*vision_encoder.pos_embed"),
-}  # fmt: skip
+    "embedding channels": (
+        lambda t: {"config": tiny_config(output_channels=64, num_pos_feats=32)},
+        "output_channels=64 must equal the teacher's 32",
+    ),
+    "embedding grid": (
+        lambda t: {"config": tiny_config(image_size=64)},
+        "image_size // patch_size=16 must equal the teacher's 8",
+    ),
+    "decoder arithmetic": (
+        lambda t: {"config": with_decoder(layer_norm_eps=1e-3)},
+        "mask_decoder_config.layer_norm_eps=0.001 must equal the teacher's 1e-06",
+    ),
+    "widths": (
+        lambda t: {"preset": "tiny", **FROM_LAYERS},
+        "hidden_size=384 and the teacher's 32 must agree",
+    ),
+    "mlp widths": (
+        lambda t: {"config": tiny_config(mlp_dim=64), **FROM_LAYERS},
+        "mlp_dim=64 and the teacher's 128 must agree",
+    ),
+    "depths": (
+        lambda t: {"config": tiny_config(num_hidden_layers=7, segment_length=None, dilation_rate=2), **FROM_LAYERS},
+        "student of 7 layers.*teacher of 6",
+    ),
+    "no positions": (
+        lambda t: {"config": tiny_config(use_abs_pos=False), **FROM_LAYERS},
+        "the student has no place for, first vision_encoder.pos_embed",
+    ),
+    "positions missing": (
+        lambda t: {"teacher": sam_teacher(use_abs_pos=False), "config": tiny_config(), **FROM_LAYERS},
+        "lacks 1 weights.*vision_encoder.pos_embed",
+    ),
+}
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
@@ -240,7 +275,7 @@ def test_another_image_size(make):
         assert torch.equal(tensor, weights[name]) == (name != "vision_encoder.pos_embed"), name
     outputs = larger(torch.randn(1, 3, 64, 64), input_points=torch.tensor([[[[20.0, 50.0]]]]))
     assert outputs.pred_masks.shape[-2:] == (64, 64)
-    back = change_image_size(larger, 32)  # smooth positions survive the way there and back
+    back = change_image_size(larger, 32)  # smooth positions survive two interpolations
     assert back.config.to_dict() == model.config.to_dict()
     if isinstance(model, SamLighteningModel):
         assert larger.config.vision_config.segment_length == (None, 64, None)
