@@ -20,14 +20,16 @@ def run(*arguments, **kwargs) -> str:
     return process.stdout
 
 
-# The imports of anyone who uses SAM through the Auto classes (with accelerate and triton, where they are installed).
-THEIRS = "from transformers import AutoModelForMaskGeneration, AutoProcessor, SamImageProcessor, SamModel, SamProcessor"
+# The imports of every user of SAM through the Auto classes (with accelerate and triton, where they are installed).
+TRANSFORMERS_SAM = (
+    "from transformers import AutoModelForMaskGeneration, AutoProcessor, SamImageProcessor, SamModel, SamProcessor"
+)
 
 
 def test_import_brings_in_nothing_that_transformers_sam_does_not():
     script = f"""
 import sys
-{THEIRS}
+{TRANSFORMERS_SAM}
 before = set(sys.modules)
 import samlight_hf
 print(sorted(set(sys.modules) - before))
@@ -42,10 +44,10 @@ def test_import_takes_no_longer_than_transformers_sam():
     script = f"""
 import time
 start = time.perf_counter()
-{THEIRS}
-theirs = time.perf_counter()
+{TRANSFORMERS_SAM}
+middle = time.perf_counter()
 import samlight_hf
-print((time.perf_counter() - theirs) / (theirs - start))
+print((time.perf_counter() - middle) / (middle - start))
 """
     assert min(float(run("-c", script)) for _ in range(2)) < 0.1
 
