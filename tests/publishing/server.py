@@ -67,7 +67,7 @@ class HubServer:
         self._httpd = _Listener(("127.0.0.1", 0), _Handler)
         self._httpd.daemon_threads, self._httpd.hub = True, self
         self.url = f"http://127.0.0.1:{self._httpd.server_port}"
-        # Large files are on another host (here a second name of this one): the client treats such redirects differently.
+        # Large files are on another host (a second name of this one): the client treats such redirects differently.
         self.storage_url = f"http://localhost:{self._httpd.server_port}"
 
     def __enter__(self) -> "HubServer":
