@@ -268,7 +268,7 @@ def _intervals(intervals: Mapping) -> str:
 
 
 def _protocol_order(item: tuple[str, Mapping]) -> tuple:
-    """Sort boxes first, then clicks by their number; within these, keep the order of the report."""
+    """Return a sort key: boxes first, then clicks by their number; otherwise the order of the report stays."""
     prompt = item[0].split("/")[0]
     return prompt != "box", int(prompt.split()[0]) if prompt[:1].isdigit() else 0
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel
 
-from samlight_hf import SamLighteningModel
+from samlight_hf import SamLighteningModel, hub
 from samlight_hf.images.reading import ImageError
 from samlight_hf.loading import CheckpointError, load_model
 from samlight_hf.publishing import verify as verification
@@ -49,6 +49,13 @@ def built(student, tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "folder"))
+
+
+def test_the_public_module_offers_every_step():
+    steps = {"CardFacts", "build_folder", "check_folder", "check_target", "publish", "render_card", "verify_folder"}
+    results = {"FolderError", "PublishError", "PublishedRevision", "VerificationReport"}
+    assert set(hub.__all__) == steps | results
+    assert all(hasattr(hub, name) for name in hub.__all__)
 
 
 # Building.
@@ -313,16 +320,16 @@ def test_an_image_that_is_none(built, tmp_path):
 
 
 def test_one_different_bit_is_seen():
-    ours = {"box masks": torch.ones(2, 2), "box scores": torch.zeros(1)}
-    compare_outputs(Path("x"), "an image", ours, {name: tensor.clone() for name, tensor in ours.items()})
-    for theirs in (
-        {**ours, "box masks": torch.nextafter(torch.ones(2, 2), torch.tensor(2.0))},
-        {"box masks": ours["box masks"]},
-        {**ours, "more": torch.ones(1)},
-        {**ours, "box masks": torch.full((2, 2), torch.nan)},
+    expected = {"box masks": torch.ones(2, 2), "box scores": torch.zeros(1)}
+    compare_outputs(Path("x"), "an image", expected, {name: tensor.clone() for name, tensor in expected.items()})
+    for actual in (
+        {**expected, "box masks": torch.nextafter(torch.ones(2, 2), torch.tensor(2.0))},
+        {"box masks": expected["box masks"]},
+        {**expected, "more": torch.ones(1)},
+        {**expected, "box masks": torch.full((2, 2), torch.nan)},
     ):
         with pytest.raises(FolderError, match="not what this package computes"):
-            compare_outputs(Path("x"), "an image", ours, theirs)
+            compare_outputs(Path("x"), "an image", expected, actual)
 
 
 # Targets that are refused without asking the Hub.

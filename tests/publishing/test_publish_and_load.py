@@ -92,7 +92,7 @@ print(json.dumps(results))
 
 
 def test_what_is_published_loads_elsewhere_by_tag_by_commit_and_offline(hub, folders, tmp_path):
-    """Load from the cache only; test_trainer_push.py loads from the server."""
+    """Only the cache is used here; test_trainer_push.py loads from the server."""
     first = upload(folders[0], tag="v1.0")
     second = upload(folders[1])
     assert second.commit == hub.repository(REPO).find("main").sha
