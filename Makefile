@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := $(VENV)/oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest lint format sync clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/samlight demo --out outputs/demo
@@ -30,6 +30,11 @@ docs: $(VENV)/ready
 format: $(VENV)/ready
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+# Checkpoints in the repository carry a copy of modeling/, and the package one of the model card's template.
+sync:
+	for folder in checkpoints/*/; do rm -f "$$folder"*.py && cp modeling/[!_]*.py "$$folder" || exit 1; done
+	cp model_card.md samlight_hf/publishing/model_card.md
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

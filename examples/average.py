@@ -1,4 +1,4 @@
-"""Averages the weights of checkpoints that were trained apart from a common beginning, and writes the result as one more.
+"""Average the weights of checkpoints that were fine-tuned from one initialization, and write a new checkpoint.
 
 python examples/average.py outputs/a/student outputs/b/student --out outputs/average
 samlight evaluate --model outputs/a/student --model outputs/average --dataset held_out.tar
@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from samlight_hf.conversion.averaging import average_models
+from samlight_hf.conversion import average_models
 from samlight_hf.loading import find_dtype, load_model
 from samlight_hf.utils.messages import make_console_safe
 
@@ -16,11 +16,11 @@ from samlight_hf.utils.messages import make_console_safe
 def main():
     make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="folders or Hub names; the first one's processor is kept")
-    parser.add_argument("--shares", nargs="+", type=float, help="of each, relative to the others; by default the same")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dtype", default="float32", help="of the weights that are written")
-    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("models", nargs="+", help="folders or Hub names; the processor is the first one's")
+    parser.add_argument("--shares", nargs="+", type=float, help="weight of each model, relative to the others (equal)")
+    parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--dtype", default="float32", help="dtype of the written weights (%(default)s)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (%(default)s)")
     args = parser.parse_args()
     try:
         dtype = find_dtype(args.dtype)
@@ -30,7 +30,7 @@ def main():
         average = average_models([model for model, _ in loaded], args.shares)
         average.to(dtype).save_pretrained(args.out, max_shard_size=args.max_shard_size)
         loaded[0][1].save_pretrained(args.out)
-        load_model(args.out, device="cpu")  # whole, finite, and of its config
+        load_model(args.out, device="cpu")  # raises where the written checkpoint is not complete and finite
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: the average of {len(args.models)} models")

@@ -1,9 +1,9 @@
-"""Rescales a checkpoint's scores so that everything mode finds masks at SAM's default thresholds; no mask changes.
+"""Rescale a checkpoint's scores so that SAM's default thresholds suit everything mode; no mask changes.
 
     python examples/calibrate.py outputs/x/student --data coco-train.tar --out outputs/calibrated
 
-The images must be annotated completely, and must not be those that the result is evaluated on: see `calibrate` in
-samlight_hf/evaluation/calibration.py for what is rescaled, and by which rule.
+The images must be annotated completely, and must not be those that the result is evaluated on. The method is described
+at `calibrate` in samlight_hf/evaluation/calibration.py.
 """
 
 import argparse
@@ -22,13 +22,15 @@ def main():
     make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("--data", nargs="+", required=True, help="tars of SA-1B's layout")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--masks-per-image", type=float, default=20.0, help="at the default thresholds (%(default)s)")
-    parser.add_argument("--points-per-side", type=int, default=32, help="(%(default)s)")
-    parser.add_argument("--limit", type=int, help="the first so many images")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--data", nargs="+", required=True, help="tars in SA-1B's layout")
+    parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument(
+        "--masks-per-image", type=float, default=20.0, help="number at the default thresholds (%(default)s)"
+    )
+    parser.add_argument("--points-per-side", type=int, default=32, help="side of the point grid (%(default)s)")
+    parser.add_argument("--limit", type=int, help="use only the first images")
+    parser.add_argument("--device", default="auto", help="torch device, or auto (%(default)s)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (%(default)s)")
     args = parser.parse_args()
     try:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):

@@ -1,11 +1,11 @@
-"""Splits tars of SA-1B's layout into images to train on and images that are held out, by a rule that never changes.
+"""Split tars in SA-1B's layout into training images and held-out images, reproducibly.
 
     python examples/split.py clothes.tar coco.tar streets.tar --out data/ --group 'street_[^_]*_f?[0-9]{2}'
 
-An image is held out if the SHA-256 of its name, as a fraction of its range, is below `--share`: the same images whatever
-else is in the tar, and on every machine. `--group` is for images that resemble each other, such as frames of a video:
-those whose names have the same match are kept together, since the match is hashed instead of the name. Each NAME.tar
-becomes NAME-train.tar and NAME-held-out.tar. Files are copied as they are; existing tars are not overwritten.
+An image is held out if the SHA-256 of its name, as a fraction of its range, is below `--share`. The split is the same
+on every machine and does not depend on the other images. `--group` keeps similar images together, such as frames of a
+video: the part of the name that it matches is hashed instead of the name. Each NAME.tar becomes NAME-train.tar and
+NAME-held-out.tar. Files are copied unchanged; existing tars are not overwritten.
 """
 
 import argparse
@@ -24,9 +24,9 @@ def main():
     make_console_safe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tars", nargs="+", help="tars, folders of tars or patterns")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new tars")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the new tars")
     parser.add_argument("--share", type=float, default=0.1, help="share of the images held out (%(default)s)")
-    parser.add_argument("--group", type=re.compile, metavar="REGEX", help="part of a name that near duplicates share")
+    parser.add_argument("--group", type=re.compile, metavar="REGEX", help="part of the name that similar images share")
     args = parser.parse_args()
     try:
         if not 0 < args.share < 1:
@@ -39,7 +39,11 @@ def main():
 
 
 def split(tar: Path, out: Path, share: float, group: re.Pattern | None):
-    """Write the two parts of one tar. Raises ValueError for a damaged tar, and where a part exists or would be empty."""
+    """Write the two parts of a tar.
+
+    Raises:
+        ValueError: For a damaged tar, and where a part exists already or would be empty.
+    """
     parts: dict[bool, list[tarfile.TarInfo]] = {False: [], True: []}
     for member in tar_members(tar):
         parts[is_held_out(PurePosixPath(member.name).stem, share, group)].append(member)
@@ -50,12 +54,12 @@ def split(tar: Path, out: Path, share: float, group: re.Pattern | None):
         if paths[held_out].exists():
             raise ValueError(f"{paths[held_out]} exists already. Move it away, or choose another --out.")
     for held_out, members in parts.items():
-        atomic_write(paths[held_out], lambda aside, members=members: copy(tar, members, aside))
+        atomic_write(paths[held_out], lambda path, members=members: copy(tar, members, path))
         print(f"{paths[held_out]}: {len({PurePosixPath(member.name).stem for member in members})} images")
 
 
 def is_held_out(name: str, share: float, group: re.Pattern | None = None) -> bool:
-    """Return whether the image of this name, without its suffix, is held out."""
+    """Return whether the image with this name (without suffix) is held out."""
     match = group.search(name) if group else None
     digest = hashlib.sha256((match.group() if match else name).encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -1,4 +1,4 @@
-"""A checkpoint from a folder or the Hub, loaded strictly: all of its weights, and nothing but its weights, or an error."""
+"""Strict loading of checkpoints from a folder or the Hub: a missing, unexpected or damaged weight raises an error."""
 
 import hashlib
 import re
@@ -17,11 +17,11 @@ from .utils import json_files
 from .utils.messages import one_line
 
 
-_MESSAGE_LIMIT = 300  # of what other libraries say
+_MESSAGE_LIMIT = 300  # characters of another library's error message
 MODEL_TYPES = ("sam_lightening", "sam")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; transformers would cast any other in silence
-# What transformers' Trainer keeps beside a model to go on from there. Pickles too, but no weights of a model.
+_STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; transformers silently casts any other dtype
+# Files that transformers' Trainer keeps beside a model to resume training: pickles that hold no weights of the model.
 TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|training_args\.bin")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 LOADING_ERRORS = (
@@ -30,7 +30,7 @@ LOADING_ERRORS = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line with what is wrong and what to do."""
+    """Error for a checkpoint that cannot be used. The message is one line that names the fault and the fix."""
 
 
 def load_model(
@@ -39,17 +39,24 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     model_types: tuple[str, ...] = MODEL_TYPES,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model, in eval mode on `device`, and its processor.
+    """Load a model and its processor. Only safetensors are read, never pickles.
 
-    `path_or_repo` is a folder or a Hub name ("org/name"), of one of `model_types`: by default a SAM-Lightening or an original
-    SAM, whose processors keep an image's aspect. Only safetensors are read, never pickles. `device` is torch's name of one, or "auto": CUDA if there is one, otherwise the CPU.
+    Args:
+        path_or_repo: Folder or Hub name ("org/name").
+        device: Name of a torch device, or "auto": CUDA where available, otherwise the CPU.
+        dtype: "float32", "bfloat16" or "float16", or the torch dtype.
+        model_types: Accepted values of the config's `model_type`. Default: SAM-Lightening and the original SAM, whose
+            processors keep an image's aspect ratio.
+
+    Returns:
+        The model in eval mode on `device`, and its processor.
 
     Raises:
-        CheckpointError: for missing, unexpected, mismatched, unreadable, NaN or infinite weights, another kind of model,
-            or a processor that does not fit. A model with random weights is never returned.
-        ValueError: for a device or a dtype that cannot be used here.
+        CheckpointError: For missing, unexpected, mismatched, unreadable, NaN or infinite weights, for another type of
+            model, and for a processor that does not fit. A model with random weights is never returned.
+        ValueError: For a device or a dtype that cannot be used here.
     """
-    device, dtype = find_device(device), find_dtype(dtype)
+    torch_device, torch_dtype = find_device(device), find_dtype(dtype)
     source = str(path_or_repo)
     if Path(source).expanduser().exists():
         source = str(Path(source).expanduser())
@@ -59,7 +66,7 @@ def load_model(
     with quiet_transformers():
         try:
             model, report = AutoModelForMaskGeneration.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+                source, dtype=torch_dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
             )
             processor = AutoProcessor.from_pretrained(source)
         except LOADING_ERRORS as error:
@@ -68,11 +75,15 @@ def load_model(
     _check_model(source, model, report, model_types)
     if model.config.model_type in MODEL_TYPES:
         _check_processor(source, model, processor)
-    return model.to(device).eval(), processor
+    return model.to(torch_device).eval(), processor
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; ValueError where it cannot be used on this machine."""
+    """Return the torch device of this name; "auto" is CUDA where available, otherwise the CPU.
+
+    Raises:
+        ValueError: For a device that cannot be used on this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -88,25 +99,29 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The floating point type of that name; ValueError for another."""
-    dtype = DTYPES.get(name, name)
-    if dtype not in DTYPES.values():
+    """Return the torch dtype of this name; one of `DTYPES` is returned unchanged.
+
+    Raises:
+        ValueError: For any other dtype.
+    """
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"dtype={name!r} is not known. Use one of {', '.join(DTYPES)}.")
     return dtype
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits that change with the weights."""
+    """Return 16 hexadecimal digits that depend on the names, shapes and values of the weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        bits = weight.double().view(torch.int64).sum().item()  # exact: the same by any number of threads, on any device
+        bits = weight.double().view(torch.int64).sum().item()  # an exact sum: independent of threads and device
         digest.update(f"{name} {tuple(weight.shape)} {bits}\n".encode())
     return digest.hexdigest()[:16]
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No warnings and no progress bars of transformers inside: what they would say is checked here, and raised."""
+    """Silence transformers' warnings and progress bars. Use it where their causes are checked and raised as errors."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -119,7 +134,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _check_folder(folder: Path, model_types: tuple[str, ...]):
-    """Raises CheckpointError for what can be seen without building a model."""
+    """Raise CheckpointError for faults that show without building a model."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file. Give the checkpoint's folder, with config.json in it.")
     config = read_json(folder / "config.json", "Is this a checkpoint's folder?")
@@ -149,18 +164,23 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, all inside its folder; CheckpointError where one of them is not there."""
+    """Return the paths of a checkpoint's safetensors files, all inside its folder.
+
+    Raises:
+        CheckpointError: Where a file is missing, the index names a file elsewhere, or the weights are pickled.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
         weight_map = read_json(index, "Copy or download it again.").get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        names: list = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
         for name in names:
-            if not (isinstance(name, str) and _SHARD.fullmatch(name)):  # "../../elsewhere" is read by transformers
+            if not (isinstance(name, str) and _SHARD.fullmatch(name)):  # transformers would follow "../../elsewhere"
                 raise CheckpointError(
                     f"{index}: {one_line(ValueError(repr(name)), _MESSAGE_LIMIT)} is no shard's name, such as "
-                    "model-00001-of-00002.safetensors. Do not use this checkpoint, or save it again with save_pretrained."
+                    "model-00001-of-00002.safetensors. Do not use this checkpoint, or save it again with "
+                    "save_pretrained."
                 )
         for name in set(names):
             if not (folder / name).is_file():
@@ -176,7 +196,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def how_to_convert(pickle: Path) -> str:
-    """The command that writes a pickled checkpoint's weights as safetensors, and runs no code that is in it."""
+    """Return a sentence with a command that converts a pickled checkpoint to safetensors without running its code."""
     if pickle.suffix == ".pth":
         load = f"from samlight_hf.conversion import load_teacher; model = load_teacher({str(pickle)!r}, 'cpu')[0]"
     else:
@@ -188,7 +208,7 @@ def how_to_convert(pickle: Path) -> str:
 
 
 def read_json(file: Path, fix: str) -> dict:
-    """A JSON object. Raises CheckpointError, ending with the `fix`, where there is none that can be read."""
+    """Read a JSON object from a file. The message of a CheckpointError ends with `fix`."""
     if not file.is_file():
         raise CheckpointError(f"{file.parent}: has no {file.name}. {fix}")
     try:

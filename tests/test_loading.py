@@ -107,10 +107,10 @@ def test_values_too_large_for_float16(folder):
         load_model(folder, "cpu", "float16")
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, 5000, -10])
-def test_truncated_weights(folder, kept):
+@pytest.mark.parametrize("end", [0, 4, 100, 5000, -10])
+def test_truncated_weights(folder, end):
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:end])
     refused(folder, "truncated or damaged")
 
 
@@ -189,12 +189,12 @@ def test_devices_and_dtypes(folder):
 def test_a_fingerprint_does_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
     model = torch.nn.Linear(1000, 1000)
-    before, found = torch.get_num_threads(), set()
+    before, fingerprints = torch.get_num_threads(), set()
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        found.add(weights_fingerprint(model))
+        fingerprints.add(weights_fingerprint(model))
     torch.set_num_threads(before)
-    assert len(found) == 1
+    assert len(fingerprints) == 1
     with torch.no_grad():
         model.weight[0, 0] += 1e-6
-    assert weights_fingerprint(model) not in found
+    assert weights_fingerprint(model) not in fingerprints

@@ -1,14 +1,17 @@
 """Check the package as a user installs and imports it."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "checkpoints" / "sam-lightening-tiny"
+CHECKPOINTS = sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir())
 
 
 def run(*arguments, **kwargs) -> str:
@@ -17,14 +20,16 @@ def run(*arguments, **kwargs) -> str:
     return process.stdout
 
 
-# The imports of anyone who uses SAM through the Auto classes (with accelerate and triton, where they are installed).
-THEIRS = "from transformers import AutoModelForMaskGeneration, AutoProcessor, SamImageProcessor, SamModel, SamProcessor"
+# The imports of every user of SAM through the Auto classes (with accelerate and triton, where they are installed).
+TRANSFORMERS_SAM = (
+    "from transformers import AutoModelForMaskGeneration, AutoProcessor, SamImageProcessor, SamModel, SamProcessor"
+)
 
 
 def test_import_brings_in_nothing_that_transformers_sam_does_not():
     script = f"""
 import sys
-{THEIRS}
+{TRANSFORMERS_SAM}
 before = set(sys.modules)
 import samlight_hf
 print(sorted(set(sys.modules) - before))
@@ -39,10 +44,10 @@ def test_import_takes_no_longer_than_transformers_sam():
     script = f"""
 import time
 start = time.perf_counter()
-{THEIRS}
-theirs = time.perf_counter()
+{TRANSFORMERS_SAM}
+middle = time.perf_counter()
 import samlight_hf
-print((time.perf_counter() - theirs) / (theirs - start))
+print((time.perf_counter() - middle) / (middle - start))
 """
     assert min(float(run("-c", script)) for _ in range(2)) < 0.1
 
@@ -82,12 +87,31 @@ build_folder("student", "built")
     assert (tmp_path / "built" / "README.md").read_text().count("\n## ") == 7
 
 
-def test_bundled_checkpoint_has_this_code():
-    """Compare the code that trust_remote_code=True runs with that of the package."""
-    modeling = ROOT / "modeling"
-    code = {path.name for path in modeling.glob("*.py")} - {"__init__.py"}
-    assert {path.name for path in CHECKPOINT.glob("*.py")} == code
-    for name in code:
-        assert (CHECKPOINT / name).read_bytes() == (modeling / name).read_bytes(), (
-            f"{CHECKPOINT / name} differs from modeling/{name}: copy it with `cp modeling/[cdim]*.py {CHECKPOINT}`"
-        )
+def code(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.py") if path.name != "__init__.py"}
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda path: path.name)
+def test_bundled_checkpoints_have_this_code(checkpoint):
+    """trust_remote_code=True on a bundled checkpoint runs the code of the package."""
+    assert code(checkpoint) == code(ROOT / "modeling"), f"{checkpoint} differs from modeling/: run `make sync`"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_sync_refreshes_the_copies(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "model_card.md", tmp_path)
+    shutil.copytree(ROOT / "modeling", tmp_path / "modeling")
+    (tmp_path / "samlight_hf" / "publishing").mkdir(parents=True)
+    folders = [tmp_path / "checkpoints" / name for name in ("one", "two words")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "dilated_attention.py").write_text("an older version")
+        (folder / "removed_since.py").write_text("a file that modeling/ no longer has")
+    subprocess.run(["make", "sync"], cwd=tmp_path, check=True, capture_output=True)
+    for folder in folders:
+        assert code(folder) == code(ROOT / "modeling")
+        assert not (folder / "__init__.py").exists()
+        assert (folder / "config.json").read_text() == "{}"
+    assert (tmp_path / "samlight_hf/publishing/model_card.md").read_bytes() == (ROOT / "model_card.md").read_bytes()

@@ -1,4 +1,4 @@
-"""Teachers from any SAM, original checkpoints included, students made of them, and averages of students."""
+"""Teachers from any SAM (original checkpoints included), students created from them, and averages of students."""
 
 from .averaging import average_models
 from .original import SamDecoder, convert_original_checkpoint, load_decoder

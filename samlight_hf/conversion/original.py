@@ -1,6 +1,6 @@
-"""Original SAM checkpoints (`.pth`) in transformers' layout.
+"""Conversion of original SAM checkpoints (`.pth`) to transformers' layout.
 
-Every weight is accounted for: what is missing, left over or of another shape is an error that names it.
+Every weight is accounted for: a missing, unexpected or misshapen weight raises an error that names it.
 """
 
 import pickle
@@ -22,14 +22,14 @@ from ..utils.messages import one_line
 ORIGINAL_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 DECODER_PARTS = ("shared_image_embedding.", "prompt_encoder.", "mask_decoder.")
 
-# Names in the original checkpoints -> names in transformers' SamModel, applied one after the other. The weights of a sequence
-# are numbered there, with the activations between them, and named here.
+# Original names -> names in transformers' SamModel. The originals number the modules of these sequences, activations
+# (None) included.
 _SEQUENCES = {
     "image_encoder.neck": ("conv1", "layer_norm1", "conv2", "layer_norm2"),
     "prompt_encoder.mask_downscaling": ("conv1", "layer_norm1", None, "conv2", "layer_norm2", None, "conv3"),
     "mask_decoder.output_upscaling": ("upscale_conv1", "upscale_layer_norm", None, "upscale_conv2"),
 }
-_RENAMES = {
+_RENAMES = {  # applied one after the other
     r"^image_encoder\.blocks\.(\d+)\.norm([12])\.": r"image_encoder.layers.\1.layer_norm\2.",
     r"^image_encoder\.blocks\.": "image_encoder.layers.",
     r"^image_encoder\.patch_embed\.proj\.": "image_encoder.patch_embed.projection.",
@@ -41,18 +41,21 @@ _RENAMES = {
     r"^mask_decoder\.output_upscaling\.": "mask_decoder.",
 }
 _SEQUENCE = re.compile(rf"^({'|'.join(map(re.escape, _SEQUENCES))})\.(\d+)\.")
-# The linear layers of a multilayer perceptron are numbered there, and first, middle and last here.
+# The originals number the linear layers of an MLP; transformers names them proj_in, layers.N and proj_out.
 _PERCEPTRON = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.")
-_ANCHOR = "mask_decoder.iou_token.weight"  # in every original checkpoint; what precedes it there is the prefix
+_ANCHOR = "mask_decoder.iou_token.weight"  # in every original checkpoint; used to find the prefix of all names
 _NESTED, _MAX_NESTING = ("model", "state_dict", "model_state_dict"), 4
-_NUM_ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16}  # ViT-B, ViT-L and ViT-H by their width
+_NUM_ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16}  # hidden size of ViT-B, ViT-L and ViT-H -> heads
 
 
 @dataclass(frozen=True)
 class SamDecoder:
-    """Prompt encoder and mask decoder of a SAM without its image encoder: all that a student copies.
+    """Prompt encoder and mask decoder of a SAM, without its image encoder: the part that a student copies.
 
-    `state_dict` has transformers' names: shared_image_embedding.*, prompt_encoder.* and mask_decoder.*.
+    Attributes:
+        prompt_encoder_config: Config of the prompt encoder.
+        mask_decoder_config: Config of the mask decoder.
+        state_dict: Weights under transformers' names: shared_image_embedding.*, prompt_encoder.* and mask_decoder.*.
     """
 
     prompt_encoder_config: SamPromptEncoderConfig
@@ -61,7 +64,11 @@ class SamDecoder:
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> "SamDecoder":
-        """Those of any model whose prompt encoder and mask decoder are transformers' SAM's; ValueError for another."""
+        """Take the two parts from any model that has transformers' SAM prompt encoder and mask decoder.
+
+        Raises:
+            ValueError: For a model without them.
+        """
         parts = (getattr(model, "prompt_encoder", None), getattr(model, "mask_decoder", None))
         if not isinstance(parts[0], SamPromptEncoder) or not isinstance(parts[1], SamMaskDecoder):
             raise ValueError(
@@ -78,21 +85,33 @@ def convert_original_checkpoint(
     window_size: int | None = None,
     global_attn_indexes: tuple[int, ...] | None = None,
 ) -> SamModel:
-    """A checkpoint of Meta's original SAM (`sam_vit_b_01ec64.pth` and the like, any width, depth and size) as a float32 SamModel.
+    """Convert a checkpoint of Meta's original SAM to transformers' SamModel.
 
-    The shape is deduced from the weights. What is given wins; it is needed for an image encoder without relative positions,
-    which tell windowed layers from global ones (and, but for the published widths, the number of heads). The mask decoder's 8
-    heads are in no shape: all of SAM's have 8. No pickled object is read, and the file is mapped into memory where it can be.
+    The architecture is deduced from the shapes of the weights; arguments override it. They are needed where the image
+    encoder has no relative positions, because these tell windowed layers from global ones. The mask decoder is assumed
+    to have 8 heads, as in every SAM. The file is memory-mapped where possible, and pickled objects are never loaded.
+
+    Args:
+        path: File such as `sam_vit_b_01ec64.pth`, of any width, depth and image size.
+        num_attention_heads: Heads of the image encoder. Without relative positions, only needed for other widths than
+            those of ViT-B, ViT-L and ViT-H.
+        window_size: Side of the attention windows in tokens; 0 for none.
+        global_attn_indexes: Layers that attend globally.
+
+    Returns:
+        The model in float32, on the CPU, in eval mode.
 
     Raises:
-        CheckpointError: a ValueError, for a file that holds no such checkpoint or needs pickled objects, for missing, unexpected,
-            misshapen, NaN or infinite weights, or for an image encoder that is no ViT of SAM's (MobileSAM's; `load_decoder`).
+        CheckpointError: For a file that holds no such checkpoint or needs pickled objects, for missing, unexpected,
+            misshapen, NaN or infinite weights, and for an image encoder that is not SAM's ViT (MobileSAM; use
+            `load_decoder`).
     """
     original = _Original.read(path)
     if "image_encoder.patch_embed.proj.weight" not in original.tensors:
         raise CheckpointError(
-            f"{path}: its image encoder is not SAM's ViT (MobileSAM, for one, has a TinyViT), and transformers' SAM has no other. "
-            "load_decoder takes its prompt encoder and mask decoder, from which create_student makes a student."
+            f"{path}: its image encoder is not SAM's ViT (MobileSAM, for one, has a TinyViT), and transformers' SAM "
+            "has no other. load_decoder takes its prompt encoder and mask decoder, from which create_student makes a "
+            "student."
         )
     vision = _vision_config(original, num_attention_heads, window_size, global_attn_indexes)
     prompt, mask_decoder = _decoder_configs(original, vision.image_size, vision.patch_size)
@@ -104,11 +123,18 @@ def convert_original_checkpoint(
 
 
 def load_decoder(path: str | Path, image_size: int = 1024, patch_size: int = 16) -> SamDecoder:
-    """Prompt encoder and mask decoder of an original checkpoint whose image encoder is of any kind, as MobileSAM's `mobile_sam.pt`.
+    """Load the prompt encoder and mask decoder of an original checkpoint with any image encoder, such as MobileSAM's.
 
-    The image encoder's weights are passed over. `image_size`, in pixels, and `patch_size` say in which frame prompts are and
-    how large the embedding is; a SAM's ViT tells them by its shapes, and then they are not looked at. Errors are those of
-    `convert_original_checkpoint`.
+    The image encoder's weights are ignored.
+
+    Args:
+        path: File such as `mobile_sam.pt`.
+        image_size: Longest side of the model's input in pixels: the frame of the prompts. Ignored, like `patch_size`,
+            where the image encoder is SAM's ViT, whose weights define both.
+        patch_size: Pixels per side of an image token; the image embedding has `image_size // patch_size` rows.
+
+    Raises:
+        CheckpointError: As in `convert_original_checkpoint`.
     """
     original = _Original.read(path)
     if "image_encoder.pos_embed" in original.tensors:
@@ -127,14 +153,14 @@ def load_decoder(path: str | Path, image_size: int = 1024, patch_size: int = 16)
 
 @dataclass(frozen=True)
 class _Original:
-    """The tensors of an original checkpoint by their original names, and the file they came from."""
+    """Tensors of an original checkpoint under their original names, and the path of the file."""
 
     source: str
     tensors: dict[str, torch.Tensor]
 
     @classmethod
     def read(cls, path: str | Path) -> "_Original":
-        """Reads the file, never unpickling objects, and finds SAM's weights in it under any prefix."""
+        """Read the file without unpickling objects, and find SAM's weights in it under any prefix."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file. Give the path of a checkpoint file.")
@@ -155,15 +181,15 @@ class _Original:
         )
 
     def shape(self, name: str, num_dims: int) -> tuple[int, ...]:
-        """The shape of a tensor from which the model's is deduced."""
+        """Return the shape of a tensor; raise CheckpointError unless it is there with `num_dims` dimensions."""
         shape = tuple(getattr(self.tensors.get(name), "shape", ()))
         if len(shape) != num_dims or 0 in shape:
-            what = f"{name} is {shape}, not of {num_dims} dimensions" if name in self.tensors else f"has no {name}"
-            raise CheckpointError(f"{self.source}: {what}. It is not in the layout of an original SAM.")
+            fault = f"{name} is {shape}, not of {num_dims} dimensions" if name in self.tensors else f"has no {name}"
+            raise CheckpointError(f"{self.source}: {fault}. It is not in the layout of an original SAM.")
         return shape
 
     def count(self, prefix: str) -> int:
-        """How many numbers follow the prefix: the length of a list of layers."""
+        """Count the layers of the list with this prefix."""
         pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
         return len({match[1] for match in map(pattern.match, self.tensors) if match})
 
@@ -190,14 +216,14 @@ def _vision_config(
     num_layers = original.count("image_encoder.blocks")
     mlp_dim = original.shape("image_encoder.blocks.0.mlp.lin1.weight", 2)[0]
     use_rel_pos = "image_encoder.blocks.0.attn.rel_pos_h" in original.tensors
-    if use_rel_pos:  # (2 * side - 1, channels of a head), where side is the window's or the whole image's
+    if use_rel_pos:  # (2 * side - 1, head_dim), where side is that of the window or of the whole token grid
         rel_pos = [original.shape(f"image_encoder.blocks.{i}.attn.rel_pos_h", 2) for i in range(num_layers)]
         sides = [(length + 1) // 2 for length, _ in rel_pos]
         windows = sorted({side for side in sides if side != grid_size})
         if len(windows) > 1:
             raise CheckpointError(
-                f"{original.source}: relative positions for windows of {' and '.join(map(str, windows))} tokens in an image of "
-                f"{grid_size}x{grid_size}; transformers' SAM has windows of one size."
+                f"{original.source}: relative positions for windows of {' and '.join(map(str, windows))} tokens in an "
+                f"image of {grid_size}x{grid_size}; transformers' SAM has windows of one size."
             )
         if window_size is None:
             window_size = windows[0] if windows else 0
@@ -206,7 +232,7 @@ def _vision_config(
         num_attention_heads = num_attention_heads or max(1, hidden_size // rel_pos[0][1])
     elif window_size is None or (window_size and global_attn_indexes is None):
         raise CheckpointError(
-            f"{original.source}: its image encoder has no relative positions, by which windowed and global layers are told apart. "
+            f"{original.source}: its image encoder has no relative positions, which tell windowed from global layers. "
             "Give window_size (0: no windows) and global_attn_indexes."
         )
     num_attention_heads = num_attention_heads or _NUM_ATTENTION_HEADS.get(hidden_size)
@@ -253,7 +279,7 @@ def _decoder_configs(
         num_multimask_outputs=original.shape("mask_decoder.mask_tokens.weight", 2)[0] - 1,
         iou_head_depth=original.count("mask_decoder.iou_prediction_head.layers"),
         iou_head_hidden_dim=original.shape("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
-        layer_norm_eps=1e-5,  # of the original's transformer blocks; transformers' default is 1e-6
+        layer_norm_eps=1e-5,  # as in the original's transformer blocks; transformers' default is 1e-6
     )
     return prompt, mask_decoder
 
@@ -261,7 +287,7 @@ def _decoder_configs(
 def _without_weights(
     source: str, vision: SamVisionConfig, prompt: SamPromptEncoderConfig, mask_decoder: SamMaskDecoderConfig
 ) -> SamModel:
-    """The model on the meta device, which spends no time and no memory on random weights."""
+    """Create the model on the meta device, without spending time and memory on random weights."""
     try:
         with torch.device("meta"):
             return SamModel(
@@ -272,7 +298,7 @@ def _without_weights(
 
 
 def _converted(original: _Original, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under transformers' names, in float32 and in memory of their own; exactly those that are expected."""
+    """Return float32 copies under transformers' names; raise CheckpointError unless all of them are expected."""
     num_perceptron_layers = original.count("mask_decoder.iou_prediction_head.layers")
     weights = {}
     for name, tensor in original.tensors.items():
@@ -284,8 +310,8 @@ def _converted(original: _Original, expected: Mapping[str, torch.Tensor]) -> dic
             raise CheckpointError(f"{original.source}: {name} is {kind}, not a floating point tensor.")
         if tensor.shape != expected[new_name].shape:
             raise CheckpointError(
-                f"{original.source}: {name} is {tuple(tensor.shape)}, where the other weights and what was given make it "
-                f"{tuple(expected[new_name].shape)}."
+                f"{original.source}: {name} is {tuple(tensor.shape)}, but the other weights and the arguments make "
+                f"it {tuple(expected[new_name].shape)}."
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{original.source}: NaN or infinite values in {name}. Use another checkpoint.")
@@ -305,8 +331,8 @@ def _new_name(name: str, num_iou_head_layers: int) -> str:
     elif match := _PERCEPTRON.match(name):
         last = (num_iou_head_layers if match[1].endswith("iou_prediction_head") else 3) - 1
         index = int(match[2])
-        place = {0: "proj_in", last: "proj_out"}.get(index, f"layers.{index - 1}")
-        name = f"{match[1]}.{place}.{name[match.end() :]}"
+        layer = {0: "proj_in", last: "proj_out"}.get(index, f"layers.{index - 1}")
+        name = f"{match[1]}.{layer}.{name[match.end() :]}"
     for pattern, replacement in _RENAMES.items():
         name = re.sub(pattern, replacement, name)
     return name

@@ -1,4 +1,7 @@
-"""A student from a teacher. Every weight is accounted for: what is missing, left over or of another shape is an error that names it."""
+"""Students created from a teacher.
+
+Every weight is accounted for: a missing, unexpected or misshapen weight raises an error that names it.
+"""
 
 import copy
 import logging
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"vision_encoder\.layers\.(\d+)\.")
 _RELATIVE_POSITIONS = re.compile(r"vision_encoder\.layers\.\d+\.attn\.rel_pos_[hw]")
 
-# Beside the weights, what says which function they compute.
+# Config fields that, together with the weights, define the function that is computed.
 _PROMPT_ENCODER_FIELDS = ("mask_input_channels", "num_point_embeddings", "hidden_act", "layer_norm_eps")
 _MASK_DECODER_FIELDS = (
     "hidden_act", "mlp_dim", "num_hidden_layers", "num_attention_heads", "attention_downsample_rate",
@@ -43,22 +46,30 @@ def create_student(
     initialize_from_teacher_layers: bool = False,
     attn_implementation: str | None = None,
 ) -> SamLighteningModel:
-    """A SAM-Lightening with the teacher's prompt encoder and mask decoder, float32, on the CPU, in eval mode.
+    """Create a SAM-Lightening with the teacher's prompt encoder and mask decoder.
 
-    `teacher` is a SamModel, a SamLighteningModel or a `SamDecoder`, on any device and in any floating point type. The
-    student's shape is `student_config(teacher, preset)` ("tiny" if nothing is said), or `config`. What is copied is
-    compared after loading, bit by bit in float32.
+    Copied weights are compared bit by bit, in float32, after loading.
 
-    The image encoder is fresh, from torch's random generator; with `initialize_from_teacher_layers`, its layers are copies of
-    evenly spaced ones of the teacher, and so are patch embedding, positions and neck. Relative positions, which
-    SAM-Lightening has not, are the only weights left behind. The patch embedding of another patch size stays fresh, with a warning.
+    Args:
+        teacher: SamModel, SamLighteningModel or `SamDecoder`, on any device and in any floating point type.
+        preset: Name of the student's shape, for `student_config(teacher, preset)`. Default: "tiny".
+        config: Config of the student, instead of a preset.
+        initialize_from_teacher_layers: Copy the image encoder's layers from evenly spaced layers of the teacher, and
+            its patch embedding, positions and neck. Relative positions, which SAM-Lightening does not have, are
+            dropped. A patch embedding for another patch size or number of channels stays random, with a warning. By
+            default the whole image encoder is random.
+        attn_implementation: As in `from_pretrained`.
+
+    Returns:
+        The student in float32, on the CPU, in eval mode.
 
     Raises:
-        ValueError: for a teacher that is no SAM, has another embedding size than `config` or another decoder, or holds
-            NaN or infinite values; for an unknown preset; for an initialization from layers of another shape.
+        ValueError: For a teacher that is not a SAM, that has another embedding size than `config` or another decoder,
+            or that holds NaN or infinite values; for an unknown preset; for an initialization from layers of another
+            shape.
     """
     decoder = teacher if isinstance(teacher, SamDecoder) else SamDecoder.from_model(teacher)
-    _check_finite(decoder.state_dict if teacher is decoder else teacher.state_dict())
+    _check_finite(teacher.state_dict if isinstance(teacher, SamDecoder) else teacher.state_dict())
     if config is None:
         config = student_config(teacher, "tiny" if preset is None else preset)
     elif preset is not None:
@@ -66,7 +77,8 @@ def create_student(
     elif getattr(config, "model_type", None) != SamLighteningConfig.model_type:
         raise ValueError(f"config is a {type(config).__name__}. Use a SamLighteningConfig, as student_config makes it.")
     _check_fit(config, decoder)
-    weights, fresh = dict(decoder.state_dict), ("vision_encoder.",)
+    weights = dict(decoder.state_dict)
+    fresh: tuple[str, ...] = ("vision_encoder.",)
     if initialize_from_teacher_layers:
         layers, fresh = _initial_layers(teacher, config.vision_config)
         weights.update(layers)
@@ -77,11 +89,19 @@ def create_student(
 
 
 def student_config(teacher: PreTrainedModel | SamDecoder, preset: str = "tiny", **vision_config) -> SamLighteningConfig:
-    """The shape of a student: width, depth and heads of the preset; image, patch, embedding and decoder of the teacher.
+    """Return a config with a preset's width, depth and heads, and the teacher's image, patch, embedding and decoder.
 
-    Keyword arguments go to the vision config and win. The layers alternate between bands and the whole image, as published:
-    a band is an eighth of the image's rows (8 rows of 64, w=512 of N=4096), or where 8 does not divide the rows, the
-    nearest number of rows that does; the whole image has r=2, or r=1 (full attention) where N is odd.
+    Layers alternate between bands and the whole image, as published. A band is an eighth of the rows of tokens (8 of
+    64, w=512 of N=4096) or, where 8 does not divide their number, the nearest number of rows that divides it. The whole
+    image has r=2, or r=1 (full attention) where the number of rows is odd.
+
+    Args:
+        teacher: As in `create_student`.
+        preset: Name of a preset ("tiny", ...).
+        **vision_config: Fields of the vision config; they override all others.
+
+    Raises:
+        ValueError: For an unknown preset or a teacher that is not a SAM.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is not known. Use one of {', '.join(PRESETS)}.")
@@ -108,10 +128,11 @@ def student_config(teacher: PreTrainedModel | SamDecoder, preset: str = "tiny", 
 
 
 def initialize_decoder(model: PreTrainedModel):
-    """Fresh weights for prompt encoder and mask decoder, in place, as the original SAM draws them: torch's own.
+    """Initialize prompt encoder and mask decoder in place with torch's defaults, as the original SAM does.
 
-    transformers draws them with a deviation of 0.02, which is meant to be loaded over. Trained from scratch, the embeddings of
-    a box's two corners are then all but the same, and so are the mask tokens: it takes many steps until prompts mean anything.
+    transformers initializes them with a standard deviation of 0.02, meant to be overwritten by a checkpoint. Trained
+    from scratch, the embeddings of a box's two corners would start nearly equal, and so would the mask tokens: prompts
+    would have no effect for many steps.
     """
     for part in (model.prompt_encoder, model.mask_decoder):
         for module in part.modules():
@@ -120,10 +141,13 @@ def initialize_decoder(model: PreTrainedModel):
 
 
 def initialize_positions(model: PreTrainedModel):
-    """Fixed waves for the image encoder's absolute positions, in place, which are zeros when they are fresh.
+    """Initialize the image encoder's absolute positions in place with 2D sine-cosine embeddings, instead of zeros.
 
-    Half of the channels tell the row and half the column, as sines and cosines of wavelengths from 2 pi to 20,000 pi patches (He et al.,
-    Masked Autoencoders, arXiv 2111.06377). They are trained on from there.
+    Half of the channels encode the row, half the column, with wavelengths from 2 pi to 20,000 pi patches (He et al.,
+    Masked Autoencoders, arXiv 2111.06377). They stay trainable. A model without absolute positions is left alone.
+
+    Raises:
+        ValueError: For a hidden size that is not divisible by 4.
     """
     positions = model.vision_encoder.pos_embed
     if positions is None:
@@ -140,14 +164,18 @@ def initialize_positions(model: PreTrainedModel):
 
 
 def change_image_size(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """A copy for images of another size: the same weights, with the absolute positions interpolated (bicubic).
+    """Return a copy of the model for another image size, with bicubically interpolated absolute positions.
 
-    The model still has to be trained on that size: its tokens see another part of the image. `segment_length`s keep their
-    share of the image.
+    The copy has to be trained at that size, because each token covers another share of the image. Segment lengths keep
+    their share of the tokens.
+
+    Args:
+        model: SamLighteningModel, or SamModel without relative positions.
+        image_size: New longest side of the input in pixels.
 
     Raises:
-        ValueError: for a size that the patches do not divide, and for an encoder with relative positions, whose number
-            depends on the size.
+        ValueError: For a size that `patch_size` does not divide, and for an image encoder with relative positions,
+            whose number depends on the size.
     """
     config = copy.deepcopy(model.config)
     vision, prompt = config.vision_config, config.prompt_encoder_config
@@ -155,7 +183,7 @@ def change_image_size(model: PreTrainedModel, image_size: int) -> PreTrainedMode
         raise ValueError(f"patch_size={vision.patch_size} must divide image_size={image_size}.")
     if vision.use_rel_pos:
         raise ValueError(
-            "an image encoder with use_rel_pos=True cannot change its size: its relative positions are of one."
+            "an image encoder with use_rel_pos=True cannot change its size, on which its relative positions depend."
         )
     share = (image_size / vision.image_size) ** 2
     if isinstance(vision, SamLighteningVisionConfig) and vision.segment_length is not None:
@@ -177,9 +205,12 @@ def change_image_size(model: PreTrainedModel, image_size: int) -> PreTrainedMode
 
 
 def evenly_spaced_layers(num_teacher_layers: int, num_student_layers: int) -> tuple[int, ...]:
-    """Indexes of the teacher's layers that the student's are matched to: the first, the last, and evenly between.
+    """Return the teacher layer for each student layer: the first, the last, and evenly spaced ones between.
 
-    A single student layer takes the last. Raises ValueError where the student is deeper than its teacher.
+    A single student layer is matched to the teacher's last layer.
+
+    Raises:
+        ValueError: Where the student is deeper than its teacher.
     """
     if not 1 <= num_student_layers <= num_teacher_layers:
         raise ValueError(
@@ -195,17 +226,26 @@ def evenly_spaced_layers(num_teacher_layers: int, num_student_layers: int) -> tu
 def load_teacher(
     path_or_repo: str | Path, device: str = "auto", dtype: str | torch.dtype = "float32"
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A teacher, in eval mode on `device`, and its processor, from a folder, a Hub name ("org/name"), or an original `.pth` file.
+    """Load a teacher and its processor. `save_pretrained` of both writes a folder that loads like any other.
 
-    `save_pretrained` of both writes a folder in safetensors that loads as any other. Errors are those of
-    `loading.load_model` and `convert_original_checkpoint`.
+    Args:
+        path_or_repo: Folder, Hub name ("org/name"), or original `.pth` file.
+        device: Name of a torch device, or "auto": CUDA where available, otherwise the CPU.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Returns:
+        The model in eval mode, and its processor.
+
+    Raises:
+        CheckpointError: As in `loading.load_model` and `convert_original_checkpoint`.
+        ValueError: For a device or a dtype that cannot be used here.
     """
     path = Path(path_or_repo).expanduser()
     if path.suffix not in ORIGINAL_SUFFIXES or path.is_dir():
         return load_model(path_or_repo, device, dtype)
-    device, dtype = find_device(device), find_dtype(dtype)
+    torch_device, torch_dtype = find_device(device), find_dtype(dtype)
     model = convert_original_checkpoint(path)
-    return model.to(device, dtype), make_processor(model.config.vision_config)
+    return model.to(torch_device, torch_dtype), make_processor(model.config.vision_config)
 
 
 def _check_finite(state_dict: Mapping[str, torch.Tensor]):
@@ -215,7 +255,7 @@ def _check_finite(state_dict: Mapping[str, torch.Tensor]):
 
 
 def _check_fit(config: SamLighteningConfig, decoder: SamDecoder):
-    """Raises ValueError where the teacher's prompt encoder and mask decoder would not do the same in the student."""
+    """Raise ValueError where the teacher's decoder would compute something else with the student's config."""
     vision, prompt = config.vision_config, decoder.prompt_encoder_config
     for name, value, teacher_value in (
         ("vision_config.output_channels", vision.output_channels, prompt.hidden_size),
@@ -223,8 +263,8 @@ def _check_fit(config: SamLighteningConfig, decoder: SamDecoder):
     ):
         if value != teacher_value:
             raise ValueError(
-                f"the student's {name}={value} must equal the teacher's {teacher_value}, so that their image embeddings are of one "
-                "size. Change the config, or use student_config(teacher, preset)."
+                f"the student's {name}={value} must equal the teacher's {teacher_value}, so that their image "
+                "embeddings have the same size. Change the config, or use student_config(teacher, preset)."
             )
     for part, fields in (
         ("prompt_encoder_config", _PROMPT_ENCODER_FIELDS),
@@ -242,7 +282,7 @@ def _check_fit(config: SamLighteningConfig, decoder: SamDecoder):
 def _initial_layers(
     teacher: PreTrainedModel | SamDecoder, config: SamLighteningVisionConfig
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The teacher's image encoder thinned to the student's layers, under the student's names; and what stays fresh."""
+    """Return evenly spaced teacher layers under the student's names, and prefixes of the weights that stay random."""
     if isinstance(teacher, SamDecoder):
         raise ValueError(
             "the teacher is a SamDecoder, which has no image encoder. Use initialize_from_teacher_layers=False."
@@ -252,10 +292,11 @@ def _initial_layers(
         value, teacher_value = getattr(config, field), getattr(teacher_config, field)
         if value != teacher_value:
             raise ValueError(
-                f"the student's {field}={value!r} and the teacher's {teacher_value!r} must agree to initialize its image encoder "
-                "from the teacher's layers. Change the config to agree, or use initialize_from_teacher_layers=False."
+                f"the student's {field}={value!r} and the teacher's {teacher_value!r} must agree to initialize its "
+                "image encoder from the teacher's layers. Change the config, or use "
+                "initialize_from_teacher_layers=False."
             )
-    fresh = ()
+    fresh: tuple[str, ...] = ()
     for field in ("patch_size", "num_channels"):
         value, teacher_value = getattr(config, field), getattr(teacher_config, field)
         if value != teacher_value:
@@ -282,10 +323,10 @@ def _initial_layers(
 
 
 def _load_exactly(student: SamLighteningModel, weights: dict[str, torch.Tensor], fresh: tuple[str, ...]):
-    """Loads the weights and compares them; raises where others are missing or left over than must be.
+    """Load the weights, compare them, and raise ValueError where any is missing, unexpected or misshapen.
 
-    `fresh` are the beginnings of the names that the weights must not have. Nothing is resized: positions that were
-    interpolated would be another model's.
+    `weights` must hold every weight of the student except those whose names begin with one of `fresh`. Nothing is
+    resized.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
     for name, tensor in weights.items():

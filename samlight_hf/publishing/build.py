@@ -1,4 +1,4 @@
-"""A checkpoint's folder that loads anywhere: safetensors, config, processor, code, model card and licence."""
+"""Checkpoint folders that load anywhere: safetensors, config, processor, code, model card and licence."""
 
 import importlib.metadata
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
@@ -13,8 +14,7 @@ from ..loading import TRAINER_STATE, load_model, weight_files
 from ..utils.atomic_files import replace_folder
 from ..utils.json_files import read_json
 from .card import render_card
-from .checks import AUTO_MAP, CARD_NAME, CODE, CODE_FOLDER, LICENSE_NAME, FolderError, refuse_pickles
-from .upload import _REPLACED
+from .checks import AUTO_MAP, CARD_NAME, CODE, CODE_FOLDER, LICENSE_NAME, LOADED_FILES, FolderError, refuse_pickles
 
 
 def build_folder(
@@ -23,15 +23,24 @@ def build_folder(
     card: str | None = None,
     max_shard_size: int | str | None = None,
 ) -> list[Path]:
-    """Makes a folder that loads anywhere from a checkpoint's: safetensors, config, processor, code, README.md, LICENSE.
+    """Build a folder that loads anywhere from a checkpoint: safetensors, config, processor, code, README.md, LICENSE.
 
-    Weights keep their values and dtypes, in one file, or in shards of at most `max_shard_size` ("2GB", or bytes). `card` is
-    the text of README.md, by default `render_card(source)`. Nothing else of `source` is taken: no optimizer, no logs. `destination` is written aside
-    and moved; an earlier one that was built is replaced. Returns its files, sorted.
+    Weights keep their values and dtypes. Nothing else of `source` is copied: no optimizer states, no logs. The folder
+    is written under another name and moved into place; a folder built earlier is replaced.
+
+    Args:
+        source: Folder of the checkpoint.
+        destination: Folder to create, or one built earlier.
+        card: Text of README.md. Default: `render_card(source)`.
+        max_shard_size: Largest size of a weight file, such as "2GB", or in bytes. Default: a single file.
+
+    Returns:
+        The paths of the files in `destination`, sorted.
 
     Raises:
-        CheckpointError, FolderError: for a source that is no whole checkpoint of finite safetensors weights, or has pickled ones.
-        ValueError: for a destination that holds something else, and for a shard size that is none.
+        CheckpointError: For a source whose weights are incomplete, not finite or not safetensors.
+        FolderError: For a source that does not exist or holds pickled weights.
+        ValueError: For a destination that holds other files, and for an invalid shard size.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check_destination(source, destination)
@@ -40,20 +49,20 @@ def build_folder(
     elif not source.exists():
         raise FolderError(f"{source}: no such folder. Give the checkpoint's folder, with config.json in it.")
     _, processor = load_model(source, "cpu")
-    card = render_card(source) if card is None else card
+    readme = render_card(source) if card is None else card
 
-    def write(aside: Path):
-        aside.mkdir(parents=True)
-        weights = {}
+    def write(folder: Path):
+        folder.mkdir(parents=True)
+        weights: dict[str, torch.Tensor] = {}
         for path in weight_files(source):
             weights |= load_file(path)
-        save_torch_state_dict(weights, aside, max_shard_size=max_shard_size or "1TB", metadata={"format": "pt"})
-        processor.save_pretrained(aside)
-        model_type = _write_config(source, aside)
+        save_torch_state_dict(weights, folder, max_shard_size=max_shard_size or "1TB", metadata={"format": "pt"})
+        processor.save_pretrained(folder)
+        model_type = _write_config(source, folder)
         for name in CODE if model_type == "sam_lightening" else ():
-            shutil.copyfile(CODE_FOLDER / name, aside / name)
-        (aside / CARD_NAME).write_text(card, encoding="utf-8")
-        (aside / LICENSE_NAME).write_text(_license_text(), encoding="utf-8")
+            shutil.copyfile(CODE_FOLDER / name, folder / name)
+        (folder / CARD_NAME).write_text(readme, encoding="utf-8")
+        (folder / LICENSE_NAME).write_text(_license_text(), encoding="utf-8")
 
     replace_folder(destination, write)
     return sorted(destination.iterdir())
@@ -66,7 +75,7 @@ def _check_destination(source: Path, destination: Path):
         raise ValueError(f"{destination} is a file. Choose another destination.")
     if destination.is_dir():
         known = {*CODE, CARD_NAME, LICENSE_NAME, "config.json"}
-        foreign = [p for p in destination.iterdir() if p.name not in known and not _REPLACED.fullmatch(p.name)]
+        foreign = [p for p in destination.iterdir() if p.name not in known and not LOADED_FILES.fullmatch(p.name)]
         if foreign:
             raise ValueError(
                 f"{destination} holds {foreign[0].name}, which is no part of a checkpoint. Choose another one."
@@ -74,7 +83,7 @@ def _check_destination(source: Path, destination: Path):
 
 
 def _write_config(source: Path, destination: Path) -> str:
-    """The source's config with what trust_remote_code=True needs; returns its model_type."""
+    """Write the source's config, with the auto_map that trust_remote_code=True needs, and return its model_type."""
     config = read_json(source / "config.json", dict)
     config.pop("_name_or_path", None)
     config.pop("auto_map", None)
@@ -86,7 +95,7 @@ def _write_config(source: Path, destination: Path) -> str:
 
 
 def _license_text() -> str:
-    """Of the code, as it is in a clone of the repository, or as pip installed it."""
+    """Return the licence of the code, from a clone of the repository or from the installed distribution."""
     path = Path(__file__).parents[2] / LICENSE_NAME
     if path.is_file() and (path.parent / "pyproject.toml").is_file():
         return path.read_text(encoding="utf-8")

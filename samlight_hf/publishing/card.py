@@ -1,6 +1,7 @@
-"""Model cards: the template model_card.md filled from a checkpoint's config, its training and its evaluation.
+"""Model cards: the template model_card.md, filled from a checkpoint's config, its training and its evaluation.
 
-What no file can tell, such as the terms of the training data, stands in a `card.yaml` beside the weights (`CardFacts`).
+Facts that no program writes, such as the terms of the training data, come from a `card.yaml` beside the weights
+(`CardFacts`).
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -21,6 +23,7 @@ from ..utils.atomic_files import read_yaml
 from ..utils.json_files import read_json
 from ..utils.messages import one_line
 from .card_tables import (
+    Rows,
     architecture_rows,
     evaluation_results,
     evaluation_section,
@@ -31,25 +34,32 @@ from .card_tables import (
 from .checks import FolderError, as_folder_errors, check_text, without_absolute_paths
 
 
-TEMPLATE = Path(__file__).with_name("model_card.md")  # a copy of the repository's, for wheels
+TEMPLATE = Path(__file__).with_name("model_card.md")  # a copy of the repository's, part of the package
 FACTS_NAME, EVALUATION_NAME, TRAINING_NAME = "card.yaml", "evaluation.json", "training.json"
-# Of the facts that are mappings of texts, the keys.
 _KEYS = {"training_data": ("name", "terms", "id"), "evaluation": ("name", "id", "split", "note")}
-# Of the facts that are no text.
-_KINDS = {"training_data": list, "tags": list, "evaluation": dict, "thresholds": dict, "base_model": (str, list)}
+_TYPES: dict[str, type | tuple[type, ...]] = {  # other facts are texts
+    "training_data": list,
+    "tags": list,
+    "evaluation": dict,
+    "thresholds": dict,
+    "base_model": (str, list),
+}
 
 CITATION = """\
 @article{song2024samlightening,
-  title   = {SAM-Lightening: A Lightweight Segment Anything Model with Dilated Flash Attention to Achieve 30 times Acceleration},
-  author  = {Song, Yanfei and Pu, Bangzheng and Wang, Peng and Jiang, Hongxu and Dong, Dong and Cao, Yongxiang and Shen, Yiqing},
+  title   = {SAM-Lightening: A Lightweight Segment Anything Model with Dilated Flash Attention to \
+Achieve 30 times Acceleration},
+  author  = {Song, Yanfei and Pu, Bangzheng and Wang, Peng and Jiang, Hongxu and Dong, Dong and Cao, Yongxiang and
+             Shen, Yiqing},
   journal = {arXiv preprint arXiv:2403.09195},
   year    = {2024}
 }"""
 SAM_CITATION = """\
 @article{kirillov2023segment,
   title   = {Segment Anything},
-  author  = {Kirillov, Alexander and Mintun, Eric and Ravi, Nikhila and Mao, Hanzi and Rolland, Chloe and Gustafson, Laura and
-             Xiao, Tete and Whitehead, Spencer and Berg, Alexander C. and Lo, Wan-Yen and Doll{\\'a}r, Piotr and Girshick, Ross},
+  author  = {Kirillov, Alexander and Mintun, Eric and Ravi, Nikhila and Mao, Hanzi and Rolland, Chloe and
+             Gustafson, Laura and Xiao, Tete and Whitehead, Spencer and Berg, Alexander C. and Lo, Wan-Yen and
+             Doll{\\'a}r, Piotr and Girshick, Ross},
   journal = {arXiv preprint arXiv:2304.02643},
   year    = {2023}
 }"""
@@ -57,12 +67,24 @@ SAM_CITATION = """\
 
 @dataclasses.dataclass
 class CardFacts:
-    """What a card says that no other file tells; all of it may be left out. Texts are Markdown.
+    """Facts of a card that no other file holds. All are optional; texts are Markdown.
 
-    `license` is that of the weights, which follows from the data and the teacher, as the Hub names it ("apache-2.0"), or
-    "other" with a `license_name`. `base_model` is the teacher's Hub name (or several). `training_data` are mappings with `name`, `terms` and,
-    for a data set of the Hub, `id`. `evaluation` says what the evaluated images are: `name`, `id`, `split`, `note`. `thresholds` are
-    arguments of the mask-generation pipeline that suit this model, and `thresholds_reason` says why.
+    Attributes:
+        name: Name of the model.
+        summary: One or two sentences on what it is good for.
+        license: Licence of the weights, which follows from the data and the teacher, by its name on the Hub
+            ("apache-2.0"), or "other" together with a `license_name`.
+        license_name: Name of a licence that the Hub does not know.
+        license_link: Address of that licence.
+        base_model: Hub name of the teacher, or of several.
+        training: Description of the training.
+        training_data: Mappings with `name`, `terms` and, for a dataset of the Hub, `id`.
+        terms: Further terms of use.
+        limits: List of limits.
+        evaluation: `name`, `id`, `split` and `note` of the evaluated images.
+        thresholds: Arguments of the mask-generation pipeline that suit this model.
+        thresholds_reason: Reason for the thresholds.
+        tags: Further tags on the Hub.
     """
 
     name: str | None = None
@@ -82,7 +104,11 @@ class CardFacts:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "CardFacts":
-        """Those of the folder's card.yaml; nothing where there is none. Raises ValueError for a file that is wrong."""
+        """Read the folder's card.yaml, or return empty facts where there is none.
+
+        Raises:
+            ValueError: For a file that cannot be read or has other content.
+        """
         path = Path(folder) / FACTS_NAME
         if not path.is_file():
             return cls()
@@ -90,18 +116,23 @@ class CardFacts:
 
     @classmethod
     def of(cls, content: Mapping, where: str = "facts") -> "CardFacts":
-        """Raises ValueError for a key that is not known, and for a value of another kind."""
+        """Create facts from a mapping. `where` names its source in messages.
+
+        Raises:
+            ValueError: For an unknown key, and for a value of another type.
+        """
         if not isinstance(content, Mapping):
             raise ValueError(f"{where}: must hold keys and values, such as name: My student.")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for key, value in content.items():
             if key not in fields:
                 raise ValueError(f"{where}: {key!r} is not known. Use some of {', '.join(fields)}.")
-            if not isinstance(value, _KINDS.get(key, str)):
+            if not isinstance(value, _TYPES.get(key, str)):
                 raise ValueError(
                     f"{where}: {key} is a {type(value).__name__}, which it cannot be. See docs/publishing.md."
                 )
-        facts = cls(**{key: value.strip() if isinstance(value, str) else value for key, value in content.items()})
+        values: dict[str, Any] = {k: value.strip() if isinstance(value, str) else value for k, value in content.items()}
+        facts = cls(**values)
         if not all(isinstance(row, Mapping) and row.get("name") for row in facts.training_data):
             raise ValueError(f"{where}: each of training_data needs a name, and should have terms.")
         for row in facts.training_data:
@@ -111,7 +142,7 @@ class CardFacts:
 
 
 def _check_texts(facts: Mapping, name: str, where: str):
-    """Raises ValueError for a key of training_data or evaluation that is not known, and for a value that is no text."""
+    """Raise ValueError for an unknown key of training_data or evaluation, and for a value that is not a text."""
     for key, value in facts.items():
         if key not in _KEYS[name]:
             raise ValueError(f"{where}: {key!r} of {name} is not known. Use some of {', '.join(_KEYS[name])}.")
@@ -130,23 +161,34 @@ def render_card(
     repo_id: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """The text of README.md for a checkpoint's folder: metadata of the Hub, and the sections of model_card.md.
+    """Render the README.md of a checkpoint's folder: metadata for the Hub, and the sections of model_card.md.
 
-    `evaluation` is the report.json of `samlight evaluate`, `training` what a distillation used (`training_rows` says what is
-    read), `benchmark` the JSON of benchmarks/run.py; each as a file or as its content. What is not given is looked for in the folder
-    (evaluation.json, training.json, card.yaml), and what is not there either, the card says is not known. With `step`, the
-    card says that it is a checkpoint of a training, with `repo_id` and `revision` its examples load from the Hub. Nothing is run, and
-    nothing is asked of the network.
+    Runs no model and does not use the network. The card says so where a part is not known.
+
+    Args:
+        folder: Folder of the checkpoint.
+        evaluation: Report of `samlight evaluate`: path of report.json, or its content. Default: evaluation.json in the
+            folder, if there is one.
+        training: Settings and results of a distillation (`training_rows`): path, content, or several of them. Default:
+            training.json in the folder, if there is one.
+        benchmark: Output of benchmarks/run.py: path of the JSON, or its content.
+        facts: Facts that no other file holds. Default: card.yaml in the folder, if there is one.
+        step: Training step, for a card of an intermediate checkpoint.
+        repo_id: Repository from which the card's examples load. Default: the folder.
+        revision: Revision for the examples.
+
+    Returns:
+        The text of the card, without absolute paths.
 
     Raises:
-        ValueError: for files that cannot be read or are of another shape, and for texts that hold a secret.
+        ValueError: For files that cannot be read or have other content, and for texts that hold a secret.
     """
     folder = Path(folder)
     config = _read_config(folder)
     facts = CardFacts.read(folder) if facts is None else facts
-    training = _content(training if training is not None else _beside(folder, TRAINING_NAME))
-    stages = training_rows(training)
-    if facts.base_model is None and (teacher := _teacher(training)):
+    training_content = _content(training if training is not None else _beside(folder, TRAINING_NAME))
+    stages = training_rows(training_content)
+    if facts.base_model is None and (teacher := _teacher(training_content)):
         facts = dataclasses.replace(facts, base_model=teacher)
     name = facts.name or (repo_id or folder.resolve().name).split("/")[-1]
     report = _content(evaluation if evaluation is not None else _beside(folder, EVALUATION_NAME))
@@ -172,7 +214,7 @@ def render_card(
         loading_arguments=(f', revision="{revision}"' if revision else "") + ", trust_remote_code=True" * has_code,
         threshold_arguments="".join(f", {key}={value!r}" for key, value in facts.thresholds.items()),
         evaluation=section,
-        data_table=markdown_table([["data", "terms"], *([r["name"], r.get("terms") or "not stated"] for r in facts.training_data)]),
+        data_table=markdown_table(_data_rows(facts)),
         training_table=markdown_table(stages),
         terms=_terms(facts, has_code),
         image_size=f"{config.vision_config.image_size:,}",
@@ -201,6 +243,10 @@ def _metadata(facts: CardFacts, name: str, section: Mapping | None, has_code: bo
     )
 
 
+def _data_rows(facts: CardFacts) -> Rows:
+    return [["data", "terms"], *([data["name"], data.get("terms") or "not stated"] for data in facts.training_data)]
+
+
 def _terms(facts: CardFacts, has_code: bool) -> str:
     name = f"{facts.license} ({facts.license_name})" if facts.license_name else facts.license
     name = f"[{name}]({facts.license_link})" if facts.license_link else name
@@ -225,7 +271,7 @@ def _last_step(stages: Sequence[Sequence[str]]) -> str | None:
 
 
 def _teacher(training) -> str | None:
-    """The teacher's Hub name, where the training says one."""
+    """Return the teacher's Hub name, where the training names one."""
     teacher = training.get("teacher") if isinstance(training, Mapping) else None
     if (
         not isinstance(teacher, str)
@@ -258,7 +304,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str], int]:
-    """Shapes by name, dtypes and bytes of the weights, from the headers of their files."""
+    """Return shapes by name, dtypes, and file size in bytes of the weights, from the headers of their files."""
     with as_folder_errors():
         paths = weight_files(folder)
     shapes, dtypes, num_bytes = {}, set(), sum(path.stat().st_size for path in paths)
@@ -281,9 +327,9 @@ def _beside(folder: Path, name: str) -> Path | None:
 
 
 def _content(source):
-    """The JSON of a file, of several, or content as it is."""
+    """Read the JSON object of a file, or of each file of a sequence; return a mapping unchanged."""
     if source is None or isinstance(source, Mapping):
         return source
     if isinstance(source, Sequence) and not isinstance(source, str):
-        return [_content(each) for each in source]
+        return [_content(item) for item in source]
     return read_json(source, dict)

@@ -1,8 +1,9 @@
-"""The numbers of a model card, as rows of tables: every one is read from a file that a program wrote."""
+"""Tables of a model card. Every number is read from a file that a program wrote."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from huggingface_hub import EvalResult
 from transformers import PreTrainedConfig
@@ -14,16 +15,16 @@ from .checks import without_absolute_paths
 Rows = list[list[str]]
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Of a stage's settings and results, what a reader asks for; the rest is in the code.
-_TRAINING = (
-    "max_steps", "global_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "bf16", "fp16",
-    "seed", "num_focus_layers", "layer_weights", "ramp_fraction", "num_prompts", "box_share", "num_refinements", "focal_weight",
-    "bce_weight", "dice_weight", "iou_weight", "train_loss", "images_per_second", "seconds",
+_TRAINING = (  # settings and results of a stage that a card shows
+    "max_steps", "global_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
+    "bf16", "fp16", "seed", "num_focus_layers", "layer_weights", "ramp_fraction", "num_prompts", "box_share",
+    "num_refinements", "focal_weight", "bce_weight", "dice_weight", "iou_weight", "train_loss", "images_per_second",
+    "seconds",
 )  # fmt: skip
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table with its first row as the header; nothing where there is no second row."""
+    """Render a Markdown table with the first row as its header; return an empty text where there is no second row."""
     if len(rows) < 2:
         return ""
     lines = ["| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |" for row in rows]
@@ -33,42 +34,60 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def architecture_rows(
     config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], dtypes: set[str], num_bytes: int
 ) -> Rows:
-    """What the config and the headers of the weights say. `shapes` are those of the weights by name."""
+    """Return rows on architecture and size, from the config and the headers of the weights.
+
+    Args:
+        config: Config of a SAM-Lightening or an original SAM.
+        shapes: Shapes of the weights, by their names.
+        dtypes: safetensors' names of the weights' dtypes.
+        num_bytes: Size of the weight files.
+    """
     vision = config.vision_config
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    # One tensor under two names, in files that hold both.
+    # shared_embedding is a second name of a tensor; some files hold both.
     total = sum(size for name, size in sizes.items() if not name.startswith("prompt_encoder.shared_embedding."))
     encoder = sum(size for name, size in sizes.items() if name.startswith("vision_encoder."))
     num_tokens = (vision.image_size // vision.patch_size) ** 2
+    width, depth, num_heads = vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads
+    image, patch = (f"{size} x {size} px" for size in (vision.image_size, vision.patch_size))
+    dtype_names = ", ".join(_DTYPES.get(dtype, dtype) for dtype in sorted(dtypes))
     return [
         ["", ""],
         ["parameters", f"{_short(total)}, of which {_short(encoder)} in the image encoder"],
-        ["image encoder", f"{vision.hidden_size} wide, {vision.num_hidden_layers} layers, {vision.num_attention_heads} heads"],
-        ["image", f"{vision.image_size} x {vision.image_size} px, longest side resized, the rest padded; {num_tokens:,} tokens of "
-                    f"{vision.patch_size} x {vision.patch_size} px"],
+        ["image encoder", f"{width} wide, {depth} layers, {num_heads} heads"],
+        ["image", f"{image}, longest side resized, the rest padded; {num_tokens:,} tokens of {patch}"],
         ["attention", _attention(config, num_tokens)],
-        ["weights", f"{', '.join(_DTYPES.get(dtype, dtype) for dtype in sorted(dtypes))}, {num_bytes / 1e6:,.1f} MB of safetensors"],
-    ]  # fmt: skip
+        ["weights", f"{dtype_names}, {num_bytes / 1e6:,.1f} MB of safetensors"],
+    ]
 
 
 def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) -> dict:
-    """What a card says of a `samlight evaluate` report: of its only model, or of the one that has one of these names.
+    """Extract from a `samlight evaluate` report what a card says about one model.
 
-    Raises ValueError for another kind of file, and where no model, or more than one, could be meant.
+    Args:
+        report: Content of report.json.
+        facts: `CardFacts.evaluation`.
+        names: Names by which the report may call the model. Ignored where the report has only one model.
+
+    Returns:
+        Values for the template, with "scores", "extra" and "settings" of the report.
+
+    Raises:
+        ValueError: For another kind of file, and where no model, or more than one, has one of the names.
     """
     models = report.get("models")
     if report.get("format_version") != 1 or not isinstance(models, list) or not models:
         raise ValueError("the evaluation is no report.json of `samlight evaluate` (format_version 1).")
     if not all(map(_is_result, models)):
         raise ValueError(
-            "the evaluation is no whole report.json: one of its models lacks settings, with the model, or scores. Run "
-            "`samlight evaluate` again."
+            "the evaluation is no complete report.json: one of its models lacks settings, with the model, or scores. "
+            "Run `samlight evaluate` again."
         )
-    found = [model for model in models if model["settings"]["model"] in names] if len(models) > 1 else models
-    if len(found) != 1:
+    matches = [model for model in models if model["settings"]["model"] in names] if len(models) > 1 else models
+    if len(matches) != 1:
         known = ", ".join(str(model["settings"]["model"]) for model in models)
         raise ValueError(f"the evaluation is of {known}: none of them, or more than one, is {' or '.join(names)}.")
-    settings, scores = found[0]["settings"], found[0]["scores"]
+    settings, scores = matches[0]["settings"], matches[0]["scores"]
     dataset = facts.get("name") or without_absolute_paths(str(settings.get("dataset") or "unnamed data"))
     has_boundary = any(_mean(score.get("boundary_iou")) is not None for score in scores.values())
     rows = [["prompt", "mask taken", "mIoU", *["boundary IoU"] * has_boundary]]
@@ -79,7 +98,7 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
     extra_rows = [["measure", "value"], *([name, f"{value:.3f}"] for name, value in extra.items())]
     versions = [f"{name} {version}" for name, version in (settings.get("versions") or {}).items()]
     setting = [settings.get("dtype"), settings.get("device"), settings.get("date"), *versions]
-    if settings["model"] not in names:  # a reader should know, and a report of other weights be seen
+    if settings["model"] not in names:  # shows where a report may be of other weights
         setting.insert(0, f"evaluated as `{without_absolute_paths(str(settings['model']))}`")
     skipped = [f"{count} x {reason}" for reason, count in (settings.get("skipped") or {}).items()]
     return {
@@ -91,7 +110,7 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
         "setting": ", ".join(str(part) for part in setting if part),
         "table": "\n\n".join(table for table in (markdown_table(rows), markdown_table(extra_rows)) if table),
         "intervals": _intervals(report.get("intervals") or {}),
-        "protocols": [without_absolute_paths(str(each)) for each in settings.get("protocols") or ()]
+        "protocols": [without_absolute_paths(str(sentence)) for sentence in settings.get("protocols") or ()]
         + [f"Skipped: {', '.join(skipped)}"] * bool(skipped),
         "command": without_absolute_paths(str(settings.get("command") or "")),
         "calibration": _calibration(scores),
@@ -102,7 +121,7 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
 
 
 def _is_result(model) -> bool:
-    """Whether a report says of a model what a card is made of."""
+    """Return whether a model's entry of a report has the parts that a card needs."""
     settings, scores = (model.get(key) if isinstance(model, Mapping) else None for key in ("settings", "scores"))
     return (
         isinstance(settings, Mapping)
@@ -113,7 +132,7 @@ def _is_result(model) -> bool:
 
 
 def evaluation_results(section: Mapping) -> list[EvalResult]:
-    """The Hub's metadata of an `evaluation_section`: one result for each protocol and metric that has a number."""
+    """Return the Hub's metadata of an `evaluation_section`: one result per protocol and metric that has a number."""
     common = {
         "task_type": "mask-generation", "task_name": "Mask Generation", "dataset_type": section["dataset_id"],
         "dataset_name": section["dataset"], "dataset_split": section["split"],
@@ -134,20 +153,25 @@ def evaluation_results(section: Mapping) -> list[EvalResult]:
 
 
 def training_rows(training: Mapping | Sequence[Mapping] | None) -> Rows:
-    """A column for each stage, with settings and what came of them.
+    """Return a row per setting or result of a training, with a column per stage.
 
-    `training` is the result.json of a stage, several of them, or a mapping with "stages" (and "teacher", which the card's
-    base_model is taken from). A stage's settings may stand in "settings" or directly in it, as TrainingArguments.to_dict() has them.
+    Args:
+        training: Content of a stage's result.json, of several, or a mapping with "stages" (and "teacher", the card's
+            default base_model). Settings of a stage are in its "settings", or beside them, as in
+            TrainingArguments.to_dict().
+
+    Raises:
+        ValueError: For other content, and where it has no setting of a training.
     """
     if not training:
         return []
-    stages = training.get("stages") if isinstance(training, Mapping) and "stages" in training else training
+    stages: Any = training["stages"] if isinstance(training, Mapping) and "stages" in training else training
     stages = [stages] if isinstance(stages, Mapping) else list(stages)
     if not all(isinstance(stage, Mapping) for stage in stages):
         raise ValueError("training must be the result.json of a stage, or several: mappings of settings and values.")
     flat = [{**stage, **(stage.get("settings") or {})} for stage in stages]
     for stage in flat:
-        if stage.get("muon"):  # `optim` is then of the other weights
+        if stage.get("muon"):  # `optim` is then for the other weights only
             stage["optim"] = f"Muon for matrices, {stage.get('optim') or 'AdamW'} for the rest"
     rows = [["setting", *(str(stage.get("stage") or "value") for stage in flat)]]
     for key in _TRAINING:
@@ -160,34 +184,48 @@ def training_rows(training: Mapping | Sequence[Mapping] | None) -> Rows:
 
 
 def speed_section(section: Mapping | None, benchmark: Mapping | None, config: PreTrainedConfig) -> tuple[Rows, str]:
-    """How long an image took in the evaluation, and an encoder of this shape in benchmarks/run.py; with where that is from."""
-    rows, sources = [["what", "dtype", "batch", "time", "peak memory"]], []
-    if section and any((latency := section["settings"].get("latency_ms") or {}).values()):
-        settings = section["settings"]
-        whats = {"encoder": "image encoder, for each image", "decoder": "prompt encoder and mask decoder, each call"}
-        for part, what in whats.items():
-            if (ms := latency.get(part)) is not None:
-                rows.append([f"{what}, in the evaluation", settings.get("dtype", ""), "", f"{ms:.2f} ms", ""])
-        sources.append(f"In the evaluation above, on {settings.get('device')}, {settings.get('date')}.")
+    """Return a table of the latency in the evaluation and in benchmarks/run.py, and where each was measured.
+
+    The benchmark is used where the image encoder has the shape that was benchmarked.
+
+    Args:
+        section: `evaluation_section`, or None.
+        benchmark: Content of the JSON of benchmarks/run.py, or None.
+        config: Config of the model.
+
+    Raises:
+        ValueError: For a benchmark without rows.
+    """
     if benchmark is not None and not isinstance(benchmark.get("rows"), list):
         raise ValueError("the benchmark is no JSON of benchmarks/run.py: it has no rows.")
-    measured = (benchmark or {}).get("rows", ()) if _has_default_encoder(config) else ()
-    measured = [row for row in measured if row["part"] == "encoder" and row["model"] == "SAM-Lightening"]
-    for row in measured:
-        if row.get("attn_implementation", "dilated_flash_attention") == "dilated_flash_attention" and "ms" in row:
-            what = f"image encoder, {row['mode']}"
-            rows.append(
-                [what, row["dtype"], str(row["batch_size"]), f"{row['ms']:.2f} ms", f"{row['peak_memory_mb']:.0f} MB"]
-            )
-    if measured:
-        # Rows that later runs with --append have kept are of an earlier one.
-        run = next(head for head in (benchmark, *reversed(benchmark.get("earlier", ()))) if "encoder" in head["parts"])
-        versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
-        sources.append(
-            f"By batches: an encoder of this shape with random weights, on {run['device']}, {run['date']}, {versions}; "
-            f"memory with the encoder's weights; `{without_absolute_paths(run['command'])}`."
-        )
+    rows, sources = [["part", "dtype", "batch", "time", "peak memory"]], []
+    if section and any((latency := section["settings"].get("latency_ms") or {}).values()):
+        settings = section["settings"]
+        parts = {"encoder": "image encoder, per image", "decoder": "prompt encoder and mask decoder, per call"}
+        for part, label in parts.items():
+            if (ms := latency.get(part)) is not None:
+                rows.append([f"{label}, in the evaluation", settings.get("dtype", ""), "", f"{ms:.2f} ms", ""])
+        sources.append(f"In the evaluation above, on {settings.get('device')}, {settings.get('date')}.")
+    if benchmark is not None and _has_default_encoder(config):
+        measured = [row for row in benchmark["rows"] if row["part"] == "encoder" and row["model"] == "SAM-Lightening"]
+        rows += [
+            [f"image encoder, {row['mode']}", row["dtype"], str(row["batch_size"]), f"{row['ms']:.2f} ms",
+             f"{row['peak_memory_mb']:.0f} MB"]
+            for row in measured
+            if row.get("attn_implementation", "dilated_flash_attention") == "dilated_flash_attention" and "ms" in row
+        ]  # fmt: skip
+        sources += [_benchmark_source(benchmark)] if measured else []
     return rows, "\n".join(sources)
+
+
+def _benchmark_source(benchmark: Mapping) -> str:
+    # After runs with --append, the encoder's rows may be those of an earlier run.
+    run = next(head for head in (benchmark, *reversed(benchmark.get("earlier", ()))) if "encoder" in head["parts"])
+    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "transformers"))
+    return (
+        f"By batch size: an encoder of this shape with random weights, on {run['device']}, {run['date']}, {versions}; "
+        f"memory with the encoder's weights; `{without_absolute_paths(run['command'])}`."
+    )
 
 
 def _attention(config: PreTrainedConfig, num_tokens: int) -> str:
@@ -201,12 +239,12 @@ def _attention(config: PreTrainedConfig, num_tokens: int) -> str:
     texts = []
     for (segment_length, dilation_rate, dilation_offsets, window_size), indexes in layers.items():
         if window_size:
-            where = f"windows of {window_size} x {window_size} tokens"
+            area = f"windows of {window_size} x {window_size} tokens"
         else:
-            where = "the whole image" if segment_length == num_tokens else f"bands of {segment_length:,} tokens"
+            area = "the whole image" if segment_length == num_tokens else f"bands of {segment_length:,} tokens"
         rate = f", dilation rate {dilation_rate}" if dilation_rate > 1 else ""
-        offsets = ", one residue class a head" if dilation_offsets == "per_head" and dilation_rate > 1 else ""
-        texts.append(f"layers {_listed(indexes)}: {where}{rate}{offsets}")
+        offsets = ", one residue class per head" if dilation_offsets == "per_head" and dilation_rate > 1 else ""
+        texts.append(f"layers {_listed(indexes)}: {area}{rate}{offsets}")
     return "; ".join(texts)
 
 
@@ -215,12 +253,12 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _has_default_encoder(config: PreTrainedConfig) -> bool:
-    """Whether the image encoder has the shape that the benchmark measures."""
+    """Return whether the image encoder has the shape that the benchmark measures."""
     if not isinstance(config, SamLighteningConfig):
         return False
     own, default = config.vision_config.to_dict(), SamLighteningConfig().vision_config.to_dict()
-    of_the_file = ("transformers_version", "dtype", "scale", "initializer_range", "_name_or_path")
-    return all(own[name] == default.get(name) for name in own if name not in of_the_file)
+    ignored = ("transformers_version", "dtype", "scale", "initializer_range", "_name_or_path")
+    return all(own[name] == default.get(name) for name in own if name not in ignored)
 
 
 def _intervals(intervals: Mapping) -> str:
@@ -230,7 +268,7 @@ def _intervals(intervals: Mapping) -> str:
 
 
 def _protocol_order(item: tuple[str, Mapping]) -> tuple:
-    """Boxes, then clicks by their number; of each, the choices of the mask as the report has them."""
+    """Return a sort key: boxes first, then clicks by their number; otherwise the order of the report stays."""
     prompt = item[0].split("/")[0]
     return prompt != "box", int(prompt.split()[0]) if prompt[:1].isdigit() else 0
 
@@ -239,7 +277,7 @@ def _calibration(scores: Mapping) -> str:
     for protocol, score in scores.items():
         if (gap := _mean(score.get("calibration_gap"))) is not None:
             prompt, choice = protocol.split("/")
-            error = _mean(score.get("calibration_error"))  # reports of before it was measured have none
+            error = _mean(score.get("calibration_error"))  # old reports have none
             binned = "" if error is None else f"; its expected calibration error, in ten bins, is {error:.3f}"
             return f"{gap:.2f} on average in the evaluation above ({prompt}, {choice} mask){binned}"
     return ""
@@ -250,7 +288,7 @@ def _mean(score: Mapping | None) -> float | None:
 
 
 def _score_text(score: Mapping | None) -> str:
-    if _mean(score) is None:
+    if not score or score.get("mean") is None:
         return "missing"
     interval = f" [{score['low']:.3f}, {score['high']:.3f}]" if score.get("low") is not None else ""
     return f"{score['mean']:.3f}{interval}"

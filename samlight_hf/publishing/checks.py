@@ -1,5 +1,6 @@
-"""What may be in a folder that is published, and what must be: checked without running anything that is in it."""
+"""Checks of a folder before it is published. None of them runs code from the folder."""
 
+import inspect
 import json
 import os
 import re
@@ -10,14 +11,13 @@ from pathlib import Path
 from huggingface_hub import ModelCard, get_token
 from safetensors import safe_open
 
-from .. import modeling
 from ..loading import LOADING_ERRORS, CheckpointError, how_to_convert, load_model, read_json, weight_files
 from ..modeling.image_processing_sam_lightening import SamLighteningImageProcessor
 from ..modeling.modeling_sam_lightening import SamLighteningModel
 from ..utils.messages import one_line
 
 
-CODE_FOLDER = Path(modeling.__file__).parent
+CODE_FOLDER = Path(inspect.getfile(SamLighteningModel)).parent
 CODE = tuple(sorted(path.name for path in CODE_FOLDER.glob("*.py") if path.name != "__init__.py"))
 AUTO_MAP = dict(SamLighteningModel._auto_map)
 PROCESSOR_NAME = "processor_config.json"
@@ -27,29 +27,43 @@ LICENSE_NAME = "LICENSE"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": f"{SamLighteningImageProcessor.__module__.split('.')[-1]}.{SamLighteningImageProcessor.__name__}"}  # fmt: skip
+# Files that `from_pretrained` loads: left over from an earlier version, they would be mixed with the new ones.
+LOADED_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|pytorch_model.*\.(bin|bin\.index\.json)"
+    r"|[^/]+\.py|(pre)?processor_config\.json"
+)
+_PROCESSOR_CLASS = SamLighteningImageProcessor
+_PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": f"{_PROCESSOR_CLASS.__module__.rpartition('.')[2]}.{_PROCESSOR_CLASS.__name__}"
+}
 
 _SECRET = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{20,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-_SHORTEST_TOKEN = 8  # what is shorter, such as a placeholder, is in any text
-# /home/me/x, ~/x, C:\x and file://x, but neither and/or nor https://host/path.
+_SHORTEST_TOKEN = 8  # a shorter token is a placeholder that any text may contain
+# Matches /home/me/x, ~/x, C:\x and file://x, but neither and/or nor https://host/path.
 _ABSOLUTE_PATH = re.compile(
     r"(?:(?<![\w./:~)\]-])(?:/|~/)[\w.@+-]+/[\w./@+-]*|(?<!\w)[A-Za-z]:\\{1,2}\w[\w\\.-]*|file://[^\s\"')]+)"
 )
 
 
 class FolderError(ValueError):
-    """A folder that must not be published; the message is one line with the file, what is wrong with it and the fix."""
+    """Error for a folder that must not be published. The message is one line with the file, the fault and the fix."""
 
 
 def check_folder(folder: str | os.PathLike):
-    """Raises FolderError unless the folder is complete and holds nothing else: the part of `verify_folder` that runs no model.
+    """Check that a folder is complete, holds nothing else, and may be published. Runs no model.
 
-    Weights in safetensors alone, finite and exactly those of the model; the package's code, byte by byte, and no
-    other; a config that names no code elsewhere; a model card whose metadata can be read; no sub-folders, links, pickles,
-    secrets or absolute paths.
+    Required: weights in safetensors only, finite, and exactly those of the model; the package's code, byte by byte; a
+    config that names no code elsewhere; a model card with readable metadata. Refused: other files, sub-folders, links,
+    pickles, secrets and absolute paths.
+
+    Args:
+        folder: Folder made by `build_folder`.
+
+    Raises:
+        FolderError: For the first fault found.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -67,7 +81,7 @@ def check_folder(folder: str | os.PathLike):
 
 @contextmanager
 def as_folder_errors() -> Iterator[None]:
-    """A checkpoint that cannot be loaded makes a folder that must not be published."""
+    """Raise a FolderError in place of each CheckpointError."""
     try:
         yield
     except CheckpointError as error:
@@ -75,37 +89,39 @@ def as_folder_errors() -> Iterator[None]:
 
 
 def check_text(name: str, text: str):
-    """Raises FolderError where a text that is to be published tells a secret or a place on somebody's machine."""
-    token = get_token()
-    token = token if token and len(token) >= _SHORTEST_TOKEN else None
-    if (token and token in text) or (found := _SECRET.search(text)):
-        shown = "your own Hub token" if token and token in text else f"{found[0][:6]}..."
+    """Raise FolderError where a text to be published holds a secret or an absolute path. `name` is for the message."""
+    token, secret = get_token(), None
+    if token and len(token) >= _SHORTEST_TOKEN and token in text:
+        secret = "your own Hub token"
+    elif match := _SECRET.search(text):
+        secret = f"{match[0][:6]}..."
+    if secret:
         raise FolderError(
-            f"{name} holds what looks like a secret ({shown}). Take it out, and revoke it if it was shared."
+            f"{name} holds what looks like a secret ({secret}). Take it out, and revoke it if it was shared."
         )
-    if found := _ABSOLUTE_PATH.search(text):
-        raise FolderError(f"{name} names a place on one machine ({found[0]}). Take it out, or make it relative.")
+    if match := _ABSOLUTE_PATH.search(text):
+        raise FolderError(f"{name} names a place on one machine ({match[0]}). Take it out, or make it relative.")
 
 
 def without_absolute_paths(text: str) -> str:
-    """The text with the last part of each absolute path in its place: what a path on one machine says to others."""
-    return _ABSOLUTE_PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
+    """Replace each absolute path in the text by its last component."""
+    return _ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
 
 
 def metadata_of(card: str) -> dict:
-    """The metadata between the two lines of --- at a card's head. Raises ValueError where there are none that can be read."""
+    """Return the metadata between the two --- lines at the head of a card; raise ValueError where there is none."""
     if not card.lstrip().startswith("---"):
         raise ValueError(
             "the model card has no metadata between two lines of --- at its head. `samlight card` writes it."
         )
     try:
         return ModelCard(card).data.to_dict()
-    except Exception as error:  # of the YAML, or of what huggingface_hub makes of it
+    except Exception as error:  # from the YAML parser, or from huggingface_hub's own checks
         raise ValueError(f"the model card's metadata cannot be read ({one_line(error, 200)}).") from error
 
 
 def refuse_pickles(folder: Path, allowed: re.Pattern | None = None):
-    """Raises FolderError for a file that is, by its name, a pickle or the like; `allowed` are names that are left alone."""
+    """Raise FolderError for a file with the suffix of a pickle or the like, unless `allowed` matches its name."""
     for path in sorted(folder.iterdir()):
         if path.suffix in _PICKLES and not (allowed and allowed.fullmatch(path.name)):
             has_weights = (folder / "model.safetensors").is_file() or (folder / INDEX_NAME).is_file()
@@ -147,7 +163,7 @@ def _check_code(folder: Path, model_type: str):
 
 
 def _check_auto_maps(folder: Path, model_type: str):
-    """What trust_remote_code=True runs is said by auto_map, which may name code of any repository."""
+    """Raise FolderError for an auto_map that makes trust_remote_code=True run code of another repository."""
     allowed = {} if model_type == "sam" else AUTO_MAP
     config = _read_json(folder / "config.json")
     if config.get("auto_map", {}) != allowed:
@@ -155,14 +171,14 @@ def _check_auto_maps(folder: Path, model_type: str):
             f"{folder / 'config.json'}: auto_map must be {allowed}, or trust_remote_code=True runs other code. "
             "Make the folder with build_folder."
         )
-    of_config = [found for key, found in _auto_maps(config) if key]
-    of_processor = [found for _, found in _auto_maps(_read_json(folder / PROCESSOR_NAME))]
-    for found in of_config + [found for found in of_processor if found != _PROCESSOR_AUTO_MAP or not allowed]:
-        raise FolderError(f"{folder}: auto_map={found} names other code than this folder's. Remove it.")
+    nested = [auto_map for key, auto_map in _auto_maps(config) if key]
+    of_processor = [auto_map for _, auto_map in _auto_maps(_read_json(folder / PROCESSOR_NAME))]
+    for auto_map in nested + [auto_map for auto_map in of_processor if auto_map != _PROCESSOR_AUTO_MAP or not allowed]:
+        raise FolderError(f"{folder}: auto_map={auto_map} names other code than this folder's. Remove it.")
 
 
 def _auto_maps(content, key: str = "") -> Iterator[tuple[str, object]]:
-    """Every auto_map in JSON at any depth, with the key that it is under."""
+    """Yield every auto_map at any depth of a JSON value, with the path of keys above it."""
     if isinstance(content, dict):
         for name, value in content.items():
             if name == "auto_map":
@@ -184,7 +200,7 @@ def _check_card(path: Path):
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and content of every text that is not the package's own, with what safetensors say about themselves."""
+    """Yield name and content of each text but the package's code, and of the metadata of each safetensors file."""
     for name in ("config.json", PROCESSOR_NAME, CARD_NAME, LICENSE_NAME, INDEX_NAME):
         if (folder / name).is_file():
             yield str(folder / name), (folder / name).read_text(encoding="utf-8", errors="replace")

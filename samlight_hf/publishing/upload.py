@@ -1,26 +1,15 @@
-"""Publishing: a folder that loads anywhere is built, verified, and uploaded to the Hub in one commit.
-
-build_folder("outputs/x/student", "outputs/x/published")   # safetensors, config, processor, code, model card, LICENSE
-verify_folder("outputs/x/published")                       # in a process that has only transformers
-publish("outputs/x/published", "org/name", tag="v1.0")     # one commit, or nothing
-"""
+"""Upload of a verified checkpoint folder to the Hub in one commit."""
 
 import io
-import itertools
 import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from huggingface_hub import (
-    CommitOperation,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-)
+from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -33,26 +22,12 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..utils.messages import one_line
-from .checks import FolderError, check_folder
-from .verify import VerificationReport, verify_folder
+from .checks import LOADED_FILES, check_folder
+from .verify import verify_folder
 
 
-__all__ = [
-    "FolderError",
-    "PublishError",
-    "PublishedRevision",
-    "VerificationReport",
-    "check_folder",
-    "check_target",
-    "publish",
-    "verify_folder",
-]
+__all__ = ["PublishError", "PublishedRevision", "check_target", "publish"]
 
-# Files of an earlier commit that would be loaded in place of, or together with, the new ones.
-_REPLACED = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|pytorch_model.*\.(bin|bin\.index\.json)"
-    r"|[^/]+\.py|(pre)?processor_config\.json"
-)
 _LONGEST_WAIT = 60.0  # seconds
 _TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 _HTTP_FIXES = {
@@ -66,14 +41,26 @@ _HTTP_FIXES = {
 }
 _REF = re.compile(r"[A-Za-z0-9_]([\w.\-/]*[\w\-])?")
 
+_File: TypeAlias = str | os.PathLike | bytes  # path or content
+
 
 class PublishError(RuntimeError):
-    """An upload that failed; the repository is as it was, unless the message says what was done. One line."""
+    """Error for a failed upload. The message is one line; it says so where the repository was changed."""
 
 
 @dataclass(frozen=True)
 class PublishedRevision:
-    """What the Hub has now. `commit` is the full hash, None after a dry run; `pr_url` and `pr_revision` of a pull request."""
+    """Result of a publication.
+
+    Attributes:
+        repo_id: Name of the repository ("org/name").
+        commit: Full hash of the commit; None after a dry run.
+        url: Address of the commit, or of the repository after a dry run.
+        revision: Branch that was published on.
+        tag: Tag of the commit.
+        pr_url: Address of the pull request.
+        pr_revision: Revision of the pull request ("refs/pr/1").
+    """
 
     repo_id: str
     commit: str | None
@@ -100,23 +87,33 @@ def publish(
     verify: bool = True,
     extra_files: Mapping[str, str | os.PathLike | bytes] | None = None,
 ) -> PublishedRevision:
-    """Uploads a folder made by `build_folder` to a model repository, in one commit: all of it, or nothing.
+    """Upload a folder made by `build_folder` to a model repository in one commit: all of it, or nothing.
 
-    The folder is verified first (`verify_folder`; with `verify=False` only `check_folder`). The repository is made where
-    there is none. Weights, code and processor of an earlier commit that the folder has not are removed in the same commit,
-    other files stay. `revision` is a branch, made where there is none; `tag` names the new commit; with `create_pr` the commit
-    is a pull request. `token` is by default that of the environment. `dry_run` asks nothing of the network.
+    The repository is created where it does not exist. Weights, code and processor files of an earlier commit that are
+    not in the folder are deleted in the same commit; other files stay. Publishing the same content again makes no
+    second commit.
 
-    `extra_files`, by their paths in sub-folders of the repository, are added unchecked, in place of all that those sub-folders
-    had: what a training needs to go on, which is no part of the model.
-
-    Failures that may pass are tried `retries` more times, each from the start, after `retry_wait` seconds at first and twice as
-    many each time. Publishing the same again makes no second commit; only a pull request whose answer is lost is not tried again.
+    Args:
+        folder: Folder made by `build_folder`.
+        repo_id: Name of the repository ("org/name").
+        private: Create a private repository, and refuse an existing public one.
+        revision: Branch, created where it does not exist. Default: the main branch.
+        tag: Name for the new commit.
+        create_pr: Open a pull request instead of committing to the branch.
+        token: Hub token. Default: that of the environment.
+        dry_run: Verify only, without using the network.
+        commit_message: Default: "Publish " and the name of the repository.
+        retries: Number of retries, each from the start, after a failure that may be temporary. A pull request whose
+            response was lost is not retried: it may be open.
+        retry_wait: Seconds before the first retry; doubled for each further one, to at most 60.
+        verify: Run `verify_folder` first. With False, only `check_folder`.
+        extra_files: Files, by their paths in sub-folders of the repository, that are uploaded unchecked and replace the
+            content of those sub-folders: states that a training needs to resume, which are not part of the model.
 
     Raises:
-        FolderError: for a folder that must not be published.
-        ValueError: for a repo id, branch or tag that cannot be, and options that exclude each other.
-        PublishError: where the Hub refuses, cannot be reached, or has a public repository for `private=True`.
+        FolderError: For a folder that must not be published.
+        ValueError: For an invalid repo id, branch or tag, and for options that exclude each other.
+        PublishError: Where the Hub refuses or cannot be reached, or where `private=True` and the repository is public.
     """
     check_target(repo_id, revision, tag, create_pr)
     if retries < 0:
@@ -128,33 +125,43 @@ def publish(
         return PublishedRevision(repo_id, None, f"{constants.ENDPOINT}/{repo_id}", branch, tag)
     api = HfApi(token=token)
     message = commit_message or f"Publish {repo_id.split('/')[-1]}"
-    files = {path.name: path for path in sorted(folder.iterdir())} | dict(extra_files or {})
+    files: dict[str, _File] = {path.name: path for path in sorted(folder.iterdir())}
+    files.update(extra_files or {})
     return _Upload(api, files, repo_id, private, branch, tag, create_pr, message).run(retries, retry_wait)
 
 
+@dataclass
 class _Upload:
-    """One publication, which may be run several times."""
+    """A publication. Each attempt runs it from the start."""
 
-    def __init__(self, api, files, repo_id, private, branch, tag, create_pr, message):
-        self.api, self.files, self.repo_id, self.private = api, files, repo_id, private
-        self.branch, self.tag, self.create_pr, self.message = branch, tag, create_pr, message
-        self.published: str | None = None
-        self.is_uncertain = False  # a pull request may have been made, and no answer came
+    api: HfApi
+    files: Mapping[str, _File]  # by their paths in the repository
+    repo_id: str
+    private: bool | None
+    branch: str
+    tag: str | None
+    create_pr: bool
+    message: str
+    published: str | None = None  # the commit, once it is made
+    is_uncertain: bool = False  # a pull request may have been opened, but no response came
 
     def run(self, retries: int, retry_wait: float) -> PublishedRevision:
-        for attempt in itertools.count():
+        """Publish, with retries; raise PublishError where that fails."""
+        attempt = 0
+        while True:
             try:
                 return self._run_once()
             except PublishError:
                 raise
-            # HTTPError is httpx's or httpx2's, whichever huggingface_hub has; RuntimeError is what hf_xet raises.
+            # HTTPError is that of httpx or httpx2, whichever huggingface_hub uses; hf_xet raises RuntimeError.
             except (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError, RuntimeError) as raised:
                 error = _cause(raised)
                 if 400 <= (_status(error) or 0) < 500:
-                    self.is_uncertain = False  # refused, and nothing done
+                    self.is_uncertain = False  # refused: nothing was done
                 if attempt >= retries or not _may_pass(error) or self.is_uncertain:
                     raise _publish_error(error, self) from raised
                 time.sleep(min(retry_wait * 2**attempt, _LONGEST_WAIT))
+                attempt += 1
 
     def _run_once(self) -> PublishedRevision:
         self.is_uncertain = False
@@ -163,9 +170,8 @@ class _Upload:
             self._check_tag(head)
         operations = self._operations()
         if self.create_pr:
-            self.api.preupload_lfs_files(
-                self.repo_id, [o for o in operations if isinstance(o, CommitOperationAdd)], revision=self.branch, create_pr=True
-            )  # fmt: skip
+            additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+            self.api.preupload_lfs_files(self.repo_id, additions, revision=self.branch, create_pr=True)
             self.is_uncertain = True
         commit = self.api.create_commit(
             self.repo_id, operations, commit_message=self.message, revision=self.branch, create_pr=self.create_pr,
@@ -180,7 +186,10 @@ class _Upload:
         )  # fmt: skip
 
     def _prepare_repository(self) -> str:
-        """Makes repository and branch where they are missing; the commit at the branch's head. Raises PublishError for a public one."""
+        """Create repository and branch where they are missing, and return the branch's head commit.
+
+        Raises PublishError for a public repository where a private one was asked for.
+        """
         try:
             info = self.api.model_info(self.repo_id)
         except RepositoryNotFoundError as error:
@@ -192,7 +201,8 @@ class _Upload:
             info = self.api.model_info(self.repo_id)
         if self.private and not info.private:
             raise PublishError(
-                f"{self.repo_id} is public, and private was asked for. Make it private on the Hub, or choose another name."
+                f"{self.repo_id} is public, and private was asked for. Make it private on the Hub, or choose another "
+                "name."
             )
         if self.branch == constants.DEFAULT_REVISION:
             return info.sha
@@ -201,33 +211,33 @@ class _Upload:
         return self.api.model_info(self.repo_id, revision=self.branch).sha
 
     def _operations(self) -> list[CommitOperation]:
-        """Made anew for each attempt: huggingface_hub then leaves out what an earlier one has brought there."""
-        there = self.api.list_repo_files(self.repo_id, revision=self.branch)
+        """Return new operations for each attempt; huggingface_hub skips files that an earlier attempt has uploaded."""
+        remote_names = self.api.list_repo_files(self.repo_id, revision=self.branch)
         folders = {name.split("/")[0] for name in self.files if "/" in name}
-        replaced = [name for name in there if _REPLACED.fullmatch(name) or name.split("/")[0] in folders]
+        replaced = [name for name in remote_names if LOADED_FILES.fullmatch(name) or name.split("/")[0] in folders]
         stale = [name for name in replaced if name not in self.files]
         return [
             *(CommitOperationAdd(name, content) for name, content in self.files.items()),
             *(CommitOperationDelete(name, is_folder=False) for name in stale),
         ]
 
-    def _tagged(self) -> str | None:
+    def _tagged_commit(self) -> str | None:
         tags = self.api.list_repo_refs(self.repo_id).tags
-        return next((each.target_commit for each in tags if each.name == self.tag), None)
+        return next((tag.target_commit for tag in tags if tag.name == self.tag), None)
 
     def _check_tag(self, head: str):
-        """Raises PublishError where the tag names something else than these files, published before."""
-        tagged = self._tagged()
-        if tagged is not None and not (tagged == head and self._are_there(head)):
+        """Raise PublishError where the tag exists, unless it names a head commit with exactly these files."""
+        tagged = self._tagged_commit()
+        if tagged is not None and not (tagged == head and self._has_files(head)):
             raise PublishError(f"{self.repo_id}: the tag {self.tag} is there, on {tagged}. Choose another one.")
 
-    def _are_there(self, commit: str) -> bool:
+    def _has_files(self, commit: str) -> bool:
         siblings = self.api.model_info(self.repo_id, revision=commit, files_metadata=True).siblings
-        there = {each.rfilename: each for each in siblings}
-        return all(name in there and _is_same(there[name], content) for name, content in self.files.items())
+        remote = {sibling.rfilename: sibling for sibling in siblings}
+        return all(name in remote and _is_same(remote[name], content) for name, content in self.files.items())
 
     def _tag(self, commit: str):
-        tagged = self._tagged()
+        tagged = self._tagged_commit()
         if tagged is None:
             self.api.create_tag(self.repo_id, tag=self.tag, revision=commit)
         elif tagged != commit:
@@ -236,7 +246,7 @@ class _Upload:
             )
 
 
-def _is_same(sibling: RepoSibling, content: str | os.PathLike | bytes) -> bool:
+def _is_same(sibling: RepoSibling, content: _File) -> bool:
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
         if sibling.lfs:
             return sha_fileobj(file).hex() == sibling.lfs.sha256
@@ -244,36 +254,43 @@ def _is_same(sibling: RepoSibling, content: str | os.PathLike | bytes) -> bool:
 
 
 def check_target(repo_id: str, revision: str | None, tag: str | None, create_pr: bool):
-    """Raises ValueError where a publication cannot go there, as far as can be told without asking the Hub."""
+    """Raise ValueError for a target that cannot be published to, without asking the Hub.
+
+    Args:
+        repo_id: Name of the repository, with user or organization.
+        revision: Name of the branch.
+        tag: Name of the tag; excludes a pull request.
+        create_pr: Whether a pull request is to be opened.
+    """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id={repo_id!r}: {one_line(error)}") from error
     if not isinstance(repo_id, str) or "/" not in repo_id:
         raise ValueError(f"repo_id={repo_id!r} must name user or organization too, such as org/name.")
-    for what, name in (("revision", revision), ("tag", tag)):
+    for option, name in (("revision", revision), ("tag", tag)):
         if name is not None and (not _REF.fullmatch(name) or ".." in name):
             raise ValueError(
-                f"{what}={name!r} is no name that git takes. Use letters, digits, dots and dashes, such as v1.0."
+                f"{option}={name!r} is no name that git takes. Use letters, digits, dots and dashes, such as v1.0."
             )
     if tag and create_pr:
         raise ValueError("tag and pr exclude each other: tag the commit when the pull request is merged.")
 
 
 def _cause(error: Exception) -> Exception:
-    """What an error of an upload comes from: huggingface_hub raises RuntimeError from what the server answered."""
+    """Return the error behind huggingface_hub's RuntimeError: the server's response, where there was one."""
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
 def _status(error: Exception) -> int | None:
-    """Of the answer, where there was one."""
+    """Return the HTTP status of the response, where there was one."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a failure may be over when it is tried again: the network, a busy server, or a commit of somebody else's."""
+    """Return whether a retry may succeed: after a network error, a busy server, or a concurrent commit."""
     if isinstance(error, OfflineModeIsEnabled | LocalTokenNotFoundError):
         return False
     if (status := _status(error)) is not None:

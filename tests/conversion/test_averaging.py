@@ -1,4 +1,4 @@
-"""`average_models`, and examples/average.py on checkpoints in folders."""
+"""`average_models`, and examples/average.py on checkpoint folders."""
 
 import copy
 import json

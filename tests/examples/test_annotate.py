@@ -1,4 +1,4 @@
-"""examples/annotate.py, on photographs and tars as its users have them."""
+"""examples/annotate.py, run on photographs and tars."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def annotate(images, out):
 
 @pytest.fixture(scope="module")
 def annotated(tmp_path_factory):
-    """The tar of a folder with a JPEG, a BMP, one image that is damaged and one that is too thin; and what was printed."""
+    """The tar for a folder with a JPEG, a BMP, a damaged and a too thin image; and the printed output."""
     folder = tmp_path_factory.mktemp("photographs")
     (folder / "a.jpg").write_bytes(COFFEE.read_bytes())
     Image.open(COFFEE).resize((300, 200)).save(folder / "b.bmp")
@@ -51,21 +51,22 @@ def test_a_folder_becomes_a_tar_to_train_on(annotated):
     assert len(masks) > 3
     assert len({instance.id for instance in masks}) == len(masks)
     assert min(instance.area for instance in masks) >= 64
-    overlaps = coco_mask.iou([each.rle for each in masks], [each.rle for each in masks], [0] * len(masks))
+    rles = [instance.rle for instance in masks]
+    overlaps = coco_mask.iou(rles, rles, [0] * len(rles))
     assert (overlaps - np.eye(len(masks))).max() < 0.8
 
 
 def test_masks_that_are_there_already_stay_and_are_not_found_again(annotated, tmp_path):
     first = Sa1bDataset(annotated[0])[0]
-    given = coco_mask.decode(first.instances[0].rle).astype(bool)
-    given[:2, :5] = True  # nearly a mask of the model's
-    with tarfile.open(tmp_path / "given.tar", "w") as tar:
+    existing = coco_mask.decode(first.instances[0].rle).astype(bool)
+    existing[:2, :5] = True  # nearly one of the model's masks
+    with tarfile.open(tmp_path / "existing.tar", "w") as tar:
         (tmp_path / "x.jpg").write_bytes(COFFEE.read_bytes())
-        content = {"annotations": [{"id": 7, "segmentation": rle(given)}]}
+        content = {"annotations": [{"id": 7, "segmentation": rle(existing)}]}
         (tmp_path / "x.json").write_text(json.dumps(content))
         for name in ("x.jpg", "x.json"):
             tar.add(tmp_path / name, name)
-    annotate(tmp_path / "given.tar", tmp_path / "out.tar")
+    annotate(tmp_path / "existing.tar", tmp_path / "out.tar")
     sample = Sa1bDataset(tmp_path / "out.tar")[0]
     assert len(sample.instances) == len(first.instances)
-    np.testing.assert_array_equal(coco_mask.decode(sample.instances[0].rle), given)
+    np.testing.assert_array_equal(coco_mask.decode(sample.instances[0].rle), existing)

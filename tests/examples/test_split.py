@@ -1,4 +1,4 @@
-"""examples/split.py, on tars as its users have them."""
+"""examples/split.py, run on tars."""
 
 import re
 import subprocess

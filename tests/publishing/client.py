@@ -1,4 +1,4 @@
-"""How huggingface_hub's client is led to the stand-in, in this process and in others."""
+"""Connection of huggingface_hub's client to the fake Hub, in this process and in others."""
 
 import os
 import subprocess
@@ -18,17 +18,22 @@ TOKEN = "hf_writer"
 
 
 def environment(server: HubServer, home: Path, token: str | None = TOKEN, **more: str) -> dict[str, str]:
-    """Of a process whose Hub is the stand-in, with caches and modules in `home`, and without this package on its path."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    paths = [path for path in kept.pop("PYTHONPATH", "").split(os.pathsep) if path and Path(path).resolve() != ROOT]
+    """Return the environment of a process that uses the fake Hub.
+
+    Its caches are in `home`, and this package is not on its path.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    paths = [
+        path for path in inherited.pop("PYTHONPATH", "").split(os.pathsep) if path and Path(path).resolve() != ROOT
+    ]
     return {
-        **kept, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
+        **inherited, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths), **({"HF_TOKEN": token} if token else {}), **more,
     }  # fmt: skip
 
 
 def connect(monkeypatch, server: HubServer, home: Path, token: str | None = TOKEN):
-    """Makes the stand-in this process's Hub. Its client's own retries stay as many, and wait a hundredth of the time."""
+    """Make this process use the fake Hub. The client keeps its number of retries, but waits a hundredth of the time."""
     values = {
         "ENDPOINT": server.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -48,7 +53,7 @@ def connect(monkeypatch, server: HubServer, home: Path, token: str | None = TOKE
     monkeypatch.setitem(http_backoff.__kwdefaults__, "max_wait_time", 0.08)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}.items():
-        monkeypatch.setenv(name, value)  # for processes that are started
+        monkeypatch.setenv(name, value)  # for child processes
     if token is None:
         monkeypatch.delenv("HF_TOKEN", raising=False)
     else:
@@ -68,7 +73,7 @@ sys.meta_path.insert(0, _Blocked())
 
 
 def run_without_package(script: str, folder: Path, environment: dict[str, str]) -> str:
-    """What the script prints in a process of its own, where samlight_hf cannot be imported; it must succeed."""
+    """Run the script in a process where samlight_hf cannot be imported, and return its output."""
     process = subprocess.run(
         [sys.executable, "-c", BLOCK_PACKAGE + script],
         cwd=folder,

@@ -12,6 +12,6 @@ def server():
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch) -> HubServer:
-    """The stand-in, which is this process's Hub."""
+    """The fake Hub, used by this process."""
     connect(monkeypatch, server, tmp_path / "home")
     return server

@@ -1,4 +1,4 @@
-"""What the stand-in for the Hub keeps: repositories with commits, branches, tags and pull requests, and large files."""
+"""Repositories of the fake Hub: commits, branches, tags, pull requests and large files."""
 
 import base64
 import dataclasses
@@ -10,21 +10,13 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 
-LFS_PATTERNS = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.onnx",
-    "*.npz",
-    "*.tar",
-    "*.zip",
-)  # of a new .gitattributes
+# Patterns in a new .gitattributes.
+LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.npz", "*.tar", "*.zip")
 MAX_REGULAR_BYTES = 10 * 2**20
 
 
 class HubError(Exception):
-    """An answer that is an error: status, what the Hub's JSON says, and its X-Error-Code."""
+    """An error response: status, message, and the Hub's X-Error-Code."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **content):
         super().__init__(message)
@@ -33,7 +25,7 @@ class HubError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a commit. `data` of a large file is elsewhere in git, and found by its sha256."""
+    """A file of a commit. git stores only a pointer with the sha256 of a large file."""
 
     data: bytes
     is_large: bool
@@ -68,7 +60,7 @@ class Commit:
 
 
 class Repository:
-    """Every change is a commit that is whole or not there; branches, tags and `refs/pr/N` point at commits."""
+    """A repository: atomic commits, and branches, tags and `refs/pr/N` that point at them."""
 
     def __init__(self, repo_id: str, private: bool, large_files: dict[str, bytes]):
         self.repo_id, self.private = repo_id, private
@@ -89,7 +81,7 @@ class Repository:
         return sha
 
     def find(self, revision: str) -> Commit:
-        """By branch, tag, `refs/pr/N`, or a commit's whole sha."""
+        """Return the commit of a branch, a tag, `refs/pr/N`, or a full sha."""
         short = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
         for refs in (self.branches, self.tags, self.pull_requests):
             if (sha := refs.get(revision) or refs.get(short)) is not None:
@@ -108,7 +100,7 @@ class Repository:
         return commit, commit.files[path]
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """Newest first."""
+        """Return the commits of a revision, newest first."""
         commits, commit = [], self.find(revision)
         while commit is not None:
             commits.append(commit)
@@ -120,7 +112,10 @@ class Repository:
         return "lfs" if is_large or any(fnmatch(PurePosixPath(path).name, p) for p in LFS_PATTERNS) else "regular"
 
     def commit(self, revision: str, lines: list[dict], create_pr: bool = False) -> tuple[str, int | None]:
-        """Applies the lines of a commit's ndjson, all of them or none. Returns the sha, and the pull request's number."""
+        """Apply the lines of a commit's ndjson, all of them or none.
+
+        Returns the sha, and the number of the pull request, if any.
+        """
         if not lines or lines[0].get("key") != "header" or not lines[0]["value"].get("summary"):
             raise HubError(400, "the first line must be a header with a summary")
         header = lines[0]["value"]
@@ -175,14 +170,15 @@ class Repository:
             if refs.pop(name, None) is None:
                 raise HubError(404, f"Reference not found: {name}", "RevisionNotFound")
 
-    # As the Hub's JSON tells them
+    # JSON responses
 
     def info(self, revision: str, blobs: bool) -> dict:
         commit = self.find(revision)
         return {
             "_id": hashlib.sha1(self.repo_id.encode()).hexdigest()[:24], "id": self.repo_id, "modelId": self.repo_id,
-            "author": self.repo_id.split("/")[0], "sha": commit.sha, "private": self.private, "gated": False, "disabled": False,
-            "downloads": 0, "likes": 0, "tags": [], "createdAt": self.history()[-1].date, "lastModified": commit.date,
+            "author": self.repo_id.split("/")[0], "sha": commit.sha, "private": self.private, "gated": False,
+            "disabled": False, "downloads": 0, "likes": 0, "tags": [], "createdAt": self.history()[-1].date,
+            "lastModified": commit.date,
             "siblings": [_sibling(path, file, blobs) for path, file in sorted(commit.files.items())],
         }  # fmt: skip
 

@@ -1,5 +1,7 @@
-"""The Hub's addresses that the stand-in answers. Each function gets the request and what its pattern names, and returns JSON
-content, or (status, headers, body).
+"""Routes of the fake Hub.
+
+Each function gets the request and the named groups of its pattern, and returns JSON content, or (status, headers,
+body).
 """
 
 import base64
@@ -47,7 +49,7 @@ def create_repo(request):
     namespace = payload.get("organization") or request.account.name
     request.check_writer(namespace)
     if payload.get("type") not in (None, "model"):
-        raise HubError(400, "the stand-in keeps models only")
+        raise HubError(400, "the fake Hub has models only")
     repo_id = f"{namespace}/{payload['name']}"
     url = f"{request.hub.url}/{repo_id}"
     with request.hub._lock:
@@ -65,7 +67,7 @@ def auth_check(request, repo):
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(request):
-    """What the Hub refuses in a card's metadata, as far as a card of this package could have it."""
+    """Check a card's metadata as the Hub does, as far as this package's cards are concerned."""
     content = request.json()["content"]
     match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", content, re.DOTALL)
     if match is None:
@@ -215,8 +217,8 @@ def commits(request, repo, revision):
 
 @route("GET", "/REPO/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(request, repo, revision, path):
-    found, file = repo.file(revision, path)
-    headers = {"X-Repo-Commit": found.sha, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+    commit, file = repo.file(revision, path)
+    headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
     if file.is_large:
         headers |= {
             "X-Linked-Size": str(len(file.data)),

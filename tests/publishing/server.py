@@ -1,9 +1,9 @@
-"""A stand-in for the Hub that huggingface_hub's own client talks to over HTTP, on this machine.
+"""A fake Hub: an HTTP server on this machine for huggingface_hub's own client.
 
-It keeps what the Hub promises and a publisher relies on: a commit is atomic, refused if its parent is not the branch's
-head, and may only point at large files that have arrived whole; tags, branches and pull requests are refs; private
-repositories are hidden from strangers; a model card's metadata is looked at. Large files go over plain LFS: set
-HF_HUB_DISABLE_XET=1. What cannot go wrong on a good day is asked for with `HubServer.fail`.
+It implements the properties of the Hub that a publisher relies on: a commit is atomic, is refused unless its parent is
+the branch's head, and may only refer to large files that were uploaded completely; tags, branches and pull requests are
+refs; private repositories are hidden from others; the metadata of a model card is checked. Large files use plain LFS
+(HF_HUB_DISABLE_XET=1). `HubServer.fail` injects faults.
 """
 
 import json
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the requests that match; see `HubServer.fail`."""
+    """A fault injected into matching requests; see `HubServer.fail`."""
 
     method: str
     pattern: str
@@ -48,10 +48,10 @@ class Fault:
 
 
 class HubServer:
-    """Use as a context manager; `url` is what HF_ENDPOINT must be.
+    """Context manager that runs the server. `url` is the value for HF_ENDPOINT.
 
-    `accounts` are known by their tokens: "hf_writer" may write to the names "user" and "org", "hf_reader" only reads what
-    "user" does.
+    `accounts` maps tokens to accounts: "hf_writer" may write to the namespaces "user" and "org"; "hf_reader" only
+    reads.
     """
 
     def __init__(self):
@@ -67,7 +67,7 @@ class HubServer:
         self._httpd = _Listener(("127.0.0.1", 0), _Handler)
         self._httpd.daemon_threads, self._httpd.hub = True, self
         self.url = f"http://127.0.0.1:{self._httpd.server_port}"
-        # Large files are on another host, redirects to which the client treats differently: here, another name of this one.
+        # Large files are on another host (a second name of this one): the client treats such redirects differently.
         self.storage_url = f"http://localhost:{self._httpd.server_port}"
 
     def __enter__(self) -> "HubServer":
@@ -78,7 +78,7 @@ class HubServer:
         self.stop()
 
     def stop(self):
-        """Nobody listens there any more. May be called twice."""
+        """Stop listening. May be called twice."""
         self._httpd.shutdown()
         self._httpd.server_close()
 
@@ -97,17 +97,24 @@ class HubServer:
         skip: int = 0,
         times: int = 10**9,
     ):
-        """From now on, `times` requests whose path matches `pattern` go wrong, after `skip` that do not.
+        """Inject a fault into the next `times` requests whose path matches `pattern`, after `skip` unaffected ones.
 
-        With `status` they are answered so. With cut="request" the connection ends when half of the body has been read, and
-        nothing is done; with cut="response" it ends in the middle of the answer, when the request has been carried out. Before
-        any of it, or before a usual answer, `delay` seconds pass, and the event `until` is waited for (a minute at most).
+        Args:
+            method: HTTP method.
+            pattern: Regular expression, searched in the path.
+            status: Status of the response, instead of carrying out the request.
+            cut: "request" closes the connection after half of the body was read, without carrying out the request;
+                "response" carries it out and closes the connection in the middle of the response.
+            delay: Seconds to wait first.
+            until: Event to wait for first, for at most a minute.
+            skip: Number of matching requests that are not affected.
+            times: Number of requests that are affected.
         """
         assert cut in (None, "request", "response")
         self._faults.append(Fault(method, pattern, status, cut, delay, until, skip, times))
 
     def heal(self):
-        """Takes back all faults."""
+        """Remove all faults."""
         self._faults.clear()
 
     def count(self, method: str, pattern: str) -> int:
@@ -127,7 +134,7 @@ class HubServer:
 
 class _Listener(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
-        """Clients that were stopped leave in the middle of a request: nothing to tell."""
+        """Ignore clients that were stopped in the middle of a request."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -170,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             is_cut = self.close_connection = True
         finally:
             self.hub.requests.append(Request(self.command, self.path, status))
-        if is_cut:  # last: who sees the end of the connection may count the requests
+        if is_cut:  # last, because a test may count the requests once the connection is closed
             self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
@@ -231,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(400, f"Invalid JSON: {error}") from error
 
     def _send_half(self, status: int, headers: dict, content: bytes) -> None:
-        """Of an empty answer, nothing."""
+        """Send half of the response; of an empty one, nothing."""
         if content:
             self._send(status, {"Content-Length": str(len(content)), **headers}, content[: len(content) // 2])
             self.wfile.flush()

@@ -1,4 +1,4 @@
-"""Folders that load anywhere, and what must not be published; `tests/hub` publishes them to a stand-in for the Hub."""
+"""Building, checking and verifying folders; test_publish_and_load.py publishes them to a fake Hub."""
 
 import json
 import shutil
@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel
 
-from samlight_hf import SamLighteningModel
+from samlight_hf import SamLighteningModel, hub
 from samlight_hf.images.reading import ImageError
 from samlight_hf.loading import CheckpointError, load_model
 from samlight_hf.publishing import verify as verification
 from samlight_hf.publishing.build import build_folder
-from samlight_hf.publishing.checks import CODE, CODE_FOLDER
-from samlight_hf.publishing.upload import FolderError, check_folder, publish, verify_folder
-from samlight_hf.publishing.verify import compare_outputs
+from samlight_hf.publishing.checks import CODE, CODE_FOLDER, FolderError, check_folder
+from samlight_hf.publishing.upload import publish
+from samlight_hf.publishing.verify import compare_outputs, verify_folder
 from tests.conftest import tiny_config
 
 
@@ -29,7 +29,7 @@ COMPLETE = {"LICENSE", "README.md", "config.json", "model.safetensors", "process
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
-    """A checkpoint as the Trainer leaves it."""
+    """A checkpoint with the files that the Trainer saves beside it."""
     folder = tmp_path_factory.mktemp("run") / "checkpoint-20"
     torch.manual_seed(0)
     SamLighteningModel(tiny_config()).save_pretrained(folder)
@@ -49,6 +49,13 @@ def built(student, tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "folder"))
+
+
+def test_the_public_module_offers_every_step():
+    steps = {"CardFacts", "build_folder", "check_folder", "check_target", "publish", "render_card", "verify_folder"}
+    results = {"FolderError", "PublishError", "PublishedRevision", "VerificationReport"}
+    assert set(hub.__all__) == steps | results
+    assert all(hasattr(hub, name) for name in hub.__all__)
 
 
 # Building.
@@ -74,7 +81,7 @@ def test_shards(student, tmp_path):
     weights = load_model(student, "cpu")[0].state_dict()
     for name, weight in load_model(tmp_path / "sharded", "cpu")[0].state_dict().items():
         assert torch.equal(weight, weights[name])
-    build_folder(tmp_path / "sharded", tmp_path / "whole")  # and back: byte by byte what one file would have been
+    build_folder(tmp_path / "sharded", tmp_path / "whole")  # and back, byte by byte
     build_folder(student, tmp_path / "direct")
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "direct/model.safetensors").read_bytes()
 
@@ -94,7 +101,7 @@ def test_building_again_gives_the_same_bytes(student, built, tmp_path):
 
 
 def test_an_old_checkpoint_is_completed(student, tmp_path):
-    """Code of another release, a remote auto_map and a private name do not travel."""
+    """Code of another release, a remote auto_map and a private name are not copied."""
     old = Path(shutil.copytree(student, tmp_path / "old"))
     (old / "modeling_sam_lightening.py").write_text("raise SystemExit")
     (old / "removed_since.py").write_text("raise SystemExit")
@@ -107,8 +114,10 @@ def test_an_old_checkpoint_is_completed(student, tmp_path):
 
 
 def test_an_original_sam_needs_no_code(tmp_path):
-    vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
-              "output_channels": 32, "num_pos_feats": 16, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 32}  # fmt: skip
+    vision = {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
+        "output_channels": 32, "num_pos_feats": 16, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 32,
+    }  # fmt: skip
     config = SamConfig(
         vision_config=vision,
         prompt_encoder_config={"hidden_size": 32, "image_size": 32, "patch_size": 4},
@@ -140,8 +149,8 @@ def half(folder):
 
 def without_a_layer(folder):
     weights = load_file(folder / "model.safetensors")
-    kept = {name: weight for name, weight in weights.items() if "layers.1." not in name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    incomplete = {name: weight for name, weight in weights.items() if "layers.1." not in name}
+    save_file(incomplete, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def with_nan(folder):
@@ -180,7 +189,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_pickled_weights_are_converted_as_the_message_says(student, tmp_path, monkeypatch):
-    """Its Python is run here, with the message's own words."""
+    """Run the command from the message."""
     source = Path(shutil.copytree(student, tmp_path / "source"))
     pickled(source)
     with pytest.raises(FolderError) as raised:
@@ -207,7 +216,7 @@ def test_destinations_that_hold_something_else_are_left_alone(student, tmp_path)
         build_folder(student, tmp_path / "built", max_shard_size="5 bananas")
 
 
-# What must not be published.
+# Folders that must not be published.
 
 
 def edit_json(name, **changes):
@@ -268,10 +277,8 @@ def metadata_in_weights(folder):
 )  # fmt: skip
 def test_a_folder_that_must_not_be_published(folder, spoil, words):
     spoil(folder)
-    for function in (
-        check_folder,
-        lambda folder: publish(folder, REPO, verify=False),
-    ):  # which would ask the Hub: PublishError
+    # publish would raise PublishError if it asked the Hub.
+    for function in (check_folder, lambda folder: publish(folder, REPO, verify=False)):
         with pytest.raises(FolderError) as raised:
             function(folder)
         assert words in str(raised.value) and "\n" not in str(raised.value)
@@ -291,7 +298,7 @@ def test_ones_own_token_is_found_whatever_it_looks_like(folder, monkeypatch):
     assert "correct-horse" not in str(raised.value)
 
 
-# Verification in a process of its own: `tests/publishing/test_publish_command.py` has the whole of it, on the bundled checkpoint.
+# Verification in a separate process; test_publish_command.py tests all of it on the bundled checkpoint.
 
 
 def test_a_folder_that_does_not_run_elsewhere_says_why(built, tmp_path, monkeypatch):
@@ -313,19 +320,19 @@ def test_an_image_that_is_none(built, tmp_path):
 
 
 def test_one_different_bit_is_seen():
-    ours = {"box masks": torch.ones(2, 2), "box scores": torch.zeros(1)}
-    compare_outputs(Path("x"), "an image", ours, {name: tensor.clone() for name, tensor in ours.items()})
-    for theirs in (
-        {**ours, "box masks": torch.nextafter(torch.ones(2, 2), torch.tensor(2.0))},
-        {"box masks": ours["box masks"]},
-        {**ours, "more": torch.ones(1)},
-        {**ours, "box masks": torch.full((2, 2), torch.nan)},
+    expected = {"box masks": torch.ones(2, 2), "box scores": torch.zeros(1)}
+    compare_outputs(Path("x"), "an image", expected, {name: tensor.clone() for name, tensor in expected.items()})
+    for actual in (
+        {**expected, "box masks": torch.nextafter(torch.ones(2, 2), torch.tensor(2.0))},
+        {"box masks": expected["box masks"]},
+        {**expected, "more": torch.ones(1)},
+        {**expected, "box masks": torch.full((2, 2), torch.nan)},
     ):
         with pytest.raises(FolderError, match="not what this package computes"):
-            compare_outputs(Path("x"), "an image", ours, theirs)
+            compare_outputs(Path("x"), "an image", expected, actual)
 
 
-# Where it may go: what can be told without asking the Hub.
+# Targets that are refused without asking the Hub.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Model cards: what they say comes from files, and what nobody wrote down is said to be unknown."""
+"""Model cards: every statement comes from a file, and unknown parts are called unknown."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tests.conftest import tiny_config
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "sam-lightening-tiny"
 REPORT = ROOT / "benchmarks" / "results" / "evaluation_bsds500_val.json"
-WITH_TEACHER = REPORT.with_name("evaluation_bsds500_second.json")  # of weights before these
+WITH_TEACHER = REPORT.with_name("evaluation_bsds500_second.json")  # of earlier weights
 BENCHMARK = ROOT / "benchmarks" / "results" / "speed_h100.json"
 
 
@@ -66,25 +66,25 @@ def test_every_number_of_the_report_is_in_metadata_and_table(path, folder):
         )
         row = next(line for line in text.splitlines() if line.startswith(f"| {prompt} | {choice} |"))
         assert f"{score['iou']['mean']:.3f} [{score['iou']['low']:.3f}, {score['iou']['high']:.3f}]" in row
-    for said in (settings["command"], settings["device"], settings["date"], *settings["protocols"], "5,515 masks"):
-        assert said in text
+    for sentence in (settings["command"], settings["device"], settings["date"], *settings["protocols"], "5,515 masks"):
+        assert sentence in text
     assert "evaluated as" not in text
     assert "evaluated as `sam-lightening-tiny`" in render_card(folder, evaluation=path)
 
 
 def test_the_card_follows_its_report(report):
-    """Another report, other numbers: none is written into the template."""
+    """No number is part of the template."""
     changed = json.loads(json.dumps(report))
     changed["models"][0]["scores"] = {"box/single": {"iou": {"mean": 0.98765, "n": 3, "low": None, "high": None}}}
     changed["models"][0]["settings"] |= {"num_pictures": 1234, "device": "an abacus", "latency_ms": {"encoder": 77.123}}
     text = render_card(CHECKPOINT, evaluation=changed)
     assert "| box | single | 0.988 |" in text and "1,234 images" in text and "an abacus" in text and "77.12 ms" in text
-    for gone in ("0.693", "0.603", "H100", "boundary IoU", "3.03"):
-        assert gone not in text
+    for value in ("0.693", "0.603", "H100", "boundary IoU", "3.03"):
+        assert value not in text
 
 
 def test_calibration_is_told_as_far_as_it_was_measured(report):
-    """Reports of before calibration errors were measured have the gap alone."""
+    """Old reports have the gap, but no calibration error."""
     changed = json.loads(json.dumps(report))
     iou = changed["models"][0]["scores"]["box/single"]["iou"]
     both = "; its expected calibration error, in ten bins, is 0.057"
@@ -107,8 +107,8 @@ def test_metadata(folder):
     text = render_card(folder, facts=facts, repo_id="org/my-student")
     data = ModelCard(text).data.to_dict()
     assert data == {
-        "library_name": "transformers", "license": "apache-2.0", "pipeline_tag": "mask-generation", "model_name": "my-student",
-        "base_model": "facebook/sam-vit-huge", "datasets": ["org/sa-1b"],
+        "library_name": "transformers", "license": "apache-2.0", "pipeline_tag": "mask-generation",
+        "model_name": "my-student", "base_model": "facebook/sam-vit-huge", "datasets": ["org/sa-1b"],
         "tags": ["segment-anything", "sam-lightening", "image-segmentation", "seed"],
     }  # fmt: skip
     assert "| SA-1B | research \\| only |" in text
@@ -117,12 +117,12 @@ def test_metadata(folder):
 
 def test_what_nobody_wrote_down_is_said_to_be_unknown(folder):
     text = render_card(folder)
-    assert "None have been recorded" in text
+    assert "No results have been recorded" in text
     assert "licence of the weights has not been stated" in text
-    assert "What it was trained on has not been recorded." in text
+    assert "The training data have not been recorded." in text
     assert "Not measured" in text
     assert "license" not in ModelCard(text).data.to_dict()
-    assert "None" not in text.replace("None have been recorded", "")
+    assert "None" not in text
     assert "{{" not in text.split("```bibtex")[0] and "{%" not in text
 
 
@@ -130,9 +130,9 @@ def test_architecture_is_read_from_config_and_weights(folder, model):
     text = render_card(folder)
     assert "layers 0, 2: the whole image" not in text  # their dilation rates differ
     assert (
-        "layers 0: the whole image, dilation rate 2; layers 1: bands of 16 tokens; layers 2: the whole image, dilation rate 4"
-        in text
-    )
+        "layers 0: the whole image, dilation rate 2; layers 1: bands of 16 tokens; "
+        "layers 2: the whole image, dilation rate 4"
+    ) in text
     total = sum(parameter.numel() for parameter in model.parameters()) + sum(b.numel() for b in model.buffers())
     assert f"| parameters | {total / 1e3:.1f}k" in text
     model.half().save_pretrained(folder)
@@ -140,8 +140,10 @@ def test_architecture_is_read_from_config_and_weights(folder, model):
 
 
 def test_an_original_sam(tmp_path):
-    vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
-              "output_channels": 32, "num_pos_feats": 16, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 32}  # fmt: skip
+    vision = {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
+        "output_channels": 32, "num_pos_feats": 16, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 32,
+    }  # fmt: skip
     decoder = {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32}
     prompt = {"hidden_size": 32, "image_size": 32, "patch_size": 4}
     config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
@@ -181,7 +183,11 @@ def test_results_of_several_stages_stand_side_by_side(folder, tmp_path):
 
 
 def test_muon_is_said(folder):
-    stages = [{"stage": "encoder", "muon": True, "optim": "adamw_torch_fused"}, {"settings": {"muon": True}}, {"muon": False, "optim": "sgd"}]  # fmt: skip
+    stages = [
+        {"stage": "encoder", "muon": True, "optim": "adamw_torch_fused"},
+        {"settings": {"muon": True}},
+        {"muon": False, "optim": "sgd"},
+    ]
     text = render_card(folder, training=stages)
     assert (
         "| optim | Muon for matrices, adamw_torch_fused for the rest | Muon for matrices, AdamW for the rest | sgd |"
@@ -197,7 +203,7 @@ def test_a_teacher_that_the_hub_does_not_know_is_no_base_model(folder, teacher):
 
 
 def test_the_examples_run(folder, monkeypatch, tmp_path):
-    """As they stand in the card, on a photograph."""
+    """Run the card's code on a photograph."""
     text = render_card(CHECKPOINT, repo_id="org/student", revision="v1.0")
     for call in ("pipeline(", "AutoProcessor.from_pretrained(", "AutoModelForMaskGeneration.from_pretrained("):
         (line,) = (line for line in text.splitlines() if call in line)
@@ -207,12 +213,12 @@ def test_the_examples_run(folder, monkeypatch, tmp_path):
     facts = CardFacts(thresholds={"pred_iou_thresh": -10.0, "stability_score_thresh": -1.0, "points_per_crop": 2})
     blocks = re.findall(r"```python\n(.*?)```", render_card("student", facts=facts), flags=re.S)
     assert len(blocks) == 2
-    names = [{}, {}]
-    for block, found in zip(blocks, names):
-        exec(compile(block, "README.md", "exec"), found)
-    assert all(mask.shape == (300, 451) for mask in names[0]["masks"]) and len(names[0]["masks"]) > 0
-    assert names[1]["masks"][0].shape == (1, 1, 300, 451)
-    assert isinstance(names[1]["model"], SamLighteningModel)
+    everything, box = {}, {}
+    for block, variables in zip(blocks, (everything, box)):
+        exec(compile(block, "README.md", "exec"), variables)
+    assert all(mask.shape == (300, 451) for mask in everything["masks"]) and len(everything["masks"]) > 0
+    assert box["masks"][0].shape == (1, 1, 300, 451)
+    assert isinstance(box["model"], SamLighteningModel)
 
 
 def test_places_on_ones_machine_are_left_out(folder, report):
@@ -254,8 +260,14 @@ def test_another_file_for_a_report(folder, tmp_path, content):
 
 @pytest.mark.parametrize(
     "entry",
-    [1, {}, {"settings": {"model": "a"}}, {"settings": {}, "scores": {}}, {"settings": {"model": "a"}, "scores": {"box": {}}}],
-)  # fmt: skip
+    [
+        1,
+        {},
+        {"settings": {"model": "a"}},
+        {"settings": {}, "scores": {}},
+        {"settings": {"model": "a"}, "scores": {"box": {}}},
+    ],
+)
 def test_a_report_that_lacks_what_a_card_needs(folder, tmp_path, entry, capsys):
     (tmp_path / "report.json").write_text(json.dumps({"format_version": 1, "models": [entry]}))
     assert cli.main(["card", str(folder), "--evaluation", str(tmp_path / "report.json")]) == 1
@@ -316,10 +328,8 @@ def test_citation_file():
 
 
 def test_template_is_at_the_top_and_in_the_package():
-    """Two files, no link: links do not survive every checkout and archive."""
-    assert (ROOT / "model_card.md").read_bytes() == TEMPLATE.read_bytes(), (
-        "cp model_card.md samlight_hf/publishing/model_card.md"
-    )
+    """Two files, not a link, because links do not survive every checkout and archive."""
+    assert (ROOT / "model_card.md").read_bytes() == TEMPLATE.read_bytes(), "run `make sync`"
     for heading in (
         "What it is",
         "Use",
@@ -333,7 +343,7 @@ def test_template_is_at_the_top_and_in_the_package():
 
 
 def test_speed_is_of_the_run_that_measured_it(tmp_path):
-    """Three runs with --append: the rows of the encoder are the second one's."""
+    """After three runs with --append, the rows of the encoder are those of the second one."""
     benchmark, path = json.loads(BENCHMARK.read_text()), tmp_path / "speed.json"
     head = {name: benchmark[name] for name in ("device", "versions")}
     runs = [

@@ -1,4 +1,4 @@
-"""Publishing to the stand-in, and loading back from it as a stranger does."""
+"""Publishing to the fake Hub, and loading from it in another process without the package."""
 
 import json
 from pathlib import Path
@@ -24,27 +24,27 @@ COMMIT, UPLOAD, PREUPLOAD = ("POST", "/commit/"), ("PUT", "/storage/upload/"), (
 BATCH, CREATE, TAG = ("POST", "/objects/batch"), ("POST", "/repos/create"), ("POST", "/tag/")
 
 
-def make_folder(place: Path, seed: int, **options) -> Path:
+def make_folder(parent: Path, seed: int, **options) -> Path:
     torch.manual_seed(seed)
-    SamLighteningModel(tiny_config()).save_pretrained(place / f"model-{seed}")
-    build_folder(place / f"model-{seed}", place / f"published-{seed}", **options)
-    return place / f"published-{seed}"
+    SamLighteningModel(tiny_config()).save_pretrained(parent / f"model-{seed}")
+    build_folder(parent / f"model-{seed}", parent / f"published-{seed}", **options)
+    return parent / f"published-{seed}"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
-    """Two models' folders, ready to be published."""
-    place = tmp_path_factory.mktemp("folders")
-    return [make_folder(place, seed) for seed in (0, 1)]
+    """Two folders with different weights, ready to be published."""
+    parent = tmp_path_factory.mktemp("folders")
+    return [make_folder(parent, seed) for seed in (0, 1)]
 
 
 def upload(folder, **options) -> PublishedRevision:
-    """Without the verification, which test_publish_command.py and test_trainer_push.py have: here it would cost seconds each time."""
+    """Publish without the slow verification, which test_publish_command.py and test_trainer_push.py include."""
     return publish(folder, REPO, **{"verify": False, "retries": 0, "retry_wait": 0.001, **options})
 
 
 def state(hub) -> dict:
-    """Of the repository: its files and all refs."""
+    """Return the files and refs of the repository."""
     if REPO not in hub.repositories:
         return {}
     repo = hub.repository(REPO)
@@ -71,7 +71,7 @@ from transformers import AutoModel, AutoModelForMaskGeneration, AutoProcessor, p
 
 repo_id, revisions, photo = {arguments!r}
 image = Image.open(photo)
-found = {{}}
+results = {{}}
 for revision in revisions:
     options = {{"revision": revision, "trust_remote_code": True}}
     model = AutoModel.from_pretrained(repo_id, **options)
@@ -82,15 +82,17 @@ for revision in revisions:
     with torch.inference_mode():
         masks = model(**inputs, multimask_output=False).pred_masks
     generator = pipeline("mask-generation", model=repo_id, device="cpu", **options)
-    everything = generator(image, points_per_crop=2, pred_iou_thresh=-1.0, stability_score_thresh=-1.0, crops_nms_thresh=1.0)
-    found[revision] = [model.mask_decoder.iou_token.weight[0, 0].item(), masks.double().sum().item(), len(everything["masks"])]
+    settings = {{"pred_iou_thresh": -1.0, "stability_score_thresh": -1.0, "crops_nms_thresh": 1.0}}
+    everything = generator(image, points_per_crop=2, **settings)
+    token = model.mask_decoder.iou_token.weight[0, 0].item()
+    results[revision] = [token, masks.double().sum().item(), len(everything["masks"])]
 assert type(model).__module__.startswith("transformers_modules.")
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
 def test_what_is_published_loads_elsewhere_by_tag_by_commit_and_offline(hub, folders, tmp_path):
-    """From the cache alone; test_trainer_push.py loads from the server."""
+    """Only the cache is used here; test_trainer_push.py loads from the server."""
     first = upload(folders[0], tag="v1.0")
     second = upload(folders[1])
     assert second.commit == hub.repository(REPO).find("main").sha
@@ -99,15 +101,15 @@ def test_what_is_published_loads_elsewhere_by_tag_by_commit_and_offline(hub, fol
         snapshot_download(REPO, revision=revision, cache_dir=home / "hub")
     num_requests = len(hub.requests)
     script = LOAD.format(arguments=[REPO, ["main", "v1.0", first.commit], str(ROOT / "examples/images/coffee.jpg")])
-    there = environment(hub, home, token=None, HF_HUB_OFFLINE="1")
-    found = json.loads(run_without_package(script, tmp_path, there).splitlines()[-1])
+    offline = environment(hub, home, token=None, HF_HUB_OFFLINE="1")
+    results = json.loads(run_without_package(script, tmp_path, offline).splitlines()[-1])
     assert len(hub.requests) == num_requests
     tokens = [
         load_file(folder / "model.safetensors")["mask_decoder.iou_token.weight"][0, 0].item() for folder in folders
     ]
-    assert found["v1.0"] == found[first.commit] != found["main"]
-    assert [found["v1.0"][0], found["main"][0]] == tokens
-    assert all(num_masks == 12 for _, _, num_masks in found.values())
+    assert results["v1.0"] == results[first.commit] != results["main"]
+    assert [results["v1.0"][0], results["main"][0]] == tokens
+    assert all(num_masks == 12 for _, _, num_masks in results.values())
 
 
 def test_a_publication_is_one_commit_and_repeating_it_makes_none(hub, folders):
@@ -227,7 +229,7 @@ def test_an_interrupted_upload_leaves_the_old_revision_as_it_was_and_a_repeat_su
     text = str(error.value)
     assert text.endswith("Nothing was published.") and "\n" not in text and "hf_writer" not in text
     assert state(hub) == before
-    assert hub.count(*COMMIT) == 1 + num_tries, "what may pass is tried again, and nothing else"
+    assert hub.count(*COMMIT) == 1 + num_tries, "only temporary failures are retried"
     hub.heal()
     upload(folders[1], tag="v2.0")
     assert published(hub) == content(folders[1])
@@ -241,7 +243,7 @@ def test_an_interrupted_upload_leaves_the_old_revision_as_it_was_and_a_repeat_su
         (COMMIT, {"status": 409}),
         (COMMIT, {"status": 429}),
         (COMMIT, {"cut": "request"}),
-        (COMMIT, {"cut": "response"}),  # the commit was made, and the client did not hear of it
+        (COMMIT, {"cut": "response"}),  # the commit was made, but the client does not know
         (UPLOAD, {"cut": "request"}),
         (PREUPLOAD, {"status": 429}),
         (PREUPLOAD, {"cut": "response"}),
@@ -273,7 +275,7 @@ def test_a_tag_that_could_not_be_made_is_made_by_a_repeat(hub, folders):
 
 
 def test_a_commit_of_somebody_else_in_between_is_kept(hub, folders):
-    """The publisher looked at a head that is no longer one: it looks again."""
+    """A concurrent commit moves the head: the publisher reads the new one and tries again."""
     upload(folders[0])
     repo = hub.repository(REPO)
     commit = repo.commit

@@ -1,4 +1,4 @@
-"""`samlight publish` as a user runs it, on the bundled checkpoint and on a tiny one, against a stand-in for the Hub."""
+"""`samlight publish` as a user runs it, with the bundled checkpoint and a tiny one, on a fake Hub."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_the_bundled_checkpoint_is_verified_on_a_photograph_and_published(hub, c
 
 
 def test_dry_run_shows_everything_and_asks_nothing(hub, folder, capsys):
-    """It is the whole of it but the upload, and verified too: on another image, with a model of another shape."""
+    """A dry run does everything but the upload: it also verifies, here on another image with another model."""
     image = ROOT / "examples" / "images" / "cat.jpg"
     status, out, err = run(capsys, "publish", folder, REPO, "--dry-run", "--license", "mit", "--image", image)
     assert status == 0, err
@@ -108,8 +108,8 @@ def pickled(folder):
 )
 def test_what_is_wrong_is_told_in_a_line(hub, folder, capsys, spoil, arguments, status, words):
     spoil(folder)
-    found, _, err = run(capsys, "publish", folder, REPO, "--license", "mit", *arguments)
-    assert found == status and words in err, err
+    exit_status, _, err = run(capsys, "publish", folder, REPO, "--license", "mit", *arguments)
+    assert exit_status == status and words in err, err
     assert "Traceback" not in err and "internal error" not in err
     assert not hub.requests
 

@@ -1,4 +1,4 @@
-"""The stand-in for the Hub, asked by huggingface_hub's own client."""
+"""The fake Hub, used through huggingface_hub's own client."""
 
 import hashlib
 import subprocess
@@ -72,7 +72,7 @@ def test_what_is_there_is_neither_uploaded_nor_committed_again(api, hub):
     first = commit(api, *files)
     again = commit(api, add("config.json", b"{}"), add("model.safetensors", LARGE))
     assert again.oid == first.oid
-    commit(api, add("other.safetensors", LARGE))  # another name of the same content
+    commit(api, add("other.safetensors", LARGE))  # the same content under another name
     assert hub.count("PUT", "/storage/upload/") == 1
 
 
@@ -169,7 +169,7 @@ def test_metadata_that_the_hub_refuses(api, hub, metadata, message):
 
 
 def test_faults(api, hub):
-    hub.fail("PUT", "/storage/upload/", 500, times=2)  # what the client itself overcomes
+    hub.fail("PUT", "/storage/upload/", 500, times=2)  # the client itself retries
     commit(api, add("model.safetensors", LARGE))
     assert hub.count("PUT", "/storage/upload/") == 3
     hub.fail("PUT", "/storage/upload/", cut="request", times=1)
@@ -184,7 +184,7 @@ def test_faults(api, hub):
     with pytest.raises(Exception, match="(?i)disconnect|closed|reset|peer"):
         commit(api, add("a", b"1"))
     assert "a" not in hub.repository(REPO).files()
-    hub.fail("POST", "/commit/", cut="response", times=1)  # done, and the client does not know
+    hub.fail("POST", "/commit/", cut="response", times=1)  # done, but the client does not know
     with pytest.raises(Exception, match="(?i)disconnect|closed|reset|peer|incomplete"):
         commit(api, add("a", b"1"))
     assert hub.repository(REPO).files()["a"] == b"1"

@@ -1,4 +1,4 @@
-"""Pushes of a training: what arrives on the Hub, and that nothing which goes wrong there touches the training."""
+"""Pushes during a training: the files that arrive on the Hub, and failures that must not affect the training."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from samlight_hf.data import SyntheticScenes
 from samlight_hf.distillation import distill, parse_arguments, publishing, push_worker
 from samlight_hf.distillation.publishing import HubPublisher, make_push, read_record
 from samlight_hf.loading import load_model
-from samlight_hf.publishing import upload as hub_module
+from samlight_hf.publishing import upload
 from samlight_hf.publishing.checks import CODE, check_folder
 from samlight_hf.publishing.upload import PublishError
 from tests.conftest import tiny_config
@@ -55,9 +55,10 @@ def run(folder, *options):
     return distill(
         *parse_arguments(
             [
-                "--stages", "end_to_end", "--student", str(folder / "student.json"), "--train_data", "synthetic:1", "--output_dir",
-                str(folder / "out"), "--use_cpu", "--max_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "2",
-                "--num_prompts", "2", "--disable_tqdm", "true", "--push_to_hub", "--hub_model_id", REPO, *options,
+                "--stages", "end_to_end", "--student", str(folder / "student.json"), "--train_data", "synthetic:1",
+                "--output_dir", str(folder / "out"), "--use_cpu", "--max_steps", "2", "--save_steps", "2",
+                "--per_device_train_batch_size", "2", "--num_prompts", "2", "--disable_tqdm", "true", "--push_to_hub",
+                "--hub_model_id", REPO, *options,
             ]
         )
     )  # fmt: skip
@@ -80,7 +81,8 @@ model = AutoModel.from_pretrained(repo_id, revision=revision, trust_remote_code=
 generator = pipeline("mask-generation", model=repo_id, revision=revision, trust_remote_code=True, device="cpu")
 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), generator.model.parameters(), strict=True))
 image = Image.open(photo)
-masks = generator(image, points_per_crop=2, pred_iou_thresh=-1.0, stability_score_thresh=-1.0, crops_nms_thresh=1.0)["masks"]
+settings = {{"pred_iou_thresh": -1.0, "stability_score_thresh": -1.0, "crops_nms_thresh": 1.0}}
+masks = generator(image, points_per_crop=2, **settings)["masks"]
 assert all(tuple(mask.shape) == image.size[::-1] for mask in masks)
 print(type(model).__module__.split(".")[0], len(masks))
 """
@@ -88,21 +90,21 @@ print(type(model).__module__.split(".")[0], len(masks))
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Pushes in the publisher's thread and without the verification, which is faster: the first test here has all of it."""
+    """Push in the publisher's thread and without the verification, which is faster."""
 
-    def run(publisher, push, token, place):
-        push = dataclasses.replace(push, folder=str(place / publishing.SNAPSHOT_NAME))
+    def run(publisher, push, token, snapshots):
+        push = dataclasses.replace(push, folder=str(snapshots / publishing.SNAPSHOT_NAME))
         with monkeypatch.context() as patch:
             if token:
                 patch.setenv("HF_TOKEN", token)
             return push_worker.carry_out(push, publishing.RETRIES, publishing.RETRY_WAIT)
 
     monkeypatch.setattr(HubPublisher, "_run", run)
-    monkeypatch.setattr(hub_module, "verify_folder", check_folder)
+    monkeypatch.setattr(upload, "verify_folder", check_folder)
 
 
 def test_what_is_trained_and_pushed_segments_a_photograph_elsewhere(hub, tmp_path, capsys, monkeypatch):
-    """And the training neither waits for the Hub nor is changed by it."""
+    """The training neither waits for the Hub nor is changed by it."""
     card = tmp_path / "card.yaml"
     card.write_text("license: apache-2.0\ntraining_data: [{name: drawn scenes, terms: made by a program}]\n")
     is_trained, submit, push_finished = threading.Event(), HubPublisher.submit, HubPublisher.push_finished
@@ -149,11 +151,11 @@ def test_all_checkpoints_go_there_and_a_training_resumes_bit_exactly_from_one(hu
     options = {"hub_strategy": "all_checkpoints", "save_total_limit": 1, "max_steps": 4}
     is_trained = threading.Event()
     hub.fail("POST", "/preupload/", until=is_trained, times=1)
-    hub.fail("POST", "/commit/", 500, times=1)  # which is tried again
+    hub.fail("POST", "/commit/", 500, times=1)  # is retried
     with HubPublisher() as publisher:
         whole = make_trainer(arguments(tmp_path / "whole", **options), publisher=publisher)
         whole.train()
-        assert not (tmp_path / "whole/checkpoint-2").exists()  # and still it is going to arrive
+        assert not (tmp_path / "whole/checkpoint-2").exists()  # deleted, but a snapshot is waiting to be pushed
         is_trained.set()
     assert [result.error for result in whole.publisher.results] == [None, None]
     pushed = files(hub)
@@ -186,7 +188,7 @@ def test_the_last_checkpoint_takes_the_place_of_the_one_before(hub, tmp_path, in
 
     def save_as_trainer_does(folder, state_dict=None):
         save(folder, state_dict)
-        torch.save(trainer.args, Path(folder) / "training_args.bin")  # with the token
+        torch.save(trainer.args, Path(folder) / "training_args.bin")  # holds the token
 
     trainer._save = save_as_trainer_does
     trainer.train()
@@ -251,14 +253,14 @@ def test_a_push_that_fails_is_reported_and_the_same_command_tries_again(hub, tmp
     assert files(hub)["model.safetensors"] == (student / "model.safetensors").read_bytes()
     num_requests = len(hub.requests)
     run(tmp_path, "--hub_strategy", "end", "--resume")
-    assert hub.count("POST", "/commit/") == 1, hub.requests[num_requests:]  # all is there
+    assert hub.count("POST", "/commit/") == 1, hub.requests[num_requests:]  # nothing new to push
     run(tmp_path, "--hub_strategy", "end", "--resume", "--hub_model_id", "org/other")
     assert hub.repository("org/other").files()["model.safetensors"] == files(hub)["model.safetensors"]
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A trainer's arguments, and the folder of a checkpoint."""
+    """A trainer's arguments, and the folder of its checkpoint."""
     args = arguments(tmp_path, max_steps=1, save_steps=1, push_to_hub=False)
     make_trainer(args).train()
     return args, tmp_path / "checkpoint-1"
@@ -296,7 +298,7 @@ def test_stopping_by_hand_drops_what_waits_and_ends_what_is_under_way(hub, check
     hub.fail("POST", "/preupload/", until=never)
     with pytest.raises(KeyboardInterrupt), HubPublisher() as publisher:
         args, folder = checkpoint
-        publisher.submit(make_push(args, folder, 1, {}, {}))  # a finished one would be verified first
+        publisher.submit(make_push(args, folder, 1, {}, {}))  # a finished student would be verified first
         wait_until(lambda: REPO in hub.repositories)
         publisher.push_finished(args, folder, {})
         raise KeyboardInterrupt
