@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
-from ..engine.build import Decoder, ImageEncoder, PlainMaskDecoder, make_decoder
+from ..engine.build import make_decoder
+from ..engine.image_encoder import ImageEncoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
+from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import check_errors, error_of_image
 from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
 from ..images.reading import ImageError

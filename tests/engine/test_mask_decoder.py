@@ -7,9 +7,11 @@ import torch
 from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.engine.build import ImageEncoder, PlainMaskDecoder, make_decoder
+from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
+from samlight_hf.engine.image_encoder import ImageEncoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder, why_not_fast
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from tests.conftest import tiny_config
 
 
@@ -176,7 +178,7 @@ def test_which_way_is_taken():
         pass
 
     model.mask_decoder.__class__ = OwnDecoder
-    assert "no mask decoder of SAM's own build" in why_not_fast(model)
+    assert "no mask decoder of SAM's own architecture" in why_not_fast(model)
     assert isinstance(make_decoder(model), PlainMaskDecoder)
     with pytest.raises(ValueError, match="no mask decoder of SAM's own"):
         FastMaskDecoder(model)

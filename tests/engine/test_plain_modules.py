@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 from transformers import SamConfig, SamModel, pipeline
 
 from samlight_hf import MaskGenerator, Predictor, SamLighteningModel, modeling
-from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.image_encoder import FastVisionEncoder, why_not_fast_encoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.optimize import optimize
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.engine.plain_modules import base_model, why_not_plain_decoder, why_not_plain_encoder
 from samlight_hf.images.preprocessing import preprocess
 from tests.conftest import tiny_config

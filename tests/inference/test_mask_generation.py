@@ -15,9 +15,9 @@ from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamIma
 
 from samlight_hf import ImageError, MaskGenerationSettings, MaskGenerator, Predictor, SamLighteningModel
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
-from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.memory_budget import MemoryBudget
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.images.preprocessing import image_tensor
 from samlight_hf.inference.crops import crop_boxes, point_grid
 from samlight_hf.inference.mask_generation import segment_everything

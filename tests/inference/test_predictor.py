@@ -13,7 +13,7 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
 from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel, optimize
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
-from samlight_hf.engine.build import PlainMaskDecoder
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
 from samlight_hf.inference.predictor import predict_prompts, segment_prompts
 from samlight_hf.inference.prompts import clip_prompts, parse_prompts, prompt_batches
