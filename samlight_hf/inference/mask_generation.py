@@ -3,8 +3,9 @@
 A grid of points is decoded, three masks each, on the image and, where asked for, on crops of it. Kept are masks that
 the model scores well, that are stable under another threshold, that do not end at a crop's border, and of those that
 lie on each other the best. The order of these steps, every comparison and every resize are the stock pipeline's. What
-differs is when they happen and to what: a mask that its score rules out is never computed, stability and boxes come straight from
-the decoder's logits, outlines are those of the masks that stay, and everything up to them is on the device.
+differs is when they happen and to what: a mask that its score rules out is never computed, stability and boxes come
+straight from the decoder's logits, outlines are those of the masks that stay, and everything up to them is on the
+device.
 """
 
 import math
@@ -46,24 +47,25 @@ class MaskGenerator:
 
     `max_memory_mb` bounds the memory that is allocated on a CUDA device, the model's weights included; images of more
     than about 10 million pixels may need more. Results do not depend on it, but for rounding. `points_per_batch` sets
-    how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs,
-    and `triton_kernels` compute masks and their outlines: both by default on CUDA devices, the latter where Triton runs,
-    and a warning tells once where it does not. `decoder_dtype` is what a SAM's mask decoder computes in: by default the model's dtype, and float16
-    for bfloat16 on CUDA devices, whose three more bits tell near duplicates apart, where the weights fit into it.
+    how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA
+    graphs, and `triton_kernels` compute masks and their outlines: both by default on CUDA devices, the latter where
+    Triton runs, and a warning tells once where it does not. `decoder_dtype` is what a SAM's mask decoder computes in:
+    by default the model's dtype, and float16 for bfloat16 on CUDA devices, whose three more bits tell near duplicates
+    apart, where the weights fit into it.
 
-    The model's weights are copied when this is made, and later changes of the model do not reach it; where
-    a part runs in the model itself (an image encoder of another kind, adapters, hooks, other modules than the config's),
-    a changed model raises ValueError. The copies cost up to the memory of a SAM-Lightening's weights once more.
+    The model's weights are copied when this is made, and later changes of the model do not reach it; where a part runs
+    in the model itself (an image encoder of another kind, adapters, hooks, other modules than the config's), a changed
+    model raises ValueError. The copies cost up to the memory of a SAM-Lightening's weights once more.
 
     Threads may share a generator, and each gets the masks that it would get alone. On a CUDA device the steps of their
-    images take turns, on any streams; on a CPU they run side by side. `set_budget` is for all threads: leave it to one, while no image
-    is under way, or take a generator of each budget from `with_budget`.
+    images take turns, on any streams; on a CPU they run side by side. `set_budget` is for all threads: leave it to one,
+    while no image is under way, or take a generator of each budget from `with_budget`.
 
-    A generator can be pickled, for processes that are spawned: the model and the settings are; kernels and graphs are made
-    anew. A model that `optimize` made cannot.
+    A generator can be pickled, for processes that are spawned: the model and the settings are; kernels and graphs are
+    made anew. A model that `optimize` made cannot.
 
-    Raises ValueError for a budget that the model does not fit into, and for CUDA graphs or Triton kernels that are asked
-    for and cannot be.
+    Raises ValueError for a budget that the model does not fit into, and for CUDA graphs or Triton kernels that are
+    asked for and cannot be.
     """
 
     def __init__(
@@ -137,8 +139,8 @@ class MaskGenerator:
     ) -> Iterator[GeneratedMasks | ImageError]:
         """The masks of image after image, any number of them, of which the next ones are read meanwhile.
 
-        There is one result for each image, in order. An image that is damaged, too thin or too large for the memory has its
-        error there, a ImageError that names it, and a warning says the same; the others go on:
+        There is one result for each image, in order. An image that is damaged, too thin or too large for the memory has
+        its error there, a ImageError that names it, and a warning says the same; the others go on:
 
             for path, result in zip(paths, generator.generate_many(paths)):
                 if isinstance(result, ImageError):
@@ -171,8 +173,8 @@ class MaskGenerator:
         """The masks of one image, uint8 (3, H, W) on any device.
 
         `progress`, such as a tqdm bar, has its `update` called with the number of points decoded. `encoded` is what
-        `encoder` or `Predictor.encode` made of this image, for callers that have it already.
-        Raises ValueError for an image, or a crop of it, that is too thin for the model, and where a mask's score is NaN.
+        `encoder` or `Predictor.encode` made of this image, for callers that have it already. Raises ValueError for an
+        image, or a crop of it, that is too thin for the model, and where a mask's score is NaN.
         """
         size = tuple(image.shape[-2:])
         crops = crop_boxes(*size, settings)

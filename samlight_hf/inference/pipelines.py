@@ -23,8 +23,9 @@ _HOLE_FILLING = ("max_hole_area", "max_sprinkle_area")
 class FastMaskGenerationPipeline(Pipeline):
     """Masks of everything in an image, with the arguments and the result of transformers' `MaskGenerationPipeline`.
 
-    `pipeline("fast-mask-generation", model=..., max_memory_mb=1500, cuda_graphs=None)`: the last two are those of `MaskGenerator`.
-    Called with an image (path, URL, PIL image) it returns a dictionary, with a list of images a list of these:
+    `pipeline("fast-mask-generation", model=..., max_memory_mb=1500, cuda_graphs=None)`: the last two are those of
+    `MaskGenerator`. Called with an image (path, URL, PIL image) it returns a dictionary, with a list of images a list
+    of these:
 
     masks: list of bool (H, W) tensors on the CPU, the best first. Left out with `output_masks=False`: as pixels, many
         masks take longer than all else.
@@ -33,7 +34,8 @@ class FastMaskGenerationPipeline(Pipeline):
     bounding_boxes, with `output_bboxes_mask=True`: int64 (n, 4), the first and the last column and row inside.
 
     Beyond the stock pipeline: any dtype; `points_per_batch=None` decodes as many as fit into memory; grids may differ
-    between crop layers; an image without masks gives empty lists; `output_rle_masks`, which the stock one documents, works.
+    between crop layers; an image without masks gives empty lists; `output_rle_masks`, which the stock one documents,
+    works.
 
     Threads may share a pipeline, as they may share a `MaskGenerator`, and it can be pickled likewise.
 

@@ -15,8 +15,8 @@ from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel,
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
-from samlight_hf.inference.predictor import predict_prompts, segment_prompts
 from samlight_hf.inference.prompts import clip_prompts, parse_prompts, prompt_batches
+from samlight_hf.inference.single_calls import predict_prompts, segment_prompts
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
