@@ -1,4 +1,4 @@
-"""Functions for one image: prompts as boxes and points, one mask for each, as pixels."""
+"""Functions for one image with masks as pixels: of everything in it, or one for each box and each point."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ..images.preprocessing import ImageInput, image_tensor
 from ..masks.boxes import mask_edges
 from ..masks.results import MaskResult
+from .crops import (
+    DEFAULT_POINTS_PER_SIDE,
+    DEFAULT_PRED_IOU_THRESH,
+    DEFAULT_STABILITY_SCORE_THRESH,
+    MaskGenerationSettings,
+)
 from .encoded_image import EncodedImage
+from .mask_generation import MaskGenerator
 from .predictor import Predictor
 from .prompts import clip_prompts
 
@@ -72,3 +79,41 @@ def segment_prompts(
     clip_prompts((tensor.shape[2], tensor.shape[1]), boxes_xyxy, points_xy)  # before the image is encoded
     predictor = Predictor(model, processor, output="torch", cuda_graphs=False)
     return predict_prompts(predictor, boxes_xyxy, points_xy, image=predictor.encode(tensor))
+
+
+def segment_everything(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: ImageInput,
+    points_per_side: int = DEFAULT_POINTS_PER_SIDE,
+    pred_iou_thresh: float = DEFAULT_PRED_IOU_THRESH,
+    stability_score_thresh: float = DEFAULT_STABILITY_SCORE_THRESH,
+    points_per_batch: int | None = None,
+    progress=None,
+) -> MaskResult:
+    """Segment everything in one image with a `MaskGenerator` made for one use.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        image: The image, see `images.preprocessing.image_tensor`.
+        points_per_side: Points along each side of the grid.
+        pred_iou_thresh: See `MaskGenerationSettings`.
+        stability_score_thresh: See `MaskGenerationSettings`.
+        points_per_batch: See `MaskGenerator`.
+        progress: See `MaskGenerator.generate`.
+
+    Returns:
+        The masks as pixels, the best first.
+
+    Raises:
+        ValueError: For settings outside their range, and for an image that is too thin for the model.
+    """
+    if not isinstance(points_per_side, int) or points_per_side < 1:
+        raise ValueError(f"points_per_side={points_per_side!r} must be a positive integer.")
+    settings = MaskGenerationSettings(
+        points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
+    )
+    # Capturing CUDA graphs would not pay off for one image.
+    generator = MaskGenerator(model, processor, points_per_batch=points_per_batch, cuda_graphs=False)
+    return generator.generate(image_tensor(image), settings, progress).to_result()

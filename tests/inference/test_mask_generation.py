@@ -20,7 +20,7 @@ from samlight_hf.engine.memory_budget import MemoryBudget
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.images.preprocessing import image_tensor
 from samlight_hf.inference.crops import crop_boxes, point_grid
-from samlight_hf.inference.mask_generation import segment_everything
+from samlight_hf.inference.single_calls import segment_everything
 from samlight_hf.loading import load_model, quiet_transformers
 from samlight_hf.masks.boxes import mask_boxes
 from samlight_hf.masks.results import GeneratedMasks
