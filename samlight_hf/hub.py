@@ -1,12 +1,14 @@
-"""Checkpoints to the Hub: what `samlight_hf.publishing` offers to scripts."""
+"""Publishing checkpoints on the Hub: the functions of `samlight_hf.publishing` for scripts."""
 
 from .publishing.build import build_folder
+from .publishing.card import CardFacts, render_card
 from .publishing.checks import FolderError, check_folder
 from .publishing.upload import PublishedRevision, PublishError, check_target, publish
 from .publishing.verify import VerificationReport, verify_folder
 
 
 __all__ = [
+    "CardFacts",
     "FolderError",
     "PublishError",
     "PublishedRevision",
@@ -15,5 +17,6 @@ __all__ = [
     "check_folder",
     "check_target",
     "publish",
+    "render_card",
     "verify_folder",
 ]
