@@ -214,21 +214,19 @@ class Predictor:
         """Predict the masks of n prompts on an image.
 
         A prompt has points, a box, a mask, or several of these for one object. All coordinates are in pixels of the
-        image. For a list of images, given as `image` or kept by `set_images`, each of the first five arguments and
-        `masks` is a list with one entry for each image, which is None if that image has no such prompts.
+        image. For a list of images, given as `image` or kept by `set_images`, each of `points_xy`, `labels`,
+        `boxes_xyxy`, `logits` and `masks` is a list with one entry for each image, or None for an image without any.
 
         Args:
             points_xy: (n, k, 2), or n lists of any number of points (x, y), with 0 <= x < width and 0 <= y < height. A
                 point less than a pixel outside is moved inside.
             labels: (n, k), or n lists as long as those of the points: 1 on the object, 0 beside it. Default: all 1.
-            boxes_xyxy: (n, 4), x1, y1, x2, y2 with x1 < x2 and y1 < y2. Boxes that stick out of the image are cut to
-                it.
+            boxes_xyxy: (n, 4), x1, y1, x2, y2 with x1 < x2 and y1 < y2. Boxes that stick out of the image are cut.
             logits: (n, h, w), logits of an earlier `Prediction`, to be refined. Masks are accepted too, see `masks`.
-            multimask_output: Three masks for each prompt, for an ambiguous prompt such as one point. One mask is better
-                for a box or several points.
+            multimask_output: True gives three masks for each prompt, which suits an ambiguous one such as one point;
+                False gives one mask, which suits boxes and several points.
             full_size: Compute masks at the image's size; without it, logits and scores alone.
-            masks: (n, H, W), as large as the image or as an earlier prediction's logits: bool, or 0 and 1, or 0 and
-                255.
+            masks: (n, H, W), as large as the image or as earlier logits: bool, or 0 and 1, or 0 and 255.
             image: What `encode` returned, an image or a list of them. Default: what `set_image` or `set_images` keeps.
             errors: "return" gives an image of a list whose prompts are wrong an `ImageError` in place of its
                 prediction, with a warning; "raise" raises it.
