@@ -22,7 +22,7 @@ _Module: Any = PreTrainedModel if TYPE_CHECKING else object
 
 @dataclass
 class OptimizationReport:
-    """How the parts of an optimized model run, and the cost of its CUDA graphs.
+    """The way in which the parts of an optimized model run, and the cost of its CUDA graphs.
 
     Attributes:
         encoder: "fused", or "plain" and the reason.

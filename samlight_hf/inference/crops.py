@@ -19,7 +19,7 @@ class MaskGenerationSettings:
     """The settings of everything mode. Names, meanings and defaults are those of the stock pipeline.
 
     Attributes:
-        points_per_crop: Points along each side of the grid on the image, and on each crop of the first layer.
+        points_per_crop: Points along each side of the grid on the image; see also `crop_n_points_downscale_factor`.
         crops_n_layers: Number of layers of crops, which are segmented like images. Layer i has 4^i overlapping crops.
         crop_overlap_ratio: The overlap of crops of the first layer, as a fraction of the image's short side.
         crop_n_points_downscale_factor: The grid of layer i has `points_per_crop / factor^i` points along each side.
