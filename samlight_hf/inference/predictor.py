@@ -169,7 +169,7 @@ class Predictor:
         """The encoded images that `set_image` or `set_images` keep."""
         return self._held[0]
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget the images that were set."""
         # The images, and whether they are a list: one attribute, so that other threads never see a mixture.
         self._held: tuple[list[EncodedImage], bool] = ([], False)

@@ -106,10 +106,12 @@ def test_an_image_for_each_prompt(loud, device):
         assert torch.allclose(alone.iou[0], together.iou[place], rtol=1e-4, atol=1e-5)
 
 
-def test_images_that_are_not_one_for_each_prompt(loud):
+def test_no_prompt_and_images_that_are_not_one_for_each_prompt(loud):
     fast = FastMaskDecoder(loud)
     with pytest.raises(ValueError, match="2 images for 3 prompts: give one image, or one for each"):
         fast.decode(fast.prepare(embeddings(loud, 2)), boxes=prompts_of(3, loud.device)[BOXES])
+    with pytest.raises(ValueError, match="no prompt: give points, boxes or mask_logits"):
+        fast.decode(fast.prepare(embeddings(loud)))
 
 
 def test_masks_below_the_least_iou_are_left_out(loud, device):
