@@ -26,7 +26,7 @@ from transformers import pipeline
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator, Predictor
 from samlight_hf.commands.segment_run import EverythingSegmenter, Job, Run
-from samlight_hf.engine import optimize as inference
+from samlight_hf.engine import image_encoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction
 from samlight_hf.inference import mask_generation
 from samlight_hf.inference.candidates import Candidates
@@ -238,7 +238,7 @@ def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
         counts = defaultdict(int)
         places = {
             "image to tensor": (mask_generation, "image_tensor"),
-            "preprocess": (inference, "preprocess"),
+            "preprocess": (image_encoder, "preprocess"),
             "encode": (generator.encoder, "encode"),
             "decode": (decoder, "transform"),
             "masks": (decoder, "_masks"),

@@ -1,4 +1,13 @@
-"""SAM-Lightening (arXiv 2403.09195) for Hugging Face transformers. Importing it registers the model with the Auto classes."""
+"""SAM-Lightening (arXiv 2403.09195) for Hugging Face transformers: Segment Anything with dilated flash attention.
+
+Importing the package registers its model with transformers' Auto classes and the pipeline task "fast-mask-generation".
+
+- `Predictor`: masks for points, boxes and masks as prompts.
+- `MaskGenerator`, `FastMaskGenerationPipeline`: masks of everything in an image.
+- `optimize`: a whole model, fused and replayed from CUDA graphs.
+- `SamLighteningModel`, `SamLighteningConfig`: the model itself.
+- `samlight_hf.loading`, `.conversion`, `.hub`: loading, converting and publishing checkpoints.
+"""
 
 from transformers import (
     AutoConfig,
@@ -10,7 +19,7 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from . import old_names as _old_names  # noqa: F401  registers them
+from . import old_names as _old_names  # noqa: F401  makes old imports work
 from .engine.optimize import optimize
 from .images.reading import ImageError
 from .inference.encoded_image import EncodedImage
@@ -42,7 +51,7 @@ if TASK not in PIPELINE_REGISTRY.supported_tasks:
         default={"model": ("facebook/sam-vit-huge", "87aecf0")},
         type="image",
     )
-    # By which save_pretrained would copy the pipeline's file, and have config.json ask for it: it is this package's.
+    # Without this, save_pretrained would copy the pipeline's file to the checkpoint and name it in config.json.
     del FastMaskGenerationPipeline._registered_impl
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The command line, for `python -m samlight_hf.cli` and for scripts; it is in `samlight_hf.commands`."""
+"""The command line of `samlight_hf.commands`, for `python -m samlight_hf.cli` and for scripts."""
 
 import sys
 

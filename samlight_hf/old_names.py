@@ -1,12 +1,14 @@
-"""Names that scripts import from where they were before the package had folders; each says where it is now."""
+"""Imports from modules that have moved: they work, with a DeprecationWarning that names the new module."""
 
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 
+# Old module: {name: new module, and after a colon the new name if it has changed}.
 OLD_NAMES = {
     "averaging": {"average_models": "conversion.averaging"},
     "files": {"read_yaml": "utils.atomic_files", "write_aside": "utils.atomic_files:atomic_write"},
@@ -19,7 +21,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Makes a module of OLD_NAMES when it is imported, whose names are those of the new modules."""
+    """Finds and creates the modules of OLD_NAMES, whose attributes come from the new modules."""
 
     def find_spec(self, name, path=None, target=None):
         package, _, module = name.rpartition(".")
@@ -29,7 +31,9 @@ class _OldModules(MetaPathFinder, Loader):
         module.__getattr__ = _getter(module.__name__.rpartition(".")[2])
 
 
-def _getter(module: str):
+def _getter(module: str) -> Callable[[str], object]:
+    """Return the `__getattr__` of an old module."""
+
     def get(name: str):
         if name not in OLD_NAMES[module]:
             raise AttributeError(f"module {_PACKAGE}.{module} has no attribute {name!r}")

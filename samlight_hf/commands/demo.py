@@ -30,7 +30,8 @@ def run_demo(args: argparse.Namespace) -> int:
     from ..images.reading import open_image
     from ..inference.crops import MaskGenerationSettings
     from ..inference.mask_generation import MaskGenerator
-    from ..inference.predictor import Predictor, predict_prompts
+    from ..inference.predictor import Predictor
+    from ..inference.single_calls import predict_prompts
 
     prompts_file = EXAMPLE_IMAGES.parent / "prompts.json"
     if not prompts_file.is_file():

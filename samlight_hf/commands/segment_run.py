@@ -18,8 +18,9 @@ from ..images.preprocessing import check_size, image_tensor
 from ..images.reading import open_image, read_ahead
 from ..inference.crops import MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
-from ..inference.predictor import Predictor, predict_prompts
+from ..inference.predictor import Predictor
 from ..inference.prompts import clip_prompts
+from ..inference.single_calls import predict_prompts
 from ..masks.results import GeneratedMasks, MaskResult
 from .summary import DiskError
 

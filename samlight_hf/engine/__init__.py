@@ -1,1 +1,1 @@
-"""Image encoder and mask decoder as they run for inference: fused, replayed from CUDA graphs, within a memory budget."""
+"""Image encoder and mask decoder for inference: fused, replayed from CUDA graphs, within a memory budget."""

@@ -1,4 +1,4 @@
-"""Functions of CUDA tensors, replayed from CUDA graphs."""
+"""CUDA graphs of functions of tensors: captured once for each combination of shapes, then replayed."""
 
 import contextlib
 import gc
@@ -13,16 +13,27 @@ import torch
 from ..utils.autocast import without_autocast
 
 
-_one_capture = threading.Lock()  # torch's own rule: one capture at a time in a process
+_one_capture = threading.Lock()  # torch allows one capture at a time in a process
 
 
 class GraphedFunction:
-    """A function of tensors that is replayed from a CUDA graph, one for each combination of shapes; elsewhere called. Autocast does not reach it.
+    """A function of tensors that is replayed from CUDA graphs, and called directly where there can be no graph.
 
-    The first tensor says where; the others may be on the CPU, from where one copy takes them all, without waiting. What it
-    returns is overwritten by the next call of any function that shares its `pool`. Of more than `max_graphs` the one that was
-    not used for the longest time is dropped; after `freeze` no more are made, and other shapes are called.
-    `last_ran` is "graph" or "eager". Threads that share it call it, and read what it returned, in a `turn`.
+    There is one graph for each combination of shapes and dtypes. The device is that of the first tensor; the other
+    tensors may be on the CPU, from where they are copied together, without waiting. Autocast has no effect inside the
+    function.
+
+    Outputs are overwritten by the next call of any function that shares the `pool`. Threads that share a function call
+    it, and read its outputs, within one `utils.turns.turn`.
+
+    Args:
+        function: The function, of tensors alone, to a tensor or a tuple of tensors.
+        enabled: Without it the function is always called directly.
+        max_graphs: The graph that was not used for the longest time is dropped to make room for one more.
+        pool: A memory pool of `torch.cuda.graph_pool_handle`, which several functions may share.
+
+    Attributes:
+        last_ran: How the last call ran: "graph", "eager", or None before the first one.
     """
 
     def __init__(self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None):
@@ -31,20 +42,20 @@ class GraphedFunction:
         self.last_ran: str | None = None
         self._graphs: OrderedDict = OrderedDict()
         self._frozen = False
-        self._lent: torch.Tensor | None = None  # by `empty`, for a graph that there is not yet
+        self._lent: torch.Tensor | None = None  # returned by `empty`, to become the input of a new graph
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def freeze(self):
-        """Keeps the graphs that there are, and makes no others."""
+        """Keep the graphs that exist and capture no others: calls with other shapes then run directly."""
         self._frozen = True
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """As `torch.empty`, for the one tensor of the next call: what the graph for it reads, or will read, so that nothing is copied.
+        """Return an uninitialised tensor for the next call, which has no other: the graph reads it without a copy.
 
-        That tensor is always the same: the next call with another one of its kind overwrites it. From here to the end of
-        the call nobody else may call this function: both are in one `turn`.
+        It is always the same tensor, and the next call with another tensor of this kind overwrites it. From here to the
+        end of the call no other thread may call the function: do both within one `turn`.
         """
         captured = self._graphs.get((device, (torch.Size(shape), dtype)))
         if captured is not None:
@@ -66,7 +77,7 @@ class GraphedFunction:
                 self.last_ran = "eager"
                 return self.function(*(tensor.to(device, non_blocking=True) for tensor in tensors))
             if len(self._graphs) >= self.max_graphs:
-                torch.cuda.synchronize(device)  # another stream may be running the graph that is dropped
+                torch.cuda.synchronize(device)  # another stream may still run the graph that is dropped
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
             captured = self._graphs[key] = self._capture(tensors, lent)
@@ -84,52 +95,56 @@ class GraphedFunction:
             stream = _warm_up_stream(tensors[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):  # kernels are chosen, and workspaces made, before the capture
+                for _ in range(2):  # libraries choose kernels and allocate workspaces before the capture
                     self.function(*inputs.tensors)
             torch.cuda.current_stream().wait_stream(stream)
             _forget_workspaces()
-            torch.cuda.empty_cache()  # what the warm-up took, the graph takes once more
+            torch.cuda.empty_cache()  # the graph allocates the memory of the warm-up once more
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use CUDA meanwhile, and must not make this capture fail.
+            # Other threads may use CUDA meanwhile, and must not invalidate this capture.
             with collects_no_garbage(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = self.function(*inputs.tensors)
-            _forget_workspaces()  # the graph's own stays in its pool, where the next graph uses it too
+            _forget_workspaces()  # the graph's workspace stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
 
 
 class StaticInputs:
-    """Tensors like `examples`, all where the first is, that stay where they are in memory while `fill` gives them values.
+    """Input tensors of a graph: their memory stays where it is, and `fill` copies values into it.
 
-    An example that is `lent` becomes one of them. Those of examples on the CPU lie side by side in one buffer there and one on
-    the device: each copy between them takes as long as several kernels of a short graph. Later values may be on the CPU or on
-    the device, whatever the examples were.
+    Inputs whose examples are on the CPU share one buffer there and one on the device, since each copy between the two
+    takes as long as several kernels of a short graph. Later values may be on either, wherever the examples were.
+
+    Args:
+        examples: Tensors of the shapes and dtypes; all inputs are on the device of the first.
+        lent: An example that becomes an input itself, so that it need not be copied.
     """
 
     def __init__(self, examples: Sequence[torch.Tensor], lent: torch.Tensor | None = None):
         from_cpu = [example for example in examples if example.is_cpu]
-        # Not pinned: when a copy from there returns, it has been read, and may be filled anew.
+        # Not pinned: a copy from pageable memory has read it when it returns, so it may be filled again.
         self._buffer = torch.empty(sum(_aligned(example.nbytes) for example in from_cpu), dtype=torch.uint8)
         self._device_buffer = torch.empty_like(self._buffer, device=examples[0].device)
         sources, copies = (iter(_views(buffer, from_cpu)) for buffer in (self._buffer, self._device_buffer))
 
-        def stays(example: torch.Tensor) -> torch.Tensor:
+        def make_input(example: torch.Tensor) -> torch.Tensor:
             if example.is_cpu:
                 return next(copies)
             return example if example is lent else torch.empty_like(example, device=examples[0].device)
 
-        self.tensors = [stays(example) for example in examples]
+        self.tensors = [make_input(example) for example in examples]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
 
     def fill(self, tensors: Sequence[torch.Tensor]):
+        """Copy the values of the tensors to the inputs."""
         for target, tensor in zip(self._targets, tensors):
-            if tensor is not target:  # which may have been written by the caller
+            if tensor is not target:  # else the caller has written to the input itself
                 target.copy_(tensor, non_blocking=target.is_cuda)
         if self._buffer.numel():
             self._device_buffer.copy_(self._buffer, non_blocking=True)
 
 
 def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors like `examples` in the bytes of the buffer, one after the other."""
+    """Return tensors like `examples` in the bytes of the buffer, one after the other."""
     starts = accumulate((_aligned(example.nbytes) for example in examples), initial=0)
     return [
         buffer[start : start + example.nbytes].view(example.dtype).view(example.shape)
@@ -138,12 +153,12 @@ def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch
 
 
 def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 16) * 16  # what kernels read at once
+    return -(-num_bytes // 16) * 16  # bytes that kernels read at once
 
 
 @contextlib.contextmanager
 def collects_no_garbage() -> Iterator[None]:
-    """For a capture: an older graph, of a model that nobody holds, that is freed in the middle of it makes it fail."""
+    """Disable garbage collection during a capture: freeing an older graph in the middle of it would make it fail."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -155,10 +170,10 @@ def collects_no_garbage() -> Iterator[None]:
 
 @lru_cache
 def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace of 32 MB or more for each stream that it has ever run on."""
+    """Return one stream for all captures: cuBLAS keeps a workspace of 32 MB or more for each stream it has run on."""
     return torch.cuda.Stream(device)
 
 
 def _forget_workspaces():
-    """Gives cuBLAS's workspaces back to torch, as torch's own graphs do before and after a capture."""
+    """Return the workspaces of cuBLAS to torch, as torch's own graphs do before and after a capture."""
     getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()

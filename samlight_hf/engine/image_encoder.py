@@ -1,28 +1,35 @@
-"""SAM-Lightening's image encoder in fewer kernels: the same results, up to rounding.
+"""The image encoder for inference: SAM-Lightening's in fewer kernels, with the same results up to rounding.
 
-A layer of five kernels: LayerNorm and projection to queries, keys and values; attention (kernels/hopper/attention.py, or as in
-the model); projection and residual; LayerNorm, linear layer and GELU; linear layer and residual (kernels/linear.py). All in
-the layout (B * N, channels), tokens in raster order. The projection's features are in the order (head, q/k/v, head
-dimension), in which every dilated group is a view, so that dilation copies nothing.
+A layer takes five kernels: LayerNorm and projection to queries, keys and values; attention
+(kernels/hopper/attention.py, or as in the model); projection and residual; LayerNorm, linear layer and GELU; linear
+layer and residual (kernels/linear.py). All tensors have the layout (B * N, channels), tokens in raster order. The
+features of the projection are ordered (head, q/k/v, head dimension). In this order every group of dilated attention is
+a view, so dilation copies nothing.
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, SamImageProcessor
 
+from ..images.preprocessing import preprocess
 from ..kernels import linear as fused_linear
 from ..kernels.hopper import attention as hopper_attention
 from ..kernels.layer_norm import add_layer_norm
 from ..kernels.linear import FusedLinear, RowsWithStatistics, convolve, embed_patches
 from ..modeling.dilated_attention import dilated_attention
+from ..modeling.modeling_sam_lightening import SamLighteningVisionEncoder, SamLighteningVisionLayer
 from ..utils.autocast import without_autocast
-from .plain_modules import same_bits, why_not_plain_encoder
+from ..utils.turns import takes_turns
+from .cuda_graphs import GraphedFunction
+from .plain_decoder import Decoder, PlainMaskDecoder
+from .plain_modules import same_bits, warn_of_plain_part, weights_of, why_not_plain_encoder
 
 
 def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
-    """Why `FastVisionEncoder` cannot run this model's image encoder as it is: a sentence, or None where it can."""
+    """Return why `FastVisionEncoder` is no fast path for the image encoder of this model, as a sentence, or None."""
     config = model.config.vision_config
     if model.config.model_type != "sam_lightening":
         return f"model_type={model.config.model_type!r} has another image encoder."
@@ -35,23 +42,26 @@ def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
     tokens, width = (config.image_size // config.patch_size) ** 2, config.hidden_size
     patch = config.num_channels * config.patch_size**2
     if tokens % 128 or any(features % 64 for features in (patch, width, config.mlp_dim, config.output_channels)):
-        return f"{tokens} tokens, {patch}, {width}, {config.mlp_dim} and {config.output_channels} features are no multiples of 128 and 64."
+        return (
+            f"{tokens} tokens, {patch}, {width}, {config.mlp_dim} and {config.output_channels} features are no "
+            "multiples of 128 and 64."
+        )
     return fused_linear.why_not_at_all(model.device, model.dtype)
 
 
 class FastVisionEncoder:
-    """A SAM-Lightening image encoder for inference: pixel values (B, 3, S, S) to embeddings (B, C, S / 16, S / 16).
+    """A fused copy of SAM-Lightening's image encoder for inference.
 
-    The embeddings are channels_last in memory, which is how the mask decoder reads them. The encoder's weights are copied when
-    this is made, and later changes of them do not reach it. Runs on any device and dtype, for an encoder whose `why_not_plain_encoder`
-    is None; it is fast where `why_not_fast_encoder` is None.
+    Maps pixel values (B, 3, S, S) to embeddings (B, C, S / 16, S / 16), which are channels_last in memory, the layout
+    that the mask decoder reads. The weights are copied: later changes of the encoder have no effect. It runs on any
+    device and dtype if `why_not_plain_encoder` returns None, and is fast where `why_not_fast_encoder` returns None.
     """
 
     @without_autocast
     @torch.no_grad()
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: SamLighteningVisionEncoder):
         self.config = encoder.config
-        # Its own copies, of which what is folded below is given back at the end.
+        # Copies: FusedLinear folds some of them into new weights, and those are freed at the end.
         projection, neck = copy.deepcopy((encoder.patch_embed.projection, encoder.neck))
         self.patch_size = projection.kernel_size[0]
         self.patch_embedding = FusedLinear(projection.weight.flatten(1), projection.bias)
@@ -63,7 +73,7 @@ class FastVisionEncoder:
         self.norms = neck.layer_norm1, neck.layer_norm2
 
     def is_copy_of(self, model: PreTrainedModel) -> bool:
-        """Whether another one, made of the model now, would compute the same."""
+        """Return whether a copy of the model made now would compute the same."""
         return why_not_plain_encoder(model) is None and same_bits(
             self._weights(), FastVisionEncoder(model.vision_encoder)._weights()
         )
@@ -79,7 +89,8 @@ class FastVisionEncoder:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         batch_size, _, height, width = pixel_values.shape
         grid = height // self.patch_size, width // self.patch_size
-        # Of a layer's two large intermediate results the first is not needed any more when the second is made.
+        # The two large intermediate results of a layer share memory: the first is not needed when the second is
+        # written.
         memory = self.convolution.weight.new_empty(self.largest_width * batch_size * grid[0] * grid[1])
         rows = embed_patches(self.patch_embedding, pixel_values, self.positions)
         for layer in self.layers:
@@ -90,7 +101,7 @@ class FastVisionEncoder:
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: SamLighteningVisionLayer):
         attention, mlp = layer.attn, layer.mlp
         self.num_heads, self.scaling = attention.num_attention_heads, attention.scale
         self.pattern = attention.segment_length, attention.dilation_rate, attention.dilation_offsets
@@ -111,3 +122,96 @@ class _Layer:
             attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
         rows = self.proj(RowsWithStatistics(attended.reshape(rows.values.shape)), rows.values, statistics=True)
         return self.lin2(self.lin1(rows, memory=memory), rows.values, statistics=True)
+
+
+class CopiedEncoder:
+    """A copy of SAM-Lightening's image encoder that runs its modules, with the interface of `FastVisionEncoder`."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.encoder = copy.deepcopy(model.vision_encoder)
+
+    def is_copy_of(self, model: PreTrainedModel) -> bool:
+        """Return whether the model's encoder still has the copied weights, and nothing else in it."""
+        own, copies = weights_of(model.vision_encoder), weights_of(self.encoder)
+        return why_not_plain_encoder(model) is None and same_bits(own, copies)
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.encoder(pixel_values)[0]
+
+
+def copy_encoder(model: PreTrainedModel) -> FastVisionEncoder | CopiedEncoder | None:
+    """Make the fastest copy of a model's image encoder, or return None if only the model itself can run it."""
+    if why_not_fast_encoder(model) is None:
+        return FastVisionEncoder(model.vision_encoder)
+    if model.config.model_type != "sam_lightening":  # another encoder, which may be large
+        return None
+    if reason := why_not_plain_encoder(model):
+        warn_of_plain_part("image encoder", reason, model)
+        return None
+    # The encoder of an optimized model never changes, and needs no copy.
+    return None if hasattr(model.vision_encoder, "plain_embeddings") else CopiedEncoder(model)
+
+
+def make_encoder(
+    model: PreTrainedModel, cuda_graphs: bool, pool=None
+) -> tuple[GraphedFunction, FastVisionEncoder | CopiedEncoder | None]:
+    """Make the fastest image encoder that can run this model.
+
+    Args:
+        model: Any model with `get_image_embeddings`.
+        cuda_graphs: Replay it from CUDA graphs, if it is SAM-Lightening's own encoder.
+        pool: The memory pool of the graphs.
+
+    Returns:
+        The function from pixel values (B, 3, S, S) to embeddings, and the copy of the encoder that it runs, if any.
+    """
+    copied = copy_encoder(model)
+    # Other encoders may copy from the CPU while they run, and hooks and adapters run Python: no graph can record that.
+    is_own = model.config.model_type == "sam_lightening" and why_not_plain_encoder(model) is None
+    return GraphedFunction(copied or _plain_encoder(model), cuda_graphs and is_own, pool=pool), copied
+
+
+def _plain_encoder(model: PreTrainedModel) -> Callable:
+    """Return the model's own function to embeddings, which an optimized model keeps beside its fast one."""
+    return getattr(model.vision_encoder, "plain_embeddings", model.get_image_embeddings)
+
+
+class ImageEncoder:
+    """The image side of a predictor: images to embeddings that a mask decoder has prepared. Threads may share it.
+
+    Args:
+        model: The model.
+        image_processor: Its image processor.
+        decoder: The decoder that will read the embeddings.
+    """
+
+    def __init__(self, model: PreTrainedModel, image_processor: SamImageProcessor, decoder: Decoder):
+        self.model, self.device, self.dtype = model, model.device, model.dtype
+        self.image_processor, self.decoder = image_processor, decoder
+        self.encode, self.copied = make_encoder(model, decoder.cuda_graphs, decoder.pool)
+
+    @without_autocast
+    def check_weights(self):
+        """Raise ValueError if a part runs in the model itself and the model has changed since this encoder was made."""
+        if self.copied is not None and not isinstance(self.decoder, PlainMaskDecoder):
+            return  # both parts are copies, which do not change
+        if not all(part.is_copy_of(self.model) for part in (self.copied, self.decoder) if part is not None):
+            raise ValueError(
+                "the model has changed since its weights were read: make a new Predictor, MaskGenerator or pipeline."
+            )
+
+    @takes_turns  # from the writing of pixel values to the copying of embeddings
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[torch.Tensor]) -> list[Any]:
+        """Encode images, each uint8 (3, H, W): return what `decoder.prepare` makes of each one's embedding."""
+        self.check_weights()
+        pixel_values = preprocess(self.image_processor, images, self.device, self.dtype, self.encode.empty)
+        embeddings = self.encode(pixel_values)
+        if isinstance(embeddings, tuple):  # SAM-HQ
+            assert isinstance(self.decoder, PlainMaskDecoder)
+            final, between = embeddings
+            return [
+                self.decoder.prepare((final[i : i + 1], [tensor[i : i + 1] for tensor in between]))
+                for i in range(len(images))
+            ]
+        return list(self.decoder.prepare(embeddings).split(1))

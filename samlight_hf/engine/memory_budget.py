@@ -1,4 +1,4 @@
-"""How much is done at once, so that it fits into the memory of a device."""
+"""Batch sizes that fit into a given amount of device memory."""
 
 import math
 from numbers import Integral
@@ -9,15 +9,29 @@ from transformers import PreTrainedModel
 DEFAULT_MEMORY_MB = 1500
 
 _MAX_POINTS_PER_BATCH = 192
-_CPU_POINTS_PER_BATCH = 8  # more leave the caches
-_WORKSPACES = 128 * 2**20  # of cuBLAS, its light sister and cuDNN
+_CPU_POINTS_PER_BATCH = 8  # with more, intermediate results do not fit into the caches
+_WORKSPACES = 128 * 2**20  # bytes of cuBLAS, cuBLASLt and cuDNN
 
 
 class MemoryBudget:
-    """How much of each step of everything mode fits into `max_memory_mb` at once, by arithmetic; see `MaskGenerator`.
+    """The batch size of each step of everything mode for a given amount of memory, by arithmetic.
 
-    `decoder` is what decodes, by default as the model does without kernels; `use_triton` says that layer norms and masks at the
-    image's size are kernels'.
+    Args:
+        model: The model, with its weights on the device.
+        max_memory_mb: The memory to stay within, weights included, in MB of 2**20 bytes.
+        points_per_batch: The number of points decoded at once. Default: as many as fit.
+        decoder: The decoder that will run. Default: the model's own, without kernels.
+        use_triton: Triton kernels compute layer norms and the masks at the image's size.
+
+    Attributes:
+        points_per_batch: Points decoded at once.
+        points_per_upscaling: Points whose masks are upscaled at once, the step that needs the most memory for each
+            point.
+        images_per_encoding: Images, or crops, encoded at once.
+        waiting_bytes: Bytes of logits that may wait for the suppression of duplicates, before they become run lengths.
+
+    Raises:
+        ValueError: If the model needs more memory, or an argument is not a positive number.
     """
 
     def __init__(
@@ -35,13 +49,13 @@ class MemoryBudget:
         config, item_size = model.config, (decoder or model).dtype.itemsize
         num_tokens = config.prompt_encoder_config.image_embedding_size**2
         decoder_config = config.mask_decoder_config
-        tokens = num_tokens * decoder_config.hidden_size * item_size  # image tokens of one prompt
-        # Of one prompt's tokens: 5, and 2 of the point.
+        tokens = num_tokens * decoder_config.hidden_size * item_size  # bytes of the image tokens of one prompt
+        # Attention scores of a prompt's 7 tokens: 5 output tokens, and 2 for the point.
         scores = 7 * decoder_config.num_attention_heads * num_tokens * item_size
-        masks = 3 * 16 * num_tokens * 4  # logits of one point's masks, float32
-        # With the shares of what is free for points, their upscaling and waiting logits: these are in use at the same time.
-        # Left is what outlines need: at most 64 MB with kernels, `masks_per_step` without.
-        if decoder is not None and decoder.is_lean:  # upscaling takes nothing
+        masks = 3 * 16 * num_tokens * 4  # bytes of the logits of one point's masks, float32
+        # Bytes for each point, and shares of the free memory for points, upscaling and waiting logits, which are in use
+        # at the same time. The rest is for run lengths: at most 64 MB with kernels, `masks_per_step` without.
+        if decoder is not None and decoder.is_lean:  # upscaling allocates nothing
             per_point, shares = 2.25 * tokens + 3 * masks, (0.85, 0.0, 0.1)
         elif use_triton:
             per_point, shares = 3.25 * tokens + 3 * scores + 2 * masks, (0.7, 0.15, 0.1)
@@ -63,12 +77,17 @@ class MemoryBudget:
         self.points_per_batch = points_per_batch or _between(1, for_points / per_point, most)
         self.points_per_upscaling = _between(1, for_upscaling / per_upscaling, most)
         self.images_per_encoding = 1 if model.device.type == "cpu" else _between(1, 0.25 * free / (25 * tokens), 4)
-        self.waiting_bytes = for_waiting  # logits of masks whose outlines are not known yet
+        self.waiting_bytes = for_waiting
         self._for_masks = 0.15 * free
         self._input_pixels = config.vision_config.image_size**2
 
     def masks_per_step(self, size: tuple[int, int], crop_size: tuple[int, int]) -> int:
-        """Masks at the image's size: logits as the model's input and as the crop, float32, and six times as bool."""
+        """Return how many masks fit at the image's size: float32 logits of the input and the crop, and six bool masks.
+
+        Args:
+            size: (height, width) of the image.
+            crop_size: (height, width) of the crop.
+        """
         pixels, crop_pixels = math.prod(size), math.prod(crop_size)
         return _between(1, self._for_masks / (4 * self._input_pixels + 4 * crop_pixels + 6 * pixels), 2**30 // pixels)
 

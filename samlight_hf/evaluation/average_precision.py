@@ -80,7 +80,7 @@ class EverythingTask(EvaluationTask):
         self.arguments = (points_per_side, pred_iou_thresh, stability_score_thresh)
 
     def __call__(self, model: PromptableModel, encoded: None, sample: Sample) -> list[dict]:
-        from ..inference.mask_generation import segment_everything
+        from ..inference.single_calls import segment_everything
 
         if not model.keeps_aspect:
             raise ValueError(

@@ -1,1 +1,1 @@
-"""Prompts or everything in, masks out: predictor, mask generation and pipelines."""
+"""Masks for prompts and of everything in an image: predictor, mask generator and pipeline."""

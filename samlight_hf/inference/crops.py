@@ -1,4 +1,4 @@
-"""Where everything mode looks: settings, crops of the image and the grid of points on each, as the stock pipeline's."""
+"""Settings of everything mode, crops of the image and the grid of points on each crop, as in the stock pipeline."""
 
 import math
 from dataclasses import dataclass
@@ -16,20 +16,23 @@ DEFAULT_STABILITY_SCORE_THRESH = 0.95
 
 @dataclass(frozen=True)
 class MaskGenerationSettings:
-    """What everything mode looks for and keeps; names, meanings and defaults are those of the stock pipeline.
+    """The settings of everything mode. Names, meanings and defaults are those of the stock pipeline.
 
     Attributes:
-        points_per_crop: the grid on the image, and on each crop, has this number of points squared.
-        crops_n_layers: layer i of these has 4^i overlapping crops of the image, which are segmented like images.
-        crop_overlap_ratio: how far crops of the first layer overlap, of the image's short side.
-        crop_n_points_downscale_factor: the grid of layer i has `points_per_crop / factor^i` points a side.
-        pred_iou_thresh: the predicted IoU must be above it; 0 keeps all.
-        stability_score_thresh: the stability must be above it; 0 keeps all. It is the area of the mask at logits above
-            `mask_threshold + stability_score_offset` over the area at `mask_threshold - stability_score_offset`.
-        mask_threshold: pixels with logits above it are inside.
-        crops_nms_thresh: of masks whose boxes have a higher IoU than this the best is kept.
+        points_per_crop: Points along each side of the grid on the image; see also `crop_n_points_downscale_factor`.
+        crops_n_layers: Number of layers of crops, which are segmented like images. Layer i has 4^i overlapping crops.
+        crop_overlap_ratio: The overlap of crops of the first layer, as a fraction of the image's short side.
+        crop_n_points_downscale_factor: The grid of layer i has `points_per_crop / factor^i` points along each side.
+        pred_iou_thresh: Masks with a predicted IoU above it are kept; 0 keeps all.
+        stability_score_thresh: Masks with a stability above it are kept; 0 keeps all. The stability is the area of the
+            mask at logits above `mask_threshold + stability_score_offset`, divided by its area at logits above
+            `mask_threshold - stability_score_offset`.
+        mask_threshold: Pixels with logits above it are inside the mask.
+        stability_score_offset: See `stability_score_thresh`.
+        crops_nms_thresh: Of masks whose boxes have an IoU above it only the best one is kept.
 
-    Raises ValueError, naming the setting, for a value outside its range.
+    Raises:
+        ValueError: If a setting is outside its range; the message names it.
     """
 
     points_per_crop: int = DEFAULT_POINTS_PER_SIDE
@@ -67,24 +70,30 @@ class MaskGenerationSettings:
             )
 
     def points_per_side(self, layer: int) -> int:
+        """Return the number of points along each side of the grid on a crop of this layer; 0 is the image."""
         return int(self.points_per_crop / self.crop_n_points_downscale_factor**layer)
 
 
 class Crop(NamedTuple):
-    """A part of the image, in its pixels: x1, y1, and x2, y2 behind the last ones."""
+    """A part of the image.
+
+    Attributes:
+        box_xyxy: In pixels of the image; x2 and y2 lie behind the last pixel.
+        layer: 0 for the image itself.
+    """
 
     box_xyxy: tuple[int, int, int, int]
     layer: int
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width)"""
+        """(height, width) in pixels of the image."""
         x1, y1, x2, y2 = self.box_xyxy
         return y2 - y1, x2 - x1
 
 
 def crop_boxes(height: int, width: int, settings: MaskGenerationSettings) -> list[Crop]:
-    """The image itself, and for each layer i its 2^i x 2^i overlapping crops, column by column."""
+    """Return the image itself and, for each layer i, its 2^i x 2^i overlapping crops, column by column."""
     crops = [Crop((0, 0, width, height), 0)]
     for layer in range(1, settings.crops_n_layers + 1):
         per_side = 2**layer
@@ -99,7 +108,7 @@ def crop_boxes(height: int, width: int, settings: MaskGenerationSettings) -> lis
 
 
 def point_grid(points_per_side: int) -> torch.Tensor:
-    """float32 (points_per_side^2, 2): x, y from 0 to 1, row by row, at the centres of equal cells."""
+    """Return the centres of equal cells, row by row: float32 (points_per_side^2, 2), x and y from 0 to 1."""
     margin = 1 / (2 * points_per_side)
     line = torch.linspace(margin, 1 - margin, points_per_side)
     y, x = torch.meshgrid(line, line, indexing="ij")

@@ -1,4 +1,4 @@
-"""One image after the image encoder, as a value: encoded once, prompted often, by whoever has it."""
+"""An image after the image encoder, as a value: encoded once, prompted any number of times, from any thread."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,22 @@ from ..utils.turns import read_here
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """What `Predictor.encode` makes of an image. It is never changed: any number of threads may prompt it at once.
+    """An image that `Predictor.encode` has encoded, to be given to `Predictor.predict` as `image`.
 
-    It goes with the model that made it, on that model's device, and can be pickled.
+    It never changes, so any number of threads may prompt it at once. It belongs to the model that encoded it and to
+    that model's device, and can be pickled.
 
     Attributes:
-        embedding: as the model's mask decoder reads it: image tokens (1, N, C), or (1, C, h, w) for decoders of other builds.
-        size: (height, width) of the image.
-        resized: (height, width) of the image in the model's input, at its top and left.
+        embedding: The image embedding in the layout of the model's mask decoder: image tokens (1, N, C), or (1, C, h,
+            w) for models that run their own decoder.
+        size: (height, width) of the image in pixels.
+        resized: (height, width) of the image inside the model's input, at its top left corner.
         padded: (height, width) of the model's input.
+
+    Example:
+        >>> image = predictor.encode("photo.jpg")
+        >>> height, width = image.size
+        >>> prediction = predictor.predict(boxes_xyxy=[(0, 0, width / 2, height)], image=image)
     """
 
     embedding: torch.Tensor
@@ -29,15 +36,15 @@ class EncodedImage:
 
     @property
     def scale(self) -> np.ndarray:
-        """From pixels of the image to those of the model's input, float32 (4,): of x, y, x, y."""
+        """The factors from pixels of the image to pixels of the model's input, float32 (4,), for x, y, x, y."""
         (height, width), (new_height, new_width) = self.size, self.resized
         return np.array([new_width / width, new_height / height] * 2, dtype=np.float32)
 
     @property
     def frame(self) -> Frame:
-        """Where a decoder's logits lie in the image."""
+        """The place of the decoder's logits in the image."""
         return Frame(self.padded, self.resized, self.size, (0, 0), self.size)
 
     def read(self) -> torch.Tensor:
-        """The embedding, for kernels of the current stream, which need not be the one that it was made on."""
+        """Return the embedding for kernels of the current stream, which may differ from the stream that wrote it."""
         return read_here(self.embedding)

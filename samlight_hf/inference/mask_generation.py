@@ -1,38 +1,34 @@
-"""Everything mode: the masks of all there is in an image, equal to transformers' `mask-generation` pipeline, and faster.
+"""Everything mode: the masks of transformers' `mask-generation` pipeline for all objects in an image, but faster.
 
-A grid of points is decoded, three masks each, on the image and, where asked for, on crops of it. Kept are masks that
-the model scores well, that are stable under another threshold, that do not end at a crop's border, and of those that
-lie on each other the best. The order of these steps, every comparison and every resize are the stock pipeline's. What
-differs is when they happen and to what: a mask that its score rules out is never computed, stability and boxes come straight from
-the decoder's logits, outlines are those of the masks that stay, and everything up to them is on the device.
+A grid of points is decoded, with three masks for each point, on the image and on crops of it if these are asked for.
+Masks are kept that have a high predicted IoU, that are stable under a change of the threshold, and that do not end at
+the border of a crop; of those that overlap, the best. The order of these steps, every comparison and every resize are
+the stock pipeline's. The differences are in when a step runs and on what: masks that their score rules out are never
+computed, stability and boxes are computed directly from the decoder's logits, run lengths are computed for the chosen
+masks alone, and all steps before them run on the device.
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any, overload
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
-from ..engine.build import Decoder, ImageEncoder, PlainMaskDecoder, decoder_dtype_of, make_decoder
+from ..engine.build import decoder_dtype_of, make_decoder
+from ..engine.image_encoder import ImageEncoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
+from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
 from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
 from ..images.reading import ImageError, read_ahead
 from ..kernels.upscaled_masks import Frame, measure, why_not_triton
-from ..masks.results import GeneratedMasks, MaskResult
+from ..masks.results import GeneratedMasks
 from ..utils.autocast import without_autocast
 from .candidates import Candidates, Table
-from .crops import (
-    DEFAULT_POINTS_PER_SIDE,
-    DEFAULT_PRED_IOU_THRESH,
-    DEFAULT_STABILITY_SCORE_THRESH,
-    Crop,
-    MaskGenerationSettings,
-    crop_boxes,
-    point_grid,
-)
+from .crops import Crop, MaskGenerationSettings, crop_boxes, point_grid
 from .encoded_image import EncodedImage
 
 
@@ -40,28 +36,44 @@ _CROP_EDGE_TOLERANCE = 20  # pixels of the image
 
 
 class MaskGenerator:
-    """Everything mode of one model. Call it with an image, or with a list of images for a list of results.
+    """Segments everything in an image: the masks of the stock `mask-generation` pipeline, computed faster.
 
-    `max_memory_mb` bounds the memory that is allocated on a CUDA device, the model's weights included; images of more
-    than about 10 million pixels may need more. Results do not depend on it, but for rounding. `points_per_batch` sets
-    how many points are decoded at once; None takes what fits. `cuda_graphs` replays encoder and decoder from CUDA graphs,
-    and `triton_kernels` compute masks and their outlines: both by default on CUDA devices, the latter where Triton runs,
-    and a warning tells once where it does not. `decoder_dtype` is what a SAM's mask decoder computes in: by default the model's dtype, and float16
-    for bfloat16 on CUDA devices, whose three more bits tell near duplicates apart, where the weights fit into it.
+    Call it with an image, or with a list of images; `generate_many` takes any number of images and reads ahead.
 
-    The model's weights are copied when this is made, and later changes of the model do not reach it; where
-    a part runs in the model itself (an image encoder of another kind, adapters, hooks, other modules than the config's),
-    a changed model raises ValueError. The copies cost up to the memory of a SAM-Lightening's weights once more.
+    The weights are copied when the generator is made: later changes of the model have no effect. Where a part runs in
+    the model itself (another image encoder, adapters, hooks, modules that are not those of the config), calls after a
+    change of the model raise ValueError. The copies take the memory of a SAM-Lightening model's weights once more.
 
     Threads may share a generator, and each gets the masks that it would get alone. On a CUDA device the steps of their
-    images take turns, on any streams; on a CPU they run side by side. `set_budget` is for all threads: leave it to one, while no image
-    is under way, or take a generator of each budget from `with_budget`.
+    images take turns, on any streams; on a CPU they run side by side. `set_budget` changes the generator for all
+    threads: call it while no image is being segmented, or use `with_budget`.
 
-    A generator can be pickled, for processes that are spawned: the model and the settings are; kernels and graphs are made
-    anew. A model that `optimize` made cannot.
+    A generator can be pickled, as spawned processes need it: model and settings are stored, and kernels and graphs are
+    made anew. This does not hold for a model that `optimize` made.
 
-    Raises ValueError for a budget that the model does not fit into, and for CUDA graphs or Triton kernels that are asked
-    for and cannot be.
+    Args:
+        model: A SAM of transformers, a SAM-HQ model or a `SamLighteningModel`, on its device.
+        image_processor: The model's image processor, or the processor that holds it.
+        max_memory_mb: The memory that a CUDA device may allocate, the model's weights included, in MB of 2**20 bytes.
+            Images of more than about 10 million pixels may need more. Apart from rounding it does not change the masks.
+        points_per_batch: The number of points decoded at once. Default: as many as fit into `max_memory_mb`.
+        cuda_graphs: Replay image encoder and mask decoder from CUDA graphs. Default: on CUDA devices.
+        triton_kernels: Compute masks and their run lengths with Triton kernels. Default: on CUDA devices where Triton
+            runs; where it does not, a warning says so once.
+        decoder_dtype: The floating point type that a SAM's mask decoder computes in. Default: the model's, but float16
+            for bfloat16 on CUDA devices if the weights are in its range: its three more bits tell near duplicates
+            apart.
+
+    Raises:
+        ValueError: If the model does not fit into `max_memory_mb`, if it is another model (such as SAM 2), and for CUDA
+            graphs or Triton kernels that are asked for and impossible.
+
+    Example:
+        >>> generator = MaskGenerator(model, processor)
+        >>> result = generator("photo.jpg", points_per_crop=32, pred_iou_thresh=0.88)
+        >>> result.masks[0].shape  # the mask with the highest score
+        (480, 640)
+        >>> rle = result.masks.to_coco()
     """
 
     def __init__(
@@ -74,7 +86,7 @@ class MaskGenerator:
         triton_kernels: bool | None = None,
         decoder_dtype: torch.dtype | None = None,
     ):
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "cuda_graphs": cuda_graphs, "triton_kernels": triton_kernels, "decoder_dtype": decoder_dtype,
         }  # fmt: skip
         self.model = model.eval()
@@ -90,13 +102,13 @@ class MaskGenerator:
         self.set_budget(max_memory_mb, points_per_batch)
 
     def set_budget(self, max_memory_mb: float, points_per_batch: int | None = None):
-        """As when this was made, from the next image on."""
+        """Change `max_memory_mb` and `points_per_batch` from the next image on, see the class."""
         self._settings.update(max_memory_mb=max_memory_mb, points_per_batch=points_per_batch)
         use_triton = self.use_triton and not isinstance(self.decoder, PlainMaskDecoder)
         self.budget = MemoryBudget(self.model, max_memory_mb, points_per_batch, self.decoder, use_triton)
 
     def with_budget(self, max_memory_mb: float, points_per_batch: int | None = None) -> "MaskGenerator":
-        """A generator of this one's model, kernels and graphs, with a budget of its own."""
+        """Return a generator with another budget, which shares the model, kernels and graphs of this one."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _settings=dict(self._settings))
         other.set_budget(max_memory_mb, points_per_batch)
@@ -106,19 +118,38 @@ class MaskGenerator:
         return {"model": self.model, "image_processor": self.image_processor, **self._settings}
 
     def __setstate__(self, state: dict):
-        self.__init__(**state)
+        self.__init__(**state)  # type: ignore[misc]  # as pickle would call it
 
+    @overload
+    def __call__(
+        self, images: ImageInput, settings: MaskGenerationSettings | None = None, *, errors: str = "return", **changes
+    ) -> GeneratedMasks: ...
+
+    @overload
     def __call__(
         self,
-        images: ImageInput | Sequence[ImageInput],
+        images: list[Any] | tuple[Any, ...],
         settings: MaskGenerationSettings | None = None,
         *,
         errors: str = "return",
         **changes,
-    ) -> GeneratedMasks | list[GeneratedMasks | ImageError]:
-        """The masks of a path, PIL image, array or tensor (see `image_tensor`), or of each of a list of these.
+    ) -> list[GeneratedMasks | ImageError]: ...
 
-        Settings are given as one object, or by name. `errors` is for lists, as `generate_many` tells.
+    def __call__(self, images, settings=None, *, errors="return", **changes):
+        """Segment everything in one image, or in each image of a list.
+
+        Args:
+            images: A path, PIL image, array (H, W, 3) or tensor (3, H, W), see `images.preprocessing.image_tensor`; or
+                a list of images.
+            settings: The settings as one object. Default: `MaskGenerationSettings()`.
+            errors: For lists, see `generate_many`.
+            **changes: Settings by name, instead of `settings`: see `MaskGenerationSettings`.
+
+        Returns:
+            The masks, the best first, or for a list of images a list of such results.
+
+        Raises:
+            ValueError: For a setting outside its range, and for a single image that cannot be used.
         """
         settings = _settings(settings, changes)
         if isinstance(images, list | tuple):
@@ -133,21 +164,28 @@ class MaskGenerator:
         errors: str = "return",
         **changes,
     ) -> Iterator[GeneratedMasks | ImageError]:
-        """The masks of image after image, any number of them, of which the next ones are read meanwhile.
+        """Segment everything in any number of images, and read the next images meanwhile.
 
-        There is one result for each image, in order. An image that is damaged, too thin or too large for the memory has its
-        error there, a ImageError that names it, and a warning says the same; the others go on:
+        Args:
+            images: Images as in a call, from any iterable; they are taken as they are needed.
+            settings: See a call.
+            errors: "return" gives an image that is damaged, too thin or too large for the memory an `ImageError` in
+                place of its result, with a warning, and goes on; "raise" raises it, which ends the generator.
+            **changes: See a call.
 
-            for path, result in zip(paths, generator.generate_many(paths)):
-                if isinstance(result, ImageError):
-                    failed.append((path, result))
+        Yields:
+            One result for each image, in order.
 
-        `errors="raise"` raises the first such error instead, which ends it.
+        Example:
+            >>> for path, result in zip(paths, generator.generate_many(paths)):
+            ...     if isinstance(result, ImageError):
+            ...         failed.append((path, result))
         """
         check_errors(errors)
         settings = _settings(settings, changes)
         for place, (image, tensor, error) in enumerate(read_ahead(_read, images)):
-            if error is None:
+            result: GeneratedMasks | ImageError
+            if tensor is not None:
                 try:
                     result = self.generate(tensor, settings)
                 except IMAGE_ERRORS as raised:
@@ -166,13 +204,21 @@ class MaskGenerator:
     def generate(
         self, image: torch.Tensor, settings: MaskGenerationSettings, progress=None, encoded=None
     ) -> GeneratedMasks:
-        """The masks of one image, uint8 (3, H, W) on any device.
+        """Segment everything in one image that is a tensor.
 
-        `progress`, such as a tqdm bar, has its `update` called with the number of points decoded. `encoded` is what
-        `encoder` or `Predictor.encode` made of this image, for callers that have it already.
-        Raises ValueError for an image, or a crop of it, that is too thin for the model, and where a mask's score is NaN.
+        Args:
+            image: uint8 (3, H, W), on any device.
+            settings: The settings.
+            progress: An object such as a tqdm bar, whose `update` is called with the number of points decoded.
+            encoded: What `encoder` or `Predictor.encode` made of this image, so that it is not encoded again.
+
+        Returns:
+            The masks, the best first.
+
+        Raises:
+            ValueError: If the image or a crop is too thin for the model, or if scores are NaN.
         """
-        size = tuple(image.shape[-2:])
+        size = (image.shape[-2], image.shape[-1])
         crops = crop_boxes(*size, settings)
         for crop in crops:
             if min(crop.size) < 1:
@@ -180,12 +226,13 @@ class MaskGenerator:
                     f"an image of {size[1]}x{size[0]} pixels is too small for crops_n_layers={settings.crops_n_layers}."
                 )
             check_size(self.image_processor, *crop.size)
-        found = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
-        for crop, prepared in self._encode(image, crops, encoded):
-            self._decode_crop(prepared, crop, size, settings, found, progress)
-        return self._select(found, size, settings)
+        candidates = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
+        for crop, embedding in self._encode(image, crops, encoded):
+            self._decode_crop(embedding, crop, size, settings, candidates, progress)
+        return self._select(candidates, size, settings)
 
-    def _encode(self, image: torch.Tensor, crops: list[Crop], encoded) -> Iterator[tuple[Crop, object]]:
+    def _encode(self, image: torch.Tensor, crops: list[Crop], encoded) -> Iterator[tuple[Crop, Any]]:
+        """Yield each crop with its embedding; `encoded` is that of the first crop, the image itself, if it is known."""
         if encoded is not None:
             yield crops[0], encoded.read() if isinstance(encoded, EncodedImage) else encoded
             crops = crops[1:]
@@ -196,28 +243,28 @@ class MaskGenerator:
 
     def _decode_crop(
         self,
-        encoded,
+        embedding,
         crop: Crop,
         size: tuple[int, int],
         settings: MaskGenerationSettings,
-        found: Candidates,
+        candidates: Candidates,
         progress,
     ):
-        """Batch after batch of points: those of their masks that the filters keep are added to `found`."""
+        """Decode the points on a crop, batch after batch, and add the masks that pass the filters to the candidates."""
         resized = resized_size(*crop.size, self.image_processor.size["longest_edge"])
         padded = self.image_processor.pad_size["height"], self.image_processor.pad_size["width"]
         frame = Frame(padded, resized, crop.size, (crop.box_xyxy[1], crop.box_xyxy[0]), size)
         grid = point_grid(settings.points_per_side(crop.layer))
-        # The stock pipeline's order of products: a coordinate must not differ by its last bit.
+        # Products in the stock pipeline's order: coordinates must be equal to the last bit.
         points = grid * torch.tensor([crop.size[1], crop.size[0]])
         factors = resized[1] / crop.size[1], resized[0] / crop.size[0]
         prompts = torch.stack([points[:, 0] * factors[0], points[:, 1] * factors[1]], dim=1)[:, None].to(self.device)
         points = (points + torch.tensor(crop.box_xyxy[:2])).to(self.device)
-        least = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
-        # Batches of one size, as a CUDA graph has one: the last is filled up with its last point.
+        min_iou = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
+        # All batches have one size, so that one CUDA graph serves: the last batch is filled up with its last point.
         batch_size = _even_batch(len(prompts), self.budget.points_per_batch)
         labels = torch.ones(batch_size, 1, dtype=torch.int64, device=self.device)
-        # Made once: each tensor that is made of numbers waits for the device.
+        # Made once: making a tensor from numbers waits for the device.
         edges = torch.tensor([crop.box_xyxy, (0, 0, size[1], size[0])], dtype=torch.int32, device=self.device)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -226,14 +273,16 @@ class MaskGenerator:
                 batch = torch.cat([batch, batch[-1:].expand(batch_size - num_points, -1, -1)])
             at_once = self.budget.points_per_upscaling
             decoded = self.decoder.decode(
-                encoded, batch, labels, min_iou=least, prompts_per_upscaling=at_once, repeated=True
+                embedding, batch, labels, min_iou=min_iou, prompts_per_upscaling=at_once, repeated=True
             )
-            found.note_scores(decoded.iou)
+            candidates.note_scores(decoded.iou)
             num_masks = decoded.iou.shape[1]
-            real = int((decoded.kept < num_points * num_masks).sum()) if num_points < batch_size else len(decoded.kept)
-            kept, logits = decoded.kept[:real], decoded.logits[:real]
+            kept, logits = decoded.kept, decoded.logits
+            if num_points < batch_size:  # drop the masks of the points that filled up the batch
+                num_kept = int((kept < num_points * num_masks).sum())
+                kept, logits = kept[:num_kept], logits[:num_kept]
             scores, points_kept = decoded.iou.flatten()[kept], points[start + kept // num_masks]
-            self._filter(logits, scores, points_kept, edges, frame, settings, found)
+            self._filter(logits, scores, points_kept, edges, frame, settings, candidates)
             if progress is not None:
                 progress.update(num_points)
 
@@ -245,83 +294,69 @@ class MaskGenerator:
         edges: torch.Tensor,
         frame: Frame,
         settings: MaskGenerationSettings,
-        found: Candidates,
+        candidates: Candidates,
     ):
-        """Of masks (k, h, w) as the decoder gives them, adds those that are stable and do not end at the crop's border.
+        """Add the masks that are stable and do not end at the border of their crop to the candidates.
 
-        `edges` holds the boxes of the crop and of the image, int32 (2, 4), on the device.
+        Args:
+            logits: (k, h, w), as the decoder gives them.
+            scores: float32 (k,), predicted IoU.
+            points: float32 (k, 2), the prompts, in pixels of the image.
+            edges: int32 (2, 4), the boxes of the crop and of the image, on the device.
+            frame: The place of the logits in the image.
+            settings: The settings.
+            candidates: The masks kept so far.
         """
         threshold, offset = settings.mask_threshold, settings.stability_score_offset
         step = self.budget.masks_per_step(frame.image, frame.crop)
         thresholds = threshold, threshold + offset, threshold - offset
         measures = measure(logits, frame, thresholds, step, self.use_triton)
         stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:]
-        is_kept = []
+        conditions = []
         if settings.stability_score_thresh > 0:
-            is_kept.append(stability > settings.stability_score_thresh)
+            conditions.append(stability > settings.stability_score_thresh)
         if frame.crop != frame.image:
             boxes = boxes + edges[0, :2].repeat(2)
-            is_kept.append(~_ends_at_crop(boxes, *edges))
+            conditions.append(~_ends_at_crop(boxes, *edges))
         table = Table(scores, stability, boxes.float(), points)
-        if is_kept:
-            kept = torch.stack(is_kept).all(dim=0).nonzero().squeeze(1)
+        if conditions:
+            kept = torch.stack(conditions).all(dim=0).nonzero().squeeze(1)
             table, logits = Table(*(column[kept] for column in table)), logits[kept]
         if len(logits):
-            found.add(table, frame, logits, step)
+            candidates.add(table, frame, logits, step)
 
-    def _select(self, found: Candidates, size: tuple[int, int], settings: MaskGenerationSettings) -> GeneratedMasks:
-        """Of masks that lie on each other the best, on the CPU."""
+    def _select(
+        self, candidates: Candidates, size: tuple[int, int], settings: MaskGenerationSettings
+    ) -> GeneratedMasks:
+        """Suppress duplicates: of masks whose boxes overlap keep the best, and copy the result to the CPU."""
         from torchvision.ops import batched_nms
 
-        if not found.have_numbers():
+        if not candidates.have_numbers():
             dtype = self.decoder.dtype
             advice = "" if dtype == torch.float32 else ": its numbers may not fit into it. Use a model in float32"
             if dtype != self.model.dtype:
                 advice += f", or decoder_dtype={self.model.dtype}"
             raise ValueError(f"the model's scores are NaN, with a mask decoder in {dtype}{advice}.")
-        columns = found.columns()
-        if columns is None:
-            columns = torch.zeros(0, 8, device=self.device)
-        table = Table.of(columns)
-        # All masks are of one group, and their order among equals is the stock pipeline's.
-        kept = batched_nms(table.boxes, table.scores, torch.zeros_like(table.scores), settings.crops_nms_thresh)
-        columns, kept = columns[kept].cpu().numpy(), kept.cpu().numpy()
-        masks = found.outlines(kept, self.budget.masks_per_step(size, size))
-        boxes = columns[:, 2:6].copy()
-        boxes[:, 2:] += (masks.areas > 0)[:, None]
-        frames, counts = found.frames()
+        table = candidates.columns()
+        if table is None:
+            table = torch.zeros(0, 8, device=self.device)
+        scores, _, boxes, _ = Table.of(table)
+        # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.
+        chosen = batched_nms(boxes, scores, torch.zeros_like(scores), settings.crops_nms_thresh)
+        columns, kept = table[chosen].cpu().numpy(), chosen.cpu().numpy()
+        masks = candidates.outlines(kept, self.budget.masks_per_step(size, size))
+        boxes_xyxy = columns[:, 2:6].copy()
+        boxes_xyxy[:, 2:] += (masks.areas > 0)[:, None]  # pixel edges instead of the last pixel
+        frames, counts = candidates.frames()
         crops = np.array([_crop_box(frame) for frame in frames], dtype=np.float32).reshape(-1, 4)
         crops = crops.repeat(counts, axis=0)[kept]
-        scores, stability, points = columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 6:].copy()
-        return GeneratedMasks(masks, scores, boxes, stability, points, crops)
-
-
-def segment_everything(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    image: ImageInput,
-    points_per_side: int = DEFAULT_POINTS_PER_SIDE,
-    pred_iou_thresh: float = DEFAULT_PRED_IOU_THRESH,
-    stability_score_thresh: float = DEFAULT_STABILITY_SCORE_THRESH,
-    points_per_batch: int | None = None,
-    progress=None,
-) -> MaskResult:
-    """Masks of everything in one image, the best first, as pixels: a `MaskGenerator` for one use.
-
-    Raises ValueError for settings outside their range, and for an image that is too thin for the model.
-    """
-    if not isinstance(points_per_side, int) or points_per_side < 1:
-        raise ValueError(f"points_per_side={points_per_side!r} must be a positive integer.")
-    settings = MaskGenerationSettings(
-        points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
-    )
-    # One image would not repay the capture of CUDA graphs.
-    generator = MaskGenerator(model, processor, points_per_batch=points_per_batch, cuda_graphs=False)
-    return generator.generate(image_tensor(image), settings, progress).to_result()
+        return GeneratedMasks(
+            masks, columns[:, 0].copy(), boxes_xyxy, columns[:, 1].copy(), columns[:, 6:].copy(), crops
+        )
 
 
 def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception | None]:
-    """The image, its pixels, and what reading it has raised, which must not end the reading of others."""
+    """Return the image, its pixels or None, and the error that reading it raised or None: other images go on."""
     try:
         return image, image_tensor(image), None
     except IMAGE_ERRORS as error:
@@ -337,7 +372,7 @@ def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGen
 
 
 def _ends_at_crop(boxes: torch.Tensor, crop_box: torch.Tensor, image_box: torch.Tensor) -> torch.Tensor:
-    """Whether a box, in the image, has a side near the crop's that is not near the image's: bool (n,)."""
+    """Return which boxes have a side near the crop's border that is not near the image's border: bool (n,)."""
     near_crop, near_image = ((boxes - box).abs() <= _CROP_EDGE_TOLERANCE for box in (crop_box, image_box))
     return (near_crop & ~near_image).any(dim=1)
 
@@ -348,5 +383,5 @@ def _crop_box(frame: Frame) -> tuple[int, int, int, int]:
 
 
 def _even_batch(total: int, most: int) -> int:
-    """The size of the fewest batches of at most `most` that hold `total`, nearly equal."""
+    """Return the size of nearly equal batches, of at most `most`, that split `total` into as few as possible."""
     return math.ceil(total / math.ceil(total / most))

@@ -1,4 +1,4 @@
-"""transformers' pipeline task "fast-mask-generation": the stock "mask-generation", by `MaskGenerator`."""
+"""The transformers pipeline task "fast-mask-generation": "mask-generation" computed by `MaskGenerator`."""
 
 import os
 
@@ -21,23 +21,25 @@ _HOLE_FILLING = ("max_hole_area", "max_sprinkle_area")
 
 
 class FastMaskGenerationPipeline(Pipeline):
-    """Masks of everything in an image, with the arguments and the result of transformers' `MaskGenerationPipeline`.
+    """Segments everything in an image, with the arguments and results of transformers' `MaskGenerationPipeline`.
 
-    `pipeline("fast-mask-generation", model=..., max_memory_mb=1500, cuda_graphs=None)`: the last two are those of `MaskGenerator`.
-    Called with an image (path, URL, PIL image) it returns a dictionary, with a list of images a list of these:
+    In addition, it accepts any dtype, and grids that differ between the crop layers. `points_per_batch=None` decodes as
+    many points as fit into memory. An image without masks gives empty lists. `output_rle_masks`, which the stock
+    pipeline documents and ignores, works. See `__call__` for the arguments of a call.
 
-    masks: list of bool (H, W) tensors on the CPU, the best first. Left out with `output_masks=False`: as pixels, many
-        masks take longer than all else.
-    scores: float32 (n,), the predicted IoU.
-    rle_mask, with `output_rle_mask=True`: list of COCO's uncompressed RLE.
-    bounding_boxes, with `output_bboxes_mask=True`: int64 (n, 4), the first and the last column and row inside.
+    Threads may share a pipeline, and it can be pickled, under the conditions of `MaskGenerator`.
 
-    Beyond the stock pipeline: any dtype; `points_per_batch=None` decodes as many as fit into memory; grids may differ
-    between crop layers; an image without masks gives empty lists; `output_rle_masks`, which the stock one documents, works.
+    Args:
+        *args: See `transformers.pipeline`.
+        max_memory_mb: See `MaskGenerator`.
+        cuda_graphs: See `MaskGenerator`.
+        **kwargs: See `transformers.pipeline`, and the arguments of `__call__` as defaults for all calls.
 
-    Threads may share a pipeline, as they may share a `MaskGenerator`, and it can be pickled likewise.
-
-    Raises ValueError for settings outside their range, and for filling holes, which SAM's image processor has not.
+    Example:
+        >>> segment = pipeline("fast-mask-generation", model="org/sam-lightening", max_memory_mb=1500)
+        >>> result = segment("photo.jpg", output_masks=False, output_rle_mask=True)
+        >>> len(result["scores"]) == len(result["rle_mask"])
+        True
     """
 
     _load_processor = False
@@ -69,21 +71,41 @@ class FastMaskGenerationPipeline(Pipeline):
         return preprocess, forward, postprocess
 
     def __call__(self, image, *args, batch_size=None, **kwargs):
-        """See the class. `batch_size` has no meaning here: points are batched, and images are not."""
+        """Segment everything in one image, or in each image of a list.
+
+        Args:
+            image: A path, URL or PIL image, or a list of these. *args: See `transformers.Pipeline`. batch_size:
+            Ignored: points are batched, not images. **kwargs: `points_per_batch`, see `MaskGenerator`; `timeout` in
+            seconds for URLs; `output_masks` (default: True),
+                `output_rle_mask` and `output_bboxes_mask` (default: False), see below; and the settings of
+                `MaskGenerationSettings` by name.
+
+        Returns:
+            A dictionary with the masks in the order of their scores, or a list of dictionaries for a list of images:
+
+            - masks: bool (H, W) tensors on the CPU, a list. With many masks this takes longer than all other steps:
+              leave them out with `output_masks=False`.
+            - scores: float32 (n,), the predicted IoU.
+            - rle_mask: COCO's uncompressed RLE of the masks, a list, with `output_rle_mask`.
+            - bounding_boxes: int64 (n, 4), the first and the last column and row inside, with `output_bboxes_mask`.
+
+        Raises:
+            ValueError: For settings outside their range, unknown arguments, and `max_hole_area` or `max_sprinkle_area`:
+                SAM's image processor fills no holes.
+        """
         return super().__call__(image, *args, **kwargs)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, torch.Tensor]:
         return {"image": image_tensor(_load(image, timeout))}
 
     def _forward(self, model_inputs, points_per_batch: int | None = None, **settings) -> dict[str, GeneratedMasks]:
-        generator = self.generator.with_budget(
-            self.max_memory_mb, points_per_batch
-        )  # of this call: threads may share it
+        # A generator for this call alone: threads may share the pipeline.
+        generator = self.generator.with_budget(self.max_memory_mb, points_per_batch)
         return {"generated": generator.generate(model_inputs["image"], MaskGenerationSettings(**settings))}
 
     def postprocess(self, model_outputs, output_masks=True, output_rle_mask=False, output_bboxes_mask=False) -> dict:
         generated = model_outputs["generated"]
-        result = {"masks": [torch.from_numpy(mask) for mask in generated.masks]} if output_masks else {}
+        result: dict = {"masks": [torch.from_numpy(mask) for mask in generated.masks]} if output_masks else {}
         result["scores"] = torch.from_numpy(generated.scores)
         if output_rle_mask:
             result["rle_mask"] = generated.masks.to_coco(compressed=False)
@@ -95,7 +117,7 @@ class FastMaskGenerationPipeline(Pipeline):
 
 
 def _load(image: str | Image.Image, timeout: float | None) -> Image.Image:
-    """An image as transformers loads it, but for levels of more than 8 bits, which that would clip to white."""
+    """Load an image as transformers does, except for levels of more than 8 bits, which that would clip to white."""
     opened = Image.open(image) if isinstance(image, str) and os.path.isfile(image) else image
     if isinstance(opened, Image.Image) and has_more_than_8_bits(opened):
         return to_rgb(opened, image if isinstance(image, str) else "the image", upright=True)

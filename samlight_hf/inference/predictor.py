@@ -1,38 +1,40 @@
-"""Encode once, prompt often: points, boxes and masks in pixels of the original images, ragged and batched."""
+"""The predictor: images are encoded once and prompted often, with points, boxes and masks in pixels of the image."""
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
-from ..engine.build import Decoder, ImageEncoder, PlainMaskDecoder, make_decoder
+from ..engine.build import make_decoder
+from ..engine.image_encoder import ImageEncoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
+from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import check_errors, error_of_image
 from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
 from ..images.reading import ImageError
 from ..kernels import upscaled_masks
-from ..masks.boxes import mask_edges
-from ..masks.results import MaskResult
 from ..utils.turns import turn
 from .encoded_image import EncodedImage
 from .mask_prompts import logits_of_prompt, tensor_of
-from .prompts import Prompt, clip_prompts, parse_prompts, prompt_batches
+from .prompts import Prompt, check_lists, parse_prompts, prompt_batches
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What n prompts on one image of H x W pixels gave, m masks each: numpy arrays, or tensors on the model's device.
+    """The masks of n prompts on one image of H x W pixels, m masks for each prompt.
 
-    Tensors are those of torch's inference mode: `clone()` what is to be changed in place or to take part in a gradient.
+    Values are numpy arrays, or tensors on the model's device. Tensors come from torch's inference mode: `clone()` one
+    before changing it in place or using it in a computation with gradients.
 
     Attributes:
-        masks: bool (n, m, H, W), or None where they were not asked for.
+        masks: bool (n, m, H, W), or None without `full_size`.
         scores: float32 (n, m), the IoU with the true mask that the model predicts.
-        logits: float32 (n, m, h, w), the masks at the decoder's size before the threshold at 0; one for each prompt,
-            (n, h, w), can be fed back.
+        logits: float32 (n, m, h, w), the masks at the decoder's size, before the threshold at 0. One mask of each
+            prompt, (n, h, w), can be given to `Predictor.predict` to be refined.
     """
 
     masks: np.ndarray | torch.Tensor | None
@@ -44,30 +46,42 @@ class Prediction:
 
 
 class Predictor:
-    """Masks for prompts on images that are encoded once.
+    """Predicts masks for prompts: points, boxes and masks in pixels of the image.
 
-        predictor = Predictor(model, processor)
-        image = predictor.encode("photo.jpg")
-        first = predictor.predict(boxes_xyxy=[(10, 20, 300, 200)], multimask_output=False, image=image)
-        better = predictor.predict([[(50, 60), (90, 80)]], [[1, 0]], logits=first.logits[:, 0], image=image)
+    `encode` runs the image encoder once and returns the image as a value; `predict` then answers prompts on it. For one
+    image after another, `set_image` keeps the encoded image, and `predict` uses it if no `image` is given.
 
-    For one image after the other there is `set_image`, whose image the next calls of `predict` take where none is given.
+    The weights are copied when the predictor is made: later changes of the model have no effect. Where a part runs in
+    the model itself (another image encoder, adapters, hooks, modules that are not those of the config), calls after a
+    change of the model raise ValueError. The copies take the memory of a SAM-Lightening model's weights once more.
 
-    `output` is "numpy" or "torch". `max_memory_mb` and `cuda_graphs` are those of `MaskGenerator`: on a CUDA device the
-    encoder, and the decoder for a single prompt, are replayed from CUDA graphs.
+    Threads may share a predictor: `encode`, and `predict` and `to_masks` with `image`, may be called at any time. On a
+    CUDA device calls take turns, on any streams; on a CPU they run side by side. `set_image`, `set_images` and `reset`
+    change the predictor for all threads.
 
-    The model's weights are copied when this is made, and later changes of the model do not reach it; where
-    a part runs in the model itself (an image encoder of another kind, adapters, hooks, other modules than the config's),
-    a changed model raises ValueError. The copies cost up to the memory of a SAM-Lightening's weights once more.
+    A predictor can be pickled, as spawned processes need it: model, settings and images are stored, and kernels and
+    graphs are made anew. This does not hold for a model that `optimize` made.
 
-    Raises ValueError for a model with another decoder than SAM's.
+    Args:
+        model: A SAM of transformers or a `SamLighteningModel`, on its device.
+        image_processor: The model's image processor, or the processor that holds it.
+        output: "numpy" for arrays, or "torch" for tensors on the model's device.
+        max_memory_mb: The memory that a CUDA device may allocate, the model's weights included, in MB of 2**20 bytes.
+            It bounds how many images and prompts are computed at once.
+        cuda_graphs: Replay the image encoder, and the mask decoder for single prompts, from CUDA graphs. Default: on
+            CUDA devices.
 
-    Threads may share a predictor: `encode`, `predict` with `image`, and `to_masks` with `image` may be called at any time.
-    On a CUDA device calls take turns, on any streams; on a CPU they run side by side. `set_image`, `set_images` and `reset`
-    change what the predictor itself holds, for all threads: leave them to one.
+    Raises:
+        ValueError: If the model is no SAM, if it does not fit into `max_memory_mb`, and for CUDA graphs that are asked
+            for and impossible.
 
-    A predictor can be pickled, for processes that are spawned: the model, the settings and the images are; kernels and
-    graphs are made anew. A model that `optimize` made cannot.
+    Example:
+        >>> predictor = Predictor(model, processor)
+        >>> image = predictor.encode("photo.jpg")
+        >>> first = predictor.predict(boxes_xyxy=[(10, 20, 300, 200)], multimask_output=False, image=image)
+        >>> first.masks.shape  # one prompt, one mask
+        (1, 1, 480, 640)
+        >>> better = predictor.predict([[(50, 60), (90, 80)]], [[1, 0]], logits=first.logits[:, 0], image=image)
     """
 
     def __init__(
@@ -97,13 +111,28 @@ class Predictor:
 
     def __setstate__(self, state: dict):
         held = state.pop("held")
-        self.__init__(**state)
+        self.__init__(**state)  # type: ignore[misc]  # as pickle would call it
         self._held = held
 
-    def encode(self, images: ImageInput | Sequence[ImageInput]) -> EncodedImage | list[EncodedImage]:
-        """Encodes one image, see `image_tensor`, or a list of images of any sizes, for `predict` as `image`.
+    @overload
+    def encode(self, images: ImageInput) -> EncodedImage: ...
 
-        Raises ValueError for one that cannot be read or is too thin; of a list it is named.
+    @overload
+    def encode(self, images: list[Any] | tuple[Any, ...]) -> list[EncodedImage]: ...
+
+    def encode(self, images):
+        """Encode images, for `predict` as `image`.
+
+        Args:
+            images: A path, PIL image, array (H, W, 3) or tensor (3, H, W), see `images.preprocessing.image_tensor`; or
+                a list of images of any sizes.
+
+        Returns:
+            The encoded image, or a list of them.
+
+        Raises:
+            ValueError: If an image cannot be read or is too thin for the model. For a list it is an `ImageError` that
+                names the image.
         """
         if not isinstance(images, list | tuple):
             return self._encode([self._tensor(images)])[0]
@@ -124,35 +153,45 @@ class Predictor:
 
     def _encode(self, tensors: list[torch.Tensor]) -> list[EncodedImage]:
         step = self.budget.images_per_encoding
-        parts = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
+        batches = [self.encoder(tensors[start : start + step]) for start in range(0, len(tensors), step)]
+        embeddings = [embedding for batch in batches for embedding in batch]
         pad_size, longest_edge = self.image_processor.pad_size, self.image_processor.size["longest_edge"]
         padded = pad_size["height"], pad_size["width"]
-        sizes = [tuple(tensor.shape[-2:]) for tensor in tensors]
-        return [
-            EncodedImage(embedding, size, resized_size(*size, longest_edge), padded)
-            for size, embedding in zip(sizes, (embedding for part in parts for embedding in part), strict=True)
-        ]
+        encoded = []
+        for tensor, embedding in zip(tensors, embeddings, strict=True):
+            height, width = tensor.shape[-2:]
+            resized = resized_size(height, width, longest_edge)
+            encoded.append(EncodedImage(embedding, (height, width), resized, padded))
+        return encoded
 
     @property
     def images(self) -> list[EncodedImage]:
-        """Those that were set."""
+        """The encoded images that `set_image` or `set_images` keep."""
         return self._held[0]
 
-    def reset(self):
-        """Forgets the images that were set."""
-        # The images, and whether they are a list: read and written as one, whatever other threads do.
+    def reset(self) -> None:
+        """Forget the images that were set."""
+        # The images, and whether they are a list: one attribute, so that other threads never see a mixture.
         self._held: tuple[list[EncodedImage], bool] = ([], False)
 
     def set_image(self, image: ImageInput) -> "Predictor":
-        """Encodes one image, see `image_tensor`, and keeps it. `predict` then takes its prompts, and returns one `Prediction`."""
-        self.reset()  # whatever comes: masks of the last images would be taken for those of these
+        """Encode one image, see `encode`, and keep it: `predict` without `image` then takes prompts on it.
+
+        Returns:
+            The predictor itself.
+        """
+        self.reset()  # also if encoding fails: prompts must not be answered on the previous image
         if isinstance(image, list | tuple):
             raise ValueError("set_image takes one image; set_images takes a list.")
         self._held = [self.encode(image)], False
         return self
 
     def set_images(self, images: Sequence[ImageInput]) -> "Predictor":
-        """Encodes images of any sizes, and keeps them. `predict` then takes and returns lists with one entry for each image."""
+        """Encode a list of images of any sizes and keep them: `predict` without `image` then takes and returns lists.
+
+        Returns:
+            The predictor itself.
+        """
         if isinstance(images, str) or not isinstance(images, Sequence) or not images:
             raise ValueError("set_images takes a list of at least one image; set_image takes one image.")
         self.reset()
@@ -172,58 +211,64 @@ class Predictor:
         image: EncodedImage | Sequence[EncodedImage] | None = None,
         errors: str = "return",
     ) -> "Prediction | list[Prediction | ImageError]":
-        """Masks for n prompts on the image that `encode` made, or that was set.
+        """Predict the masks of n prompts on an image.
 
-        For a list of images, or after `set_images`, each argument is a list too, with None for no prompts, and so is what
-        is returned. A prompt is some points, a box, a mask, or several of these, for one object. In pixels of the image:
+        A prompt has points, a box, a mask, or several of these for one object. All coordinates are in pixels of the
+        image. For a list of images, given as `image` or kept by `set_images`, each of `points_xy`, `labels`,
+        `boxes_xyxy`, `logits` and `masks` is a list with one entry for each image, or None for an image without any.
 
-        points_xy: (n, k, 2), or n lists of any number of (x, y), with 0 <= x < width and 0 <= y < height. What lies less
-            than a pixel outside is moved inside.
-        labels: (n, k), or lists as long as those of the points: 1 on the object (the default), 0 beside it.
-        boxes_xyxy: (n, 4): x1, y1, x2, y2 with x1 < x2 and y1 < y2. What sticks out of the image is cut off.
-        logits: (n, h, w) of an earlier `Prediction`, to be refined. Masks are taken as `masks`.
-        masks: (n, H, W), as large as the image, or as an earlier prediction's logits: bool, or 0 and 1, or 0 and 255.
+        Args:
+            points_xy: (n, k, 2), or n lists of any number of points (x, y), with 0 <= x < width and 0 <= y < height. A
+                point less than a pixel outside is moved inside.
+            labels: (n, k), or n lists as long as those of the points: 1 on the object, 0 beside it. Default: all 1.
+            boxes_xyxy: (n, 4), x1, y1, x2, y2 with x1 < x2 and y1 < y2. Boxes that stick out of the image are cut.
+            logits: (n, h, w), logits of an earlier `Prediction`, to be refined. Masks are accepted too, see `masks`.
+            multimask_output: True gives three masks for each prompt, which suits an ambiguous one such as one point;
+                False gives one mask, which suits boxes and several points.
+            full_size: Compute masks at the image's size; without it, logits and scores alone.
+            masks: (n, H, W), as large as the image or as earlier logits: bool, or 0 and 1, or 0 and 255.
+            image: What `encode` returned, an image or a list of them. Default: what `set_image` or `set_images` keeps.
+            errors: "return" gives an image of a list whose prompts are wrong an `ImageError` in place of its
+                prediction, with a warning; "raise" raises it.
 
-        Each prompt gives three masks, or one without `multimask_output`, which suits boxes and several points. Without
-        `full_size` there are logits alone, and no masks at the image's size.
+        Returns:
+            The prediction, or for a list of images a list of predictions.
 
-        Raises ValueError, naming the value, for prompts that cannot be, and where there is no image. Of a list of images
-        those with such prompts have the error in place of their prediction, a ImageError, which a warning tells too, and
-        the others their masks; `errors="raise"` raises it instead.
+        Raises:
+            ValueError: If there is no image or no prompt, or a prompt is wrong; the message names the value.
         """
         check_errors(errors)
         images, is_list = self._images(image)
         if all(argument is None for argument in (points_xy, boxes_xyxy, logits, masks)):
             raise ValueError("there is no prompt: give points_xy, boxes_xyxy, logits or masks.")
-        if not is_list:
-            prompts = self._parse(images[0], 0, points_xy, labels, boxes_xyxy, logits, masks)
-            return self._result(images[0], *self._decode(images, prompts, multimask_output), full_size)
         arguments = {
             "points_xy": points_xy, "labels": labels, "boxes_xyxy": boxes_xyxy, "logits": logits, "masks": masks,
         }  # fmt: skip
-        _check_lists(arguments, len(images))
-        prompts, failed = [], {}
-        for place, each in enumerate(images):
-            try:
-                own = {k: None if v is None else v[place] for k, v in arguments.items()}
-                prompts.append(self._parse(each, place, **own))
-            except ValueError as error:
-                failed[place] = error_of_image(place, error)
-                if errors == "raise":
-                    raise failed[place] from error
-                warnings.warn(str(failed[place]), stacklevel=2)
-                prompts.append([])
-        scores, all_logits = self._decode(images, [prompt for part in prompts for prompt in part], multimask_output)
-        counts = [len(part) for part in prompts]
+        if not is_list:
+            prompts = self._parse(images[0], 0, **arguments)
+            return self._result(images[0], *self._decode(images, prompts, multimask_output), full_size)
+        prompts_of_images, failed = self._parse_lists(images, arguments, errors)
+        prompts = [prompt for part in prompts_of_images for prompt in part]
+        scores, all_logits = self._decode(images, prompts, multimask_output)
+        counts = [len(part) for part in prompts_of_images]
         parts = zip(images, scores.split(counts), all_logits.split(counts))
         return [failed.get(place) or self._result(*part, full_size) for place, part in enumerate(parts)]
 
     def to_masks(
         self, logits: np.ndarray | torch.Tensor, index: int = 0, image: EncodedImage | None = None
     ) -> torch.Tensor:
-        """Logits (n, h, w) of a `Prediction` as masks of that image, bool (n, H, W), where the logits are.
+        """Resize logits to masks of the image's size.
 
-        The image is `image`, or number `index` of those that were set.
+        Args:
+            logits: (n, h, w), logits of a `Prediction`.
+            index: The index of the image among those that were set.
+            image: The encoded image, instead of `index`.
+
+        Returns:
+            bool (n, H, W), on the device of the logits.
+
+        Raises:
+            ValueError: If the logits have another number of dimensions.
         """
         image, logits = self.images[index] if image is None else image, tensor_of(logits)
         if logits.ndim != 3:
@@ -234,24 +279,24 @@ class Predictor:
         return upscaled_masks.masks(logits, image.frame, 0.0, step, upscaled_masks.why_not_triton(logits) is None)
 
     def _images(self, image: EncodedImage | Sequence[EncodedImage] | None) -> tuple[list[EncodedImage], bool]:
-        """Those that are given, or else were set, and whether they are a list."""
-        images, is_list = self._held
+        """Return the images to use, given or kept, and whether they are a list."""
+        kept, is_list = self._held
         if image is not None:
             is_list = isinstance(image, list | tuple)
-            images = list(image) if is_list else [image]
-        elif not images:
+        elif not kept:
             raise ValueError("there is no image yet: call set_image or set_images first, or give image=encode(...).")
+        images: list[Any] = kept if image is None else list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise ValueError("image is an empty list: give what encode returned.")
         config = self.model.config.prompt_encoder_config
         num_numbers = config.image_embedding_size**2 * config.hidden_size
-        for each in images:
-            if not isinstance(each, EncodedImage):
-                raise ValueError(f"image is a {type(each).__name__}, and must be what encode returned.")
-            if each.embedding.device != self.model.device or each.embedding.numel() != num_numbers:
+        for encoded in images:
+            if not isinstance(encoded, EncodedImage):
+                raise ValueError(f"image is a {type(encoded).__name__}, and must be what encode returned.")
+            if encoded.embedding.device != self.model.device or encoded.embedding.numel() != num_numbers:
                 raise ValueError(
-                    f"the image was encoded by another model, on {each.embedding.device}: encode it with this predictor, on "
-                    f"{self.model.device}."
+                    f"the image was encoded by another model, on {encoded.embedding.device}: encode it with this "
+                    f"predictor, on {self.model.device}."
                 )
         return images, is_list
 
@@ -260,16 +305,36 @@ class Predictor:
     ) -> list[Prompt]:
         if logits is not None and masks is not None:
             raise ValueError("logits and masks are given: a prompt has one of them.")
-        name, given = ("logits", logits) if masks is None else ("masks", masks)
-        if given is not None:
-            given = logits_of_prompt(given, image, self.logits_size, self.model.device, name)
-        return parse_prompts(place, image.size, points_xy, labels, boxes_xyxy, given, name)
+        name, values = ("logits", logits) if masks is None else ("masks", masks)
+        prompt_logits = None
+        if values is not None:
+            prompt_logits = logits_of_prompt(values, image, self.logits_size, self.model.device, name)
+        return parse_prompts(place, image.size, points_xy, labels, boxes_xyxy, prompt_logits, name)
+
+    def _parse_lists(
+        self, images: list[EncodedImage], arguments: dict[str, Any], errors: str
+    ) -> tuple[list[list[Prompt]], dict[int, ImageError]]:
+        """Check the prompts on several images: return those of each image, and the errors by the image's index."""
+        check_lists(arguments, len(images))
+        prompts: list[list[Prompt]] = []
+        failed: dict[int, ImageError] = {}
+        for place, encoded in enumerate(images):
+            own = {name: None if values is None else values[place] for name, values in arguments.items()}
+            try:
+                prompts.append(self._parse(encoded, place, **own))
+            except ValueError as error:
+                failed[place] = error_of_image(place, error)
+                if errors == "raise":
+                    raise failed[place] from error
+                warnings.warn(str(failed[place]), stacklevel=3)
+                prompts.append([])
+        return prompts, failed
 
     def _decode(
         self, images: list[EncodedImage], prompts: list[Prompt], multimask_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (n, m) and logits (n, m, h, w), float32, of prompts in any order; `Prompt.image` is a place in `images`."""
-        if isinstance(self.decoder, PlainMaskDecoder):  # which is the model's as it is now; the embeddings are older
+        """Decode prompts in any order, float32: scores (n, m) and logits (n, m, h, w)."""
+        if isinstance(self.decoder, PlainMaskDecoder):  # the model's own weights must still fit to the embeddings
             self.encoder.check_weights()
         batches = list(prompt_batches(prompts, self.budget.points_per_batch))
         parts = [self._decode_batch(images, [prompts[place] for place in batch], multimask_output) for batch in batches]
@@ -287,16 +352,16 @@ class Predictor:
     def _decode_batch(
         self, images: list[EncodedImage], prompts: list[Prompt], multimask_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_decode`, of prompts of one kind."""
+        """Decode prompts of one kind, see `_decode`."""
         first = prompts[0]
-        own = [images[prompt.image] for prompt in prompts]
-        if all(encoded is own[0] for encoded in own):
-            embedding, scales = own[0].read(), own[0].scale
+        encoded = [images[prompt.image] for prompt in prompts]
+        if all(image is encoded[0] for image in encoded):
+            embedding, scales = encoded[0].read(), encoded[0].scale
         else:
-            scales = np.array([encoded.scale for encoded in own])
+            scales = np.array([image.scale for image in encoded])
             with turn(self.model.device):  # after the encoder, on whatever stream it ran
-                embedding = torch.cat([encoded.read() for encoded in own])
-        # Prompts stay on the CPU: the decoder copies them to where they are read, without waiting.
+                embedding = torch.cat([image.read() for image in encoded])
+        # Prompts stay on the CPU: the decoder copies them to the device without waiting.
         arguments = {}
         if first.points is not None:
             points = np.array([prompt.points for prompt in prompts], dtype=np.float32) * scales[..., None, :2]
@@ -308,7 +373,7 @@ class Predictor:
         decoded = self.decoder.decode(
             embedding,
             **arguments,
-            mask_logits=None if first.logits is None else torch.stack([prompt.logits for prompt in prompts]),
+            mask_logits=_stack([prompt.logits for prompt in prompts]),
             multimask_output=multimask_output,
             prompts_per_upscaling=self.budget.points_per_upscaling,
             repeated=len(prompts) == 1,
@@ -324,57 +389,12 @@ class Predictor:
         return Prediction(None if masks is None else masks.cpu().numpy(), scores.cpu().numpy(), logits.cpu().numpy())
 
 
-@torch.inference_mode()
-def predict_prompts(
-    predictor: Predictor,
-    boxes_xyxy: Sequence = (),
-    points_xy: Sequence = (),
-    index: int = 0,
-    image: EncodedImage | None = None,
-) -> MaskResult:
-    """One mask for each prompt on `image`, or on one of the images that were set: first those of the boxes, then of the points.
-
-    Boxes and points are those of `clip_prompts`. Each point is a prompt of its own, on the object; of its three masks the
-    one with the highest predicted IoU is taken.
-    Raises ValueError for a prompt outside the image, and for a reversed or empty box.
-    """
-    image = predictor.images[index] if image is None else image
-    height, width = image.size
-    clip_prompts((width, height), boxes_xyxy, points_xy)  # all are checked before the work is done
-    masks, scores = [np.zeros((0, height, width), dtype=bool)], [np.zeros(0, dtype=np.float32)]
-    for kind, prompts in (("boxes_xyxy", boxes_xyxy), ("points_xy", [[point] for point in points_xy])):
-        if len(prompts):
-            parsed = predictor._parse(image, 0, **{kind: prompts})
-            predicted_iou, logits = predictor._decode([image], parsed, multimask_output=kind == "points_xy")
-            predicted_iou, best = predicted_iou.max(dim=1)
-            logits = logits[torch.arange(len(best), device=best.device), best]
-            masks.append(predictor.to_masks(logits, image=image).cpu().numpy())
-            scores.append(predicted_iou.cpu().numpy())
-    masks = np.concatenate(masks)
-    return MaskResult(masks, np.concatenate(scores), mask_edges(masks))
-
-
-def segment_prompts(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    image: ImageInput,
-    boxes_xyxy: Sequence[Sequence[float]] = (),
-    points_xy: Sequence[Sequence[float]] = (),
-) -> MaskResult:
-    """`predict_prompts` on an image that is encoded for this once; ValueError for one that is too thin, too."""
-    image = image_tensor(image)
-    clip_prompts((image.shape[2], image.shape[1]), boxes_xyxy, points_xy)  # before the work is done
-    predictor = Predictor(model, processor, output="torch", cuda_graphs=False)
-    return predict_prompts(predictor, boxes_xyxy, points_xy, image=predictor.encode(image))
-
-
-def _check_lists(arguments: dict, num_images: int):
-    for name, value in arguments.items():
-        if value is not None and (not isinstance(value, list | tuple) or len(value) != num_images):
-            given = len(value) if isinstance(value, list | tuple) else f"a {type(value).__name__}"
-            raise ValueError(f"{name} must be a list of {num_images}, one entry for each image, not {given}.")
+def _stack(logits: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Stack the logits of prompts of one kind: all of them have logits, or none."""
+    present = [tensor for tensor in logits if tensor is not None]
+    return torch.stack(present) if present else None
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat` without a copy of a tensor that is alone."""
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    """Concatenate tensors, without a copy if there is one alone."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]

@@ -1,4 +1,4 @@
-"""Prompts in pixels of the original image: checked, and put into batches."""
+"""Prompts in pixels of the original image: checking them, and putting them into batches."""
 
 import math
 from collections import defaultdict
@@ -8,39 +8,49 @@ from dataclasses import dataclass
 import torch
 
 
-# An image with this many prompts of one kind is decoded by itself, which saves a part of the decoder's work.
+# An image with this many prompts of one kind is decoded alone, which saves a part of the decoder's work.
 _PROMPTS_ALONE = 8
 
 
 @dataclass
 class Prompt:
-    """One prompt of one image, in its pixels."""
+    """One prompt on one image; it has at least one of points, box and logits.
+
+    Attributes:
+        image: The index of the image.
+        points: k lists of x and y, in pixels of the image.
+        labels: k numbers, 1 on the object and 0 beside it.
+        box: x1, y1, x2, y2, in pixels of the image.
+        logits: float32 (h, w), a mask in the frame of the model's input.
+    """
 
     image: int
-    points: list[list[float]] | None  # k times x, y
-    labels: list[int] | None  # k, 1 on the object and 0 beside it
-    box: list[float] | None  # x1, y1, x2, y2
-    logits: torch.Tensor | None  # float32 (h, w), of a mask
+    points: list[list[float]] | None
+    labels: list[int] | None
+    box: list[float] | None
+    logits: torch.Tensor | None
 
     def kind(self) -> tuple:
-        """Prompts of one kind are decoded together. Points are not padded: the model's attention would see the padding."""
+        """Return a key that prompts of one batch share: there is no padding, which attention would see."""
         return None if self.points is None else len(self.points), self.box is None, self.logits is None
 
 
 def clip_prompts(
     size: tuple[int, int], boxes_xyxy: Sequence[Sequence[float]] = (), points_xy: Sequence[Sequence[float]] = ()
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Cuts boxes and points to an image of `size` (width, height): detectors' boxes stick out by a pixel, or by many.
+    """Cut boxes and points to the image: detectors' boxes stick out by a pixel, or by many.
 
     Args:
-        boxes_xyxy: (x1, y1, x2, y2) each, some part of it in the image.
-        points_xy: (x, y) each, less than a pixel outside. Beyond the last pixel it becomes that one.
+        size: (width, height) of the image.
+        boxes_xyxy: Boxes (x1, y1, x2, y2), each with some part in the image.
+        points_xy: Points (x, y), each less than a pixel outside; those beyond the last pixel are moved to it.
 
     Returns:
         The boxes, with 0 <= x1 < x2 <= width, and the points, with 0 <= x < width; likewise in y.
 
     Raises:
-        ValueError: for the first that lies outside altogether, is not finite, or is a box without area or reversed.
+        ValueError: For the first box or point that lies outside altogether or is not finite, and for a box that is
+            reversed or has no area.
     """
     return [_clip_box(box, *size) for box in boxes_xyxy], [_clip_point(point, *size) for point in points_xy]
 
@@ -80,9 +90,22 @@ def parse_prompts(
     logits: torch.Tensor | None = None,
     logits_name: str = "logits",
 ) -> list[Prompt]:
-    """The prompts of one image of `size` (height, width), as `Predictor.predict` tells; ValueError for bad ones.
+    """Check the prompts on one image.
 
-    `logits_name` is what the user calls the logits.
+    Args:
+        image: The index of the image, for `Prompt.image`.
+        size: (height, width) of the image.
+        points_xy: See `Predictor.predict`, as for labels and boxes_xyxy.
+        labels: See `points_xy`.
+        boxes_xyxy: See `points_xy`.
+        logits: float32 (n, h, w), one for each prompt, from `logits_of_prompt`.
+        logits_name: The user's name for the logits, for messages.
+
+    Returns:
+        The prompts, in pixels of the image.
+
+    Raises:
+        ValueError: For wrong shapes and numbers of prompts, and for prompts outside the image.
     """
     points = None if points_xy is None else [_points(prompt) for prompt in _entries("points_xy", points_xy)]
     boxes = None if boxes_xyxy is None else clip_prompts(size[::-1], _boxes(boxes_xyxy))[0]
@@ -91,25 +114,42 @@ def parse_prompts(
     lengths = {len(part) for part in (points, boxes, logits) if part is not None}
     if len(lengths) > 1:
         parts = {"points_xy": points, "boxes_xyxy": boxes, logits_name: logits}
-        each = ", ".join(f"{name} has {len(part)}" for name, part in parts.items() if part is not None)
-        raise ValueError(f"all prompts need the same parts, but {each}.")
-    columns, nothing = (points, _labels(labels, points), boxes, logits), [None] * max(lengths, default=0)
-    return [Prompt(image, *parts) for parts in zip(*[nothing if column is None else column for column in columns])]
+        counts = ", ".join(f"{name} has {len(part)}" for name, part in parts.items() if part is not None)
+        raise ValueError(f"all prompts need the same parts, but {counts}.")
+    columns, missing = (points, _labels(labels, points), boxes, logits), [None] * max(lengths, default=0)
+    return [Prompt(image, *parts) for parts in zip(*[missing if column is None else column for column in columns])]
+
+
+def check_lists(arguments: dict, num_images: int):
+    """Raise ValueError if an argument of several images is not a list with one entry for each."""
+    for name, value in arguments.items():
+        if value is not None and (not isinstance(value, list | tuple) or len(value) != num_images):
+            actual = len(value) if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} must be a list of {num_images}, one entry for each image, not {actual}.")
 
 
 def prompt_batches(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
-    """Places of prompts that are decoded together, at most `most`: of one kind, and of one image where that has many."""
+    """Split prompts into batches of one kind, and of one image if that has many prompts.
+
+    Args:
+        prompts: Prompts on any number of images.
+        most: The maximal size of a batch.
+
+    Yields:
+        The indices of the prompts of each batch.
+    """
     if len(prompts) == 1:
         yield [0]
         return
-    groups = defaultdict(list)
+    groups: dict[tuple, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
         groups[prompt.kind(), prompt.image].append(place)
-    few = defaultdict(list)
+    few: dict[tuple, list[int]] = defaultdict(list)
     for (kind, _), places in groups.items():
         if len(places) < _PROMPTS_ALONE:
             few[kind] += places
-    for places in (*(p for p in groups.values() if len(p) >= _PROMPTS_ALONE), *few.values()):
+    many = [places for places in groups.values() if len(places) >= _PROMPTS_ALONE]
+    for places in (*many, *few.values()):
         for start in range(0, len(places), most):
             yield places[start : start + most]
 
@@ -148,9 +188,9 @@ def _labels(labels, points: list | None) -> list[list[int]] | None:
     if points is None:
         raise ValueError("labels are given without points_xy.")
     lists = [list(_entries("labels", prompt)) for prompt in _entries("labels", labels)]
-    given, needed = [len(prompt) for prompt in lists], [len(prompt) for prompt in points]
-    if given != needed:
-        raise ValueError(f"labels are {given} for each prompt, and its points {needed}: each point needs one.")
+    num_labels, num_points = [len(prompt) for prompt in lists], [len(prompt) for prompt in points]
+    if num_labels != num_points:
+        raise ValueError(f"labels are {num_labels} for each prompt, and its points {num_points}: each point needs one.")
     for label in (label for prompt in lists for label in prompt):
         if label not in (0, 1):
             raise ValueError(f"label {label} must be 1, on the object, or 0, beside it.")

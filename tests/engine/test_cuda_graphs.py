@@ -1,4 +1,4 @@
-"""What is written where a graph reads is not copied, and what a caller holds is not overwritten."""
+"""An input written to a graph's own memory is not copied, and a caller's tensors are not overwritten."""
 
 import pytest
 import torch

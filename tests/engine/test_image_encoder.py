@@ -1,4 +1,4 @@
-"""The image encoder in fewer kernels computes what the model's own does."""
+"""The image encoder in fewer kernels computes the same as the model's own."""
 
 import pytest
 import torch
@@ -30,14 +30,14 @@ PATTERNS = {
     },
     "no positions": {"use_abs_pos": False},
 }
-# What the attention kernel for Hopper GPUs takes: heads of 64 features, groups of multiples of 128 tokens.
+# Shapes that the attention kernel for Hopper GPUs supports: heads of 64 features, groups of multiples of 128 tokens.
 LONG = {"num_attention_heads": 2, "num_hidden_layers": 2, "segment_length": (256, None), "dilation_rate": (1, 2)}
 
 
 def make_model(**vision) -> SamLighteningModel:
     torch.manual_seed(0)
     model = SamLighteningModel(tiny_config(**vision)).eval()
-    for module in model.vision_encoder.modules():  # norms that do something
+    for module in model.vision_encoder.modules():  # layer norms that change their input
         if isinstance(module, nn.LayerNorm):
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.3)
@@ -46,9 +46,9 @@ def make_model(**vision) -> SamLighteningModel:
 
 @torch.no_grad()
 def relative_error(model: SamLighteningModel, pixel_values: torch.Tensor, expected: torch.Tensor, encode) -> float:
-    found = encode(pixel_values.to(model.device, model.dtype))
-    assert found.shape == expected.shape
-    return ((found.cpu().double() - expected).norm() / expected.norm()).item()
+    actual = encode(pixel_values.to(model.device, model.dtype))
+    assert actual.shape == expected.shape
+    return ((actual.cpu().double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("vision", PATTERNS.values(), ids=PATTERNS)
@@ -62,7 +62,7 @@ def test_it_computes_what_the_model_does(vision):
 
 
 def test_other_layers_run_where_rows_come_without_statistics():
-    """As what comes from elsewhere does."""
+    """Rows that no fused layer has written come without statistics."""
     layer = fused_linear.FusedLinear(torch.randn(64, 64), None, nn.LayerNorm(64))
     values = torch.randn(128, 64)
     expected = nn.functional.layer_norm(values, (64,), eps=1e-5) @ layer.weight.T

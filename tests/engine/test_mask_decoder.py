@@ -1,4 +1,4 @@
-"""The decoder in fewer operations gives what the model's own gives, for every kind of prompt, and says which way it ran."""
+"""The decoder in fewer operations gives the model's masks for every kind of prompt, and says which path ran."""
 
 import gc
 
@@ -7,9 +7,11 @@ import torch
 from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.engine.build import ImageEncoder, PlainMaskDecoder, make_decoder
+from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
+from samlight_hf.engine.image_encoder import ImageEncoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder, why_not_fast
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from tests.conftest import tiny_config
 
 
@@ -20,7 +22,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch):
-    """By default cuDNN rounds float32 to TF32, in the plain decoder's transposed convolutions for one."""
+    """By default cuDNN rounds float32 to TF32, for example in the plain decoder's transposed convolutions."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -31,7 +33,7 @@ def device(request):
 
 @pytest.fixture
 def loud(device):
-    """A model whose image tokens differ from prompt to prompt, and whose biases are not zero, as in a fresh one they are."""
+    """A model whose image tokens differ from prompt to prompt, and whose biases are not zero, unlike a fresh one's."""
     torch.manual_seed(0)
     model = SamLighteningModel(tiny_config()).eval()
     with torch.no_grad():
@@ -104,10 +106,12 @@ def test_an_image_for_each_prompt(loud, device):
         assert torch.allclose(alone.iou[0], together.iou[place], rtol=1e-4, atol=1e-5)
 
 
-def test_images_that_are_not_one_for_each_prompt(loud):
+def test_no_prompt_and_images_that_are_not_one_for_each_prompt(loud):
     fast = FastMaskDecoder(loud)
     with pytest.raises(ValueError, match="2 images for 3 prompts: give one image, or one for each"):
         fast.decode(fast.prepare(embeddings(loud, 2)), boxes=prompts_of(3, loud.device)[BOXES])
+    with pytest.raises(ValueError, match="no prompt: give points, boxes or mask_logits"):
+        fast.decode(fast.prepare(embeddings(loud)))
 
 
 def test_masks_below_the_least_iou_are_left_out(loud, device):
@@ -144,7 +148,7 @@ def test_the_work_of_prompts_that_are_left_out_is_not_done(loud, device, monkeyp
 
 @pytest.mark.parametrize("names", [(POINTS, LABELS), (BOXES,), (POINTS, LABELS, BOXES)], ids="+".join)
 def test_points_of_every_label_and_boxes_are_embedded_as_the_model_does(loud, device, names):
-    """-10 and -1 are padding of points and of prompts; for other labels than 0 and 1 the model embeds the place alone."""
+    """-10 and -1 pad points and prompts; for other labels than 0 and 1 the model embeds the position alone."""
     prompts = prompts_of(7, device, num_points=5)
     prompts[LABELS] = torch.tensor([-10, -1, 0, 1, 2], device=device).expand(7, -1)
     prompts = {name: prompts[name] for name in names}
@@ -156,7 +160,7 @@ def test_points_of_every_label_and_boxes_are_embedded_as_the_model_does(loud, de
 
 
 def test_prompts_are_embedded_in_float32_whatever_the_models_dtype(loud):
-    """In bfloat16 a coordinate has 8 bits: neighbouring pixels would be one."""
+    """In bfloat16 a coordinate has 8 bits: neighbouring pixels would be equal."""
     fast = FastMaskDecoder(loud.to(torch.bfloat16))
     points = torch.tensor([[[20.0, 9.0]], [[20.01, 9.0]]], device=loud.device)
     labels = torch.ones(2, 1, dtype=torch.int64, device=loud.device)
@@ -176,7 +180,7 @@ def test_which_way_is_taken():
         pass
 
     model.mask_decoder.__class__ = OwnDecoder
-    assert "no mask decoder of SAM's own build" in why_not_fast(model)
+    assert "no mask decoder of SAM's own architecture" in why_not_fast(model)
     assert isinstance(make_decoder(model), PlainMaskDecoder)
     with pytest.raises(ValueError, match="no mask decoder of SAM's own"):
         FastMaskDecoder(model)
@@ -245,7 +249,7 @@ def test_a_graph_is_replayed_with_new_inputs_and_dropped_when_it_is_the_oldest()
 
 @pytest.mark.gpu
 def test_no_garbage_is_collected_in_the_middle_of_a_capture():
-    """A graph of a model that nobody holds, freed there, would make the capture fail."""
+    """Freeing the graph of an unreferenced model would make the capture fail."""
     collects = []
     GraphedFunction(lambda x: (collects.append(gc.isenabled()), x + 1)[1])(torch.ones(2, device="cuda"))
     assert collects == [True, True, False]  # twice to warm up, once to capture
@@ -268,7 +272,7 @@ def test_a_graph_takes_later_tensors_from_the_cpu():
 
 @pytest.mark.gpu
 def test_calls_that_are_not_waited_for_keep_their_own_inputs():
-    """What comes from the CPU is read before the next call writes over it."""
+    """Inputs from the CPU are read before the next call overwrites them."""
     function = GraphedFunction(lambda x, y, z: (x @ x).sum() * 0 + y + z)
     first = torch.rand(2048, 2048, device="cuda")
     results = [function(first, torch.tensor([n]), torch.tensor([0.5])).clone() for n in range(200)]
@@ -322,7 +326,7 @@ def test_the_encoder_is_replayed_from_a_graph_too():
     graphed = ImageEncoder(model, processor, make_decoder(model))
     eager = ImageEncoder(model, processor, make_decoder(model, cuda_graphs=False))
     images = [torch.randint(0, 256, (3, 20, 32), dtype=torch.uint8) for _ in range(3)]
-    kept = [graphed([image])[0] for image in images]  # each is a copy, which the next does not overwrite
+    kept = [graphed([image])[0] for image in images]  # copies, which the next call does not overwrite
     for image, encoded in zip(images, kept):
         assert torch.allclose(encoded, eager([image])[0], atol=1e-5)
     assert (graphed.encode.last_ran, eager.encode.last_ran) == ("graph", "eager")

@@ -1,4 +1,4 @@
-"""An optimized model gives what the model gives, whatever it is asked."""
+"""An optimized model gives the outputs of the model for every kind of call."""
 
 import copy
 import pickle
@@ -33,9 +33,9 @@ def make_inputs(model, batch_size: int = 1, num_prompts: int = 3) -> dict:
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def assert_equal(found, expected, tolerance: float = 1e-4):
+def assert_equal(actual, expected, tolerance: float = 1e-4):
     for name in ("iou_scores", "pred_masks"):
-        one, other = getattr(found, name), getattr(expected, name)
+        one, other = getattr(actual, name), getattr(expected, name)
         assert one.shape == other.shape and one.dtype == other.dtype
         assert ((one - other).float().norm() / other.float().norm()).item() < tolerance
 
@@ -56,9 +56,9 @@ def test_prompts_of_every_kind(model, kind, batch_size, multimask_output):
     inputs = {name: inputs[name] for name in ("pixel_values", *kind)}
     with torch.no_grad():
         expected = model(**inputs, multimask_output=multimask_output)
-    found = optimized(**inputs, multimask_output=multimask_output)
-    assert_equal(found, expected)
-    assert not found.pred_masks.requires_grad and not found.pred_masks.is_inference()
+    actual = optimized(**inputs, multimask_output=multimask_output)
+    assert_equal(actual, expected)
+    assert not actual.pred_masks.requires_grad and not actual.pred_masks.is_inference()
 
 
 def test_embeddings_in_and_out_and_an_earlier_mask(model):
@@ -94,25 +94,27 @@ def test_what_the_fast_paths_do_not_know_runs_as_in_the_model(model):
             optimized(**wrong)
 
 
-# What a processor is given for two images, or for one: ragged points are padded, and numbers become float64.
-GIVEN = {
+# Arguments of a processor for two images, or for one: it pads ragged points, and numbers become float64.
+PROCESSOR_ARGUMENTS = {
     "a box": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
     "boxes": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0], [5.5, 1.0, 30.0, 9.0]]]},
     "a point": {"input_points": [[[9, 8]]]},
     "points of several objects": {"input_points": [[[[9.5, 8]], [[20, 12]]]], "input_labels": [[[1], [1]]]},
     "points and labels": {"input_points": [[[[9, 8], [3, 3]]]], "input_labels": [[[1, 0]]]},
-    "points and boxes": {"input_points": [[[[9, 8]]]], "input_labels": [[[1]]], "input_boxes": [[[2.0, 3.0, 20.0, 25.0]]]},
+    "points and boxes": {
+        "input_points": [[[[9, 8]]]], "input_labels": [[[1]]], "input_boxes": [[[2.0, 3.0, 20.0, 25.0]]],
+    },
     "ragged points of two images": {"input_points": [[[9, 8]], [[3, 3], [12, 20]]], "input_labels": [[1], [1, 0]]},
     "boxes of two images": {"input_boxes": [[[2.0, 3.0, 20.0, 25.0]], [[5.5, 1.0, 30.0, 9.0]]]},
 }  # fmt: skip
 
 
-def model_card_call(model, optimized, given, **arguments):
-    """As the model card calls it; and which paths ran."""
+def model_card_call(model, optimized, prompts, **arguments):
+    """Call both models as the model card does: return the outputs of both, and which paths ran."""
     processor = make_processor(model.config.vision_config)
-    number = len(next(iter(given.values())))
+    number = len(next(iter(prompts.values())))
     images = [np.random.default_rng(place).integers(0, 255, (40 + place, 50, 3), np.uint8) for place in range(number)]
-    inputs = processor(images if number > 1 else images[0], **given, return_tensors="pt").to(model.device)
+    inputs = processor(images if number > 1 else images[0], **prompts, return_tensors="pt").to(model.device)
     assert {"original_sizes", "reshaped_input_sizes"} < inputs.keys()
     with torch.no_grad():
         expected = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}, **arguments)
@@ -120,15 +122,15 @@ def model_card_call(model, optimized, given, **arguments):
     functions = [paths.encode, *paths.decoder.all_masks.values()]
     for function in functions:
         function.last_ran = None
-    found = optimized(**inputs, **arguments)
-    return found, expected, [function.last_ran for function in functions if function.last_ran]
+    actual = optimized(**inputs, **arguments)
+    return actual, expected, [function.last_ran for function in functions if function.last_ran]
 
 
 @pytest.mark.parametrize("multimask_output", [True, False])
-@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
-def test_what_a_processor_gives_takes_the_fast_path(model, given, multimask_output, recwarn):
-    found, expected, ran = model_card_call(model, optimize(model), given, multimask_output=multimask_output)
-    assert_equal(found, expected)
+@pytest.mark.parametrize("prompts", PROCESSOR_ARGUMENTS.values(), ids=PROCESSOR_ARGUMENTS)
+def test_what_a_processor_gives_takes_the_fast_path(model, prompts, multimask_output, recwarn):
+    actual, expected, ran = model_card_call(model, optimize(model), prompts, multimask_output=multimask_output)
+    assert_equal(actual, expected)
     assert ran == ["eager", "eager"]  # encoder and decoder; on a GPU they are replayed
     assert not [warning for warning in recwarn if "runs as in the model" in str(warning.message)]
 
@@ -141,8 +143,8 @@ def test_what_a_processor_gives_takes_the_fast_path(model, given, multimask_outp
     ],
 )
 def test_keywords_that_change_nothing_take_the_fast_path(model, arguments, recwarn):
-    found, expected, ran = model_card_call(model, optimize(model), GIVEN["a box"], **arguments)
-    assert_equal(found, expected)
+    actual, expected, ran = model_card_call(model, optimize(model), PROCESSOR_ARGUMENTS["a box"], **arguments)
+    assert_equal(actual, expected)
     assert ran == ["eager", "eager"]
     assert not [warning for warning in recwarn if "runs as in the model" in str(warning.message)]
 
@@ -268,9 +270,9 @@ def test_a_decoder_in_another_dtype(model):
     assert optimized._paths.decoder.dtype == torch.float16
     assert optimized.mask_decoder.iou_token.weight.dtype == torch.float32
     with torch.no_grad():
-        found, expected = optimized(**inputs), model(**inputs)
-    assert_equal(found, expected, 1e-2)
-    assert not torch.equal(found.pred_masks, expected.pred_masks)
+        actual, expected = optimized(**inputs), model(**inputs)
+    assert_equal(actual, expected, 1e-2)
+    assert not torch.equal(actual.pred_masks, expected.pred_masks)
 
 
 def test_the_stock_pipeline_takes_it():
@@ -310,9 +312,8 @@ def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
     for batch_size, num_prompts, ran in ((1, 3, "graph"), (2, 1, "graph"), (3, 2, "eager")):
         inputs = make_inputs(on_gpu, batch_size, num_prompts)
         inputs = {name: inputs[name] for name in ("pixel_values", "input_points", "input_labels")}
-        inputs |= {
-            name: inputs[name][:, :, :1] for name in ("input_points", "input_labels")
-        }  # labels as processors give them
+        # Labels as processors give them.
+        inputs |= {name: inputs[name][:, :, :1] for name in ("input_points", "input_labels")}
         with torch.no_grad():
             expected = on_gpu(**{**inputs, "pixel_values": inputs["pixel_values"].bfloat16()})
         assert_equal(optimized(**inputs), expected, 5e-2)
@@ -324,8 +325,8 @@ def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
 @pytest.mark.parametrize("name", ["a box", "a point", "points of several objects"])
 def test_on_a_gpu_the_model_cards_call_is_replayed(on_gpu, name):
     optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1, 2))
-    found, expected, ran = model_card_call(on_gpu, optimized, GIVEN[name])
-    assert_equal(found, expected, 5e-2)
+    actual, expected, ran = model_card_call(on_gpu, optimized, PROCESSOR_ARGUMENTS[name])
+    assert_equal(actual, expected, 5e-2)
     assert ran == ["graph", "graph"]
 
 
@@ -339,14 +340,14 @@ def test_on_a_gpu_bfloat16_is_decoded_in_float16_which_is_nearer_to_float32():
         expected, errors = model(**inputs).pred_masks, {}
         for decoder_dtype in (None, torch.bfloat16):
             optimized = optimize(model, image_batch_sizes=(1,), prompt_counts=(1,), decoder_dtype=decoder_dtype)
-            found = optimized(**inputs).pred_masks
-            errors[optimized._paths.decoder.dtype] = ((found.float() - expected).norm() / expected.norm()).item()
+            actual = optimized(**inputs).pred_masks
+            errors[optimized._paths.decoder.dtype] = ((actual.float() - expected).norm() / expected.norm()).item()
     assert errors[torch.float16] < errors[torch.bfloat16] < 0.1
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_device(on_gpu):
-    """From an image on the device to a mask there; torch tells of what waits."""
+    """torch raises for each operation that waits, from an image on the device to a mask there."""
     optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,))
     image_processor = make_processor(on_gpu.config.vision_config).image_processor
     image = torch.randint(0, 256, (3, 300, 500), dtype=torch.uint8, device="cuda")
@@ -379,9 +380,9 @@ def test_on_a_gpu_threads_streams_and_several_models(on_gpu):
     def work(place: int):
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(30):
-                found = models[place % 2].get_image_embeddings(images[place])
+                actual = models[place % 2].get_image_embeddings(images[place])
                 torch.cuda.current_stream().synchronize()
-                if not torch.equal(found, expected[place]):
+                if not torch.equal(actual, expected[place]):
                     wrong.append(place)
 
     threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]

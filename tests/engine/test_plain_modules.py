@@ -1,4 +1,4 @@
-"""A model with other modules than its config's gives what it gives itself, on every fast path: that part runs as in the model."""
+"""A model whose modules differ from its config keeps its outputs on every fast path: that part runs in the model."""
 
 import copy
 import importlib.util
@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 from transformers import SamConfig, SamModel, pipeline
 
 from samlight_hf import MaskGenerator, Predictor, SamLighteningModel, modeling
-from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.image_encoder import FastVisionEncoder, why_not_fast_encoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.optimize import optimize
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.engine.plain_modules import base_model, why_not_plain_decoder, why_not_plain_encoder
 from samlight_hf.images.preprocessing import preprocess
 from tests.conftest import tiny_config
@@ -33,7 +33,7 @@ SETTINGS = {**KEEP_ALL, "points_per_crop": 3}
 
 
 def loud_model(config=None) -> SamLighteningModel:
-    """Masks of some spots, and scores around 0.5, as `tiny` in test_mask_generation tells."""
+    """Make a model with masks of some spots and scores around 0.5, see `tiny` in test_mask_generation."""
     torch.manual_seed(0)
     model = SamLighteningModel(config or tiny_config()).eval()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def loud(device):
 
 
 class Added(nn.Linear):
-    """As LoRA's layers: a linear layer and something else."""
+    """A linear layer plus another function, like the layers of LoRA."""
 
     @classmethod
     def of(cls, linear: nn.Linear) -> nn.Linear:
@@ -89,7 +89,7 @@ class Doubled(nn.Module):
 
 
 class Wrapped(torch.Tensor):
-    """As torchao's quantized weights: a tensor that does more than its numbers tell."""
+    """A tensor subclass that changes the results of operations, like the quantized weights of torchao."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -116,7 +116,7 @@ def quantized(model):
     if model.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("dynamic quantization is the CPU's")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that it will move to torchao
+        warnings.simplefilter("ignore")  # torch announces a move to torchao
         return quantization.quantize_dynamic(model, {nn.Linear})
 
 
@@ -164,7 +164,7 @@ def _double_input(module, args):
 
 
 BOTH = (ENCODER, DECODER)
-# What is done to a model, the parts that then run as in the model, and a word of the reason.
+# A change of a model, the parts that then run as in the model, and a word of the reason.
 ALTERED = {
     "lora q and v": (lora("q_proj", "v_proj"), (DECODER,), "lora"),
     "lora k and out": (lora("k_proj", "out_proj"), (DECODER,), "lora"),
@@ -198,7 +198,7 @@ ALTERED = {
         "hook",
     ),
     "a parametrization": (
-        in_place(lambda model: parametrize.register_parametrization(_last_attention(model).v_proj, "weight", Doubled())),
+        in_place(lambda m: parametrize.register_parametrization(_last_attention(m).v_proj, "weight", Doubled())),
         (DECODER,),
         "ParametrizedLinear",
     ),
@@ -220,7 +220,7 @@ def altered(request, loud):
     model = alter(loud)
     after = predict_by_hand(model)
     changed = [not torch.allclose(one, other, rtol=1e-3) for one, other in zip(before, after)]
-    assert any(changed)  # or nothing would show who ran
+    assert any(changed)  # else the paths could not be told apart
     return model, parts, reason
 
 
@@ -230,7 +230,7 @@ BOX = (5, 6, 40, 30)
 
 @torch.no_grad()
 def predict_by_hand(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and logits of the box, by the model's own calls."""
+    """Compute scores and logits of the box by calling the model."""
     inputs = make_processor(base_model(model).config.vision_config)(
         IMAGE, input_boxes=[[[float(value) for value in BOX]]], return_tensors="pt"
     )
@@ -248,7 +248,7 @@ def preprocess_as_here(model) -> torch.Tensor:
 
 
 def made_with_warnings(make, parts, reason):
-    """What `make` makes, which warns of these parts, each once and with its reason."""
+    """Call `make` and check that it warns of these parts, of each once and with the reason."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = make()
@@ -264,18 +264,18 @@ def test_predictor(altered):
     predictor = made_with_warnings(lambda: Predictor(model, processor, output="torch"), parts, reason)
     assert isinstance(predictor.decoder, PlainMaskDecoder if DECODER in parts else FastMaskDecoder)
     assert (predictor.encoder.copied is None) == (ENCODER in parts)
-    found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
+    actual = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
     scores, logits = predict_by_hand(model)
     tolerance = 1e-6 if DECODER in parts else 1e-4  # the model's own decoder, or one of fewer operations
-    torch.testing.assert_close(found.scores, scores, rtol=10 * tolerance, atol=tolerance)
-    torch.testing.assert_close(found.logits, logits, rtol=10 * tolerance, atol=tolerance * logits.abs().max().item())
+    torch.testing.assert_close(actual.scores, scores, rtol=10 * tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.logits, logits, rtol=10 * tolerance, atol=tolerance * logits.abs().max().item())
 
 
 @pytest.mark.parametrize("by_pipeline", [False, True])
 def test_everything_mode_and_its_pipeline(altered, by_pipeline):
     model, parts, reason = altered
     processor = make_processor(base_model(model).config.vision_config)
-    # Points by the stock pipeline's number: a quantized layer scales what it is given together.
+    # As many points at once as in the stock pipeline: a quantized layer scales a batch as a whole.
     expected = stock(base_model(model), processor, IMAGE, **SETTINGS)
     if by_pipeline:
         task = made_with_warnings(
@@ -284,9 +284,9 @@ def test_everything_mode_and_its_pipeline(altered, by_pipeline):
             reason,
         )
         generator = task.generator
-        found = task(IMAGE, points_per_batch=16, **SETTINGS)
-        assert torch.allclose(found["scores"], torch.as_tensor(expected["scores"]).cpu(), atol=1e-4)
-        assert len(found["masks"]) == len(expected["masks"]) > 0
+        actual = task(IMAGE, points_per_batch=16, **SETTINGS)
+        assert torch.allclose(actual["scores"], torch.as_tensor(expected["scores"]).cpu(), atol=1e-4)
+        assert len(actual["masks"]) == len(expected["masks"]) > 0
     else:
         generator = made_with_warnings(lambda: MaskGenerator(model, processor, points_per_batch=16), parts, reason)
         assert_equal_to_stock(generator(IMAGE, **SETTINGS), expected)
@@ -315,18 +315,18 @@ def test_merged_adapters_are_fast_again(loud):
     processor = make_processor(merged.config.vision_config)
     predictor = made_with_warnings(lambda: Predictor(merged, processor, output="torch"), (), "")
     assert isinstance(predictor.decoder, FastMaskDecoder) and predictor.encoder.copied is not None
-    found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
-    torch.testing.assert_close(found.scores, scores, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(found.logits, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
+    actual = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
+    torch.testing.assert_close(actual.scores, scores, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(actual.logits, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
 
 
 def test_an_adapter_that_is_switched_off_is_off(loud):
     adapted = lora("all-linear")(loud)
     predictor = Predictor(adapted, make_processor(loud.config.vision_config), output="torch")
     with adapted.disable_adapter():
-        found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
+        actual = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
         scores, _ = predict_by_hand(adapted)
-    torch.testing.assert_close(found.scores, scores)
+    torch.testing.assert_close(actual.scores, scores)
 
 
 def test_hooks_that_transformers_has_left_do_not_matter(loud):
@@ -341,7 +341,7 @@ def test_hooks_that_transformers_has_left_do_not_matter(loud):
 
 
 def test_other_things_that_would_be_read_around(loud):
-    """What no altered model above shows: the model's own methods, hooks of all modules, and weights without numbers."""
+    """The altered models above lack these: methods of the model, hooks of all modules, and weights without values."""
 
     class Subclass(SamLighteningModel):
         def get_image_embeddings(self, pixel_values, **kwargs):
@@ -372,7 +372,7 @@ def test_other_things_that_would_be_read_around(loud):
 
 
 def test_the_code_of_a_checkpoint_is_known_where_it_is_the_same(monkeypatch):
-    """trust_remote_code=True makes classes of its own, of files that may be somebody else's."""
+    """trust_remote_code=True makes new classes, from files that may differ from ours."""
     folder = Path(modeling.__file__).parent
     spec = importlib.util.spec_from_file_location(
         "code_of_a_checkpoint", folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -399,7 +399,7 @@ def load(model):
 
 
 def write_to_data(model):
-    """Of which torch's version counters know nothing, as of a fused optimizer's step."""
+    """Write to `.data`: like a fused optimizer's step, this does not change torch's version counters."""
     torch.manual_seed(3)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -426,9 +426,9 @@ def test_changed_weights_do_not_reach_what_was_made_before(loud, change):
         outputs, masks = loud(**inputs), generator(IMAGE, **SETTINGS).masks.to_coco()
     change(loud)
     assert not torch.allclose(predict_by_hand(loud)[0], scores, rtol=1e-2)
-    found = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
-    torch.testing.assert_close(found.scores, scores, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.logits, logits, rtol=1e-3, atol=1e-4 * logits.abs().max().item())
+    actual = predictor.set_image(IMAGE).predict(boxes_xyxy=[BOX])
+    torch.testing.assert_close(actual.scores, scores, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual.logits, logits, rtol=1e-3, atol=1e-4 * logits.abs().max().item())
     assert generator(IMAGE, **SETTINGS).masks.to_coco() == masks
     assert_equal(optimized(**inputs), outputs, 1e-3)
     with torch.no_grad():
@@ -498,7 +498,7 @@ def test_an_optimized_model_keeps_its_weights(loud):
         optimized.mask_decoder.iou_token.weight.add_(1)
     with pytest.raises(RuntimeError, match="have been changed"), torch.no_grad():
         optimized(**inputs, output_hidden_states=True)
-    loud.load_state_dict(loud.state_dict())  # which is none
+    loud.load_state_dict(loud.state_dict())  # loading into the original still works
 
 
 @pytest.mark.gpu
@@ -525,7 +525,7 @@ def test_on_a_gpu_the_fused_encoder_does_not_run_then(name):
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_fused_encoder_notices_changed_weights():
-    """Its copies are folded: they are made again to be compared."""
+    """Its weights are folded copies: the comparison folds the model's weights again."""
     wide = {"hidden_size": 128, "mlp_dim": 512, "output_channels": 64, "num_pos_feats": 32, "image_size": 512}
     model = SamLighteningModel(tiny_config(**wide, patch_size=16)).eval().to("cuda", torch.bfloat16)
     encoder = FastVisionEncoder(model.vision_encoder)

@@ -1,4 +1,4 @@
-"""Everything mode is the stock pipeline's, mask for mask; prompts in pixels give masks of the image's size."""
+"""Everything mode gives the masks of the stock pipeline, mask for mask."""
 
 import gc
 import multiprocessing
@@ -15,12 +15,12 @@ from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamIma
 
 from samlight_hf import ImageError, MaskGenerationSettings, MaskGenerator, Predictor, SamLighteningModel
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
-from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.memory_budget import MemoryBudget
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.images.preprocessing import image_tensor
 from samlight_hf.inference.crops import crop_boxes, point_grid
-from samlight_hf.inference.mask_generation import segment_everything
+from samlight_hf.inference.single_calls import segment_everything
 from samlight_hf.loading import load_model, quiet_transformers
 from samlight_hf.masks.boxes import mask_boxes
 from samlight_hf.masks.results import GeneratedMasks
@@ -40,7 +40,7 @@ def exact_convolutions(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Random weights, logits in the tens as those of a trained model, which above 30 are some spots, and scores around 0.5."""
+    """A model with random weights: scores around 0.5, and logits like a trained model's, above 30 in some spots."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     model = SamLighteningModel(tiny_config())
@@ -61,7 +61,7 @@ def bundled():
 
 
 def random_image(width, height, seed=0):
-    """Coarse patches: what a model of 8 x 8 tokens can tell apart."""
+    """Make an image of coarse patches, which a model of 8 x 8 tokens can tell apart."""
     levels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST)
 
@@ -72,7 +72,7 @@ def stock(model, processor, image, **settings) -> dict:
         try:
             return pipeline(image, points_per_batch=16, output_rle_mask=True, output_bboxes_mask=True, **settings)
         except RuntimeError as error:
-            # transformers 5.17 stacks crops, which are of different sizes.
+            # transformers 5.17 stacks crops although their sizes differ.
             if settings.get("crops_n_layers") and "stack expects each tensor to be equal size" in str(error):
                 pytest.skip("the stock pipeline of this transformers cannot take crops")
             raise
@@ -84,7 +84,7 @@ def intersection_over_union(first, second) -> float:
 
 
 def assert_equal_to_stock(generated: GeneratedMasks, expected: dict):
-    """The same number of masks, each with its one partner. Equal scores may stand in any order."""
+    """Check that each mask has one partner in the other result; equal scores may be in any order."""
     assert len(generated) == len(expected["masks"])
     masks, left = [np.asarray(mask) for mask in expected["masks"]], set(range(len(generated)))
     boxes = np.asarray(expected["bounding_boxes"].cpu()).reshape(-1, 4)
@@ -128,7 +128,10 @@ def well_formed(result: GeneratedMasks, image, count=None):
         {"points_per_crop": 5, "stability_score_thresh": 0.7, "crops_nms_thresh": 0.95},
         {"points_per_crop": 3, "crops_n_layers": 1, "crops_nms_thresh": 0.9},
         {"points_per_crop": 2, "crops_n_layers": 2, "crop_overlap_ratio": 0.1},
-        {"points_per_crop": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.5, "mask_threshold": 20.0, "stability_score_offset": 3.0},
+        {
+            "points_per_crop": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.5, "mask_threshold": 20.0,
+            "stability_score_offset": 3.0,
+        },
         {"points_per_crop": 4, "mask_threshold": 0.0, "crops_nms_thresh": 1.0},
     ],
 )  # fmt: skip
@@ -139,7 +142,7 @@ def test_tiny_models_give_the_stock_pipelines_masks(tiny, size, settings):
     well_formed(generated, image)
     assert len(generated) > 0
     assert_equal_to_stock(generated, expected)
-    # On the CPU nothing at all differs: run lengths, their order and the boxes.
+    # On the CPU the run lengths and their order are identical.
     assert generated.masks.to_coco(compressed=False) == expected["rle_mask"]
 
 
@@ -358,7 +361,7 @@ def test_the_grid_and_boxes():
 
 
 class _OnCuda:
-    """What `MemoryBudget` looks at of a model, as if it were on a GPU."""
+    """The attributes that `MemoryBudget` reads of a model, as if the model were on a GPU."""
 
     def __init__(self, model):
         self.config, self.dtype, self.parameters, self.device = (
@@ -412,7 +415,7 @@ def test_on_a_gpu_photographs_give_the_stock_pipelines_masks(photograph, setting
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graph", "eager"])
 def test_on_a_gpu_masks_are_those_of_the_cpu(bundled, photograph, cuda_graphs):
-    """With crops, which the stock pipeline of the oldest transformers cannot take."""
+    """Crops are included, which the stock pipeline of the oldest transformers cannot process."""
     settings = {**KEEP_MANY, "points_per_crop": 6, "crops_n_layers": 1}
     expected = MaskGenerator(*bundled)(photograph, **settings)
     boxes = torch.from_numpy(expected.boxes_xyxy - [0, 0, 1, 1])
@@ -442,9 +445,9 @@ def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
     ],
 )
 def test_half_precision_finds_the_same_masks_before_one_is_chosen(device, dtype, points_per_crop):
-    """Over all bundled photographs. Rounding decides which of near duplicates stays and what is just above a threshold, no more.
+    """Rounding decides only which of near duplicates stays and which scores are just above a threshold.
 
-    The decoder computes as it does by default on a CUDA device, on a CPU too.
+    It uses all bundled photographs. On a CPU, too, the decoder computes in float16, the default on a CUDA device.
     """
     settings = {**KEEP_MANY, "points_per_crop": points_per_crop}
     wider = {name: settings[name] - 0.1 for name in KEEP_MANY} | {"crops_nms_thresh": 1.0}
@@ -453,10 +456,10 @@ def test_half_precision_finds_the_same_masks_before_one_is_chosen(device, dtype,
     assert rounded.decoder.dtype == torch.float16
     near, chosen = [], []
     for path in sorted(EXAMPLE_IMAGES.glob("*.jpg")):
-        found = exact(path, **settings).masks
+        masks = exact(path, **settings).masks
         for changes, best in (({}, chosen), (wider, near)):
             others = list(rounded(path, **settings | changes).masks)
-            best += [max(intersection_over_union(mask, other) for other in others) for mask in found]
+            best += [max(intersection_over_union(mask, other) for other in others) for mask in masks]
     shares = [np.mean(np.array(best) >= 0.95) for best in (chosen, near)]
     print(f"{dtype}: of {len(near)} masks in float32 {shares[0]:.3f} are chosen too, {shares[1]:.3f} are there before")
     assert len(near) >= 24 and shares[0] >= 0.95 and shares[1] >= 0.99
@@ -491,7 +494,7 @@ def test_numbers_that_leave_the_range_of_the_decoder_are_told(tiny):
 
 
 def test_a_decoder_in_another_dtype_than_the_model(tiny):
-    """Given what another decoder prepared, and made and called under autocast."""
+    """The decoder accepts embeddings that another one prepared, and is made and called under autocast."""
     model, processor = tiny
     model = SamLighteningModel(model.config).bfloat16()
     model.load_state_dict(tiny[0].state_dict())
@@ -515,7 +518,7 @@ def test_a_decoder_in_another_dtype_than_the_model(tiny):
 @pytest.mark.parametrize("megabytes", [512, 1500])
 def test_on_a_gpu_the_memory_stays_below_the_budget_and_the_result_the_same(photograph, dtype, megabytes):
     settings = {**KEEP_MANY, "points_per_crop": 32}
-    gc.collect()  # what earlier tests captured
+    gc.collect()  # graphs of earlier tests
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -546,18 +549,18 @@ def test_on_a_gpu_one_generator_serves_images_of_any_size():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{"points_per_crop": 16}, {"points_per_crop": 6, "crops_n_layers": 1}], ids=str)
 def test_on_a_gpu_triton_kernels_give_what_torch_gives(photograph, dtype, settings):
-    """In bfloat16 torch rounds what the kernel keeps in float32: most masks, but not each."""
+    """In bfloat16 torch rounds values that the kernel keeps in float32: most masks are equal, but not all."""
     model, processor = load_model(BUNDLED_CHECKPOINT, "cuda", dtype)
     settings = {**KEEP_MANY, **settings}
     results = {use: MaskGenerator(model, processor, triton_kernels=use) for use in (True, False)}
     assert [generator.use_triton for generator in results.values()] == [True, False]
     assert results[True].decoder.is_lean == (dtype == "bfloat16")
     assert not results[False].decoder.is_lean
-    found, expected = (generator(photograph, **settings) for generator in results.values())
+    actual, expected = (generator(photograph, **settings) for generator in results.values())
     assert len(expected) >= 10
-    near = np.array([max(intersection_over_union(mask, other) for other in found.masks) for mask in expected.masks])
+    near = np.array([max(intersection_over_union(mask, other) for other in actual.masks) for mask in expected.masks])
     if dtype == "float32":
-        assert len(found) == len(expected)
+        assert len(actual) == len(expected)
         assert near.min() >= 0.999
     assert (near >= 0.95).mean() >= 0.9
 
@@ -581,14 +584,14 @@ def test_a_damaged_file_does_not_end_the_others(tiny, tmp_path):
     ]
     generator, settings = MaskGenerator(*tiny), {**KEEP_ALL, "points_per_crop": 3}
     expected = [generator(image, **settings) for image in good]
-    with pytest.warns(UserWarning) as told:
-        found = list(generator.generate_many(iter(images), **settings))
+    with pytest.warns(UserWarning) as caught:
+        results = list(generator.generate_many(iter(images), **settings))
     words = {1: "image 1: .*half.png: not an image", 3: "image 3: .*too thin", 4: "image 4: .*gone.jpg: no such file"}
-    assert [place for place, result in enumerate(found) if isinstance(result, ImageError)] == list(words)
+    assert [place for place, result in enumerate(results) if isinstance(result, ImageError)] == list(words)
     for place, pattern in words.items():
-        assert re.search(pattern, str(found[place])) and found[place].__traceback__ is None
-        assert str(found[place]) in [str(warning.message) for warning in told]
-    for result, own in zip((found[0], found[2], found[5]), expected, strict=True):
+        assert re.search(pattern, str(results[place])) and results[place].__traceback__ is None
+        assert str(results[place]) in [str(warning.message) for warning in caught]
+    for result, own in zip((results[0], results[2], results[5]), expected, strict=True):
         assert result.masks.to_coco() == own.masks.to_coco()
     with pytest.warns(UserWarning, match="half.png"):
         assert len(generator(images[:3], **settings)) == 3
@@ -617,8 +620,8 @@ def test_an_image_that_does_not_fit_into_memory_does_not_end_the_others(tiny, mo
     calls, full.empty = [], encode.empty
     monkeypatch.setattr(generator.encoder, "encode", full)
     with pytest.warns(UserWarning, match="image 1: OutOfMemoryError: CUDA out of memory"):
-        found = generator(images, **KEEP_ALL, points_per_crop=2)
-    assert [isinstance(result, ImageError) for result in found] == [False, True, False]
+        results = generator(images, **KEEP_ALL, points_per_crop=2)
+    assert [isinstance(result, ImageError) for result in results] == [False, True, False]
 
 
 def test_a_generator_in_a_process_that_is_spawned(tiny):
@@ -626,10 +629,10 @@ def test_a_generator_in_a_process_that_is_spawned(tiny):
     generator.set_budget(1300, points_per_batch=3)
     settings = {**KEEP_ALL, "points_per_crop": 3}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(generator, image, **settings).result(timeout=300)
+        actual = pool.submit(generator, image, **settings).result(timeout=300)
     expected = generator(image, **settings)
-    assert len(expected) > 0 and found.masks.to_coco() == expected.masks.to_coco()
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+    assert len(expected) > 0 and actual.masks.to_coco() == expected.masks.to_coco()
+    np.testing.assert_allclose(actual.scores, expected.scores, atol=1e-6)
     again = pickle.loads(pickle.dumps(generator))
     assert (again.decoder.dtype, again.budget.points_per_batch) == (torch.float64, 3)
     assert again._settings == generator._settings

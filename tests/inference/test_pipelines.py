@@ -1,4 +1,4 @@
-"""pipeline("fast-mask-generation") takes what the stock task takes, and gives the same dictionary."""
+"""pipeline("fast-mask-generation") takes the arguments of the stock task and gives the same dictionary."""
 
 import json
 import pickle
@@ -119,12 +119,12 @@ def test_arguments_of_the_model_are_given_with_it(checkpoint):
 def test_pickled_it_gives_the_same(fast, image):
     again = pickle.loads(pickle.dumps(fast))
     assert again.generator.model is again.model is not fast.model
-    found, expected = (task(image, **SETTINGS, output_rle_mask=True) for task in (again, fast))
-    assert found["rle_mask"] == expected["rle_mask"] and len(found["masks"]) > 0
+    actual, expected = (task(image, **SETTINGS, output_rle_mask=True) for task in (again, fast))
+    assert actual["rle_mask"] == expected["rle_mask"] and len(actual["masks"]) > 0
 
 
 def test_a_saved_pipeline_asks_for_no_code_of_a_pipeline(fast, tmp_path):
-    """It is this package's, which the file of one class would not be."""
+    """The task belongs to this package: the file of one class alone could not run."""
     fast.save_pretrained(tmp_path)
     assert "custom_pipelines" not in json.loads((tmp_path / "config.json").read_text())
     assert not (tmp_path / "pipelines.py").exists()

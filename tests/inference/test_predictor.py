@@ -1,4 +1,4 @@
-"""Prompts in pixels of the original images give what the model gives for each of them alone, however they are batched."""
+"""Prompts in pixels of the images give the masks that the model gives for each prompt alone, in any batches."""
 
 import json
 import multiprocessing
@@ -13,10 +13,10 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
 from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel, optimize
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
-from samlight_hf.engine.build import PlainMaskDecoder
+from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
-from samlight_hf.inference.predictor import predict_prompts, segment_prompts
 from samlight_hf.inference.prompts import clip_prompts, parse_prompts, prompt_batches
+from samlight_hf.inference.single_calls import predict_prompts, segment_prompts
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
@@ -57,7 +57,7 @@ def image():
 
 
 def by_the_model(model, processor, image, multimask_output=True, logits=None, **prompts):
-    """One prompt through processor and model, as SamModel's documentation does it."""
+    """Run one prompt through processor and model, as in the documentation of SamModel."""
     inputs = processor(images=image, return_tensors="pt", **{k: [[v]] for k, v in prompts.items()}).to(model.device)
     sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
     inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
@@ -154,8 +154,8 @@ def test_under_autocast_the_result_is_the_same(folder, image, dtype):
     predictor = Predictor(*load_model(folder, "cpu", dtype))
     expected = predictor.set_image(image).predict([[(9, 9), (20, 11)]])
     with torch.autocast("cpu", torch.bfloat16):
-        found = predictor.set_image(image).predict([[(9, 9), (20, 11)]])
-    assert np.array_equal(found.logits, expected.logits)
+        actual = predictor.set_image(image).predict([[(9, 9), (20, 11)]])
+    assert np.array_equal(actual.logits, expected.logits)
 
 
 @pytest.mark.filterwarnings("ignore:The image encoder runs as in the model")
@@ -206,11 +206,11 @@ def test_an_encoded_image_is_prompted_whatever_was_set_or_encoded_since(tiny, im
     assert [type(each) for each in encoded] == [EncodedImage] * 2
     assert [each.size for each in encoded] == [(30, 50), (64, 20)]
     for each, own in zip(encoded, expected):
-        found = predictor.predict([[(3, 4)]], image=each)
-        assert np.allclose(found.logits, own.logits, rtol=1e-3, atol=1e-3 * np.abs(own.logits).max())
-        assert found.masks.shape[2:] == each.size
-        later = predictor.to_masks(found.logits[:, 0], image=each).cpu().numpy()
-        assert (later != found.masks[:, 0]).mean() < 0.002
+        actual = predictor.predict([[(3, 4)]], image=each)
+        assert np.allclose(actual.logits, own.logits, rtol=1e-3, atol=1e-3 * np.abs(own.logits).max())
+        assert actual.masks.shape[2:] == each.size
+        later = predictor.to_masks(actual.logits[:, 0], image=each).cpu().numpy()
+        assert (later != actual.masks[:, 0]).mean() < 0.002
     assert predictor.images[0].size == (64, 20)  # the one that was set
     assert len(predictor.predict([[(3, 4)]]).masks[0, 0]) == 64
     of_list = predictor.predict([[[(3, 4)]], None, [[(3, 4)]]], image=[encoded[0], encoded[1], encoded[0]])
@@ -266,18 +266,18 @@ def test_a_bad_prompt_names_its_image_and_does_not_void_the_others(tiny, image, 
     }
     arguments = {name: value if any(each is not None for each in value) else None for name, value in arguments.items()}
     with pytest.warns(UserWarning, match=words):
-        found = predictor.predict(**arguments)
-    assert isinstance(found[1], ImageError) and str(found[1]).startswith("image 1: ")
+        actual = predictor.predict(**arguments)
+    assert isinstance(actual[1], ImageError) and str(actual[1]).startswith("image 1: ")
     expected = predictor.predict(boxes_xyxy=[good["boxes_xyxy"], None, good["boxes_xyxy"]])
     for place in (0, 2):
-        assert np.array_equal(found[place].logits, expected[place].logits)
-        assert np.array_equal(found[place].masks, expected[place].masks)
+        assert np.array_equal(actual[place].logits, expected[place].logits)
+        assert np.array_equal(actual[place].masks, expected[place].masks)
     with pytest.raises(ImageError, match=words):
         predictor.predict(**arguments, errors="raise")
 
 
 def disc(image, radius=9.0) -> np.ndarray:
-    """bool (1, H, W)."""
+    """Make a mask of a disc, bool (1, H, W)."""
     y, x = np.mgrid[: image.height, : image.width]
     return ((x - image.width / 2) ** 2 + (y - image.height / 3) ** 2 < radius**2)[None]
 
@@ -292,16 +292,16 @@ def test_a_mask_of_any_kind_is_a_mask_whatever_it_is_called(tiny, size):
     for each in (mask, small):
         kinds = [each, each.astype(np.uint8), each.astype(np.int64), each.astype(np.float32), each * np.uint8(255)]
         kinds += [each * 255.0, torch.from_numpy(each), torch.from_numpy(each).half().to(tiny[0].device)]
-        found = [predictor.predict(**box, **{name: kind}).logits for kind in kinds for name in ("logits", "masks")]
-        assert all(np.array_equal(logits, found[0]) for logits in found[1:])
-        assert not np.array_equal(found[0], predictor.predict(**box).logits)
+        refined = [predictor.predict(**box, **{name: kind}).logits for kind in kinds for name in ("logits", "masks")]
+        assert all(np.array_equal(logits, refined[0]) for logits in refined[1:])
+        assert not np.array_equal(refined[0], predictor.predict(**box).logits)
     as_logits = np.where(small, np.float32(10), np.float32(-10))
-    assert np.array_equal(predictor.predict(**box, logits=as_logits).logits, found[0])
+    assert np.array_equal(predictor.predict(**box, logits=as_logits).logits, refined[0])
 
 
 @pytest.mark.parametrize("size", [(50, 30), (20, 64), (300, 200), (1, 1)])
 def test_masks_become_logits_and_logits_masks(tiny, size):
-    """The way back is `to_masks`; what is lost is less than a cell of the decoder's size along the outline."""
+    """`to_masks` is the inverse, up to less than a cell of the decoder's size along the outline."""
     image = random_image(*size)
     predictor = Predictor(*tiny)
     encoded, mask = predictor.encode(image), disc(image, max(1.0, min(size) / 3))
@@ -319,9 +319,9 @@ def test_masks_become_logits_and_logits_masks(tiny, size):
 def test_zeros_in_fractions_are_logits_and_in_whole_numbers_a_mask(tiny, image):
     predictor = Predictor(*tiny).set_image(image)
     box = {"boxes_xyxy": [(2, 3, 18, 19)]}
-    found = {dtype: predictor.predict(**box, logits=np.zeros((1, 32, 32), dtype)).logits for dtype in ("f4", "u1")}
+    actual = {dtype: predictor.predict(**box, logits=np.zeros((1, 32, 32), dtype)).logits for dtype in ("f4", "u1")}
     empty = predictor.predict(**box, logits=np.full((1, 32, 32), -MASK_LOGIT, "f4")).logits
-    assert np.array_equal(found["u1"], empty) and not np.array_equal(found["f4"], empty)
+    assert np.array_equal(actual["u1"], empty) and not np.array_equal(actual["f4"], empty)
     assert np.array_equal(predictor.predict(**box, masks=np.zeros((1, 30, 50), "f4")).logits, empty)
 
 
@@ -333,11 +333,11 @@ def test_a_mask_alone_is_what_the_model_gives(tiny, image, multimask_output, dec
         predictor.decoder = predictor.encoder.decoder = PlainMaskDecoder(tiny[0])
         predictor.set_image(image)
     logits = predictor.predict(boxes_xyxy=[(2, 3, 18, 19), (5, 5, 30, 20)], multimask_output=False).logits[:, 0]
-    found = predictor.predict(logits=logits, multimask_output=multimask_output)
-    assert found.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
+    actual = predictor.predict(logits=logits, multimask_output=multimask_output)
+    assert actual.masks.shape == (2, 3 if multimask_output else 1, 30, 50)
     for place, each in enumerate(torch.from_numpy(logits).to(tiny[0].device)):
         expected = by_the_model(*tiny, image, multimask_output, logits=each[None, None])
-        assert_same(found, place, expected)
+        assert_same(actual, place, expected)
         one = predictor.predict(logits=each[None], multimask_output=multimask_output)
         assert_same(one, 0, expected)
     both = Predictor(*tiny).set_images([image, image]).predict(masks=[disc(image), None])
@@ -345,24 +345,23 @@ def test_a_mask_alone_is_what_the_model_gives(tiny, image, multimask_output, dec
 
 
 def test_a_mask_refines_as_its_logits_do():
-    """On the bundled photographs with their boxes; a mask that is read as logits loses far more."""
+    """Refine boxes on the bundled photographs: a mask that is read as logits loses far more."""
     predictor = Predictor(*load_model(BUNDLED_CHECKPOINT, "cpu"))
     prompts = json.loads((EXAMPLE_IMAGES.parent / "prompts.json").read_text())
-    found = {name: [] for name in ("logits", "mask", "small mask", "0 and 1 as logits")}
-    for name, given in prompts.items():
-        arguments = {
-            "boxes_xyxy": given["boxes_xyxy"], "multimask_output": False, "image": predictor.encode(EXAMPLE_IMAGES / name),
-        }  # fmt: skip
+    overlaps = {name: [] for name in ("logits", "mask", "small mask", "0 and 1 as logits")}
+    for name, own_prompts in prompts.items():
+        encoded = predictor.encode(EXAMPLE_IMAGES / name)
+        arguments = {"boxes_xyxy": own_prompts["boxes_xyxy"], "multimask_output": False, "image": encoded}
         first = predictor.predict(**arguments)
         logits, masks = first.logits[:, 0], first.masks[:, 0]
-        almost = np.where(logits > 0, np.float32(1), np.float32(1e-6))  # which is no mask
+        almost = np.where(logits > 0, np.float32(1), np.float32(1e-6))  # logits, as 1e-6 is neither 0 nor 1
         for kind, refined in (
             ("logits", {"logits": logits}), ("mask", {"masks": masks}), ("small mask", {"masks": logits > 0}),
             ("0 and 1 as logits", {"logits": almost}),
         ):  # fmt: skip
             again = predictor.predict(**arguments, **refined).masks[:, 0]
-            found[kind] += [(a & b).sum() / (a | b).sum() for a, b in zip(again, masks)]
-    means = {kind: np.mean(values) for kind, values in found.items()}
+            overlaps[kind] += [(a & b).sum() / (a | b).sum() for a, b in zip(again, masks)]
+    means = {kind: np.mean(values) for kind, values in overlaps.items()}
     print(", ".join(f"{kind}: IoU {mean:.3f}" for kind, mean in means.items()))
     assert min(means["mask"], means["small mask"]) > means["logits"] - 0.02
     assert min(means["mask"], means["small mask"]) > means["0 and 1 as logits"] + 0.02
@@ -372,9 +371,9 @@ def test_in_a_process_that_is_spawned(folder, image):
     predictor = Predictor(*load_model(folder, "cpu"), max_memory_mb=1400).set_image(image)
     expected = predictor.predict([[(3, 4)]])
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(predictor.predict, [[(3, 4)]], image=predictor.encode(image)).result(timeout=300)
+        actual = pool.submit(predictor.predict, [[(3, 4)]], image=predictor.encode(image)).result(timeout=300)
         of_the_image_that_was_set = pool.submit(predictor.predict, [[(3, 4)]]).result(timeout=300)
-    for each in (found, of_the_image_that_was_set):
+    for each in (actual, of_the_image_that_was_set):
         assert np.allclose(each.logits, expected.logits, atol=1e-5)
         assert np.array_equal(each.masks, expected.masks)
 
@@ -385,8 +384,8 @@ def test_pickled_it_keeps_its_settings_and_images(tiny, image):
     assert (again.output, again.decoder.cuda_graphs, again._settings) == ("torch", False, predictor._settings)
     assert again.model is not predictor.model and again.model.device == predictor.model.device
     boxes = [[(0, 0, 9, 9)], None]
-    found, expected = (each.predict(boxes_xyxy=boxes)[0] for each in (again, predictor))
-    assert torch.equal(found.logits, expected.logits)
+    actual, expected = (each.predict(boxes_xyxy=boxes)[0] for each in (again, predictor))
+    assert torch.equal(actual.logits, expected.logits)
     with pytest.raises(TypeError, match="optimize that"):
         pickle.dumps(Predictor(optimize(tiny[0], image_batch_sizes=(), prompt_counts=()), tiny[1]))
 
@@ -424,7 +423,7 @@ def test_pickled_it_keeps_its_settings_and_images(tiny, image):
         ({"boxes_xyxy": [(0, 0, float("inf"), 5)]}, "four numbers"),
         ({"boxes_xyxy": (0, 0, 5, 5)}, r"Write \[box\] for one box"),
         ({"boxes_xyxy": [(0, 0, 5, 5)], "points_xy": [[(1, 1)], [(2, 2)]]}, "points_xy has 2, boxes_xyxy has 1"),
-        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 16, 16)}, r"\(1, 16, 16\), and must be \(prompts, 32, 32\)"),
+        ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 16, 16)}, r"\(1, 16, 16\), and must be \(prompts, 32"),
         ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 3, 32, 32)}, r"logits\[:, i\]"),
         ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(2, 32, 32)}, "boxes_xyxy has 1, logits has 2"),
         ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 32, 32, value=np.nan)}, "NaN or infinite"),
@@ -460,7 +459,7 @@ def test_uses_that_cannot_be(tiny, image):
     predictor.set_image(image)
     with pytest.raises(ValueError, match="too thin"):
         predictor.set_image(Image.new("RGB", (20_000, 100)))
-    with pytest.raises(ValueError, match="no image yet"):  # and not the last one's masks
+    with pytest.raises(ValueError, match="no image yet"):  # instead of masks of the previous image
         predictor.predict([[(1, 1)]])
 
 
@@ -520,11 +519,11 @@ def test_what_sticks_out_of_the_image_is_cut_off():
 
 def test_prompts_that_stick_out_are_those_at_the_border(tiny, image):
     predictor = Predictor(*tiny).set_image(image)
-    for found, expected in (
+    for actual, expected in (
         ({"boxes_xyxy": [(-0.31, 2, 50.004, 31)]}, {"boxes_xyxy": [(0, 2, 50, 30)]}),
         ({"points_xy": [[(50, 30), (-0.5, 4)]]}, {"points_xy": [[(49, 29), (0, 4)]]}),
     ):
-        assert np.array_equal(predictor.predict(**found).logits, predictor.predict(**expected).logits)
+        assert np.array_equal(predictor.predict(**actual).logits, predictor.predict(**expected).logits)
     result = predict_prompts(predictor, [(-3, 2, 50.4, 31)], [(50, 3)])
     assert np.array_equal(result.masks, predict_prompts(predictor, [(0, 2, 50, 30)], [(49, 3)]).masks)
 
@@ -564,7 +563,7 @@ def test_a_single_prompt_is_replayed_from_a_graph(folder, image):
 
 
 def events_on_device(run) -> list[str]:
-    """What a second run of it does there, in order."""
+    """Return the names of kernels and copies of a second run, in order."""
     run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -580,8 +579,8 @@ def test_pixel_values_are_written_where_the_encoders_graph_reads_them(folder, mo
     encoder, eager = (Predictor(model, processor, cuda_graphs=on).encoder for on in (True, False))
     one, other = torch.randint(0, 256, (2, 3, 30, 50), dtype=torch.uint8, device="cuda")
     for images in ([one], [other], [one, other], [other, one, one], [other, one], [one]):
-        for found, expected in zip(encoder(images), eager(images), strict=True):
-            assert torch.allclose(found, expected, atol=1e-5)
+        for actual, expected in zip(encoder(images), eager(images), strict=True):
+            assert torch.allclose(actual, expected, atol=1e-5)
     written = events_on_device(lambda: encoder([one]))
     monkeypatch.setattr(encoder.encode, "empty", torch.empty)
     copied = events_on_device(lambda: encoder([one]))
@@ -620,7 +619,7 @@ def test_a_later_image_does_not_change_an_earlier_prediction(folder):
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device(folder):
-    """From an image on the device to a mask there; torch tells of what waits."""
+    """torch raises for each operation that waits, from an image on the device to a mask there."""
     predictor = Predictor(*load_model(folder, "cuda"), output="torch")
     image = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, device="cuda")
 

@@ -1,4 +1,4 @@
-"""Threads that share a predictor, a generator, a pipeline or an optimized model each get what they would get alone, to the bit."""
+"""Threads that share a predictor, generator, pipeline or optimized model get the same bits as each would alone."""
 
 import sys
 import threading
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     params=["cpu", *(pytest.param(dtype, marks=pytest.mark.gpu) for dtype in ("float32", "bfloat16"))],
 )
 def loaded(request, folder):
-    """A tiny model on a CPU; the bundled one, whose encoder and decoder are graphs, on a GPU."""
+    """A tiny model on a CPU; on a GPU the bundled one, whose encoder and decoder are CUDA graphs."""
     return (
         load_model(folder, "cpu") if request.param == "cpu" else load_model(BUNDLED_CHECKPOINT, "cuda", request.param)
     )
@@ -46,7 +46,7 @@ def loaded(request, folder):
 
 @pytest.fixture
 def often():
-    """Threads change places in the midst of everything."""
+    """Let the interpreter switch threads as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -60,7 +60,7 @@ def image(seed: int) -> Image.Image:
 
 
 def assert_each_as_alone(work, on_cuda: bool):
-    """`work(number)` gives arrays: in threads, half of them on streams of their own, what it gives in one."""
+    """Check that `work(number)` returns the same arrays in many threads as in one; half have their own stream."""
     alone = [work(number) for number in range(NUM_THREADS)]
     barrier, wrong = threading.Barrier(NUM_THREADS), []
 
@@ -70,8 +70,8 @@ def assert_each_as_alone(work, on_cuda: bool):
         try:
             with on_stream:
                 for _ in range(NUM_ROUNDS):
-                    found = work(number)
-                    if not all(np.array_equal(*pair) for pair in zip(found, alone[number], strict=True)):
+                    actual = work(number)
+                    if not all(np.array_equal(*pair) for pair in zip(actual, alone[number], strict=True)):
                         wrong.append(number)
         except Exception as error:
             wrong.append((number, error))
@@ -82,7 +82,7 @@ def assert_each_as_alone(work, on_cuda: bool):
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert any(not np.array_equal(alone[0][0], other[0]) for other in alone[1:])  # they could have been mixed up
+    assert any(not np.array_equal(alone[0][0], other[0]) for other in alone[1:])  # else a mix-up would not show
 
 
 def test_a_predictor(loaded, often):
@@ -111,8 +111,8 @@ def test_images_of_one_thread_are_prompted_by_others(loaded, often):
     encoded = predictor.encode([image(number) for number in range(NUM_THREADS)])
 
     def work(number: int) -> list[np.ndarray]:
-        found = [predictor.predict([[(3, 4)]], image=each) for each in (encoded[number], encoded[number - 1])]
-        return [part for each in found for part in (each.logits, each.masks)]
+        predictions = [predictor.predict([[(3, 4)]], image=each) for each in (encoded[number], encoded[number - 1])]
+        return [part for each in predictions for part in (each.logits, each.masks)]
 
     assert_each_as_alone(work, model.device.type == "cuda")
 
@@ -122,8 +122,8 @@ def test_a_generator(loaded, often):
     generator = MaskGenerator(*loaded)
 
     def work(number: int) -> list:
-        found = generator(image(number), **KEEP_ALL, crops_n_layers=number % 2)
-        return [found.scores, found.boxes_xyxy, found.stability_scores, found.masks.to_masks()]
+        actual = generator(image(number), **KEEP_ALL, crops_n_layers=number % 2)
+        return [actual.scores, actual.boxes_xyxy, actual.stability_scores, actual.masks.to_masks()]
 
     assert_each_as_alone(work, model.device.type == "cuda")
     if model.device.type == "cuda":
@@ -135,8 +135,8 @@ def test_a_pipeline_whose_calls_decode_batches_of_several_sizes(loaded, often):
     task = pipeline("fast-mask-generation", model=model, image_processor=processor.image_processor)
 
     def work(number: int) -> list:
-        found = task(image(number), **KEEP_ALL, points_per_batch=3 + number % 2, output_bboxes_mask=True)
-        return [found["scores"].numpy(), found["bounding_boxes"].numpy(), np.stack(found["masks"])]
+        actual = task(image(number), **KEEP_ALL, points_per_batch=3 + number % 2, output_bboxes_mask=True)
+        return [actual["scores"].numpy(), actual["bounding_boxes"].numpy(), np.stack(actual["masks"])]
 
     assert_each_as_alone(work, model.device.type == "cuda")
 
@@ -175,7 +175,7 @@ def test_a_turn_begins_on_the_device_when_the_one_before_has_ended_on_its_stream
         with torch.cuda.stream(first), turn(value.device):
             torch.cuda._sleep(20_000_000)
             value.fill_(number)
-        with torch.cuda.stream(second), turn(value.device), turn(value.device):  # also within a turn of its own
-            found = value.clone()
+        with torch.cuda.stream(second), turn(value.device), turn(value.device):  # a turn may be nested
+            actual = value.clone()
         second.synchronize()
-        assert found.item() == number
+        assert actual.item() == number

@@ -1,0 +1,296 @@
+"""The classes of an optimized model and of its image encoder, which run fast paths where they support a call."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
+
+from ..utils.turns import turn
+from .image_encoder import make_encoder, why_not_fast_encoder
+from .mask_decoder import FastMaskDecoder
+
+
+# The classes below are mixins: `optimized_class` puts a model's class behind them.
+_Module: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+@dataclass
+class OptimizationReport:
+    """The way in which the parts of an optimized model run, and the cost of its CUDA graphs.
+
+    Attributes:
+        encoder: "fused", or "plain" and the reason.
+        decoder: The same for the mask decoder.
+        num_graphs: The number of graphs captured.
+        warm_up_seconds: The time that capturing them took.
+        graph_memory_mb: The memory that torch keeps for them, in MB of 2**20 bytes.
+    """
+
+    encoder: str
+    decoder: str = "fused"
+    num_graphs: int = 0
+    warm_up_seconds: float = 0.0
+    graph_memory_mb: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"encoder: {self.encoder}; decoder: {self.decoder}; {self.num_graphs} CUDA graphs in "
+            f"{self.graph_memory_mb:.0f} MB, made in {self.warm_up_seconds:.1f} s"
+        )
+
+
+class FastPaths:
+    """The fast encoder and decoder of an optimized model.
+
+    Graphs have one set of buffers, so callers take turns, see `utils.turns.turn`.
+
+    Args:
+        model: The optimized model, in its final dtype.
+        decoder: Its mask decoder, or None if the model runs its own.
+        image_batch_sizes: Numbers of images for which the encoder gets a graph.
+        prompt_counts: Numbers of prompts for which the decoder gets graphs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoder: FastMaskDecoder | None,
+        image_batch_sizes: Sequence[int],
+        prompt_counts: Sequence[int],
+    ):
+        self.device, self.dtype = model.device, model.dtype
+        self._warned: set[str] = set()
+        config = model.config.vision_config
+        self.image_shape = config.num_channels, config.image_size, config.image_size
+        self.decoder = decoder
+        on_cuda = self.device.type == "cuda"
+        self.encode, self.copied = make_encoder(model, on_cuda, decoder.pool if decoder else None)
+        self._weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._weights]
+        self.encode.max_graphs = len(image_batch_sizes) or 1
+        all_masks = list(decoder.all_masks.values()) if decoder else []
+        for function in all_masks:
+            function.max_graphs = 2 * len(prompt_counts) or 1  # points and boxes
+        reason = why_not_fast_encoder(model)
+        self.report = OptimizationReport(encoder=f"plain: {reason}" if reason else "fused")
+        start = time.perf_counter()
+        if on_cuda:
+            self._capture(image_batch_sizes, prompt_counts)
+        for function in (self.encode, *all_masks):
+            function.freeze()
+            self.report.num_graphs += len(function)
+        self.report.warm_up_seconds = time.perf_counter() - start
+
+    @torch.inference_mode()
+    def _capture(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
+        torch.cuda.empty_cache()
+        before, size = torch.cuda.memory_reserved(self.device), self.image_shape[-1]
+        if self.encode.enabled:
+            for batch_size in image_batch_sizes:
+                self.encode(torch.zeros(batch_size, *self.image_shape, device=self.device, dtype=self.dtype))
+        decoder = self.decoder
+        for count in prompt_counts if decoder else ():
+            assert decoder is not None
+            tokens = torch.zeros_like(decoder.positions)[None]
+            boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device).expand(count, -1).contiguous()
+            points = boxes[:, None, 2:].contiguous()
+            labels = torch.ones(count, 1, dtype=torch.int32, device=self.device)
+            for multimask_output in (True, False):
+                decoder.all_masks[multimask_output, False](tokens, points, labels)
+                decoder.all_masks[multimask_output, False](tokens, boxes)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        self.report.graph_memory_mb = (torch.cuda.memory_reserved(self.device) - before) / 2**20
+
+    def check_weights(self):
+        """Raise RuntimeError if the model's own weights are no longer those that were copied."""
+        if any(tensor._version != version for tensor, version in zip(self._weights, self._versions)):
+            raise RuntimeError(
+                "the weights of an optimized model have been changed: change the model itself, and optimize it again."
+            )
+
+    def warn_once(self, part: str, reason: str):
+        """Warn that a part runs as in the model, once for each reason."""
+        message = f"The {part} of this optimized model runs as in the model, and slower: {reason}"
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=5)
+
+    def embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode pixel values (B, 3, S, S) to embeddings (B, C, h, w), which belong to the caller."""
+        if self.copied is None:
+            self.check_weights()
+        with turn(self.device):
+            return self.encode(pixel_values).clone()
+
+    def masks(
+        self, embeddings: torch.Tensor, prompts: list[torch.Tensor], masks: torch.Tensor | None, multimask_output: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode prompts.
+
+        Args:
+            embeddings: (B, C, h, w).
+            prompts: Points, labels and boxes, as far as there are any, each (B, P, ...).
+            masks: Logits of earlier masks (B, 1, h, w), or None.
+            multimask_output: Three masks for each prompt instead of one.
+
+        Returns:
+            Scores (B, P, M) and logits (B, P, M, 4h, 4w), which belong to the caller.
+        """
+        assert self.decoder is not None
+        decode = self.decoder.all_masks[multimask_output, masks is not None]
+        images = embeddings.to(self.decoder.dtype).flatten(2).transpose(1, 2)  # (B, N, C)
+        all_scores, all_logits = [], []
+        for index in range(len(images)):
+            inputs = [images[index : index + 1], *(prompt[index] for prompt in prompts)]
+            if masks is not None:
+                inputs.insert(1, masks[index].expand(len(inputs[-1]), -1, -1))
+            with turn(self.device):
+                scores, logits = decode(*inputs)
+                all_scores.append(scores.to(self.dtype, copy=True))
+                all_logits.append(logits.unflatten(0, scores.shape).to(self.dtype, copy=True))
+        if len(images) == 1:
+            return all_scores[0][None], all_logits[0][None]
+        return torch.stack(all_scores), torch.stack(all_logits)
+
+
+class _Optimized(_Module):
+    """The base of an optimized model and of its encoder: device, dtype and weights of both are fixed."""
+
+    _paths: FastPaths
+
+    def _apply(self, fn, *args, **kwargs):
+        probe = fn(next(self.parameters()).detach()[:0])  # before any weights are moved: the original may share them
+        if (probe.device, probe.dtype) != (self._paths.device, self._paths.dtype):
+            raise RuntimeError(
+                f"an optimized model stays on {self._paths.device} in {self._paths.dtype}: move the model itself, and "
+                "optimize it again."
+            )
+        return super()._apply(fn, *args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        raise ValueError("an optimized model is for inference alone: save the model that it was made from.")
+
+    def __reduce_ex__(self, protocol):  # copy, deepcopy, pickle
+        raise TypeError(
+            "an optimized model holds CUDA graphs: copy or pickle the model that it was made from, and optimize that."
+        )
+
+
+class OptimizedEncoder(_Optimized):
+    def plain_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Compute the embeddings as the original model does."""
+        return super().forward(pixel_values).last_hidden_state
+
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamVisionEncoderOutput:
+        reason = _why_not_keywords(self.config, kwargs) or self._why_not(pixel_values)
+        if reason is None:
+            assert pixel_values is not None
+            return SamVisionEncoderOutput(last_hidden_state=self._paths.embeddings(pixel_values.to(self._paths.dtype)))
+        self._paths.check_weights()
+        outputs = super().forward(pixel_values, **kwargs)  # which raises the right error for a wrong size, too
+        self._paths.warn_once("image encoder", reason)
+        return outputs
+
+    def _why_not(self, pixel_values: torch.Tensor | None) -> str | None:
+        if pixel_values is None or not pixel_values.is_floating_point():
+            return "there are no pixel_values in floating point."
+        if pixel_values.shape[1:] != self._paths.image_shape:
+            return f"pixel_values are not (B, {', '.join(map(str, self._paths.image_shape))})."
+        return "pixel_values require a gradient." if pixel_values.requires_grad else None
+
+
+class OptimizedModel(_Optimized):
+    @property
+    def report(self) -> OptimizationReport:
+        return self._paths.report
+
+    def forward(
+        self, pixel_values=None, input_points=None, input_labels=None, input_boxes=None, input_masks=None,
+        image_embeddings=None, multimask_output: bool = True, **kwargs,
+    ) -> SamImageSegmentationOutput:  # fmt: skip
+        prompts = _prompts(input_points, input_labels, input_boxes)
+        reason = self._why_not(pixel_values, image_embeddings, prompts, input_masks, kwargs)
+        if reason is not None:
+            self._paths.check_weights()
+            outputs = super().forward(
+                pixel_values=pixel_values, input_points=input_points, input_labels=input_labels,
+                input_boxes=input_boxes, input_masks=input_masks, image_embeddings=image_embeddings,
+                multimask_output=multimask_output, **kwargs,
+            )  # fmt: skip
+            if self._paths.decoder is not None:  # without one, `optimize` has warned already
+                self._paths.warn_once("mask decoder", reason)
+            return outputs
+        if image_embeddings is None:
+            image_embeddings = self.vision_encoder(pixel_values).last_hidden_state
+        scores, logits = self._paths.masks(image_embeddings, prompts, input_masks, multimask_output)
+        return SamImageSegmentationOutput(iou_scores=scores, pred_masks=logits)
+
+    def _why_not(self, pixel_values, image_embeddings, prompts, masks, kwargs: dict) -> str | None:
+        """Return why the mask decoder runs as in the model for this call, as a sentence, or None if it does not."""
+        if self._paths.decoder is None:
+            return self.report.decoder
+        if reason := _why_not_keywords(self.config, kwargs):
+            return reason
+        if (pixel_values is None) == (image_embeddings is None):
+            return "it needs either pixel_values or image_embeddings."
+        if pixel_values is not None and (reason := _why_not_keywords(self.config.vision_config, {})):
+            return reason
+        image = pixel_values if image_embeddings is None else image_embeddings
+        if not prompts or any(prompt.shape[:2] != (len(image), prompts[0].shape[1]) for prompt in prompts):
+            return "there are not as many points (B, P, k, 2), labels (B, P, k) or boxes (B, P, 4) for each image."
+        if masks is not None and masks.shape[:2] != (len(image), 1):
+            return "input_masks are not (B, 1, h, w)."
+        if any(tensor is not None and tensor.requires_grad for tensor in (image, masks, *prompts)):
+            return "an input requires a gradient."
+        return None
+
+
+def _why_not_keywords(config: PreTrainedConfig, kwargs: dict) -> str | None:
+    """Return why a call needs the model itself, as a sentence, or None.
+
+    It does if it asks for more outputs or for a tuple, or has arguments that change the masks.
+    SAM ignores any other keyword, such as `original_sizes` and `reshaped_input_sizes` of its processor.
+    """
+    for name, value in kwargs.items():
+        asks = (
+            value is not None
+            if name in ("attention_similarity", "target_embedding")
+            else name.startswith("output_") and value
+        )
+        if asks or (name == "return_dict" and value is False):
+            return f"it is called with {name}."
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(config, name):
+            return f"{name} is set in its config."
+    return None if config.return_dict else "return_dict is not set in its config."
+
+
+def _prompts(points, labels, boxes) -> list[torch.Tensor]:
+    """Return the prompts that there are, in the decoder's order, or an empty list if the model itself must answer."""
+    if points is None and labels is not None:
+        return []
+    prompts = []
+    if points is not None:
+        if points.ndim != 4 or (labels is not None and labels.shape != points.shape[:3]):
+            return []
+        # In the dtypes that the graphs were captured with. From the CPU this is one copy, and no kernel before it.
+        labels = torch.ones(points.shape[:3], dtype=torch.int32) if labels is None else labels.to(torch.int32)
+        prompts += [points.float(), labels]
+    if boxes is not None:
+        if boxes.ndim != 3:
+            return []
+        prompts.append(boxes.float())
+    return prompts
+
+
+@lru_cache
+def optimized_class(optimized: type, cls: type) -> type:
+    """Derive from `cls` and `OptimizedEncoder` or `OptimizedModel` a class of the same name."""
+    return type(cls.__name__, (optimized, cls), {"__module__": cls.__module__, "optimized_from": cls})
