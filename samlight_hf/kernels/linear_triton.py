@@ -204,8 +204,8 @@ if triton is not None:
     def _fitted_gelu(x, PTX: tl.constexpr):
         """Compute GELU to about 2^-11 as x * (1 + tanh(x * Q(x^2))) / 2, with Q fitted to the normal distribution.
 
-        The fit is exact to 3e-5. The GPU has an instruction for tanh. The error function takes about thirty operations and a branch for each
-        element, which would cost as much as the product.
+        The fit is exact to 3e-5. The GPU has an instruction for tanh. The error function takes about thirty operations
+        and a branch for each element, which would cost as much as the product.
         """
         square = tl.minimum(x * x, 25.0)
         inner = x * ((-3.522957060e-04 * square + 3.701044177e-02) * square + 7.975026134e-01)

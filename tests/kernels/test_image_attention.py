@@ -186,7 +186,7 @@ if __name__ == "__main__":
     for case in CASES:
         errors = relative_errors(case, torch.float16)
         assert max(errors) < TOLERANCES[torch.float16], (case, errors)
-    image_attention._PROGRAMS = 1  # as with many prompts: each goes through several blocks
+    image_attention._THREAD_BLOCKS = 1  # as with many prompts: each processes several blocks
     assert max(relative_errors(CASES[0], torch.float16)) < TOLERANCES[torch.float16]
     check_decoder()
     print(f"{len(CASES)} cases")

@@ -253,7 +253,7 @@ def test_patches_wait_for_positions_that_the_previous_kernel_writes():
 def test_a_variant_that_cannot_run_falls_back_and_the_others_run(monkeypatch):
     """Only the layer that cannot run falls back; the other one still runs in Triton."""
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
     launched = []
 
     def breaks(layer, rows, *arguments, **options):

@@ -125,7 +125,7 @@ if __name__ == "__main__":
     for case in INTERPRETED:
         error = relative_error(*case)
         assert error < TOLERANCES[case[1]], (case, error)
-    mask_head._PROGRAMS = 1  # as with many prompts: each makes all parts of its image tokens
+    mask_head._THREAD_BLOCKS = 1  # as with many prompts: each makes all parts of its image tokens
     assert relative_error(*INTERPRETED[0]) < TOLERANCES[INTERPRETED[0][1]]
     assert mask_head._why_not_tried(torch.device("cpu"), 128, torch.float16) is None
     print(f"{len(INTERPRETED)} cases")

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch):
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
 
 
 def broken():

@@ -104,7 +104,7 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
 def test_each_variant_is_tried_by_itself(monkeypatch):
     """One of three warpgroups cannot be compiled; those of one and of two run."""
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
     compiled = hopper.compiled
 
     def breaks(source: str) -> bytes:

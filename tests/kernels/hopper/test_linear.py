@@ -181,7 +181,7 @@ def test_the_neck_is_its_convolution(grid, monkeypatch):
 def test_each_variant_is_tried_by_itself(monkeypatch):
     """One that adds a residual cannot be compiled, and Triton runs; the others do as ever."""
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
     compiled = hopper.compiled
 
     def breaks(source: str) -> bytes:
