@@ -95,12 +95,12 @@ def test_every_reason_not_to_run_it(monkeypatch):
     assert "on meta" in why_not_hopper(layer, rows_of(rows), rows.to("meta"))
     assert "100 rows" in why_not_hopper(layer, rows_of(rows[:100]))
     assert "0 rows" in why_not_hopper(layer, rows_of(rows[:0]))
-    assert "other features than 64" in why_not_hopper(layer, rows_of(rows.view(-1).repeat(2).view(128, 128)))
-    assert "to add than 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
+    assert "not have 64 features" in why_not_hopper(layer, rows_of(rows.view(-1).repeat(2).view(128, 128)))
+    assert "the residual not 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
     assert "not contiguous" in why_not_hopper(layer, rows_of(rows.T.contiguous().T))
     assert "odd addresses" in why_not_hopper(layer, rows_of(torch.zeros(128 * 64 + 1)[1:].view(128, 64)))
     for count in (0, 100):
-        assert f"the {count} that are to be added" in why_not_hopper(layer, rows_of(rows), rows[:count])
+        assert f"the residual's {count} rows" in why_not_hopper(layer, rows_of(rows), rows[:count])
     layer.gelu = True
     assert "GELU" in why_not_hopper(layer, rows_of(rows))
     layer.row_sums = torch.zeros(64)
