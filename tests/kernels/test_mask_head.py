@@ -1,4 +1,4 @@
-"""The Triton kernel of the decoder's end gives the pixels of the steps it replaces, of the masks that are wanted."""
+"""Tests that the Triton kernel of the decoder's end computes the same logits as the step-by-step reference."""
 
 import warnings
 
@@ -35,12 +35,12 @@ def weights_of(channels, dtype, device):
 
 
 def relative_error(channels, dtype, device="cpu", grid=(5, 14)) -> float:
-    """Of the kernel against the steps in float32 on the same rounded numbers; some masks are left out, and order is kept."""
+    """Return the error of the kernel against the reference in float32; some masks are left out, and order is kept."""
     weights = weights_of(channels, dtype, device)
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(3, grid[0] * grid[1], channels, generator=generator).to(device, dtype)
     hyper = torch.randn(3, 3, channels // 8, generator=generator).to(device)
-    kept = torch.tensor([1, 2, 6, 8], device=device)  # of the second prompt none
+    kept = torch.tensor([1, 2, 6, 8], device=device)  # none of the second prompt
     slots = torch.full((9,), -1, dtype=torch.int32, device=device)
     slots[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_the_kernel_on_a_gpu(channels, dtype, grid):
 
 
 def test_the_steps_are_transposed_convolutions():
-    """Against torch's own layers, in their layout."""
+    """The reference equals torch's own layers, in their layout."""
     channels, (height, width) = 32, (3, 5)
     first = nn.ConvTranspose2d(channels, channels // 4, 2, 2)
     second = nn.ConvTranspose2d(channels // 4, channels // 8, 2, 2)
