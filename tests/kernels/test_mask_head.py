@@ -84,14 +84,14 @@ def test_the_steps_are_transposed_convolutions():
 def test_where_the_kernel_cannot_be_compiled_the_steps_make_the_same_masks():
     weights, image, hyper = weights_of(128, torch.float32, "cpu"), torch.randn(3, 6, 128), torch.randn(3, 2, 16)
     slots = torch.tensor([[-1, 2], [0, -1], [-1, 1]], dtype=torch.int32)
-    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             found = masks_of(image, hyper, slots, 3, (2, 3), weights)
         expected = run_head(image, hyper, (2, 3), weights, add_layer_norm_reference).flatten(0, 1)[[2, 5, 1]]
         assert masks_of(image, hyper, torch.full_like(slots, -1), 0, (2, 3), weights).shape == (0, 8, 12)
     assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
-    assert [str(warning.message)[:61] for warning in told] == [
+    assert [str(warning.message)[:61] for warning in caught] == [
         "the Triton kernel for the end of the mask decoder does not ru"
     ]
 
