@@ -238,8 +238,11 @@ def mlp_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute some features of a layer of the IoU head or of one hypernetwork, in float32 without tensor cores."""
-    number, first = tl.program_id(0) // (OUT // FEATURES), tl.program_id(0) % (OUT // FEATURES) * FEATURES
-    prompt = tl.program_id(1)
+    number, first, prompt = (
+        tl.program_id(0) // (OUT // FEATURES),
+        tl.program_id(0) % (OUT // FEATURES) * FEATURES,
+        tl.program_id(1),
+    )
     token = tl.where(number == 0, 0, first_mask + number)  # also the index of the MLP
     inner, feature = tl.arange(0, IN), first + tl.arange(0, FEATURES)
     block = _weight(weight + token * IN * OUT, 0, first, OUT, IN, FEATURES)
@@ -252,8 +255,7 @@ def mlp_kernel(
         x = x * tl.load(scale + inner).to(tl.float32) + tl.load(shift + inner).to(tl.float32)
     else:
         x = tl.load(values + row * IN + inner)
-    result = tl.sum(x[:, None] * block.to(tl.float32), axis=0)
-    result += tl.load(bias + token * OUT + feature).to(tl.float32)
+    result = tl.sum(x[:, None] * block.to(tl.float32), axis=0) + tl.load(bias + token * OUT + feature).to(tl.float32)
     if not LAST:
         result = tl.maximum(result, 0.0)
     tl.store(output + row * OUT + feature, result)
