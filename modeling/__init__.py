@@ -1,1 +1,2 @@
-"""The model, as it travels to the Hub next to its weights. Imports only torch, transformers and its own siblings."""
+# SPDX-License-Identifier: Apache-2.0
+"""Model code that is uploaded to the Hub next to the weights. It imports only torch, transformers and its siblings."""

@@ -1,4 +1,5 @@
-"""Configuration of SAM-Lightening (arXiv 2403.09195): SAM's own, with a dilation pattern for each layer of the image encoder."""
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of SAM-Lightening (arXiv 2403.09195): SAM's, plus a dilation pattern for each image encoder layer."""
 
 from typing import NamedTuple
 
@@ -13,15 +14,19 @@ from transformers.models.sam.configuration_sam import (
 from .dilated_attention import check_pattern
 
 
-# hidden_size, num_hidden_layers, num_attention_heads of the image encoder: 1.0, 1.5 and 8 times tiny's transformer weights.
+# hidden_size, num_hidden_layers, num_attention_heads of the image encoder; 1, 1.5 and 8 times tiny's layer weights.
 PRESETS = {"tiny": (384, 6, 6), "small": (384, 9, 6), "base": (768, 12, 12)}
 
 
 class LayerPattern(NamedTuple):
-    """What one layer of the image encoder attends to; the definition is in `dilated_attention.py`.
+    """The attention pattern of one layer of the image encoder, as `dilated_attention.py` defines it.
 
-    `segment_length` is w, in tokens. `window_size` > 0 says that the segments are SAM's windows of
-    `window_size` x `window_size` tokens, 0 that they are runs of w tokens in raster order.
+    Attributes:
+        segment_length: w, in tokens.
+        dilation_rate: r.
+        dilation_offsets: `"all"` or `"per_head"`.
+        window_size: 0 if segments are runs of w tokens in raster order. Otherwise segments are SAM's windows of
+            `window_size` x `window_size` tokens.
     """
 
     segment_length: int
@@ -31,10 +36,17 @@ class LayerPattern(NamedTuple):
 
 
 def alternating_pattern(num_hidden_layers: int, segment_length: int = 512, dilation_rate: int = 2) -> dict[str, tuple]:
-    """Layers alternate between local bands (w=`segment_length`, r=1) and the whole image (w=N, r=`dilation_rate`).
+    """Return a pattern that alternates between local bands and the whole image; the last layer sees the whole image.
 
-    Dilated layers keep the residue classes of a segment apart; the undilated bands in between mix them. Counted from
-    the last layer, which sees the whole image. The result goes into `SamLighteningVisionConfig(**...)`.
+    Dilated layers keep the residue classes of a segment apart; the undilated bands in between mix them.
+
+    Args:
+        num_hidden_layers: number of layers.
+        segment_length: w of the bands, in tokens; their dilation rate is 1.
+        dilation_rate: r of the layers that see the whole image (w = N).
+
+    Returns:
+        Keyword arguments for [`SamLighteningVisionConfig`].
     """
     whole_image = [(num_hidden_layers - 1 - layer) % 2 == 0 for layer in range(num_hidden_layers)]
     return {
@@ -46,7 +58,7 @@ def alternating_pattern(num_hidden_layers: int, segment_length: int = 512, dilat
 @strict
 class SamLighteningVisionConfig(SamVisionConfig):
     r"""
-    Configuration of the SAM-Lightening image encoder. The defaults are the "tiny" shape: 384 wide, 6 layers,
+    Configuration of the SAM-Lightening image encoder. The defaults are the "tiny" shape: hidden size 384, 6 layers,
     6 heads, 1024 px, 17.3M parameters with the decoder. Arguments that are not listed are those of [`SamVisionConfig`].
 
     An image has N = (`image_size` / `patch_size`)² tokens in raster order. Token n attends to the tokens of its own
@@ -54,12 +66,13 @@ class SamLighteningVisionConfig(SamVisionConfig):
 
     Args:
         segment_length (`int`, `None`, or a tuple with one of these per layer):
-            w, in tokens; `None` is the whole image (w = N). Must divide N. In a windowed layer the segment is the window.
+            w, in tokens; `None` is the whole image (w = N). Must divide N. In a windowed layer the segment is the
+            window.
         dilation_rate (`int`, or a tuple with one per layer):
             r; 1 is dense attention within the segment. Must divide w. An attention layer costs N·w/r instead of N².
         dilation_offsets (`str`, or a tuple with one per layer, defaults to `"all"`):
-            `"all"`: every head takes every residue class. `"per_head"` (LongNet): head h takes class h mod r alone, and
-            is zero elsewhere; cost N·w/r². Needs a number of heads that r divides.
+            `"all"`: every head attends in every residue class. `"per_head"` (LongNet): head h attends in class h mod r
+            alone, and is zero elsewhere; cost N·w/r². r must divide the number of heads.
         window_size (`int`, defaults to 0):
             Side of SAM's square windows, in tokens, for layers that are not in `global_attn_indexes`; 0: no windows.
         initializer_range (`float`, defaults to 0.02):
@@ -69,7 +82,7 @@ class SamLighteningVisionConfig(SamVisionConfig):
             Published SAM used 1.0; [`SamVisionConfig`] computes `hidden_size // 2`, with which prompts do not train.
 
     Raises:
-        ValueError: for a combination that no model can have, with both numbers and the fix.
+        ValueError: for an impossible combination; the message has both numbers and the fix.
     """
 
     model_type = "sam_lightening_vision_model"
@@ -101,13 +114,16 @@ class SamLighteningVisionConfig(SamVisionConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """N, the tokens of one image."""
+        """Number N of tokens of one image."""
         return (self.image_size // self.patch_size) ** 2
 
     def layer_patterns(self) -> list[LayerPattern]:
-        """The pattern of every layer, checked: raises ValueError for a combination that no model can have.
+        """Check the configuration and return the pattern of every layer.
 
-        The model calls it too, because fields that are assigned after construction are not checked by the config.
+        The model calls it too, because the config does not check fields that are assigned after construction.
+
+        Raises:
+            ValueError: for an impossible combination.
         """
         for name in (
             "image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -132,7 +148,7 @@ class SamLighteningVisionConfig(SamVisionConfig):
         return [self._layer_pattern(layer, window) for layer, window in enumerate(self._layer_windows())]
 
     def _layer_windows(self) -> list[int]:
-        """Window size of each layer, 0 where the segments are runs of tokens in raster order."""
+        """Return each layer's window size, 0 for layers whose segments are runs of tokens in raster order."""
         if isinstance(self.window_size, bool) or self.window_size < 0:
             raise ValueError(f"window_size={self.window_size!r} must be 0 (no windows) or a positive number of tokens.")
         if self.window_size == 0:
@@ -155,8 +171,8 @@ class SamLighteningVisionConfig(SamVisionConfig):
             segment_length = num_tokens
         if window_size and segment_length != num_tokens:
             raise ValueError(
-                f"segment_length={segment_length} in layer {layer}: that layer attends in windows, and its segment is the "
-                f"window of {window_size}x{window_size}={num_tokens} tokens. Use segment_length=None there, "
+                f"segment_length={segment_length} in layer {layer}: that layer attends in windows, and its segment is "
+                f"the window of {window_size}x{window_size}={num_tokens} tokens. Use segment_length=None there, "
                 f"window_size=0, or put {layer} into global_attn_indexes."
             )
         where = f" in layer {layer} of image_size={self.image_size} and patch_size={self.patch_size}"
@@ -169,8 +185,8 @@ class SamLighteningVisionConfig(SamVisionConfig):
             return value
         if len(value) != self.num_hidden_layers:
             raise ValueError(
-                f"{name} has {len(value)} entries for num_hidden_layers={self.num_hidden_layers}. Give one value for all "
-                "layers, or one per layer (alternating_pattern(num_hidden_layers) makes the alternating ones)."
+                f"{name} has {len(value)} entries for num_hidden_layers={self.num_hidden_layers}. Give one value for "
+                "all layers, or one per layer (alternating_pattern(num_hidden_layers) makes the alternating ones)."
             )
         return value[layer]
 
@@ -178,10 +194,10 @@ class SamLighteningVisionConfig(SamVisionConfig):
 @strict
 class SamLighteningConfig(SamConfig):
     r"""
-    Configuration of [`SamLighteningModel`]: a [`SamLighteningVisionConfig`] with SAM's own prompt encoder and mask decoder.
+    Configuration of [`SamLighteningModel`]: a [`SamLighteningVisionConfig`] with SAM's prompt encoder and mask decoder.
 
-    What the three parts must agree on (image size, patch size, embedding width) is taken from `vision_config` where the
-    other two do not say it; a contradiction raises ValueError. The defaults are the "tiny" shape.
+    Image size, patch size and embedding width must agree in all three parts. Where the other two do not set them, they
+    are taken from `vision_config`; a contradiction raises ValueError. The defaults are the "tiny" shape.
 
     Example:
         ```python
@@ -205,23 +221,23 @@ class SamLighteningConfig(SamConfig):
     def __post_init__(self, **kwargs):
         vision = self.vision_config
         if not hasattr(vision, "layer_patterns"):  # None, a dict, or a plain SAM's config
-            given = vision.to_dict() if isinstance(vision, SamVisionConfig) else dict(vision or {})
-            given.pop("model_type", None)
+            fields = vision.to_dict() if isinstance(vision, SamVisionConfig) else dict(vision or {})
+            fields.pop("model_type", None)
             if isinstance(vision, SamVisionConfig):
-                # Its defaults suit weights that are there, and none that are to be trained.
+                # SAM's defaults of these suit pretrained weights, not weights that are to be trained.
                 for name, default in (("scale", vision.hidden_size // 2), ("initializer_range", 1e-10)):
-                    if given[name] == default:
-                        del given[name]
-            vision = self.vision_config = SamLighteningVisionConfig(**given)
+                    if fields[name] == default:
+                        del fields[name]
+            vision = self.vision_config = SamLighteningVisionConfig(**fields)
         if self.prompt_encoder_config is None or isinstance(self.prompt_encoder_config, dict):
             agreed = {
                 "image_size": vision.image_size,
                 "patch_size": vision.patch_size,
                 "hidden_size": vision.output_channels,
             }
-            given = dict(self.prompt_encoder_config or {})
-            given.pop("image_embedding_size", None)  # derived, and stale where image_size was overridden
-            self.prompt_encoder_config = SamPromptEncoderConfig(**{**agreed, **given})
+            fields = dict(self.prompt_encoder_config or {})
+            fields.pop("image_embedding_size", None)  # derived, and stale if image_size was overridden
+            self.prompt_encoder_config = SamPromptEncoderConfig(**{**agreed, **fields})
         if self.mask_decoder_config is None or isinstance(self.mask_decoder_config, dict):
             agreed = {"hidden_size": vision.output_channels}
             self.mask_decoder_config = SamMaskDecoderConfig(**{**agreed, **(self.mask_decoder_config or {})})
@@ -230,9 +246,14 @@ class SamLighteningConfig(SamConfig):
 
     @classmethod
     def from_preset(cls, preset: str, **vision_config) -> "SamLighteningConfig":
-        """A ready shape: "tiny" (384 x 6 layers), "small" (384 x 9) or "base" (768 x 12), in the alternating pattern.
+        """Make the configuration of a named shape, with the alternating pattern.
 
-        Keyword arguments go to `vision_config` and win.
+        Args:
+            preset: "tiny" (hidden size 384, 6 layers), "small" (384, 9 layers) or "base" (768, 12 layers).
+            vision_config: fields of `vision_config` that override the preset's.
+
+        Raises:
+            ValueError: for an unknown preset.
         """
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is not known. Use one of {', '.join(PRESETS)}.")
@@ -246,19 +267,23 @@ class SamLighteningConfig(SamConfig):
         return cls(vision_config={**shape, **vision_config})
 
     def check_agreement(self):
-        """Raises ValueError where image encoder, prompt encoder and mask decoder cannot work together.
+        """Check that image encoder, prompt encoder and mask decoder fit together.
 
-        The model calls it too, because fields that are assigned after construction are not checked by the config.
+        The model calls it too, because the config does not check fields that are assigned after construction.
+
+        Raises:
+            ValueError: for a contradiction between the parts.
         """
         vision, prompt, decoder = self.vision_config, self.prompt_encoder_config, self.mask_decoder_config
-        grid_size = vision.image_size // vision.patch_size
+        grid_size, embedding_size = vision.image_size // vision.patch_size, prompt.image_embedding_size
+        channels, num_pos_feats = vision.output_channels, 2 * vision.num_pos_feats
         for name, value, other_name, other_value in (
             ("prompt_encoder_config.image_size", prompt.image_size, "vision_config.image_size", vision.image_size),
             ("prompt_encoder_config.patch_size", prompt.patch_size, "vision_config.patch_size", vision.patch_size),
-            ("prompt_encoder_config.image_embedding_size", prompt.image_embedding_size, "image_size // patch_size", grid_size),
-            ("prompt_encoder_config.hidden_size", prompt.hidden_size, "vision_config.output_channels", vision.output_channels),
-            ("prompt_encoder_config.hidden_size", prompt.hidden_size, "2 * vision_config.num_pos_feats", 2 * vision.num_pos_feats),
-            ("mask_decoder_config.hidden_size", decoder.hidden_size, "vision_config.output_channels", vision.output_channels),
+            ("prompt_encoder_config.image_embedding_size", embedding_size, "image_size // patch_size", grid_size),
+            ("prompt_encoder_config.hidden_size", prompt.hidden_size, "vision_config.output_channels", channels),
+            ("prompt_encoder_config.hidden_size", prompt.hidden_size, "2 * vision_config.num_pos_feats", num_pos_feats),
+            ("mask_decoder_config.hidden_size", decoder.hidden_size, "vision_config.output_channels", channels),
         ):  # fmt: skip
             if value != other_value:
                 raise ValueError(f"{name}={value} must equal {other_name}={other_value}. Change one of them to agree.")

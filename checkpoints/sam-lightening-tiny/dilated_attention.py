@@ -1,21 +1,22 @@
-"""Dilated attention (SAM-Lightening, arXiv 2403.09195, section 2.1): the pattern, its slow reference and its fast path.
+# SPDX-License-Identifier: Apache-2.0
+"""Dilated attention (SAM-Lightening, arXiv 2403.09195, section 2.1): pattern, slow reference and fast path.
 
 **The pattern.** N tokens in raster order, a segment length w that divides N, a dilation rate r that divides w. Token n
 lies in segment n // w and in residue class (n mod w) mod r, and attends to the tokens of its own segment and residue
-class. So every token is a query and every token is a key, in N/w * r independent dense attentions of w/r tokens each.
-With `dilation_offsets="per_head"` (LongNet, arXiv 2307.02486), head h attends among the tokens of residue class h mod r
-alone and is zero for all others.
+class, its group. Every token is a query and every token is a key, in N/w * r independent dense attentions over groups
+of w/r tokens. With `dilation_offsets="per_head"` (LongNet, arXiv 2307.02486), head h attends among the tokens of
+residue class h mod r alone and is zero for all others.
 
 **The fast path.** Write the row n of a contiguous (N, H*D) matrix as n = (i * w/r + j) * r + rho. The same memory, read
 as (N/w, w/r, r*H, D), is a batch of N/w sequences of w/r tokens with r*H heads: heads and residue classes are one axis,
-and any dense kernel runs on it as it is. `split_groups` is that view. (SAM's packed projection gives q, k and v side by side and
-not contiguous: the model's dilated layers pay one copy for that, undilated ones none.)
+and any dense kernel runs on it without a copy. `split_groups` is that view. (SAM's packed projection gives q, k and v
+side by side and not contiguous. The model's dilated layers pay one copy for that, undilated ones none.)
 
-**The kernel.** `dense_attention` runs the groups: `backend="auto"` on the fastest kernel that can run, a named backend on
-that kernel or not at all, with the reason (`why_not`).
+**The kernel.** `dense_attention` runs the groups. `backend="auto"` takes the fastest kernel that can run. A named
+backend runs that kernel, or raises an error with the reason (`why_not`).
 
 Tensors are (B, N, H, D): batch, tokens, heads, head dimension. Only the functions for transformers' AttentionInterface,
-at the end, take its (B, H, N, D).
+at the end of the file, take its (B, H, N, D).
 """
 
 import contextlib
@@ -36,7 +37,14 @@ BACKENDS = ("auto", "flash_attention_4", "cudnn", "flash", "sdpa")
 def check_pattern(
     num_tokens: int, num_heads: int, segment_length: int, dilation_rate: int, dilation_offsets: str, where: str = ""
 ):
-    """Raises ValueError, with both numbers and the fix, for a pattern that N tokens in H heads cannot have."""
+    """Check that a pattern is possible for `num_tokens` tokens in `num_heads` heads.
+
+    Args:
+        where: text that follows the field's name in messages, such as " in layer 3".
+
+    Raises:
+        ValueError: if it is not; the message has both numbers and the fix.
+    """
     for name, value in (("segment_length", segment_length), ("dilation_rate", dilation_rate)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}{where} must be a positive integer.")
@@ -59,16 +67,19 @@ def check_pattern(
 def split_groups(
     tokens: torch.Tensor, segment_length: int, dilation_rate: int, dilation_offsets: str = "all"
 ) -> torch.Tensor:
-    """(B, N, H, D) -> the groups that attend among themselves: (B*N/w, w/r, r*H, D), or (B*N/w, w/r, H, D) per head.
+    """Split tokens (B, N, H, D) into the groups that attend among themselves.
 
-    A view of contiguous input with `"all"`; a copy of 1/r of it with `"per_head"`.
+    Returns:
+        (B*N/w, w/r, r*H, D), a view if the input is contiguous; with `"per_head"` (B*N/w, w/r, H, D), a copy of 1/r of
+        it.
     """
     batch_size, num_tokens, num_heads, head_dim = tokens.shape
     num_segments = batch_size * (num_tokens // segment_length)
     group_length = segment_length // dilation_rate
     if dilation_rate == 1 or dilation_offsets == "all":
         return tokens.reshape(num_segments, group_length, dilation_rate * num_heads, head_dim)
-    # (segments, w/r, residue class, heads/r, residue class of the head, D): the diagonal is what each head attends to.
+    # (segments, w/r, residue class, heads/r, residue class of the head, D): on the diagonal each head has its own
+    # class.
     tokens = tokens.reshape(
         num_segments, group_length, dilation_rate, num_heads // dilation_rate, dilation_rate, head_dim
     )
@@ -84,7 +95,7 @@ def merge_groups(
     dilation_rate: int,
     dilation_offsets: str = "all",
 ) -> torch.Tensor:
-    """The inverse of `split_groups`, (B, N, H, D). Per head, the rows of other residue classes are zero."""
+    """Invert `split_groups`: return (B, N, H, D). With `"per_head"` the rows of other residue classes are zero."""
     head_dim = groups.shape[-1]
     if dilation_rate > 1 and dilation_offsets == "per_head":
         num_segments, group_length = groups.shape[:2]
@@ -101,7 +112,7 @@ def dilated_attention_mask(
     dilation_offsets: str = "all",
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """The pattern, token by token from its definition: bool (H, N, N), True where query n of head h may see key m."""
+    """Return the pattern by its definition: bool (H, N, N), True where query n of head h may see key m."""
     token = torch.arange(num_tokens, device=device)
     segment = token // segment_length
     residue_class = (token % segment_length) % dilation_rate
@@ -122,9 +133,10 @@ def dilated_attention_reference(
     dilation_offsets: str = "all",
     scaling: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `dilated_attention` computes, as a masked softmax over all N keys: slow, in any precision, to be believed.
+    """Compute `dilated_attention` as a masked softmax over all N keys: slow, simple, in any dtype.
 
-    Returns the output (B, N, H, D) and the attention weights (B, H, N, N).
+    Returns:
+        The output (B, N, H, D) and the attention weights (B, H, N, N).
     """
     _, num_tokens, num_heads, head_dim = query.shape
     scaling = head_dim**-0.5 if scaling is None else scaling
@@ -133,7 +145,7 @@ def dilated_attention_reference(
     )
     scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * scaling
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1) * mask  # per head, the rows of other residue classes see no key at all
+    weights = torch.softmax(scores, dim=-1) * mask  # with per_head, rows of other residue classes see no key
     return torch.einsum("bhnm,bmhd->bnhd", weights, value), weights
 
 
@@ -148,21 +160,22 @@ def dilated_attention(
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Dilated attention, differentiable. The pattern is described at the top of this file.
+    """Compute dilated attention, differentiably; the top of this file describes the pattern.
 
     Args:
-        query, key, value: (B, N, H, D) each, float. No copy is made of contiguous ones with `"all"`.
+        query, key, value: (B, N, H, D) each, float. Contiguous ones are not copied with `"all"`.
         segment_length: w, in tokens; divides N. `None` is N.
         dilation_rate: r; divides w.
         dilation_offsets: `"all"` or `"per_head"` (r must then divide H).
         scaling: factor of the scores, 1/sqrt(D) if `None`.
+        dropout: probability of dropping an attention weight.
         backend: one of `BACKENDS`; see `dense_attention`.
 
     Returns:
         (B, N, H, D).
 
     Raises:
-        ValueError: for a pattern that cannot be, tensors of different shapes, or a named backend that cannot run here.
+        ValueError: for an impossible pattern, tensors of different shapes, or a named backend that cannot run here.
     """
     if not query.shape == key.shape == value.shape:
         shapes = ", ".join(str(tuple(tokens.shape)) for tokens in (query, key, value))
@@ -171,8 +184,8 @@ def dilated_attention(
     segment_length = num_tokens if segment_length is None else segment_length
     check_pattern(num_tokens, num_heads, segment_length, dilation_rate, dilation_offsets)
     pattern = (segment_length, dilation_rate, dilation_offsets)
-    groups = (split_groups(tokens, *pattern) for tokens in (query, key, value))
-    output = dense_attention(*groups, scaling=scaling, dropout=dropout, backend=backend)
+    query, key, value = (split_groups(tokens, *pattern) for tokens in (query, key, value))
+    output = dense_attention(query, key, value, scaling=scaling, dropout=dropout, backend=backend)
     return merge_groups(output, num_tokens, num_heads, *pattern)
 
 
@@ -184,11 +197,18 @@ def dense_attention(
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Full attention within each sequence of a batch, (B, L, H, D) x 3 -> (B, L, H, D).
+    """Compute full attention within each sequence of a batch, (B, L, H, D) x 3 -> (B, L, H, D).
 
-    `backend="auto"` takes the fastest that can run: FlashAttention-4 where `_prefers_flash_attention_4`, otherwise what
-    scaled_dot_product_attention chooses, which on Hopper is cuDNN before its built-in flash kernel. `"sdpa"` is that
-    choice alone. Any other of `BACKENDS` runs that kernel, or raises ValueError with the reason why it cannot.
+    Args:
+        query, key, value: (B, L, H, D) each, float.
+        scaling: factor of the scores, 1/sqrt(D) if `None`.
+        dropout: probability of dropping an attention weight.
+        backend: one of `BACKENDS`. `"auto"` takes FlashAttention-4 where `_prefers_flash_attention_4` says so,
+            otherwise the choice of scaled_dot_product_attention, which prefers cuDNN to its built-in flash kernel on
+            Hopper. `"sdpa"` always takes the latter. Any other name runs that kernel alone.
+
+    Raises:
+        ValueError: if the named kernel cannot run here, with the reason.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if backend == "auto":
@@ -214,15 +234,16 @@ def dense_attention(
 
 
 def _prefers_flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """The rule, from benchmarks/results/ on an H100.
+    """Return whether FlashAttention-4 is expected to be the fastest, from benchmarks/results/ on an H100.
 
-    Its forward is the fastest for sequences of 1,024 tokens and more, and so is its backward for any length. But its
-    launch, from Python, takes longer than cuDNN's: that must be paid once (CUDA graphs) or disappear behind the work of
-    other kernels. torch.compile does not know yet which of the two it will be: it asks again when its code runs.
+    Its forward is the fastest for sequences of 1,024 tokens and more, and its backward for any length. Its launch from
+    Python takes longer than cuDNN's, so it pays off in CUDA graphs, or if other kernels hide the launch. torch.compile
+    does not know yet which case it compiles for, and asks again when its code runs.
     """
     batch_size, length, num_heads, head_dim = query.shape
     training = _needs_gradient(query, key, value)
-    # An exported program must load where there is no FlashAttention-4. (Dynamo of torch 2.11 says is_exporting() to compile.)
+    # An exported program must load where there is no FlashAttention-4. (Dynamo of torch 2.11 says is_exporting() to
+    # compile.)
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if not query.is_cuda or (length < 1024 and not training) or exporting:
         return False
@@ -237,7 +258,7 @@ def _needs_gradient(*tensors: torch.Tensor) -> bool:
 def why_not(
     backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
 ) -> str | None:
-    """`None` if `backend` can run attention on these tensors, (B, L, H, D), here; otherwise a sentence that says why not."""
+    """Return why `backend` cannot run attention on these tensors (B, L, H, D), as a sentence, or None if it can."""
     if backend not in BACKENDS:
         return f"there is no such backend. Use one of {', '.join(BACKENDS)}."
     if backend in ("auto", "sdpa"):
@@ -258,13 +279,14 @@ def why_not(
         "cudnn": torch.backends.cuda.can_use_cudnn_attention,
         "flash": torch.backends.cuda.can_use_flash_attention,
     }
-    heads_first = (tokens.transpose(1, 2) for tokens in (query, key, value))
-    if not can_use[backend](torch.backends.cuda.SDPAParams(*heads_first, None, dropout, False, False), debug=True):
+    query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, False, False)
+    if not can_use[backend](parameters, debug=True):
         return "scaled_dot_product_attention refuses it for these tensors; the warnings above say why."
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
+@torch.compiler.assume_constant_result  # torch.compile calls the function instead of tracing it
 def _why_not_flash_attention_4(device_index: int) -> str | None:
     if torch.cuda.get_device_capability(device_index)[0] < 9:
         return "it needs a GPU of compute capability 9.0 (Hopper) or newer."
@@ -273,17 +295,15 @@ def _why_not_flash_attention_4(device_index: int) -> str | None:
 
 @functools.cache
 def _load_flash_attention_4():
-    """FlashAttention-4's differentiable function, or why there is none: (function, None) or (None, reason).
+    """Load FlashAttention-4's differentiable function; return (function, None) or (None, reason).
 
-    With it, `dense_attention`'s forward becomes a torch operator, which torch.compile takes whole.
+    If it loads, `dense_attention`'s forward is also registered as a torch operator, which torch.compile does not trace.
     """
     try:
         from flash_attn.cute import flash_attn_func
-    except Exception as error:  # a broken installation too must not break the default
-        return (
-            None,
-            f"flash_attn.cute cannot be imported ({error!r}). Install it with: pip install 'samlight-hf[flash]'.",
-        )
+    except Exception as error:  # a broken installation must not break the default either
+        reason = f"flash_attn.cute cannot be imported ({error!r}). Install it with: pip install 'samlight-hf[flash]'."
+        return None, reason
 
     @torch.library.custom_op("samlight_hf::dense_attention", mutates_args=())
     def operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -297,11 +317,17 @@ def _load_flash_attention_4():
 
 
 def dilated_attention_forward(attention, module, query, key, value, **kwargs):
-    """Runs `attention`, any dense function of transformers' AttentionInterface, on the groups of `module`'s pattern.
+    """Run a dense attention function on the groups of a module's pattern.
 
-    (B, H, N, D) x 3 -> output (B, N, H, D), and the attention weights or None. The weights stay per group, as SAM's do
-    per window: (B*N/w, r*H, w/r, w/r), the second axis residue class by residue class, heads within; (B*N/w, H, w/r, w/r)
-    with `"per_head"`. With r=1 and w=N that is the usual (B, H, N, N).
+    Args:
+        attention: any function of transformers' AttentionInterface.
+        module: the attention layer, with `segment_length`, `dilation_rate` and `dilation_offsets`.
+        query, key, value: (B, H, N, D) each.
+
+    Returns:
+        The output (B, N, H, D), and the attention weights or None. The weights stay per group, as SAM's stay per
+        window: (B*N/w, r*H, w/r, w/r), the second axis residue class by residue class, heads within; with `"per_head"`
+        (B*N/w, H, w/r, w/r). With r=1 and w=N that is the usual (B, H, N, N).
     """
     _, num_heads, num_tokens, _ = query.shape
     pattern = (module.segment_length, module.dilation_rate, module.dilation_offsets)
@@ -316,10 +342,10 @@ def _fastest_attention(module, query, key, value, attention_mask, scaling=None, 
 
 
 def dilated_flash_attention_forward(module, query, key, value, attention_mask=None, **kwargs):
-    """`attn_implementation="dilated_flash_attention"`: (B, H, N, D) x 3 -> (B, N, H, D), None.
+    """Implement `attn_implementation="dilated_flash_attention"`, (B, H, N, D) x 3 -> (B, N, H, D), None.
 
-    Runs the pattern of `module` on the fastest kernel that can run here. A module without a pattern, such as one of the
-    mask decoder, gets transformers' plain "sdpa".
+    The pattern of `module` runs on the fastest kernel that can run here. A module without a pattern, such as one of the
+    mask decoder, runs transformers' "sdpa".
     """
     if not hasattr(module, "segment_length"):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)

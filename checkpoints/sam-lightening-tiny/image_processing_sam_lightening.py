@@ -1,16 +1,17 @@
-"""SAM's image processor, with which transformers' mask-generation pipeline runs in any floating point type."""
+# SPDX-License-Identifier: Apache-2.0
+"""Image processor of SAM-Lightening: SAM's, extended so that the mask-generation pipeline runs in any float dtype."""
 
 import torch
 from transformers import SamImageProcessor
 
 
 class SamLighteningImageProcessor(SamImageProcessor):
-    """[`SamImageProcessor`], except that `filter_masks` returns float32 scores, whatever the model's type."""
+    """[`SamImageProcessor`] whose `filter_masks` returns float32 scores, whatever the model's dtype."""
 
     _auto_class = "AutoImageProcessor"
 
     def filter_masks(self, masks: torch.Tensor, iou_scores: torch.Tensor, *args, **kwargs):
-        # The pipeline gives them to torchvision's NMS, which wants them in the type of the boxes, and those are float32.
+        # The pipeline passes the scores to torchvision's NMS, which needs the dtype of the boxes, float32.
         return super().filter_masks(masks, iou_scores.float(), *args, **kwargs)
 
 

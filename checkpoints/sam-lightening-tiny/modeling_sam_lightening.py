@@ -1,7 +1,8 @@
-"""SAM-Lightening (arXiv 2403.09195) in transformers: SAM with a small image encoder that attends by dilated flash attention.
+# SPDX-License-Identifier: Apache-2.0
+"""SAM-Lightening (arXiv 2403.09195) in transformers: SAM with a small image encoder and dilated flash attention.
 
-Every class is one of transformers' SAM with what differs; prompt encoder and mask decoder are SAM's own. The parents'
-`__init__` is passed over where it would build SAM's own image encoder.
+Every class extends its counterpart in transformers' SAM; prompt encoder and mask decoder are SAM's own. The parents'
+`__init__` is skipped where it would build SAM's image encoder.
 """
 
 import os
@@ -34,13 +35,13 @@ from .dilated_attention import DILATED_FLASH_ATTENTION, dilated_attention_forwar
 from .image_processing_sam_lightening import SamLighteningImageProcessor
 
 
-SAM_PARTS = ("prompt_encoder_config", "mask_decoder_config")  # of the config: the parts that are SAM's own
+SAM_PARTS = ("prompt_encoder_config", "mask_decoder_config")  # configs of the parts that are SAM's own
 
 
 def make_processor(config: SamVisionConfig) -> SamProcessor:
-    """SAM's own preprocessing for an image encoder of this size: the longest side of an image becomes `image_size`."""
+    """Make SAM's processor for an image encoder: it resizes the longest side of an image to `config.image_size`."""
     image_size, mask_size = config.image_size, 4 * (config.image_size // config.patch_size)
-    # An original SAM keeps transformers' own class, so that its folder needs no code of ours.
+    # An original SAM keeps transformers' class, so that its folder needs no remote code.
     original = config.model_type == SamVisionConfig.model_type
     image_processor_class = SamImageProcessor if original else SamLighteningImageProcessor
     return SamProcessor(
@@ -54,15 +55,15 @@ def make_processor(config: SamVisionConfig) -> SamProcessor:
 
 
 def _sam_attn_implementation(key: str, name: str | None, is_named: bool) -> str:
-    """Finds the implementation of a part that is SAM's own, for which SAM declares no flash and no flex attention.
+    """Choose the attention implementation of a part that is SAM's own; these parts support no flash or flex attention.
 
     Args:
         key: the part, one of `SAM_PARTS`.
-        name: the implementation that is asked for; None and the image encoder's default are "sdpa" here.
-        is_named: whether it was asked of this part by name. It was asked of every part otherwise, and each does what it can.
+        name: the requested implementation; None and the image encoder's default mean "sdpa" here.
+        is_named: whether the request names this part. Otherwise it is for all parts, and this one falls back to "sdpa".
 
     Raises:
-        ValueError: for an unknown name, and for one that this part is asked by name and cannot run.
+        ValueError: for an unknown name, or an implementation that is requested for this part by name and cannot run.
     """
     if name in (None, DILATED_FLASH_ATTENTION):
         return "sdpa"
@@ -74,13 +75,13 @@ def _sam_attn_implementation(key: str, name: str | None, is_named: bool) -> str:
     elif not is_named:
         return "sdpa"
     raise ValueError(
-        f'Specified `attn_implementation="{name}"` is not supported for {key}. Use "sdpa" or "eager" there, or a function '
-        "of your own that is registered with AttentionInterface."
+        f'Specified `attn_implementation="{name}"` is not supported for {key}. Use "sdpa" or "eager" there, or '
+        "a function of your own that is registered with AttentionInterface."
     )
 
 
 class SamLighteningPatchProjection(nn.Conv2d):
-    """The patch embedding's convolution, whose stride is its kernel size, as one matrix product with the same weights."""
+    """Convolution of the patch embedding, whose stride equals its kernel size, as one matrix product."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if not pixel_values.is_floating_point():
@@ -107,7 +108,7 @@ class SamLighteningPatchEmbeddings(SamPatchEmbeddings):
 
 
 class SamLighteningVisionAttention(SamVisionAttention):
-    """Multi-head attention over the groups of one dilation pattern, by any function of transformers' AttentionInterface."""
+    """Multi-head attention within the groups of a dilation pattern, with any function of AttentionInterface."""
 
     def __init__(self, config: SamLighteningVisionConfig, pattern: LayerPattern):
         super().__init__(config, window_size=pattern.window_size)
@@ -131,7 +132,7 @@ class SamLighteningVisionAttention(SamVisionAttention):
         arguments = {"scaling": self.scale, "dropout": self.dropout if self.training else 0.0}
         if implementation == DILATED_FLASH_ATTENTION:
             attn_output, attn_weights = attention(self, query, key, value, **arguments)
-        else:  # a dense function, which knows nothing of the pattern
+        else:  # a dense function, which does not know the pattern
             attn_output, attn_weights = dilated_attention_forward(attention, self, query, key, value, **arguments)
         return self.proj(attn_output.reshape(batch_size, height, width, -1)), attn_weights
 
@@ -150,7 +151,7 @@ class SamLighteningPreTrainedModel(SamPreTrainedModel):
     config: SamLighteningConfig
     _no_split_modules = ["SamLighteningVisionLayer"]
     _supports_flash_attn = True
-    _auto_map = None  # what config.json says to trust_remote_code=True
+    _auto_map: dict[str, str] | None = None  # auto_map of config.json, for trust_remote_code=True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -165,28 +166,32 @@ class SamLighteningPreTrainedModel(SamPreTrainedModel):
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
-        """As in transformers, and the folder is complete: weights, config, this code, and a processor.
+        """Save a complete folder: weights, config and this code, as in transformers, and a processor.
 
-        A processor that is there already is kept, if it makes images of this model's size.
+        An existing processor is kept if it makes images of this model's size.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: whether this process saves the processor.
         """
-        if auto_map := type(self).__dict__.get("_auto_map"):  # what a subclass is loaded by is up to the subclass
+        if auto_map := type(self).__dict__.get("_auto_map"):  # a subclass must set its own
             self.config.auto_map = dict(auto_map)
         if is_main_process and not os.path.isfile(save_directory):
             self._save_processor(save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _save_processor(self, save_directory: str | os.PathLike):
-        config = getattr(self.config, "vision_config", self.config)
+        config: SamVisionConfig = getattr(self.config, "vision_config", self.config)
         names = ("processor_config.json", "preprocessor_config.json")
         if any(os.path.isfile(os.path.join(save_directory, name)) for name in names):
-            # transformers' own class reads what is asked here of any processor, and runs no code that came with it.
-            kept = SamImageProcessor.from_pretrained(save_directory)
-            if kept.size["longest_edge"] == config.image_size:
+            # transformers' own class reads the size of any processor without running code from the folder.
+            existing = SamImageProcessor.from_pretrained(save_directory)
+            if existing.size["longest_edge"] == config.image_size:
                 return
         make_processor(config).save_pretrained(save_directory)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
-        # save_pretrained(push_to_hub=True) uploads what is newer than its own first look, and the processor is older.
+        # save_pretrained(push_to_hub=True) uploads files newer than its list, which already has the new processor.
         for name in ("processor_config.json", "image_processing_sam_lightening.py"):
             files_timestamps.pop(name, None)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
@@ -210,7 +215,7 @@ class SamLighteningVisionEncoder(SamLighteningPreTrainedModel, SamVisionEncoder)
 
 
 class SamLighteningVisionModel(SamLighteningPreTrainedModel, SamVisionModel):
-    """The image encoder alone: pixel values (B, 3, S, S) -> `last_hidden_state` (B, 256, S/16, S/16), S = `image_size`."""
+    """Image encoder without the rest: (B, 3, S, S) -> `last_hidden_state` (B, 256, S/16, S/16), S = `image_size`."""
 
     config: SamLighteningVisionConfig
     _auto_class = "AutoModel"
@@ -218,7 +223,7 @@ class SamLighteningVisionModel(SamLighteningPreTrainedModel, SamVisionModel):
         "AutoConfig": "configuration_sam_lightening.SamLighteningVisionConfig",
         "AutoModel": "modeling_sam_lightening.SamLighteningVisionModel",
     }
-    # A whole SAM-Lightening checkpoint loads too.
+    # The checkpoint of a whole model loads too.
     _keys_to_ignore_on_load_unexpected = [r"^prompt_encoder\.", r"^mask_decoder\.", r"^shared_image_embedding\."]
 
     def __init__(self, config: SamLighteningVisionConfig):
@@ -230,16 +235,17 @@ class SamLighteningVisionModel(SamLighteningPreTrainedModel, SamVisionModel):
 class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
     """SAM with the SAM-Lightening image encoder; inputs and outputs are those of [`SamModel`].
 
-    Takes `pixel_values` (B, 3, S, S) or `image_embeddings` (B, 256, S/16, S/16), where S = `image_size`, with points, boxes
-    and masks in the frame of the resized image, as [`SamProcessor`] makes them. Returns `pred_masks`
-    (B, prompts, masks, S/4, S/4), logits that `processor.post_process_masks` brings to the image's size, and
+    The inputs are `pixel_values` (B, 3, S, S) or `image_embeddings` (B, 256, S/16, S/16), where S = `image_size`, with
+    points, boxes and masks in the frame of the resized image, as [`SamProcessor`] makes them. The outputs are
+    `pred_masks` (B, prompts, masks, S/4, S/4), logits that `processor.post_process_masks` resizes to the image, and
     `iou_scores` (B, prompts, masks).
 
-    `attn_implementation` chooses how attention is computed, not what it computes: "dilated_flash_attention" (default, the
-    fastest kernel that can run), "sdpa", "eager", or "flash_attention_2", "_3", "_4". As in transformers, a string is for
-    every part, and a dict for the parts it names: `{"": ...}` for the model itself alone, `{"vision_config": ...}` for the
-    image encoder, `{"mask_decoder_config": ...}` for the mask decoder. The mask decoder attends from a few tokens to the
-    image, in heads of 16, and has no flash attention: where a string asks for it, the mask decoder runs "sdpa".
+    `attn_implementation` changes how attention is computed, not its result: "dilated_flash_attention" (default, the
+    fastest kernel that can run), "sdpa", "eager", or "flash_attention_2", "_3", "_4". As in transformers, a string
+    applies to every part, and a dict to the parts it names: `{"": ...}` to the model itself alone,
+    `{"vision_config": ...}` to the image encoder, `{"mask_decoder_config": ...}` to the mask decoder. The mask decoder
+    attends from a few tokens to the image, in heads of 16 channels, and has no flash attention: if a string requests
+    it, the mask decoder runs "sdpa".
     """
 
     config: SamLighteningConfig
@@ -252,11 +258,11 @@ class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
 
     def __init__(self, config: SamLighteningConfig):
         config.check_agreement()
-        asked_of_all = config._attn_implementation  # before transformers puts what is installed in its place
+        requested = config._attn_implementation  # before transformers replaces it with an installed one
         SamPreTrainedModel.__init__(self, config)
         for key in SAM_PARTS:
             part = getattr(config, key)
-            is_named = part._attn_implementation != asked_of_all
+            is_named = part._attn_implementation != requested
             part._attn_implementation = _sam_attn_implementation(key, part._attn_implementation, is_named)
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
         self.vision_encoder = SamLighteningVisionEncoder(config.vision_config)
@@ -265,26 +271,30 @@ class SamLighteningModel(SamLighteningPreTrainedModel, SamModel):
         self.post_init()
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str] | None, *args, **kwargs):
-        """Changes how attention is computed, as the class's docstring says. `None` is the default.
+        """Change how attention is computed.
+
+        Args:
+            attn_implementation: a name for all parts, or a dict of names by part, as the class's docstring describes.
+                `None` is the default.
 
         Raises:
-            ValueError, ImportError: for a name that is unknown, cannot run here, or is asked of a part that cannot run it.
-                Nothing has changed then.
+            ValueError, ImportError: for a name that is unknown, cannot run here, or is requested for a part that cannot
+                run it. Nothing is changed then.
         """
-        is_dict = isinstance(attn_implementation, dict)
+        by_part = attn_implementation if isinstance(attn_implementation, dict) else None
         names = {}
         for key in ("", *self.config.sub_configs):
             part = getattr(self.config, key) if key else self.config
-            name = attn_implementation.get(key, part._attn_implementation) if is_dict else attn_implementation
-            if isinstance(name, dict):  # a part of a part, which no part of SAM has
+            name = attn_implementation if by_part is None else by_part.get(key, part._attn_implementation)
+            if isinstance(name, dict):  # for parts of a part, which SAM's parts do not have
                 name = name.get("", part._attn_implementation)
             if name is None or name != part._attn_implementation:
                 if key in SAM_PARTS:
-                    name = _sam_attn_implementation(key, name, is_named=is_dict)
+                    name = _sam_attn_implementation(key, name, is_named=by_part is not None)
                 else:
                     name = self._check_and_adjust_attn_implementation(name, False, *args, **kwargs)
             names[key] = name
-        for key in SAM_PARTS:  # no models of their own: transformers would warn that it cannot check them
+        for key in SAM_PARTS:  # these are no models: transformers would warn that it cannot check them
             getattr(self.config, key)._attn_implementation = names[key]
         super().set_attn_implementation(names, *args, **kwargs)
 

@@ -1,1 +1,1 @@
-"""Triton kernels, each beside the plain PyTorch that it must equal, and the choice between them."""
+"""Triton kernels, each beside its reference in plain PyTorch, and the choice between the two."""

@@ -1,8 +1,9 @@
 """The mask decoder's attention between a prompt's tokens and the image tokens, in Triton kernels.
 
-A prompt has few tokens and N = 4096 image tokens. Step by step, scores and what was attended are written and read several
-times for each prompt; the kernels read image tokens once, write new ones once, and keep the scores in registers. Their
-sums are float32. Both directions take the tokens' side of the projections as C channels of the image, as `mask_decoder` tells.
+A prompt has few tokens and N = 4096 image tokens. Step by step, scores and attended values are written and read several
+times for each prompt. The kernels read image tokens once, write new ones once, and keep the scores in registers. Sums
+are float32. In both directions the projections of the image tokens are already applied to the prompt's tokens, which
+therefore have the C channels of the image tokens; `engine/mask_decoder.py` explains this.
 """
 
 import torch
@@ -14,14 +15,14 @@ from .support import launched, normal_numbers, overlap_options, tl, triton, why_
 
 _NAME = "the attention of the mask decoder"
 _BLOCK = 32  # image tokens
-_PROGRAMS = 528  # that a device is given: two at a time on each multiprocessor of an H100, twice
-_MOST_PARTS = 128  # of an image
-_MOST_BLOCKS = 4  # of image tokens that a program updates, one after the other
+_THREAD_BLOCKS = 528  # of a launch: two at a time on each multiprocessor of an H100, twice
+_MOST_PARTS = 128  # of the image tokens
+_MOST_BLOCKS = 4  # of image tokens that a thread block updates in sequence
 _MOST_ROWS = 64  # of a prompt: its tokens times heads
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_heads: int) -> str | None:
-    """Why the kernels cannot run with these: a sentence, or None where they can."""
+    """Return why the kernels cannot run in a decoder of this kind, as a sentence, or None if they can."""
     if reason := why_not_decoder(device, dtype, channels):
         return reason
     if num_heads not in (1, 2, 4, 8):
@@ -32,46 +33,43 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_
 def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype, num_heads: int) -> str | None:
     def attempt() -> bool:
         numbers, norm = normal_numbers(device), nn.LayerNorm(channels).to(device, dtype)
-        # So many that a program goes through several blocks, the last of them not full.
-        image, positions = numbers(64, 1000, channels).to(dtype), numbers(1000, channels).to(dtype)
+        # Enough tokens for a thread block to process several blocks, the last of them not full.
+        image_tokens, positions = numbers(64, 1000, channels).to(dtype), numbers(1000, channels).to(dtype)
         queries, keys, values = (0.1 * numbers(3, 64, 7 * num_heads, channels)).to(dtype).unbind()
         biases = numbers(64, 7 * num_heads).to(dtype)
+        attended = launch_seen(queries, image_tokens, positions)
+        updated = launch_update(image_tokens, positions, keys, biases, values, norm, num_heads)
+        queries, image_tokens, positions = queries.float(), image_tokens.float(), positions.float()
+        keys, biases, values, norm = keys.float(), biases.float(), values.float(), norm.float()
         pairs = [
-            (launch_seen(queries, image, positions), seen_reference(*_floats(queries, image, positions))),
+            (attended, seen_reference(queries, image_tokens, positions)),
             (
-                launch_update(image, positions, keys, biases, values, norm, num_heads),
+                updated,
                 update_reference(
-                    *_floats(image, positions, keys, biases, values),
-                    norm.float(),
-                    num_heads,
-                    add_layer_norm_reference,
+                    image_tokens, positions, keys, biases, values, norm, num_heads, add_layer_norm_reference
                 ),
             ),
         ]
-        return all(bool((found - expected).norm() < 0.01 * expected.norm()) for found, expected in pairs)
+        return all(bool((result - expected).norm() < 0.01 * expected.norm()) for result, expected in pairs)
 
     return why_not_tried(_NAME, device, (channels, dtype, num_heads), attempt)
 
 
-def _floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.float() for tensor in tensors]
-
-
 def fits(num_heads: int, num_tokens: int) -> bool:
-    """Whether prompts of so many tokens are few enough for the kernels. One with a point, or two, or a box, or both is."""
+    """Return whether a prompt of `num_tokens` tokens is small enough: with one or two points, a box, or both, it is."""
     return num_heads * triton.next_power_of_2(num_tokens) <= _MOST_ROWS
 
 
-def seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`launch_seen`, or `seen_reference` where Triton cannot compile the kernels for such shapes."""
+def seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Compute `launch_seen`, or `seen_reference` if Triton cannot compile the kernels for these shapes."""
     return launched(
-        _NAME, image.device, ("seen", image.dtype, *queries.shape, *image.shape),
-        lambda: launch_seen(queries, image, positions), lambda: seen_reference(queries, image, positions),
+        _NAME, image_tokens.device, ("seen", image_tokens.dtype, *queries.shape, *image_tokens.shape),
+        lambda: launch_seen(queries, image_tokens, positions), lambda: seen_reference(queries, image_tokens, positions),
     )  # fmt: skip
 
 
 def update(
-    image: torch.Tensor,
+    image_tokens: torch.Tensor,
     positions: torch.Tensor,
     keys: torch.Tensor,
     biases: torch.Tensor,
@@ -79,24 +77,30 @@ def update(
     norm: nn.LayerNorm,
     num_heads: int,
 ) -> torch.Tensor:
-    """`launch_update`, or `update_reference` where Triton cannot compile the kernel for such shapes."""
-    given = image, positions, keys, biases, values, norm, num_heads
+    """Compute `launch_update`, or `update_reference` if Triton cannot compile the kernel for these shapes."""
+    arguments = image_tokens, positions, keys, biases, values, norm, num_heads
     return launched(
-        _NAME, image.device, ("update", image.dtype, num_heads, *keys.shape, *image.shape),
-        lambda: launch_update(*given), lambda: update_reference(*given),
+        _NAME, image_tokens.device, ("update", image_tokens.dtype, num_heads, *keys.shape, *image_tokens.shape),
+        lambda: launch_update(*arguments), lambda: update_reference(*arguments),
     )  # fmt: skip
 
 
-def seen_reference(queries: torch.Tensor, image: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What queries (P, R, C) see of image tokens (1, N, C) or (P, N, C), which are keys with `positions` (N, C): (P, R, C).
+def seen_reference(queries: torch.Tensor, image_tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Compute softmax(queries (image_tokens + positions)^T) image_tokens step by step.
 
-    softmax(queries (image + positions)^T) image, step by step.
+    Args:
+        queries: (P, R, C).
+        image_tokens: (1, N, C) or (P, N, C).
+        positions: (N, C), added to the image tokens in their role as keys.
+
+    Returns:
+        (P, R, C).
     """
-    return _scores(queries, image, positions).softmax(dim=-1) @ image
+    return _scores(queries, image_tokens, positions).softmax(dim=-1) @ image_tokens
 
 
 def update_reference(
-    image: torch.Tensor,
+    image_tokens: torch.Tensor,
     positions: torch.Tensor,
     keys: torch.Tensor,
     biases: torch.Tensor,
@@ -105,52 +109,66 @@ def update_reference(
     num_heads: int,
     add_norm=add_layer_norm,
 ) -> torch.Tensor:
-    """Image tokens (P, N, C) that have seen the tokens, of image tokens (1, N, C) or (P, N, C), step by step.
+    """Compute LayerNorm(image_tokens + softmax((image_tokens + positions) keys^T + biases) values) step by step.
 
-    `keys`, `biases` and `values` (P, H * T, C), (P, H * T) and (P, H * T, C) are of H heads' T tokens, head by head:
-    LayerNorm(image + softmax((image + positions) keys^T + biases) values), with a softmax over each head's tokens.
+    The softmax is over each head's T tokens; keys, biases and values are ordered head by head.
+
+    Args:
+        image_tokens: (1, N, C) or (P, N, C).
+        positions: (N, C), added to the image tokens in their role as queries.
+        keys: (P, H * T, C).
+        biases: (P, H * T).
+        values: (P, H * T, C).
+        norm: LayerNorm of C channels.
+        num_heads: H.
+        add_norm: `add_layer_norm` or its reference.
+
+    Returns:
+        New image tokens (P, N, C).
     """
-    scores = _scores(keys, image, positions, biases[..., None])  # (P, H * T, N)
+    scores = _scores(keys, image_tokens, positions, biases[..., None])  # (P, H * T, N)
     probabilities = scores.unflatten(1, (num_heads, -1)).softmax(dim=2).flatten(1, 2)
-    return add_norm(probabilities.transpose(1, 2) @ values, norm, residual=image)
+    return add_norm(probabilities.transpose(1, 2) @ values, norm, residual=image_tokens)
 
 
 def _scores(
-    tokens: torch.Tensor, image: torch.Tensor, positions: torch.Tensor, biases: torch.Tensor | None = None
+    tokens: torch.Tensor, image_tokens: torch.Tensor, positions: torch.Tensor, biases: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """tokens (P, R, C) times image tokens with positions, without adding the positions to each: (P, R, N)."""
+    """Multiply tokens (P, R, C) with image tokens and with positions, and add both and the biases: (P, R, N)."""
     scores = tokens @ positions.T
     scores = scores if biases is None else scores.add_(biases)
-    return scores.baddbmm_(tokens, image.transpose(1, 2).expand(len(tokens), -1, -1))
+    return scores.baddbmm_(tokens, image_tokens.transpose(1, 2).expand(len(tokens), -1, -1))
 
 
-def launch_seen(queries: torch.Tensor, image: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`seen_reference` by the kernels: parts of the image by themselves, and their sum."""
-    (num_prompts, num_rows, channels), num_tokens, image = queries.shape, image.shape[1], image.contiguous()
+def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Compute `seen_reference` with the kernels: first for parts of the image tokens, then the sum of the parts."""
+    (num_prompts, num_rows, channels), num_tokens = queries.shape, image_tokens.shape[1]
+    image_tokens = image_tokens.contiguous()
     blocks = triton.cdiv(num_tokens, _BLOCK)
-    blocks_of_part = max(1, num_prompts * blocks // _PROGRAMS, triton.cdiv(blocks, _MOST_PARTS))
+    blocks_of_part = max(1, num_prompts * blocks // _THREAD_BLOCKS, triton.cdiv(blocks, _MOST_PARTS))
     num_parts = triton.cdiv(blocks, blocks_of_part)
     rows = max(16, triton.next_power_of_2(num_rows))
-    sums = torch.empty(num_prompts, num_parts, num_rows, channels, dtype=torch.float32, device=image.device)
-    # The largest score of each row and part, and the sum of what is relative to it.
-    statistics = torch.empty(2, num_prompts, num_parts, num_rows, dtype=torch.float32, device=image.device)
+    sums = torch.empty(num_prompts, num_parts, num_rows, channels, dtype=torch.float32, device=image_tokens.device)
+    # For each row and part the largest score, and the sum of the exponentials relative to it.
+    statistics = torch.empty(2, num_prompts, num_parts, num_rows, dtype=torch.float32, device=image_tokens.device)
     seen = torch.empty_like(queries, memory_format=torch.contiguous_format)
     if not seen.numel():
         return seen
-    with torch.cuda.device_of(image):  # where Triton launches
+    with torch.cuda.device_of(image_tokens):  # where Triton launches
         _seen_kernel[(num_prompts, num_parts)](  # only the first may be more than 65,535
-            queries.contiguous(), image, positions, sums, *statistics, num_rows, num_tokens, _stride(image), blocks_of_part,
-            CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2, **overlap_options(image),
+            queries.contiguous(), image_tokens, positions, sums, *statistics,
+            num_rows, num_tokens, _stride(image_tokens), blocks_of_part,
+            CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2, **overlap_options(image_tokens),
         )  # fmt: skip
         _sum_kernel[(num_prompts, num_rows)](
             sums, *statistics, seen, num_parts,
-            CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts), **overlap_options(image),
+            CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts), **overlap_options(image_tokens),
         )  # fmt: skip
     return seen
 
 
 def launch_update(
-    image: torch.Tensor,
+    image_tokens: torch.Tensor,
     positions: torch.Tensor,
     keys: torch.Tensor,
     biases: torch.Tensor,
@@ -158,26 +176,28 @@ def launch_update(
     norm: nn.LayerNorm,
     num_heads: int,
 ) -> torch.Tensor:
-    """`update_reference` by the kernel."""
-    (num_prompts, num_rows, channels), num_tokens, image = keys.shape, image.shape[1], image.contiguous()
+    """Compute `update_reference` with the kernel."""
+    (num_prompts, num_rows, channels), num_tokens = keys.shape, image_tokens.shape[1]
+    image_tokens = image_tokens.contiguous()
     rows, blocks = num_rows // num_heads, triton.cdiv(num_tokens, _BLOCK)
-    blocks_of_part = max(1, min(_MOST_BLOCKS, num_prompts * blocks // _PROGRAMS))
-    updated = torch.empty(num_prompts, num_tokens, channels, dtype=image.dtype, device=image.device)
+    blocks_of_part = max(1, min(_MOST_BLOCKS, num_prompts * blocks // _THREAD_BLOCKS))
+    updated = torch.empty(num_prompts, num_tokens, channels, dtype=image_tokens.dtype, device=image_tokens.device)
     if not updated.numel():
         return updated
-    with torch.cuda.device_of(image):  # where Triton launches
+    with torch.cuda.device_of(image_tokens):  # where Triton launches
         _update_kernel[(num_prompts, triton.cdiv(blocks, blocks_of_part))](
-            image, positions, keys.contiguous(), biases.contiguous(), values.contiguous(), norm.weight, norm.bias, updated,
-            rows, num_tokens, _stride(image), blocks_of_part, norm.eps,
+            image_tokens, positions, keys.contiguous(), biases.contiguous(), values.contiguous(),
+            norm.weight, norm.bias, updated,
+            rows, num_tokens, _stride(image_tokens), blocks_of_part, norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)), BLOCK=_BLOCK,
-            num_warps=4, num_stages=2, **overlap_options(image),
+            num_warps=4, num_stages=2, **overlap_options(image_tokens),
         )  # fmt: skip
     return updated
 
 
-def _stride(image: torch.Tensor) -> int:
-    """From one prompt's contiguous image tokens to the next one's."""
-    return 0 if len(image) == 1 else image.stride(0)
+def _stride(image_tokens: torch.Tensor) -> int:
+    """Return the stride from one prompt's image tokens to the next; 0 if all prompts share them."""
+    return 0 if len(image_tokens) == 1 else image_tokens.stride(0)
 
 
 if triton is not None:
@@ -185,10 +205,10 @@ if triton is not None:
 
     @triton.jit
     def _seen_kernel(
-        queries, image, positions, sums, maxima, totals, num_rows, num_tokens, image_stride, blocks_of_part,
+        queries, image_tokens, positions, sums, maxima, totals, num_rows, num_tokens, image_stride, blocks_of_part,
         CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """What all queries of one prompt see of a part of the image."""
+        """Attend from all queries of one prompt to a part of the image tokens; store sums before normalization."""
         grid_dependency_wait(OVERLAP)
         prompt = tl.program_id(0).to(tl.int64)
         row = tl.arange(0, ROWS)
@@ -196,7 +216,7 @@ if triton is not None:
         wanted = row < num_rows
         rows = (prompt * num_rows + row)[:, None] * CHANNELS + channel[None, :]
         query = tl.load(queries + rows, mask=wanted[:, None], other=0.0)
-        image += prompt * image_stride
+        image_tokens += prompt * image_stride
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         seen = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -204,13 +224,13 @@ if triton is not None:
             token = (tl.program_id(1) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
-            tokens = tl.load(image + places, mask=real[:, None], other=0.0)
+            tokens = tl.load(image_tokens + places, mask=real[:, None], other=0.0)
             position = tl.load(positions + places, mask=real[:, None], other=0.0)
-            # The sum of both blocks would be one product less, but Triton 3.6 makes mistakes when it loads them ahead.
+            # Adding both blocks first would save a product, but Triton 3.6 miscompiles the prefetched loads then.
             scores = tl.dot(query, tl.trans(position), tl.dot(query, tl.trans(tokens)))
             scores = tl.where(real[None, :], scores, float("-inf"))
             higher = tl.maximum(largest, tl.max(scores, axis=1))
-            # A part may end in a block without a token, but begins with one that has some: no maximum is infinite.
+            # The last block of a part may have no token, but the first one has some: no maximum is infinite.
             factor = tl.exp(largest - higher)
             weights = tl.exp(scores - higher[:, None])
             total = total * factor + tl.sum(weights, axis=1)
@@ -226,7 +246,7 @@ if triton is not None:
     def _sum_kernel(
         sums, maxima, totals, seen, num_parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr
     ):
-        """One row of one prompt, of all parts."""
+        """Combine all parts of one row of one prompt."""
         grid_dependency_wait(OVERLAP)
         prompt, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         part = tl.arange(0, PARTS)
@@ -243,11 +263,12 @@ if triton is not None:
 
     @triton.jit
     def _update_kernel(
-        image, positions, keys, biases, values, norm_weight, norm_bias, updated,
+        image_tokens, positions, keys, biases, values, norm_weight, norm_bias, updated,
         num_own, num_tokens, image_stride, blocks_of_part, eps,
-        CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+        CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """A part of the image tokens and all tokens of one prompt, `num_own` of them in each head."""
+        """Update a part of the image tokens for one prompt, which has `num_own` tokens in each head."""
         grid_dependency_wait(OVERLAP)
         prompt, part_of_prompt = tl.program_id(0).to(tl.int64), tl.program_id(1)
         channel = tl.arange(0, CHANNELS)
@@ -263,13 +284,13 @@ if triton is not None:
         bias = tl.where(wanted, bias, float("-inf"))[None, :]
         scale = tl.load(norm_weight + channel).to(tl.float32)[None, :]
         shift = tl.load(norm_bias + channel).to(tl.float32)[None, :]
-        image += prompt * image_stride
+        image_tokens += prompt * image_stride
         updated += prompt * num_tokens * CHANNELS
         for number in range(blocks_of_part):
             token = (part_of_prompt * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
-            tokens = tl.load(image + places, mask=real[:, None], other=0.0)
+            tokens = tl.load(image_tokens + places, mask=real[:, None], other=0.0)
             position = tl.load(positions + places, mask=real[:, None], other=0.0)
             scores = tl.dot(position, key, tl.dot(tokens, key)) + bias
             scores = tl.reshape(scores, (BLOCK, HEADS, TOKENS))

@@ -1,8 +1,8 @@
-"""Layer normalisation of many short rows, with what comes before and after it, in one pass over memory.
+"""Residual, LayerNorm and GELU of many short rows in one pass over memory.
 
-The decoder normalises millions of rows of 64 and 256 channels. torch gives a whole block of threads to each, which for
-rows this short leaves most of the memory's bandwidth unused, and adds and activates in passes of their own. The Triton kernel
-takes many rows in a block. It computes in float32 whatever the dtype, and so does torch.
+The decoder normalizes millions of rows of 64 and 256 channels. torch uses a whole thread block for each row, which
+leaves most of the memory's bandwidth unused for rows this short, and adds and activates in separate passes. The Triton
+kernel processes many rows in a thread block. Like torch, it computes in float32 whatever the dtype.
 """
 
 import copy
@@ -14,16 +14,22 @@ from torch.nn import functional as F
 from .support import normal_numbers, tl, triton, why_not_tried
 
 
-_TILE = 4096  # elements of a block
+_TILE = 4096  # elements of a thread block
 
 
 def add_layer_norm(
     values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None = None, gelu: bool = False
 ) -> torch.Tensor:
-    """LayerNorm over the last axis of `values` plus `residual`, and GELU of it where asked for.
+    """Compute LayerNorm(values + residual) over the last axis, then GELU if `gelu`. For inference only.
 
-    values (P, N, C) contiguous, residual (P, N, C) or, the same for all P, (1, N, C). For inference: there is no gradient, and
-    `values` may be overwritten.
+    Args:
+        values: contiguous (P, N, C); may be overwritten.
+        norm: LayerNorm of C features.
+        residual: (P, N, C), or (1, N, C) for all P; None for none.
+        gelu: whether to apply GELU.
+
+    Returns:
+        (P, N, C).
     """
     if why_not_triton(values, norm, residual, gelu):
         return add_layer_norm_reference(values, norm, residual, gelu)
@@ -33,7 +39,7 @@ def add_layer_norm(
 def add_layer_norm_reference(
     values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None = None, gelu: bool = False
 ) -> torch.Tensor:
-    """The same, step by step."""
+    """Compute `add_layer_norm` step by step."""
     if residual is not None:
         values = values + residual
     values = F.layer_norm(values, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -43,18 +49,18 @@ def add_layer_norm_reference(
 def why_not_triton(
     values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None = None, gelu: bool = False
 ) -> str | None:
-    """Why the kernel cannot run on these: a sentence, or None where it can."""
+    """Return why the kernel cannot run on these inputs, as a sentence, or None if it can."""
     if triton is None:
         return "Triton is not installed."
     if not values.is_cuda:
         return f"the tensors are on {values.device}."
     width = values.shape[-1]
     if width & (width - 1) or width > _TILE:
-        return f"rows of {width} are no power of two up to {_TILE}."
+        return f"the row width {width} is no power of two up to {_TILE}."
     if not values.is_contiguous() or (residual is not None and not residual.is_contiguous()):
         return "the tensors are not contiguous."
     if norm.weight is None or norm.bias is None or norm.normalized_shape != (width,):
-        return f"the norm is of {norm.normalized_shape}, or without a gain or a bias."
+        return f"the norm has the shape {norm.normalized_shape}, or is without a gain or a bias."
     types = values.dtype, norm.weight.dtype, None if residual is None else residual.dtype
     return _why_not_tried(values.device, width, gelu, *types)
 
@@ -77,8 +83,8 @@ def _why_not_tried(
             residual = numbers(1, 3, width).to(residual_dtype)
         expected = values.float() if residual is None else values.float() + residual.float()
         expected = add_layer_norm_reference(expected, copy.deepcopy(norm).float(), gelu=gelu)
-        found = launch_layer_norm(values, norm, residual, gelu)
-        return bool((found - expected).norm() < (1e-4 if dtype == torch.float32 else 0.01) * expected.norm())
+        result = launch_layer_norm(values, norm, residual, gelu)
+        return bool((result - expected).norm() < (1e-4 if dtype == torch.float32 else 0.01) * expected.norm())
 
     return why_not_tried("layer norms", device, (width, gelu, dtype, norm_dtype, residual_dtype), attempt)
 
@@ -86,6 +92,7 @@ def _why_not_tried(
 def launch_layer_norm(
     values: torch.Tensor, norm: nn.LayerNorm, residual: torch.Tensor | None, gelu: bool
 ) -> torch.Tensor:
+    """Run `add_layer_norm` in the kernel, which overwrites `values`."""
     width = values.shape[-1]
     num_rows = values.numel() // width
     rows = max(1, _TILE // width)
@@ -111,8 +118,8 @@ if triton is not None:
         inside = rows < num_rows
         row = tl.load(values + rows * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
         if ADD:
-            same = rows % num_residual_rows
-            row += tl.load(residual + same * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+            residual_rows = rows % num_residual_rows
+            row += tl.load(residual + residual_rows * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
         centred = row - tl.sum(row, axis=1, keep_dims=True) / WIDTH
         variance = tl.sum(centred * centred, axis=1, keep_dims=True) / WIDTH
         result = centred / tl.sqrt(variance + eps)

@@ -1,8 +1,9 @@
-"""The end of SAM's mask decoder in one Triton kernel: from image tokens to the pixels of the masks that are wanted.
+"""The end of SAM's mask decoder in one Triton kernel: from image tokens to the logits of the selected masks.
 
-Two transposed convolutions, a layer norm, two GELUs and the product with a prompt's hypernetworks make 16 pixels of each image
-token. Step by step they write and read 16 times as many numbers as the masks have. The kernel keeps all of it in
-registers: it reads each image token once and writes finished pixels, in float32, computed from sums in float32.
+Two transposed convolutions, a layer norm, two GELUs and the product with a prompt's hypernetworks make 16 pixels of
+each image token. Step by step they write and read 16 times as many numbers as the masks have. The kernel keeps
+everything in
+registers: it reads each image token once and writes finished logits, in float32, computed from sums in float32.
 """
 
 import copy
@@ -18,11 +19,19 @@ from .support import launched, normal_numbers, overlap_options, tl, triton, why_
 
 _NAME = "the end of the mask decoder"
 _BLOCK = 64  # image tokens
-_PROGRAMS = 528  # that a device is given at least: two at a time on each multiprocessor of an H100, twice
+_THREAD_BLOCKS = 528  # of a launch, at least: two at a time on each multiprocessor of an H100, twice
 
 
 class HeadWeights(NamedTuple):
-    """Of C channels: `weight1` (4 * C / 4, C) and `weight2` (4 * C / 8, C / 4) make 2 x 2 of each token, row by row."""
+    """Weights of the decoder's end for C channels; each of the two layers makes 2 x 2 pixels of one, row by row.
+
+    Attributes:
+        weight1: (4 * C / 4, C).
+        bias1: (4 * C / 4,).
+        norm: LayerNorm of C / 4 features.
+        weight2: (4 * C / 8, C / 4).
+        bias2: (4 * C / 8,).
+    """
 
     weight1: torch.Tensor
     bias1: torch.Tensor
@@ -32,7 +41,7 @@ class HeadWeights(NamedTuple):
 
 
 def why_not_triton(weights: HeadWeights) -> str | None:
-    """Why the kernel cannot run with these: a sentence, or None where it can."""
+    """Return why the kernel cannot run with these weights, as a sentence, or None if it can."""
     weight = weights.weight1
     reason = why_not_decoder(weight.device, weight.dtype, weight.shape[1])
     return reason or _why_not_tried(weight.device, weight.shape[1], weight.dtype)
@@ -46,19 +55,20 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> s
             0.1 * numbers(channels, channels).to(dtype), numbers(channels).to(dtype), norm,
             0.1 * numbers(channels // 2, channels // 4).to(dtype), numbers(channels // 2).to(dtype),
         )  # fmt: skip
-        image, hyper = numbers(2, 64, channels).to(dtype), numbers(2, 3, channels // 8)
+        image_tokens, hyper = numbers(2, 64, channels).to(dtype), numbers(2, 3, channels // 8)
         slots = torch.tensor([[0, 2, -1], [-1, 1, -1]], dtype=torch.int32, device=device)
-        found = launch_head(image, hyper, slots, 3, (8, 8), weights)
-        expected = run_head(image.float(), hyper, (8, 8), _in_float32(weights), add_layer_norm_reference)
+        logits = launch_head(image_tokens, hyper, slots, 3, (8, 8), weights)
+        expected = run_head(image_tokens.float(), hyper, (8, 8), _in_float32(weights), add_layer_norm_reference)
         expected = expected.flatten(0, 1)[[0, 4, 1]]
-        return bool((found - expected).norm() < 0.02 * expected.norm())
+        return bool((logits - expected).norm() < 0.02 * expected.norm())
 
     return why_not_tried(_NAME, device, (channels, dtype), attempt)
 
 
 def _in_float32(weights: HeadWeights) -> HeadWeights:
-    norm = copy.deepcopy(weights.norm).float()
-    return HeadWeights(*(part.float() if isinstance(part, torch.Tensor) else norm for part in weights))
+    weight1, bias1, norm, weight2, bias2 = weights
+    norm = copy.deepcopy(norm).float()
+    return HeadWeights(weight1.float(), bias1.float(), norm, weight2.float(), bias2.float())
 
 
 def run_head(
@@ -68,7 +78,18 @@ def run_head(
     weights: HeadWeights,
     add_norm=add_layer_norm,
 ) -> torch.Tensor:
-    """The same, step by step, of all masks: image tokens (P, N, C) and `hyper` (P, M, C / 8) to logits (P, M, 4h, 4w)."""
+    """Compute the logits of all masks step by step.
+
+    Args:
+        image_tokens: (P, N, C), of an h x w grid.
+        hyper: outputs of the hypernetworks, (P, M, C / 8).
+        grid: (h, w).
+        weights: the weights.
+        add_norm: `add_layer_norm` or its reference.
+
+    Returns:
+        (P, M, 4h, 4w).
+    """
     height, width = grid
     hidden = F.linear(image_tokens, weights.weight1, weights.bias1)
     hidden = hidden.view(len(image_tokens), -1, weights.weight2.shape[1])  # (P, N * 2 * 2, C / 4)
@@ -76,7 +97,7 @@ def run_head(
     hidden = F.gelu(F.linear(hidden, weights.weight2, weights.bias2))  # (P, N * 2 * 2, 2 * 2 * C / 8)
     hidden = hidden.view(len(hidden), -1, hyper.shape[-1])  # (P, N * 2 * 2 * 2 * 2, C / 8)
     logits = hyper.to(hidden.dtype) @ hidden.transpose(1, 2)
-    # Of each image token 2 x 2 pixels, and of each of those 2 x 2: (P, M, h, w, 2, 2, 2, 2) -> (P, M, h, 2, 2, w, 2, 2)
+    # Each image token has 2 x 2 pixels of 2 x 2 each: (P, M, h, w, 2, 2, 2, 2) -> (P, M, h, 2, 2, w, 2, 2)
     logits = logits.view(*logits.shape[:2], height, width, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
     return logits.reshape(*logits.shape[:2], 4 * height, 4 * width)
 
@@ -89,7 +110,7 @@ def masks_of(
     grid: tuple[int, int],
     weights: HeadWeights,
 ) -> torch.Tensor:
-    """`launch_head`, or the same step by step where Triton cannot compile the kernel for so many masks of a prompt."""
+    """Compute `launch_head`, or its reference if Triton cannot compile the kernel for so many masks per prompt."""
     return launched(
         _NAME, image_tokens.device, (*hyper.shape[1:], image_tokens.dtype, "masks"),
         lambda: launch_head(image_tokens, hyper, slots, num_kept, grid, weights),
@@ -105,10 +126,10 @@ def masks_reference(
     grid: tuple[int, int],
     weights: HeadWeights,
 ) -> torch.Tensor:
-    """`launch_head`, step by step."""
+    """Compute `launch_head` step by step."""
     logits = torch.empty(num_kept + 1, 4 * grid[0], 4 * grid[1], dtype=torch.float32, device=image_tokens.device)
     logits[slots.flatten().long()] = run_head(image_tokens, hyper, grid, weights).flatten(0, 1).float()
-    return logits[:num_kept]  # those that are left out are at the end
+    return logits[:num_kept]  # the last one is where masks that are left out are written
 
 
 def launch_head(
@@ -119,22 +140,32 @@ def launch_head(
     grid: tuple[int, int],
     weights: HeadWeights,
 ) -> torch.Tensor:
-    """Logits, float32 (num_kept, 4h, 4w): mask m of prompt p is number `slots[p, m]` of them, and left out where that is -1.
+    """Compute the logits of selected masks in the kernel.
 
-    image_tokens (P, N, C) of an h x w grid, hyper float32 (P, M, C / 8), slots int32 (P, M).
+    Args:
+        image_tokens: half precision (P, N, C), of an h x w grid.
+        hyper: outputs of the hypernetworks, float32 (P, M, C / 8).
+        slots: int32 (P, M), the index of each mask in the result, or -1 to leave it out.
+        num_kept: number of masks in the result.
+        grid: (h, w).
+        weights: the weights.
+
+    Returns:
+        Float32 (num_kept, 4h, 4w).
     """
     (num_prompts, num_tokens, channels), (height, width) = image_tokens.shape, grid
     logits = torch.empty(num_kept, 4 * height, 4 * width, dtype=torch.float32, device=image_tokens.device)
     image_tokens, hyper, slots = image_tokens.contiguous(), hyper.contiguous(), slots.contiguous()
     blocks = triton.cdiv(num_tokens, _BLOCK)
-    # A program makes all four parts of an image token, or with few prompts one of them.
-    programs_of_block = 1 if num_prompts * blocks >= _PROGRAMS else 4
+    # A thread block makes all four parts of its image tokens, or with few prompts one of them.
+    splits = 1 if num_prompts * blocks >= _THREAD_BLOCKS else 4
     if num_kept:
         with torch.cuda.device_of(image_tokens):  # where Triton launches
-            _kernel[(num_prompts, blocks, programs_of_block)](  # only the first may be more than 65,535
+            _kernel[(num_prompts, blocks, splits)](  # only the first may be more than 65,535
                 image_tokens, weights.weight1, weights.bias1, weights.norm.weight, weights.norm.bias,
-                weights.weight2, weights.bias2, hyper, slots, logits, num_tokens, width, weights.norm.eps, 4 // programs_of_block,
-                CHANNELS=channels, MASKS=hyper.shape[1], BLOCK=_BLOCK, num_warps=4, num_stages=1, **overlap_options(image_tokens),
+                weights.weight2, weights.bias2, hyper, slots, logits, num_tokens, width, weights.norm.eps, 4 // splits,
+                CHANNELS=channels, MASKS=hyper.shape[1], BLOCK=_BLOCK, num_warps=4, num_stages=1,
+                **overlap_options(image_tokens),
             )  # fmt: skip
     return logits
 
@@ -152,6 +183,7 @@ if triton is not None:
         num_tokens, grid_width, eps, parts,
         CHANNELS: tl.constexpr, MASKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
+        """Compute the pixels of a block of one prompt's image tokens, for its selected masks."""
         QUARTER: tl.constexpr = CHANNELS // 4
         EIGHTH: tl.constexpr = CHANNELS // 8
         prompt = tl.program_id(0)
@@ -166,29 +198,29 @@ if triton is not None:
             quarter = tl.arange(0, QUARTER)
             eighth = tl.arange(0, EIGHTH)
             own_tokens = image_tokens + prompt.to(tl.int64) * num_tokens * CHANNELS
-            image = tl.load(own_tokens + token[:, None] * CHANNELS + channel[None, :], mask=real[:, None], other=0.0)
+            tokens = tl.load(own_tokens + token[:, None] * CHANNELS + channel[None, :], mask=real[:, None], other=0.0)
             scale = tl.load(norm_weight + quarter).to(tl.float32)[None, :]
             shift = tl.load(norm_bias + quarter).to(tl.float32)[None, :]
-            # The first pixel of each token, in a mask of 4 times the grid's width.
+            # The first pixel of each token, in a mask 4 times as wide as the grid.
             corner = (token // grid_width) * 16 * grid_width + (token % grid_width) * 4
-            for part in range(tl.program_id(2) * parts, (tl.program_id(2) + 1) * parts):  # of 2 x 2 of each token
+            for part in range(tl.program_id(2) * parts, (tl.program_id(2) + 1) * parts):  # of the token's 2 x 2
                 rows = part * QUARTER + quarter
                 weight = tl.load(weight1 + rows[None, :] * CHANNELS + channel[:, None])
-                hidden = tl.dot(image, weight) + tl.load(bias1 + rows).to(tl.float32)[None, :]
+                hidden = tl.dot(tokens, weight) + tl.load(bias1 + rows).to(tl.float32)[None, :]
                 centred = hidden - (tl.sum(hidden, axis=1) / QUARTER)[:, None]
                 variance = tl.sum(centred * centred, axis=1) / QUARTER
                 hidden = centred / tl.sqrt(variance + eps)[:, None] * scale + shift
                 hidden = _exact_gelu(hidden).to(image_tokens.dtype.element_ty)
                 part_corner = corner + (part // 2) * 8 * grid_width + (part % 2) * 2
-                for pixel in tl.static_range(4):  # and 2 x 2 of each of these
+                for pixel in tl.static_range(4):  # of the part's 2 x 2
                     rows = pixel * EIGHTH + eighth
                     weight = tl.load(weight2 + rows[None, :] * QUARTER + quarter[:, None])
-                    colours = _exact_gelu(tl.dot(hidden, weight) + tl.load(bias2 + rows).to(tl.float32)[None, :])
+                    features = _exact_gelu(tl.dot(hidden, weight) + tl.load(bias2 + rows).to(tl.float32)[None, :])
                     target = part_corner + (pixel // 2) * 4 * grid_width + pixel % 2
                     for mask in tl.static_range(MASKS):
                         number = prompt * MASKS + mask
                         slot = tl.load(slots + number)
                         factors = tl.load(hyper + number * EIGHTH + eighth)
-                        values = tl.sum(colours * factors[None, :], axis=1)
+                        values = tl.sum(features * factors[None, :], axis=1)
                         output = logits + slot.to(tl.int64) * num_tokens * 16
                         tl.store(output + target, values, mask=real & (slot >= 0))

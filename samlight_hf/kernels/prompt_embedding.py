@@ -1,4 +1,4 @@
-"""Where a prompt's points and boxes are, as tokens of SAM's mask decoder."""
+"""Embedding of points and boxes as tokens of SAM's mask decoder."""
 
 import math
 
@@ -7,26 +7,34 @@ from transformers.models.sam.modeling_sam import SamPromptEncoder
 
 
 class PromptEmbedding:
-    """SAM's embedding of points and boxes, in float32 and in few kernels: with one prompt, each costs its launch and no more."""
+    """SAM's embedding of points and boxes in float32, with few kernel launches, which dominate a prompt's time."""
 
     def __init__(self, encoder: SamPromptEncoder):
         frequencies = encoder.shared_embedding.positional_embedding.float()  # (2, C / 2)
         size, num_frequencies = encoder.input_image_size, frequencies.shape[1]
-        # The centre of a pixel in coordinates from -1 to 1; then sines, and cosines as sines of a quarter of a period later.
+        # Pixel centres in coordinates from -1 to 1; then sines, and cosines as sines shifted by a quarter of a period.
         self.scale, self.shift = 2 / size, frequencies.new_tensor(1 / size - 1)
         self.weight = 2 * math.pi * frequencies.repeat(1, 2)  # (2, C)
         self.phase = frequencies.new_tensor([0.0, math.pi / 2]).repeat_interleave(num_frequencies)
         off, on, *corners = (embedding.weight.float() for embedding in encoder.point_embed[:4])
         self.corners, self.no_point = torch.cat(corners), encoder.not_a_point_embed.weight.float()
-        # What a point's position is multiplied with, and what is added, at index 0, 1, 2, -2 and -1: those labels, and beyond 2
-        # and -2 all others. Negative labels are padding, and have no position.
+        # Factor of a point's position and summand, by label: rows 0, 1, 2, -2 and -1. Labels beyond 2 and -2 are
+        # clamped. Negative labels are padding and have no position.
         nothing = torch.zeros_like(off)
         added = torch.cat([off, on, nothing, nothing, self.no_point])
         factor = added.new_tensor([1, 1, 1, 0, 0])[:, None].expand_as(added)
         self.by_label = torch.cat([factor, added], dim=1)  # (5, 2 * C)
 
     def __call__(self, *prompts: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens (P, t, C) in parts: of points (P, k, 2) with labels (P, k), of boxes (P, 4), or of both in this order."""
+        """Embed prompts.
+
+        Args:
+            prompts: points (P, k, 2) and labels (P, k), or boxes (P, 4), or points, labels and boxes. Coordinates are
+                pixels of the resized image; boxes are x1, y1, x2, y2.
+
+        Returns:
+            Float32 tokens (P, t, C) in parts: of the points, then of the boxes' corners or the padding point.
+        """
         parts = []
         if len(prompts) > 1:
             points, labels = prompts[:2]
@@ -39,6 +47,6 @@ class PromptEmbedding:
         return parts
 
     def _positions(self, points: torch.Tensor) -> torch.Tensor:
-        """(P, k, 2) in pixels of the resized image: (P, k, C)."""
+        """Encode points (P, k, 2), in pixels of the resized image, as (P, k, C)."""
         x, y = torch.add(self.shift, points, alpha=self.scale).split(1, dim=-1)
         return torch.addcmul(torch.addcmul(self.phase, x, self.weight[0]), y, self.weight[1]).sin()

@@ -1,12 +1,12 @@
-"""Images resized to the model's input, bit for bit as torch resizes them on a CPU, and normalised, in one kernel.
+"""Resizing and normalizing of images in one kernel, bit for bit as torch does it on a CPU.
 
-On a CPU torch resizes uint8 with integer arithmetic, and on a GPU in floating point with another rounding: one grey level
-here and there, which is enough for a mask at a threshold to come or go. So the integer arithmetic is repeated here: columns
-first, then rows, each as a sum of a few neighbours with integer weights, rounded to uint8.
+torch resizes uint8 with integer arithmetic on a CPU, and in floating point with another rounding on a GPU. A few pixels
+then differ by one level, which can change whether a mask passes a threshold. So the integer arithmetic is repeated
+here: columns first, then rows, each as a sum of a few neighbours with integer weights, rounded to uint8.
 
-What follows can only be one of 256 values for each channel. They come in a table, so that the Triton kernel writes the
-pixel values themselves, in the model's dtype and to the bit, however they are normalised. It resizes the columns of a
-source row again for each row of pixel values that needs it, which spares a second launch and a buffer between.
+After that each channel has one of 256 levels. A table holds the pixel value of each level, so the Triton kernel writes
+exact pixel values in the model's dtype, whatever the normalization. It resizes the columns of a source row again for
+each output row that needs it, which saves a second launch and a buffer.
 """
 
 import math
@@ -18,19 +18,28 @@ from ..utils.turns import read_here
 from .support import tl, triton, why_not_tried
 
 
-_LINES, _COLUMNS = 8, 128  # of the kernel's blocks
+_LINES, _COLUMNS = 8, 128  # of a thread block
 
 
 def resize_into(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
-    """Resizes an image to `size`, (height, width), and writes it at the top left of `pixel_values`, and zeros elsewhere.
+    """Resize an image and write it to the top left of `pixel_values`, and zeros elsewhere.
 
-    pixel_values (C, H, W); image uint8 (C, h, w) of any strides; levels (C, 256), in the dtype of the pixel values, is
-    what each of uint8's levels becomes. All on the same device. Raises ValueError for a size beyond that of the pixel values.
+    All tensors are on the same device.
+
+    Args:
+        pixel_values: (C, H, W), the model's input, to be written.
+        image: uint8 (C, h, w), with any strides.
+        size: (height, width) of the resized image.
+        levels: (C, 256), in the dtype of `pixel_values`: the pixel value of each level of uint8.
+
+    Raises:
+        ValueError: if `size` is larger than `pixel_values`.
     """
     if size[0] > pixel_values.shape[1] or size[1] > pixel_values.shape[2]:
         raise ValueError(
-            f"an image resized to {size[1]}x{size[0]} pixels does not fit into {pixel_values.shape[2]}x{pixel_values.shape[1]}: "
-            "the image processor's size['longest_edge'] must be at most its pad_size."
+            f"an image resized to {size[1]}x{size[0]} pixels does not fit into "
+            f"{pixel_values.shape[2]}x{pixel_values.shape[1]}: the image processor's size['longest_edge'] must be "
+            "at most its pad_size."
         )
     if why_not_triton(pixel_values):
         resize_into_reference(pixel_values, image, size, levels)
@@ -39,14 +48,14 @@ def resize_into(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[int
 
 
 def resize_into_reference(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
-    """The same, step by step."""
+    """Compute `resize_into` step by step."""
     resized = resize_uint8(image, size)
     pixel_values.zero_()
     pixel_values[:, : size[0], : size[1]] = levels.gather(1, resized.flatten(1).long()).view(resized.shape)
 
 
 def resize_uint8(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 (C, H, W) to (C, *size), bilinear with antialiasing: torch's own result on a CPU with AVX2, on any device."""
+    """Resize uint8 (C, H, W) to (C, *size), bilinear with antialiasing, as torch does it on a CPU with AVX2."""
     for dim, length in ((2, size[1]), (1, size[0])):
         if image.shape[dim] != length:
             image = _resize_axis(image, dim, length)
@@ -57,27 +66,32 @@ def _resize_axis(image: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     table, shift = _device_weights(image.shape[dim], length, image.device)
     shape = [1, 1, 1]
     shape[dim] = length
-    total = 1 << (shift - 1)
+    total: int | torch.Tensor = 1 << (shift - 1)
     for neighbour, weight in enumerate(table[1:]):
         source = (table[0] + neighbour).clamp_(max=image.shape[dim] - 1)
         total = image.index_select(dim, source).int().mul_(weight.view(shape)).add_(total)
+    assert isinstance(total, torch.Tensor)  # each pixel has a neighbour
     return (total >> shift).clamp_(max=255).to(torch.uint8)
 
 
 @lru_cache(maxsize=256)
 def _device_weights(source_length: int, length: int, device: torch.device) -> tuple[torch.Tensor, int]:
-    """`_integer_weights`, with the table on the device: what is resized there again waits for no copy."""
+    """Return `_integer_weights` with the table on the device, where it is kept for later calls."""
     table, shift = _integer_weights(source_length, length)
     return table.to(device), shift
 
 
 @lru_cache(maxsize=64)
 def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, int]:
-    """An int32 table (1 + neighbours, length), for each result its first source and its neighbours' weights; and their shift.
+    """Compute the integer weights of resizing an axis.
 
-    The weights of a triangle over the pixels it covers, normalised, times the largest power of two at which the largest
-    of them stays below 2^15. Neighbours beyond the last pixel weigh nothing. An axis that keeps its length has one
-    neighbour, which is itself.
+    The weights are those of a triangle filter over the pixels it covers, normalized, times the largest power of two at
+    which the largest of them stays below 2^15. Neighbours beyond the last pixel have weight 0. On an axis that keeps
+    its length each pixel has one neighbour, itself.
+
+    Returns:
+        An int32 table (1 + neighbours, length): for each result its first source pixel and its neighbours' weights; and
+        the exponent of that power of two.
     """
     scale = source_length / length
     support = max(scale, 1.0)
@@ -97,7 +111,7 @@ def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, int
 
 
 def why_not_triton(pixel_values: torch.Tensor) -> str | None:
-    """Why the kernel cannot write these pixel values: a sentence, or None where it can."""
+    """Return why the kernel cannot write these pixel values, as a sentence, or None if it can."""
     if triton is None:
         return "Triton is not installed."
     if not pixel_values.is_cuda:
@@ -111,11 +125,11 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> s
     def attempt() -> bool:
         image = torch.arange(channels * 9 * 14, device=device).mul_(7).to(torch.uint8).view(channels, 9, 14)
         levels = torch.linspace(-2, 2, channels * 256, device=device).view(channels, 256).to(dtype)
-        found, expected = torch.empty(2, channels, 16, 16, device=device, dtype=dtype)
-        for given in (image, image.movedim(0, 2).contiguous().movedim(2, 0)):
-            launch_resize(found, given, (8, 13), levels)
-            resize_into_reference(expected, given, (8, 13), levels)
-            if not torch.equal(found, expected):
+        pixel_values, expected = torch.empty(2, channels, 16, 16, device=device, dtype=dtype)
+        for layout in (image, image.movedim(0, 2).contiguous().movedim(2, 0)):
+            launch_resize(pixel_values, layout, (8, 13), levels)
+            resize_into_reference(expected, layout, (8, 13), levels)
+            if not torch.equal(pixel_values, expected):
                 return False
         return True
 
@@ -123,11 +137,12 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> s
 
 
 def launch_resize(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[int, int], levels: torch.Tensor):
+    """Run `resize_into` in the kernel."""
     (channels, height, width), (_, padded_height, padded_width) = image.shape, pixel_values.shape
     table_y, shift_y = _device_weights(height, size[0], image.device)
     table_x, shift_x = _device_weights(width, size[1], image.device)
-    for kept in (table_y, table_x, levels):  # for all streams, and not for ever
-        read_here(kept)
+    for table in (table_y, table_x, levels):  # shared by all streams, and may be dropped by a cache
+        read_here(table)
     grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS)
     with torch.cuda.device_of(image):  # where Triton launches
         _resize_kernel[grid](
@@ -138,8 +153,8 @@ def launch_resize(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[i
 
 
 if triton is not None:
-    # What differs between images is not compiled into the kernel. Nor is the width of the pixel values: rows that are
-    # known to be aligned would be written 8 columns a thread, and then they are read so too, whose bytes lie far apart.
+    # Properties that differ between images are not compiled into the kernel. Nor is the width of the pixel values: with
+    # rows known to be aligned, a thread would write 8 columns and then also read 8, whose bytes lie far apart.
     _STRIDES, _WEIGHTS = ["channel_stride", "row_stride", "column_stride"], ["num_neighbours_y", "num_neighbours_x"]
     _SIZES = ["height", "width", "new_height", "new_width", "padded_height", "padded_width"]
 
@@ -153,9 +168,10 @@ if triton is not None:
         levels, pixel_values, padded_height, padded_width,
         CHANNELS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """A block of `pixel_values`, (CHANNELS, padded height, padded width): some lines, which are the channels of a row next to each other.
+        """Compute a block of `pixel_values` (CHANNELS, padded height, padded width).
 
-        So a block finds the channels of an image (height, width, channels) in the same lines of the cache.
+        Its lines are the rows of all channels, with the channels of a row next to each other. So a thread block finds
+        the channels of an image that is stored as (height, width, channels) in the same cache lines.
         """
         first_line, first_column = tl.program_id(0) * LINES, tl.program_id(1) * COLUMNS
         line = first_line + tl.arange(0, LINES)[:, None]
@@ -163,7 +179,7 @@ if triton is not None:
         column = first_column + tl.arange(0, COLUMNS)[None, :]
         values = tl.zeros((LINES, COLUMNS), pixel_values.dtype.element_ty)
         if (first_line // CHANNELS < new_height) & (first_column < new_width):
-            # Beyond the new size the last pixel is computed again, without masks in the loops, and nobody uses it.
+            # Beyond the new size the last pixel is computed again and discarded, which avoids masks in the loops.
             y, x = tl.minimum(row, new_height - 1), tl.minimum(column, new_width - 1)
             step = column_stride.to(tl.int64)
             first_row, first_place, last_place = tl.load(table_y + y), tl.load(table_x + x) * step, (width - 1) * step

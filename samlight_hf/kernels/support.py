@@ -1,4 +1,4 @@
-"""Whether kernels can run: found out by running one, and told once where they cannot."""
+"""Probes that find out whether a kernel runs, by running it; a reason why it does not is warned of once."""
 
 import contextlib
 import threading
@@ -23,7 +23,13 @@ Result = TypeVar("Result")
 
 
 def why_not_decoder(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
-    """Why a mask decoder's kernels for half precision cannot run with these weights: a sentence, or None where they may be tried."""
+    """Return why a mask decoder's half-precision kernels cannot run, as a sentence, or None if they may be tried.
+
+    Args:
+        device: of the weights.
+        dtype: of the weights.
+        channels: number of the decoder's channels.
+    """
     if triton is None:
         return "Triton is not installed."
     if device.type != "cuda":
@@ -36,21 +42,20 @@ def why_not_decoder(device: torch.device, dtype: torch.dtype, channels: int) -> 
 
 
 def normal_numbers(device: torch.device) -> Callable[..., torch.Tensor]:
-    """For attempts: gives normally distributed numbers of a shape, float32 on the device, always the same ones."""
+    """Return a generator of test inputs: a function from a shape to seeded normal float32 numbers on the device."""
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(shape, device=device, dtype=torch.float32, generator=generator)
 
 
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
-    """Options of a launch that may begin before the kernel before it has ended, for one that calls `grid_dependency_wait`."""
-    return (
-        {"OVERLAP": True, "launch_pdl": True} if tensor.is_cuda and _can_overlap(tensor.device) else {"OVERLAP": False}
-    )
+    """Return launch options of a kernel with `grid_dependency_wait`, which may start before the previous one ends."""
+    overlaps = tensor.is_cuda and _can_overlap(tensor.device)
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 @lru_cache
 def _can_overlap(device: torch.device) -> bool:
-    """Whether the device has programmatic dependent launch, from Hopper on."""
+    """Return whether the device has programmatic dependent launch (Hopper and newer)."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
@@ -60,29 +65,34 @@ def why_not_tried(
     variant: Hashable,
     attempt: Callable[[], bool],
     language: str = "Triton",
-    instead: str = "PyTorch's operations",
+    fallback: str = "PyTorch's operations",
 ) -> str | None:
-    """Why a variant of a kernel does not run on a device, found out when it is first asked for: a sentence, or None where it does.
+    """Return why a variant of a kernel does not run on a device, as a sentence, or None if it runs.
+
+    The first call for a variant and a device tries it; later calls return the same answer. A reason is warned of once.
 
     Args:
-        name: of what the kernel does. A reason is told once as a warning, with `instead`, which runs then.
-        device: on which it is tried. The answer is kept for this device alone.
-        variant: all that the kernel is compiled for.
-        attempt: runs this variant on a small input on the device, which is the current one then, and returns whether the result is right.
+        name: the kernel's purpose, for messages.
+        device: the device to try it on.
+        variant: all properties that the kernel is compiled for.
+        attempt: function that runs this variant on a small input on the device and returns whether the result is right.
+            The device is the current one during the call.
+        language: the kernel's language, for messages.
+        fallback: what runs instead of the kernel, for the warning.
 
     Raises:
-        torch.OutOfMemoryError: where there is no memory for the attempt. Nothing is kept of it: the next call tries again.
+        torch.OutOfMemoryError: if memory does not suffice for the attempt. The next call tries again.
     """
     key = name, language, _numbered(device), variant
     if key not in _reasons:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return f"the {language} kernel for {name} has not been tried, and cannot be while a CUDA graph is captured."
-        with _trying:  # of several threads, one
+        with _trying:  # one thread at a time
             if key not in _reasons:
                 with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                     reason = failure(name, attempt, language)
                 if reason is not None:
-                    _tell(reason, instead)
+                    _warn_once(reason, fallback)
                 _reasons[key] = reason
     return _reasons[key]
 
@@ -94,37 +104,48 @@ def launched(
     launch: Callable[[], Result],
     reference: Callable[[], Result],
 ) -> Result:
-    """What `launch` gives, or `reference` where Triton cannot compile this variant of a kernel, which is told once.
+    """Return the result of `launch`, or, with one warning, of `reference` if Triton cannot compile this variant.
 
-    For kernels of which `why_not_tried` knows some variants alone. `launch` must write nothing that `reference` reads.
+    This is for kernels of which `why_not_tried` tries only some variants.
+
+    Args:
+        name: the kernel's purpose, for messages.
+        device: the device that it runs on.
+        variant: all properties that the kernel is compiled for.
+        launch: function that runs the kernel. It must not write anything that `reference` reads.
+        reference: function that computes the same without the kernel.
+
+    Raises:
+        torch.OutOfMemoryError: if memory does not suffice for the kernel.
     """
     key = name, "Triton", _numbered(device), variant
     if _reasons.get(key) is None:
         try:
             return launch()
-        except Exception as error:  # of any kind, as in `failure`
+        except Exception as error:  # any error, as in `failure`
             if is_out_of_memory(error):
                 raise
-            _reasons[key] = _sentence(name, "Triton", one_line(error, 300))
-            _tell(_reasons[key], "PyTorch's operations")
+            reason = _sentence(name, "Triton", one_line(error, 300))
+            _reasons[key] = reason
+            _warn_once(reason, "PyTorch's operations")
     return reference()
 
 
 _reasons: dict[tuple, str | None] = {}  # None for a kernel that runs
-_told: set[str] = set()
+_warned: set[str] = set()
 _trying = threading.RLock()
 
 
 def _numbered(device: torch.device) -> tuple[str, int | None]:
-    """A device by its number, which is always the same one's within a process."""
+    """Return a device's type and index; "cuda" without an index means the current device."""
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     return device.type, index
 
 
-def _tell(reason: str, instead: str):
-    if reason not in _told:
-        _told.add(reason)
-        warnings.warn(f"{reason} {instead} are used instead, which are slower.", stacklevel=3)
+def _warn_once(reason: str, fallback: str):
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"{reason} {fallback} are used instead, which are slower.", stacklevel=3)
 
 
 def _sentence(name: str, language: str, reason: str) -> str:
@@ -134,10 +155,13 @@ def _sentence(name: str, language: str, reason: str) -> str:
 @without_autocast
 @torch.inference_mode()
 def failure(name: str, attempt: Callable[[], bool], language: str = "Triton") -> str | None:
-    """Why a kernel does not run here: a sentence, or None where `attempt` says that the result is right.
+    """Return why a kernel does not run here, as a sentence, or None if `attempt` returns that its result is right.
 
-    Compilers need other tools, and a GPU that they know, which shows when they are tried. Where memory runs out, the attempt
-    is repeated with what torch had kept for later. Raises torch.OutOfMemoryError where that is not enough.
+    Missing compiler tools and unsupported GPUs only show in an attempt. If memory runs out, the attempt is repeated
+    after torch's cache has been emptied.
+
+    Raises:
+        torch.OutOfMemoryError: if memory runs out again.
     """
     try:
         try:
@@ -147,11 +171,11 @@ def failure(name: str, attempt: Callable[[], bool], language: str = "Triton") ->
                 raise
             _empty_cache()
             reason = None if attempt() else "its result is wrong"
-    except Exception as error:  # of any kind: what is missing decides
-        if is_out_of_memory(error):  # which says nothing of the kernel
+    except Exception as error:  # any error: it depends on what is missing
+        if is_out_of_memory(error):  # not a property of the kernel
             raise torch.OutOfMemoryError(f"no memory to try the {language} kernel for {name}: {error}") from error
         reason = one_line(error, 300)
-    _empty_cache()  # or what stays in memory would lie scattered over what the attempt took
+    _empty_cache()  # or later allocations would be scattered over the attempt's memory
     return None if reason is None else _sentence(name, language, reason)
 
 
@@ -161,7 +185,7 @@ def _empty_cache():
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the machine, in torch, in Triton, in the driver or in cuBLAS."""
+    """Return whether an error of torch, Triton, the driver or cuBLAS says that device or host memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     message = str(error).lower()
@@ -175,7 +199,7 @@ if triton is not None:
 
     @triton.jit
     def grid_dependency_wait(OVERLAP: tl.constexpr):
-        """The kernel before this one may be running until here: what it writes is read afterwards. The next one may begin."""
+        """Wait for the previous kernel, whose results may be read afterwards, and allow the next kernel to start."""
         if OVERLAP:
             gdc_wait()
             gdc_launch_dependents()

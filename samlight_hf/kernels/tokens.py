@@ -1,21 +1,30 @@
-"""A prompt's tokens on their way through SAM's mask decoder, in seven Triton kernels a layer, with the image's three.
+"""SAM's mask decoder for few prompts: seven Triton kernels per layer for a prompt's tokens, three for the image tokens.
 
-With few prompts a decoder is a hundred operations on seven tokens, each of which takes longer to start than to compute.
-Here each kernel does what lies between two points at which all of a prompt's tokens must be known: a head of the self-attention
-with its projections, or a linear layer with the norm before it and the residual after it. They are spread over
-heads or columns, so that many multiprocessors read the weights at once. On Hopper each starts while the kernel before it is running
-(programmatic dependent launch), and those that read a weight at once do so meanwhile. The image's side is in `image_attention`.
+With few prompts the decoder is about a hundred operations on seven tokens, and each takes longer to launch than to
+compute. Here each kernel covers the work between two points at which all tokens of a prompt must be known: a head of
+the self-attention with its projections, or a linear layer with the norm before it and the residual after it. Thread
+blocks divide the heads or columns, so that many multiprocessors read the weights at once. On Hopper each kernel starts
+while the previous one is running (programmatic dependent launch) and can read its weights in the meantime. The kernels
+of the image tokens are in `image_attention`.
 
-Between kernels tokens are float32, before their layer norm: whoever reads them applies it. Products are summed in float32.
+Between kernels, tokens are float32 and not yet normalized; the kernel that reads them applies the LayerNorm. Products
+are summed in float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import SamConfig
-from transformers.models.sam.modeling_sam import SamAttention, SamFeedForward, SamMaskDecoder, SamPromptEncoder
+from transformers.models.sam.modeling_sam import (
+    SamAttention,
+    SamFeedForward,
+    SamMaskDecoder,
+    SamPromptEncoder,
+    SamTwoWayAttentionBlock,
+)
 
 from . import image_attention
 from .prompt_embedding import PromptEmbedding
@@ -36,21 +45,27 @@ if triton is not None:
 
 MOST_PROMPTS = 64  # with more, torch's operations have enough to do
 
-_ROWS = 16  # of a block, which holds all of a prompt's tokens
-_FEATURES = 32  # of a linear layer, that a program computes
-_FEW_FEATURES = 16  # the same where it has many inputs
-_INPUTS = 256  # that are read at once
+_ROWS = 16  # of a block, which holds all tokens of a prompt
+_FEATURES = 32  # of a linear layer, per thread block
+_FEW_FEATURES = 16  # the same for a layer with many input features
+_INPUTS = 256  # input features that are read at once
 
 
 def fits(decoder: SamMaskDecoder, prompts: Sequence[torch.Tensor]) -> bool:
-    """Whether these are few enough, and have few enough tokens."""
+    """Return whether the prompts are few enough, and each has few enough tokens, for these kernels."""
     num_tokens = 1 + decoder.num_mask_tokens + _num_tokens(prompts)
     few_tokens = num_tokens <= _ROWS and image_attention.fits(decoder.config.num_attention_heads, num_tokens)
     return len(prompts[0]) <= MOST_PROMPTS and few_tokens
 
 
 def why_not_triton(decoder: SamMaskDecoder, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run this mask decoder with such weights: a sentence, or None where they can."""
+    """Return why the kernels cannot run this mask decoder, as a sentence, or None if they can.
+
+    Args:
+        decoder: the mask decoder.
+        device: of its weights.
+        dtype: of its weights.
+    """
     config = decoder.config
     channels, heads = config.hidden_size, config.num_attention_heads
     if reason := why_not_decoder(device, dtype, channels):
@@ -87,38 +102,44 @@ def _why_not_tried(device: torch.device, dtype: torch.dtype, shape: tuple[tuple[
             torch.manual_seed(0)
             decoder, encoder = SamMaskDecoder(config.mask_decoder_config).to(dtype), SamPromptEncoder(config).to(dtype)
         numbers = normal_numbers(device)
-        image, positions = numbers(1, 256, channels).to(dtype), numbers(256, channels).to(dtype)
+        image_tokens, positions = numbers(1, 256, channels).to(dtype), numbers(256, channels).to(dtype)
         points = 100 + 50 * numbers(2, 1, 2), torch.ones(2, 1, dtype=torch.int32, device=device)
         boxes = 100 + 50 * torch.stack([-numbers(2, 2).abs(), numbers(2, 2).abs()], dim=1).flatten(1)
         kinds = points, (boxes,), (*points, boxes)
         kernels = TokenKernels(decoder, PromptEmbedding(encoder), positions)
-        found = [kernels(image, prompts, masks) for prompts in kinds]
+        results = [kernels(image_tokens, prompts, masks) for prompts in kinds]
         decoder, encoder = decoder.float(), encoder.float()
-        expected = [reference(decoder, encoder, positions, image, prompts, masks) for prompts in kinds]
-        pairs = zip(sum(found, ()), sum(expected, ()))
+        expected = [reference(decoder, encoder, positions, image_tokens, prompts, masks) for prompts in kinds]
+        pairs = zip(sum(results, ()), sum(expected, ()))
         return all(bool((a - b).norm() < 0.02 * b.norm()) for a, b in pairs)
 
     return why_not_tried("a prompt's tokens", device, (dtype, shape), attempt)
 
 
-def reference(decoder, encoder, positions, image, prompts, masks: slice):
-    """What `TokenKernels` gives, by the decoder's own modules."""
+def reference(decoder, encoder, positions, image_tokens, prompts, masks: slice):
+    """Compute the result of `TokenKernels` with the decoder's own modules."""
     batched = (None if prompt is None else prompt[None] for prompt in _by_name(prompts))
-    given, _ = encoder(*batched, None)  # (1, P, t, C)
+    embedded, _ = encoder(*batched, None)  # (1, P, t, C)
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(1, len(prompts[0]), -1, -1)
     side = int(len(positions) ** 0.5)
-    maps = [part.to(outputs.dtype).mT.unflatten(-1, (side, -1)) for part in (image, positions[None])]
-    tokens, image_tokens = decoder.transformer(torch.cat([outputs, given], dim=2), *maps, None)[:2]
+    maps = [part.to(outputs.dtype).mT.unflatten(-1, (side, -1)) for part in (image_tokens, positions[None])]
+    tokens, image_tokens = decoder.transformer(torch.cat([outputs, embedded], dim=2), *maps, None)[:2]
     mlps = enumerate(decoder.output_hypernetworks_mlps, start=1)
     hyper = torch.stack([mlp(tokens[0, :, place]) for place, mlp in mlps], dim=1)
     return decoder.iou_prediction_head(tokens[0, :, 0])[:, masks], hyper[:, masks], image_tokens.flatten(0, 1)
 
 
 class TokenKernels:
-    """A mask decoder but for its end: from prompts and image tokens to scores, and to what masks are made with.
+    """Mask decoder without its end: from prompts and image tokens to scores, hypernetwork outputs and new image tokens.
 
-    Weights are read when they are used, but those of the heads and of the prompts' embedding, which are copied here. Most kernels
-    read them before the one ahead has ended; the first of a call does not, and so waits for whoever wrote them.
+    The weights of the heads and of the prompt embedding are copied here; all others are read from the decoder at each
+    call. Most kernels read them before the previous kernel has ended. The first of a call does not, and so waits for
+    the kernel that wrote them.
+
+    Args:
+        decoder: SAM's mask decoder.
+        embed: embedding of the prompts.
+        positions: positional embedding of the image tokens, (N, C), in the kernels' dtype.
     """
 
     @torch.no_grad()
@@ -130,29 +151,36 @@ class TokenKernels:
         self.scale, self.shift = embed.scale, float(embed.shift)
         self.waves = torch.cat([embed.weight, embed.phase[None]])
         corners = torch.cat([torch.ones_like(embed.corners), embed.corners], dim=1)
-        self.kinds = torch.cat([embed.by_label, corners])  # by labels, the last of which is no point, and corners
+        self.kinds = torch.cat([embed.by_label, corners])  # rows by label, the last for padding, then corners
 
     def __call__(
-        self, image: torch.Tensor, prompts: tuple[torch.Tensor, ...], masks: slice
+        self, image_tokens: torch.Tensor, prompts: tuple[torch.Tensor, ...], masks: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predicted IoU (P, M) and hypernetworks (P, M, C / 8), float32, of the `masks`, and image tokens (P, N, C).
+        """Run the decoder.
 
-        `image` and `prompts` are those of `FastMaskDecoder._transform`.
+        Args:
+            image_tokens: (1, N, C) or (P, N, C).
+            prompts: points (P, k, 2) and labels (P, k), or boxes (P, 4), or points, labels and boxes, in pixels of the
+                resized image.
+            masks: which of the decoder's masks to compute.
+
+        Returns:
+            Predicted IoU (P, M) and hypernetwork outputs (P, M, C / 8), float32, and image tokens (P, N, C).
         """
         tokens = embedded = self.embed(prompts)
         norm = None
         for layer in self.transformer.layers:
             attended = self._attend(layer.self_attn, tokens, norm, None if norm is None else embedded)
             tokens = self._add(layer.self_attn.out_proj, attended, None if norm is None else tokens, norm)
-            tokens = self._see(layer.cross_attn_token_to_image, tokens, layer.layer_norm1, embedded, image)
+            tokens = self._see(layer.cross_attn_token_to_image, tokens, layer.layer_norm1, embedded, image_tokens)
             hidden = self._hidden(layer.mlp.lin1, tokens, layer.layer_norm2)
             tokens, norm = self._add(layer.mlp.lin2, hidden, tokens, layer.layer_norm2), layer.layer_norm3
-            image = self._update(layer, tokens, norm, embedded, image)
-        tokens = self._see(self.transformer.final_attn_token_to_image, tokens, norm, embedded, image)
-        return *self._run_heads(tokens, self.transformer.layer_norm_final_attn, masks), image
+            image_tokens = self._update(layer, tokens, norm, embedded, image_tokens)
+        tokens = self._see(self.transformer.final_attn_token_to_image, tokens, norm, embedded, image_tokens)
+        return *self._run_heads(tokens, self.transformer.layer_norm_final_attn, masks), image_tokens
 
     def embed(self, prompts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The tokens that come in, float32 (P, T, C): those of the outputs, and what `PromptEmbedding` makes."""
+        """Return the decoder's input tokens, float32 (P, T, C): output tokens, then the embedded prompts."""
         points, labels, boxes = _by_name(tuple(prompt.contiguous() for prompt in prompts))
         num_points = 0 if points is None else points.shape[1]
         num_outputs, num_prompts = len(self.output_tokens), len(prompts[0])
@@ -165,7 +193,7 @@ class TokenKernels:
         return embedded
 
     def _attend(self, attention: SamAttention, tokens, norm, embedded) -> torch.Tensor:
-        """The self-attention's heads, (P, T, C); `embedded` is added to queries and keys."""
+        """Return the output of the self-attention's heads, (P, T, C); `embedded` is added to queries and keys."""
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
         attended = torch.empty_like(tokens, dtype=self.dtype)
         self._launch(
@@ -177,7 +205,7 @@ class TokenKernels:
         return attended
 
     def _add(self, linear: nn.Linear, values: torch.Tensor, tokens, norm) -> torch.Tensor:
-        """LayerNorm(tokens), or nothing, plus linear(values): float32 (P, T, C)."""
+        """Compute linear(values), plus LayerNorm(tokens) if there are tokens: float32 (P, T, C)."""
         output = self._new(*values.shape[:2], self.channels)
         features = _FEATURES if linear.in_features <= _INPUTS else _FEW_FEATURES
         self._launch(
@@ -188,7 +216,7 @@ class TokenKernels:
         return output
 
     def _hidden(self, linear: nn.Linear, tokens: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-        """relu(linear(LayerNorm(tokens))), (P, T, features)."""
+        """Compute relu(linear(LayerNorm(tokens))), (P, T, features)."""
         hidden = tokens.new_empty(*tokens.shape[:2], linear.out_features, dtype=self.dtype)
         self._launch(
             hidden_kernel, linear.out_features // _FEATURES, tokens, *_norm(norm), linear.weight, linear.bias, hidden,
@@ -196,28 +224,40 @@ class TokenKernels:
         )  # fmt: skip
         return hidden
 
-    def _see(self, attention: SamAttention, tokens, norm, embedded, image) -> torch.Tensor:
-        """LayerNorm(tokens) plus what they see of the image tokens (1, N, C) or (P, N, C): float32 (P, T, C)."""
+    def _see(self, attention: SamAttention, tokens, norm, embedded, image_tokens) -> torch.Tensor:
+        """Compute LayerNorm(tokens) plus their attention to image tokens (1, N, C) or (P, N, C): float32 (P, T, C)."""
         queries, _, _ = self._to_image(attention.q_proj, attention.k_proj, attention, tokens, norm, embedded)
-        seen = image_attention.seen(queries, image, self.positions)  # (P, H * T, C)
+        seen = image_attention.seen(queries, image_tokens, self.positions)  # (P, H * T, C)
         output, value, out = torch.empty_like(tokens), attention.v_proj, attention.out_proj
         self._launch(
             add_seen_kernel, self.channels // _FEATURES, seen, value.weight, value.bias, out.weight, out.bias,
             tokens, *_norm(norm), output, tokens.shape[1],
-            CHANNELS=self.channels, HEADS=self.heads, HEAD=value.out_features // self.heads, FEATURES=_FEATURES, ROWS=_ROWS,
+            CHANNELS=self.channels, HEADS=self.heads, HEAD=value.out_features // self.heads,
+            FEATURES=_FEATURES, ROWS=_ROWS,
         )  # fmt: skip
         return output
 
-    def _update(self, layer: nn.Module, tokens, norm, embedded, image) -> torch.Tensor:
-        """The image tokens (P, N, C) after their attention to the tokens, and its layer norm."""
+    def _update(self, layer: SamTwoWayAttentionBlock, tokens, norm, embedded, image_tokens) -> torch.Tensor:
+        """Return the image tokens (P, N, C) after their attention to the tokens and its layer norm."""
         attention = layer.cross_attn_image_to_token
         sides = self._to_image(attention.k_proj, attention.q_proj, attention, tokens, norm, embedded, with_values=True)
         keys, biases, values = sides
-        return image_attention.update(image, self.positions, keys, biases, values, layer.layer_norm4, self.heads)
+        return image_attention.update(image_tokens, self.positions, keys, biases, values, layer.layer_norm4, self.heads)
 
     def _to_image(self, own: nn.Linear, other: nn.Linear, attention, tokens, norm, embedded, with_values=False):
-        """Each head of the tokens by their `own` projection times the `other` one's weight, as channels of the image:
-        (P, H * T, C); and with values, what `other`'s bias adds to each score, (P, H * T), and the values with the output's projection."""
+        """Project tokens into the channels of the image tokens, so that these need no projection of their own.
+
+        Args:
+            own: the tokens' projection.
+            other: the image tokens' projection, whose weight is applied to the projected tokens instead.
+            attention: the attention layer.
+            tokens, norm, embedded: float32 (P, T, C), their LayerNorm, and the embedding that is added after it.
+            with_values: whether to compute biases and values.
+
+        Returns:
+            The projected tokens (P, H * T, C), head by head. With values also the summands of the scores that come from
+            the bias of `other`, (P, H * T), and the values after the output projection, (P, H * T, C); None without.
+        """
         num_prompts, num_tokens, channels = tokens.shape
         shape = num_prompts, self.heads * num_tokens
         sides = tokens.new_empty(*shape, channels, dtype=self.dtype)
@@ -232,7 +272,7 @@ class TokenKernels:
         return sides, biases, values
 
     def _run_heads(self, tokens, norm: nn.LayerNorm, masks: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The IoU head on its token and the hypernetworks of the `masks` on theirs, side by side, in float32."""
+        """Run the IoU head and the hypernetworks of the `masks`, each on its token, in float32."""
         first, stop, _ = masks.indices(len(self.output_tokens) - 1)
         values = tokens
         for depth, (weight, bias) in enumerate(self.mlps):
@@ -250,19 +290,21 @@ class TokenKernels:
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.positions.device)
 
-    def _launch(self, kernel: Callable, num_parts: int, *arguments, **options):
-        """`num_parts` programs for each prompt, of which the first argument has one for each row."""
+    def _launch(self, kernel: Any, num_parts: int, *arguments, **options):
+        """Launch a kernel with `num_parts` thread blocks per prompt; the first argument has a row for each prompt."""
         with torch.cuda.device_of(self.positions):  # where Triton launches
             kernel[(num_parts, len(arguments[0]))](*arguments, **overlap_options(self.positions), **options)
 
 
 def _by_name(prompts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Points, labels and boxes, of which there are the first two, the last or all."""
-    return (*prompts, None)[:3] if len(prompts) > 1 else (None, None, prompts[0])
+    """Return points, labels and boxes; None for those that are missing."""
+    if len(prompts) == 1:
+        return None, None, prompts[0]
+    return prompts[0], prompts[1], prompts[2] if len(prompts) > 2 else None
 
 
 def _num_tokens(prompts: Sequence[torch.Tensor]) -> int:
-    """Points and a place for none, or corners of boxes, or both points and corners."""
+    """Count the tokens of a prompt: points and a padding point, or a box's corners, or points and corners."""
     points = prompts[0].shape[1] if len(prompts) > 1 else 0
     return points + (1 if len(prompts) == 2 else 2)
 
@@ -272,13 +314,15 @@ def _norm(norm: nn.LayerNorm | None) -> tuple:
 
 
 def stack_layers(mlps: Sequence[SamFeedForward]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer the weights (M, in, out) and biases (M, 1, out) of M MLPs; zeros where one has fewer features than another."""
+    """Stack the weights of M MLPs, layer by layer.
+
+    Returns:
+        For each layer weights (M, in, out) and biases (M, 1, out), padded with zeros to the widest MLP.
+    """
     stacked = []
-    for same in zip(*([mlp.proj_in, *mlp.layers, mlp.proj_out] for mlp in mlps)):
-        width = max(linear.out_features for linear in same)
-        parts = [
-            (F.pad(part, (0, width - part.shape[-1])) for part in (linear.weight.T, linear.bias[None]))
-            for linear in same
-        ]
-        stacked.append(tuple(torch.stack(tensors) for tensors in zip(*parts)))
+    for layers in zip(*([mlp.proj_in, *mlp.layers, mlp.proj_out] for mlp in mlps)):
+        width = max(linear.out_features for linear in layers)
+        weights = [F.pad(linear.weight.T, (0, width - linear.out_features)) for linear in layers]
+        biases = [F.pad(linear.bias[None], (0, width - linear.out_features)) for linear in layers]
+        stacked.append((torch.stack(weights), torch.stack(biases)))
     return stacked

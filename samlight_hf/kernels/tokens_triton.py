@@ -1,6 +1,7 @@
-"""The kernels of `token_kernels`, which says what they are for. Importable where Triton is.
+"""Triton kernels of `tokens.py`, which describes them. This module needs Triton.
 
-Each has a grid of (parts, prompts), and is compiled alike for all numbers of tokens. Tokens are float32 (P, T, C); a block of `ROWS` holds all T of a prompt.
+Each kernel has a grid of (parts, prompts), and one compiled variant for all numbers of tokens. Tokens are float32 (P,
+T, C); a block of `ROWS` rows holds all T tokens of a prompt.
 """
 
 from .support import grid_dependency_wait, tl, triton
@@ -10,7 +11,7 @@ from .support import grid_dependency_wait, tl, triton
 def _read(
     tokens, scale, shift, eps, prompt, num_tokens, CHANNELS: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr
 ):
-    """LayerNorm(tokens) of one prompt, or the tokens, float32 (ROWS, CHANNELS); beyond its tokens anything finite."""
+    """Load a prompt's tokens, normalized if NORM: float32 (ROWS, CHANNELS), with finite numbers in unused rows."""
     row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     places = (prompt * num_tokens + row)[:, None] * CHANNELS + channel[None, :]
     values = tl.load(tokens + places, mask=(row < num_tokens)[:, None], other=0.0)
@@ -22,7 +23,7 @@ def _read(
 
 @triton.jit
 def _moments(values, eps, CHANNELS: tl.constexpr):
-    """Mean and 1 / standard deviation of rows."""
+    """Return mean and 1 / standard deviation of rows."""
     mean = tl.sum(values, axis=1) / CHANNELS
     centred = values - mean[:, None]
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)
@@ -30,7 +31,7 @@ def _moments(values, eps, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _normed(values, mean, factor, scale, shift, columns):
-    """The layer norm of some columns of rows with these moments."""
+    """Apply the LayerNorm to some columns of rows with these moments."""
     values = (values - mean[:, None]) * factor[:, None]
     values = values * tl.load(scale + columns).to(tl.float32)[None, :]
     return values + tl.load(shift + columns).to(tl.float32)[None, :]
@@ -38,7 +39,7 @@ def _normed(values, mean, factor, scale, shift, columns):
 
 @triton.jit
 def _weight(weight, first_row, first_column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A block of a matrix of so many columns."""
+    """Load a block of a matrix with `stride` columns."""
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     return tl.load(weight + row[:, None] * stride + column[None, :])
 
@@ -48,7 +49,7 @@ def embed_kernel(
     embedded, output_tokens, waves, kinds, points, labels, boxes, num_outputs, num_points, num_tokens, scale, shift,
     CHANNELS: tl.constexpr, POINTS: tl.constexpr, BOXES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One token: an output's, then a point's, and a box's corner or the one that stands for no further point."""
+    """Compute one input token: an output token, or an embedded point, padding point or corner of a box."""
     token, prompt = tl.program_id(0), tl.program_id(1)
     number, channel = token - num_outputs, tl.arange(0, CHANNELS)
     grid_dependency_wait(OVERLAP)
@@ -83,7 +84,7 @@ def attend_kernel(
     attended, num_tokens, scaling,
     CHANNELS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A head of the self-attention of one prompt's tokens."""
+    """Compute one head of the self-attention of one prompt's tokens."""
     first, prompt = tl.program_id(0) * HEAD, tl.program_id(1)
     row, feature = tl.arange(0, ROWS), first + tl.arange(0, HEAD)
     own = row < num_tokens
@@ -93,7 +94,7 @@ def attend_kernel(
     grid_dependency_wait(OVERLAP)
     values = _read(tokens, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, NORM)
     with_positions = values
-    if NORM:  # the first layer's tokens are what they are embedded as, and have no norm before them
+    if NORM:  # the first layer's tokens are the embedded ones, without a norm
         with_positions += _read(embedded, scale, shift, eps, prompt, num_tokens, CHANNELS, ROWS, False)
     values, with_positions = values.to(weight_v.dtype), with_positions.to(weight_v.dtype)
     query = tl.dot(with_positions, tl.trans(weight_q)) + tl.load(query_bias + feature).to(tl.float32)[None, :]
@@ -113,7 +114,7 @@ def _plus_residual(
     total, tokens, scale, shift, eps, output, prompt, num_tokens, first,
     CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Stores `total`, features from `first` on, plus the same of LayerNorm(tokens), of the tokens or of nothing."""
+    """Store `total`, the features from `first` on, after adding the tokens if RESIDUAL, normalized if NORM."""
     row, feature = tl.arange(0, ROWS), first + tl.arange(0, FEATURES)
     own = (row < num_tokens)[:, None]
     places = (prompt * num_tokens + row)[:, None] * CHANNELS + feature[None, :]
@@ -133,6 +134,7 @@ def add_kernel(
     IN: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Compute some features of a linear layer and add the residual."""
     first, prompt = tl.program_id(0) * FEATURES, tl.program_id(1)
     row, inner = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     own = (row < num_tokens)[:, None]
@@ -155,6 +157,7 @@ def hidden_kernel(
     tokens, scale, shift, eps, weight, bias, hidden, num_tokens,
     OUT: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Compute some features of the MLP's hidden layer, relu(linear(LayerNorm(tokens)))."""
     first, prompt = tl.program_id(0) * FEATURES, tl.program_id(1)
     row, feature = tl.arange(0, ROWS), first + tl.arange(0, FEATURES)
     block = _weight(weight, first, 0, CHANNELS, FEATURES, CHANNELS)
@@ -172,7 +175,7 @@ def to_image_kernel(
     CHANNELS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A head of one prompt's tokens on the image's side."""
+    """Project one head of one prompt's tokens into the channels of the image tokens."""
     head, prompt = tl.program_id(0), tl.program_id(1)
     first, row, channel = head * HEAD, tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     feature, own = first + tl.arange(0, HEAD), row < num_tokens
@@ -207,7 +210,7 @@ def add_seen_kernel(
     CHANNELS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some features of the values that all heads saw, projected, plus LayerNorm(tokens)."""
+    """Compute some features of the projected output of all heads, plus LayerNorm(tokens)."""
     first, prompt = tl.program_id(0) * FEATURES, tl.program_id(1)
     row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     own = (row < num_tokens)[:, None]
@@ -216,9 +219,9 @@ def add_seen_kernel(
     grid_dependency_wait(OVERLAP)
     for head in range(HEADS):
         line = (prompt * HEADS + head) * num_tokens + row
-        image = tl.load(seen + line[:, None] * CHANNELS + channel[None, :], mask=own, other=0.0)
+        image_tokens = tl.load(seen + line[:, None] * CHANNELS + channel[None, :], mask=own, other=0.0)
         weight = _weight(value_weight, head * HEAD, 0, CHANNELS, HEAD, CHANNELS)
-        value = tl.dot(image, tl.trans(weight))
+        value = tl.dot(image_tokens, tl.trans(weight))
         feature = head * HEAD + tl.arange(0, HEAD)
         value += tl.load(value_bias + feature).to(tl.float32)[None, :]  # probabilities sum to 1
         block = _weight(out_weight, first, head * HEAD, HEADS * HEAD, FEATURES, HEAD)
@@ -234,27 +237,25 @@ def mlp_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, FEATURES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some features of a layer of the IoU head or of one mask's hypernetwork, without tensor cores, which would round."""
+    """Compute some features of a layer of the IoU head or of one hypernetwork, in float32 without tensor cores."""
     number, first, prompt = (
         tl.program_id(0) // (OUT // FEATURES),
         tl.program_id(0) % (OUT // FEATURES) * FEATURES,
         tl.program_id(1),
     )
-    token = tl.where(number == 0, 0, first_mask + number)  # and MLP
+    token = tl.where(number == 0, 0, first_mask + number)  # also the index of the MLP
     inner, feature = tl.arange(0, IN), first + tl.arange(0, FEATURES)
     block = _weight(weight + token * IN * OUT, 0, first, OUT, IN, FEATURES)
     grid_dependency_wait(OVERLAP)
     row = prompt * num_mlps + number
     if FIRST:
-        given = tl.load(values + (prompt * num_tokens + token) * IN + inner)
-        centred = given - tl.sum(given, axis=0) / IN
-        given = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / IN + eps)
-        given = given * tl.load(scale + inner).to(tl.float32) + tl.load(shift + inner).to(tl.float32)
+        x = tl.load(values + (prompt * num_tokens + token) * IN + inner)
+        centred = x - tl.sum(x, axis=0) / IN
+        x = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / IN + eps)
+        x = x * tl.load(scale + inner).to(tl.float32) + tl.load(shift + inner).to(tl.float32)
     else:
-        given = tl.load(values + row * IN + inner)
-    result = tl.sum(given[:, None] * block.to(tl.float32), axis=0) + tl.load(bias + token * OUT + feature).to(
-        tl.float32
-    )
+        x = tl.load(values + row * IN + inner)
+    result = tl.sum(x[:, None] * block.to(tl.float32), axis=0) + tl.load(bias + token * OUT + feature).to(tl.float32)
     if not LAST:
         result = tl.maximum(result, 0.0)
     tl.store(output + row * OUT + feature, result)

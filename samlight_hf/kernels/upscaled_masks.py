@@ -1,10 +1,10 @@
-"""Masks at the image's size straight from the decoder's logits; and areas, boxes and outlines, without masks being made.
+"""Masks at the image's size, and their areas, boxes and run lengths, computed directly from the decoder's logits.
 
-A decoder's logits are 256 x 256 numbers a mask, and at the image's size a million. What the filters of everything mode ask
-of them, and where a mask's outline runs, are a few numbers again. The Triton kernels compute each pixel from its neighbours among the
-logits, as the two bilinear resizes of the image processor do one after the other, and keep nothing of it but counts,
-extremes, and in the end one bit a pixel, of which the positions are made at which a mask changes. Where masks themselves
-are asked for, they are all that is written: the logits never are at the image's size.
+A decoder's logits are 256 x 256 numbers per mask, and about a million at the image's size. The filters of everything
+mode and the run lengths of a mask are only a few numbers again. The Triton kernels compute each pixel from the logits
+around it, with the same two bilinear resizes as the image processor, and store only counts and extremes, or one bit per
+pixel, from which they find the positions at which a mask changes. If the masks themselves are needed, only these are
+written: the logits are never stored at the image's size.
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from ..masks.upscaling import upscale_logits
 from .support import normal_numbers, tl, triton, why_not_tried
 
 
-_ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of the blocks of the kernels
+_ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of a thread block
 _NUM_MEASURES = 6
-_OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are looked for at once
+_OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are found in one launch
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where logits lie in an image; all sizes are (height, width).
+    """The place of logits in an image; all sizes are (height, width).
 
     Attributes:
-        padded: of the model's input, which the logits cover.
-        resized: of the crop in it, at the top and at the left.
-        crop: of the crop, in pixels of the image.
+        padded: size of the model's input, which the logits cover.
+        resized: size of the resized crop, which is at the top left of the model's input.
+        crop: size of the crop, in pixels of the image.
         corner: (top, left) of the crop in the image.
-        image: of the image.
+        image: size of the image.
     """
 
     padded: tuple[int, int]
@@ -42,7 +42,10 @@ class Frame:
 
 
 def why_not_triton(logits: torch.Tensor, frame: Frame | None = None) -> str | None:
-    """Why the kernels cannot run on these, or on such ones with frames of any kind: a sentence, or None where they can."""
+    """Return why the kernels cannot run on logits (n, h, w), as a sentence, or None if they can.
+
+    Without a frame, the answer holds for frames of every kind.
+    """
     if triton is None:
         return "Triton is not installed."
     if not logits.is_cuda:
@@ -56,14 +59,13 @@ def _why_not_tried(device: torch.device, dtype: torch.dtype, twice: bool) -> str
         logits = (9 * normal_numbers(device)(2, 8, 8)).to(dtype)
         crop = (40, 30) if twice else (32, 24)
         frame = Frame((32, 32), (32, 24), crop, (2, 3), (50, 40))
-        found, expected = (
-            function(logits, frame, (0.0, 1.0, -1.0)) for function in (launch_measure, measure_reference)
-        )
+        thresholds = (0.0, 1.0, -1.0)
+        measures = launch_measure(logits, frame, thresholds) - measure_reference(logits, frame, thresholds)
         positions, counts = launch_changes(logits, frame, 0.0)
         _, expected_counts = changes_reference(logits, frame, 0.0)
         different = launch_masks(logits, frame, 0.0) != masks_reference(logits, frame, 0.0)
         # A pixel at the threshold may fall on either side.
-        differences = (found - expected).abs().max(), (counts - expected_counts).abs().max(), different.sum()
+        differences = measures.abs().max(), (counts - expected_counts).abs().max(), different.sum()
         return max(differences).item() <= 2 and len(positions) == counts.sum()
 
     return why_not_tried("masks at the image's size", device, (dtype, twice), attempt)
@@ -72,11 +74,19 @@ def _why_not_tried(device: torch.device, dtype: torch.dtype, twice: bool) -> str
 def measure(
     logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float], step: int, use_triton: bool
 ) -> torch.Tensor:
-    """Areas and boxes of masks, logits (n, h, w), at the size of their crop: int32 (n, 6).
+    """Measure the areas and boxes of masks at the size of their crop.
 
-    `thresholds` are those of the mask, and a higher and a lower one. Columns 0 and 1 are the areas above the higher and above
-    the lower threshold; 2 to 5 the first and last column and row of the mask, x1, y1, x2, y2, in the crop, zeros for an
-    empty one. At most `step` masks are at the crop's size at once where there is no kernel.
+    Args:
+        logits: (n, h, w).
+        frame: their place in the image.
+        thresholds: of the mask, a higher one and a lower one.
+        step: how many masks are upscaled at once without the kernel.
+        use_triton: whether the kernel may be used.
+
+    Returns:
+        Int32 (n, 6): areas above the higher and the lower threshold, then the mask's first column, first row, last
+            column
+        and last row (x1, y1, x2, y2) in pixels of the crop, zeros for an empty mask.
     """
     if use_triton and why_not_triton(logits, frame) is None:
         return launch_measure(logits, frame, thresholds)
@@ -87,26 +97,43 @@ def measure(
 def changes(
     logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mask_changes` of the masks of logits (n, h, w), at the image's size; nothing is inside beyond their crop.
+    """Find where masks change at the image's size; pixels outside their crop are background.
 
-    At most `step` masks are at the image's size at once where there is no kernel.
+    Args:
+        logits: (n, h, w).
+        frame: their place in the image.
+        threshold: of the mask.
+        step: how many masks are upscaled at once without the kernel.
+        use_triton: whether the kernel may be used.
+
+    Returns:
+        Positions and counts, as `mask_changes` returns them.
     """
     use_triton = use_triton and why_not_triton(logits, frame) is None
     launch = launch_changes if use_triton else changes_reference
-    if use_triton:  # bits, and the logits in another order and above the threshold
+    if use_triton:  # memory for the bits, the transposed logits, and the thresholded logits
         bytes_of_mask = frame.image[0] * frame.image[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
         step = max(1, _OUTLINE_BYTES // bytes_of_mask)
     parts = [launch(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
     if not parts:
         empty = torch.zeros(0, dtype=torch.int32, device=logits.device)
         return empty, empty
-    return tuple(map(torch.cat, zip(*parts)))
+    positions, counts = zip(*parts)
+    return torch.cat(positions), torch.cat(counts)
 
 
 def masks(logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool) -> torch.Tensor:
-    """Masks of logits (n, h, w), at the size of their crop: bool (n, H, W).
+    """Compute masks at the size of their crop.
 
-    At most `step` masks' logits are at that size at once where there is no kernel.
+    Args:
+        logits: (n, h, w).
+        frame: their place in the image.
+        threshold: of the mask.
+        step: how many masks' logits are upscaled at once without the kernel.
+        use_triton: whether the kernel may be used.
+
+    Returns:
+        Bool (n, H, W), of the crop's size.
     """
     if use_triton and why_not_triton(logits, frame) is None:
         return launch_masks(logits, frame, threshold)
@@ -150,7 +177,7 @@ def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.
 
 def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
     logits, strips = logits.contiguous(), triton.cdiv(frame.crop[0], _ROWS)
-    # Of each strip of rows by itself: sums and extremes of these need no order, and no atomic operation.
+    # Each strip of rows has its own partial results, so no atomic operations are needed.
     partial = torch.empty(_NUM_MEASURES, len(logits), strips, dtype=torch.int32, device=logits.device)
     if not len(logits):
         return partial.new_zeros(0, _NUM_MEASURES)
@@ -171,9 +198,9 @@ def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tupl
     if not len(logits):
         return counts.view(-1), counts.view(-1)
     bits = torch.zeros(len(logits), blocks * _POSITIONS // 32, dtype=torch.int32, device=logits.device)
-    # No pixel is inside unless one of the logits around it is.
-    spans = mask_boxes(logits.float() > threshold)[:, 0::2].int().contiguous()  # the first and the last such column
-    columns = logits.transpose(1, 2).contiguous()  # in the order of the positions
+    # A pixel can only be in the mask if one of the logits around it is above the threshold.
+    spans = mask_boxes(logits.float() > threshold)[:, 0::2].int().contiguous()  # first and last such column
+    columns = logits.transpose(1, 2).contiguous()  # column-major, like the positions
     with torch.cuda.device_of(logits):
         _bits_kernel[(len(logits) * blocks,)](
             columns, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.image[0], float(threshold),
@@ -186,7 +213,7 @@ def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tupl
                 bits, counts, starts, positions, blocks, num_positions, POSITIONS=_POSITIONS, WRITE=write, num_warps=4
             )
 
-    run(counts, counts, write=False)  # counted first, to know where each block's changes go
+    run(counts, counts, write=False)  # count first, to know where each block's positions go
     ends = counts.view(-1).cumsum(0)
     positions = torch.empty(int(ends[-1]), dtype=torch.int32, device=logits.device)
     run(positions, ends - counts.view(-1), write=True)
@@ -194,7 +221,7 @@ def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tupl
 
 
 def _geometry(logits: torch.Tensor, frame: Frame) -> tuple:
-    """Height, width and step along both axes, of the first resize and of the second."""
+    """Return height, width and step along both axes, of the first resize and of the second, and the crop's size."""
     low, padded, resized, crop = tuple(logits.shape[-2:]), frame.padded, frame.resized, frame.crop
     return (
         *low, low[0] / padded[0], low[1] / padded[1],
@@ -203,14 +230,14 @@ def _geometry(logits: torch.Tensor, frame: Frame) -> tuple:
 
 
 if triton is not None:
-    # All programs are on the first axis of their grid: the others have at most 65,535. Sizes change from image to image, and must
-    # not make Triton compile a kernel for each.
+    # Thread blocks are on the first axis of their grid where there may be many: the others have at most 65,535. Sizes
+    # differ between images, and Triton must not compile a kernel for each.
     _SIZES = ["low_height", "low_width", "height", "width", "crop_height", "crop_width"]
     _PLACES = ["top", "left", "image_height"]
 
     @triton.jit
     def _neighbours(position, scale, length):
-        """What a bilinear resize takes: two places of an axis of `length`, and the weight of the second."""
+        """Return the two places on an axis of `length` that a bilinear resize reads, and the weight of the second."""
         source = tl.maximum(scale * (position.to(tl.float32) + 0.5) - 0.5, 0.0)
         first = tl.minimum(source.to(tl.int32), length - 1)
         return first, tl.minimum(first + 1, length - 1), source - first.to(tl.float32)
@@ -219,6 +246,7 @@ if triton is not None:
     def _resize_once(
         logits, y, x, low_height, low_width, scale_y, scale_x, BY_COLUMN: tl.constexpr
     ):  # fmt: skip
+        """Interpolate the logits at the places y, x of the first resize."""
         y1, y2, weight_y = _neighbours(y, scale_y, low_height)
         x1, x2, weight_x = _neighbours(x, scale_x, low_width)
         if BY_COLUMN:
@@ -238,7 +266,7 @@ if triton is not None:
         logits, y, x, low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x,
         TWICE: tl.constexpr, BY_COLUMN: tl.constexpr,
     ):  # fmt: skip
-        """Logits at the places y, x of the crop; in memory they lie row by row, or column by column."""
+        """Interpolate the logits, which are row-major or column-major, at the places y, x of the crop."""
         if TWICE:
             y1, y2, weight_y = _neighbours(y, scale_y, height)
             x1, x2, weight_x = _neighbours(x, scale_x, width)
@@ -260,7 +288,7 @@ if triton is not None:
         threshold,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
-        """A block of one mask's pixels."""
+        """Compute a block of one mask's pixels."""
         mask = tl.program_id(0).to(tl.int64)
         logits += mask * low_height * low_width
         y = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -279,7 +307,7 @@ if triton is not None:
         middle, high, low,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
-        """A strip of rows of one mask."""
+        """Measure a strip of rows of one mask."""
         mask = (tl.program_id(0) // strips).to(tl.int64)
         logits += mask * low_height * low_width
         y = tl.program_id(0) % strips * ROWS + tl.arange(0, ROWS)[:, None]
@@ -291,7 +319,8 @@ if triton is not None:
             x = start + tl.arange(0, COLUMNS)[None, :]
             value = _pixel(
                 logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),
-                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=False,
+                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x,
+                TWICE, BY_COLUMN=False,
             )  # fmt: skip
             real = (y < crop_height) & (x < crop_width)
             area_high += (real & (value > high)).to(tl.int32)
@@ -317,10 +346,11 @@ if triton is not None:
         top, left, image_height, threshold,
         POSITIONS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
-        """A block of one mask's column-major positions, 32 in a word; words without a pixel inside are left as they are."""
+        """Compute the bits of a block of one mask's column-major positions, 32 per word; background words stay zero."""
         mask = tl.program_id(0) // blocks
         start = tl.program_id(0) % blocks * POSITIONS
-        # May one be inside? The second resize reaches less than a pixel of the first further, and that less than a logit.
+        # Skip blocks that cannot have a pixel of the mask. The second resize reads less than a pixel of the first
+        # beyond its place, and the first less than a logit.
         scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
         first = scale * ((start // image_height - left).to(tl.float32) + 0.5) - 0.5 - reach
         last = scale * (((start + POSITIONS - 1) // image_height - left).to(tl.float32) + 0.5) - 0.5 + reach
@@ -342,7 +372,7 @@ if triton is not None:
     def _changes_kernel(
         bits, counts, starts, positions, blocks, num_positions, POSITIONS: tl.constexpr, WRITE: tl.constexpr
     ):
-        """A block of one mask's positions: how many pixels differ from the one before, or which ones."""
+        """Count, or write, the positions in a block of one mask at which a pixel differs from the previous one."""
         block, first_of_mask = tl.program_id(0), tl.program_id(0) // blocks * blocks
         wanted = True
         if WRITE:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the decoder's attention give what the steps give that they replace."""
+"""Tests that the Triton kernels of the decoder's attention compute the same as the step-by-step reference."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def relative_errors(case, dtype, device="cpu") -> list[float]:
-    """Of the kernels against the steps in float32 on the same rounded numbers: of what tokens see, and of what is made of the image."""
+    """Return the errors of attended tokens and of new image tokens, against the reference in float32."""
     prompts, images, own, heads, tokens, channels = case
     generator = torch.Generator().manual_seed(0)
 
@@ -68,7 +68,7 @@ def relative_errors(case, dtype, device="cpu") -> list[float]:
 
 
 def check_decoder(device="cpu"):
-    """Every kind of prompt through the whole decoder with its kernels in float16, against the model's own in float32."""
+    """Check the whole decoder in float16 for every kind of prompt, against the model's own in float32."""
     vision = {"hidden_size": 32, "output_channels": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 64, "num_pos_feats": 64, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": [0]}
     prompt_encoder = {"hidden_size": 128, "image_size": 64, "image_embedding_size": 4}
@@ -124,7 +124,7 @@ def test_the_decoder_on_a_gpu():
 
 
 def test_the_steps_are_attention():
-    """Against torch's own, one head after the other."""
+    """The reference equals torch's attention, head by head."""
     prompts, own, heads, tokens, channels = 3, 5, 2, 11, 8
     image, positions = torch.randn(prompts, tokens, channels), torch.randn(tokens, channels)
     queries, keys, values = torch.randn(3, prompts, heads * own, channels)
@@ -186,7 +186,7 @@ if __name__ == "__main__":
     for case in CASES:
         errors = relative_errors(case, torch.float16)
         assert max(errors) < TOLERANCES[torch.float16], (case, errors)
-    image_attention._PROGRAMS = 1  # as with many prompts: each goes through several blocks
+    image_attention._THREAD_BLOCKS = 1  # as with many prompts: each processes several blocks
     assert max(relative_errors(CASES[0], torch.float16)) < TOLERANCES[torch.float16]
     check_decoder()
     print(f"{len(CASES)} cases")

@@ -1,4 +1,4 @@
-"""The Triton kernel computes torch's layer norm: in Triton's interpreter everywhere, and on a GPU where there is one."""
+"""Tests that the Triton kernel computes torch's layer norm, in Triton's interpreter and on a GPU."""
 
 import itertools
 
@@ -23,7 +23,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def relative_error(width, dtype, num_residuals, gelu, device="cpu"):
-    """Of the kernel in `dtype` against the reference in float64, on the same rounded numbers."""
+    """Return the error of the kernel in `dtype` against the reference in float64, for the same rounded numbers."""
     torch.manual_seed(width)
     norm = nn.LayerNorm(width, eps=1e-6)
     nn.init.normal_(norm.weight)

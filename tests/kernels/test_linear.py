@@ -1,4 +1,4 @@
-"""The fused linear layers compute what LayerNorm, linear layer, GELU and residual do one after the other."""
+"""Tests that fused linear layers compute what LayerNorm, linear layer, GELU and residual compute in sequence."""
 
 import dataclasses
 import warnings
@@ -40,7 +40,7 @@ SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stage
 
 
 def make(case, dtype, device, num_rows=256, in_features=192, out_features=128):
-    """A layer, its input with statistics in three parts and its residual; and the modules that it is made of, in float64."""
+    """Make a layer, its input with statistics in three parts, its residual, and the float64 result of plain modules."""
     norm, gelu, num_residual_rows, _, reorder = case
     torch.manual_seed(0)
     linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
@@ -51,8 +51,9 @@ def make(case, dtype, device, num_rows=256, in_features=192, out_features=128):
         layer_norm = layer_norm.to(dtype)
     order = torch.randperm(out_features, device=device) if reorder else None
     layer = FusedLinear(linear.weight, linear.bias, layer_norm, gelu, order)
-    # Rows with a large mean and very different sizes: E[x^2] - E[x]^2 would be off.
-    values = (torch.randn(num_rows, in_features, device=device) * torch.logspace(-1, 1, num_rows, device=device)[:, None] + 8).to(dtype)  # fmt: skip
+    # Rows with a large mean and very different sizes: E[x^2] - E[x]^2 would be inaccurate.
+    sizes = torch.logspace(-1, 1, num_rows, device=device)[:, None]
+    values = (torch.randn(num_rows, in_features, device=device) * sizes + 8).to(dtype)
     parts = [with_statistics(part).statistics for part in values.chunk(3, dim=1)]
     residual = torch.randn(num_residual_rows, out_features, device=device).to(dtype) if num_residual_rows else None
     with torch.no_grad():
@@ -69,12 +70,13 @@ def make(case, dtype, device, num_rows=256, in_features=192, out_features=128):
     return layer, RowsWithStatistics(values, torch.cat(parts)), residual, expected
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def kernel_errors(case, dtype, device, tile=None, **sizes) -> tuple[float, float]:
-    """Of the values, and of the mean and the variance that the statistics say."""
+    """Return the errors of the kernel's values and of its statistics."""
     layer, rows, residual, expected = make(case, dtype, device, **sizes)
     with torch.no_grad():
         result = launch_triton(layer, rows, residual, case[3], tile)
@@ -82,7 +84,7 @@ def kernel_errors(case, dtype, device, tile=None, **sizes) -> tuple[float, float
 
 
 def statistics_error(rows: RowsWithStatistics) -> float:
-    """Of the mean and the variance that the statistics say, where there are any."""
+    """Return the error of mean and variance according to the statistics; 0 without statistics."""
     if rows.statistics is None:
         return 0.0
     width = rows.values.shape[1] // len(rows.statistics)
@@ -93,7 +95,7 @@ def statistics_error(rows: RowsWithStatistics) -> float:
 
 
 def check_memory(device="cpu", tile=SMALL):
-    """A result lies at the beginning of the memory that is given for it, whatever was there."""
+    """Check that a result is written to the beginning of `memory`, whatever was there, and not beyond."""
     layer, rows, residual, expected = make(CASES[0], torch.float16, device)
     memory = torch.full((expected.numel() + 7,), 5, dtype=torch.float16, device=device)
     with torch.no_grad():
@@ -115,7 +117,7 @@ def patches_error(dtype, device, tile=None) -> float:
 
 
 def check_attempts():
-    """What decides whether a variant runs says yes of each, and no where a result is off."""
+    """Check that attempts accept each variant, and reject one whose statistics are wrong."""
     cpu, half = torch.device("cpu"), torch.float16
     plain, patches = (
         fused_linear._Variant(half, 64, 192),
@@ -135,7 +137,7 @@ def check_attempts():
         return RowsWithStatistics(values, None if statistics is None else statistics * 1.1)
 
     fused_linear.launch_triton = off
-    other = {**SMALL, "num_warps": 2}  # which has not been tried
+    other = {**SMALL, "num_warps": 2}  # not tried yet
     with pytest.warns(UserWarning, match="its result is wrong"):
         assert "its result is wrong" in fused_linear._why_not_variant(cpu, variants[2], other)
     assert fused_linear._why_not_variant(cpu, plain, other) is None
@@ -144,11 +146,11 @@ def check_attempts():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_reference_is_the_modules_one_after_the_other(case, dtype):
+def test_the_reference_equals_the_modules_in_sequence(case, dtype):
     layer, rows, residual, expected = make(case, dtype, "cpu")
     with torch.no_grad():
         result = fused_linear_reference(layer, rows, residual, case[3])
-        assert torch.equal(layer(rows, residual).values, result.values)  # on the CPU there is nothing else
+        assert torch.equal(layer(rows, residual).values, result.values)  # the only path on a CPU
     assert error(result.values, expected) < (1e-5 if dtype == torch.float32 else 1e-3)
     assert (result.statistics is not None) == case[3]
 
@@ -158,7 +160,7 @@ def test_the_kernels_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
 
 
-def test_patches_are_those_of_the_convolution():
+def test_patches_equal_those_of_the_convolution():
     torch.manual_seed(0)
     convolution, pixel_values = nn.Conv2d(3, 64, 16, 16), torch.randn(2, 3, 64, 96)
     layer, positions = FusedLinear(convolution.weight.flatten(1), convolution.bias), torch.randn(24, 64)
@@ -185,13 +187,13 @@ def test_every_reason_not_to_run_the_kernel_on_a_gpu():
     assert "torch.float32" in why_not_triton(layer, RowsWithStatistics(values.float()))
     assert "torch.float32" in why_not_triton(layer, RowsWithStatistics(values), values.float())
     assert "odd addresses" in why_not_triton(layer, RowsWithStatistics(values.view(-1)[1 : 1 + 128 * 64].view(128, 64)))
-    for count in (0, 64, 192, 256):  # a block of 128 rows would reach beyond those that are added
-        assert f"of which {count} are added" in why_not_triton(layer, RowsWithStatistics(values), values[:count])
+    for count in (0, 64, 192, 256):  # a block of 128 rows would reach beyond the residual
+        assert f"a residual of {count} rows" in why_not_triton(layer, RowsWithStatistics(values), values[:count])
     pixels = values.view(3, 1, 64, 128)
     assert why_not_patches(layer, pixels, values[:128]) is None
     assert "60 x 128 pixels" in why_not_patches(layer, torch.zeros_like(pixels[:1, :, :60]).repeat(8, 1, 1, 1), None)
     assert "64 positions" in why_not_patches(layer, pixels, values[:64])
-    with torch.no_grad():  # and what runs then: images of less than a block
+    with torch.no_grad():  # the fallback, for images of less than a block
         small, positions = torch.randn(4, 1, 32, 64, device="cuda").half(), torch.randn(32, 64, device="cuda").half()
         layer = FusedLinear(torch.randn(64, 64, device="cuda").half() / 8, None)
         assert "32 positions" in why_not_patches(layer, small, positions)
@@ -202,7 +204,7 @@ def test_every_reason_not_to_run_the_kernel_on_a_gpu():
 
 
 def test_tiles_fit():
-    """Whatever passes `why_not_triton` is divided by its tile."""
+    """Tiles divide all sizes that `why_not_triton` accepts."""
     for num_rows in (128, 4096, 4096 * 3, 4096 * 5, 4096 * 8, 128 * 257):
         for out_features in (64, 192, 256, 384, 1152, 1536):
             for in_features in (64, 384, 1024, 1536, 3072):
@@ -233,8 +235,8 @@ def test_the_patch_kernel_on_a_gpu(dtype):
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_patches_wait_for_the_positions_that_the_kernel_ahead_of_them_writes():
-    """A layer lets the next kernel begin before it has written anything."""
+def test_patches_wait_for_positions_that_the_previous_kernel_writes():
+    """A layer allows the next kernel to start before it has written anything."""
     writer, rows, _, _ = make((False, False, 0, False, False), torch.bfloat16, "cuda", 4096, 1536, 384)
     patches = FusedLinear(torch.randn(384, 768, device="cuda").to(torch.bfloat16) / 28, None)
     pixel_values = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
@@ -249,9 +251,9 @@ def test_patches_wait_for_the_positions_that_the_kernel_ahead_of_them_writes():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_variant_that_cannot_run_falls_back_and_the_others_run(monkeypatch):
-    """Each by its own: without the products of this one layer."""
+    """Only the layer that cannot run falls back; the other one still runs in Triton."""
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
     launched = []
 
     def breaks(layer, rows, *arguments, **options):
@@ -277,7 +279,7 @@ def test_a_variant_that_cannot_run_falls_back_and_the_others_run(monkeypatch):
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_what_runs_does_so_on_its_own_gpu():
+def test_layers_run_on_their_own_gpu():
     for device in ("cuda:1", "cuda:0"):
         layer, rows, residual, expected = make(CASES[3], torch.bfloat16, device)
         assert error(layer(rows, residual, True).values, expected) < TOLERANCES[torch.bfloat16]
@@ -285,7 +287,7 @@ def test_what_runs_does_so_on_its_own_gpu():
 
 @pytest.mark.gpu
 def test_kernels_that_overlap_read_what_the_one_before_wrote():
-    """A chain of layers, each on the last one's output, over and over: a kernel that did not wait would show."""
+    """Run a chain of layers many times: a kernel that does not wait for the previous one gives wrong numbers."""
     layer, rows, _, _ = make((False, False, 0, True, False), torch.bfloat16, "cuda", 4096, 384, 384)
     chain = FusedLinear(layer.weight / layer.weight.float().norm(dim=1, keepdim=True).to(torch.bfloat16), None)
     with torch.no_grad():

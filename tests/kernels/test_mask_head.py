@@ -1,4 +1,4 @@
-"""The Triton kernel of the decoder's end gives the pixels of the steps it replaces, of the masks that are wanted."""
+"""Tests that the Triton kernel of the decoder's end computes the same logits as the step-by-step reference."""
 
 import warnings
 
@@ -35,12 +35,12 @@ def weights_of(channels, dtype, device):
 
 
 def relative_error(channels, dtype, device="cpu", grid=(5, 14)) -> float:
-    """Of the kernel against the steps in float32 on the same rounded numbers; some masks are left out, and order is kept."""
+    """Return the error of the kernel against the reference in float32; some masks are left out, and order is kept."""
     weights = weights_of(channels, dtype, device)
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(3, grid[0] * grid[1], channels, generator=generator).to(device, dtype)
     hyper = torch.randn(3, 3, channels // 8, generator=generator).to(device)
-    kept = torch.tensor([1, 2, 6, 8], device=device)  # of the second prompt none
+    kept = torch.tensor([1, 2, 6, 8], device=device)  # none of the second prompt
     slots = torch.full((9,), -1, dtype=torch.int32, device=device)
     slots[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_the_kernel_on_a_gpu(channels, dtype, grid):
 
 
 def test_the_steps_are_transposed_convolutions():
-    """Against torch's own layers, in their layout."""
+    """The reference equals torch's own layers, in their layout."""
     channels, (height, width) = 32, (3, 5)
     first = nn.ConvTranspose2d(channels, channels // 4, 2, 2)
     second = nn.ConvTranspose2d(channels // 4, channels // 8, 2, 2)
@@ -84,14 +84,14 @@ def test_the_steps_are_transposed_convolutions():
 def test_where_the_kernel_cannot_be_compiled_the_steps_make_the_same_masks():
     weights, image, hyper = weights_of(128, torch.float32, "cpu"), torch.randn(3, 6, 128), torch.randn(3, 2, 16)
     slots = torch.tensor([[-1, 2], [0, -1], [-1, 1]], dtype=torch.int32)
-    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             found = masks_of(image, hyper, slots, 3, (2, 3), weights)
         expected = run_head(image, hyper, (2, 3), weights, add_layer_norm_reference).flatten(0, 1)[[2, 5, 1]]
         assert masks_of(image, hyper, torch.full_like(slots, -1), 0, (2, 3), weights).shape == (0, 8, 12)
     assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
-    assert [str(warning.message)[:61] for warning in told] == [
+    assert [str(warning.message)[:61] for warning in caught] == [
         "the Triton kernel for the end of the mask decoder does not ru"
     ]
 
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     for case in INTERPRETED:
         error = relative_error(*case)
         assert error < TOLERANCES[case[1]], (case, error)
-    mask_head._PROGRAMS = 1  # as with many prompts: each makes all parts of its image tokens
+    mask_head._THREAD_BLOCKS = 1  # as with many prompts: each makes all parts of its image tokens
     assert relative_error(*INTERPRETED[0]) < TOLERANCES[INTERPRETED[0][1]]
     assert mask_head._why_not_tried(torch.device("cpu"), 128, torch.float16) is None
     print(f"{len(INTERPRETED)} cases")

@@ -1,6 +1,6 @@
-"""Images are resized as torch resizes them on a CPU, to the bit, by PyTorch's operations as by the Triton kernel.
+"""Tests that the reference and the Triton kernel resize images exactly as torch does on a CPU.
 
-The kernel runs in Triton's interpreter everywhere, and on a GPU where there is one.
+The kernel runs in Triton's interpreter, and on a GPU if there is one.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from .interpreter import run_in_tritons_interpreter
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = [(683, 1024), (1, 1), (7, 300), (300, 7), (1200, 801), (64, 64)]
-# Of the image, resized, and of the pixel values: down and up, one axis or both as they were, and a pixel thick.
+# Sizes of image, resized image and pixel values: smaller and larger, one or both axes unchanged, and one pixel thick.
 CASES = [
     ((61, 37), (40, 24), (40, 40)),
     ((37, 61), (24, 40), (40, 40)),
@@ -46,7 +46,7 @@ LAYOUTS = {
     "a crop": lambda image: torch.nn.functional.pad(image, (3, 2, 1, 4), value=99)[:, 1:-4, 3:-2],
     "transposed": lambda image: image.mT.contiguous().mT,
 }
-# Strides of an image (3, 5, 6), whose pixels lie further apart than 32 bits count.
+# Strides of an image (3, 5, 6) that exceed 32-bit offsets.
 FAR_APART = [(2**30 + 9, 50, 3), (20, 2**29 + 9, 3), (20, 70, 2**29 + 9)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +56,7 @@ def random_image(height, width, seed=0):
 
 
 def check_kernel(size, resized, padded, layout="planes", dtype=torch.float32, device="cpu"):
-    """The kernel writes every pixel value, and writes what torch makes of the image on a CPU."""
+    """Check that the kernel writes every pixel value, equal to torch's on a CPU."""
     image = random_image(*size)
     levels = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = torch.empty(3, *padded, dtype=dtype)
@@ -76,7 +76,7 @@ def check_far_apart(strides, device="cpu"):
 
 
 def every_check():
-    """For the interpreter, which is slow: the layouts and the dtypes on one of the cases."""
+    """Yield checks for the interpreter, which is slow: layouts and dtypes are checked on one case only."""
     yield from (partial(check_kernel, *case) for case in CASES)
     yield from (partial(check_kernel, *CASES[1], layout) for layout in LAYOUTS)
     yield from (partial(check_kernel, *CASES[1], dtype=dtype) for dtype in DTYPES[1:])

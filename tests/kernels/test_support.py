@@ -1,4 +1,4 @@
-"""Kernels are tried on each device by themselves, in each variant; what fails is told once, and running out of memory decides nothing."""
+"""Tests of kernel probes: one per device and variant, one warning per reason, and no verdict if memory runs out."""
 
 import threading
 import warnings
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch):
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
 
 
 def broken():
@@ -28,7 +28,7 @@ def out_of_memory():
 
 
 def in_turn(*functions):
-    """A function that is each of these in turn, and how often it was called."""
+    """Return a function that calls these in turn, and the list of its calls."""
     calls = []
 
     def run():
@@ -38,7 +38,7 @@ def in_turn(*functions):
     return run, calls
 
 
-def test_a_kernel_that_fails_is_told_once_and_why():
+def test_a_kernel_that_fails_gives_one_warning_with_the_reason():
     assert failure("tests", lambda: True) is None
     assert "its result is wrong" in failure("tests", lambda: False)
     with pytest.warns(UserWarning, match="for tests does not run here: no C compiler.*operations are used instead"):
@@ -50,7 +50,7 @@ def test_a_kernel_that_fails_is_told_once_and_why():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_found_out_is_kept_for_one_variant_on_one_device_of_one_kernel():
+def test_an_answer_is_kept_for_one_variant_on_one_device_of_one_kernel():
     devices = [torch.device(name) for name in ("cpu:0", "cpu:1", "meta")]
     places = [(name, device, variant) for name in "ab" for device in devices for variant in (1, 2)]
     calls = []
@@ -73,14 +73,14 @@ def test_what_is_found_out_is_kept_for_one_variant_on_one_device_of_one_kernel()
     ],
     ids=str,
 )
-def test_running_out_of_memory_says_nothing_of_the_kernel(error):
+def test_running_out_of_memory_is_no_answer(error):
     def fails():
         raise error
 
     attempt, calls = in_turn(fails, fails, lambda: True, broken)
     with pytest.raises(torch.OutOfMemoryError, match="no memory to try the Triton kernel for tests"):
         why_not_tried("tests", CPU, 1, attempt)
-    assert len(calls) == 2  # once more without what torch kept for later
+    assert len(calls) == 2  # repeated once with an empty cache
     for _ in range(2):
         assert why_not_tried("tests", CPU, 1, attempt) is None
     assert len(calls) == 3
@@ -88,7 +88,7 @@ def test_running_out_of_memory_says_nothing_of_the_kernel(error):
     assert why_not_tried("tests", CPU, 2, attempt) is None and len(calls) == 2
 
 
-def test_what_a_gpu_has_too_little_of_for_a_kernel_is_no_memory_that_ran_out():
+def test_too_few_resources_for_a_kernel_are_not_out_of_memory():
     assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 1, Hardware limit: 2"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -122,7 +122,7 @@ def test_autocast_and_gradients_do_not_reach_an_attempt():
         assert why_not_tried("tests", CPU, 1, attempt) is None
 
 
-def test_a_variant_that_cannot_be_compiled_falls_back_and_is_told_once():
+def test_a_variant_that_cannot_be_compiled_falls_back_with_one_warning():
     launch, calls = in_turn(lambda: "kernel", broken)
     assert launched("tests", CPU, 1, launch, lambda: "reference") == "kernel"
     with pytest.warns(UserWarning, match="for tests does not run here: no C compiler"):

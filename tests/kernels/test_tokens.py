@@ -1,4 +1,4 @@
-"""The Triton kernels of a prompt's tokens give what the mask decoder's own modules give."""
+"""Tests that the Triton kernels of a prompt's tokens compute the same as the mask decoder's own modules."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ ON_A_GPU = [(1, 1, 1, False, slice(1, None)), (16, 1, 0, True, slice(0, 1)), (5,
 
 
 def sam(mlp_dim=256, side=4, channels=256, **decoder) -> SamModel:
-    """A SAM of few weights but its decoder's, which differ from those that training begins with."""
+    """Make a SAM that is small except for its decoder, with weights that differ from the initial ones."""
     vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32, "window_size": 0}
     vision |= {"image_size": 16 * side, "output_channels": channels, "num_pos_feats": channels // 2}
     decoder = {"hidden_size": channels, "mlp_dim": mlp_dim, "iou_head_hidden_dim": channels, **decoder}
@@ -44,7 +44,7 @@ def sam(mlp_dim=256, side=4, channels=256, **decoder) -> SamModel:
 
 
 def prompts_of(num_prompts: int, num_points: int, with_box: bool, size: int) -> tuple[torch.Tensor, ...]:
-    """Labels are -1, which is no point, to 2, which has no embedding of its own."""
+    """Make random prompts; labels are from -1, for padding, to 2, which has no embedding of its own."""
     points, labels = size * torch.rand(num_prompts, num_points, 2), torch.randint(-1, 3, (num_prompts, num_points + 1))
     labels = labels[:, 1:]  # not contiguous
     boxes = (size * torch.rand(num_prompts, 2, 2)).sort(dim=1).values.flatten(1)
@@ -53,7 +53,7 @@ def prompts_of(num_prompts: int, num_points: int, with_box: bool, size: int) -> 
 
 @torch.no_grad()
 def relative_errors(case, device="cpu", dtype=torch.float16, **sizes) -> list[float]:
-    """Of scores, hypernetworks and image tokens, against the modules in float32 with the same rounded weights."""
+    """Return the errors of scores, hypernetworks and image tokens, against the modules in float32."""
     num_prompts, num_images, num_points, with_box, masks = case
     model = sam(**sizes).to(dtype)
     size, side = model.config.vision_config.image_size, model.prompt_encoder.image_embedding_size[0]
@@ -69,7 +69,7 @@ def relative_errors(case, device="cpu", dtype=torch.float16, **sizes) -> list[fl
 
 
 def check_decoder(device="cpu", **sizes):
-    """Prompts of every kind through the whole decoder in float16, against the model's own in float32."""
+    """Check the whole decoder in float16 for every kind of prompt, against the model's own in float32."""
     model = sam(**sizes).to(device)
     plain, fast = PlainMaskDecoder(model), FastMaskDecoder(model, cuda_graphs=device == "cuda", dtype=torch.float16)
     if device == "cpu":  # Triton's interpreter
@@ -83,7 +83,7 @@ def check_decoder(device="cpu", **sizes):
         (3, 1, 2, False, False, False),
         (1, 1, 0, True, False, False),
         (2, 2, 1, True, True, True),
-        (1, 1, 0, False, True, True),  # a mask alone, which the other kernels decode
+        (1, 1, 0, False, True, True),  # a mask alone, which other kernels decode
     ):
         names = (*(("points", "labels") if num_points else ()), *(("boxes",) if with_box else ()))
         prompts = dict(zip(names, prompts_of(num_prompts, num_points, with_box, size)))
@@ -150,8 +150,8 @@ def test_which_prompts_fit():
     decoder = sam().mask_decoder
     assert fits(decoder, prompts_of(MOST_PROMPTS, 2, False, 64)) and fits(decoder, prompts_of(1, 1, True, 64))
     assert not fits(decoder, prompts_of(MOST_PROMPTS + 1, 1, False, 64))
-    assert not fits(decoder, prompts_of(1, 3, False, 64))  # with the outputs' and the last place, nine tokens
-    decoder = sam(num_attention_heads=1).mask_decoder  # for which the image's kernels take 64 tokens, and these 16
+    assert not fits(decoder, prompts_of(1, 3, False, 64))  # nine tokens with output tokens and padding
+    decoder = sam(num_attention_heads=1).mask_decoder  # the image tokens' kernels allow 64 tokens, these 16
     assert fits(decoder, prompts_of(1, 10, False, 64)) and not fits(decoder, prompts_of(1, 11, False, 64))
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels see what upscaled masks would show: in Triton's interpreter everywhere, and on a GPU where there is one."""
+"""Tests that the Triton kernels measure the same as upscaled masks, in Triton's interpreter and on a GPU."""
 
 import pytest
 import torch
@@ -36,16 +36,16 @@ CASES = {  # logits' size, frame
 
 
 def logits_of(size, count=1, device="cpu", dtype=torch.float32):
-    """Blobs, a narrow one, an empty mask, and one that is full."""
+    """Make logits of blobs, of narrow masks, and of empty and full ones."""
     generator = torch.Generator().manual_seed(size[0])
     blobs = 3 * torch.randn(count, *size, generator=generator)
     empty, narrow = torch.full((2, 1, *size), -7.0)
-    narrow[:, 1:-1, size[1] // 3] = 90.0  # columns far from its own are not looked at
+    narrow[:, 1:-1, size[1] // 3] = 90.0  # blocks of columns far from it are skipped
     return torch.cat([blobs, narrow, empty, torch.full((1, *size), 7.0)]).to(device, dtype)
 
 
 def check(name: str, device="cpu", dtype=torch.float32):
-    """The kernels against the reference: the same but for a pixel whose logit is the threshold up to rounding."""
+    """Check the kernels against the reference; a pixel at the threshold may differ by rounding."""
     size, frame = CASES[name]
     logits = logits_of(size, count=1 if device == "cpu" else 9, device=device, dtype=dtype)
     found, expected = launch_measure(logits, frame, THRESHOLDS), measure_reference(logits, frame, THRESHOLDS)
@@ -148,13 +148,13 @@ def test_outlines_of_large_images_are_made_of_fewer_masks_at_once(monkeypatch, p
 
 @pytest.mark.gpu
 def test_more_masks_than_the_second_axis_of_a_grid_has_programs():
-    """65,535; and an image of more blocks than that, for outlines."""
+    """More than 65,535 masks, and more than 65,535 blocks of one mask for outlines."""
     frame = Frame((16, 16), (16, 12), (20, 15), (1, 2), (24, 20))
     logits = logits_of((4, 4), count=70_000, device="cuda")
     some = torch.tensor([0, 1, 65_534, 65_535, 65_536, len(logits) - 3, len(logits) - 1], device="cuda")
     assert torch.equal(launch_measure(logits, frame, THRESHOLDS)[some], launch_measure(logits[some], frame, THRESHOLDS))
     assert torch.equal(launch_masks(logits, frame, 0.0)[some], launch_masks(logits[some], frame, 0.0))
-    (positions, counts), (few, few_counts) = (launch_changes(each, frame, 0.0) for each in (logits, logits[some]))
+    (positions, counts), (few, few_counts) = (launch_changes(part, frame, 0.0) for part in (logits, logits[some]))
     assert torch.equal(counts[some], few_counts)
     parts = positions.split(counts.tolist())
     assert torch.equal(torch.cat([parts[number] for number in some.tolist()]), few)
@@ -165,7 +165,7 @@ def test_more_masks_than_the_second_axis_of_a_grid_has_programs():
 
 @pytest.mark.parametrize("max_bytes", [0, 3000, 1e9])
 def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
-    """Masks of an image and of a crop of it, kept in another order than they came."""
+    """Masks of an image and of a crop of it are kept in another order than they were added."""
     crop = CASES["a crop"][1]
     image = Frame((32, 32), (27, 32), crop.image, (0, 0), crop.image)
     found = Candidates(crop.image, 0.0, max_bytes, use_triton=False)

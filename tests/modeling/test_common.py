@@ -1,4 +1,4 @@
-"""What transformers' own common tests ask of SamModel, asked of ours (transformers does not install those tests)."""
+"""Tests of SamLighteningModel that follow transformers' common tests of SamModel, which are not installed with it."""
 
 import copy
 import inspect
@@ -50,7 +50,7 @@ def test_save_and_load_in_a_subfolder(model, tmp_path):
 
 
 def test_every_weight_has_an_initialisation(any_model):
-    """Weights that a checkpoint lacks are made by _init_weights: the same ones as a fresh model's, none left empty."""
+    """_init_weights initializes all weights that a checkpoint lacks, with the distribution of a fresh model."""
     torch.manual_seed(3)
     fresh = type(any_model)(copy.deepcopy(any_model.config))
     torch.manual_seed(3)
@@ -111,7 +111,7 @@ def test_input_embeddings(any_model):
 
 
 def test_tied_weights(model, tmp_path):
-    """The prompt encoder's coordinate embedding is the model's: one tensor, saved once, tied again on loading."""
+    """Prompt encoder and model share the coordinate embedding: one tensor, saved once, tied again on loading."""
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "shared_image_embedding.positional_embedding" in file.keys()  # noqa: SIM118
@@ -156,7 +156,7 @@ def test_masks_return_to_the_size_of_the_image(model, tmp_path, size):
 
 
 def test_training_reaches_every_weight(config, pixel_values):
-    """With points, boxes and masks in one step."""
+    """One step has points, boxes and masks."""
     model = SamLighteningModel(config).train()
     points = torch.rand(2, 1, 2, 2) * 32
     labels = torch.tensor([[[1, 0]]] * 2)
@@ -173,7 +173,7 @@ DEFAULT = ("dilated_flash_attention", "dilated_flash_attention", "sdpa", "sdpa")
 
 
 def implementations(model_or_config) -> tuple[str | None, ...]:
-    """The attention implementation of every part, in the order of PARTS."""
+    """Return the attention implementation of every part, in the order of PARTS."""
     config = getattr(model_or_config, "config", model_or_config)
     return tuple((getattr(config, part) if part else config)._attn_implementation for part in PARTS)
 
@@ -265,21 +265,21 @@ def test_attention_that_a_part_cannot_run_is_refused_and_nothing_changes(config,
         SamLighteningModel.from_pretrained(tmp_path, attn_implementation=asked)
 
 
-@pytest.mark.parametrize("found", ["flash_attention_2", "sdpa"])
-def test_flash_attention_asked_of_every_part_leaves_the_mask_decoder_its_sdpa(config, monkeypatch, found):
-    """Without the package, which is not everywhere: `found` is what transformers takes for it, itself or a replacement."""
+@pytest.mark.parametrize("chosen", ["flash_attention_2", "sdpa"])
+def test_flash_attention_asked_of_every_part_leaves_the_mask_decoder_its_sdpa(config, monkeypatch, chosen):
+    """The package need not be installed: `chosen` is the implementation that transformers takes for it."""
 
     def check(self, name, *args, **kwargs):
-        return found if name == "flash_attention_2" else name
+        return chosen if name == "flash_attention_2" else name
 
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", check)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
     config._attn_implementation = "flash_attention_2"
     model = SamLighteningModel(config)
-    assert implementations(model) == (found, found, "sdpa", "sdpa")
+    assert implementations(model) == (chosen, chosen, "sdpa", "sdpa")
     model.set_attn_implementation("eager")
     model.set_attn_implementation("flash_attention_2")
-    assert implementations(model) == (found, found, "sdpa", "sdpa")
+    assert implementations(model) == (chosen, chosen, "sdpa", "sdpa")
 
 
 def test_attention_function_of_ones_own_runs_in_every_part(model, pixel_values):
@@ -318,7 +318,7 @@ def test_attention_function_of_ones_own_runs_in_every_part(model, pixel_values):
     ],
 )
 def test_attention_asked_for_while_loading(model, pixel_values, tmp_path, load, asked, expected):
-    """Of a folder whose model ran another one: that is no part of a checkpoint."""
+    """The implementation of the saved model does not matter: it is not part of a checkpoint."""
     model.set_attn_implementation("eager" if asked != "eager" else "sdpa")
     model.save_pretrained(tmp_path)
     loaded = load.from_pretrained(tmp_path, **({} if asked is None else {"attn_implementation": asked}))
@@ -358,7 +358,7 @@ def test_parts_share_the_configs_of_the_whole(model):
 
 
 def test_attentions_asked_for_by_the_config(config, pixel_values):
-    """Of the whole and of the image encoder, as in SamModel. Before a model is made it also asks for "eager"."""
+    """As in SamModel, for the whole model and the image encoder; a config needs "eager" before a model is made."""
     config.output_attentions = config.vision_config.output_attentions = True
     model = SamLighteningModel(config).eval()
     assert implementations(model) == ("eager",) * 4
@@ -376,7 +376,7 @@ def test_main_input_and_prefix(any_model):
 
 
 def test_every_tensor_is_a_parameter_or_a_buffer(any_model, pixel_values):
-    """A tensor that is neither stays behind when the model goes to another device."""
+    """Other tensors would stay behind when the model moves to another device."""
     for module in any_model.modules():
         stray = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
         assert not stray, f"{type(module).__name__}: {stray}"
@@ -424,7 +424,7 @@ def test_it_can_be_made_on_meta_and_loaded_there(model, tmp_path):
 
 
 def test_buffers_have_an_initialisation(any_model):
-    """As weights have: a checkpoint may lack them, and then they were made on "meta", where there are no values."""
+    """A checkpoint may lack buffers, which then come from the "meta" device, without values."""
     loaded = type(any_model).from_pretrained(None, config=copy.deepcopy(any_model.config), state_dict={})
     for name, buffer in any_model.named_buffers():
         other = loaded.get_buffer(name)
@@ -435,7 +435,7 @@ def test_buffers_have_an_initialisation(any_model):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_training_with_either_kind_of_checkpointing(config, pixel_values, use_reentrant):
     model = SamLighteningModel(config).train()
-    model.enable_input_require_grads()  # as PEFT does: reentrant checkpointing needs an input with a gradient
+    model.enable_input_require_grads()  # like PEFT: reentrant checkpointing needs an input with a gradient
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model(pixel_values, input_boxes=BOXES).pred_masks.square().mean().backward()
     encoder = dict(model.vision_encoder.named_parameters())
@@ -456,7 +456,7 @@ def test_frozen_encoder_lets_gradients_through_to_its_input(model, pixel_values)
 
 
 def test_a_part_of_the_checkpoint_loads_as_its_config(config, tmp_path):
-    """The configs of the parts, from the folder of the whole, as transformers' ConfigTester asks."""
+    """The parts' configs load from the folder of the whole model, as transformers' ConfigTester requires."""
     config.save_pretrained(tmp_path)
     for part in PARTS[1:]:
         expected = getattr(config, part)

@@ -35,7 +35,10 @@ IMPOSSIBLE = [
     ({"attention_dropout": 2.0}, ["attention_dropout=2.0"]),
     ({"window_size": -1}, ["window_size=-1"]),
     ({"window_size": 14}, ["segment_length=512", "layer 0", "14x14=196"]),
-    ({"window_size": 14, "segment_length": None, "dilation_rate": 1, "global_attn_indexes": (2, 6)}, ["contains 6", "=6"]),
+    (
+        {"window_size": 14, "segment_length": None, "dilation_rate": 1, "global_attn_indexes": (2, 6)},
+        ["contains 6", "=6"],
+    ),
     ({"window_size": 14, "segment_length": None, "dilation_rate": 3}, ["dilation_rate=3", "segment_length=196"]),
 ]  # fmt: skip
 
@@ -85,10 +88,10 @@ def test_a_plain_sams_vision_config_is_converted_or_refused():
     plain = SamVisionConfig(use_rel_pos=False, window_size=0, num_hidden_layers=6)
     converted = SamLighteningConfig(vision_config=plain).vision_config
     assert type(converted) is SamLighteningVisionConfig
-    ours = SamLighteningVisionConfig()  # and not SAM's, with which nothing fresh is learned
+    ours = SamLighteningVisionConfig()  # not SAM's defaults, with which a fresh model does not learn
     assert (converted.scale, converted.initializer_range) == (ours.scale, ours.initializer_range)
-    given = SamVisionConfig(use_rel_pos=False, window_size=0, num_hidden_layers=6, scale=3.0, initializer_range=0.1)
-    converted = SamLighteningConfig(vision_config=given).vision_config
+    plain = SamVisionConfig(use_rel_pos=False, window_size=0, num_hidden_layers=6, scale=3.0, initializer_range=0.1)
+    converted = SamLighteningConfig(vision_config=plain).vision_config
     assert (converted.scale, converted.initializer_range) == (3.0, 0.1)
 
 

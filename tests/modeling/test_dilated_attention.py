@@ -34,7 +34,7 @@ def random_tokens(num_tokens, batch_size=2, dtype=torch.float64, seed=0, **kwarg
 
 
 def visible_tokens(n, num_tokens, segment_length, dilation_rate):
-    """The definition in design prose, with loops: token m of n's own segment and residue class."""
+    """Compute the mask from the definition, with loops: m is in the segment and residue class of n."""
     return {
         m
         for m in range(num_tokens)
@@ -81,7 +81,7 @@ def test_gradcheck(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_key_set_of_every_query_by_perturbation(pattern):
-    """Changes one token's key and value and sees exactly which queries, in which heads, notice."""
+    """Changing one token's key and value changes exactly the outputs of its group."""
     num_tokens, segment_length, dilation_rate, offsets = pattern
     query, key, value = random_tokens(num_tokens, batch_size=1)
     output = dilated_attention(query, key, value, *pattern[1:])
@@ -100,7 +100,7 @@ def test_key_set_of_every_query_by_perturbation(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_no_token_is_left_out(pattern):
-    """Every token's value reaches the output, and every token gets an output (per head: in its own class's heads)."""
+    """Every token's value reaches the output, and every token has an output (per_head: in the heads of its class)."""
     num_tokens, _, dilation_rate, offsets = pattern
     query, key, value = random_tokens(num_tokens, requires_grad=True)
     output = dilated_attention(query, key, value, *pattern[1:])

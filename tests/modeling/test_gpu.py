@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: every kernel against the float64 reference, forward and backward, and the default's choice."""
+"""Tests on a CUDA device: each kernel against the float64 reference, forward and backward; the default's choice."""
 
 import copy
 
@@ -17,10 +17,8 @@ PATTERNS = [(2048, 1, "all"), (2048, 2, "all"), (512, 1, "all"), (512, 4, "all")
 
 def random_tokens(seed, requires_grad=False, head_dim=64):
     generator = torch.Generator("cuda").manual_seed(seed)
-    return [
-        torch.randn(2, 2048, 6, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_(requires_grad)
-        for _ in range(3)
-    ]  # fmt: skip
+    options = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    return [torch.randn(2, 2048, 6, head_dim, **options).requires_grad_(requires_grad) for _ in range(3)]
 
 
 def relative_error(output, expected):
@@ -53,7 +51,7 @@ def test_gradients_equal_the_reference(backend, pattern):
 
 
 def kernels(function):
-    """Names of the CUDA kernels that `function` launches."""
+    """Return the names of the CUDA kernels that `function` launches."""
     function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
@@ -62,7 +60,7 @@ def kernels(function):
 
 
 def captured(function, *tokens):
-    """A replayer of `function` in a CUDA graph."""
+    """Capture `function` in a CUDA graph and return its replay function."""
     graph = torch.cuda.CUDAGraph()
     function(*tokens)
     torch.cuda.synchronize()
@@ -72,7 +70,7 @@ def captured(function, *tokens):
 
 
 def test_default_runs_the_kernel_that_its_rule_names():
-    """FlashAttention-4 (where installed) for what is captured or large, but short forwards; otherwise cuDNN."""
+    """FlashAttention-4, if installed, runs captured or large calls except short forwards; cuDNN runs the others."""
     tokens = random_tokens(0)
     if reason := why_not("cudnn", *tokens):
         pytest.skip(reason)
@@ -99,7 +97,7 @@ def test_float32_and_odd_heads_fall_back():
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_choice_is_made_when_it_runs(mode):
-    """Launched one by one, cuDNN; captured into a CUDA graph, FlashAttention-4."""
+    """Single launches use cuDNN, launches in a CUDA graph FlashAttention-4."""
     tokens = random_tokens(0)
     if reason := why_not("flash_attention_4", *tokens):
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The image processor that travels with checkpoints: transformers' own mask-generation pipeline in any floating point type."""
+"""Tests of the image processor: transformers' mask-generation pipeline runs in any floating point dtype."""
 
 from pathlib import Path
 
@@ -34,23 +34,23 @@ def stock_pipeline(photograph, dtype=torch.float32, device="cpu", **parts) -> di
 
 @pytest.fixture(scope="module")
 def in_float32(photograph):
-    found = stock_pipeline(photograph)
-    assert len(found["masks"]) > 10
-    return found
+    result = stock_pipeline(photograph)
+    assert len(result["masks"]) > 10
+    return result
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_stock_pipeline_in_half_precision_gives_the_masks_of_float32(photograph, in_float32, dtype, device):
-    found = stock_pipeline(photograph, dtype, device)
-    assert found["scores"].dtype == torch.float32
-    found["scores"] = found["scores"].cpu()
-    masks, expected = torch.stack(found["masks"]).cpu(), torch.stack(in_float32["masks"])[:, None]
+    result = stock_pipeline(photograph, dtype, device)
+    assert result["scores"].dtype == torch.float32
+    result["scores"] = result["scores"].cpu()
+    masks, expected = torch.stack(result["masks"]).cpu(), torch.stack(in_float32["masks"])[:, None]
     iou = (masks & expected).sum((-1, -2)) / (masks | expected).sum((-1, -2))  # (in float32, found here)
     matched = iou.amax(1) > 0.95
     assert matched.float().mean() >= 0.9  # all but one
     assert (iou.amax(0) > 0.95).float().mean() >= 0.9
-    assert torch.allclose(found["scores"][iou.argmax(1)][matched], in_float32["scores"][matched], atol=0.03)
+    assert torch.allclose(result["scores"][iou.argmax(1)][matched], in_float32["scores"][matched], atol=0.03)
 
 
 def test_stock_pipeline_in_float32_is_what_it_is_with_sams_own_processor(photograph, in_float32):
@@ -71,18 +71,18 @@ def test_filter_masks_is_sams_of_the_same_values_in_float32(dtype, thresholds):
     masks = (torch.nn.functional.avg_pool2d(noise, 9, 1, 4) * 9).to(dtype)
     scores = torch.rand(6, 3, generator=generator).to(dtype)
     where = ((40, 50), torch.tensor([0.0, 0.0, 50.0, 40.0]))
-    found = SamLighteningImageProcessor().filter_masks(masks, scores, *where, *thresholds)
+    result = SamLighteningImageProcessor().filter_masks(masks, scores, *where, *thresholds)
     rles, kept_scores, boxes = SamImageProcessor().filter_masks(masks.float(), scores.float(), *where, *thresholds)
     assert bool(rles) == (thresholds[0] < 1)
-    assert found[0] == rles
-    assert found[1].dtype == torch.float32
-    assert torch.equal(found[1], kept_scores)
-    assert torch.equal(found[2], boxes)
+    assert result[0] == rles
+    assert result[1].dtype == torch.float32
+    assert torch.equal(result[1], kept_scores)
+    assert torch.equal(result[2], boxes)
 
 
 def test_checkpoints_with_either_processor_load_and_give_the_same(model, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
-    found = []
+    results = []
     for kind in (SamLighteningImageProcessor, SamImageProcessor):
         folder = tmp_path / kind.__name__
         SamProcessor(kind(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32})).save_pretrained(folder)
@@ -90,8 +90,8 @@ def test_checkpoints_with_either_processor_load_and_give_the_same(model, tmp_pat
         loaded, processor = load_model(folder, "cpu")
         assert type(processor.image_processor) is kind
         keep_all = {"points_per_crop": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
-        found.append(MaskGenerator(loaded, processor)(image, **keep_all))
-    ours, stock = found
+        results.append(MaskGenerator(loaded, processor)(image, **keep_all))
+    ours, stock = results
     assert len(ours) > 0
     assert ours.masks.to_coco() == stock.masks.to_coco()
     assert np.array_equal(ours.scores, stock.scores)

@@ -25,7 +25,7 @@ PATTERNS = {
 
 
 def sam_of_same_shape(model: SamLighteningModel) -> SamModel:
-    """transformers' own SAM, without relative positions, with the same weights."""
+    """Make transformers' SAM without relative positions, with the same weights."""
     config = model.config.to_dict()
     config["vision_config"] = {**config["vision_config"], "model_type": "sam_vision_model"}
     sam = SamModel(
@@ -53,7 +53,7 @@ def prompts():
 @pytest.mark.parametrize("windows", [{}, {"window_size": 3, "global_attn_indexes": (1,)}], ids=["global", "windowed"])
 @pytest.mark.parametrize("attn_implementation", ["dilated_flash_attention", "sdpa", "eager"])
 def test_undilated_model_is_transformers_sam(windows, attn_implementation, prompts, pixel_values):
-    """Same weights, w=N, r=1 and no relative positions: every output of every kind of prompt agrees."""
+    """With the same weights, w=N, r=1 and no relative positions, all outputs agree for every kind of prompt."""
     torch.manual_seed(0)
     model = SamLighteningModel(tiny_config(**PATTERNS["full"], **windows)).eval()
     model.set_attn_implementation(attn_implementation)
@@ -79,7 +79,7 @@ def test_patch_embedding_is_the_convolution(model, pixel_values):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_implementations_equal_the_reference(pattern, pixel_values, monkeypatch):
-    """Every attn_implementation that runs on a CPU, held to a model whose attention is the slow reference."""
+    """Every attn_implementation that runs on a CPU equals a model whose attention is the slow reference."""
     torch.manual_seed(0)
     model = SamLighteningModel(tiny_config(**PATTERNS[pattern])).eval()
 
@@ -189,8 +189,8 @@ def test_image_embeddings_may_be_given(model, pixel_values, prompts):
     with torch.no_grad():
         embeddings = model.get_image_embeddings(pixel_values)
         direct = model(pixel_values, **prompts["boxes"])
-        given = model(image_embeddings=embeddings, **prompts["boxes"])
-    torch.testing.assert_close(direct.pred_masks, given.pred_masks)
+        from_embeddings = model(image_embeddings=embeddings, **prompts["boxes"])
+    torch.testing.assert_close(direct.pred_masks, from_embeddings.pred_masks)
     assert embeddings.shape == (2, 32, 8, 8)
 
 
@@ -207,7 +207,7 @@ def test_pixels_that_are_not_normalized_are_refused(model, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, pixel_values, prompts, dtype):
-    """float32 images and prompts go in; outputs are the model's dtype and close to float32's."""
+    """Inputs are float32; outputs have the model's dtype and are close to those of float32."""
     with torch.no_grad():
         expected = model(pixel_values, **prompts["boxes and points"])
         half = copy.deepcopy(model).to(dtype)
@@ -253,7 +253,7 @@ def test_attention_dropout_is_for_training_only(pixel_values):
 
 
 def test_fresh_model_has_a_signal_and_learns(config, pixel_values):
-    """The parents' initializer_range would give an encoder whose layers add nothing, and prompts that are noise."""
+    """With the parents' initializer_range the layers would add nothing, and prompts would be noise."""
     torch.manual_seed(0)
     model = SamLighteningModel(config)
     assert model.vision_encoder.layers[0].attn.qkv.weight.std() > 0.01
@@ -348,7 +348,7 @@ def test_device_map(model, pixel_values, tmp_path, device_map):
 
 
 def test_device_map_with_offloading(model, pixel_values, tmp_path):
-    """Weights that live on disk until their module runs: nothing may touch a weight past its module's forward."""
+    """Weights stay on disk until their module runs, so no weight may be used outside its module's forward."""
     model.save_pretrained(tmp_path / "model")
     device_map = {
         "shared_image_embedding": "cpu",

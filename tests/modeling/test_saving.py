@@ -1,4 +1,4 @@
-"""What save_pretrained leaves, and who can load it: with the package, and with transformers alone."""
+"""Tests of the folder that save_pretrained writes: it loads with the package, and with transformers alone."""
 
 import ast
 import json
@@ -47,7 +47,7 @@ COMPLETE = CODE | {"config.json", "model.safetensors", "processor_config.json"}
 
 
 def run_without_the_package(script: str, cache: Path, *arguments) -> str:
-    """Runs a script in a fresh process where samlight_hf cannot be imported; returns stdout, and requires a silent stderr."""
+    """Run a script in a new process where samlight_hf cannot be imported; check that stderr is empty, return stdout."""
     preamble = "import sys; sys.modules['samlight_hf'] = None\n"
     environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "TRANSFORMERS_VERBOSITY": "warning"}
     process = subprocess.run(
@@ -107,7 +107,7 @@ def test_auto_classes_load_it(folder, model, pixel_values):
 
 
 def test_checkpoint_without_a_processor_still_finds_one(folder):
-    """An old folder, or one whose processor file was lost: the registration names the class."""
+    """For an old folder, or one whose processor file was lost, the registration names the class."""
     (folder / "processor_config.json").unlink()
     image_processor = {"size": {"longest_edge": 32}, "pad_size": {"height": 32, "width": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
@@ -147,7 +147,7 @@ def test_a_processor_of_another_size_is_replaced(model, tmp_path):
 
 @pytest.mark.parametrize("part", ["model", "encoder"])
 def test_push_while_saving_uploads_everything(model, tmp_path, monkeypatch, part):
-    """huggingface_hub's side is replaced: what it is given to upload is the whole folder."""
+    """All files of the folder are passed to huggingface_hub, whose functions are replaced here."""
     uploaded = []
 
     class Api:
@@ -211,7 +211,7 @@ def test_pipeline(folder, image):
 
 
 def test_loads_with_remote_code_alone_saves_again_and_loads_again(folder, model, pixel_values, image, tmp_path):
-    """Every entrance of the mission, in a process where the package cannot be imported; then its own save, loaded the same way."""
+    """All ways to load a folder work without the package, and so do those for a folder that this process saves."""
     stock = tmp_path / "stock"  # as an older checkpoint has it: a processor of transformers' own, which needs no trust
     SamProcessor(SamImageProcessor(size={"longest_edge": 32}, image_mean=[0.5, 0.5, 0.5])).save_pretrained(stock)
     stock_processor = (stock / "processor_config.json").read_bytes()
@@ -276,7 +276,7 @@ except ImportError:
 
 
 def test_package_and_remote_code_side_by_side(folder, model, pixel_values, tmp_path, monkeypatch):
-    """trust_remote_code=True with the package imported too: two classes of one name, and both work."""
+    """With the package imported too, trust_remote_code=True gives a second class of the same name; both work."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path / "cache")
     remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -292,7 +292,7 @@ def test_package_and_remote_code_side_by_side(folder, model, pixel_values, tmp_p
 
 
 def test_modeling_is_self_contained():
-    """Each file of modeling/ imports only torch, transformers, huggingface_hub, the standard library and its siblings."""
+    """The files import only torch, transformers, huggingface_hub, the standard library and their siblings."""
     allowed = {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
     for name in CODE:
         for node in ast.walk(ast.parse((MODELING / name).read_text())):

@@ -1,4 +1,4 @@
-"""What trust_remote_code=True runs reaches for no file, network or process; and a hostile folder is refused in one line."""
+"""Tests that remote code uses no file, network or process, and that hostile folders are refused in one line."""
 
 import ast
 import json
@@ -30,21 +30,22 @@ OPTIONAL_MODULES = {"flash_attn"}  # kernels, imported inside try
 ALLOWED_OF_OS = {"PathLike", "path"}
 ALLOWED_OF_OS_PATH = {"isfile", "join"}
 FORBIDDEN_NAMES = {
-    "__builtins__", "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "globals", "input", "locals", "open", "vars",
+    "__builtins__", "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "globals", "input", "locals",
+    "open", "vars",
 }  # fmt: skip
 FORBIDDEN_ATTRIBUTES = {
-    "__builtins__", "__class__", "__globals__", "__loader__", "__subclasses__", "fork", "from_file", "hub", "load", "load_state_dict_from_url",
-    "multiprocessing", "popen", "push_to_hub", "remove", "rename", "rmdir", "save", "spawn", "system", "tofile", "unlink", "urlopen",
-    "write_bytes", "write_text",
+    "__builtins__", "__class__", "__globals__", "__loader__", "__subclasses__", "fork", "from_file", "hub", "load",
+    "load_state_dict_from_url", "multiprocessing", "popen", "push_to_hub", "remove", "rename", "rmdir", "save", "spawn",
+    "system", "tofile", "unlink", "urlopen", "write_bytes", "write_text",
 }  # fmt: skip
 # Parts of torch and transformers that fetch, build or start something.
 FORBIDDEN_PARTS = {"cpp_extension", "dynamic_module_utils", "hub", "multiprocessing", "rpc", "serialization"}
-# transformers' own reading and writing of a folder, where the user asked for it: the functions that may.
+# Functions that may read and write a folder, by transformers, at the user's request.
 MAY_READ_AND_WRITE = {"save_pretrained", "_save_processor"}
 
 
 def violations(source: str) -> list[str]:
-    """What a file of remote code does that it must not, as "line: what"."""
+    """Return what a file of remote code must not do but does, each as "line: code"."""
     found = []
 
     def visit(node: ast.AST, function: str, in_try: bool):
@@ -73,7 +74,7 @@ def violations(source: str) -> list[str]:
             if node.attr in ("from_pretrained", "save_pretrained") and function not in MAY_READ_AND_WRITE:
                 found.append(f"{node.lineno}: {text} in {function or 'the module'}")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
-            # A computed name must not reach what is forbidden by its name: only attributes of self and of models' configs.
+            # Computed names could reach forbidden attributes: they are only allowed for self and models' configs.
             target = ast.unparse(node.args[0])
             if not (target == "self" or target == "config" or target.endswith(".config")):
                 found.append(f"{node.lineno}: {ast.unparse(node)}")
@@ -87,7 +88,7 @@ def violations(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", sorted(CODE_FOLDER.glob("*.py")), ids=lambda path: path.name)
-def test_remote_code_reaches_for_nothing(path):
+def test_remote_code_does_nothing_forbidden(path):
     assert Path(modeling.__file__).parent == CODE_FOLDER
     assert violations(path.read_text(encoding="utf-8")) == []
 
@@ -96,14 +97,16 @@ def test_remote_code_reaches_for_nothing(path):
     "source",
     [
         "open('x')", "import subprocess", "import os as o", "from os import system", "import os\nos.system('x')",
-        "import os\nos.environ['HF_TOKEN']", "import os\nos.path.getsize('x')", "__import__('socket')", "import urllib.request", "from pathlib import Path",
-        "import torch\ntorch.load('x')", "import torch\ntorch.hub", "import torch\ntorch.save(1, 'x')", "import flash_attn", "exec('x')",
+        "import os\nos.environ['HF_TOKEN']", "import os\nos.path.getsize('x')", "__import__('socket')",
+        "import urllib.request", "from pathlib import Path", "import torch\ntorch.load('x')", "import torch\ntorch.hub",
+        "import torch\ntorch.save(1, 'x')", "import flash_attn", "exec('x')",
         "f = eval", "getattr(torch, 'lo' + 'ad')('x')", "().__class__.__subclasses__()", "import importlib",
-        "from transformers import AutoModel\nAutoModel.from_pretrained('other/repo')", "def f(m):\n    m.push_to_hub('x')",
+        "from transformers import AutoModel\nAutoModel.from_pretrained('other/repo')",
+        "def f(m):\n    m.push_to_hub('x')",
         "import huggingface_hub", "import ctypes", "import pickle", "print.__globals__",
     ],
 )  # fmt: skip
-def test_the_walk_sees_what_is_forbidden(source):
+def test_violations_are_found(source):
     assert violations(source)
 
 
@@ -130,8 +133,13 @@ def write_index(folder: Path, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "{outside}", "model-00001-of-00001.safetensors/../../outside.safetensors",
-                                   "..\\outside.safetensors", "outside.safetensors", 7, None, ["model.safetensors"], {}])  # fmt: skip
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../outside.safetensors", "{outside}", "model-00001-of-00001.safetensors/../../outside.safetensors",
+        "..\\outside.safetensors", "outside.safetensors", 7, None, ["model.safetensors"], {},
+    ],
+)  # fmt: skip
 def test_shards_stay_in_their_folder(folder, shard):
     names = load_file(folder / "model.safetensors")
     if shard == "{outside}":
@@ -155,7 +163,10 @@ def test_an_index_that_is_nested_too_deep(folder):
 
 @pytest.mark.parametrize(
     "content",
-    [struct.pack("<Q", 2**63), struct.pack("<Q", 2**64 - 1), struct.pack("<Q", 99_000_000) + b"{}", b"", b"\x80\x04", struct.pack("<Q", 10**6) + b"[" * 10**6],
+    [
+        struct.pack("<Q", 2**63), struct.pack("<Q", 2**64 - 1), struct.pack("<Q", 99_000_000) + b"{}", b"", b"\x80\x04",
+        struct.pack("<Q", 10**6) + b"[" * 10**6,
+    ],
     ids=["huge", "largest", "longer than the file", "empty", "pickle", "nested"],
 )  # fmt: skip
 def test_headers_that_lie(folder, content):
@@ -186,7 +197,7 @@ def test_weights_that_are_no_numbers(folder, value):
 
 
 def test_a_config_that_asks_for_other_code(folder, tmp_path):
-    """The package's own code is run, whatever auto_map says; the other file would leave a trace."""
+    """The package's own code runs whatever auto_map says; the other file would leave a trace."""
     trace = tmp_path / "trace"
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\n")
     config = json.loads((folder / "config.json").read_text())

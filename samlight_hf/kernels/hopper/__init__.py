@@ -1,1 +1,1 @@
-"""CUDA kernels for Hopper GPUs, compiled with NVRTC when they are first needed."""
+"""CUDA kernels for Hopper GPUs, compiled with NVRTC on first use."""

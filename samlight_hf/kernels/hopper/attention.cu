@@ -1,16 +1,16 @@
-// softmax(scale q k^T) v within the groups of dilated attention, on Hopper GPUs: the kernel of attention.py, which defines what
-// is in capitals. q, k and v have 64 features and lie side by side in a token's row, head by head; the tokens of a group lie
-// DILATION rows apart in a segment. PER_HEAD, a head has one of a segment's groups, and is zero in the others' tokens.
+// softmax(scale q k^T) v within the groups of dilated attention, on Hopper GPUs: the kernel of attention.py, which defines the
+// names in capitals. q, k and v have 64 features and are side by side in a token's row, head by head; the tokens of a group are
+// DILATION rows apart in a segment. If PER_HEAD, a head attends in one of a segment's groups and is zero in the others.
 //
-// A thread block has WARPGROUPS * 64 queries of a group, each warpgroup 64 of them, and sees all keys, KEYS at a time. Sums and the softmax are
-// float32. While some warpgroups compute exponentials, the tensor cores work for the others.
+// A thread block has WARPGROUPS * 64 queries of a group, 64 per warpgroup, and reads all keys, KEYS at a time. Sums and the
+// softmax are float32. While some warpgroups compute exponentials, the tensor cores work for the others.
 
 #include "common.cuh"
 
 constexpr int DIM = 64, KEYS = 128, BLOCKS = GROUP / KEYS, QUERIES = WARPGROUPS * 64, TILES = (GROUP + QUERIES - 1) / QUERIES;
-// Whether a block's scores become weights while values of the block before are multiplied, for which it takes more registers.
+// Whether a block's softmax weights are computed while the previous block's values are multiplied, which takes more registers.
 constexpr bool AHEAD = WARPGROUPS == 3;
-// Memory that was used so many blocks ago is written anew: by then the other warpgroups are likely to be done with it, too.
+// Memory is reused LAG blocks after its last use: by then the other warpgroups have probably finished with it, too.
 constexpr int LAG = WARPGROUPS > 1 ? 2 : 1;
 constexpr u32 BLOCK_BYTES = KEYS * DIM * 2, QUERY_BYTES = QUERIES * DIM * 2;
 
@@ -21,7 +21,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES);
 
-// A group: where its q, k and v are.
+// The place of a group's q, k and v.
 struct Group {
     int head, offset, segment;
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 #define MINUS_INFINITY __int_as_float(0xFF800000)
 
-// Scores of 64 queries and the block's keys, which are there when products are waited for.
+// Start computing the scores of 64 queries and the block's keys; they are complete after wait_for_products.
 __device__ __forceinline__ void multiply_queries(Shared& shared, float (&scores)[KEYS / 2], u64 queries, int block) {
     wait(&shared.keys_loaded[block % STAGES], block / STAGES);
     u64 keys = matrix(shared.keys[block % STAGES]);
@@ -60,12 +60,12 @@ __device__ __forceinline__ void multiply_queries(Shared& shared, float (&scores)
     commit_products();
 }
 
-// What a thread knows of the softmax of its two queries.
+// A thread's state of the softmax of its two queries.
 struct Softmax {
     float reference[2] = {MINUS_INFINITY, MINUS_INFINITY}, totals[2] = {}, factors[2];
     bool grown[2];
 
-    // Scores become weights, relative to the largest score so far, or to one that was, if it has grown little since.
+    // Turn scores into weights relative to a reference: the largest score so far, or an earlier one if it has grown little since.
     __device__ __forceinline__ void weigh(u32 (&weights)[KEYS / 4], const float (&scores)[KEYS / 2], float scale) {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
@@ -89,7 +89,7 @@ struct Softmax {
         }
     }
 
-    // What was summed with other weights.
+    // Rescale sums of values whose weights were relative to an earlier reference.
     __device__ __forceinline__ void rescale(float (&sums)[DIM / 2]) {
 #pragma unroll
         for (int row = 0; row < 2; row++)
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     int first = blockIdx.x % TILES * QUERIES, number = blockIdx.x / TILES;
     Group group = {number % HEADS, number / HEADS % DILATION, number / (HEADS * DILATION)};
     if (PER_HEAD) group.offset = group.head % DILATION, group.segment = number / HEADS;
-    // Those that have queries at all.
+    // The number of warpgroups that have queries.
     int warpgroups = min(WARPGROUPS, (GROUP - first) / 64);
     if (threadIdx.x == 0) {
         prefetch(&query_map), prefetch(&block_map);
@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     __syncthreads();
     if (warpgroup >= warpgroups) return;
 
-    // Of 64 queries a thread has two, `lane / 4` and 8 further on of its warp's 16, and of these, of each eight columns, two.
+    // A thread has two of 64 queries, `lane / 4` and `lane / 4 + 8` of its warp's 16, and two of every eight columns of them.
     float sums[DIM / 2] = {}, scores[KEYS / 2];
     Softmax softmax;
     u32 weights[KEYS / 4];
@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     };
     auto wait_for_values = [&](int block) { wait(&shared.values_loaded[block % STAGES], block / STAGES); };
     auto multiply_values = [&](int block) {
-        if (!AHEAD || block == 0) wait_for_values(block);  // else they have been waited for
+        if (!AHEAD || block == 0) wait_for_values(block);  // otherwise they have already been waited for
         u64 values = matrix(shared.values[block % STAGES]);
         compiler_fence(sums), compiler_fence(weights);
         begin_products();
@@ -173,8 +173,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
             multiply_values(block);
             wait_for_products<1>();
             compiler_fence(scores);
-            softmax.weigh(next, scores, scale);  // while values are still multiplied
-            wait_for_values(block + 1);  // or the compiler would move the wait for products ahead of the exponentials
+            softmax.weigh(next, scores, scale);  // while the values are being multiplied
+            wait_for_values(block + 1);  // keeps the compiler from moving the wait for products before the exponentials
             end_values();
             softmax.rescale(sums);
 #pragma unroll

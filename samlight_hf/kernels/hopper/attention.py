@@ -1,6 +1,7 @@
-"""Dilated attention of the image encoder on Hopper GPUs, by a kernel in CUDA (attention.cu).
+"""Dilated attention of the image encoder on Hopper GPUs, by a CUDA kernel (attention.cu).
 
-It reads queries, keys and values where the projection wrote them, and overlaps with the kernels before and after it.
+It reads queries, keys and values from the projection's output without a copy, and overlaps with the previous and the
+next kernel.
 """
 
 import math
@@ -14,12 +15,12 @@ from ..support import normal_numbers, why_not_tried
 from . import runtime as hopper
 
 
-STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by a thread block's warpgroups
+STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by warpgroups per thread block
 _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in attention.cu
 
 
 def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, dilation_offsets: str) -> str | None:
-    """Why the kernel cannot run with what `launch_attention` is given: a sentence, or None where it can."""
+    """Return why the kernel cannot run with these arguments of `launch_attention`, as a sentence, or None if it can."""
     _, num_tokens, num_heads, _, head_dim = qkv.shape
     if reason := hopper.why_not_hopper(qkv.device, qkv.dtype):
         return reason
@@ -40,35 +41,43 @@ def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, d
 
 
 def _why_not_tried(device: torch.device, **constants: int) -> str | None:
-    """Why the kernel of these constants does not run on this device, a Hopper GPU, or None."""
-
     def attempt() -> bool:
         rate, heads = constants["DILATION"], constants["HEADS"]
         num_tokens, dtype = constants["GROUP"] * rate, torch.bfloat16 if constants["BFLOAT16"] else torch.float16
         qkv = normal_numbers(device)(2, num_tokens, heads, 3, _DIM).to(dtype)
-        some = torch.linspace(0, num_tokens - 1, 64, device=qkv.device).long()  # all would take much memory
+        some = torch.linspace(0, num_tokens - 1, 64, device=qkv.device).long()  # all tokens would take much memory
         per_head = bool(constants["PER_HEAD"])
-        found = launch_attention(
+        output = launch_attention(
             qkv, None, rate, "per_head" if per_head else "all", _DIM**-0.5, constants["WARPGROUPS"]
         )
-        found, expected = found.view(*qkv.shape[:3], _DIM), attention_of_tokens(qkv[-1], some, rate, per_head)
-        return bool(found.isfinite().all() and (found[-1, some] - expected).norm() < 0.01 * expected.norm())
+        output, expected = output.view(*qkv.shape[:3], _DIM), attention_of_tokens(qkv[-1], some, rate, per_head)
+        return bool(output.isfinite().all() and (output[-1, some] - expected).norm() < 0.01 * expected.norm())
 
     return why_not_tried("attention", device, tuple(constants.items()), attempt, "CUDA", "other kernels")
 
 
 def attention_of_tokens(qkv: torch.Tensor, tokens: torch.Tensor, dilation_rate: int, per_head: bool) -> torch.Tensor:
-    """`dilated_attention` of the one segment `qkv` (N, H, 3, D), for some of its `tokens` (T,): float32 (T, H, D)."""
+    """Compute `dilated_attention` of one segment for some of its tokens.
+
+    Args:
+        qkv: queries, keys and values of the segment, (N, H, 3, D).
+        tokens: indices of the tokens, int64 (T,).
+        dilation_rate: r.
+        per_head: whether each head attends in one residue class alone.
+
+    Returns:
+        Float32 (T, H, D).
+    """
     num_tokens, num_heads, _, head_dim = qkv.shape
     query, key, value = qkv.float().permute(2, 1, 0, 3)  # (H, N, D) each
     classes = torch.arange(num_tokens, device=qkv.device) % dilation_rate
     scores = query[:, tokens] @ key.mT * head_dim**-0.5
     scores = scores.masked_fill(classes[tokens, None] != classes, float("-inf"))
-    found = (scores.softmax(dim=-1) @ value).transpose(0, 1)
-    if per_head:  # zero in other residue classes than the head's
+    output = (scores.softmax(dim=-1) @ value).transpose(0, 1)
+    if per_head:  # zero outside the head's residue class
         heads = torch.arange(num_heads, device=qkv.device) % dilation_rate
-        found = found * (classes[tokens, None] == heads)[..., None]
-    return found
+        output = output * (classes[tokens, None] == heads)[..., None]
+    return output
 
 
 def launch_attention(
@@ -79,7 +88,19 @@ def launch_attention(
     scaling: float,
     warpgroups: int | None = None,
 ) -> torch.Tensor:
-    """(B, N, H, 3, 64), of queries, keys and values, to (B * N, H * 64): `dilated_attention`."""
+    """Compute `dilated_attention` in the kernel.
+
+    Args:
+        qkv: queries, keys and values, half precision (B, N, H, 3, 64).
+        segment_length: w, in tokens; None for N.
+        dilation_rate: r.
+        dilation_offsets: "all" or "per_head".
+        scaling: factor of the scores.
+        warpgroups: warpgroups per thread block, 1 to 3; by default the choice of `warpgroups_of`.
+
+    Returns:
+        (B * N, H * 64).
+    """
     batch_size, num_tokens, num_heads, _, head_dim = qkv.shape
     segment_length = segment_length or num_tokens
     group, num_segments = segment_length // dilation_rate, batch_size * num_tokens // segment_length
@@ -95,7 +116,7 @@ def launch_attention(
         kernel, qkv.device, num_groups * math.ceil(group / queries), 128 * warpgroups, shared_bytes,
         hopper.tensor_map(qkv, sizes, strides, (head_dim, queries, 1, 1, 1)),
         hopper.tensor_map(qkv, sizes, strides, (head_dim, _KEYS, 1, 1, 1)),
-        output, scaling * 1.4426950408889634,  # exponentials are of two
+        output, scaling * 1.4426950408889634,  # log2(e): the kernel uses powers of two
     )  # fmt: skip
     return output
 
@@ -103,12 +124,12 @@ def launch_attention(
 def _constants(
     qkv: torch.Tensor, segment_length: int, dilation_rate: int, dilation_offsets: str, warpgroups: int | None = None
 ) -> dict[str, int]:
-    """All that the kernel is compiled for."""
+    """Return everything that the kernel is compiled for."""
     batch_size, num_tokens, num_heads, *_ = qkv.shape
     constants = {
         "BFLOAT16": int(qkv.dtype == torch.bfloat16), "HEADS": num_heads, "DILATION": dilation_rate,
         "GROUP": segment_length // dilation_rate,
-        # With a rate of 1 there is one residue class alone.
+        # With a rate of 1 there is only one residue class.
         "PER_HEAD": int(dilation_offsets == "per_head" and dilation_rate > 1),
     }  # fmt: skip
     if warpgroups is None:
@@ -118,42 +139,51 @@ def _constants(
 
 
 def _num_groups(constants: dict[str, int], num_segments: int) -> int:
-    """Of all heads."""
+    """Return the number of groups of all heads."""
     return constants["HEADS"] * num_segments * (1 if constants["PER_HEAD"] else constants["DILATION"])
 
 
 def warpgroups_of(num_groups: int, group: int, num_processors: int) -> int:
-    """Of a thread block. If all thread blocks fit at once, three, which look ahead, or one, if the busiest multiprocessor has fewer then; else two."""
-    busiest = {}
+    """Choose the number of warpgroups per thread block.
+
+    Three, which compute ahead, or one, if all thread blocks fit onto the device at once: whichever gives the busiest
+    multiprocessor fewer warpgroups. Otherwise two.
+
+    Args:
+        num_groups: number of groups of all heads.
+        group: number of tokens of a group.
+        num_processors: number of multiprocessors.
+    """
+    busiest: dict[int, int] = {}
     for warpgroups, at_once in ((3, 1), (1, 3)):
         thread_blocks = math.ceil(num_groups * math.ceil(group / (warpgroups * _WARPGROUP_QUERIES)) / num_processors)
         if thread_blocks <= at_once:
             busiest[warpgroups] = warpgroups * thread_blocks
-    return min(busiest, key=busiest.get, default=2)
+    return min(busiest, key=lambda warpgroups: busiest[warpgroups], default=2)
 
 
 @cache
 def _kernel(device: torch.device, **constants: int):
-    """The kernel, and the shared memory that it takes."""
+    """Return the kernel and the size of its shared memory."""
     code, shared_bytes = hopper.compiled(source_of(**constants)), _shared_bytes(constants)
     return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
 def source_of(**constants: int) -> str:
-    """The kernel for these constants, which are those in capitals in attention.cu."""
+    """Return the source of the kernel for these constants, which attention.cu uses in capitals."""
     dtype = "bf16" if constants["BFLOAT16"] else "f16"
     functions = hopper.product("query_key_product", _KEYS, dtype)
     functions += hopper.product("weight_value_product", _DIM, dtype, from_registers=True)
-    constants |= {"NAME": _name(constants), "SHARED_BYTES": _shared_bytes(constants)}
-    return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, functions)
+    defined: dict[str, int | str] = {**constants, "NAME": _name(constants), "SHARED_BYTES": _shared_bytes(constants)}
+    return hopper.source_of(Path(__file__).with_suffix(".cu"), defined, functions)
 
 
 def _shared_bytes(constants: dict[str, int]) -> int:
-    """Of a thread block: its queries, blocks of keys and of values, and barriers."""
+    """Return the size of a thread block's queries, blocks of keys and values, and barriers."""
     stages = constants["STAGES"]
     return 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * stages) + 8 * (1 + 3 * stages)
 
 
 def _name(constants: dict[str, int]) -> str:
-    """What profilers show."""
+    """Return the kernel's name, which profilers show."""
     return f"attention_{constants['GROUP']}"

@@ -1,5 +1,5 @@
-// What the kernels for Hopper GPUs (sm_90a) have in common: barriers in shared memory, copies to it, and half precision.
-// BFLOAT16 is defined, or the numbers are float16.
+// Shared code of the kernels for Hopper GPUs (sm_90a): barriers in shared memory, copies to it, and half precision.
+// If BFLOAT16 is 1, half-precision numbers are bfloat16, otherwise float16.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -14,7 +14,7 @@ __device__ __forceinline__ void make_barrier(u64* barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Before other threads, and copies, use what was made.
+// Make new barriers visible to other threads and to copies.
 __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(u64* barrier) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void arrive_and_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
 
-// Until the barrier's phase of this number, counted from 0, is complete; the one before it must be.
+// Wait until the barrier's phase of this number, counted from 0, is complete; the previous phase must be complete already.
 __device__ __forceinline__ void wait(u64* barrier, u32 phase) {
     asm volatile(
         "{\n.reg .pred done;\nagain:\n"
@@ -33,7 +33,7 @@ __device__ __forceinline__ void wait(u64* barrier, u32 phase) {
         "@!done bra again;\n}" ::"r"(address(barrier)), "r"(phase & 1) : "memory");
 }
 
-// The kernel before this one may be running until here: what it writes is read afterwards.
+// Wait for the previous kernel, which may run until here; its results may be read afterwards.
 __device__ __forceinline__ void wait_for_the_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void let_the_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -44,7 +44,7 @@ struct alignas(64) TensorMap { char bytes[128]; };
 
 __device__ __forceinline__ void prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-// A box of a tensor of five dimensions, the innermost first; rows of 128 bytes come to be swizzled.
+// Copy a box of a tensor of five dimensions, the innermost first, to shared memory; rows of 128 bytes are swizzled.
 __device__ __forceinline__ void load(
     const TensorMap* map, void* to, u64* barrier, int first, int second, int third, int fourth, int fifth) {
     asm volatile(
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load(
 
 // ---- the tensor cores -------------------------------------------------------------------------------------------------------------
 
-// An instruction's descriptor of a matrix of rows of 128 bytes in shared memory, as `load` leaves it. It counts in 16 bytes.
+// Descriptor of a matrix with rows of 128 bytes in shared memory, as `load` writes it. It counts in units of 16 bytes.
 __device__ __forceinline__ u64 matrix(const void* block) {
     return (u64)(address(block) >> 4 & 0x3FFF) | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
@@ -63,13 +63,13 @@ __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.syn
 
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until all but the last `pending` groups of products are there.
+// Wait until all but the last `pending` groups of products are complete.
 template <int pending>
 __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// For registers that products read or write while the program goes on, which the compiler does not see: before, and after.
+// Keep the compiler from moving accesses to registers that asynchronous products read or write: used before and after.
 template <int count>
 __device__ __forceinline__ void compiler_fence(float (&registers)[count]) {
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ __forceinline__ float2 unpack(u32 both) {
 #endif
 }
 
-// Of the four threads that have a row between them.
+// Reductions over the four threads that share a row.
 __device__ __forceinline__ float sum_of_four_threads(float x) {
     x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
     return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);

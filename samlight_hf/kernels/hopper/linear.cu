@@ -1,23 +1,23 @@
 // y = act(norm(x) W^T + b) + residual on the tensor cores of Hopper GPUs (sm_90a): the kernel of linear.py, which defines
-// what is in capitals, and warpgroup_product. x is (rows, K), W (N, K), y (rows, N) and the residual (its rows, N), half precision and
-// contiguous; sums are float32.
+// the names in capitals and warpgroup_product. x is (rows, K), W (N, K), y (rows, N) and the residual (its rows, N), in half precision
+// and contiguous; sums are float32.
 //
-// Thread blocks stay and take tile after tile of y, of the same columns. Of each one's warpgroups the first has the tensor memory accelerator
-// copy blocks of x and W, STAGES of them ahead; where W_STAYS, the rows of W for these columns are copied once. Each of CONSUMERS others
-// multiplies a tile of 128 rows and TILE_N columns by itself: with two of them, the tensor cores work on one's tile while the other
-// finishes its own and writes it.
+// Thread blocks are persistent and process tile after tile of y, of the same columns. The first warpgroup of each lets the tensor
+// memory accelerator copy blocks of x and W, STAGES of them ahead; if W_STAYS, the rows of W for these columns are copied once. Each
+// of the CONSUMERS other warpgroups multiplies a tile of 128 rows and TILE_N columns by itself: with two of them, the tensor cores
+// work on the tile of one while the other finishes and writes its own.
 
 #include "common.cuh"
 
-// What KIND of x there is: see `Input` of linear.py.
+// Values of KIND, the layout of x: see `Input` of linear.py.
 #define ROWS 0
 #define NEIGHBOURS 1
 
 constexpr int BLOCK_M = 128, BLOCK_K = 64, STEPS = K / BLOCK_K, COLUMN_TILES = N / TILE_N;
-constexpr float HALF = GELU ? 0.5f : 1;  // of what it is that GELU is given
-// Where a thread has the registers for it, a residual is added when the products are there; else it is where their sums begin.
+constexpr float HALF = GELU ? 0.5f : 1;  // factor of GELU's input
+// If a thread has enough registers, a residual is added after the products; otherwise the sums start from it.
 constexpr bool KEEPS_RESIDUAL = RESIDUAL && CONSUMERS == 1;
-constexpr int UNROLLED = RESIDUAL && !KEEPS_RESIDUAL ? 1 : 6;  // steps: those registers would spill
+constexpr int UNROLLED = RESIDUAL && !KEEPS_RESIDUAL ? 1 : 6;  // steps; more would spill the residual's registers
 constexpr int WEIGHT_BLOCKS = W_STAYS ? STEPS : STAGES;
 constexpr u32 X_BYTES = BLOCK_M * BLOCK_K * 2, WEIGHT_BYTES = TILE_N * BLOCK_K * 2;
 
@@ -32,24 +32,24 @@ static_assert(sizeof(Shared) == SHARED_BYTES);
 
 // ---- copies to shared memory ------------------------------------------------------------------------------------------------------
 
-// 64 features of 128 rows. linear.py tells what dimensions the map has for each kind of x.
+// Copy 64 features of 128 rows. linear.py defines the dimensions of the map for each kind of x.
 __device__ __forceinline__ void load_x(const TensorMap* map, void* to, u64* barrier, int step, int row) {
 #if KIND == ROWS
     load(map, to, barrier, step * BLOCK_K, row, 0, 0, 0);
-#elif KIND == NEIGHBOURS  // features are (dy, dx, channel); what lies beyond the image is zero
+#elif KIND == NEIGHBOURS  // features are (dy, dx, channel), and zero outside the image
     constexpr int BLOCKS = STEPS / 9;
     int column = row % WIDTH, line = row / WIDTH % HEIGHT, image = row / (WIDTH * HEIGHT), dx = step / BLOCKS % 3, dy = step / BLOCKS / 3;
     load(map, to, barrier, step % BLOCKS * BLOCK_K, column + dx - 1, line + dy - 1, image, 0);
 #endif
 }
 
-// Of each 32 rows of W, the one for column 8 q + 2 j + e of y comes to be the one for column 8 j + 2 q + e of the product: a thread has
-// the latter of one q, and so eight columns of y that lie side by side.
+// Permute each 32 rows of W: the row for column 8 q + 2 j + e of y becomes the one for column 8 j + 2 q + e of the product. A thread
+// has the latter columns of one q, which are eight neighbouring columns of y.
 __device__ __forceinline__ void load_weight(const TensorMap* map, void* to, u64* barrier, int feature, int column) {
     load(map, to, barrier, feature, 0, 0, 0, column / 32);
 }
 
-// What one thread does: all blocks of all tiles, each as soon as the one whose memory it takes was used.
+// Copy all blocks of all tiles, in one thread: each as soon as the block whose memory it reuses has been read.
 __device__ __forceinline__ void load_blocks(
     Shared& shared, const TensorMap* x, const TensorMap* weight, int first_row, int next_row, int num_rows, int column) {
     auto load_weight_block = [&](int block, int step) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_blocks(
         load_weight(weight, shared.weight[block], &shared.weight_loaded[block], step * BLOCK_K, column);
     };
     constexpr int EARLY = WEIGHT_BLOCKS < STEPS ? WEIGHT_BLOCKS : STEPS;
-    for (int step = 0; step < EARLY; step++) load_weight_block(step, step);  // which the kernel before this one does not write
+    for (int step = 0; step < EARLY; step++) load_weight_block(step, step);  // the previous kernel does not write W
     wait_for_the_last_kernel();
     let_the_next_kernel_begin();
     int block = 0;
@@ -74,8 +74,8 @@ __device__ __forceinline__ void load_blocks(
 
 // ---- numbers ----------------------------------------------------------------------------------------------------------------------
 
-// GELU of two numbers, given half of each, as `_fitted_gelu` of kernels/linear.py. What tanh is of is computed for both at once, in float16, which
-// is as exact as the instruction for tanh.
+// GELU of two numbers, given half of each, as `_fitted_gelu` of kernels/linear_triton.py. The argument of tanh is computed for both at
+// once in float16, which is as exact as the instruction for tanh.
 __device__ __forceinline__ void fitted_gelu(float& low, float& high) {
     u32 tanh;
     asm("{.reg .b32 x, square, inner;\n"
@@ -99,16 +99,16 @@ __device__ __forceinline__ void synchronize_warpgroup(int consumer) {
 
 // ---- a tile -----------------------------------------------------------------------------------------------------------------------
 
-// A warpgroup's tile of 128 rows, by two products of 64. Of four of the rows a thread has eight of every 32 columns.
+// A warpgroup's tile of 128 rows, from two products of 64 rows. A thread has eight of every 32 columns of four rows.
 struct Tile {
     float sums[2][TILE_N / 2];
     uint4 residual[KEEPS_RESIDUAL ? TILE_N / 32 : 1][4];
 
-    static __device__ __forceinline__ int row(int i) {  // in the tile, of the thread's four
+    static __device__ __forceinline__ int row(int i) {  // index in the tile of the thread's i-th row, of four
         return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8 + i / 2 * 64;
     }
-    static __device__ __forceinline__ int column(int group) { return group * 32 + threadIdx.x % 4 * 8; }  // the first of eight
-    // Of the i-th row, and of the group's eight columns the j-th.
+    static __device__ __forceinline__ int column(int group) { return group * 32 + threadIdx.x % 4 * 8; }  // the group's first column of eight
+    // The element of the i-th row and the j-th of the group's eight columns.
     __device__ __forceinline__ float& at(int i, int group, int j) { return sums[i / 2][group * 16 + j / 2 * 4 + i % 2 * 2 + j % 2]; }
 
     __device__ __forceinline__ void clear() {
@@ -125,7 +125,7 @@ struct Tile {
     }
 };
 
-// Products are added to the bias, and to the residual.
+// Start the sums from the bias, and from the residual if it is not kept.
 __device__ __forceinline__ void begin(Shared& shared, Tile& tile, const uint4* residual, int first_row, int num_residual_rows) {
 #pragma unroll
     for (int group = 0; group < TILE_N / 32; group++) {
@@ -144,8 +144,8 @@ __device__ __forceinline__ void begin(Shared& shared, Tile& tile, const uint4* r
 
 __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int number, int consumer) {
     int block = number * STEPS, lane = threadIdx.x % 32;
-    // In turn. The blocks come in the order of the tiles, and a barrier's phase can be waited for only if the one before it is complete:
-    // the other consumer has waited for all earlier ones by then, each of its threads.
+    // Consumers take turns. Blocks arrive in the order of the tiles, and a barrier's phase can only be waited for if the previous one
+    // is complete: by then all threads of the other consumer have waited for all earlier ones.
     if (CONSUMERS > 1 && number) wait(&shared.asked[1 - consumer], (number - 1) / CONSUMERS);
     compiler_fence(tile.sums[0]), compiler_fence(tile.sums[1]);
 #pragma unroll UNROLLED
@@ -176,7 +176,7 @@ __device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int num
     compiler_fence(tile.sums[0]), compiler_fence(tile.sums[1]);
 }
 
-// Residual, norm, GELU, rounding; to memory.
+// Apply residual, norm, GELU and rounding, and write the tile to memory.
 __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer, uint4* y, float* found, int first_row, int num_rows) {
     float2 norm[4];
     float totals[4] = {};
@@ -184,7 +184,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
     for (int i = 0; i < 4; i++) norm[i] = NORM ? shared.rows[consumer][tile.row(i)] : float2{};
 #pragma unroll
     for (int group = 0; group < TILE_N / 32; group++) {
-        float4 columns[4];  // bias and sum of two
+        float4 columns[4];  // bias and weight sum of two columns
         if (NORM)
 #pragma unroll
             for (int j = 0; j < 4; j++) columns[j] = ((float4*)shared.columns)[tile.column(group) / 2 + j];
@@ -226,7 +226,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
     }
 }
 
-// What the norm multiplies a row's products by, and what it adds to them for each row sum, from the statistics of the row's parts.
+// The norm's factor of a row's products and of the weight's row sums, from the statistics of the row's parts.
 __device__ __forceinline__ float2 norm_of(const float* given, int row, int num_rows, float eps) {
     float means[PARTS], mean = 0, squares = 0;
 #pragma unroll
@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
     const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows, float eps) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
-    // Thread blocks of the same rows are neighbours: they read these rows at about the same time, from the cache.
+    // Thread blocks of the same rows are neighbours: they read these rows from the cache at about the same time.
     int column = blockIdx.x % COLUMN_TILES * TILE_N, first_row = blockIdx.x / COLUMN_TILES * BLOCK_M;
     int next_row = gridDim.x / COLUMN_TILES * BLOCK_M;
     if (threadIdx.x == 0) {
@@ -261,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         for (int consumer = 0; consumer < CONSUMERS; consumer++) make_barrier(&shared.asked[consumer], WARPGROUP);
         show_barriers();
     }
-    // Read, as weights are, before the kernel ahead has ended: see `FusedLinear`.
+    // Read before the previous kernel has ended, like the weights: see `FusedLinear`.
     for (int i = threadIdx.x; i < TILE_N; i += blockDim.x)
         shared.columns[i] = make_float2(HALF * bias[column + i], NORM ? row_sums[column + i] : 0);
     __syncthreads();
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         if (NORM || RESIDUAL) wait_for_the_last_kernel();
         for (int number = consumer, row; (row = first_row + number * next_row) < num_rows; number += CONSUMERS) {
             Tile tile;
-            float2 norm;  // of the thread's row, from before the products, for all to know after them
+            float2 norm;  // of the thread's row, computed before the products and shared after them
             if (NORM) tile.clear(), norm = norm_of(given, row + thread, num_rows, eps);
             else begin(shared, tile, residual + column / 8, row, num_residual_rows);
             multiply_blocks(shared, tile, number, consumer);

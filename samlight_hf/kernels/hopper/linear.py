@@ -1,50 +1,70 @@
-"""The linear layers of `fused_linear` on Hopper GPUs, by a kernel in CUDA (linear.cu).
+"""Fused linear layers on Hopper GPUs, by a CUDA kernel (linear.cu).
 
-Triton's kernels leave the tensor cores idle while a tile is finished and written; here they work on the next one meanwhile.
+Triton's kernels leave the tensor cores idle while a tile is finished and written. Here they process the next tile.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import runtime as hopper
 
 
-FEW_ROWS = 8192  # images of 4096 rows, one or two
+if TYPE_CHECKING:
+    from ..linear import FusedLinear
+
+
+FEW_ROWS = 8192  # one or two images of 4096 rows
 _BLOCK_M, _BLOCK_K = 128, 64  # as in linear.cu
-_SHARED_BYTES = 227 * 1024  # what a thread block may have
+_SHARED_BYTES = 227 * 1024  # limit of a thread block
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel goes about its work: columns of a tile, and warpgroups that multiply, each a tile."""
+    """The kernel's division of work.
+
+    Attributes:
+        columns: of a tile, which has 128 rows.
+        consumers: number of warpgroups that multiply, each on its own tile.
+    """
 
     columns: int
     consumers: int
 
     def layout(self, in_features: int) -> tuple[bool, int, int]:
-        """Of shared memory: whether the weight for a tile's columns stays there, blocks of x that are asked for ahead, and bytes.
+        """Plan the shared memory for layers of `in_features` input features.
 
-        It stays where there is room for it beside four blocks of x; else as many blocks of it are asked for ahead as of x.
+        Returns:
+            Whether the weight for a tile's columns stays in shared memory, which it does if there is room for it beside
+            four blocks of x; the number of blocks of x, and otherwise also of the weight, that are loaded ahead; and
+            the size in bytes.
         """
-        of_x, of_weight = 2 * _BLOCK_K * _BLOCK_M + 2 * 8, 2 * _BLOCK_K * self.columns + 8
-        rest, weight = 8 * self.columns + self.consumers * 8 * (_BLOCK_M + 1), in_features // _BLOCK_K * of_weight
-        stays = rest + weight + 4 * of_x <= _SHARED_BYTES
-        fixed, of_stage = (rest + weight, of_x) if stays else (rest, of_x + of_weight)
-        stages = (_SHARED_BYTES - fixed) // of_stage
-        return stays, stages, fixed + stages * of_stage
+        x_bytes, weight_bytes = 2 * _BLOCK_K * _BLOCK_M + 2 * 8, 2 * _BLOCK_K * self.columns + 8
+        rest, all_weights = (
+            8 * self.columns + self.consumers * 8 * (_BLOCK_M + 1),
+            in_features // _BLOCK_K * weight_bytes,
+        )
+        stays = rest + all_weights + 4 * x_bytes <= _SHARED_BYTES
+        fixed, stage_bytes = (rest + all_weights, x_bytes) if stays else (rest, x_bytes + weight_bytes)
+        stages = (_SHARED_BYTES - fixed) // stage_bytes
+        return stays, stages, fixed + stages * stage_bytes
 
 
-# What was fastest on an H100, the widest first.
+# The fastest tiles on an H100, the widest first.
 TILES = (Tile(192, 2), Tile(128, 2), Tile(96, 2), Tile(64, 2))
-NARROW_TILES = (Tile(96, 1), Tile(64, 1))  # where a multiprocessor has about one of them
+NARROW_TILES = (Tile(96, 1), Tile(64, 1))  # for about one tile per multiprocessor
 
 
 def hopper_tile(num_rows: int, out_features: int, normalizes: bool, gelu: bool) -> Tile:
-    """Few rows want narrow tiles, for each multiprocessor to have as many columns; but with GELU there is much to finish."""
+    """Choose the tile: with few rows and no GELU a narrow one, so that all multiprocessors have as many columns.
+
+    GELU makes finishing a tile expensive, so that two consumers per thread block are faster even with few rows.
+    """
+    tiles: tuple[Tile, ...]
     if num_rows > FEW_ROWS or gelu:
         tiles = TILES
     else:
@@ -54,9 +74,17 @@ def hopper_tile(num_rows: int, out_features: int, normalizes: bool, gelu: bool) 
 
 @dataclass(frozen=True)
 class Input:
-    """x of the kernel, (rows, features), in the memory of a tensor: five dimensions of it, the innermost first.
+    """The kernel's input x (rows, features), as a view of a tensor in five dimensions, the innermost first.
 
-    `box` is what a block of 128 rows and 64 features is of them.
+    Attributes:
+        kind: "ROWS" or "NEIGHBOURS", as in linear.cu.
+        values: the tensor.
+        num_rows: number of rows of x.
+        features: number of features of x.
+        sizes: of the five dimensions.
+        strides: of all dimensions but the innermost, in elements.
+        box: the part of the five dimensions that makes a block of 128 rows and 64 features.
+        grid: (lines, columns) of an image's rows.
     """
 
     kind: str
@@ -64,78 +92,90 @@ class Input:
     num_rows: int
     features: int
     sizes: tuple[int, ...]
-    strides: tuple[int, ...]  # of all but the innermost, in elements
+    strides: tuple[int, ...]
     box: tuple[int, ...]
-    grid: tuple[int, int] = (1, 1)  # rows of an image: lines, and columns
+    grid: tuple[int, int] = (1, 1)
 
 
 def rows_of(values: torch.Tensor) -> Input:
-    """A matrix (rows, features)."""
-    (num_rows, features), every = values.shape, values.numel()
-    sizes, strides = (features, num_rows, 1, 1, 1), (features, every, every, every)
+    """Describe a matrix (rows, features) as the kernel's input."""
+    (num_rows, features), total = values.shape, values.numel()
+    sizes, strides = (features, num_rows, 1, 1, 1), (features, total, total, total)
     return Input("ROWS", values, num_rows, features, sizes, strides, (_BLOCK_K, _BLOCK_M, 1, 1, 1))
 
 
 def neighbours_of(values: torch.Tensor) -> Input:
-    """The 3 x 3 places around each of images (B, H, W, C), zero beyond them, features in the order (y, x, channel)."""
+    """Describe the 3 x 3 neighbourhoods of images (B, H, W, C) as the kernel's input.
+
+    Features are in the order (y, x, channel), and zero outside the images.
+    """
     batch_size, lines, columns, channels = values.shape
     sizes = channels, columns, lines, batch_size, 1
     strides = channels, channels * columns, channels * columns * lines, values.numel()
-    # 128 places of an image, one after the other.
+    # 128 consecutive places of an image.
     block = (columns, _BLOCK_M // columns) if columns < _BLOCK_M else (_BLOCK_M, 1)
     box = (_BLOCK_K, *block, 1, 1)
     num_rows = batch_size * lines * columns
     return Input("NEIGHBOURS", values, num_rows, 9 * channels, sizes, strides, box, (lines, columns))
 
 
-def why_not(layer, x: Input, residual: torch.Tensor | None = None) -> str | None:
-    """Why the kernel cannot run with these: a sentence, or None where it can."""
+def why_not(layer: "FusedLinear", x: Input, residual: torch.Tensor | None = None) -> str | None:
+    """Return why the kernel cannot run with these inputs, as a sentence, or None if it can."""
     out_features, in_features = layer.weight.shape
     if reason := hopper.why_not_hopper(layer.weight.device, layer.weight.dtype):
         return reason
+    dtype, device = layer.weight.dtype, layer.weight.device
     for tensor in (x.values, *(() if residual is None else (residual,))):
-        if (tensor.dtype, tensor.device) != (layer.weight.dtype, layer.weight.device):
-            return f"the weights are {layer.weight.dtype} on {layer.weight.device}, and what they are given is {tensor.dtype} on {tensor.device}."
+        if (tensor.dtype, tensor.device) != (dtype, device):
+            return f"the weights are {dtype} on {device}, the input {tensor.dtype} on {tensor.device}."
     if in_features % _BLOCK_K or out_features % 64 or x.num_rows % _BLOCK_M or not x.num_rows:
         return f"{x.num_rows} rows, {in_features} and {out_features} features are no multiples of 128, 64 and 64."
     if x.features != in_features or (residual is not None and residual.shape[1] != out_features):
-        return f"it is given other features than {in_features}, or other ones to add than {out_features}."
+        return f"the input does not have {in_features} features, or the residual not {out_features}."
     lines, columns = x.grid
     if residual is not None and (not len(residual) or x.num_rows % len(residual)):
-        return f"{x.num_rows} rows are no multiple of the {len(residual)} that are to be added."
+        return f"{x.num_rows} rows are no multiple of the residual's {len(residual)} rows."
     if x.kind == "NEIGHBOURS" and (lines * columns % _BLOCK_M or (columns % _BLOCK_M and _BLOCK_M % columns)):
-        return f"images of {lines} x {columns} are not made of its blocks of {_BLOCK_M} places."
+        return f"images of {lines} x {columns} places cannot be divided into blocks of {_BLOCK_M}."
     if layer.gelu and layer.row_sums is None:
-        return "it has GELU only of what is normalized."
+        return "it supports GELU only with a LayerNorm."
     if residual is not None and layer.row_sums is not None:
-        return "it adds no residual to what is normalized."
+        return "it supports no residual with a LayerNorm."
     if not hopper.are_aligned(layer.weight, x.values, residual):
         return "the tensors are not contiguous, or begin at odd addresses."
     return None
 
 
 def launch_linear(
-    layer,
+    layer: "FusedLinear",
     x: Input,
     tile: Tile,
     output: torch.Tensor,
-    given: torch.Tensor | None = None,
-    found: torch.Tensor | None = None,
+    x_statistics: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     num_processors: int | None = None,
 ):
-    """Writes the layer's (rows, N) to `output`, and their statistics to `found`, of `Rows`; `given` are those of x.
+    """Write the layer's result to `output`.
 
-    On all multiprocessors, or as if there were `num_processors`.
+    Args:
+        layer: the layer.
+        x: its input.
+        tile: the kernel's tile.
+        output: (rows, N), to be written.
+        x_statistics: float32 (parts, 2, rows), statistics of x's rows if the layer normalizes them.
+        statistics: float32 (N / tile.columns, 2, rows), to be written with those of the output; None for none.
+        residual: (rows / n, N), added n times over; None for none.
+        num_processors: number of multiprocessors to plan for; by default those of the device.
     """
     weight, normalizes = layer.weight, layer.row_sums is not None
     out_features, in_features = weight.shape
-    parts = len(given) if normalizes else 1
-    constants = constants_of(layer, x, parts, residual is not None, found is not None)
+    parts = len(x_statistics) if x_statistics is not None and normalizes else 1
+    constants = constants_of(layer, x, parts, residual is not None, statistics is not None)
     kernel, shared_bytes = _kernel(weight.device, tile, **constants)
-    # Rows in the order in which `load_weight` of linear.cu wants them.
+    # Rows in the order that `load_weight` of linear.cu expects.
     sizes, strides = (in_features, 2, 4, 4, out_features // 32), tuple(in_features * n for n in (1, 8, 2, 32))
-    # Equally many thread blocks for each tile's columns, as there is room for, or fewer that have as much to do.
+    # The same number of thread blocks for each tile's columns: as many as fit, or fewer if each has as many tiles then.
     row_tiles, column_tiles = x.num_rows // _BLOCK_M, out_features // tile.columns
     num_processors = num_processors or hopper.num_processors(weight.device)
     turns = math.ceil(row_tiles / max(1, num_processors // column_tiles))
@@ -144,13 +184,21 @@ def launch_linear(
         kernel, weight.device, thread_blocks, 128 * (1 + tile.consumers), shared_bytes,
         hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
         hopper.tensor_map(weight, sizes, strides, (_BLOCK_K, 2, 4, 4, tile.columns // 32)),
-        layer.bias, layer.row_sums, given if normalizes else None, residual, output, found,
+        layer.bias, layer.row_sums, x_statistics if normalizes else None, residual, output, statistics,
         x.num_rows, x.num_rows if residual is None else len(residual), float(layer.eps),
     )  # fmt: skip
 
 
-def constants_of(layer, x: Input, parts: int, adds: bool, statistics: bool) -> dict[str, int | str]:
-    """All that the kernel is compiled for beside its tile: x has statistics of so many parts, a residual is added or not."""
+def constants_of(layer: "FusedLinear", x: Input, parts: int, adds: bool, statistics: bool) -> dict[str, int | str]:
+    """Return everything that the kernel is compiled for except its tile.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        parts: number of parts of x's statistics.
+        adds: whether there is a residual.
+        statistics: whether statistics of the output are computed.
+    """
     (out_features, in_features), normalizes = layer.weight.shape, layer.row_sums is not None
     return {
         "KIND": x.kind, "HEIGHT": x.grid[0], "WIDTH": x.grid[1], "BFLOAT16": int(layer.weight.dtype == torch.bfloat16),
@@ -161,15 +209,15 @@ def constants_of(layer, x: Input, parts: int, adds: bool, statistics: bool) -> d
 
 @cache
 def _kernel(device: torch.device, tile: Tile, **constants: int | str):
-    """The kernel, and the shared memory that it takes."""
-    _, _, shared_bytes = tile.layout(constants["K"])
+    """Return the kernel and the size of its shared memory."""
+    _, _, shared_bytes = tile.layout(int(constants["K"]))
     code = hopper.compiled(source_of(tile, **constants))
     return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
 def source_of(tile: Tile, **constants: int | str) -> str:
-    """The kernel for these constants, which are those in capitals in linear.cu."""
-    stays, stages, shared_bytes = tile.layout(constants["K"])
+    """Return the source of the kernel for these constants, which linear.cu uses in capitals."""
+    stays, stages, shared_bytes = tile.layout(int(constants["K"]))
     constants |= {
         "NAME": _name(constants), "TILE_N": tile.columns, "CONSUMERS": tile.consumers,
         "STAGES": stages, "W_STAYS": int(stays), "SHARED_BYTES": shared_bytes,
@@ -179,5 +227,5 @@ def source_of(tile: Tile, **constants: int | str) -> str:
 
 
 def _name(constants: dict[str, int | str]) -> str:
-    """What profilers show."""
+    """Return the kernel's name, which profilers show."""
     return f"linear_{constants['K']}_{constants['N']}"

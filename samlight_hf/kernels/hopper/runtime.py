@@ -1,7 +1,8 @@
-"""Kernels for Hopper GPUs, written in CUDA, compiled when they are first needed, and launched.
+"""Compiling, caching and launching of CUDA kernels for Hopper GPUs.
 
-Hopper's tensor cores, and what copies to them, are reached fully in CUDA alone. What this takes comes with PyTorch: NVIDIA's
-compiler as a library, and `cuda.bindings`, which are imported when they are needed.
+Only CUDA gives full access to Hopper's tensor cores and to the tensor memory accelerator, which copies to shared
+memory. The tools come with PyTorch: NVIDIA's compiler as a library (NVRTC), and `cuda.bindings`. Both are imported on
+first use.
 """
 
 import contextlib
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from cuda.bindings.driver import CUfunction, CUtensorMap
 
 _HEADER = Path(__file__).with_name("common.cuh")
-_CUBIN, _ELF = "kernel.cubin", b"\x7fELF"  # how its content begins
+_CUBIN, _ELF = "kernel.cubin", b"\x7fELF"  # file name in the cache, and first bytes of its content
 _OPTIONS = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-v"]
 
 
 @lru_cache
 def has_bindings() -> bool:
-    """Whether there are `cuda.bindings`, without which nothing is compiled or launched."""
+    """Return whether `cuda.bindings`, which compile and launch kernels, are installed."""
     try:
         return find_spec("cuda.bindings") is not None
     except ImportError:  # no `cuda`, or another one
@@ -33,13 +34,13 @@ def has_bindings() -> bool:
 
 
 def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no kernel of this kind can run with tensors of this kind: a sentence, or None where some may."""
+    """Return why no CUDA kernel can run with tensors of this device and dtype, as a sentence, or None if some may."""
     if device.type != "cuda":
         return f"the tensors are on {device}."
     if torch.version.cuda is None:
-        return "this PyTorch is not made for CUDA."
+        return "this PyTorch is built without CUDA."
     if torch.cuda.get_device_capability(device) != (9, 0):
-        return "the GPU is no Hopper."
+        return "the GPU is not a Hopper GPU."
     if not has_bindings():
         return "cuda.bindings is not installed."
     if dtype not in (torch.float16, torch.bfloat16):
@@ -48,14 +49,22 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def are_aligned(*tensors: torch.Tensor | None) -> bool:
-    """Whether tensors, where they are there, are contiguous and begin where 16 bytes can be read at once."""
+    """Return whether tensors, except those that are None, are contiguous and aligned to 16 bytes."""
     return all(tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0) for tensor in tensors)
 
 
 def product(name: str, columns: int, dtype: str, from_registers: bool = False) -> str:
-    """A function in CUDA: a matrix 64 x 16 times one 16 x `columns`, added to a warpgroup's registers.
+    """Write a CUDA function that adds a product of a 64 x 16 and a 16 x `columns` matrix to a warpgroup's registers.
 
-    The first matrix is in shared memory, and so is the second, transposed. Or the first is in registers, and the second as it is.
+    Args:
+        name: of the function.
+        columns: of the second matrix.
+        dtype: "f16" or "bf16".
+        from_registers: whether the first matrix is in registers and the second in shared memory. Otherwise both are in
+            shared memory, the second transposed.
+
+    Returns:
+        Its source.
     """
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
@@ -76,21 +85,28 @@ def product(name: str, columns: int, dtype: str, from_registers: bool = False) -
 
 
 def source_of(path: Path, constants: dict[str, int | str], functions: str = "") -> str:
-    """Definitions of `constants`, then `functions`, then a file in CUDA."""
+    """Return a CUDA source: `#define`s of the constants, then `functions`, then the file with its header inlined."""
     defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     return defined + functions + path.read_text().replace(f'#include "{_HEADER.name}"', _HEADER.read_text())
 
 
 def compile_source(source: str) -> tuple[bytes, str]:
-    """Machine code (a cubin), and what the compiler says of registers and memory. It needs no GPU."""
+    """Compile a CUDA source; this needs no GPU.
+
+    Returns:
+        Machine code (a cubin), and the compiler's log about registers and memory.
+
+    Raises:
+        RuntimeError: with the compiler's messages, if it rejects the source.
+    """
     from cuda.bindings import nvrtc
 
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
-        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))  # to be written to, which bytes must not be
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        log = log.decode(errors="replace").strip("\0 ")
+        buffer = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))  # mutable: NVRTC writes into it
+        _checked(nvrtc.nvrtcGetProgramLog(program, buffer))
+        log = buffer.decode(errors="replace").strip("\0 ")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(log)
         code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
@@ -101,10 +117,10 @@ def compile_source(source: str) -> tuple[bytes, str]:
 
 
 def compiled(source: str) -> bytes:
-    """Machine code: that of an earlier process, from Triton's cache, or new.
+    """Return machine code, from Triton's cache or newly compiled.
 
-    The cache may be cleared by others at any time, be full, or not be writable: then the code is made again. It is trusted:
-    what lies there is run.
+    Other processes may clear the cache at any time, and it may be full or not writable; the code is compiled again
+    then. The cache is trusted: its content is run without a check.
     """
     from cuda.bindings import nvrtc
     from triton.runtime.cache import get_cache_manager
@@ -113,20 +129,20 @@ def compiled(source: str) -> bytes:
     key = hashlib.sha256(repr((version, _OPTIONS, source)).encode()).hexdigest()
     cache = None
     try:
-        cache = get_cache_manager(key)  # which makes a directory
-        if (kept := cache.get_file(_CUBIN)) and (code := Path(kept).read_bytes()).startswith(_ELF):
+        cache = get_cache_manager(key)  # makes a directory
+        if (path := cache.get_file(_CUBIN)) and (code := Path(path).read_bytes()).startswith(_ELF):
             return code
-    except (OSError, RuntimeError):  # removed since it was found, or no place for it
+    except (OSError, RuntimeError):  # removed in the meantime, or no directory for it
         pass
     code = compile_source(source)[0]
     with contextlib.suppress(OSError):
         if cache is not None:
-            cache.put(code, _CUBIN)  # aside, and moved: nobody reads half of it
+            cache.put(code, _CUBIN)  # atomic: written to a temporary file and moved
     return code
 
 
 def load_kernel(device: torch.device, code: bytes, name: str, shared_bytes: int) -> "CUfunction":
-    """A kernel on a device, ready to be launched with as much shared memory."""
+    """Load a kernel onto a device and allow it `shared_bytes` of shared memory."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
@@ -140,9 +156,13 @@ def load_kernel(device: torch.device, code: bytes, name: str, shared_bytes: int)
 def tensor_map(
     tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> "CUtensorMap":
-    """What the tensor memory accelerator must know to copy boxes of a tensor of five dimensions, the innermost first.
+    """Describe a tensor to the tensor memory accelerator, which copies boxes of it.
 
-    `strides` are those of all but the innermost, in elements. A box has 64 elements of the innermost.
+    Args:
+        tensor: float16 or bfloat16.
+        sizes: of five dimensions, the innermost first.
+        strides: of all dimensions but the innermost, in elements.
+        box: sizes of the boxes; 64 in the innermost dimension.
     """
     from cuda.bindings import driver
 
@@ -168,19 +188,28 @@ def tensor_map(
 def launch_kernel(
     kernel: "CUfunction",
     device: torch.device,
-    num_programs: int,
+    num_blocks: int,
     num_threads: int,
     shared_bytes: int,
     *arguments: "torch.Tensor | int | float | CUtensorMap | None",
 ):
-    """Launches a kernel that may begin before the one before it has ended, and waits for that by itself."""
+    """Launch a kernel that may start before the previous one ends, and that waits for it by itself.
+
+    Args:
+        kernel: the kernel.
+        device: of the tensors.
+        num_blocks: number of thread blocks.
+        num_threads: number of threads per thread block.
+        shared_bytes: shared memory per thread block.
+        arguments: of the kernel; None is a null pointer.
+    """
     from cuda.bindings import driver
 
     overlap = driver.CUlaunchAttribute()
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = num_programs, 1, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
     config.sharedMemBytes = shared_bytes
     config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
@@ -191,7 +220,7 @@ def launch_kernel(
 
 
 def _argument(value) -> tuple:
-    """Value and type of a kernel's argument."""
+    """Return value and C type of a kernel's argument."""
     if value is None or isinstance(value, torch.Tensor):
         return 0 if value is None else value.data_ptr(), ctypes.c_void_p
     return value, {int: ctypes.c_int, float: ctypes.c_float}.get(type(value))
@@ -199,14 +228,16 @@ def _argument(value) -> tuple:
 
 @lru_cache
 def num_processors(device: torch.device) -> int:
-    """Of a device with a number, as those of tensors have."""
+    """Return the number of multiprocessors of a device with an index."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _checked(answer: tuple):
-    """What a function of `cuda.bindings` returns beside its status.
+    """Return the results of a function of `cuda.bindings`, without its status.
 
-    Raises RuntimeError for a status that is not success, as torch.OutOfMemoryError where memory ran out.
+    Raises:
+        torch.OutOfMemoryError: if the status says that memory ran out.
+        RuntimeError: for any other failure.
     """
     status, *values = answer
     if int(status):

@@ -1,4 +1,4 @@
-"""The attention kernel for Hopper GPUs: it compiles anywhere without spilling registers, and computes what the reference does."""
+"""Tests of the attention kernel for Hopper GPUs: it compiles without spilling registers and equals the reference."""
 
 import pytest
 import torch
@@ -40,15 +40,15 @@ def test_the_kernel_and_its_launch_agree_on_shared_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", [(256, 1, "all"), (256, 2, "all"), (256, 4, "per_head")], ids=str)
-def test_what_a_kernel_is_held_to_where_it_runs_is_the_reference(pattern):
+def test_attention_of_tokens_equals_the_reference(pattern):
     qkv, tokens = torch.randn(1, 256, 8, 3, 64), torch.tensor([0, 1, 6, 127, 128, 255])
     expected, _ = dilated_attention_reference(*qkv.unbind(3), *pattern)
     found = attention_of_tokens(qkv[0], tokens, pattern[1], pattern[2] == "per_head")
     assert torch.allclose(found, expected[0, tokens], atol=1e-5)
 
 
-def test_programs_are_as_large_as_leaves_all_multiprocessors_busy():
-    """Of 132: an image's whole image in two groups a head or one, its bands of 512 tokens, and those of eight images."""
+def test_thread_blocks_keep_all_multiprocessors_busy():
+    """With 132 multiprocessors: one image in two groups per head or one, its bands of 512 tokens, and eight images."""
     assert warpgroups_of(6 * 2, 2048, 132) == 3
     assert warpgroups_of(6, 2048, 132) == warpgroups_of(6 * 8, 512, 132) == 1
     assert warpgroups_of(8 * 6 * 8, 512, 132) == warpgroups_of(8 * 6 * 2, 2048, 132) == 2
@@ -84,7 +84,7 @@ PATTERNS = [
 @pytest.mark.parametrize("warpgroups", [1, 2, 3, None])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
-    """Scores that grow from key to key, so that what they are relative to changes; and groups that three do not divide."""
+    """Scores grow from key to key, so that the softmax is rescaled; and 3 warpgroups do not divide the groups."""
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(2, 2048, 3 if pattern[2] == "all" else 4, 3, 64, device="cuda", generator=generator)
     qkv[:, :, :, 1] *= torch.linspace(0.1, 4, 2048, device="cuda")[:, None, None]
@@ -94,7 +94,7 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
     with torch.no_grad():
         expected, _ = dilated_attention_reference(*qkv.double().unbind(3), pattern[0] or 2048, *pattern[1:])
         found = launch_attention(qkv, *pattern, 0.125, warpgroups).view_as(expected)
-    assert found.isfinite().all() and (found[expected == 0] == 0).all()  # "per_head", in other heads' tokens
+    assert found.isfinite().all() and (found[expected == 0] == 0).all()  # "per_head": tokens of other heads
     assert (found - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 6e-4) * expected.norm()
 
 
@@ -102,9 +102,9 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
 @needs_hopper
 @torch.no_grad()
 def test_each_variant_is_tried_by_itself(monkeypatch):
-    """One of three warpgroups cannot be compiled; those of one and of two run."""
+    """The variant with three warpgroups cannot be compiled; those with one and two run."""
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
     compiled = hopper.compiled
 
     def breaks(source: str) -> bytes:
@@ -126,7 +126,7 @@ def test_each_variant_is_tried_by_itself(monkeypatch):
 @pytest.mark.gpu
 @needs_hopper
 @torch.no_grad()
-def test_memory_that_ran_out_once_does_not_end_it(monkeypatch):
+def test_the_kernel_is_tried_again_after_memory_ran_out(monkeypatch):
     monkeypatch.setattr(triton_support, "_reasons", {})
     qkv = torch.randn(1, 512, 2, 3, 64, device="cuda", dtype=torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""The kernel for Hopper GPUs: it compiles anywhere without spilling registers, and computes there what the layer does."""
+"""Tests of the linear kernel for Hopper GPUs: it compiles without spilling registers and equals the reference."""
 
 import re
 
@@ -22,7 +22,7 @@ from tests.kernels.test_linear import CASES, TOLERANCES, error, make, statistics
 
 
 ALL_TILES = (*TILES, *NARROW_TILES)
-# Those of the encoder: projections to attention and from it, the first linear layer, the second, the neck.
+# Layers of the encoder: projections to and from attention, first and second layer of the MLP, neck.
 KERNELS = [
     {"NORM": 1, "PARTS": 4},
     {"RESIDUAL": 1, "STATISTICS": 1},
@@ -45,7 +45,7 @@ def has_compiler() -> bool:
 
     try:
         return int(nvrtc.nvrtcVersion()[0]) == 0
-    except RuntimeError:  # the library is not there
+    except RuntimeError:  # the library is missing
         return False
 
 
@@ -53,7 +53,7 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs cuda.bindi
 
 
 def spilled_bytes(log: str) -> int:
-    """Of registers, as the compiler says, without a warning, and without a word on products that wait for each other."""
+    """Return the number of spilled bytes from the compiler's log, which must have no warning."""
     assert "warning" not in log and "Performance Loss" not in log, log
     (count,) = re.findall(r"(\d+) bytes spill stores", log)
     return int(count)
@@ -65,13 +65,13 @@ def spilled_bytes(log: str) -> int:
 @pytest.mark.parametrize("bfloat16", [0, 1])
 def test_the_kernel_compiles_without_spilling(tile, constants, bfloat16):
     code, log = hopper.compile_source(source_of(tile, **PLAIN | constants | {"BFLOAT16": bfloat16}))
-    # Before and after the products a residual in float16 takes a few words more than there is room for beside the widest tile.
+    # With the widest tile, a float16 residual takes a few registers more than there are.
     assert spilled_bytes(log) <= (48 if tile.columns == 192 and "RESIDUAL" in constants and not bfloat16 else 0), log
     assert code[:4] == b"\x7fELF"
 
 
 def test_tiles_fit():
-    """Whatever passes `why_not` is divided by its tile, and a thread block has room on a multiprocessor; short weights stay there."""
+    """Tiles divide all sizes that `why_not` accepts, and fit into shared memory; small weights stay there."""
     for num_rows in (128, 4096, 4096 * 32):
         for out_features in range(64, 3072 + 1, 64):
             for normalizes, gelu in ((False, False), (True, False), (True, True)):
@@ -95,12 +95,12 @@ def test_every_reason_not_to_run_it(monkeypatch):
     assert "on meta" in why_not_hopper(layer, rows_of(rows), rows.to("meta"))
     assert "100 rows" in why_not_hopper(layer, rows_of(rows[:100]))
     assert "0 rows" in why_not_hopper(layer, rows_of(rows[:0]))
-    assert "other features than 64" in why_not_hopper(layer, rows_of(rows.view(-1).repeat(2).view(128, 128)))
-    assert "to add than 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
+    assert "not have 64 features" in why_not_hopper(layer, rows_of(rows.view(-1).repeat(2).view(128, 128)))
+    assert "the residual not 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
     assert "not contiguous" in why_not_hopper(layer, rows_of(rows.T.contiguous().T))
     assert "odd addresses" in why_not_hopper(layer, rows_of(torch.zeros(128 * 64 + 1)[1:].view(128, 64)))
     for count in (0, 100):
-        assert f"the {count} that are to be added" in why_not_hopper(layer, rows_of(rows), rows[:count])
+        assert f"the residual's {count} rows" in why_not_hopper(layer, rows_of(rows), rows[:count])
     layer.gelu = True
     assert "GELU" in why_not_hopper(layer, rows_of(rows))
     layer.row_sums = torch.zeros(64)
@@ -117,11 +117,10 @@ def test_every_reason_not_to_run_it(monkeypatch):
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if not (case[2] and (case[0] or case[1]))], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize(
-    "in_features", [192, 768, 1536]
-)  # fewer blocks than are asked for ahead, and more; weights that stay, some or none
+# Fewer blocks than stages, and more; weights that stay in shared memory, and weights that do not.
+@pytest.mark.parametrize("in_features", [192, 768, 1536])
 def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile):
-    """More tiles than there are thread blocks, so that each takes several."""
+    """There are more tiles than thread blocks, so that each processes several."""
     sizes = {"num_rows": 256 * 129, "in_features": in_features, "out_features": 768}
     layer, rows, residual, expected = make(case, dtype, "cuda", **sizes)
     memory = torch.full((expected.numel() + 8,), 5, dtype=dtype, device="cuda")
@@ -135,7 +134,7 @@ def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile)
 @pytest.mark.gpu
 @needs_hopper
 def test_it_runs_by_itself_and_again_to_the_bit(monkeypatch):
-    """One layer after the other, each beginning before the last has ended."""
+    """Layers in sequence, each of which starts before the previous one has ended."""
     layers = [
         make(case, torch.bfloat16, "cuda", in_features=384, out_features=384)[0]
         for case in (CASES[3], CASES[1], CASES[3])
@@ -149,7 +148,7 @@ def test_it_runs_by_itself_and_again_to_the_bit(monkeypatch):
         return call(layers[2], call(layers[1], first, None, False), first.values, True).values
 
     expected = run(fused_linear_reference)
-    run(FusedLinear.__call__)  # kernels are tried, against the reference
+    run(FusedLinear.__call__)  # tries the kernels against the reference
     for name in ("launch_triton", "fused_linear_reference"):
         monkeypatch.delattr(f"samlight_hf.kernels.linear.{name}")
     found = run(FusedLinear.__call__)
@@ -169,7 +168,7 @@ def test_the_neck_is_its_convolution(grid, monkeypatch):
     with torch.no_grad():
         image = tokens.double().transpose(1, 2).unflatten(2, grid)
         expected = convolution.double()(image).flatten(2).transpose(1, 2)
-        convolve(layer, tokens, grid)  # the kernel is tried, against torch's
+        convolve(layer, tokens, grid)  # tries the kernel against torch's
         monkeypatch.delattr("samlight_hf.kernels.linear.F.conv2d")
         found = convolve(layer, tokens, grid)
     assert error(found, expected) < TOLERANCES[torch.bfloat16]
@@ -179,9 +178,9 @@ def test_the_neck_is_its_convolution(grid, monkeypatch):
 @needs_hopper
 @torch.no_grad()
 def test_each_variant_is_tried_by_itself(monkeypatch):
-    """One that adds a residual cannot be compiled, and Triton runs; the others do as ever."""
+    """The variant with a residual cannot be compiled and falls back to Triton; the others run in CUDA."""
     monkeypatch.setattr(triton_support, "_reasons", {})
-    monkeypatch.setattr(triton_support, "_told", set())
+    monkeypatch.setattr(triton_support, "_warned", set())
     compiled = hopper.compiled
 
     def breaks(source: str) -> bytes:

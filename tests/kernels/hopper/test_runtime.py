@@ -1,4 +1,4 @@
-"""Kernels in CUDA are compiled, kept, and compiled again where what was kept is gone."""
+"""Tests that CUDA kernels are compiled, cached, and compiled again if the cache has lost them."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ def cache_directory(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def compilations(monkeypatch) -> list[str]:
-    """Sources that were compiled, which they are."""
-    found, compile_source = [], hopper.compile_source
-    monkeypatch.setattr(hopper, "compile_source", lambda source: (found.append(source), compile_source(source))[1])
-    return found
+    """Record the sources that are compiled."""
+    sources, compile_source = [], hopper.compile_source
+    monkeypatch.setattr(hopper, "compile_source", lambda source: (sources.append(source), compile_source(source))[1])
+    return sources
 
 
 def source(number: int) -> str:
@@ -38,7 +38,7 @@ def test_code_is_kept_for_the_next_process(cache_directory, compilations):
     assert code.startswith(b"\x7fELF") and hopper.compiled(source(1)) == code and compilations == [source(1)]
     assert hopper.compiled(source(2)) != code and len(compilations) == 2
     kept = [path for path in cache_directory.rglob("*") if path.is_file()]
-    assert sorted(path.name for path in kept) == ["kernel.cubin"] * 2  # and nothing half written
+    assert sorted(path.name for path in kept) == ["kernel.cubin"] * 2  # no partial files
 
 
 @needs_compiler
@@ -92,12 +92,12 @@ def test_the_compiler_writes_into_memory_that_may_be_written(monkeypatch):
 
 
 @needs_compiler
-def test_what_the_compiler_does_not_take_is_told_in_its_words():
+def test_an_error_of_the_compiler_is_raised_with_its_message():
     with pytest.raises(RuntimeError, match='identifier "nothing" is undefined'):
         hopper.compile_source(SOURCE.replace("NUMBER", "nothing"))
 
 
-def test_the_drivers_lack_of_memory_is_torchs():
+def test_the_drivers_out_of_memory_is_torchs():
     class Status(int):
         name = "CUDA_ERROR_OUT_OF_MEMORY"
 
