@@ -12,7 +12,7 @@ from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
 from ..utils.processes import one_voice, tell_error
 from . import benchmark as benchmark_command
-from . import demo
+from . import demo, distill
 from . import evaluate as evaluate_command
 from . import publish as hub_command
 from . import segment as segment_command
@@ -31,6 +31,7 @@ class Command(NamedTuple):
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    parses_itself: bool = False
 
 
 COMMANDS = (
@@ -51,6 +52,13 @@ COMMANDS = (
         "mIoU for boxes and clicks, AP, AR and fidelity to a teacher, of several models side by side",
         evaluate_command.add_evaluate_arguments,
         evaluate_command.run_evaluate,
+    ),
+    Command(
+        "distill",
+        "train a SAM-Lightening from any SAM; without options, a demonstration of three minutes",
+        distill.add_distill_arguments,
+        distill.run_distill,
+        parses_itself=True,
     ),
     Command(
         "publish",
@@ -80,7 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"samlight {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
+        # Without a prefix that options could have, argparse takes each of them for a plain argument, --help too.
+        options = {"prefix_chars": "\0", "add_help": False} if command.parses_itself else {}
+        subparser = subparsers.add_parser(command.name, help=command.summary, description=command.summary, **options)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser

@@ -5,18 +5,14 @@ import os
 from pathlib import Path
 
 
+# Files of a clone of the repository; an installed package has none of them.
 _CLONE = Path(__file__).resolve().parents[2]
-
-
 BUNDLED_CHECKPOINT = _CLONE / "checkpoints" / "sam-lightening-tiny"
-
-
 EXAMPLE_IMAGES = _CLONE / "examples" / "images"
+EXAMPLE_CONFIGS = _CLONE / "examples" / "configs"
 
-
+# Thresholds of predicted IoU and stability in everything mode.
 DEFAULT_THRESHOLDS = 0.88, 0.95
-
-
 # The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
 BUNDLED_THRESHOLDS = 0.5, 0.65
 
