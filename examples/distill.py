@@ -2,9 +2,10 @@
 
     python examples/distill.py                                      # a demonstration: three minutes, no GPU, no data
     accelerate launch examples/distill.py --config examples/configs/sa1b_vit_h.yaml
-    accelerate launch examples/distill.py --config examples/configs/custom_masks.yaml --train-data mine/ --output-dir outputs/mine
+    accelerate launch examples/distill.py --config examples/configs/custom_masks.yaml --train-data mine/
 
-Each key of the YAML file is an option too, and the option wins. `--help` lists them; docs/distillation.md explains them.
+Each key of the YAML file is an option too, with - for _, and the option wins. `--help` lists them, and
+docs/distillation.md explains them.
 """
 
 import sys

@@ -23,7 +23,7 @@ CONFIGS = EXAMPLE_CONFIGS
 
 
 def add_distill_arguments(parser: argparse.ArgumentParser):
-    """Take all arguments unparsed: building the options needs transformers' Trainer, which other commands do without."""
+    """Take all arguments unparsed: to list the options, transformers' Trainer must be imported."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
 

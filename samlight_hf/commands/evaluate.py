@@ -5,11 +5,11 @@ import datetime
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from ..utils.processes import process_group, tell
+from .measurements import EVERYTHING, Measurement, load_promptable_model, measurements_of
 from .options import not_empty, parse_fraction
 
 
@@ -21,29 +21,6 @@ if TYPE_CHECKING:
     from ..evaluation.models import PromptableModel
     from ..evaluation.protocols import ProtocolSettings
     from ..evaluation.report import ModelResult
-    from ..evaluation.work import EvaluationTask
-
-EVERYTHING = "everything"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A task that is run on every image, with what the journal and the report need to know about it.
-
-    Attributes:
-        name: part of the journal's file name, and shown in the progress bar.
-        task: computes the records of an image.
-        settings: kept in the journal; a journal with other settings is refused.
-        sentences: how the numbers were measured, for readers of the report.
-        summarize: computes scores by name from the records of all images. None for the scores of instances, whose
-            records themselves are reported.
-    """
-
-    name: str
-    task: "EvaluationTask"
-    settings: dict
-    sentences: list[str]
-    summarize: Callable[[list[dict]], dict[str, float]] | None = None
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser):
@@ -53,13 +30,15 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     )  # fmt: skip
     data = parser.add_argument_group("data: SA-1B tars, a COCO-shaped JSON with its images, or a folder of mask files")
     data.add_argument(
-        "--dataset", metavar="PATH", help="tar file, folder or pattern of SA-1B's layout, or a folder with images/ and masks/"
+        "--dataset", metavar="PATH",
+        help="tar file, folder or pattern of SA-1B's layout, or a folder with images/ and masks/",
     )  # fmt: skip
     data.add_argument("--annotations", metavar="JSON", help="annotations of COCO, LVIS, or of the same shape")
     data.add_argument("--images", metavar="DIR", help="folder of the annotated images")
     data.add_argument(
         "--ignore-label", default="auto", metavar="N",
-        help="label of mask files that is void; auto: 255 beside labels from 1 to 126 alone; none: no label (%(default)s)",
+        help="label of mask files that is void; auto: 255 beside labels from 1 to 126 alone; none: no label "
+        "(%(default)s)",
     )  # fmt: skip
     data.add_argument(
         "--binary-masks", action="store_true", help="mask files are one object each, from half the brightness on"
@@ -76,8 +55,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
         help="prompts (%(default)s)",
     )
     protocol.add_argument(
-        "--mask-choice", nargs="+", default=["single", "predicted", "oracle"], choices=["single", "predicted", "oracle"],
-        help="which mask counts (%(default)s)",
+        "--mask-choice", nargs="+", default=["single", "predicted", "oracle"],
+        choices=["single", "predicted", "oracle"], help="which mask counts (%(default)s)",
     )  # fmt: skip
     protocol.add_argument(
         "--clicks", nargs="+", type=int, default=[1, 3, 5], metavar="K", help="numbers of clicks (%(default)s)"
@@ -122,10 +101,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.detections and not args.annotations:
         raise argparse.ArgumentTypeError("--detections needs --annotations and --images: AP is measured against those.")
     names = _names(args.model)
-    settings = prompts and ProtocolSettings(
-        prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
-        args.boundary_iou, args.max_instances,
-    )  # fmt: skip
+    settings = None
+    if prompts:
+        settings = ProtocolSettings(
+            prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
+            args.boundary_iou, args.max_instances,
+        )  # fmt: skip
     if not args.no_plots:
         require_matplotlib()
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
@@ -138,13 +119,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate_models(
-    names: Sequence[str], settings: "ProtocolSettings | tuple", args: argparse.Namespace, state: "PartialState"
+    names: Sequence[str], settings: "ProtocolSettings | None", args: argparse.Namespace, state: "PartialState"
 ) -> "tuple[list[ModelResult], list[Callable]]":
     from ..evaluation.files import dataset_digest
 
     dataset = _open_dataset(args)
     digest = dataset_digest(dataset, args.dataset or args.annotations)
-    measurements = _measurements(dataset, settings, args, state)
+    measurements = measurements_of(dataset, settings, args, state)
     results, drawers = [], []
     for path, name in zip(args.model, names):
         result, drawer = _evaluate_model(path, name, dataset, digest, measurements, args, state)
@@ -176,7 +157,8 @@ def _open_dataset(args: argparse.Namespace) -> "ImageDataset":
     from ..data.label_maps import MaskReading, parse_ignore_label
 
     try:
-        reading = MaskReading(parse_ignore_label(args.ignore_label), args.binary_masks)
+        label = cast("int | Literal['auto'] | None", parse_ignore_label(args.ignore_label))
+        reading = MaskReading(label, args.binary_masks)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"--ignore-label: {error}") from error
     dataset = load_dataset(
@@ -188,7 +170,8 @@ def _open_dataset(args: argparse.Namespace) -> "ImageDataset":
     )
     if reading != MaskReading() and not isinstance(dataset, MaskFolderDataset):
         raise argparse.ArgumentTypeError(
-            "--ignore-label and --binary-masks say how mask files are read: they go with a folder with images/ and masks/."
+            "--ignore-label and --binary-masks say how mask files are read: they go with a folder with images/ and "
+            "masks/."
         )
     return dataset
 
@@ -203,7 +186,7 @@ def _evaluate_model(
     from ..evaluation.files import slug
     from ..evaluation.report import ModelResult
 
-    model = _load(path, args, state)
+    model = load_promptable_model(path, args, state)
     common = {
         "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "dataset_content": digest,
         "num_pictures": len(dataset), "batch_size": args.batch_size, "dtype": args.dtype,
@@ -258,69 +241,6 @@ def _skip_counts(skipped: "SkipReport") -> dict[str, int]:
     return {f"{kind}, {reason}": entry.count for kind, reasons in kinds.items() for reason, entry in reasons.items()}
 
 
-def _measurements(
-    dataset: "ImageDataset", settings: "ProtocolSettings | tuple", args: argparse.Namespace, state: "PartialState"
-) -> list[Measurement]:
-    """Return the measurements that the arguments ask for; `settings` is empty where no instances are evaluated."""
-    from ..evaluation.fidelity import Fidelity, summarize_fidelity
-    from ..evaluation.protocols import InstanceProtocols
-
-    measurements = []
-    if settings:
-        task = InstanceProtocols(settings)
-        measurements.append(Measurement("instances", task, settings.to_dict(), settings.sentences()))
-    if EVERYTHING in args.protocol:
-        measurements.append(_everything_measurement(args))
-    if args.detections:
-        measurements.append(_detection_measurement(dataset, args))
-    if args.teacher:
-        teacher = _load(args.teacher, args, state)
-        about = {"teacher": teacher.fingerprint(), "max_instances": args.max_instances}
-        sentence = f"fidelity: image embeddings, layers and masks against {args.teacher}, same images and prompts"
-        task = Fidelity(teacher, args.max_instances)
-        measurements.append(Measurement("fidelity", task, about, [sentence], summarize_fidelity))
-    return measurements
-
-
-def _everything_measurement(args: argparse.Namespace) -> Measurement:
-    from ..evaluation.average_precision import EverythingTask, summarize_everything
-
-    settings = {
-        "points_per_side": args.points_per_side, "pred_iou_thresh": args.pred_iou_thresh,
-        "stability_score_thresh": args.stability_score_thresh,
-    }  # fmt: skip
-    filters = (
-        f"predicted IoU above {args.pred_iou_thresh} and stability above {args.stability_score_thresh}"
-        if args.pred_iou_thresh or args.stability_score_thresh
-        else "no thresholds but NMS"
-    )
-    sentences = [
-        f"AR@1000: everything mode, {args.points_per_side}x{args.points_per_side} points, {filters}",
-        "masks right@0.5: share of its masks whose IoU with an annotated region is at least 0.5; ranking AUC: how often "
-        "a right mask has a higher score than a wrong one of the same image",
-    ]
-    return Measurement(EVERYTHING, EverythingTask(**settings), settings, sentences, summarize_everything)
-
-
-def _detection_measurement(dataset: "ImageDataset", args: argparse.Namespace) -> Measurement:
-    from ..evaluation.average_precision import DetectorBoxes, average_precision, check_annotations
-    from ..evaluation.files import content_digest
-
-    task = DetectorBoxes(args.detections, dataset.ids)
-    sentence = f"{'LVIS' if args.lvis else 'COCO'} mask AP: boxes of {args.detections}, one mask each"
-    if task.num_other:
-        sentence += f"; {task.num_other} boxes of other images left out"
-    check_annotations(args.annotations, dataset.ids, args.lvis)
-
-    def summarize(records: list[dict]) -> dict[str, float]:
-        predictions = [prediction for record in records for prediction in record["predictions"]]
-        image_ids = [record["image_id"] for record in records]  # without images that could not be read
-        return average_precision(args.annotations, predictions, image_ids, args.lvis)
-
-    settings = {"detections": args.detections, "detections_content": content_digest(args.detections)}
-    return Measurement("detections", task, settings, [sentence], summarize)
-
-
 def _names(paths: Sequence[str]) -> list[str]:
     """Return the models' names: those of their folders, with as many parents as it takes to tell them apart.
 
@@ -342,14 +262,6 @@ def _names(paths: Sequence[str]) -> list[str]:
         f"--model names models that the report's files would not tell apart: {', '.join(paths)}. Rename a folder: "
         "file names keep only letters, digits, _, - and dots."
     )
-
-
-def _load(path: str, args: argparse.Namespace, state: "PartialState") -> "PromptableModel":
-    from ..evaluation.models import SUPPORTED, PromptableModel
-    from ..loading import load_model
-
-    device = str(state.device) if args.device == "auto" else args.device
-    return PromptableModel(*load_model(path, device, args.dtype, tuple(SUPPORTED)))
 
 
 def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[str, int], protocol: str) -> Callable:
