@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from ..utils.json_files import read_json
 from ..utils.messages import one_line
 from ..utils.processes import is_main_process, leave_process_group, one_voice, tell
 from .options import EXAMPLE_CONFIGS
@@ -86,6 +87,6 @@ def _demonstrate() -> int:
 
 def _print_metrics(stages: "Sequence[DistillationArguments]"):
     for args in stages:
-        result = json.loads(Path(args.output_dir, "result.json").read_text(encoding="utf-8"))
-        if result["metrics"]:
-            print(args.stage, json.dumps(result["metrics"]))
+        metrics = read_json(Path(args.output_dir, "result.json"), dict)["metrics"]
+        if metrics:
+            print(args.stage, json.dumps(metrics))
