@@ -293,7 +293,7 @@ class _Parser(HfArgumentParser):
     def __init__(self, prog: str | None = None):
         description = (
             "--config FILE names a YAML file of settings. Each option below may be a key of it, with _ for -, and an "
-            "option wins over the file."
+            "option wins over the file. On several GPUs: accelerate launch -m samlight_hf.cli distill ..."
         )
         super().__init__((RunArguments, DistillationArguments), prog=prog, description=description)
         for action in self._actions:
