@@ -1,7 +1,7 @@
 """`samlight evaluate` as a script, so that `accelerate launch` can start it on several GPUs.
 
 python examples/evaluate.py --model checkpoints/sam-lightening-tiny --dataset val-000000.tar
-accelerate launch examples/evaluate.py --model facebook/sam-vit-huge --annotations instances_val2017.json --images val2017
+accelerate launch examples/evaluate.py --model facebook/sam-vit-huge --dataset val-000000.tar
 """
 
 import sys

@@ -3,12 +3,18 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from .options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES, parse_positive
+
+
+if TYPE_CHECKING:
+    from ..benchmark.settings import Settings
 
 
 PART_NAMES = (
-    "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear", "profile"
+    "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear",
+    "profile",
 )  # fmt: skip
 
 
@@ -20,30 +26,31 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser, names: Sequence[str
     parser.add_argument("--plot", type=Path, metavar="PNG", help="time against resolution (beside --out)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     sizes = parser.add_argument_group("sizes; by default fewer on a CPU")
-    sizes.add_argument("--batch-sizes", type=_positive, nargs="+", metavar="N", help="images at once (1 8 32)")
-    sizes.add_argument("--prompt-counts", type=_positive, nargs="+", metavar="N", help="(1 16 64 256)")
-    sizes.add_argument("--resolutions", type=_positive, nargs="+", metavar="PX", help="(1024 2048 4096)")
-    sizes.add_argument("--training-batch-size", type=_positive, metavar="N", help="(16)")
+    sizes.add_argument("--batch-sizes", type=parse_positive, nargs="+", metavar="N", help="images at once (1 8 32)")
+    sizes.add_argument("--prompt-counts", type=parse_positive, nargs="+", metavar="N", help="(1 16 64 256)")
+    sizes.add_argument("--resolutions", type=parse_positive, nargs="+", metavar="PX", help="(1024 2048 4096)")
+    sizes.add_argument("--training-batch-size", type=parse_positive, metavar="N", help="(16)")
     rows = parser.add_argument_group("rows")
     rows.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="rows under torch.compile (on CUDA alone)"
     )
     rows.add_argument("--compile-peers", action="store_true", help="SAM ViT-L and ViT-H under torch.compile too")
     rows.add_argument(
-        "--checkpoint", type=Path, default=_if_there(BUNDLED_CHECKPOINT), metavar="DIR", help="for what needs real weights"
+        "--checkpoint", type=Path, default=_if_there(BUNDLED_CHECKPOINT), metavar="DIR",
+        help="for parts that need trained weights",
     )  # fmt: skip
     rows.add_argument(
         "--images", type=Path, default=_if_there(EXAMPLE_IMAGES), metavar="DIR", help="photographs, for equality"
     )
 
 
-def settings_of(args: argparse.Namespace):
-    """The `Settings` that the arguments say."""
+def settings_of(args: argparse.Namespace) -> "Settings":
+    """Return the benchmark's `Settings` for the parsed arguments."""
     from ..benchmark.settings import Settings
     from ..loading import find_device
 
     def sizes(values: list[int] | None) -> tuple[int, ...] | None:
-        return values and tuple(values)
+        return tuple(values) if values else None
 
     return Settings(
         find_device(args.device), sizes(args.batch_sizes), sizes(args.prompt_counts), sizes(args.resolutions),
@@ -53,7 +60,18 @@ def settings_of(args: argparse.Namespace):
 
 
 def run_benchmark_command(args: argparse.Namespace, available: dict | None = None) -> int:
-    """Prints rows as they are measured, then tables and targets; of more parts than its own where they are given."""
+    """Measure the chosen parts: print each row as it is measured, then tables and targets.
+
+    Args:
+        args: the parsed arguments.
+        available: the parts by name; by default those of `samlight_hf.benchmark`.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ArgumentTypeError: for a part that is not known, and for `--append` without `--out`.
+    """
     from ..benchmark.run import PARTS, run_benchmark
 
     available = available or PARTS
@@ -67,13 +85,6 @@ def run_benchmark_command(args: argparse.Namespace, available: dict | None = Non
     plot = args.plot or (args.out.with_suffix(".png") if args.out and "resolution" in parts else None)
     run_benchmark(settings_of(args), parts, args.out, plot, args.append, available)
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be positive.")
-    return number
 
 
 def _if_there(path: Path) -> Path | None:

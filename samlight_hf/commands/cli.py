@@ -1,4 +1,4 @@
-"""The command `samlight`. Subcommands import what they need when they run."""
+"""The command `samlight`. Its subcommands import models and data sets only when they run."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
 from ..utils.processes import one_voice, tell_error
 from . import benchmark as benchmark_command
-from . import demo
+from . import demo, distill
 from . import evaluate as evaluate_command
 from . import publish as hub_command
 from . import segment as segment_command
@@ -22,15 +22,22 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class Command(NamedTuple):
-    """A subcommand. `run` takes the parsed arguments and returns the exit status; heavy imports belong inside it.
+    """A subcommand.
 
-    What it raises becomes one line on stderr: argparse.ArgumentTypeError for wrong usage (status 2), others status 1.
+    Attributes:
+        name: the word after `samlight`.
+        summary: one line for the help.
+        add_arguments: adds the options to a parser.
+        run: takes the parsed arguments and returns the exit status. Heavy imports belong inside it. An exception
+            becomes one line on stderr: argparse.ArgumentTypeError means wrong usage (status 2), others status 1.
+        parses_itself: `run` parses the arguments, options included, which it gets as the list `arguments`.
     """
 
     name: str
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    parses_itself: bool = False
 
 
 COMMANDS = (
@@ -51,6 +58,13 @@ COMMANDS = (
         "mIoU for boxes and clicks, AP, AR and fidelity to a teacher, of several models side by side",
         evaluate_command.add_evaluate_arguments,
         evaluate_command.run_evaluate,
+    ),
+    Command(
+        "distill",
+        "train a SAM-Lightening from any SAM; without options, a demonstration of three minutes",
+        distill.add_distill_arguments,
+        distill.run_distill,
+        parses_itself=True,
     ),
     Command(
         "publish",
@@ -80,24 +94,33 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"samlight {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
+        # With a prefix that no option has, argparse takes all options, --help too, for plain arguments.
+        prefix, add_help = ("\0", False) if command.parses_itself else ("-", True)
+        subparser = subparsers.add_parser(
+            command.name, help=command.summary, description=command.summary, prefix_chars=prefix, add_help=add_help
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `samlight ARGUMENTS` (by default those of the process) and returns the exit status.
+    """Run `samlight ARGUMENTS`.
 
-    0: done. 1: nothing succeeded. 2: wrong usage. 130: interrupted. Whatever happens is told in one line on stderr, never
-    by a traceback, unless the environment variable SAMLIGHT_DEBUG is set.
+    An error is reported in one line on stderr. The environment variable SAMLIGHT_DEBUG adds its traceback.
+
+    Args:
+        arguments: by default those of the process.
+
+    Returns:
+        The exit status. 0: done. 1: nothing succeeded. 2: wrong usage. 130: interrupted.
     """
     make_console_safe()
     try:
         with log_to_stderr("samlight: "):
             status = _run(arguments)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where an error of it can still be answered
+            sys.stdout.flush()  # here, where an error can still be reported
         return status
     except KeyboardInterrupt:
         return _fail("interrupted.", EXIT_INTERRUPTED)
@@ -109,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"error: {one_line(error)}", EXIT_USAGE)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         return _fail(f"error: {one_line(error)}", EXIT_FAILED)
-    except Exception as error:  # a bug of ours: users get a line that they can report
+    except Exception as error:  # a bug: users get a line that they can report
         message = f"internal error: {type(error).__name__}: {one_line(error)} (SAMLIGHT_DEBUG=1 shows where)"
         return _fail(message, EXIT_FAILED)
 
@@ -120,13 +143,13 @@ def _run(arguments: Sequence[str] | None) -> int:
         with one_voice():
             parsed = build_parser().parse_args(_join_negative_values(arguments))
     except SystemExit as exit_request:  # after --help, and after wrong usage
-        return exit_request.code
+        return exit_request.code if isinstance(exit_request.code, int) else EXIT_OK
     parsed.command_line = shlex.join(["samlight", *arguments])
     return parsed.run(parsed)
 
 
 def _join_negative_values(arguments: list[str]) -> list[str]:
-    """`--box -5,0,9,9` as `--box=-5,0,9,9`: argparse would take the box for an option, and hide what is wrong with it."""
+    """Join `--box -5,0,9,9` to `--box=-5,0,9,9`: argparse would take the box for an option and report that instead."""
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] in ("--box", "--point") and argument[:1] == "-" and argument[1:2].isdigit():

@@ -1,4 +1,4 @@
-"""`samlight demo`: boxes, points and everything on the example images, a contact sheet, and a table."""
+"""`samlight demo`: segment the example images by boxes, by points, and everything; write a contact sheet."""
 
 import argparse
 import time
@@ -25,7 +25,14 @@ def add_demo_arguments(parser: argparse.ArgumentParser):
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Boxes, points and everything on each example image: a row of three on the contact sheet."""
+    """Segment each example image by boxes, by points, and everything; they are a row of the contact sheet.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ArgumentTypeError: outside a clone of the repository.
+    """
     from ..images.preprocessing import image_tensor
     from ..images.reading import open_image
     from ..inference.crops import MaskGenerationSettings
@@ -48,15 +55,18 @@ def run_demo(args: argparse.Namespace) -> int:
         DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
     )
     summary = Summary(args.out, columns=3)
-    for name, prompts in progress(list(read_json(prompts_file, dict).items())):
+    examples = read_json(prompts_file, dict)
+    for name, prompts in progress(examples.items(), len(examples)):
         image = open_image(EXAMPLE_IMAGES / name)
         boxes, points = prompts["boxes_xyxy"], prompts["points_xy"]
         start = time.perf_counter()
         encoded = predictor.encode(image)
-        results = [("boxes", predict_prompts(predictor, boxes, image=encoded), boxes, [])]
-        results.append(("points", predict_prompts(predictor, points_xy=points, image=encoded), [], points))
+        of_boxes = predict_prompts(predictor, boxes, image=encoded)
+        of_points = predict_prompts(predictor, points_xy=points, image=encoded)
         everything = generator.generate(image_tensor(image), settings, encoded=encoded)
-        results.append(("everything", everything, [], []))
+        results: list[tuple] = [
+            ("boxes", of_boxes, boxes, []), ("points", of_points, [], points), ("everything", everything, [], []),
+        ]  # fmt: skip
         seconds = (time.perf_counter() - start) / len(results)  # of one encoding of the image, and all decoding
         for kind, result, shown_boxes, shown_points in results:
             output = args.out / f"{Path(name).stem}_{kind}.png"

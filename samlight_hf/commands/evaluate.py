@@ -6,22 +6,21 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from ..utils.processes import process_group, tell
+from .measurements import EVERYTHING, Measurement, load_promptable_model, measurements_of
 from .options import not_empty, parse_fraction
 
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
-    from ..data import ImageDataset
+    from ..data import ImageDataset, SkipReport
     from ..evaluation.models import PromptableModel
     from ..evaluation.protocols import ProtocolSettings
     from ..evaluation.report import ModelResult
-    from ..evaluation.work import EvaluationTask
-
-EVERYTHING = "everything"
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser):
@@ -31,13 +30,15 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     )  # fmt: skip
     data = parser.add_argument_group("data: SA-1B tars, a COCO-shaped JSON with its images, or a folder of mask files")
     data.add_argument(
-        "--dataset", metavar="PATH", help="tar file, folder or pattern of SA-1B's layout, or a folder with images/ and masks/"
+        "--dataset", metavar="PATH",
+        help="tar file, folder or pattern of SA-1B's layout, or a folder with images/ and masks/",
     )  # fmt: skip
     data.add_argument("--annotations", metavar="JSON", help="annotations of COCO, LVIS, or of the same shape")
     data.add_argument("--images", metavar="DIR", help="folder of the annotated images")
     data.add_argument(
         "--ignore-label", default="auto", metavar="N",
-        help="label of mask files that is void; auto: 255 beside labels from 1 to 126 alone; none: no label (%(default)s)",
+        help="label of mask files that is void; auto: 255 beside labels from 1 to 126 alone; none: no label "
+        "(%(default)s)",
     )  # fmt: skip
     data.add_argument(
         "--binary-masks", action="store_true", help="mask files are one object each, from half the brightness on"
@@ -47,13 +48,19 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     data.add_argument("--include-crowd", action="store_true", help="crowd instances too, which are left out otherwise")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument(
-        "--protocol", nargs="+", default=["box", "clicks"], choices=["box", "clicks", EVERYTHING], help="%(default)s"
+        "--protocol",
+        nargs="+",
+        default=["box", "clicks"],
+        choices=["box", "clicks", EVERYTHING],
+        help="prompts (%(default)s)",
     )
     protocol.add_argument(
-        "--mask-choice", nargs="+", default=["single", "predicted", "oracle"], choices=["single", "predicted", "oracle"],
-        help="which mask counts (%(default)s)",
+        "--mask-choice", nargs="+", default=["single", "predicted", "oracle"],
+        choices=["single", "predicted", "oracle"], help="which mask counts (%(default)s)",
     )  # fmt: skip
-    protocol.add_argument("--clicks", nargs="+", type=int, default=[1, 3, 5], metavar="K", help="%(default)s")
+    protocol.add_argument(
+        "--clicks", nargs="+", type=int, default=[1, 3, 5], metavar="K", help="numbers of clicks (%(default)s)"
+    )
     protocol.add_argument("--no-feedback", action="store_true", help="do not feed logits back with the next click")
     protocol.add_argument("--boundary-iou", action="store_true", help="boundary IoU too")
     protocol.add_argument(
@@ -66,7 +73,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
         )  # fmt: skip
     protocol.add_argument("--detections", metavar="JSON", help="a detector's COCO results: mask AP with its boxes")
     protocol.add_argument("--lvis", action="store_true", help="LVIS's AP for --detections, not COCO's")
-    protocol.add_argument("--teacher", metavar="DIR", help="how close each model is to this one")
+    protocol.add_argument("--teacher", metavar="DIR", help="model that each is compared with: fidelity")
     run = parser.add_argument_group("run; several GPUs: accelerate launch examples/evaluate.py ...")
     run.add_argument("--out", type=Path, default=Path("outputs/evaluate"), help="report folder (%(default)s)")
     run.add_argument("--batch-size", type=int, default=4, metavar="N", help="images encoded at once (%(default)s)")
@@ -78,7 +85,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Writes the report and prints its table. An interrupted run, started again, goes on where it was."""
+    """Write the report and print its table. An interrupted run that is started again continues where it stopped."""
     try:
         import accelerate  # noqa: F401
 
@@ -94,10 +101,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.detections and not args.annotations:
         raise argparse.ArgumentTypeError("--detections needs --annotations and --images: AP is measured against those.")
     names = _names(args.model)
-    settings = prompts and ProtocolSettings(
-        prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
-        args.boundary_iou, args.max_instances,
-    )  # fmt: skip
+    settings = None
+    if prompts:
+        settings = ProtocolSettings(
+            prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
+            args.boundary_iou, args.max_instances,
+        )  # fmt: skip
     if not args.no_plots:
         require_matplotlib()
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
@@ -110,16 +119,16 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate_models(
-    names: Sequence[str], settings: "ProtocolSettings | tuple", args: argparse.Namespace, state: "PartialState"
+    names: Sequence[str], settings: "ProtocolSettings | None", args: argparse.Namespace, state: "PartialState"
 ) -> "tuple[list[ModelResult], list[Callable]]":
     from ..evaluation.files import dataset_digest
 
     dataset = _open_dataset(args)
     digest = dataset_digest(dataset, args.dataset or args.annotations)
-    works = _works(dataset, settings, args, state)
+    measurements = measurements_of(dataset, settings, args, state)
     results, drawers = [], []
     for path, name in zip(args.model, names):
-        result, drawer = _evaluate_model(path, name, dataset, digest, works, args, state)
+        result, drawer = _evaluate_model(path, name, dataset, digest, measurements, args, state)
         results.append(result)
         drawers.append(drawer)
     return results, drawers
@@ -148,7 +157,8 @@ def _open_dataset(args: argparse.Namespace) -> "ImageDataset":
     from ..data.label_maps import MaskReading, parse_ignore_label
 
     try:
-        reading = MaskReading(parse_ignore_label(args.ignore_label), args.binary_masks)
+        label = cast("int | Literal['auto'] | None", parse_ignore_label(args.ignore_label))
+        reading = MaskReading(label, args.binary_masks)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"--ignore-label: {error}") from error
     dataset = load_dataset(
@@ -160,147 +170,111 @@ def _open_dataset(args: argparse.Namespace) -> "ImageDataset":
     )
     if reading != MaskReading() and not isinstance(dataset, MaskFolderDataset):
         raise argparse.ArgumentTypeError(
-            "--ignore-label and --binary-masks say how mask files are read: they go with a folder with images/ and masks/."
+            "--ignore-label and --binary-masks say how mask files are read: they go with a folder with images/ and "
+            "masks/."
         )
     return dataset
 
 
 def _evaluate_model(
-    path: str, name: str, dataset: "ImageDataset", digest: str, works: list, args: argparse.Namespace, state
-) -> "tuple[ModelResult, Callable]":
+    path: str, name: str, dataset: "ImageDataset", digest: str, measurements: Sequence[Measurement],
+    args: argparse.Namespace, state: "PartialState",
+) -> "tuple[ModelResult, Callable]":  # fmt: skip
+    """Run all measurements of one model; return its result, and a function that makes `_drawer`s for a protocol."""
     from ..data import MaskFolderDataset, SkipReport
     from ..evaluation.evaluator import Journal, evaluate
     from ..evaluation.files import slug
     from ..evaluation.report import ModelResult
 
-    model = _load(path, args, state)
+    model = load_promptable_model(path, args, state)
     common = {
         "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "dataset_content": digest,
         "num_pictures": len(dataset), "batch_size": args.batch_size, "dtype": args.dtype,
     }  # fmt: skip
     if isinstance(dataset, MaskFolderDataset):
         common["mask_reading"] = dataset.reading.to_dict()
-    records, extra, skipped, seconds, images = [], {}, SkipReport(), 0.0, {}
-    for kind, work, its_settings, _, summarize in works:
-        journal = Journal(args.out / "journal", f"{slug(name)}.{kind}", {**common, **its_settings})
-        found, skipped, its_seconds = evaluate(
-            model, dataset, work, journal, args.batch_size, args.num_workers, f"{name}, {kind}"
+    instances: list[dict] = []
+    extra: dict[str, float] = {}
+    images: dict[str, int] = {}
+    skipped, total_seconds = SkipReport(), 0.0
+    for measurement in measurements:
+        file_name = f"{slug(name)}.{measurement.name}"
+        journal = Journal(args.out / "journal", file_name, {**common, **measurement.settings})
+        records, skipped, seconds = evaluate(
+            model, dataset, measurement.task, journal, args.batch_size, args.num_workers, f"{name}, {measurement.name}"
         )
-        seconds += its_seconds
-        if summarize:
-            extra |= summarize(found)
+        total_seconds += seconds
+        if measurement.summarize:
+            extra |= measurement.summarize(records)
         else:
-            records = found
-            images = {r["picture"]: index for index, line in journal.done.items() for r in line["records"]}
-    result = ModelResult(
-        {
-            "model": name,
-            "dataset": str(args.dataset or args.annotations),
-            "protocols": [sentence for _, _, _, sentences, _ in works for sentence in sentences],
-            "command": args.command_line,
-            "date": datetime.date.today().isoformat(),
-            "device": _device_name(model.model.device)
-            + (f" x {state.num_processes}" if state.num_processes > 1 else ""),
-            "dtype": args.dtype,
-            "versions": _versions(),
-            "skipped": {
-                **{f"image, {reason}": s.count for reason, s in skipped.images.items()},
-                **{f"instance, {reason}": s.count for reason, s in skipped.instances.items()},
-                **{f"part of an instance, {reason}": s.count for reason, s in skipped.parts.items()},
-            },
-            "num_pictures": dataset.num_images - skipped.num_images,
-            "num_instances": len(records),
-            "seconds": {"model": sum(model.seconds.values()), "total": seconds},
-            "latency_ms": model.latency_ms(),
-            "extra": extra,
-        },
-        records,
-    )
+            instances = records
+            images = {record["picture"]: index for index, line in journal.done.items() for record in line["records"]}
+    about = {
+        "model": name,
+        "dataset": str(args.dataset or args.annotations),
+        "protocols": [sentence for measurement in measurements for sentence in measurement.sentences],
+        **_about_run(args, model.model.device, state.num_processes),
+        "skipped": _skip_counts(skipped),
+        "num_pictures": dataset.num_images - skipped.num_images,
+        "num_instances": len(instances),
+        "seconds": {"model": sum(model.seconds.values()), "total": total_seconds},
+        "latency_ms": model.latency_ms(),
+        "extra": extra,
+    }
     if skipped.too_many(dataset.num_images):
         tell(f"samlight: warning: {skipped.summary(dataset.num_images)}", file=sys.stderr)
-    return result, lambda protocol: _drawer(model, dataset, images, protocol)
+    return ModelResult(about, instances), lambda protocol: _drawer(model, dataset, images, protocol)
 
 
-def _works(dataset, settings, args, state) -> "list[tuple[str, EvaluationTask, dict, list[str], Callable | None]]":
-    """What is run: name, work, what its journal must know, sentences for readers, and a summary but for the instances."""
-    from ..evaluation import average_precision as detection
-    from ..evaluation.fidelity import Fidelity, summarize_fidelity
-    from ..evaluation.files import content_digest
-    from ..evaluation.protocols import InstanceProtocols
+def _about_run(args: argparse.Namespace, device: "torch.device", num_processes: int) -> dict:
+    return {
+        "command": args.command_line,
+        "date": datetime.date.today().isoformat(),
+        "device": _device_name(device) + (f" x {num_processes}" if num_processes > 1 else ""),
+        "dtype": args.dtype,
+        "versions": _versions(),
+    }
 
-    works = []
-    if settings:
-        works.append(("instances", InstanceProtocols(settings), settings.to_dict(), settings.sentences(), None))
-    if EVERYTHING in args.protocol:
-        arguments = {
-            "points_per_side": args.points_per_side, "pred_iou_thresh": args.pred_iou_thresh,
-            "stability_score_thresh": args.stability_score_thresh,
-        }  # fmt: skip
-        kept = (
-            f"predicted IoU above {args.pred_iou_thresh} and stability above {args.stability_score_thresh}"
-            if args.pred_iou_thresh or args.stability_score_thresh
-            else "no thresholds but NMS"
-        )
-        sentences = [
-            f"AR@1000: everything mode, {args.points_per_side}x{args.points_per_side} points, {kept}",
-            "masks right@0.5: share of its masks whose IoU with an annotated region is at least 0.5; ranking AUC: how often "
-            "a right mask has a higher score than a wrong one of the same image",
-        ]
-        work = detection.EverythingTask(**arguments)
-        works.append((EVERYTHING, work, arguments, sentences, detection.summarize_everything))
-    if args.detections:
-        boxes = detection.DetectorBoxes(args.detections, dataset.ids)
-        sentence = f"{'LVIS' if args.lvis else 'COCO'} mask AP: boxes of {args.detections}, one mask each"
-        if boxes.num_other:
-            sentence += f"; {boxes.num_other} boxes of other images left out"
 
-        detection.check_annotations(args.annotations, dataset.ids, args.lvis)
-
-        def summarize(records):
-            results = [result for record in records for result in record["predictions"]]
-            image_ids = [record["image_id"] for record in records]  # without images that could not be read
-            return detection.average_precision(args.annotations, results, image_ids, args.lvis)
-
-        about = {"detections": args.detections, "detections_content": content_digest(args.detections)}
-        works.append(("detections", boxes, about, [sentence], summarize))
-    if args.teacher:
-        teacher = _load(args.teacher, args, state)
-        about = {"teacher": teacher.fingerprint(), "max_instances": args.max_instances}
-        sentence = f"fidelity: image embeddings, layers and masks against {args.teacher}, same images and prompts"
-        works.append(("fidelity", Fidelity(teacher, args.max_instances), about, [sentence], summarize_fidelity))
-    return works
+def _skip_counts(skipped: "SkipReport") -> dict[str, int]:
+    kinds = {"image": skipped.images, "instance": skipped.instances, "part of an instance": skipped.parts}
+    return {f"{kind}, {reason}": entry.count for kind, reasons in kinds.items() for reason, entry in reasons.items()}
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The folders' names, with as many of the parents' as tell them apart, as names of files too: a/student and b/student.
+    """Return the models' names: those of their folders, with as many parents as it takes to tell them apart.
 
-    ArgumentTypeError for one path twice, and for paths that files cannot tell apart.
+    outputs/a/student and outputs/b/student become a/student and b/student. The names differ as names of files too.
+
+    Raises:
+        ArgumentTypeError: for a path that occurs twice, and for paths whose file names would be the same.
     """
     from ..evaluation.files import slug
 
     parts = [Path(path).parts or (path,) for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-length:]) for each in parts]
+        names = ["/".join(path_parts[-length:]) for path_parts in parts]
         if len(set(map(slug, names))) == len(names):
             return names
     if len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"--model names a model twice: {', '.join(paths)}.")
     raise argparse.ArgumentTypeError(
-        f"--model names models that the report's files would not tell apart: {', '.join(paths)}. Rename a folder: file names "
-        "keep only letters, digits, _, - and dots."
+        f"--model names models that the report's files would not tell apart: {', '.join(paths)}. Rename a folder: "
+        "file names keep only letters, digits, _, - and dots."
     )
 
 
-def _load(path: str, args: argparse.Namespace, state) -> "PromptableModel":
-    from ..evaluation.models import SUPPORTED, PromptableModel
-    from ..loading import load_model
-
-    device = str(state.device) if args.device == "auto" else args.device
-    return PromptableModel(*load_model(path, device, args.dtype, tuple(SUPPORTED)))
-
-
 def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[str, int], protocol: str) -> Callable:
-    """For `worst_cases`: predicts a record's instance again, by "box/..." or "1 click/..."."""
+    """Return a function for `worst_cases` that predicts the instance of a record again.
+
+    Args:
+        images: index in the dataset by image name.
+        protocol: the prompt and the choice of the mask, "box/..." or "1 click/...".
+
+    Returns:
+        A function from a record to the image, its annotated mask, the predicted mask, and the prompts as arguments of
+        `draw_overlay`.
+    """
     import torch
 
     from ..evaluation.clicks import deepest_point
@@ -309,7 +283,7 @@ def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[s
 
     def draw_inputs(record):
         sample = dataset[images[record["picture"]]]
-        instance = next(i for i in sample.instances if i.id == record["instance"])
+        instance = next(instance for instance in sample.instances if instance.id == record["instance"])
         target = instance.mask()
         (encoded,) = model.encode([sample.image])
         prompt, choice = protocol.split("/")
@@ -328,7 +302,7 @@ def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[s
     return draw_inputs
 
 
-def _device_name(device) -> str:
+def _device_name(device: "torch.device") -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"

@@ -1,27 +1,24 @@
-"""Options that several commands have, and what is checked when they are parsed."""
+"""Options that several commands have, and functions that parse and check the values of options."""
 
 import argparse
 import os
 from pathlib import Path
 
 
+# Files of a clone of the repository; an installed package has none of them.
 _CLONE = Path(__file__).resolve().parents[2]
-
-
 BUNDLED_CHECKPOINT = _CLONE / "checkpoints" / "sam-lightening-tiny"
-
-
 EXAMPLE_IMAGES = _CLONE / "examples" / "images"
+EXAMPLE_CONFIGS = _CLONE / "examples" / "configs"
 
-
+# Thresholds of predicted IoU and stability in everything mode.
 DEFAULT_THRESHOLDS = 0.88, 0.95
-
-
 # The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
 BUNDLED_THRESHOLDS = 0.5, 0.65
 
 
 def model_path_of(model: str | None) -> str:
+    """Return the value of `--model`, or the bundled checkpoint's folder. Raises ArgumentTypeError outside a clone."""
     if model is not None:
         return model
     if not BUNDLED_CHECKPOINT.is_dir():
@@ -30,6 +27,7 @@ def model_path_of(model: str | None) -> str:
 
 
 def load_from_options(model_path: str, args: argparse.Namespace):
+    """Load model and processor for `--device` and `--dtype`; one that cannot be used raises ArgumentTypeError."""
     from ..loading import find_device, find_dtype, load_model
 
     try:
@@ -40,14 +38,18 @@ def load_from_options(model_path: str, args: argparse.Namespace):
 
 
 def thresholds_of(args: argparse.Namespace, model_path: str) -> tuple[float, float]:
-    """Predicted IoU and stability: what was asked for, otherwise what suits the model."""
+    """Return the thresholds of predicted IoU and stability: those of the options, otherwise the model's defaults."""
     bundled = Path(model_path).expanduser().resolve() == BUNDLED_CHECKPOINT
     defaults = BUNDLED_THRESHOLDS if bundled else DEFAULT_THRESHOLDS
-    given = args.pred_iou_thresh, args.stability_score_thresh
-    return tuple(default if value is None else value for value, default in zip(given, defaults))
+    predicted_iou, stability = args.pred_iou_thresh, args.stability_score_thresh
+    return (
+        defaults[0] if predicted_iou is None else predicted_iou,
+        defaults[1] if stability is None else stability,
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser):
+    """Add `--model`, `--device` and `--dtype`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", type=not_empty, metavar="DIR", help="checkpoint's folder or Hub name (the bundled one, in a clone)"
@@ -57,22 +59,26 @@ def add_model_arguments(parser: argparse.ArgumentParser):
 
 
 def make_folder(folder: Path):
+    """Create the folder of `--out`. Raises ArgumentTypeError where it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"--out {folder} cannot be made: {error.strerror}. Choose another.") from error
+        raise argparse.ArgumentTypeError(
+            f"--out {folder} cannot be created: {error.strerror}. Choose another."
+        ) from error
     if not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"--out {folder} cannot be written to. Choose another.")
 
 
 def not_empty(text: str) -> str:
-    """For argparse: an unset shell variable must not mean the current directory."""
+    """Return the text; an empty one is refused, since an unset shell variable must not mean the current directory."""
     if not text:
         raise argparse.ArgumentTypeError("is empty.")
     return text
 
 
 def parse_numbers(text: str, count: int, form: str) -> tuple[float, ...]:
+    """Parse `count` numbers that are separated by commas; `form` shows them in the error, such as X,Y."""
     try:
         values = tuple(float(value) for value in text.split(","))
     except ValueError:

@@ -1,4 +1,4 @@
-"""`samlight publish` and `samlight card`: a checkpoint to the Hub, and what it says of itself."""
+"""`samlight publish` and `samlight card`: upload a checkpoint to the Hub, and write its model card."""
 
 import argparse
 import dataclasses
@@ -67,7 +67,7 @@ def _add_fact_arguments(parser: argparse.ArgumentParser):
 
 
 def run_card(args: argparse.Namespace) -> int:
-    """Prints the card, or writes it."""
+    """Print the model card, or write it to `--out`. Returns the exit status."""
     card = _card(args, args.repo_id, args.revision)
     if args.out is None:
         print(card, end="")
@@ -78,7 +78,14 @@ def run_card(args: argparse.Namespace) -> int:
 
 
 def run_publish(args: argparse.Namespace) -> int:
-    """Builds the folder, verifies it, uploads it in one commit, and tells how to load that commit."""
+    """Build the folder, verify it, upload it in one commit, and print how to load that commit.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ArgumentTypeError: for names that the Hub does not take, and for weights without a licence.
+    """
     from ..publishing.build import build_folder
     from ..publishing.checks import metadata_of
     from ..publishing.upload import check_target, publish, verify_folder
@@ -105,8 +112,8 @@ def run_publish(args: argparse.Namespace) -> int:
             print(f"{file.stat().st_size:>14,}  {file.name}")
         print(f"{report.num_bytes:>14,}  bytes in {len(files)} files")
         print(
-            f"Verified on {report.image} in {report.seconds:.0f} s: without this package, transformers computes the same "
-            f"{len(report.outputs)} outputs bit by bit."
+            f"Verified on {report.image} in {report.seconds:.0f} s: without this package, transformers computes the "
+            f"same {len(report.outputs)} outputs bit by bit."
         )
         if args.dry_run:
             print(f"\n--- README.md ---\n{card}--- end of README.md ---\n")
@@ -132,7 +139,7 @@ def _tell(published: "PublishedRevision"):
 def _card(args: argparse.Namespace, repo_id: str | None, revision: str | None) -> str:
     from ..publishing.card import CardFacts, render_card
 
-    said = {
+    options = {
         "license": args.license, "license_name": args.license_name, "license_link": args.license_link,
         "base_model": args.base_model,
     }  # fmt: skip
@@ -143,7 +150,7 @@ def _card(args: argparse.Namespace, repo_id: str | None, revision: str | None) -
     facts = CardFacts.read(args.folder)
     if args.license:  # another licence has another name
         facts = dataclasses.replace(facts, license_name=None, license_link=None)
-    facts = dataclasses.replace(facts, **{name: value for name, value in said.items() if value})
+    facts = dataclasses.replace(facts, **{name: value for name, value in options.items() if value})
     return render_card(
         args.folder, evaluation=args.evaluation, training=args.training, benchmark=args.benchmark, facts=facts,
         repo_id=repo_id, revision=revision,
@@ -151,7 +158,7 @@ def _card(args: argparse.Namespace, repo_id: str | None, revision: str | None) -
 
 
 def _tell_unused_card(folder: Path):
-    """A README.md of somebody's own is not lost in silence."""
+    """Tell that the README.md in the folder is replaced by a new card, and how to publish it instead."""
     if (folder / "README.md").is_file():
         print(
             f"samlight: the card is made anew; --card {folder / 'README.md'} publishes the one that is there.",

@@ -1,8 +1,9 @@
-"""The folder that `samlight segment` writes to: where each result lies, and a note of what is there.
+"""The folder that `samlight segment` writes to: where each result lies, and a note of its content.
 
-The note, `.samlight.json`, has a line of JSON with the settings, one with the folders that were asked for and where their
-results lie, and one for each result: its name and what tells its image from others. A result that is planned or of other
-settings has the image's path alone, so that a later run neither takes it for finished nor gives its name to another image.
+The note, `.samlight.json`, has a line of JSON with the settings, a line with the folders of images and where their
+results lie, and a line for each result: its name and the identity of its image. A result that is planned, or that was
+made with other settings, has the image's path alone. A later run then does not take it for finished, and does not give
+its name to another image.
 """
 
 import argparse
@@ -20,14 +21,15 @@ from ..utils.atomic_files import atomic_write, fit_name
 
 
 RULE = (
-    "results lie in --out as their images lie in the folder asked for (of several paths: in the deepest folder that holds "
-    "them all); another folder's results go to a subfolder of its name, and only results of the same images are replaced"
+    "results lie in --out as their images lie in the folder asked for (of several paths: in the deepest folder that "
+    "holds them all); another folder's results go to a subfolder of its name, and only results of the same images are "
+    "replaced"
 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """An image, its name in results (the path within what was asked for), and where its result goes."""
+    """An image, its name in results (its path within the folder of images), and the path of its result."""
 
     image: Path
     name: str
@@ -35,9 +37,12 @@ class Place:
 
 
 class ResultFolder:
-    """A folder of results with its note. `settings` are those of the run before, None where there is no note.
+    """A folder of results with its note. `finish` may be called by several threads.
 
-    `finish` may be called by several threads.
+    Attributes:
+        folder: the folder of results.
+        note: the path of the note.
+        settings: those of the previous run, None where there is no note.
     """
 
     def __init__(self, folder: Path):
@@ -50,7 +55,7 @@ class ResultFolder:
         self._names = {name.casefold(): name for name in self._results}
 
     def check_settings(self, settings: dict):
-        """Raise ArgumentTypeError where the results that are there were made with other settings."""
+        """Raise ArgumentTypeError where the existing results were made with other settings."""
         if not self.note.is_file():
             return
         before = self.settings
@@ -65,13 +70,16 @@ class ResultFolder:
     def places(self, images: Sequence[Path], root: Path | None, ending: str) -> list[Place]:
         """Choose where the results of `images` go, by `RULE`; `ending` follows the image's name.
 
-        Images of one folder whose names differ in suffix or case alone have folder and suffix in the result's name. A name
-        that a file of unknown origin or another image's result has is followed by -2, -3 and so on.
+        Images of one folder whose names differ in suffix or case alone have folder and suffix in the result's name. A
+        name that a file of unknown origin or another image's result has is followed by -2, -3 and so on.
 
         Args:
             images: below `root`, or anywhere where that is None.
-            root: the folder asked for, absolute; see `images.common_folder`.
+            root: the folder of images, absolute; see `samlight_hf.images.reading.common_folder`.
             ending: such as "_masks.png".
+
+        Returns:
+            A place for each image, in the same order.
 
         Raises:
             ArgumentTypeError: where a result would replace one of the images.
@@ -95,41 +103,38 @@ class ResultFolder:
             places.append(Place(image, (prefix / path).as_posix(), self.folder / name))
         return places
 
-    def sheet(self, name: str, asked_for: Sequence[str]) -> Path:
-        """Choose where a sheet of all images that were asked for goes: it replaces only one of the same paths."""
-        owner, (stem, ending), number = (
-            json.dumps([os.path.realpath(path) for path in asked_for]),
-            os.path.splitext(name),
-            2,
-        )
+    def sheet(self, name: str, image_paths: Sequence[str]) -> Path:
+        """Return the path for a contact sheet of these paths: it replaces only a sheet of the same paths."""
+        owner = json.dumps([os.path.realpath(path) for path in image_paths])
+        (stem, ending), number = os.path.splitext(name), 2
         while self._is_taken(PurePosixPath(name), owner, set(), set()):
             name, number = f"{stem}-{number}{ending}", number + 1
         self._results[name] = [owner]
         return self.folder / name
 
     def is_done(self, place: Place) -> bool:
-        """Tell whether there is a result, and of this very image."""
+        """Return whether there is a finished result of this image, which has not changed since."""
         return place.output.exists() and self._results.get(self._key(place)) == identity_of(place.image) is not None
 
     def is_replaced(self, place: Place) -> bool:
-        """Tell whether an earlier result of this image is there."""
+        """Return whether there is an earlier result of this image, which a new one replaces."""
         return self._key(place) in self._results and place.output.exists()
 
     def begin(self, settings: dict, root: Path | None, places: Sequence[Place]):
-        """Write the note of a run: what stays of the results that are there, and what `places` will hold."""
+        """Write the note of a run: the results that stay, and those that `places` will hold."""
         prefix = self._prefix(root)
         self._folders.setdefault(_resolved(root), prefix.as_posix() if prefix.parts else "")
-        if self.settings != settings:  # results of another run are nobody's to resume, and keep their names
+        if self.settings != settings:  # results of another run cannot be resumed, and keep their names
             self._results = {name: identity[:1] for name, identity in self._results.items()}
         self._results |= {self._key(place): [str(_real(place.image))] for place in places}
         self.settings = settings
-        lines = [settings, {"folders": self._folders}]
+        lines: list[dict | list] = [settings, {"folders": self._folders}]
         lines += [[name, *identity] for name, identity in sorted(self._results.items())]
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         atomic_write(self.note, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def finish(self, place: Place):
-        """Note that the result of an image is there, whole."""
+        """Note that the result of an image is complete."""
         line = json.dumps([self._key(place), *(identity_of(place.image) or [str(place.image)])])
         with self._lock, self.note.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -151,13 +156,13 @@ class ResultFolder:
                     self._results[name] = identity
 
     def _prefix(self, root: Path | None) -> PurePosixPath:
-        """Where the results of the folder `root` lie within this one: at the top for the first, later in a subfolder."""
+        """Return where the results of `root` lie within this folder: at the top for the first root, else below it."""
         if not self._folders:
             return PurePosixPath()
         if _resolved(root) in self._folders:
             return PurePosixPath(self._folders[_resolved(root)])
         parts = () if root is None else Path(_resolved(root)).parts
-        for length in range(len(parts) - 1, 0, -1):  # within a folder that was asked for before, the nearest one
+        for length in range(len(parts) - 1, 0, -1):  # the nearest parent that has results here
             above = str(Path(*parts[:length]))
             if above in self._folders:
                 return PurePosixPath(self._folders[above], *parts[length:])
@@ -186,7 +191,7 @@ class ResultFolder:
 
 def _path_within(image: Path, root: Path | None) -> PurePosixPath:
     path = Path(os.path.abspath(image))
-    if root is None:  # of several drives
+    if root is None:  # on several drives
         return PurePosixPath(path.drive.replace(":", "").strip("\\/"), *path.parts[1:])
     return PurePosixPath(path.relative_to(root).as_posix())
 
@@ -196,7 +201,7 @@ def _without_suffix(path: PurePosixPath) -> str:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
+    return Path(os.path.realpath(path))  # Path.resolve raises for links that form a circle
 
 
 def _resolved(root: Path | None) -> str:
@@ -204,7 +209,7 @@ def _resolved(root: Path | None) -> str:
 
 
 def identity_of(path: Path) -> list | None:
-    """What tells a file from another, also from one that takes its place; None where it is gone."""
+    """Return path, size in bytes and time of change in ns, which change with the file; None if there is no file."""
     try:
         stat = path.stat()
     except OSError:

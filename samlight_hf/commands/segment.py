@@ -1,6 +1,6 @@
-"""`samlight segment` and `samlight demo`: masks of images as files, a contact sheet, and a table.
+"""`samlight segment`: write the masks of images to files, with a contact sheet and a table.
 
-What reads images and runs models is imported inside the functions that need it.
+Modules that read images and run models are imported inside the functions that need them.
 """
 
 import argparse
@@ -104,7 +104,15 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
 
 
 def run_segment(args: argparse.Namespace) -> int:
-    """Every image that can be read is segmented; the others are named on stderr. 1 if there was none, 130 on Ctrl-C."""
+    """Segment each image that can be read, and name the others on stderr.
+
+    Returns:
+        The exit status: 0; 1 where no image could be segmented; 130 after Ctrl-C.
+
+    Raises:
+        ArgumentTypeError: for options that do not fit the files, such as `--resume` with other settings.
+        DiskError: where results can no longer be written.
+    """
     from ..images.formats import describe_left_out
     from ..images.reading import common_folder, find_images
 
@@ -138,8 +146,8 @@ def run_segment(args: argparse.Namespace) -> int:
             _run_jobs(to_do, model, processor, args, model_path, summary, results, replaced)
         except KeyboardInterrupt:
             print(
-                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(images)} images are done. The same "
-                "command with --resume goes on from there.",
+                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(images)} images are done. The "
+                "same command with --resume goes on from there.",
                 file=sys.stderr,
             )
             return 130
@@ -149,7 +157,7 @@ def run_segment(args: argparse.Namespace) -> int:
 def _plan(
     args: argparse.Namespace, images: Sequence[Path], root: Path | None, settings: dict
 ) -> tuple[ResultFolder, list[Place]]:
-    """The folder of results as it is now, and the images that are still to be segmented."""
+    """Return the folder of results in its present state, and the images that are still to be segmented."""
     from ..masks.files import ENDINGS
 
     results = ResultFolder(args.out)
@@ -164,7 +172,15 @@ def _run_jobs(
     places: Sequence[Place], model, processor, args: argparse.Namespace, model_path: str, summary: Summary,
     results: ResultFolder, replaced: Collection[Place],
 ):  # fmt: skip
-    """Segments the images, adds them to the summary, and says in the note which image each result is of."""
+    """Segment the images, add them to the summary, and note each finished result.
+
+    Args:
+        places: the images, and where their results go.
+        model_path: for the default thresholds.
+        summary: gets a row for each image.
+        results: the folder of results, whose note has been begun.
+        replaced: places with an earlier result.
+    """
     from .segment_run import Job, Run, Segmented
 
     prompt = describe_prompts(args.box, args.point)
@@ -190,8 +206,8 @@ def _run_jobs(
     segment = _segmenter(model, processor, args, model_path)
     jobs = [Job(place.image, place.output, place.name) for place in places]
     start = time.perf_counter()
-    with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as written:
-        for row, panel in progress(written, len(jobs)):
+    with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as rows:
+        for row, panel in progress(rows, len(jobs)):
             summary.add(row, panel)
             summary.replaced += place_of[row.output] in replaced
     summary.seconds = time.perf_counter() - start
@@ -217,14 +233,15 @@ def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
 
 
 def _settings(args: argparse.Namespace, model_path: str) -> dict:
-    """What decides about results: it is noted beside them, since results of different runs must not be mixed."""
+    """Return the settings that results depend on; the note keeps them, so that `--resume` can compare them."""
     pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     folder = Path(model_path).expanduser()
     weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
     return {
         "--model": str(folder.resolve()) if folder.is_dir() else model_path,
-        "the model's weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8], "--dtype": args.dtype, "--format": args.format, "--box": [*map(list, args.box)],
-        "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
+        "the model's weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8],
+        "--dtype": args.dtype, "--format": args.format,
+        "--box": [*map(list, args.box)], "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
         "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
         "--min-area": args.min_area, "--max-masks": args.max_masks,
     }  # fmt: skip

@@ -1,14 +1,15 @@
-"""Many images through one model: the next ones are read, and the last ones written, while one is segmented."""
+"""Segmentation of many images: while a batch is on the device, the next images are read and the last ones written."""
 
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ NUM_WRITERS = max(2, min(6, (os.cpu_count() or 1) // 2))  # drawing and compress
 
 @dataclass(frozen=True)
 class Job:
-    """An image, where its masks go, and its name in results."""
+    """An image file, the path of its masks, and its name in results."""
 
     path: Path
     output: Path
@@ -40,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Segmented:
-    """An image with its masks; `seconds` are those of the model."""
+    """An image with its masks, and the seconds that the model took."""
 
     job: Job
     image: Image.Image
@@ -49,7 +50,14 @@ class Segmented:
 
 
 class EverythingSegmenter:
-    """Masks of everything in images: of at least `min_area` pixels, and of these the `max_masks` best."""
+    """Segmentation of everything in images.
+
+    Args:
+        generator: finds the masks of an image.
+        settings: of the generator.
+        min_area: in pixels of the image; smaller masks are left out.
+        max_masks: keep so many of an image, the best ones. By default all.
+    """
 
     def __init__(
         self,
@@ -62,45 +70,62 @@ class EverythingSegmenter:
         self.min_area, self.max_masks = min_area, max_masks
 
     def check(self, image: Image.Image):
+        """Raise ValueError for an image that cannot be segmented."""
         check_size(self.generator.image_processor, image.height, image.width)
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """What the readers do beforehand."""
+        """Convert an image to the tensor that a call takes; the reading threads do it ahead."""
         return image_tensor(image)
 
     def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[GeneratedMasks]:
+        """Yield the masks of each image."""
         step = self.generator.budget.images_per_encoding
         for start in range(0, len(tensors), step):
             part = tensors[start : start + step]
-            for tensor, image in zip(part, self.generator.encoder(part)):
-                result = self.generator.generate(tensor, self.settings, progress, image)
+            for tensor, encoded in zip(part, self.generator.encoder(part)):
+                result = self.generator.generate(tensor, self.settings, progress, encoded)
                 yield result[np.flatnonzero(result.masks.areas >= self.min_area)[: self.max_masks]]
 
 
 class PromptSegmenter:
-    """One mask for each of the same boxes and points in every image."""
+    """Segmentation of the same boxes and points in each image, with one mask for each of them.
+
+    Args:
+        predictor: predicts the masks of an image.
+        boxes_xyxy: (K, 4), in pixels of the image.
+        points_xy: (K, 2), in pixels of the image; each point is an object of its own.
+    """
 
     def __init__(self, predictor: Predictor, boxes_xyxy: Sequence = (), points_xy: Sequence = ()):
         self.predictor, self.boxes_xyxy, self.points_xy = predictor, boxes_xyxy, points_xy
 
     def check(self, image: Image.Image):
-        clip_prompts(image.size, self.boxes_xyxy, self.points_xy)  # those that lie outside are refused
+        """Raise ValueError for an image that cannot be segmented, or that a prompt lies outside."""
+        clip_prompts(image.size, self.boxes_xyxy, self.points_xy)
         check_size(self.predictor.image_processor, image.height, image.width)
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """What the readers do beforehand."""
+        """Convert an image to the tensor that a call takes; the reading threads do it ahead."""
         return image_tensor(image)
 
     def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[MaskResult]:
-        for image in self.predictor.encode(list(tensors)):
-            yield predict_prompts(self.predictor, self.boxes_xyxy, self.points_xy, image=image)
+        """Yield the masks of each image."""
+        for encoded in self.predictor.encode(list(tensors)):
+            yield predict_prompts(self.predictor, self.boxes_xyxy, self.points_xy, image=encoded)
 
 
 class Run:
-    """Segments jobs with `segment`, an `EverythingSegmenter` or a `PromptSegmenter`, and hands what comes out to `write` in other threads.
+    """A pipeline that reads, segments and writes images.
 
-    Images that cannot be read, segmented or written are told to `skip(error, path)`: whatever is wrong with one of them, the
-    others are done. A `DiskError` ends the run. At any time there are a few images in memory, however many the jobs are.
+    An image that cannot be read, segmented or written is skipped, and the others are done. A `DiskError` ends the run.
+    There are only a few images in memory at any time, however many jobs there are.
+
+    Args:
+        segment: segments a batch of images.
+        write: writes a `Segmented`; it is called in other threads.
+        skip: called with the error and the path of an image that is skipped.
+        batch_size: images that are segmented together.
+        progress: passed to `segment`.
     """
 
     def __init__(
@@ -114,20 +139,20 @@ class Run:
         self.segment, self.write, self.skip = segment, write, skip
         self.batch_size, self.progress = batch_size, progress
 
-    def __call__(self, jobs: Iterable[Job]) -> Iterator:
-        """Yield what `write` returned for each `Segmented` that was written, in order."""
+    def __call__(self, jobs: Iterable[Job]) -> Generator:
+        """Yield the result of `write` for each image that was written, in order."""
         with ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="write") as pool:
             writing: deque[Future] = deque()
             try:
-                with closing(read_ahead(self._read, jobs, NUM_READERS)) as read:
-                    while batch := list(islice(read, self.batch_size)):
+                with closing(cast(Generator, read_ahead(self._read, jobs, NUM_READERS))) as images:
+                    while batch := list(islice(images, self.batch_size)):
                         for segmented in self._segment([item for item in batch if item is not None]):
                             writing.append(pool.submit(self._write, segmented))
                             while len(writing) > 2 * NUM_WRITERS:
                                 yield from writing.popleft().result()
                 while writing:
                     yield from writing.popleft().result()
-            finally:  # interrupted, perhaps: what is being written is finished, and nothing else begun
+            finally:  # after an interrupt too: writes that have begun are finished, the others dropped
                 for future in writing:
                     future.cancel()
 
@@ -150,7 +175,7 @@ class Run:
             return []
 
     def _segment(self, batch: list[tuple[Job, Image.Image, torch.Tensor]]) -> Iterator[Segmented]:
-        """A batch that fails is tried image by image: one of them may be too large, and the others not."""
+        """Segment a batch; after an error its images are tried one by one, since only one of them may be too large."""
         if not batch:
             return
         done, start = 0, time.perf_counter()

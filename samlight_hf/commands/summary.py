@@ -1,4 +1,4 @@
-"""What `samlight segment` and `samlight demo` tell when they are done, and when a file cannot be written."""
+"""Results, summary and messages of `samlight segment` and `samlight demo`."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ _MAX_TABLE_ROWS = 60
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table at the end."""
+    """A row of the table of results: an image with its size (width, height), its masks and the path of its result."""
 
     image: str
     size: tuple[int, int]
@@ -37,7 +37,18 @@ class Row:
 
 @dataclass
 class Summary:
-    """What is told at the end. Of many images only the first ones are kept for the contact sheet and the table."""
+    """The summary that is printed at the end.
+
+    The contact sheet has at most `MAX_PANELS` images, and a longer table than `_MAX_TABLE_ROWS` is left out.
+
+    Attributes:
+        folder: the folder of results.
+        skipped: number of images that could not be segmented.
+        already: number of images that an earlier run has done.
+        replaced: number of earlier results that were replaced.
+        columns: of the contact sheet; by default chosen by the number of images.
+        seconds: duration of the run; 0 prints no images/s.
+    """
 
     folder: Path
     skipped: int = 0
@@ -57,7 +68,7 @@ class Summary:
             self.panels.append(panel)
 
     def finish(self) -> int:
-        """Prints it, with the contact sheet's path, and returns the exit status."""
+        """Print the summary, write the contact sheet, and return the exit status."""
         if not self.rows and not self.already:
             print(f"samlight: error: no image could be segmented ({self.skipped} skipped).", file=sys.stderr)
             return 1
@@ -99,7 +110,7 @@ class Summary:
 
 
 class DiskError(OSError):
-    """An error in writing a file that the next file would meet too: it ends a run."""
+    """An error in writing that ends a run, since it would recur with the next file."""
 
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -107,7 +118,12 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", e
 
 @contextmanager
 def telling_where(path: Path, ends_the_run: bool = False) -> Iterator[None]:
-    """Say which file an OSError was met at: a `DiskError`, with how to go on, where the next file would meet it too."""
+    """Add the path to an OSError; where the next file would fail too, raise a `DiskError` that says how to go on.
+
+    Args:
+        path: the file that is being written.
+        ends_the_run: each OSError ends the run, not only those of a full or broken disk.
+    """
     try:
         yield
     except OSError as error:
@@ -120,6 +136,7 @@ def telling_where(path: Path, ends_the_run: bool = False) -> Iterator[None]:
 
 
 def count(number: int, noun: str) -> str:
+    """Return the number with the noun, in the plural where it is not 1."""
     plural = "es" if noun.endswith("x") else "s"
     return f"{number} {noun}{'' if number == 1 else plural}"
 
@@ -138,7 +155,21 @@ def write_result(
     points,
     panel: bool = True,
 ) -> "Panel | None":
-    """Writes the masks of one image, and returns its panel of the contact sheet."""
+    """Write the masks of one image.
+
+    Args:
+        output: path of the file or folder.
+        file_format: one of `samlight_hf.masks.files.ENDINGS`.
+        name: of the image in the file and on the contact sheet.
+        prompt: a description of the prompts.
+        result: the masks.
+        boxes: (x1, y1, x2, y2) in pixels of the image, to be drawn.
+        points: (x, y) in pixels of the image, to be drawn.
+        panel: whether a panel is needed.
+
+    Returns:
+        The image's panel of the contact sheet, None without `panel`.
+    """
     from ..masks.drawing import Panel, draw_overlay
     from ..masks.files import write_masks
 
@@ -151,8 +182,8 @@ def write_result(
     return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
 
 
-def progress(items: Iterable, total: int | None = None) -> Iterable:
-    total = len(items) if total is None else total
+def progress(items: Iterable, total: int) -> Iterable:
+    """Show a progress bar over the items, in a terminal and for more than one item."""
     if total < 2 or not sys.stderr.isatty():
         return items
     from tqdm import tqdm
@@ -161,15 +192,16 @@ def progress(items: Iterable, total: int | None = None) -> Iterable:
 
 
 def point_progress(num_points: int, name: str):
-    """A bar for one image; on a CPU it is some hundredths of a second a point."""
+    """Return a progress bar over the points of one image; on a CPU a point takes some hundredths of a second."""
     from tqdm import tqdm
 
     return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)
 
 
 def report_skipped(error: BaseException, image: Path | None = None):
+    """Print why an image was skipped to stderr, in one line."""
     message = one_line(error)
-    if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug of ours
+    if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug
         message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
         if os.environ.get("SAMLIGHT_DEBUG"):
             traceback.print_exception(error)
@@ -179,5 +211,6 @@ def report_skipped(error: BaseException, image: Path | None = None):
 
 
 def describe_prompts(boxes: Sequence, points: Sequence) -> str:
+    """Return a description such as "2 boxes, 1 point", or "everything" without prompts."""
     parts = [count(len(prompts), kind) for prompts, kind in ((boxes, "box"), (points, "point")) if prompts]
     return ", ".join(parts) or "everything"

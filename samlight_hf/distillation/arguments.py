@@ -243,7 +243,7 @@ class RunArguments:
         return content
 
 
-def parse_arguments(arguments: list[str]) -> tuple[RunArguments, list[DistillationArguments]]:
+def parse_arguments(arguments: list[str], prog: str | None = None) -> tuple[RunArguments, list[DistillationArguments]]:
     """The run and the settings of each of its stages, of `--config FILE` and further options.
 
     A stage's files go to `output_dir`/STAGE. Raises ValueError for a file that is not there or no YAML, and for a key that is not known.
@@ -255,10 +255,10 @@ def parse_arguments(arguments: list[str]) -> tuple[RunArguments, list[Distillati
     _check_keys({"": config, **sections})
     if "stage" in config or any(option.split("=")[0] == "--stage" for option in options):
         raise ValueError("stage is set by stages: use --stages encoder, for one of them.")
-    run, _ = _parse(config, options)
+    run, _ = _parse(config, options, prog)
     stages = []
     for stage in run.stages:
-        _, settings = _parse({**config, **sections.get(stage, {}), "stage": stage}, options)
+        _, settings = _parse({**config, **sections.get(stage, {}), "stage": stage}, options, prog)
         settings.output_dir = str(Path(settings.output_dir) / stage)
         stages.append(settings)
     return run, stages
@@ -288,13 +288,24 @@ def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
 
 
 class _Parser(HfArgumentParser):
+    """A parser that takes --max-steps and --max_steps, and shows the first in its help and errors."""
+
+    def __init__(self, prog: str | None = None):
+        description = (
+            "--config FILE names a YAML file of settings. Each option below may be a key of it, with _ for -, and an "
+            "option wins over the file. On several GPUs: accelerate launch -m samlight_hf.cli distill ..."
+        )
+        super().__init__((RunArguments, DistillationArguments), prog=prog, description=description)
+        for action in self._actions:
+            action.option_strings = [option for option in action.option_strings if "_" not in option]
+
     def error(self, message: str):
         raise ValueError(message)  # instead of two pages of usage and an exit
 
 
-def _make_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
+def _make_parser(prog: str | None = None) -> tuple[_Parser, dict[str, argparse.Action]]:
     """The parser, and what it knows by the names of the options."""
-    parser = _Parser((RunArguments, DistillationArguments))
+    parser = _Parser(prog)
     return parser, {action.dest: action for action in parser._actions}
 
 
@@ -314,8 +325,8 @@ def _check_keys(sections: dict[str, dict]):
                 )
 
 
-def _parse(config: dict, options: list[str]) -> tuple[RunArguments, DistillationArguments]:
-    parser, actions = _make_parser()
+def _parse(config: dict, options: list[str], prog: str | None = None) -> tuple[RunArguments, DistillationArguments]:
+    parser, actions = _make_parser(prog)
     parser.set_defaults(**{key: _plain(key, value, actions[key]) for key, value in config.items() if value is not None})
     return parser.parse_args_into_dataclasses(args=options)
 

@@ -1,4 +1,4 @@
-"""`samlight evaluate` as a user runs it, on stand-ins of the layouts of SA-1B, COCO val2017 and LVIS v1."""
+"""`samlight evaluate` as a user runs it, on small files in the layouts of SA-1B, COCO val2017 and LVIS v1."""
 
 import gzip
 import json
@@ -43,12 +43,15 @@ def tar(tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """annotations/instances_val2017.json's content, with a crowd, and val2017/."""
+    """Annotations in the layout of instances_val2017.json, with a crowd, and their folder of images."""
     images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 40, "height": 30} for i in (139, 285)]
     annotations = [
-        {"id": 1, "image_id": 139, "category_id": 1, "iscrowd": 0, "area": 80, "bbox": [5, 4, 10, 8], "segmentation": [[5, 4, 15, 4, 15, 12, 5, 12]]},
-        {"id": 2, "image_id": 285, "category_id": 2, "iscrowd": 0, "area": 400, "bbox": [1, 2, 20, 20], "segmentation": [[1, 2, 21, 2, 21, 22, 1, 22]]},
-        {"id": 3, "image_id": 285, "category_id": 1, "iscrowd": 1, "area": 80, "bbox": [5, 4, 10, 8], "segmentation": rle(box_mask())},
+        {"id": 1, "image_id": 139, "category_id": 1, "iscrowd": 0, "area": 80, "bbox": [5, 4, 10, 8],
+         "segmentation": [[5, 4, 15, 4, 15, 12, 5, 12]]},
+        {"id": 2, "image_id": 285, "category_id": 2, "iscrowd": 0, "area": 400, "bbox": [1, 2, 20, 20],
+         "segmentation": [[1, 2, 21, 2, 21, 22, 1, 22]]},
+        {"id": 3, "image_id": 285, "category_id": 1, "iscrowd": 1, "area": 80, "bbox": [5, 4, 10, 8],
+         "segmentation": rle(box_mask())},
     ]  # fmt: skip
     path, folder = write_coco(
         tmp_path, images, annotations, {image["file_name"]: jpeg(seed=image["id"]) for image in images}
@@ -75,7 +78,8 @@ def report(folder) -> dict:
 def test_two_models_side_by_side(models, tar, tmp_path, capsys):
     out = tmp_path / "report"
     status, printed, _ = run(
-        capsys, "--model", models[0], "--model", models[1], "--dataset", tar, "--clicks", 1, 2, "--boundary-iou", "--out", out,
+        capsys, "--model", models[0], "--model", models[1], "--dataset", tar, "--clicks", 1, 2, "--boundary-iou",
+        "--out", out,
         "--worst", 3,
     )  # fmt: skip
     assert status == 0
@@ -128,7 +132,8 @@ def test_numbers_of_files_that_have_changed_are_not_reported_again(models, coco,
     box = {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9}
     detections.write_text(json.dumps([box]))
     arguments = (
-        "--model", models[0], "--annotations", path, "--images", folder, "--protocol", "box", "--detections", detections, "--no-plots",
+        "--model", models[0], "--annotations", path, "--images", folder, "--protocol", "box",
+        "--detections", detections, "--no-plots",
         "--out", tmp_path / "report",
     )  # fmt: skip
     assert run(capsys, *arguments)[0] == 0
@@ -160,7 +165,8 @@ def test_a_folder_of_masks(models, tmp_path, capsys):
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
     arguments = (
-        "--model", models[0], "--dataset", tmp_path / "mine", "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
+        "--model", models[0], "--dataset", tmp_path / "mine", "--protocol", "box", "--no-plots",
+        "--out", tmp_path / "report"
     )  # fmt: skip
     assert run(capsys, *arguments)[0] == 0
     masks.write_bytes(png(box_mask(1, 2, 20, 20)))
@@ -222,7 +228,7 @@ def test_how_mask_files_are_read_goes_with_mask_files(models, tar, tmp_path, cap
 
 
 def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_path, capsys):
-    """The README's commands for COCO val2017, on a stand-in of its layout."""
+    """Run the README's commands for COCO val2017 on files of the same layout."""
     boxes = [
         {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9},
         {"image_id": 9, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 1},
@@ -230,7 +236,8 @@ def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_
     (tmp_path / "vitdet.json").write_text(json.dumps(boxes))
     status, printed, _ = run(
         capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--protocol", "box", "everything",
-        "--points-per-side", 3, "--detections", tmp_path / "vitdet.json", "--teacher", models[1], "--no-plots", "--out", tmp_path / "report",
+        "--points-per-side", 3, "--detections", tmp_path / "vitdet.json", "--teacher", models[1], "--no-plots",
+        "--out", tmp_path / "report",
     )  # fmt: skip
     assert status == 0
     (result,) = report(tmp_path / "report")["models"]
@@ -244,7 +251,7 @@ def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_
 
 
 def test_an_image_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path, capsys, monkeypatch):
-    """Masks that fill their boxes, which is what the annotations are: AP is 1 of the images that there are."""
+    """Predict masks that fill their boxes, as the annotations do: AP is 1 on the images that can be read."""
     from samlight_hf.evaluation.models import PromptableModel
 
     def filled(model, encoded, boxes_xyxy, multimask_output):
@@ -258,7 +265,8 @@ def test_an_image_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path,
     (image,) = Path(coco[1]).glob("*139.jpg")
     image.write_bytes(image.read_bytes()[:200])
     status, _, _ = run(
-        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--protocol", EVERYTHING, "--points-per-side", 2,
+        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--protocol", EVERYTHING,
+        "--points-per-side", 2,
         "--detections", tmp_path / "boxes.json", "--no-plots", "--out", tmp_path / "report",
     )  # fmt: skip
     assert status == 0
@@ -274,7 +282,8 @@ def test_what_ap_lacks_is_said_before_anything_is_evaluated(models, coco, tmp_pa
     box = {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9}
     (tmp_path / "boxes.json").write_text(json.dumps([box]))
     status, _, errors = run(
-        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--detections", tmp_path / "boxes.json",
+        capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1],
+        "--detections", tmp_path / "boxes.json",
         "--no-plots", "--out", tmp_path / "report",
     )  # fmt: skip
     assert status == 1 and "no categories" in errors
@@ -282,7 +291,7 @@ def test_what_ap_lacks_is_said_before_anything_is_evaluated(models, coco, tmp_pa
 
 
 def test_lvis(models, coco, tmp_path, capsys):
-    """LVIS v1: coco_url in the place of file_name, categories by frequency, federated annotations."""
+    """Evaluate LVIS v1: coco_url instead of file_name, categories by frequency, federated annotations."""
     path, folder = coco
     content = json.loads(Path(path).read_text())
     for image in content["images"]:
@@ -294,8 +303,10 @@ def test_lvis(models, coco, tmp_path, capsys):
         json.dumps([{"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9}])
     )
     status, printed, _ = run(
-        capsys, "--model", models[0], "--annotations", lvis, "--images", folder, "--protocol", "box", "--mask-choice", "single",
-        "--detections", tmp_path / "boxes.json", "--lvis", "--include-crowd", "--no-plots", "--out", tmp_path / "report",
+        capsys, "--model", models[0], "--annotations", lvis, "--images", folder, "--protocol", "box",
+        "--mask-choice", "single",
+        "--detections", tmp_path / "boxes.json", "--lvis", "--include-crowd", "--no-plots",
+        "--out", tmp_path / "report",
     )  # fmt: skip
     assert status == 0
     assert "AP frequent" in printed
@@ -304,7 +315,8 @@ def test_lvis(models, coco, tmp_path, capsys):
 
 def test_everything_alone(models, tar, tmp_path, capsys):
     status, printed, _ = run(
-        capsys, "--model", models[0], "--dataset", tar, "--protocol", "everything", "--points-per-side", 2, "--no-plots", "--out", tmp_path / "report"
+        capsys, "--model", models[0], "--dataset", tar, "--protocol", "everything", "--points-per-side", 2,
+        "--no-plots", "--out", tmp_path / "report"
     )  # fmt: skip
     assert status == 0
     assert "AR@1000 all" in printed and "masks per image" in printed
@@ -313,7 +325,8 @@ def test_everything_alone(models, tar, tmp_path, capsys):
 def test_what_was_skipped_is_told(models, tmp_path, capsys):
     tar = write_tar(
         tmp_path / "bad.tar",
-        {"a.jpg": jpeg(), "a.json": sa1b_json(annotation(1)), "b.jpg": jpeg()[:200], "b.json": sa1b_json(annotation(2)), "c.jpg": jpeg()},
+        {"a.jpg": jpeg(), "a.json": sa1b_json(annotation(1)), "b.jpg": jpeg()[:200],
+         "b.json": sa1b_json(annotation(2)), "c.jpg": jpeg()},
     )  # fmt: skip
     status, _, errors = run(
         capsys, "--model", models[0], "--dataset", tar, "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
@@ -358,7 +371,8 @@ def test_models_in_folders_of_one_name_are_told_apart(models, tar, tmp_path, cap
     for model, path in zip(models, paths):
         shutil.copytree(model, path)
     status, _, _ = run(
-        capsys, "--model", paths[0], "--model", paths[1], "--dataset", tar, "--protocol", "box", "--no-plots", "--out", tmp_path / "report"
+        capsys, "--model", paths[0], "--model", paths[1], "--dataset", tar, "--protocol", "box", "--no-plots",
+        "--out", tmp_path / "report"
     )  # fmt: skip
     assert status == 0
     names = [result["settings"]["model"] for result in report(tmp_path / "report")["models"]]

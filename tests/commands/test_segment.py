@@ -1,4 +1,4 @@
-"""`samlight` as a user sees it: files, exit status, and one line on stderr for whatever goes wrong."""
+"""`samlight` as a user sees it: files, exit status, and one line on stderr for each error."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two images; whatever a test adds lies beside them."""
+    """A folder of two images, one in a subfolder."""
     random = np.random.default_rng(0)
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for name in ("one.jpg", "deep/two.PNG"):
@@ -63,7 +63,7 @@ NOTE = ".samlight.json"
 
 
 def names(folder: Path) -> set[str]:
-    """The results, without the hidden note that is always there: files at any depth, and folders of PNGs as one."""
+    """Return the paths of results at any depth, without the hidden note; a folder of PNGs is one path."""
     found = set()
     for path in sorted(folder.rglob("*")):
         in_result = any(parent.name.endswith("_masks") for parent in path.relative_to(folder).parents)
@@ -226,7 +226,7 @@ def test_results_of_an_earlier_run_are_not_segmented(samlight, photos, checkpoin
 
 
 def read_result(path: Path) -> list[np.ndarray]:
-    """The masks of one image, of any format but overlay."""
+    """Read the masks of one image, of any format but overlay."""
     from pycocotools import mask as coco_mask
 
     if path.is_dir():

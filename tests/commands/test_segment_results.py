@@ -1,4 +1,4 @@
-"""Results of `samlight segment`: where they lie, that no run takes those of another, and that one image ends no folder."""
+"""Results of `samlight segment`: where they lie, that no run replaces another's, and that one bad image ends no run."""
 # ruff: noqa: F401, F811  (fixtures of test_cli)
 
 import json
@@ -27,7 +27,7 @@ COLOURS = ("teal", "navy", "olive", "maroon")
 
 
 def write_images(root: Path, *paths: str):
-    """Images that differ: by their place in `paths` in size."""
+    """Write images whose sizes differ by their place in `paths`."""
     for number, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40 + number, 30), COLOURS[number % 4]).save(root / path)
@@ -39,14 +39,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def file_names(out: Path) -> dict[str, str]:
-    """Of COCO's documents: `file_name` by the result's place."""
+    """Return the `file_name` in each COCO document, by the document's path."""
     documents = {path: json.loads(path.read_text()) for path in sorted(out.rglob("[!.]*.json"))}
     return {path.relative_to(out).as_posix(): value["images"][0]["file_name"] for path, value in documents.items()}
 
 
 @pytest.fixture
 def segment(samlight, checkpoint, tmp_path, monkeypatch):
-    """`segment(PATH, ..., OPTION, ...)` in `tmp_path`, of which it returns status, stdout and stderr."""
+    """Return a function that runs `samlight segment` in `tmp_path`, and returns status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: samlight("segment", *arguments, "--model", checkpoint, *QUICK)
 
@@ -96,7 +96,7 @@ def test_results_keep_the_subfolders_of_what_was_asked_for(segment, tmp_path, pa
 
 
 def places(out: Path, *paths, ending=".json"):
-    """Where results of images would go, and the names in them; `out` has the note of what was done."""
+    """Write empty results; return their paths and the names of their images. The note of `out` has them."""
     results = ResultFolder(out)
     found, _ = find_images(paths)
     root = common_folder(paths)
@@ -162,7 +162,7 @@ def test_a_result_that_is_a_folder_and_images_in_one_of_its_name(segment, tmp_pa
 
 
 def test_notes_of_earlier_versions_are_read(segment, tmp_path):
-    """Whose lines have names alone, and no folders."""
+    """Read a note whose lines have names alone, without folders."""
     write_images(tmp_path, "day1/a.jpg", "day2/a.jpg")
     assert segment("day1", "--out", "out", "--format", "coco")[0] == 0
     note = tmp_path / "out" / NOTE
@@ -186,7 +186,7 @@ def test_other_settings_keep_the_names_of_earlier_results(segment, tmp_path):
 
 
 def test_runs_that_begin_at_the_same_time(segment, tmp_path, monkeypatch):
-    """Of the other one this run knows nothing before its model is loaded."""
+    """Have another run begin after this one has planned its results, while its model is loaded."""
     write_images(tmp_path, "day1/a.jpg", "day2/a.jpg")
     load = options_module.load_from_options
 
@@ -251,7 +251,7 @@ STEPS = {
 
 
 def is_b(value) -> bool:
-    """b.jpg by its name, or by its size."""
+    """Tell b.jpg by its name or its size."""
     if isinstance(value, Path):
         return value.stem == "b"
     return value.size == (41, 30) if isinstance(value, Image.Image) else getattr(value, "shape", ())[-2:] == (30, 41)

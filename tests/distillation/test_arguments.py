@@ -112,7 +112,7 @@ def test_an_option_that_is_not_known():
         parse_arguments(["--nonsense", "3"])
     with pytest.raises(ValueError, match="use --stages encoder"):
         parse_arguments(["--stage", "decoder"])
-    with pytest.raises(ValueError, match="max_steps.*invalid int value: 'many'"):
+    with pytest.raises(ValueError, match="max-steps.*invalid int value: 'many'"):
         parse_arguments(["--max_steps", "many"])
 
 

@@ -279,7 +279,7 @@ def test_the_script_reports_errors_on_one_line(tmp_path):
     ]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert process.returncode == 1
-    assert process.stderr.strip().splitlines()[-1].startswith("error: nowhere.tar: no tar file here")
+    assert process.stderr.strip().splitlines()[-1].startswith("samlight: error: nowhere.tar: no tar file here")
     assert "Traceback" not in process.stderr
 
 
@@ -307,7 +307,9 @@ def test_bad_data_that_workers_meet_are_one_line(folder, tmp_path):
     assert process.returncode == 1
     assert "Traceback" not in process.stderr and "Caught" not in process.stderr and "DataLoader" not in process.stderr
     last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: 100 of the 100 images read so far cannot be used, more than max_skipped=5%.")
+    assert last.startswith(
+        "samlight: error: 100 of the 100 images read so far cannot be used, more than max_skipped=5%."
+    )
     assert str(SkipReason.GREY_MASK) in last and ".jpg" in last
 
 
@@ -340,11 +342,11 @@ def test_the_demonstration_goes_through_everything(tmp_path, num_processes):
         text = re.sub(r"max_steps: \d+,", "max_steps: 4,", text)
         (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "demonstrate.py").write_text(
-        "import os, pathlib, runpy\n"
+        "import os, pathlib\n"
+        "from samlight_hf.commands import cli, distill\n"
         f"os.chdir({str(tmp_path)!r})\n"
-        f"script = runpy.run_path({str(ROOT / 'examples/distill.py')!r})\n"
-        "script['main'].__globals__['CONFIGS'] = pathlib.Path()\n"
-        "assert script['main']([]) == 0\n"
+        "distill.CONFIGS = pathlib.Path()\n"
+        "assert cli.main(['distill']) == 0\n"
     )
     printed = torchrun(tmp_path / "demonstrate.py", num_processes)
     assert_said_once(printed, "1. A small SAM", "2. A student", "3. On scenes", "Masks: ")

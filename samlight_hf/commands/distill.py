@@ -1,0 +1,92 @@
+"""`samlight distill`: train a SAM-Lightening from any SAM, in stages."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from ..utils.json_files import read_json
+from ..utils.messages import one_line
+from ..utils.processes import is_main_process, leave_process_group, one_voice, tell
+from .options import EXAMPLE_CONFIGS
+
+
+if TYPE_CHECKING:
+    from ..distillation import DistillationArguments
+
+
+# The folder with the settings of the demonstration. examples/distill.py sets it to the one beside itself.
+CONFIGS = EXAMPLE_CONFIGS
+
+
+def add_distill_arguments(parser: argparse.ArgumentParser):
+    """Take all arguments unparsed: to list the options, transformers' Trainer must be imported."""
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def run_distill(args: argparse.Namespace) -> int:
+    """Train the student and print the metrics of each stage; without arguments, run the demonstration.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        ArgumentTypeError: for wrong options and settings, and where packages of the `train` extra are missing.
+        ValueError, RuntimeError, OSError: for models and data that cannot be used.
+    """
+    try:
+        import accelerate  # noqa: F401  (first, because transformers' own error does not name it)
+
+        return _distill(args.arguments) if args.arguments else _demonstrate()
+    except KeyboardInterrupt:
+        tell("samlight: stopped: --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(
+            f"{one_line(error).rstrip('.')}. Install what training needs: pip install 'samlight-hf[train]'"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(one_line(error)) from error
+
+
+def _distill(arguments: Sequence[str]) -> int:
+    from ..distillation import distill, parse_arguments
+
+    try:
+        with one_voice():
+            run, stages = parse_arguments(list(arguments), prog="samlight distill")
+    except SystemExit:  # after --help
+        return 0
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    student = distill(run, stages)
+    if is_main_process():
+        _print_metrics(stages)
+        print(f"The student: {student}")
+    leave_process_group()
+    return 0
+
+
+def _demonstrate() -> int:
+    from ..distillation import demonstrate
+
+    teacher, student = CONFIGS / "demo_teacher.yaml", CONFIGS / "demo.yaml"
+    if not teacher.is_file() or not student.is_file():
+        raise argparse.ArgumentTypeError(
+            f"the demonstration's settings are not here ({CONFIGS}). Run it from a clone of the repository, or give "
+            "--config or other options: samlight distill --help lists them."
+        )
+    demonstrate(teacher, student)
+    leave_process_group()
+    return 0
+
+
+def _print_metrics(stages: "Sequence[DistillationArguments]"):
+    for args in stages:
+        metrics = read_json(Path(args.output_dir, "result.json"), dict)["metrics"]
+        if metrics:
+            print(args.stage, json.dumps(metrics))
