@@ -2,9 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +10,7 @@ from samlight_hf import SamLighteningModel
 from samlight_hf.conversion.averaging import average_models
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
-
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.examples.in_process import run_example
 
 
 @pytest.fixture
@@ -67,9 +62,8 @@ def test_the_script_writes_a_checkpoint_that_loads(models, tmp_path):
     folders = [tmp_path / str(number) for number in range(2)]
     for model, folder in zip(models, folders):
         model.save_pretrained(folder)
-    command = [sys.executable, "examples/average.py", *folders, "--out", tmp_path / "out", "--dtype", "float16"]
-    command = [*map(str, command), "--max-shard-size", "40KB"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["average.py", *folders, "--out", tmp_path / "out", "--dtype", "float16", "--max-shard-size", "40KB"]
+    run = run_example(*command)
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{tmp_path / 'out'}: the average of 2 models\n"
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -83,7 +77,7 @@ def test_the_script_writes_a_checkpoint_that_loads(models, tmp_path):
     average = average_models(models[:2]).half().state_dict()
     for name, weight in load_model(tmp_path / "out", "cpu", "float16")[0].state_dict().items():
         assert torch.equal(weight, average[name])
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = run_example(*command)
     assert (run.returncode, run.stderr) == (
         1,
         f"error: --out {tmp_path / 'out'} is not empty. Choose another folder.\n",

@@ -1,10 +1,7 @@
 """examples/annotate.py, run on photographs and tars."""
 
 import json
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +12,15 @@ from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.data import Sa1bDataset
 from tests.data.files import rle
 
+from .in_process import run_example
 
-ROOT = Path(__file__).resolve().parents[2]
+
 COFFEE = EXAMPLE_IMAGES / "coffee.jpg"
 
 
 def annotate(images, out):
     options = "--device cpu --points-per-side 4 --pred-iou-thresh 0.4 --stability-score-thresh 0.65"
-    command = [sys.executable, "examples/annotate.py", images, "--out", out, "--model", BUNDLED_CHECKPOINT]
-    run = subprocess.run([*map(str, command), *options.split()], cwd=ROOT, capture_output=True, text=True)
+    run = run_example("annotate.py", images, "--out", out, "--model", BUNDLED_CHECKPOINT, *options.split())
     assert run.returncode == 0, run.stderr
     return run.stdout
 

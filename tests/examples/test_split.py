@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import pytest
 from samlight_hf.data import Sa1bDataset
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
 
-
-ROOT = Path(__file__).resolve().parents[2]
+from .in_process import run_example
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "examples/split.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_example("split.py", *arguments)
 
 
 @pytest.fixture
