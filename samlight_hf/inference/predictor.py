@@ -84,6 +84,9 @@ class Predictor:
         >>> better = predictor.predict([[(50, 60), (90, 80)]], [[1, 0]], logits=first.logits[:, 0], image=image)
     """
 
+    # The images, and whether they are a list: one attribute, so that other threads never see a mixture.
+    _held: tuple[list[EncodedImage], bool]
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -171,8 +174,7 @@ class Predictor:
 
     def reset(self) -> None:
         """Forget the images that were set."""
-        # The images, and whether they are a list: one attribute, so that other threads never see a mixture.
-        self._held: tuple[list[EncodedImage], bool] = ([], False)
+        self._held = ([], False)
 
     def set_image(self, image: ImageInput) -> "Predictor":
         """Encode one image, see `encode`, and keep it: `predict` without `image` then takes prompts on it.
