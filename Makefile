@@ -4,12 +4,16 @@ VENV := .venv
 OLDEST := $(VENV)/oldest
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-oldest lint format sync clean
+.PHONY: demo test test-all test-oldest lint format sync clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/samlight demo --out outputs/demo
 
 test: $(VENV)/ready
+	$(RUN) -m pytest -n 2 -q -m "not slow"
+
+# Those too that a release needs, and a change to what they are about.
+test-all: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q
 
 # The oldest transformers that pyproject.toml allows, laid over the environment.

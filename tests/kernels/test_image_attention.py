@@ -105,6 +105,7 @@ def check_decoder(device="cpu"):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"

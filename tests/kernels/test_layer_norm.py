@@ -40,6 +40,7 @@ def relative_error(width, dtype, num_residuals, gelu, device="cpu"):
     return ((output.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernel_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"

@@ -155,6 +155,7 @@ def test_the_reference_equals_the_modules_in_sequence(case, dtype):
     assert (result.statistics is not None) == case[3]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"

@@ -51,6 +51,7 @@ def relative_error(channels, dtype, device="cpu", grid=(5, 14)) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernel_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(INTERPRETED)} cases\n"

@@ -109,6 +109,7 @@ def test_what_does_not_fit_is_not_written(size):
         resize_into(torch.empty(3, 8, 8), random_image(4, 6), size, torch.zeros(3, 256))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernel_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(list(every_check()))} checks\n"

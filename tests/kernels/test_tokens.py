@@ -111,6 +111,7 @@ def main():
     print(f"{len(CASES)} cases")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"

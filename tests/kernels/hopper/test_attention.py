@@ -21,7 +21,7 @@ from .test_linear import needs_compiler, needs_hopper, spilled_bytes
 
 @needs_compiler
 @pytest.mark.parametrize(("warpgroups", "stages"), STAGES.items())
-@pytest.mark.parametrize("bfloat16", [0, 1])
+@pytest.mark.parametrize("bfloat16", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("per_head", [0, 1])
 def test_the_kernel_compiles_without_spilling(per_head, warpgroups, stages, bfloat16):
     shape = {"HEADS": 6, "GROUP": 2048, "DILATION": 2, "PER_HEAD": per_head}

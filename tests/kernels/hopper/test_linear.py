@@ -62,7 +62,7 @@ def spilled_bytes(log: str) -> int:
 @needs_compiler
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 @pytest.mark.parametrize("constants", KERNELS, ids=str)
-@pytest.mark.parametrize("bfloat16", [0, 1])
+@pytest.mark.parametrize("bfloat16", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_kernel_compiles_without_spilling(tile, constants, bfloat16):
     code, log = hopper.compile_source(source_of(tile, **PLAIN | constants | {"BFLOAT16": bfloat16}))
     # With the widest tile, a float16 residual takes a few registers more than there are.
