@@ -45,7 +45,7 @@ from samlight_hf.distillation import (
     fill_cache,
 )
 from samlight_hf.distillation import parse_arguments as parse_distillation
-from samlight_hf.distillation.run import make_examples, open_train_sources
+from samlight_hf.distillation.open_data import make_examples, open_train_sources
 from samlight_hf.distillation.run import make_student as student_of
 from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.utils.messages import make_console_safe

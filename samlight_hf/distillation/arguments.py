@@ -1,4 +1,4 @@
-"""Settings of a distillation: a YAML file, and what the command line says otherwise.
+"""Settings of a distillation: a YAML file, and options of the command line that override it.
 
     teacher: facebook/sam-vit-huge
     student: tiny
@@ -8,7 +8,7 @@
     encoder: {max_steps: 100000, learning_rate: 5.0e-4}   # of this stage alone
     decoder: {max_steps: 20000, learning_rate: 1.0e-4}
 
-What is said on the command line wins over the stage's section, and that over the rest of the file.
+An option of the command line overrides the stage's section, which overrides the rest of the file.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from .stages import POINT_TARGETS, STAGES
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """transformers' TrainingArguments with what one stage of distillation needs besides.
+    """transformers' TrainingArguments, extended by the settings of one stage of distillation.
 
-    The number of steps is `max_steps`; there are no epochs, because every example is drawn anew.
+    The number of steps is `max_steps`. There are no epochs, because every example is drawn anew.
     """
 
     stage: str = field(default="encoder", metadata={"help": f"one of {', '.join(STAGES)}"})
@@ -130,7 +130,7 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def trains_every_parameter(self) -> bool:
-        """Whether each parameter that the stage trains gets a gradient in each step: boxes, clicks and masks all occur."""
+        """Whether each trained parameter gets a gradient in each step, because boxes, clicks and masks all occur."""
         num_boxes = round(self.box_share * self.num_prompts)
         return self.stage != "end_to_end" or (num_boxes > 0 and self.num_refinements > 0)
 
@@ -233,20 +233,31 @@ class RunArguments:
         self.mask_reading()
 
     def mask_reading(self) -> MaskReading:
-        """How mask files are read. Raises ValueError for an `ignore_label` that is none."""
+        """Return how mask files are read. Raises ValueError for an invalid `ignore_label`."""
         return MaskReading(parse_ignore_label(self.ignore_label), self.binary_masks)
 
     def card_facts(self) -> dict:
-        """What `card` says. Raises ValueError for a file that cannot be read or says what no card takes."""
+        """Return the content of the file `card`.
+
+        Raises:
+            ValueError: for a file that cannot be read, or has unknown keys.
+        """
         content = (read_yaml(self.card) if self.card else None) or {}
         CardFacts.of(content, self.card or "card")
         return content
 
 
 def parse_arguments(arguments: list[str], prog: str | None = None) -> tuple[RunArguments, list[DistillationArguments]]:
-    """The run and the settings of each of its stages, of `--config FILE` and further options.
+    """Parse the settings of a run and of each of its stages from `--config FILE` and further options.
 
-    A stage's files go to `output_dir`/STAGE. Raises ValueError for a file that is not there or no YAML, and for a key that is not known.
+    The files of a stage go to `output_dir`/STAGE.
+
+    Args:
+        arguments: the command line without the program's name.
+        prog: the program's name in the help.
+
+    Raises:
+        ValueError: for a file that is missing or is not YAML, and for an unknown key.
     """
     config, options = _read_config(arguments)
     sections = {
@@ -265,7 +276,7 @@ def parse_arguments(arguments: list[str], prog: str | None = None) -> tuple[RunA
 
 
 def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
-    """What the YAML file says, and the options without `--config FILE`."""
+    """Return the content of the YAML file, and the options without `--config FILE`."""
     options = list(arguments)
     paths = []
     while "--config" in options or any(option.startswith("--config=") for option in options):
@@ -304,13 +315,13 @@ class _Parser(HfArgumentParser):
 
 
 def _make_parser(prog: str | None = None) -> tuple[_Parser, dict[str, argparse.Action]]:
-    """The parser, and what it knows by the names of the options."""
+    """Return the parser, and its actions by the names of the options."""
     parser = _Parser(prog)
     return parser, {action.dest: action for action in parser._actions}
 
 
 def _check_keys(sections: dict[str, dict]):
-    """Raises ValueError for a key that no option has. The file itself is the section ""."""
+    """Raise ValueError for a key that no option has. The file itself is the section ""."""
     _, actions = _make_parser()
     of_the_run = {field.name for field in fields(RunArguments)}
     for name, section in sections.items():
@@ -332,7 +343,7 @@ def _parse(config: dict, options: list[str], prog: str | None = None) -> tuple[R
 
 
 def _plain(key: str, value, action: argparse.Action):
-    """A value of YAML as the option takes it. Text is left to argparse, which converts it: YAML 1.1 reads 5e-4 as text."""
+    """Convert a value of YAML to what the option takes. Text is converted by argparse: YAML 1.1 reads 5e-4 as text."""
     if action.nargs == "+" and not isinstance(value, list):
         return [value]
     if action.type is int and isinstance(value, float):
