@@ -13,7 +13,7 @@ from ..data.annotations import annotation_id, as_integer, matching_id, usable_po
 from ..masks.rle import encode_rle, text_rle
 from ..utils.json_files import read_json
 from .models import Encoded, PromptableModel
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
 SIZES = ("all", "small", "medium", "large")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..data import ImageDataset, Sample, SkipReport
 from ..utils.atomic_files import atomic_write, fit_name
 from .models import PromptableModel
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
 _RANK = ".00000.jsonl"  # room for a process's number behind a journal's name

@@ -10,7 +10,7 @@ from .clicks import deepest_point
 from .metrics.mask_iou.iou import mask_iou
 from .models import Encoded, PromptableModel
 from .protocols import check_max_instances, select
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
 class Fidelity(EvaluationTask):

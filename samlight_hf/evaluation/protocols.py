@@ -18,7 +18,7 @@ from .clicks import deepest_point, next_click
 from .metrics.mask_iou.iou import boundary_iou, mask_iou
 from .models import Encoded, PromptableModel, PromptedMasks
 from .targets import Targets
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
 PROMPTS = ("box", "clicks")

@@ -7,7 +7,7 @@ from samlight_hf.data import SkipReason, load_dataset
 from samlight_hf.evaluation.evaluator import Journal, evaluate
 from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
-from samlight_hf.evaluation.work import EvaluationTask
+from samlight_hf.evaluation.tasks import EvaluationTask
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
 from tests.launcher import ROOT, torchrun
 
