@@ -1,4 +1,4 @@
-"""What `evaluate` does with the images of a dataset."""
+"""The tasks that `evaluate` runs on the images of a dataset."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,24 +9,25 @@ from .models import Encoded, PromptableModel
 
 
 class EvaluationTask(ABC):
-    """Records of one image, by a call; of a batch, by `batch`, which is for those to override that gain by it.
+    """A computation of records for the images of a dataset.
 
-    `needs_embeddings` False leaves `encoded` None.
+    `batch` computes the records of a batch; a subclass overrides it where images gain from being processed together.
+    Where `needs_embeddings` is False, `encoded` is None.
     """
 
     needs_embeddings = True
 
     @abstractmethod
     def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
-        """Records that go to JSON."""
+        """Compute the records of one image, as plain JSON."""
 
-    @staticmethod  # what overrides it may need the work, which is then sent to the worker processes
+    @staticmethod  # so that the worker processes get no copy of the task; an override may need one
     def prepare(sample: Sample) -> Any:
-        """What worker processes make of a sample for `batch`."""
+        """Prepare a sample for `batch`, in a worker process."""
         return sample
 
     def batch(
         self, model: PromptableModel, encoded: Sequence[Encoded | None], prepared: Sequence[Any]
     ) -> list[list[dict]]:
-        """The records of each image."""
-        return [self(model, each, its) for each, its in zip(encoded, prepared, strict=True)]
+        """Compute the records of each image."""
+        return [self(model, image, sample) for image, sample in zip(encoded, prepared, strict=True)]

@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from samlight_hf.evaluation import statistics
+from samlight_hf.evaluation import bootstrap
+from samlight_hf.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from samlight_hf.evaluation.statistics import (
     ModelResult,
-    bootstrap_interval,
     calibration_error,
     calibration_gap,
-    paired_bootstrap,
     protocol_differences,
     protocol_scores,
     size_class,
@@ -86,7 +85,7 @@ def test_seed_decides_and_memory_does_not(monkeypatch):
     first = bootstrap_interval(values, groups)
     assert bootstrap_interval(values, groups) == first
     assert bootstrap_interval(values, groups, seed=1) != first
-    monkeypatch.setattr(statistics, "_MAX_DRAWS", 7)  # less than one draw of all images
+    monkeypatch.setattr(bootstrap, "_MAX_DRAWS", 7)  # less than one draw of all images
     assert bootstrap_interval(values, groups) == pytest.approx(first, abs=1e-12)
 
 
