@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class MaskImageCallback(TrainerCallback):
 
     def __init__(self, samples: Sequence[Sample], max_instances: int = 8):
         self.samples, self.max_instances = list(samples), max_instances
-        self.trainer = None  # set by DistillationTrainer
+        self.trainer: Any = None  # set by DistillationTrainer
 
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero or not self.samples:

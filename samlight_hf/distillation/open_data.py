@@ -183,9 +183,8 @@ def with_cache(examples: Dataset, args: DistillationArguments, run: RunArguments
     """Add the teacher's cached targets to the examples where `cache_dir` is set; compute missing ones first."""
     if teacher is None or args.cache_dir is None:
         return examples
-    examples = cast(TrainingExamples, examples)  # a cache is not possible for streams
-    cache = EmbeddingCache(args.cache_dir, teacher, examples.num_ids, examples.preprocessing())
-    fill_cache(
-        cache, examples.views(), teacher, args.device, args.per_device_train_batch_size, args.dataloader_num_workers
-    )
+    counted = cast(TrainingExamples, examples)  # not a stream, for which no cache is possible
+    cache = EmbeddingCache(args.cache_dir, teacher, counted.num_ids, counted.preprocessing())
+    views, batch_size = counted.views(), args.per_device_train_batch_size
+    fill_cache(cache, views, teacher, args.device, batch_size, args.dataloader_num_workers)
     return CachedExamples(examples, cache)

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
-from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, TrainerCallback, TrainerControl
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -49,9 +49,9 @@ EXTRA_STATE_NAME = "projections.safetensors"
 class DistillationTrainer(PushingTrainer):
     """A Trainer of a student in one stage of distillation, on any number of devices that accelerate can use.
 
-    A checkpoint is a complete folder of the student, with the state for resuming beside it. It is written to a temporary
-    folder and moved, so that a process killed at any moment leaves the last one complete. Evaluation prompts the
-    student with the boxes and with single points of the objects in `eval_images`, at the images' own size.
+    A checkpoint is a complete folder of the student, with the state for resuming beside it. It is moved into place when
+    it is finished, so that a process killed at any moment leaves the last one complete. Evaluation prompts the student
+    with the boxes and with single points of the objects in `eval_images`, at the images' own size.
 
     Args:
         student: a SamLighteningModel or a SamModel, trained in place.
@@ -294,7 +294,8 @@ class DistillationTrainer(PushingTrainer):
             metrics["skipped_pictures"] = num_skipped
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: TrainerControl = self.control
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
     def _evaluate_sample(self, promptable: PromptableModel, sample: Sample) -> list[dict[str, float]]:

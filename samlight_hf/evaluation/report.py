@@ -87,7 +87,7 @@ def write_report(
 
 
 def console_table(results: Sequence[ModelResult]) -> str:
-    """Return a plain-text table: mIoU and interval of every protocol and model, and the difference from the first model.
+    """Return a plain-text table: mIoU and interval of every protocol and model, and the differences from the first.
 
     Raises ValueError as `write_report` does.
     """

@@ -155,7 +155,7 @@ def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **opti
     sizes = np.array([size_class(record["area"]) for record in records])
     by_size = {}
     for size in SIZES:
-        rows = np.flatnonzero(sizes == size)
+        rows = np.flatnonzero(sizes == size).tolist()
         by_size[size] = _scores(iou[rows], [records[row] for row in rows], **options)
     return {
         protocol: {
