@@ -12,7 +12,7 @@ IMAGE_SIZE, MASK_SIZE = 32, 32  # 8 x 8 tokens of 4 x 4 pixels
 
 
 def make_teacher(seed: int = 0) -> SamModel:
-    """A SAM as Meta's are: windows, global layers, relative positions."""
+    """A SAM like Meta's: windows, global layers, relative positions."""
     vision = SamVisionConfig(
         hidden_size=48, num_hidden_layers=5, num_attention_heads=4, mlp_dim=96, image_size=IMAGE_SIZE, patch_size=4,
         output_channels=32, num_pos_feats=16, window_size=3, global_attn_indexes=[2, 4], initializer_range=0.05,

@@ -59,7 +59,7 @@ def assert_equal(first: dict, second: dict):
 
 
 def count_steps(trainer) -> list:
-    """A list that gets an entry at each training step from here on."""
+    """Return a list that gets an entry at each training step."""
     steps, compute_loss = [], trainer.compute_loss
 
     def counting(*args, **kwargs):
@@ -150,7 +150,7 @@ def test_cached_targets_train_as_live_ones_do(tmp_path):
             cache = EmbeddingCache(tmp_path, trainer.teacher, examples.num_ids, examples.preprocessing())
             fill_cache(cache, examples.views(), trainer.teacher, torch.device("cpu"), 4, 0)
             trainer = make_trainer(args, CachedExamples(examples, cache), trainer.teacher)
-            trainer.teacher.targets = None  # is not asked
+            trainer.teacher.targets = None  # must not be called
         trainer.train()
         losses.append(logged(trainer, "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -166,7 +166,7 @@ def test_evaluation_measures_masks_and_embeddings_and_draws(tmp_path):
     assert metrics["eval_point_oracle_miou"] >= metrics["eval_point_miou"]
     assert len(logged(trainer, "eval_embedding_cosine")) == 3
     assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == ["step-2.png", "step-4.png"]
-    # the same numbers as the evaluation of the saved student, which knows nothing of training
+    # the same numbers as in an evaluation of the saved student without a trainer
     trainer.export(tmp_path / "student")
     from samlight_hf.distillation.demonstration import measure
 
@@ -309,7 +309,8 @@ def test_weights_that_are_nan_are_never_saved(tmp_path):
 
 def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     args = make_arguments(
-        tmp_path, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=2,
+        tmp_path, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps",
+        eval_steps=2,
         metric_for_best_model="box_miou", greater_is_better=True, load_best_model_at_end=True, eval_max_instances=2,
     )  # fmt: skip
     trainer = make_trainer(args, eval_images=SyntheticScenes(2, 32))
@@ -376,7 +377,8 @@ def test_prompts_may_not_change(tmp_path):
 
 def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path):
     settings = {
-        "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1,
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "save_total_limit": 1,
         "load_best_model_at_end": True, "eval_max_instances": 2,
     }  # fmt: skip
 
@@ -427,7 +429,7 @@ class _Tracker:
 @pytest.mark.parametrize("attribute", ["tb_writer", "_wandb", "_trackio"])
 def test_images_go_to_the_trackers(tmp_path, attribute):
     callback, scenes, tracker = TrainerCallback(), SyntheticScenes(1, 64, seed=7), _Tracker()
-    setattr(callback, attribute, tracker)  # as transformers' callbacks keep them
+    setattr(callback, attribute, tracker)  # as transformers' callbacks store them
     args = make_arguments(tmp_path, eval_max_instances=2)
     trainer = make_trainer(args, eval_images=scenes, callbacks=[MaskImageCallback([scenes[0]]), callback])
     trainer.evaluate()
@@ -470,7 +472,7 @@ def test_what_is_frozen_is_proven_before_the_first_step(tmp_path):
 
 
 class _Order(Dataset):
-    """Examples that remember who asked for them."""
+    """Examples that record which process loaded them."""
 
     def __init__(self, examples):
         self.examples, self.asked = examples, []
@@ -500,13 +502,16 @@ from samlight_hf.utils.processes import leave_process_group
 from tests.distillation.conftest import make_arguments
 from tests.distillation.test_trainer import *
 
-args = make_arguments(sys.argv[1], stage=sys.argv[2], max_steps=4, per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), optim="sgd",
-    learning_rate=0.05, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, eval_max_instances=2, ddp_backend="gloo")
+args = make_arguments(sys.argv[1], stage=sys.argv[2], max_steps=4,
+    per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), optim="sgd",
+    learning_rate=0.05, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+    eval_max_instances=2, ddp_backend="gloo")
 trainer = make_trainer(args, eval_images=SyntheticScenes(3, 32))
 trainer.train(resume_from_checkpoint=sys.argv[3] if len(sys.argv) > 3 else None)
 trainer.export(sys.argv[1] + "/student")
 if trainer.is_world_process_zero():
-    torch.save({"weights": weights(trainer), "log": trainer.state.log_history, "world": args.world_size}, sys.argv[1] + "/result.pt")
+    torch.save({"weights": weights(trainer), "log": trainer.state.log_history, "world": args.world_size},
+        sys.argv[1] + "/result.pt")
 del trainer
 leave_process_group()
 """
@@ -539,7 +544,7 @@ def test_two_ranks_are_one_at_the_same_global_batch(tmp_path, stage):
     torch.testing.assert_close(
         loaded["mask_decoder.iou_token.weight"], two["weights"]["student.mask_decoder.iou_token.weight"]
     )
-    if stage == "encoder":  # what two began goes on as one
+    if stage == "encoder":  # a run of two processes is resumed by one
         again = run_ranks(tmp_path / "2", 1, stage, str(tmp_path / "2/checkpoint-2"))
         assert "Resuming on 1 processes what 2 began" in again["stdout"]
         for name in one["weights"]:
