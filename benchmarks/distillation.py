@@ -13,7 +13,7 @@ follow after --.
 
     accelerate launch --multi_gpu --num_processes 2 benchmarks/distillation.py \
         --config examples/configs/bsds_seeds.yaml --steps 60 --out benchmarks/results/loader_2_gpus.json \
-        -- --dataloader_num_workers 14
+        -- --dataloader-num-workers 14
 """
 
 import argparse

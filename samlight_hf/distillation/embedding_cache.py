@@ -152,8 +152,8 @@ def fill_cache(
     """
     state = PartialState()
     # Chosen by number, not from the missing ones that each process sees: other processes may already be writing.
-    mine = range(state.process_index, cache.num_shards, state.num_processes)
-    shards = sorted(set(cache.missing_shards()).intersection(mine))
+    own_shards = range(state.process_index, cache.num_shards, state.num_processes)
+    shards = sorted(set(cache.missing_shards()).intersection(own_shards))
     teacher.encoder.to(device)
     splits = [
         list(cache.shard_ids(shard)[i : i + batch_size])

@@ -287,12 +287,12 @@ class MaskStage(Stage):
                 loss, ious = self._loss(logits, predicted_iou, targets)
             total = total + loss
             chosen = predicted_iou.argmax(dim=1)
-            each = torch.arange(len(chosen), device=chosen.device)
+            rows = torch.arange(len(chosen), device=chosen.device)
             name = f"iou/{kind}" if step == 0 else f"iou/{kind}_click_{step}"
-            logs[name] = ious[each, chosen].mean()
+            logs[name] = ious[rows, chosen].mean()
             if step == self.num_refinements:
                 break
-            logits = logits[each, chosen].detach()
+            logits = logits[rows, chosen].detach()
             clicks, labels = sample_clicks(logits > 0, targets, uniforms[:, step])
             clicks = ((clicks + 0.5) * scale - 0.5)[:, None, None]  # the center of a mask's pixel, in the frame
             prompts = _add_clicks(prompts, clicks, labels[:, None, None])
@@ -320,8 +320,8 @@ class MaskStage(Stage):
         )  # (B, k * m, P)
         best = losses.unflatten(1, per_image[1:]).min(dim=2).values.flatten(0, 1)  # (n, P)
         column, row = cells.long().clamp(0, size - 1).unflatten(0, (num_images, -1)).unbind(-1)  # (B, k)
-        each = torch.arange(num_images, device=cells.device)[:, None]
-        holds = image_targets.bool()[each, :, row, column].flatten(0, 1).float()  # (n, P)
+        images = torch.arange(num_images, device=cells.device)[:, None]
+        holds = image_targets.bool()[images, :, row, column].flatten(0, 1).float()  # (n, P)
         mask_loss = (best * holds).sum(dim=1) / holds.sum(dim=1).clamp(min=1)
         fit = ious.detach().max(dim=2).values.reshape(predicted_iou.shape)
         iou_loss = (predicted_iou.float() - fit).square().mean(dim=1)
@@ -359,8 +359,8 @@ def sample_clicks(
     rank = (uniforms.double() * rows[:, -1]).floor().long()[:, None]
     row = (rows <= rank).sum(dim=1, keepdim=True).clamp(max=rows.shape[1] - 1)
     before = torch.where(row > 0, rows.gather(1, (row - 1).clamp(min=0)), 0)
-    each = torch.arange(len(row), device=row.device)
-    columns = wrong[each, row[:, 0]].cumsum(dim=1)  # (n, W)
+    masks = torch.arange(len(row), device=row.device)
+    columns = wrong[masks, row[:, 0]].cumsum(dim=1)  # (n, W)
     column = (columns <= rank - before).sum(dim=1, keepdim=True).clamp(max=columns.shape[1] - 1)
-    labels = targets[each, row[:, 0], column[:, 0]].long()
+    labels = targets[masks, row[:, 0], column[:, 0]].long()
     return torch.cat([column, row], dim=1).float(), labels
