@@ -51,7 +51,7 @@ def report_of(model) -> dict:
 
 
 def time_encoder(
-    build: Callable[[], nn.Module], mode: str, batch_size: int, image_size: int, dtype: torch.dtype, settings: Settings
+    build: Callable[[], Any], mode: str, batch_size: int, image_size: int, dtype: torch.dtype, settings: Settings
 ) -> dict:
     """Time the module that `build` creates on images (B, 3, S, S), beginning with an empty device."""
     try:
@@ -74,7 +74,7 @@ def time_encoder(
 
 
 def encoder_row(
-    row: dict, build: Callable[[], nn.Module], image_size: int, dtype: torch.dtype, settings: Settings, gflop: float
+    row: dict, build: Callable[[], Any], image_size: int, dtype: torch.dtype, settings: Settings, gflop: float
 ) -> dict:
     """Extend `row`, which has `mode` and `batch_size`, by time, memory and arithmetic; `gflop` is that of one image."""
 
@@ -140,12 +140,12 @@ def encoder_rows(settings: Settings) -> Iterator[dict]:
                 "part": "encoder", "model": OURS, "mode": mode, "attn_implementation": implementation,
                 "dtype": settings.dtype_name, "batch_size": batch_size,
             }  # fmt: skip
-            plain: Callable[[], nn.Module] = partial(plain_encoder, config, settings, implementation)
+            plain = partial(plain_encoder, config, settings, implementation)
             yield encoder_row(row, plain, image_size, settings.dtype, settings, gflop)
     for batch_size in settings.batch_sizes:
         row = {"part": "encoder", "model": OURS, "dtype": settings.dtype_name, "batch_size": batch_size}
         if settings.on_cuda:
-            fused: Callable[[], nn.Module] = partial(fused_encoder, config, settings)
+            fused = partial(fused_encoder, config, settings)
             yield encoder_row({**row, "mode": FUSED_GRAPH}, fused, image_size, settings.dtype, settings, gflop)
         yield optimized_encoder_row({**row, "mode": OPTIMIZED}, config, settings, gflop)
 

@@ -67,6 +67,7 @@ class DistillationTrainer(PushingTrainer):
         ValueError: where the student, the teacher and the stage do not fit together.
     """
 
+    control: TrainerControl
     model_accepts_loss_kwargs = False  # the loss is a mean over images: Trainer divides it by the accumulation steps
     loss_is_scaled_for_ga = False
 
@@ -294,8 +295,7 @@ class DistillationTrainer(PushingTrainer):
             metrics["skipped_pictures"] = num_skipped
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        control: TrainerControl = self.control
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _evaluate_sample(self, promptable: PromptableModel, sample: Sample) -> list[dict[str, float]]:

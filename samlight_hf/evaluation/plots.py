@@ -110,9 +110,9 @@ def _plot_clicks(figure, results: Sequence[ModelResult]) -> str:
 def _plot_latency(figure, results: Sequence[ModelResult]) -> str:
     latency: dict[str, float | None] = {}
     for result in results:
-        parts = [(result.settings.get("latency_ms") or {}).get(part) for part in ("encoder", "decoder")]
-        known_parts = [part for part in parts if not is_missing(part)]
-        latency[result.name] = sum(known_parts) if len(known_parts) == len(parts) else None
+        latencies = result.settings.get("latency_ms") or {}
+        parts: list[Any] = [latencies.get(part) for part in ("encoder", "decoder")]
+        latency[result.name] = None if any(map(is_missing, parts)) else sum(parts)
     if not any(latency.values()):
         return "no model has the latencies of both encoder and decoder"
     panels = _panels(figure, _by_prompt(results), results)
