@@ -37,45 +37,51 @@ class DistillationArguments(TrainingArguments):
     stage: str = field(default="encoder", metadata={"help": f"one of {', '.join(STAGES)}"})
 
     num_focus_layers: int = field(
-        default=3, metadata={"help": "encoder: so many last layers of the student are compared, besides its output"}
+        default=3,
+        metadata={"help": "encoder: number of the student's last layers that are compared, besides its output"},
     )
     layer_weights: str = field(default="dynamic", metadata={"help": "encoder: dynamic, uniform or output_only"})
     ramp_fraction: float = field(
         default=0.5, metadata={"help": "encoder: share of the steps over which dynamic layer weights rise"}
     )
     teacher_dtype: str = field(
-        default="bfloat16", metadata={"help": "encoder: of the teacher: bfloat16, float16, float32"}
+        default="bfloat16", metadata={"help": "encoder: dtype of the teacher: bfloat16, float16 or float32"}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "encoder: keep the teacher's targets here, computed once; needs num_views"}
+        default=None, metadata={"help": "encoder: folder of the teacher's targets, computed once; needs num_views"}
     )
 
     muon: bool = field(
         default=False,
-        metadata={"help": "Muon for the matrices of the layers, and optim for the rest; from scratch it learns faster"},
+        metadata={"help": "Muon for the matrices of the layers, optim for the rest; faster from scratch"},
     )
 
-    num_prompts: int = field(default=16, metadata={"help": "decoder, end_to_end: objects prompted in an image"})
+    num_prompts: int = field(
+        default=16, metadata={"help": "decoder, end_to_end: number of prompted objects in an image"}
+    )
     box_share: float = field(default=0.5, metadata={"help": "decoder, end_to_end: share of prompts that are boxes"})
-    num_refinements: int = field(default=1, metadata={"help": "decoder, end_to_end: clicks added one by one"})
+    num_refinements: int = field(
+        default=1, metadata={"help": "decoder, end_to_end: number of clicks that are added one by one"}
+    )
     point_targets: str = field(
         default="own",
-        metadata={
-            "help": "decoder, end_to_end: own, or all: a point trains on every object of its image that it lies in"
-        },
+        metadata={"help": "decoder, end_to_end: own, or all: a point trains on every object that contains it"},
     )
     focal_weight: float = field(default=20.0, metadata={"help": "decoder, end_to_end: weight of the focal loss"})
     bce_weight: float = field(
-        default=0.0, metadata={"help": "decoder, end_to_end: of cross-entropy; from scratch use 5 here and 0 for focal"}
+        default=0.0,
+        metadata={"help": "decoder, end_to_end: weight of cross-entropy; from scratch use 5 and focal_weight 0"},
     )
     dice_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the dice loss"})
     iou_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the IoU head's loss"})
 
-    eval_max_instances: int = field(default=16, metadata={"help": "at most so many objects of an image are evaluated"})
+    eval_max_instances: int = field(
+        default=16, metadata={"help": "largest number of objects of an image that are evaluated"}
+    )
 
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hides a loss that is NaN: leave it off"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "number of checkpoints that are kept"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hides a NaN in the loss: leave it off"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave it off"})
 
     def __post_init__(self):
@@ -136,15 +142,17 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def global_batch_size(self) -> int:
-        """Images of one optimizer step, over all devices."""
+        """The number of images in one optimizer step, over all devices."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
 
 @dataclass
 class RunArguments:
-    """Who teaches whom, on which images."""
+    """Settings of a whole run: teacher, student, data and stages."""
 
-    stages: list[str] = field(default_factory=lambda: ["encoder", "decoder"], metadata={"help": "in this order"})
+    stages: list[str] = field(
+        default_factory=lambda: ["encoder", "decoder"], metadata={"help": "the stages, in this order"}
+    )
     teacher: str | None = field(default=None, metadata={"help": "a folder, a Hub name, or an original .pth file"})
     student: str = field(
         default="tiny",
@@ -152,12 +160,14 @@ class RunArguments:
             "help": "a preset (tiny, small, base), a config.json (fresh weights), or a checkpoint's folder or Hub name"
         },
     )
-    image_size: int | None = field(default=None, metadata={"help": "the student's, changed before it is trained"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "image size of the student, changed before the training"}
+    )
     train_data: list[str] = field(
         default_factory=list,
         metadata={"help": "SA-1B tars, folders of images, folders with images/ and masks/; patterns allowed"},
     )
-    train_annotations: str | None = field(default=None, metadata={"help": "a JSON of COCO's shape; with train_images"})
+    train_annotations: str | None = field(default=None, metadata={"help": "a JSON in COCO's format; with train_images"})
     train_images: str | None = field(default=None, metadata={"help": "the folder of train_annotations' images"})
     stream_data: list[str] = field(
         default_factory=list,
@@ -168,35 +178,37 @@ class RunArguments:
     )
     source_weights: list[float] = field(
         default_factory=list,
-        metadata={"help": "how often each of train_data is taken, relative to the others; by size"},
+        metadata={"help": "how often each of train_data is drawn, relative to the others; by default by size"},
     )
     ignore_label: str = field(
         default="auto",
-        metadata={
-            "help": "masks/NAME.png: the label of void; auto: 255 beside labels from 1 to 126 alone; none: no label"
-        },
+        metadata={"help": "masks/NAME.png: the label of void; auto: 255 if all others are at most 126; none: no label"},
     )
     binary_masks: bool = field(
-        default=False, metadata={"help": "masks/NAME.png: one object, from half the brightness on, not labels"}
+        default=False, metadata={"help": "masks/NAME.png: one object where brightness is half or more, not labels"}
     )
     max_skipped: float = field(default=0.05, metadata={"help": "share of unusable images above which the run stops"})
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "as train_data"})
-    eval_annotations: str | None = field(default=None, metadata={"help": "as train_annotations"})
-    eval_images: str | None = field(default=None, metadata={"help": "as train_images"})
-    eval_limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "like train_data, for the evaluation"})
+    eval_annotations: str | None = field(default=None, metadata={"help": "like train_annotations, for the evaluation"})
+    eval_images: str | None = field(default=None, metadata={"help": "like train_images, for the evaluation"})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "number of images that are evaluated, from the first on"}
+    )
     min_scale: float = field(default=1.0, metadata={"help": "augmentation: smallest size of the image in its frame"})
     max_scale: float = field(default=1.0, metadata={"help": "augmentation: largest size; above 1 is a crop"})
     stretch: float = field(
-        default=1.0, metadata={"help": "augmentation: by so much one side may be scaled more than the other"}
+        default=1.0, metadata={"help": "augmentation: largest ratio between the scales of the two sides"}
     )
     flip: bool = field(default=True, metadata={"help": "augmentation: mirror every other image"})
-    color_jitter: float = field(default=0.0, metadata={"help": "augmentation: of brightness, contrast and saturation"})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "augmentation: strength for brightness, contrast and saturation"}
+    )
     box_noise: float = field(
-        default=0.1, metadata={"help": "deviation of a prompt's box on each side, as a share of its width or height"}
+        default=0.1, metadata={"help": "noise of a prompt's box: deviation of each side, as a share of width or height"}
     )
     deepest_share: float = field(
         default=0.5,
-        metadata={"help": "share of the point prompts deepest inside their object; the others are anywhere in it"},
+        metadata={"help": "share of point prompts that are deepest inside their object; the others are anywhere in it"},
     )
     area_power: float = field(
         default=0.0,
@@ -205,14 +217,16 @@ class RunArguments:
         },
     )
     image_cache_dir: str | None = field(
-        default=None, metadata={"help": "keep the decoded images of train_data here: 1 MB for each of 640 x 480"}
+        default=None, metadata={"help": "folder of decoded images of train_data: 1 MB for each of 640 x 480"}
     )
     num_views: int | None = field(
-        default=None, metadata={"help": "augmented views of an image that come round again; needed by cache_dir"}
+        default=None, metadata={"help": "number of augmented views of an image, used repeatedly; needed by cache_dir"}
     )
     initialize_from_teacher_layers: bool = field(
         default=False,
-        metadata={"help": "a fresh student's encoder begins as evenly spaced layers of the teacher; widths must agree"},
+        metadata={
+            "help": "initialize a fresh student's encoder with evenly spaced layers of the teacher of equal width"
+        },
     )
     push_to: str | None = field(
         default=None, metadata={"help": "Hub repository that the finished student is pushed to"}
@@ -220,7 +234,7 @@ class RunArguments:
     card: str | None = field(
         default=None, metadata={"help": "a card.yaml: licence, data and terms, for the model cards of what is pushed"}
     )
-    resume: bool = field(default=False, metadata={"help": "go on with what is in output_dir"})
+    resume: bool = field(default=False, metadata={"help": "resume the run in output_dir"})
 
     def __post_init__(self):
         if not self.stages or set(self.stages) - set(STAGES):

@@ -69,7 +69,7 @@ class Push:
     message: str | None = None
 
     def replaces(self, waiting: "Push") -> bool:
-        """Whether this push would overwrite everything in a waiting one, which need not be made then."""
+        """Return whether this push would overwrite everything in a waiting one, which need not be made then."""
         same_place = (self.repo_id, self.revision) == (waiting.repo_id, waiting.revision)
         return same_place and not waiting.is_kept and waiting.path_in_repo in (None, self.path_in_repo)
 
@@ -285,7 +285,7 @@ def read_record(output_dir: str | os.PathLike) -> list[dict]:
 
 
 def has_arrived(output_dir: str | os.PathLike, repo_id: str) -> bool:
-    """Whether the last push of a stage was that of its finished student, to this repository, and succeeded."""
+    """Return whether the last push of a stage was that of its finished student, to this repository, and succeeded."""
     last = (read_record(output_dir) or [{"commit": None}])[-1]
     return last["commit"] is not None and (last["repo_id"], last["step"]) == (repo_id, None)
 

@@ -164,7 +164,7 @@ def _checked_rle(rle: dict) -> dict:
 
 
 def _is_complete(counts: bytes, height: int, width: int) -> bool:
-    """Whether the runs add up to all pixels.
+    """Return whether the runs add up to all pixels.
 
     pycocotools raises for runs that are too long. Where they end too early, it returns uninitialized memory. The runs
     are complete if they fit, and are too long for one pixel less.
