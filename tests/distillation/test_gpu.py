@@ -10,8 +10,7 @@ from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
 from tests.launcher import torchrun
 
-from .conftest import make_arguments, make_examples, make_student, make_teacher
-from .test_trainer import count_steps, logged, make_trainer
+from .conftest import count_steps, logged, make_arguments, make_examples, make_student, make_teacher, make_trainer
 
 
 pytestmark = pytest.mark.gpu
@@ -57,8 +56,7 @@ def test_a_resumed_run_goes_on(tmp_path):
 _FSDP = """
 import sys
 from samlight_hf.utils.processes import leave_process_group
-from tests.distillation.conftest import make_arguments
-from tests.distillation.test_trainer import count_steps, make_trainer
+from tests.distillation.conftest import count_steps, make_arguments, make_trainer
 
 settings = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["SamLighteningVisionLayer"],
     "state_dict_type": "FULL_STATE_DICT",
