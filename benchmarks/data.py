@@ -1,6 +1,6 @@
-"""How fast training examples are made: milliseconds for one on one core, and examples a second from worker processes.
+"""Throughput of training examples: milliseconds for one on one core, and examples a second from worker processes.
 
-python benchmarks/data.py                                  # images as large as SA-1B's, made here
+python benchmarks/data.py                                  # images as large as SA-1B's, created here
 python benchmarks/data.py --tars sa_000000.tar --workers 4 16 --out data.json
 """
 
@@ -75,7 +75,7 @@ def main():
 
 
 def examples(source: ImageDataset, args: argparse.Namespace, **settings) -> TrainingExamples:
-    # Any share of images without masks is fine here: only the time counts.
+    # Any share of images without masks is allowed: only the time matters.
     return TrainingExamples(source, 10**9, args.image_size, max_skipped=1.0, **settings)
 
 
@@ -88,7 +88,7 @@ def full_settings(args: argparse.Namespace) -> dict:
 
 
 def measure_stages(source: ImageDataset, args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds for each part, each with all that comes before it."""
+    """Return the milliseconds of each step, including all steps before it."""
     full = full_settings(args)
     steps = {
         "read: two files from the tar, JSON": lambda n: source.open(n % len(source)),
@@ -104,7 +104,7 @@ def measure_stages(source: ImageDataset, args: argparse.Namespace) -> dict[str, 
 
 
 def milliseconds(step: Callable[[int], object], seconds: float) -> float:
-    """The mean for one call, over different examples."""
+    """Return the mean time of one call, over different examples."""
     step(0)
     start, num_calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -114,7 +114,7 @@ def milliseconds(step: Callable[[int], object], seconds: float) -> float:
 
 
 def measure_workers(source: ImageDataset, args: argparse.Namespace, num_workers: int) -> float:
-    """Examples a second that arrive in batches, once each worker has begun."""
+    """Return the examples a second that arrive in batches, after each worker has started."""
     dataset = examples(source, args, **full_settings(args))
     batches = iter(DataLoader(dataset, args.batch_size, num_workers=num_workers))
     for _ in range(2 * max(1, num_workers)):
@@ -127,7 +127,7 @@ def measure_workers(source: ImageDataset, args: argparse.Namespace, num_workers:
 
 
 def make_tar(path: Path, num_images: int = 12) -> Path:
-    """SA-1B's layout and sizes: enlarged photographs with grain, and ellipses with frayed edges, most of them small."""
+    """Write a tar of SA-1B's layout and sizes: enlarged photographs with noise, and mostly small, frayed ellipses."""
     generator = np.random.default_rng(0)
     photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))
     with tarfile.open(path, "w") as tar:
@@ -142,7 +142,7 @@ def make_tar(path: Path, num_images: int = 12) -> Path:
 
 
 def frayed_ellipse(generator: np.random.Generator) -> dict:
-    """Compressed RLE with counts as a string."""
+    """Return an ellipse with frayed edges as compressed RLE with counts as a string."""
     x, y = generator.uniform(0, (WIDTH, HEIGHT))
     across, down = np.exp(generator.uniform(np.log(15), np.log(700), 2))
     columns = np.arange(WIDTH)

@@ -1,17 +1,19 @@
-"""Throughput and memory of the stages of distillation, through DistillationTrainer itself, data loading included.
+r"""Throughput and memory of the stages of distillation, through DistillationTrainer itself, data loading included.
 
     python benchmarks/distillation.py --data train-000000.tar --out benchmarks/results/distillation_h100.json
 
-The student is SAM-Lightening tiny at 1024 px, in bfloat16, compiled. Rows: the encoder stage with cached embeddings; the same with
-SAM ViT-H (random weights) as a live teacher, beside that teacher's own forward alone; the decoder stage with 16 prompts an
-image. Images a second are medians over windows of several steps, after the first ones, in which it compiles. Without a GPU
-everything is small: a trial of the script.
+The student is SAM-Lightening tiny at 1024 px, in bfloat16, compiled. Rows: the encoder stage with cached embeddings;
+the same with SAM ViT-H (random weights) as a live teacher, beside that teacher's forward pass alone; the decoder stage
+with 16 prompts an image. Images a second are medians over windows of several steps, without the first ones, which
+include compilation. Without a GPU everything is small, to test the script.
 
-With --config, the first stage of a config of distill.py is measured instead, on its own data and student, in as many processes as
-the launcher starts: the loader alone, one batch repeated, and both together. Options of distill.py may follow --.
+With --config, the first stage of a config of distill.py is measured instead, on its own data and student, in as many
+processes as the launcher starts: the loader alone, one batch repeated, and both together. Options of distill.py may
+follow after --.
 
-    accelerate launch --multi_gpu --num_processes 2 benchmarks/distillation.py --config examples/configs/bsds_seeds.yaml \
-        --steps 60 --out benchmarks/results/loader_2_gpus.json -- --dataloader_num_workers 14
+    accelerate launch --multi_gpu --num_processes 2 benchmarks/distillation.py \
+        --config examples/configs/bsds_seeds.yaml --steps 60 --out benchmarks/results/loader_2_gpus.json \
+        -- --dataloader-num-workers 14
 """
 
 import argparse
@@ -45,7 +47,7 @@ from samlight_hf.distillation import (
     fill_cache,
 )
 from samlight_hf.distillation import parse_arguments as parse_distillation
-from samlight_hf.distillation.run import make_examples, open_train_sources
+from samlight_hf.distillation.open_data import make_examples, open_train_sources
 from samlight_hf.distillation.run import make_student as student_of
 from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.utils.messages import make_console_safe
@@ -95,13 +97,14 @@ def make_student() -> SamLighteningModel:
 
 
 def measure(name: str, student, options, teacher=None, wrap=None, **settings) -> dict:
-    """One row: trains for `options.steps` steps."""
+    """Train for `options.steps` steps, and return the row."""
     batch_size = settings.pop("batch_size", options.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationArguments(
             folder, per_device_train_batch_size=batch_size, max_steps=options.steps, logging_steps=5 if CUDA else 1,
             save_strategy="no", bf16=CUDA, torch_compile=not options.no_compile, dataloader_num_workers=options.workers,
-            dataloader_prefetch_factor=4 if options.workers else None, disable_tqdm=True, use_cpu=not CUDA, tf32=True if CUDA else None, **settings,
+            dataloader_prefetch_factor=4 if options.workers else None, disable_tqdm=True, use_cpu=not CUDA,
+            tf32=True if CUDA else None, **settings,
         )  # fmt: skip
         images = load_dataset(options.data) if options.data else SyntheticScenes(1000)
         prompts = PromptSampling(args.num_prompts, max(1, args.num_refinements)) if args.stage != "encoder" else None
@@ -115,7 +118,8 @@ def measure(name: str, student, options, teacher=None, wrap=None, **settings) ->
         trainer.train()
     rates = [entry["images_per_second"] for entry in trainer.state.log_history if "images_per_second" in entry]
     row = {
-        "row": name, "images_per_second": statistics.median(rates[len(rates) // 2 :]), "windows": [round(rate, 1) for rate in rates],
+        "row": name, "images_per_second": statistics.median(rates[len(rates) // 2 :]),
+        "windows": [round(rate, 1) for rate in rates],
         "batch_size": batch_size, "steps": options.steps, "compiled": not options.no_compile, **settings,
     }  # fmt: skip
     if CUDA:
@@ -124,7 +128,7 @@ def measure(name: str, student, options, teacher=None, wrap=None, **settings) ->
 
 
 class RepeatedBatch(DistillationTrainer):
-    """Trains on its first batch again and again, which lies on the device: nothing is loaded."""
+    """A trainer that repeats its first batch, which is on the device: nothing is loaded."""
 
     def get_train_dataloader(self) -> list[dict]:
         size = self.args.per_device_train_batch_size
@@ -134,7 +138,7 @@ class RepeatedBatch(DistillationTrainer):
 
 
 def config_rows(options):
-    """The loader alone, one batch repeated, and both together, of the first stage of `options.config`."""
+    """Measure the first stage of `options.config`: the loader alone, one batch repeated, and both together."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             "--output_dir",
@@ -154,7 +158,8 @@ def config_rows(options):
             )
         sources = open_train_sources(run)
         settings = {
-            "stage": args.stage, "processes": args.world_size, "batch_size_per_process": args.per_device_train_batch_size,
+            "stage": args.stage, "processes": args.world_size,
+            "batch_size_per_process": args.per_device_train_batch_size,
             "workers_per_process": args.dataloader_num_workers, "compiled": args.torch_compile, "steps": args.max_steps,
         }  # fmt: skip
         rates = {}
@@ -186,7 +191,7 @@ def config_rows(options):
 
 
 def train_windows(trainer: DistillationTrainer) -> list[float]:
-    """Images a second over all processes, in windows of `logging_steps`."""
+    """Return the images a second over all processes, in windows of `logging_steps`."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -194,7 +199,7 @@ def train_windows(trainer: DistillationTrainer) -> list[float]:
 
 
 def loader_windows(trainer: DistillationTrainer, num_steps: int) -> list[float]:
-    """Images a second that reach the devices of all processes, in windows of a quarter of the steps."""
+    """Return the images a second that reach all processes' devices, in windows of a quarter of the steps."""
     windows, start, since = [], None, 0
     for step, _ in zip(range(num_steps), trainer.get_train_dataloader()):
         if CUDA:
@@ -205,11 +210,11 @@ def loader_windows(trainer: DistillationTrainer, num_steps: int) -> list[float]:
             start, since = now, step
         elif start is None:
             start, since = time.perf_counter(), step
-    return [sum(each) for each in zip(*gather_object([windows]))]
+    return [sum(rates) for rates in zip(*gather_object([windows]))]
 
 
 def forward_row(teacher: Teacher, batch_size: int) -> dict:
-    """The teacher alone, as the trainer calls it."""
+    """Measure the teacher alone, as the trainer calls it."""
     pixel_values = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=DEVICE)
     times = []
     for _ in range(25 if CUDA else 3):
@@ -229,7 +234,7 @@ def rows(options):
     compiles = not options.no_compile
     if "cached" in options.rows:
         student = make_student()
-        # The embedding alone: the layers of a large teacher would be 10 MB each for an image.
+        # Only the embedding: each layer of a large teacher would take 10 MB for an image.
         teacher = Teacher(make_student().to(DEVICE), (), compile=compiles)
         with tempfile.TemporaryDirectory() as folder:
 

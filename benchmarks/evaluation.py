@@ -20,7 +20,7 @@ CUDA = torch.cuda.is_available()
 
 
 class Repeated:
-    """The images of a dataset so many times over, for `evaluate`."""
+    """A dataset whose images are repeated, for `evaluate`."""
 
     def __init__(self, dataset, times: int):
         self.dataset, self.times, self.index_report = dataset, times, dataset.index_report
@@ -33,10 +33,10 @@ class Repeated:
 
 
 def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36, times: int = 3) -> Iterator[dict]:
-    """Images read, decoded, segmented and scored, after a pass that does not count.
+    """Measure how many images are read, decoded, segmented and scored a second, after a warm-up.
 
-    What a run costs before it is under way (processes that read are started, and read a first batch) weighs on a small
-    dataset: a second row has the images several times over, and from the two follow the start and the rate beyond it.
+    The start of a run (worker processes start and read a first batch) takes much of the time of a small dataset. A
+    second row repeats the images; from the two follow the time of the start and the rate after it.
     """
     dataset = load_dataset(dataset_path, limit=None if CUDA else 8)
     work = InstanceProtocols(ProtocolSettings(("box",), ("single",), max_instances=max_instances))
@@ -54,7 +54,7 @@ def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36,
                 "seconds_total": seconds, "seconds_model": sum(model.seconds.values()),
             }  # fmt: skip
 
-        measure(dataset)  # to warm up
+        measure(dataset)  # warm-up
         once, repeated = measure(dataset), measure(Repeated(dataset, times))
         steady = (times - 1) * len(dataset) / (repeated["seconds_total"] - once["seconds_total"])
         yield once

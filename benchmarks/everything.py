@@ -1,12 +1,13 @@
-"""Part "everything" of run.py: everything mode and single prompts against transformers' own, side by side in one run.
+"""Part "everything" of run.py: everything mode and single prompts against transformers' own, in one run.
 
     python benchmarks/run.py everything --out benchmarks/results/everything_h100.json
 
-One photograph of 1024x683, the bundled checkpoint, 32x32 points, a PIL image in and a dictionary with RLE out. Medians of
-wall-clock times with the device synchronised. On a CPU a few points, to see that all of it runs and for the ratio.
+One photograph of 1024x683, the bundled checkpoint, 32x32 points; input is a PIL image, output a dictionary with RLE.
+Times are medians of wall-clock times with the device synchronized. On a CPU there are few points, to test the script
+and for the ratio.
 
-The floors of the stages are arithmetic for an H100 SXM (989 TFLOP/s in bfloat16, 67 in float32, 3.35 TB/s): what must be
-computed, and what must be read and written if every stage were one kernel. They are no claim that such kernels exist.
+The floors of the stages are arithmetic for an H100 SXM (989 TFLOP/s in bfloat16, 67 in float32, 3.35 TB/s): the
+operations, and the bytes read and written if every stage were one kernel. Such kernels need not exist.
 """
 
 import gc
@@ -39,7 +40,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "images"
 POINTS_PER_SIDE = 32 if CUDA else 4
-THRESHOLDS = {  # what is kept decides about the time of all that comes after the decoder
+THRESHOLDS = {  # the number of kept masks determines the time of all stages after the decoder
     "many masks": {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.65},
     "few masks": {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.9},
 }
@@ -128,7 +129,7 @@ def _why_not_triton(generator: MaskGenerator) -> dict[str, str | None]:
 
 
 def _agreement(expected, found) -> dict:
-    """Share of the expected masks that have a partner of an IoU of 0.95, and the lowest IoU with a partner."""
+    """Return the share of the expected masks that have a match with an IoU of 0.95, and the lowest IoU with a match."""
     if not len(expected) or not len(found):
         return {"matched_at_0.95": float(len(expected) == len(found)), "lowest_iou": None}
     expected, found = (
@@ -146,7 +147,7 @@ def _memory(checkpoint: str, image: Image.Image) -> Iterator[dict]:
     for dtype in ("float32", "bfloat16"):
         results = {}
         for megabytes in (1500, 512):
-            gc.collect()  # earlier graphs, which hold themselves
+            gc.collect()  # earlier graphs, which are in reference cycles
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
@@ -166,7 +167,7 @@ def _memory(checkpoint: str, image: Image.Image) -> Iterator[dict]:
 
 
 def _folder(checkpoint: str) -> Iterator[dict]:
-    """As `samlight segment --format coco`, without loading the model: reading JPEGs and writing JSON are counted."""
+    """Measure `samlight segment --format coco` with reading JPEGs and writing JSON, without loading the model."""
     dtype, count = ("bfloat16", 100) if CUDA else ("float32", 2)
     generator = MaskGenerator(*load_model(checkpoint, DEVICE, dtype))
     settings = MaskGenerationSettings(POINTS_PER_SIDE, **THRESHOLDS["many masks"])
@@ -198,7 +199,7 @@ def _folder(checkpoint: str) -> Iterator[dict]:
 
 
 def _single_prompts(checkpoint: str, image: Image.Image) -> Iterator[dict]:
-    """One prompt on an encoded image, logits and scores on the device."""
+    """Measure one prompt on an encoded image, with logits and scores on the device as outputs."""
     prompts = {"point": {"points_xy": [[(500.0, 300.0)]]}, "box": {"boxes_xyxy": [(300.0, 200.0, 700.0, 600.0)]}}
     repeats = 100 if CUDA else 3
     for dtype in ("bfloat16", "float32") if CUDA else ("float32",):
@@ -229,7 +230,7 @@ def _single_prompts(checkpoint: str, image: Image.Image) -> Iterator[dict]:
 
 
 def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
-    """Where the time of one image goes; each stage is waited for, so that their sum is more than the whole."""
+    """Measure the stages of one image. Each stage is waited for, so that their sum is more than the whole."""
     for dtype in (torch.bfloat16, torch.float32) if CUDA else (torch.float32,):
         model, processor = load_model(checkpoint, DEVICE, dtype)
         generator = MaskGenerator(model, processor)
@@ -265,7 +266,7 @@ def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
             for name, seconds in spent.items():
                 times[name].append(1e3 * seconds)
         milliseconds = {name: statistics.median(values) for name, values in times.items()}
-        milliseconds["NMS"] -= milliseconds["outlines and run lengths"]  # which are called from there
+        milliseconds["NMS"] -= milliseconds["outlines and run lengths"]  # called by NMS
         floors = _floors(model, image, counts, dtype) if CUDA else {}
         row = {"part": "everything", "what": "stage", "dtype": str(dtype).removeprefix("torch.")}
         for name in places:
@@ -275,7 +276,7 @@ def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
 
 @contextmanager
 def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
-    """Counts the seconds inside of functions that are attributes of modules or objects, with the device synchronised."""
+    """Measure the seconds in functions that are attributes of modules or objects, with the device synchronized."""
     spent = defaultdict(float)
 
     def timed(name: str, function: Callable) -> Callable:
@@ -288,7 +289,7 @@ def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
             return result
 
         if isinstance(function, GraphedFunction):
-            call.empty = function.empty  # which images are written to
+            call.empty = function.empty  # the graph's input, which images are written to
         return call
 
     patches = [
@@ -305,7 +306,7 @@ def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
 
 
 def _floors(model, image: Image.Image, counts: dict, dtype: torch.dtype) -> dict[str, float]:
-    """ms of each stage by arithmetic, for the published shape: N image tokens of 256 channels, 56 rows of attention."""
+    """Return the ms of each stage by arithmetic, for the published shape: N image tokens, 56 rows of attention."""
     tokens, channels, rows, points = 64 * 64, 256, 56, POINTS_PER_SIDE**2
     size, pixels = dtype.itemsize, image.width * image.height
     image_tokens = tokens * channels * size
@@ -324,7 +325,8 @@ def _floors(model, image: Image.Image, counts: dict, dtype: torch.dtype) -> dict
     return {
         "preprocess": floor(0, 3 * pixels + 3 * 1024**2 * size),
         "encode": floor(172e9, sum(p.numel() for p in model.vision_encoder.parameters()) * size),
-        # One product in the first layer, four in the second, two in the last; each layer's tokens written and read once.
+        # One product in the first layer, four in the second, two in the last; each layer's tokens are written and read
+        # once.
         "decode": floor(7 * attention * points, 4 * image_tokens * points),
         "masks": floor(convolutions * counts["points"], image_tokens * counts["points"] + logits * counts["masks"]),
         "filter": on_plain_cores(bilinear * counts["masks"], logits * counts["masks"]),

@@ -1,15 +1,24 @@
-"""`samlight benchmark` with two more parts, which need this repository or a dataset. Times and memory, in one run.
+"""`samlight benchmark` with two more parts, which need this repository or a dataset: times and memory, in one run.
 
     python benchmarks/run.py encoder peers decoder prompt resolution --out benchmarks/results/speed_h100.json
     python benchmarks/run.py everything --out benchmarks/results/everything_h100.json
     python benchmarks/run.py evaluation --dataset val-000000.tar --out benchmarks/results/evaluation_h100.json
 
-Parts of `samlight benchmark`: "encoder": the image encoder, plain in every attn_implementation, compiled and optimized;
-"peers": transformers' SAM, SAM 2 and EdgeTAM, and the backbones of light SAMs; "decoder": by the number of prompts;
-"prompt": from an image to a mask; "resolution": full attention against dilated; "attention": every backend, forward and
-backward; "training": a step; "equality": what is fast against what is plain; "projection": ways to bring q, k and v into
-the layout in which dilation is free; "linear": the encoder's linear layers by every kernel; "profile": the encoder's
-kernels. Of its own: "everything", everything mode and single prompts; with --dataset, "evaluation", the box protocol of
+Parts of `samlight benchmark`:
+
+- "encoder": the image encoder, plain in every attn_implementation, compiled and optimized;
+- "peers": transformers' SAM, SAM 2 and EdgeTAM, and the backbones of light SAMs;
+- "decoder": the mask decoder by the number of prompts;
+- "prompt": from an image to a mask;
+- "resolution": full attention against dilated;
+- "attention": every backend, forward and backward;
+- "training": a training step;
+- "equality": fast results against plain ones;
+- "projection": ways to project into the layout in which dilation is free;
+- "linear": the encoder's linear layers by every kernel;
+- "profile": the encoder's kernels.
+
+Further parts: "everything", everything mode and single prompts; with --dataset, "evaluation", the box protocol of
 `samlight evaluate`, end to end.
 """
 

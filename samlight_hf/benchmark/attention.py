@@ -1,7 +1,8 @@
-"""Attention alone: every kernel forward and backward, what dilation adds to a kernel, and ways to project q, k and v."""
+"""Attention alone: every kernel forward and backward, the overhead of dilation, and ways to project q, k and v."""
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -23,7 +24,7 @@ FORWARD, BOTH = "forward", "forward and backward"
 
 
 def group_shapes(settings: Settings) -> list[tuple[int, int, int, int]]:
-    """(B*N/w, w/r, r*H, D): a layer's groups of the whole image with r=2, and of bands of 512 tokens."""
+    """Return the shapes (B*N/w, w/r, r*H, D) of a layer's groups: the whole image with r=2, and bands of 512 tokens."""
     if not settings.on_cuda:
         return [(1, 256, 2 * NUM_HEADS, HEAD_DIM)]
     batch_sizes = sorted({1, 8, settings.training_batch_size, 32})
@@ -32,7 +33,9 @@ def group_shapes(settings: Settings) -> list[tuple[int, int, int, int]]:
 
 
 def attention_rows(settings: Settings) -> Iterator[dict]:
-    """Every backend on one layer's groups, in CUDA graphs, with its error against float64; and dilation's overhead."""
+    """Measure every backend on one layer's groups, in CUDA graphs, with its error against float64; and dilation's
+    overhead.
+    """
     for shape in group_shapes(settings):
         for backend in BACKENDS:
             yield from _backend_rows(backend, shape, settings)
@@ -67,7 +70,7 @@ def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Sett
     def measure_both() -> dict:
         require(why_not(backend, *tokens))
         gradients = torch.autograd.grad(expected, doubles, direction[:1].double())
-        errors = [relative_error(found[:1], e) for found, e in zip(both(), gradients, strict=True)]
+        errors = [relative_error(gradient[:1], e) for gradient, e in zip(both(), gradients, strict=True)]
         return {"ms": graph_time_ms(both, device), "gradient_errors_qkv": errors}
 
     row = {"part": "attention", "backend": backend, "dtype": settings.dtype_name, "shape_blhd": list(shape)}
@@ -80,52 +83,54 @@ def _backend_rows(backend: str, shape: tuple[int, int, int, int], settings: Sett
 
 
 def packed_rows(settings: Settings) -> Iterator[dict]:
-    """The fused encoder's kinds of layer, on q, k and v as its projection writes them, with and without its own kernel."""
+    """Measure the fused encoder's kinds of layer on packed q, k and v, with and without its own kernel."""
     for batch_size in settings.batch_sizes:
         qkv = random_tensor((batch_size, 4096, NUM_HEADS, 3, HEAD_DIM), settings.device, settings.dtype)
         for pattern in ((None, 2, "all"), (None, 2, "per_head"), (512, 1, "all")):
-            ways = {
-                "CUDA": lambda q=qkv, p=pattern: hopper_attention.launch_attention(q, *p, HEAD_DIM**-0.5),
-                "dilated_attention": lambda q=qkv, p=pattern: dilated_attention(*q.unbind(3), *p),
-            }
-            for kernel, function in ways.items():
+            for kernel in ("CUDA", "dilated_attention"):
                 row = {
                     "part": "attention", "what": "packed q, k and v", "kernel": kernel, "dtype": settings.dtype_name,
                     "batch_size": batch_size, "segment_length": pattern[0], "dilation_rate": pattern[1],
                     "dilation_offsets": pattern[2],
                 }  # fmt: skip
-                reason = hopper_attention.why_not(qkv, *pattern) if kernel == "CUDA" else None
-                yield attempt(row, lambda f=function, r=reason: _graph_ms(f, r, settings))
+                yield attempt(row, partial(_measure_packed, kernel, qkv, pattern, settings))
 
 
 @torch.inference_mode()
-def _graph_ms(function, reason: str | None, settings: Settings) -> dict:
-    require(reason)
+def _measure_packed(kernel: str, qkv: torch.Tensor, pattern: tuple, settings: Settings) -> dict:
+    if kernel == "CUDA":
+        require(hopper_attention.why_not(qkv, *pattern))
+        segment_length, dilation_rate, offsets = pattern
+        function = partial(
+            hopper_attention.launch_attention, qkv, segment_length, dilation_rate, offsets, HEAD_DIM**-0.5
+        )
+    else:
+        function = partial(dilated_attention, *qkv.unbind(3), *pattern)
     return {"ms": graph_time_ms(function, settings.device)}
 
 
 def overhead_rows(settings: Settings) -> Iterator[dict]:
-    """Dilated attention from (B, N, H, D) against the dense kernel on the same groups, which are made before.
+    """Compare dilated attention from (B, N, H, D) with the dense kernel on the same groups, made in advance.
 
-    "separate" q, k and v lie each in its own memory; "packed" they come out of one projection, as in the plain model.
+    "separate" q, k and v each have their own memory; "packed" ones are the output of one projection, as in the plain
+    model.
     """
-    whole = (4096, None, 2)
-    cases = [(1, *whole), (8, *whole), (1, 65536, 4096, 4)] if settings.on_cuda else [(1, 256, None, 2)]
+    whole: tuple[int, None, int] = (4096, None, 2)
+    cases: list[tuple] = [(1, *whole), (8, *whole), (1, 65536, 4096, 4)] if settings.on_cuda else [(1, 256, None, 2)]
     for batch_size, num_tokens, segment_length, rate in cases:
         for layout in ("separate", "packed"):
             row = {
                 "part": "attention", "what": "dilation's overhead", "layout": layout, "dtype": settings.dtype_name,
-                "batch_size": batch_size, "num_tokens": num_tokens, "segment_length": segment_length, "dilation_rate": rate,
+                "batch_size": batch_size, "num_tokens": num_tokens, "segment_length": segment_length,
+                "dilation_rate": rate,
             }  # fmt: skip
             pattern = (segment_length or num_tokens, rate)
-            yield attempt(
-                row, lambda b=batch_size, n=num_tokens, p=pattern, way=layout: _overhead(b, n, p, way, settings)
-            )
+            yield attempt(row, partial(_overhead, batch_size, num_tokens, pattern, layout, settings))
 
 
 @torch.no_grad()
 def _overhead(batch_size: int, num_tokens: int, pattern: tuple[int, int], layout: str, settings: Settings) -> dict:
-    """The two are timed in turn, because what is looked for is less than a clock's drift."""
+    """Time the two in turn, because their difference is less than a clock's drift."""
     qkv = random_tensor((3, batch_size, num_tokens, NUM_HEADS, HEAD_DIM), settings.device, settings.dtype)
     tokens = qkv.unbind(0)
     if layout == "packed":
@@ -148,11 +153,11 @@ def _overhead(batch_size: int, num_tokens: int, pattern: tuple[int, int], layout
 
 
 def projection_rows(settings: Settings) -> Iterator[dict]:
-    """From hidden states to the attention output of the whole image with r=2, three ways to project q, k and v."""
+    """Measure three ways to project q, k and v, from hidden states to the attention output of an image with r=2."""
     num_tokens, rate, width = 4096 if settings.on_cuda else 256, 2, NUM_HEADS * HEAD_DIM
     layer = torch.nn.Linear(width, 3 * width, device=settings.device, dtype=settings.dtype)
     batched_weight = layer.weight.view(3, width, width).transpose(1, 2)
-    # Rows of the weight as (head, q/k/v, D): heads of one token, and of the next, then lie at one stride.
+    # Rows of the weight in the order (head, q/k/v, D), so that the heads of all tokens have one stride.
     interleaved = copy.deepcopy(layer)
     for parameter in interleaved.parameters():
         parameter.data = parameter.data.view(3, NUM_HEADS, HEAD_DIM, -1).transpose(0, 1).reshape(parameter.shape)
@@ -191,4 +196,4 @@ def projection_rows(settings: Settings) -> Iterator[dict]:
 
         for name, function in ways.items():
             row = {"part": "projection", "way": name, "batch_size": batch_size}
-            yield attempt(row, lambda f=function, m=measure: m(f))
+            yield attempt(row, partial(measure, function))

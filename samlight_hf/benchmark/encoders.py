@@ -1,8 +1,9 @@
-"""Image encoders: ours in every way to run it, and ours at several resolutions."""
+"""Image encoders: ours in every way to run it, and at several resolutions."""
 
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ OPTIMIZED, FUSED_GRAPH = "optimize()", "fused, CUDA graph"
 
 
 def modes(settings: Settings) -> list[str]:
-    """The ways to run a plain module that this device has, without those that compile where that is not wanted."""
+    """Return the ways to run a plain module on this device, without those that compile where that is not wanted."""
     return [
         EAGER,
         *([GRAPH] if settings.on_cuda else []),
@@ -40,22 +41,22 @@ def modes(settings: Settings) -> list[str]:
 
 
 def optimized(model: nn.Module, settings: Settings, **shapes):
-    """`optimize` in the benchmark's dtype, for the shapes that are measured."""
+    """Optimize a model in the benchmark's dtype, for the shapes that are measured."""
     return optimize(model, dtype=settings.dtype, **shapes)
 
 
 def report_of(model) -> dict:
-    """What an optimized model says of its warm-up and of its graphs' memory, as numbers of a row."""
+    """Return an optimized model's report of its warm-up and of its graphs' memory, as numbers of a row."""
     return {f"report_{name}": value for name, value in vars(model.report).items()}
 
 
 def time_encoder(
-    build: Callable[[], nn.Module], mode: str, batch_size: int, image_size: int, dtype: torch.dtype, settings: Settings
+    build: Callable[[], Any], mode: str, batch_size: int, image_size: int, dtype: torch.dtype, settings: Settings
 ) -> dict:
-    """A row's measurements of the module that `build` makes, on images (B, 3, S, S), from a device with nothing on it."""
+    """Time the module that `build` creates on images (B, 3, S, S), beginning with an empty device."""
     try:
         with peak_memory(settings.device) as memory:
-            encoder = build()
+            encoder: Any = build()
             pixel_values = random_tensor((batch_size, 3, image_size, image_size), settings.device, dtype)
             if mode in (COMPILED, COMPILED_GRAPH):
                 encoder = torch.compile(encoder, fullgraph=True, dynamic=False)
@@ -68,18 +69,18 @@ def time_encoder(
                 timing = time_calls(capture(call) if graphed else call, settings.device)
     finally:
         if mode not in (EAGER, GRAPH, FUSED_GRAPH):
-            torch.compiler.reset()  # what was compiled holds its model, and would be looked through for the next one
+            torch.compiler.reset()  # compiled code keeps its model, and would be searched for the next one
     return {**timing, "images_per_second": 1e3 * batch_size / timing["ms"], **memory}
 
 
 def encoder_row(
-    row: dict, build: Callable[[], nn.Module], image_size: int, dtype: torch.dtype, settings: Settings, gflop: float
+    row: dict, build: Callable[[], Any], image_size: int, dtype: torch.dtype, settings: Settings, gflop: float
 ) -> dict:
-    """`row`, which says `mode` and `batch_size`, with time, memory and arithmetic; `gflop` are those of one image."""
+    """Extend `row`, which has `mode` and `batch_size`, by time, memory and arithmetic; `gflop` is that of one image."""
 
     def measure() -> dict:
         timing = time_encoder(build, row["mode"], row["batch_size"], image_size, dtype, settings)
-        half = dtype == settings.dtype  # what the ceiling was measured in
+        half = dtype == settings.dtype  # the dtype of the ceiling
         ceiling = settings.ceiling["tflops"] if half else None
         return {**timing, **arithmetic(gflop * row["batch_size"], timing["ms"], ceiling)}
 
@@ -87,8 +88,8 @@ def encoder_row(
 
 
 def optimized_encoder_row(row: dict, config: SamLighteningConfig, settings: Settings, gflop: float) -> dict:
-    """As `encoder_row`, of the encoder in an optimized model, for which graphs of this batch and one prompt are made."""
-    reports = {}
+    """Measure like `encoder_row` the encoder in an optimized model, with graphs for this batch and one prompt."""
+    reports: dict[str, Any] = {}
 
     def build() -> nn.Module:
         model = optimized(
@@ -102,7 +103,7 @@ def optimized_encoder_row(row: dict, config: SamLighteningConfig, settings: Sett
 
 
 def plain_encoder(config: SamLighteningConfig, settings: Settings, attn_implementation: str | None = None) -> nn.Module:
-    """The image encoder of our model, as it is."""
+    """Return the image encoder of our model, unchanged."""
     model = settings.make_model(config)
     if attn_implementation:
         model.set_attn_implementation(attn_implementation)
@@ -110,23 +111,24 @@ def plain_encoder(config: SamLighteningConfig, settings: Settings, attn_implemen
 
 
 def fused_encoder(config: SamLighteningConfig, settings: Settings) -> FastVisionEncoder:
-    """The image encoder that `optimize` has, without what is around it. Raises ValueError where that would be the plain one."""
+    """Return the image encoder that `optimize` uses, alone. Raises ValueError where it would use the plain one."""
     model = settings.make_model(config)
     require(why_not_fast_encoder(model))
     return FastVisionEncoder(model.vision_encoder)
 
 
 def encoder_gflop(config: SamLighteningConfig) -> float:
-    """10^9 operations of our image encoder for one image: with `"sdpa"`, whose operations torch can count."""
+    """Count 10^9 operations of our image encoder for one image, with "sdpa", whose operations torch can count."""
     size = config.vision_config.image_size
     encoder = plain_encoder(config, Settings(torch.device("meta"), dtype=torch.float32), "sdpa")
     return count_gflop(encoder, torch.empty(1, 3, size, size, device="meta"))
 
 
 def encoder_rows(settings: Settings) -> Iterator[dict]:
-    """Ours: as it is in every attention implementation, graphed, compiled, fused and graphed, and optimized.
+    """Measure our encoder: unchanged in every attention implementation, graphed, compiled, fused and graphed, and
+    optimized.
 
-    A graph's time is that of its replay, as for the peers; `optimize` has inputs and outputs copied, and Python around it.
+    A graph's time is that of its replay, as for the peers; `optimize` also copies inputs and outputs, and runs Python.
     """
     config = settings.config
     image_size, gflop = config.vision_config.image_size, encoder_gflop(config)
@@ -138,13 +140,13 @@ def encoder_rows(settings: Settings) -> Iterator[dict]:
                 "part": "encoder", "model": OURS, "mode": mode, "attn_implementation": implementation,
                 "dtype": settings.dtype_name, "batch_size": batch_size,
             }  # fmt: skip
-            build = partial(plain_encoder, config, settings, implementation)
-            yield encoder_row(row, build, image_size, settings.dtype, settings, gflop)
+            plain = partial(plain_encoder, config, settings, implementation)
+            yield encoder_row(row, plain, image_size, settings.dtype, settings, gflop)
     for batch_size in settings.batch_sizes:
         row = {"part": "encoder", "model": OURS, "dtype": settings.dtype_name, "batch_size": batch_size}
         if settings.on_cuda:
-            build = partial(fused_encoder, config, settings)
-            yield encoder_row({**row, "mode": FUSED_GRAPH}, build, image_size, settings.dtype, settings, gflop)
+            fused = partial(fused_encoder, config, settings)
+            yield encoder_row({**row, "mode": FUSED_GRAPH}, fused, image_size, settings.dtype, settings, gflop)
         yield optimized_encoder_row({**row, "mode": OPTIMIZED}, config, settings, gflop)
 
 
@@ -152,9 +154,9 @@ FULL, DILATED, SAME_GROUPS = "full attention", "dilated", "same groups, undilate
 
 
 def resolution_patterns(image_size: int, patch_size: int) -> dict[str, dict]:
-    """Patterns of all layers at one size: full attention, w=4096 and r=4, and undilated bands as long as its groups.
+    """Return the patterns of all layers at one size: full attention, w=4096 and r=4, and undilated bands.
 
-    The last two attend in equally many groups of equal length: what differs is that one is dilated.
+    The last two have equally many groups of equal length: they differ only in dilation.
     """
     num_tokens = (image_size // patch_size) ** 2
     segment_length = math.gcd(num_tokens, 4096)
@@ -167,12 +169,12 @@ def resolution_patterns(image_size: int, patch_size: int) -> dict[str, dict]:
 
 
 def resolution_rows(settings: Settings) -> Iterator[dict]:
-    """Ours, one image at a time, by the image's size and by the pattern of all its layers."""
-    given = settings.config.to_dict()["vision_config"]
+    """Measure our encoder on one image at a time, by the image's size and by the pattern of all its layers."""
+    vision = settings.config.to_dict()["vision_config"]
     derived = ("image_size", "segment_length", "dilation_rate", "model_type")
-    shape = {name: value for name, value in given.items() if name not in derived}
+    shape = {name: value for name, value in vision.items() if name not in derived}
     for image_size in settings.resolutions:
-        for pattern, layers in resolution_patterns(image_size, given["patch_size"]).items():
+        for pattern, layers in resolution_patterns(image_size, vision["patch_size"]).items():
             config = SamLighteningConfig(
                 vision_config={**shape, **layers, "image_size": image_size},
                 mask_decoder_config=settings.config.mask_decoder_config.to_dict(),

@@ -1,7 +1,8 @@
-"""Where the image encoder's time goes: its kernels on the device, as it is and optimized."""
+"""The time of the image encoder's kernels on the device, plain and optimized."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch.autograd import DeviceType
@@ -16,9 +17,10 @@ REPEATS = 10
 
 
 def profile_rows(settings: Settings) -> Iterator[dict]:
-    """Of one image and of eight: each kernel with its `launches` and `us` in one call, the longest first.
+    """Profile one image and eight: each kernel with its `launches` and `us` in one call, the longest first.
 
-    Time counts from the end of the kernel before, if that is later than the kernel's own start: some start early, and wait.
+    A kernel's time counts from the end of the one before, if that is later than its own start: some start early, and
+    wait.
     """
     if not settings.on_cuda:
         return
@@ -27,13 +29,13 @@ def profile_rows(settings: Settings) -> Iterator[dict]:
             row = {
                 "part": "profile", "model": OURS, "mode": mode, "dtype": settings.dtype_name, "batch_size": batch_size
             }  # fmt: skip
-            found: list[dict] = []
-            failed = attempt(row, lambda m=mode, b=batch_size, f=found: f.extend(_kernels(m, b, settings)) or {})
-            yield from ({**row, **kernel} for kernel in found) if found else (failed,)
+            profiled = attempt(row, partial(_kernels, mode, batch_size, settings))
+            kernels = profiled.pop("kernels", [])
+            yield from ({**row, **kernel} for kernel in kernels) if kernels else (profiled,)
 
 
 @torch.inference_mode()
-def _kernels(mode: str, batch_size: int, settings: Settings) -> list[dict]:
+def _kernels(mode: str, batch_size: int, settings: Settings) -> dict[str, list[dict]]:
     with torch.inference_mode(False):
         model = settings.make_model()
         if mode == OPTIMIZED:
@@ -52,17 +54,27 @@ def _kernels(mode: str, batch_size: int, settings: Settings) -> list[dict]:
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA
     ]
-    return kernels_of(spans, REPEATS)
+    return {"kernels": kernels_of(spans, REPEATS)}
 
 
 def kernels_of(spans: Iterable[tuple[float, float, str]], repeats: int) -> list[dict]:
-    """Of kernels' starts, ends, in microseconds, and names: by name, what they come to in one of so many calls."""
-    launches, times, last = Counter(), Counter(), 0.0
+    """Sum kernels by name.
+
+    Args:
+        spans: start and end, in microseconds, and name of each kernel.
+        repeats: number of calls that the spans are from.
+
+    Returns:
+        "kernel", "launches" and "us" of each name in one call, the longest first.
+    """
+    launches: Counter[str] = Counter()
+    times: defaultdict[str, float] = defaultdict(float)
+    last = 0.0
     for start, end, name in sorted(spans, key=lambda span: span[1]):
         launches[name] += 1
         times[name] += end - max(start, last)
         last = end
     return [
         {"kernel": name, "launches": launches[name] / repeats, "us": time / repeats}
-        for name, time in times.most_common()
+        for name, time in sorted(times.items(), key=lambda item: -item[1])
     ]

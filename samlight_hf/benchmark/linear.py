@@ -1,7 +1,8 @@
-"""The image encoder's linear layers, each by every kernel that there is for it."""
+"""The image encoder's linear layers, each with every kernel that can run it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,11 +33,11 @@ class Layer:
     out_features: int
     normalizes: bool = False
     gelu: bool = False
-    adds: bool = False  # a residual; then the next layer wants statistics
+    adds: bool = False  # a residual; then the next layer needs statistics
 
 
 def layers_of(settings: Settings) -> list[Layer]:
-    """Those of a layer of the encoder, and the first of its neck."""
+    """Return the linear layers of a layer of the encoder, and the first one of its neck."""
     config = settings.config.vision_config
     width, hidden = config.hidden_size, config.mlp_dim
     return [
@@ -49,7 +50,7 @@ def layers_of(settings: Settings) -> list[Layer]:
 
 
 def linear_rows(settings: Settings) -> Iterator[dict]:
-    """On CUDA: each layer with its norm, GELU and residual, in CUDA graphs, with the error against float32."""
+    """On CUDA, measure each layer with its norm, GELU and residual, in CUDA graphs, with the error against float32."""
     if not settings.on_cuda:
         return
     for batch_size in settings.batch_sizes:
@@ -67,9 +68,8 @@ def _layer_rows(layer: Layer, batch_size: int, settings: Settings) -> Iterator[d
     values = random_tensor((num_rows, layer.in_features), device, dtype)
     residual = random_tensor((num_rows, layer.out_features), device, dtype, seed=1) if layer.adds else None
     rows, some = with_statistics(values), slice(4096)
-    expected = fused_linear_reference(
-        fused, RowsWithStatistics(values[some].float()), residual[some] if layer.adds else None
-    ).values
+    some_residual = None if residual is None else residual[some]
+    expected = fused_linear_reference(fused, RowsWithStatistics(values[some].float()), some_residual).values
 
     def by_cuda():
         return launch_hopper(fused, rows_of(values), rows.statistics, residual, layer.adds).values
@@ -78,9 +78,9 @@ def _layer_rows(layer: Layer, batch_size: int, settings: Settings) -> Iterator[d
         return launch_triton(fused, rows, residual, layer.adds).values
 
     def by_modules():
-        found = F.linear(norm(values) if layer.normalizes else values, linear.weight, linear.bias)
-        found = F.gelu(found) if layer.gelu else found
-        return found if residual is None else found + residual
+        outputs = F.linear(norm(values) if layer.normalizes else values, linear.weight, linear.bias)
+        outputs = F.gelu(outputs) if layer.gelu else outputs
+        return outputs if residual is None else outputs + residual
 
     def measure(function: Callable[[], torch.Tensor], reason: str | None) -> dict:
         require(reason)
@@ -94,7 +94,7 @@ def _layer_rows(layer: Layer, batch_size: int, settings: Settings) -> Iterator[d
         (MODULES, by_modules, None),
     ):
         row = {
-            "part": "linear", "layer": layer.name, "kernel": kernel, "dtype": settings.dtype_name, "batch_size": batch_size,
-            "in_features": layer.in_features, "out_features": layer.out_features,
+            "part": "linear", "layer": layer.name, "kernel": kernel, "dtype": settings.dtype_name,
+            "batch_size": batch_size, "in_features": layer.in_features, "out_features": layer.out_features,
         }  # fmt: skip
-        yield attempt(row, lambda f=function, r=reason: measure(f, r))
+        yield attempt(row, partial(measure, function, reason))

@@ -1,7 +1,8 @@
-"""Mask decoders by the number of prompts, and the whole way from an image to a mask: time and memory."""
+"""Mask decoders by the number of prompts, and the whole path from an image to a mask: time and memory."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from transformers import SamImageProcessor
 from .. import SamLighteningConfig
 from ..engine.build import make_decoder
 from ..images.preprocessing import preprocess, resized_size
-from ..inference.predictor import Predictor
+from ..inference.predictor import Prediction, Predictor
 from ..kernels.upscaled_masks import Frame, masks, why_not_triton
 from ..modeling.modeling_sam_lightening import make_processor
 from .encoders import COMPILED, EAGER, GRAPH, OPTIMIZED, OURS, optimized, report_of
@@ -34,9 +35,9 @@ COMPILED_PROMPT_COUNTS = (1, 64)  # each takes a while to compile
 
 
 def decoder_rows(settings: Settings) -> Iterator[dict]:
-    """One point a prompt on one encoded image, three masks each, logits and scores out.
+    """Measure decoders for one point a prompt on one encoded image: three masks each, logits and scores as outputs.
 
-    `gflop` are those of the model's own decoder, of which the fast ones need half.
+    `gflop` is that of the model's own decoder, of which the fast ones need half.
     """
     graph = (GRAPH,) if settings.on_cuda else ()
     compiled = (COMPILED,) if settings.compile else ()
@@ -48,7 +49,7 @@ def decoder_rows(settings: Settings) -> Iterator[dict]:
             row = {
                 "part": "decoder", "model": OURS, "mode": mode, "dtype": settings.dtype_name, "num_prompts": num_prompts
             }  # fmt: skip
-            yield attempt(row, lambda m=mode, n=num_prompts: _time_decoder(m, n, gflop[n], settings))
+            yield attempt(row, partial(_time_decoder, mode, num_prompts, gflop[num_prompts], settings))
 
 
 @torch.inference_mode()
@@ -84,7 +85,7 @@ def _time_decoder(mode: str, num_prompts: int, gflop: float, settings: Settings)
 
 
 def decoder_gflop(config: SamLighteningConfig, num_prompts: int) -> float:
-    """10^9 operations of the mask decoder for so many prompts of one point on one image."""
+    """Count 10^9 operations of the mask decoder for a number of prompts of one point on one image."""
     meta, side = torch.device("meta"), config.prompt_encoder_config.image_embedding_size
     channels = config.vision_config.output_channels
     decoder = Settings(meta, config=config, dtype=torch.float32).make_model().mask_decoder
@@ -96,15 +97,24 @@ def decoder_gflop(config: SamLighteningConfig, num_prompts: int) -> float:
 def image_to_mask(
     model: nn.Module, image_processor: SamImageProcessor, image: torch.Tensor, point_xy: tuple[float, float]
 ) -> torch.Tensor:
-    """One image, uint8 (3, H, W), and one point in its pixels, to the best mask by predicted IoU, bool (H, W).
+    """Predict the mask of highest predicted IoU for one point. Nothing waits for the device.
 
-    Nothing waits for the device. `model` is called as any SAM of transformers.
+    Args:
+        model: any SAM of transformers.
+        image_processor: its image processor.
+        image: uint8 (3, H, W).
+        point_xy: the point, in pixels of the image.
+
+    Returns:
+        bool (H, W).
     """
-    size, padded = tuple(image.shape[-2:]), image_processor.pad_size
-    resized = resized_size(*size, image_processor.size["longest_edge"])
+    (height, width), padded = image.shape[-2:], image_processor.pad_size
+    size = (height, width)
+    resized = resized_size(height, width, image_processor.size["longest_edge"])
     point = [point_xy[0] * resized[1] / size[1], point_xy[1] * resized[0] / size[0]]
     points = torch.tensor([[[point]]]).to(image.device, non_blocking=True)
-    pixel_values = preprocess(image_processor, [image], image.device, model.dtype)
+    dtype = cast(torch.dtype, model.dtype)
+    pixel_values = preprocess(image_processor, [image], image.device, dtype)
     outputs = model(pixel_values=pixel_values, input_points=points)
     best = outputs.iou_scores[0, 0].argmax(dim=0, keepdim=True)
     logits = outputs.pred_masks[0, 0].index_select(0, best)
@@ -113,20 +123,20 @@ def image_to_mask(
 
 
 def prompt_rows(settings: Settings) -> Iterator[dict]:
-    """An image on the device, as decoded, and one point to a mask at the image's size; and the steps at both ends.
+    """Measure the path from an image on the device and one point to a mask at the image's size, and its end steps.
 
-    `ms` is between events on the device, `wall_clock_ms` from the call to the moment when the device is done.
+    `ms` is between events on the device, `wall_clock_ms` from the call to the end of the device's work.
     """
     compiled = (COMPILED,) if settings.compile else ()
     graphs = (PREDICTOR_GRAPHS,) if settings.on_cuda else ()
     for mode in (EAGER, *compiled, PREDICTOR, *graphs, OPTIMIZED):
         for size in settings.image_sizes:
             row = _prompt_row(mode, size, settings)
-            yield attempt(row, lambda m=mode, s=size: _time_prompt(m, s, settings))
+            yield attempt(row, partial(_time_prompt, mode, size, settings))
     for size in settings.image_sizes:
         for step, make in {"preprocessing": _preprocessing, "mask at the image's size": _upscaling}.items():
             row = {**_prompt_row(EAGER, size, settings), "step": step}
-            yield attempt(row, lambda m=make, s=size: _times(m(s, settings), settings))
+            yield attempt(row, partial(_time_step, make, size, settings))
 
 
 def _prompt_row(mode: str, size: tuple[int, int], settings: Settings) -> dict:
@@ -141,10 +151,14 @@ def _image(size: tuple[int, int], settings: Settings) -> torch.Tensor:
     return torch.randint(0, 256, (3, *size), device=settings.device, generator=generator, dtype=torch.uint8)
 
 
+def _time_step(make: Callable[..., Callable[[], object]], size: tuple[int, int], settings: Settings) -> dict:
+    return _times(make(size, settings), settings)
+
+
 def _times(call: Callable[[], object], settings: Settings) -> dict:
     with torch.inference_mode():
         timing = time_calls(call, settings.device)
-        return {**timing, "wall_clock_ms": wall_clock_ms(call, settings.device, timing["repeats"])}
+        return {**timing, "wall_clock_ms": wall_clock_ms(call, settings.device, int(timing["repeats"]))}
 
 
 def _time_prompt(mode: str, size: tuple[int, int], settings: Settings) -> dict:
@@ -159,7 +173,7 @@ def _time_prompt(mode: str, size: tuple[int, int], settings: Settings) -> dict:
 
 
 def prompt_call(mode: str, size: tuple[int, int], settings: Settings) -> tuple[Callable[[], torch.Tensor], nn.Module]:
-    """What goes from an image and a point to a mask in that mode, and the model that it calls."""
+    """Return a function from an image and a point to a mask in that mode, and the model that it calls."""
     model = settings.make_model()
     image_processor = make_processor(settings.config.vision_config).image_processor
     image, point = _image(size, settings), (size[1] / 3, size[0] / 2)
@@ -173,7 +187,7 @@ def prompt_call(mode: str, size: tuple[int, int], settings: Settings) -> tuple[C
     predictor = Predictor(model, image_processor, output="torch", cuda_graphs=mode == PREDICTOR_GRAPHS)
 
     def predict() -> torch.Tensor:
-        prediction = predictor.set_image(image).predict(points_xy=[[point]], full_size=False)
+        prediction = cast(Prediction, predictor.set_image(image).predict(points_xy=[[point]], full_size=False))
         best = prediction.scores[0].argmax(dim=0, keepdim=True)
         return predictor.to_masks(prediction.logits[0].index_select(0, best))[0]
 
@@ -182,9 +196,9 @@ def prompt_call(mode: str, size: tuple[int, int], settings: Settings) -> tuple[C
 
 @torch.inference_mode()
 def serving_memory(call: Callable[[], object], settings: Settings, before: int) -> dict[str, float]:
-    """What torch has from the device at most, in MB, while a warm `call` runs: weights, graphs, workspaces and all.
+    """Return the peak of the memory, in MB, that torch reserves while a warm `call` runs, above `before` bytes.
 
-    Above the `before` bytes that it had already. What the warm-up took and nobody holds is given back first.
+    It includes weights, graphs and workspaces. Memory that only the warm-up used is released first.
     """
     if not settings.on_cuda:
         return {}

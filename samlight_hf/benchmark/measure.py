@@ -1,7 +1,7 @@
 """Time, memory and arithmetic of one call.
 
-Times are medians of CUDA events around single calls, each waited for, after warm-up: what launching kernels takes from
-Python counts, as it does for whoever calls the model. Elsewhere than on CUDA a clock is read.
+Times are medians of CUDA events around single calls after warm-up, and each call is waited for. So the time that Python
+needs to launch kernels counts, as it does for a user of the model. Without CUDA a clock is read.
 """
 
 import gc
@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,14 +22,14 @@ from ..engine.cuda_graphs import _forget_workspaces, collects_no_garbage
 from ..utils.messages import one_line
 
 
-WARM_UP_SECONDS = 0.05  # after the first call, so that the clocks are up
+WARM_UP_SECONDS = 0.05  # after the first call, to raise the clock rates
 MEGABYTE = 2**20
-GRAPH_MS = 2.0  # a graph's launch is some 20 microseconds
+GRAPH_MS = 2.0  # a graph's launch takes some 20 microseconds
 _REASON_LIMIT = 300
 
 
 def attempt(row: dict, measure: Callable[[], dict]) -> dict:
-    """`row` with what `measure` returns; or, where that fails, with `cannot_run` and the reason."""
+    """Return `row` with the result of `measure`; where that fails, with `cannot_run` and the reason."""
     try:
         return {**row, **measure()}
     except Exception as error:
@@ -36,13 +37,13 @@ def attempt(row: dict, measure: Callable[[], dict]) -> dict:
 
 
 def require(reason_against: str | None):
-    """For what `attempt` measures: raises ValueError with the reason why it cannot be, where there is one."""
+    """Raise ValueError with the reason why something cannot run, where there is one."""
     if reason_against:
         raise ValueError(reason_against)
 
 
 def reason(error: Exception) -> str:
-    """Why a row is not there, in one line."""
+    """Return the reason of a failed row, in one line."""
     return f"{type(error).__name__}: {one_line(error, _REASON_LIMIT)}"
 
 
@@ -54,10 +55,16 @@ def synchronize(device: torch.device):
 def time_calls(
     function: Callable[[], object], device: torch.device, repeats: int = 20, seconds: float = 2.0
 ) -> dict[str, float]:
-    """Median time of one call: `ms`, with `repeats` and the `first_call_s` that the first of them took.
+    """Return the median time of one call in `ms`, the number of `repeats`, and the `first_call_s`.
 
-    At least `repeats` calls are timed, more of quick ones; of slow ones as many as `seconds` allow, but never less than
-    five, or three of calls that take more than a second.
+    At least `repeats` calls are timed, and more of quick ones. Slow calls are limited by `seconds`, but at least five
+    are timed, or three that take more than a second.
+
+    Args:
+        function: the call.
+        device: the device that is waited for.
+        repeats: least number of calls.
+        seconds: time after which slow calls end.
     """
     start = time.perf_counter()
     function()
@@ -73,7 +80,8 @@ def time_calls(
     estimate = (time.perf_counter() - start) / calls
     repeats = min(max(repeats, int(0.1 / estimate)), 100, max(int(seconds / estimate), 3 if estimate > 1 else 5))
     timed = _cuda_ms if device.type == "cuda" else _clock_ms
-    return {"ms": statistics.median(timed(function) for _ in range(repeats)), "repeats": repeats, "first_call_s": first_call}  # fmt: skip
+    median = statistics.median(timed(function) for _ in range(repeats))
+    return {"ms": median, "repeats": repeats, "first_call_s": first_call}
 
 
 def _cuda_ms(function: Callable[[], object]) -> float:
@@ -92,7 +100,7 @@ def _clock_ms(function: Callable[[], object]) -> float:
 
 
 def wall_clock_ms(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median time in ms from a call to the moment when the device is done, of a function that is warm."""
+    """Return the median time in ms from a call to the end of the device's work, for a warm function."""
 
     def call():
         function()
@@ -102,11 +110,13 @@ def wall_clock_ms(function: Callable[[], object], device: torch.device, repeats:
 
 
 def capture(function: Callable[[], object], calls: int = 1) -> Callable[[], None]:
-    """What replays `calls` calls of `function` from one CUDA graph. Tensors that it reads must stay where they are."""
+    """Capture calls of `function` in one CUDA graph, and return its replay. Tensors that it reads must keep their
+    addresses.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # kernels are chosen, and workspaces made, before the capture
+        for _ in range(2):  # kernels are chosen, and workspaces allocated, before the capture
             function()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
@@ -117,14 +127,14 @@ def capture(function: Callable[[], object], calls: int = 1) -> Callable[[], None
             outputs = function()
     _forget_workspaces()
 
-    def replay(outputs=outputs):  # which live as long as what replays them
+    def replay(outputs=outputs):  # the outputs live as long as the graph
         graph.replay()
 
     return replay
 
 
 def graph_time_ms(function: Callable[[], object], device: torch.device) -> float:
-    """Median time of one call, in ms, in a CUDA graph of so many that its launch is a hundredth of them."""
+    """Return the median time of one call, in ms, in a CUDA graph of so many calls that its launch takes 1 % of them."""
     if device.type != "cuda":
         return time_calls(function, device)["ms"]
     calls = graph_calls(function)
@@ -132,14 +142,14 @@ def graph_time_ms(function: Callable[[], object], device: torch.device) -> float
 
 
 def graph_calls(function: Callable[[], object]) -> int:
-    """How many calls take about `GRAPH_MS` in a CUDA graph, but no less than ten."""
+    """Return the number of calls that take about `GRAPH_MS` in a CUDA graph, at least ten."""
     replay = capture(function, 10)
     replay()
     return max(10, math.ceil(10 * GRAPH_MS / _cuda_ms(replay)))
 
 
 def release_memory(device: torch.device):
-    """Gives back all that is not in use: earlier models and graphs, torch's cache, cuBLAS's workspaces."""
+    """Release all unused memory: earlier models and graphs, torch's cache, cuBLAS's workspaces."""
     gc.collect()
     if device.type == "cuda":
         _forget_workspaces()
@@ -148,10 +158,10 @@ def release_memory(device: torch.device):
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills in, at the end, what was taken at most above what was there at the start, on CUDA, in MB of 2**20 bytes.
+    """Measure the peak memory above that at the start, on CUDA, in MB of 2**20 bytes; the values are set at the end.
 
-    `peak_memory_mb` is of tensors, weights and what graphs hold among them; `peak_reserved_mb` is what torch took from the
-    device for it.
+    `peak_memory_mb` is the memory of tensors, including weights and graphs. `peak_reserved_mb` is the memory that torch
+    took from the device for them.
     """
     release_memory(device)
     peak: dict[str, float] = {}
@@ -167,20 +177,23 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def count_gflop(module: nn.Module, *inputs: torch.Tensor) -> float:
-    """10^9 floating point operations of `module(*inputs)`'s matrix products, convolutions and attention, from shapes alone.
+    """Count 10^9 operations of a module's matrix products, convolutions and attention, from shapes alone.
 
-    A multiplication and an addition are two. Nothing is computed, and no memory is taken.
+    A floating point multiplication and an addition are two operations. Nothing is computed or allocated.
     """
-    # Not on the device "meta", for which modules that say where autocast is off cannot; attention as products, which are counted.
+    # Not on the device "meta", where modules that switch autocast off fail. Attention as products, which are counted.
     fake = FakeTensorMode()
     named = {name: fake.from_tensor(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(module, named, tuple(fake.from_tensor(tensor) for tensor in inputs))
+        arguments = tuple(fake.from_tensor(tensor) for tensor in inputs)
+        torch.func.functional_call(module, cast(dict[str, torch.Tensor], named), arguments)
     return counter.get_total_flops() / 1e9
 
 
 def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the device can do: `tflops` of a large matrix product, and `gb_per_s` of a large copy, read and written."""
+    """Measure the limits of the device: `tflops` of a large matrix product, and `gb_per_s` of a large copy (read and
+    written).
+    """
     size, num_bytes = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -193,7 +206,7 @@ def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 
 def arithmetic(gflop: float, milliseconds: float, ceiling_tflops: float | None) -> dict[str, float]:
-    """`gflop`, and where the ceiling is known the time that they alone take at it, and the fraction of it that was had."""
+    """Return `gflop`, and with a known ceiling the time at the ceiling and the fraction of it that was reached."""
     if ceiling_tflops is None:
         return {"gflop": gflop}
     floor = gflop / ceiling_tflops
@@ -202,7 +215,7 @@ def arithmetic(gflop: float, milliseconds: float, ceiling_tflops: float | None) 
 
 @contextmanager
 def building(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Models that are made inside are on `device` in `dtype` at once, with the same random weights each time."""
+    """Create the models inside on `device` in `dtype`, with the same random weights each time."""
     default = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -214,12 +227,12 @@ def building(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def random_tensor(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Standard normal numbers, which are not drawn from torch's own generator: a failed capture may leave that unusable."""
+    """Return standard normal numbers from a new generator: a failed capture may leave torch's own one unusable."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, device=device, generator=generator).to(dtype)
 
 
 def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """|output - reference| / |reference|, in float64."""
+    """Compute |output - reference| / |reference| in float64."""
     reference = reference.double()
     return ((output.double() - reference).norm() / reference.norm()).item()

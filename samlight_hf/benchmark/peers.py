@@ -1,12 +1,12 @@
-"""Other image encoders at the same image size, random weights: transformers' SAMs, and backbones that light SAMs use.
+"""Other image encoders of the same image size with random weights: transformers' SAMs, and the backbones of light SAMs.
 
-timm is optional; without it, its rows say so. Convolutional backbones are measured in channels_last too, and with their
-branches merged for inference: each peer at its best.
+timm is optional; without it, its rows say so. Each peer runs at its best: convolutional backbones are measured in
+channels_last too, and with their branches merged for inference.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,16 +17,22 @@ from .settings import Settings
 
 
 IMAGE_SIZE = 1024
-SAM_SHAPES = {
-    "SAM ViT-B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": (2, 5, 8, 11)},
-    "SAM ViT-L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "global_attn_indexes": (5, 11, 17, 23)},
-    "SAM ViT-H": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "global_attn_indexes": (7, 15, 23, 31)},
+SAM_SHAPES: dict[str, dict[str, Any]] = {
+    name: {
+        "hidden_size": width, "num_hidden_layers": num_layers, "num_attention_heads": num_heads,
+        "global_attn_indexes": global_layers,
+    }
+    for name, width, num_layers, num_heads, global_layers in (
+        ("SAM ViT-B", 768, 12, 12, (2, 5, 8, 11)),
+        ("SAM ViT-L", 1024, 24, 16, (5, 11, 17, 23)),
+        ("SAM ViT-H", 1280, 32, 16, (7, 15, 23, 31)),
+    )
 }  # fmt: skip
 LAYERWISE = f"{COMPILED} of each layer"
 
 
 class Backbone(NamedTuple):
-    """A backbone of timm: its name there and further arguments, and the light SAM that has it as its image encoder."""
+    """A backbone of timm: its name and arguments there, and the light SAM that uses it as its image encoder."""
 
     name: str
     of: str
@@ -35,9 +41,9 @@ class Backbone(NamedTuple):
 
 
 BACKBONES = (
-    Backbone("tiny_vit_5m_224", "MobileSAM", False),  # takes no img_size
+    Backbone("tiny_vit_5m_224", "MobileSAM", False),  # has no argument img_size
     Backbone("repvit_m1", "EdgeSAM", True),
-    # As timm has it, not named there: L1 with fewer blocks.
+    # timm has no model of this name: it is L1 with fewer blocks.
     Backbone("efficientvit_l1", "EfficientViT-SAM-L0", True, {"depths": (1, 1, 1, 4, 4)}),
     Backbone("efficientvit_l1", "EfficientViT-SAM-L1", True),
     Backbone("vit_tiny_patch16_224", "EfficientSAM-Ti", False, {"img_size": IMAGE_SIZE}),
@@ -47,7 +53,7 @@ BACKBONES = (
 
 
 def peer_rows(settings: Settings) -> Iterator[dict]:
-    """All peers that can run here. On a CPU: SAM ViT-B and the backbones."""
+    """Measure all peers that can run here. On a CPU: SAM ViT-B and the backbones."""
     sams = SAM_SHAPES if settings.on_cuda else ["SAM ViT-B"]
     for name in sams:
         yield from _sam_rows(name, settings)
@@ -64,7 +70,7 @@ def peer_rows(settings: Settings) -> Iterator[dict]:
 
 
 def _rows(row: dict, build: Callable[[], nn.Module], settings: Settings, modes: tuple[str, ...]) -> Iterator[dict]:
-    """In the benchmark's dtype: every mode, every batch size. One row where it cannot even be built."""
+    """Measure every mode and batch size in the benchmark's dtype. Yields one row where the model cannot be built."""
 
     def built() -> nn.Module:
         with building(settings.device, settings.dtype):
@@ -82,18 +88,20 @@ def _rows(row: dict, build: Callable[[], nn.Module], settings: Settings, modes: 
 
 
 def _gflop(build: Callable[[], nn.Module], device: str = "cpu") -> float:
-    """Of one image; built where it must be, because some modules read numbers from tensors while they are built."""
+    """Count the operations for one image. Modules that read numbers from tensors cannot be built on "meta"."""
     with building(torch.device(device), torch.float32):
         return count_gflop(build().eval(), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 def _sam_rows(name: str, settings: Settings) -> Iterator[dict]:
-    """Eager attention in float32, as published; the fastest attention in half precision, graphed, and compiled.
+    """Measure eager attention in float32, as published; the fastest attention in half precision, graphed, and compiled.
 
-    Launches weigh at batch 1 alone, and float32 takes long: the graph is measured there, and float32 up to batch 8.
+    Launch overhead matters only at batch 1, so the graph is measured there. float32 is slow, and measured up to batch
+    8.
     """
     one = settings.batch_sizes[:1]
-    ways = [("eager", torch.float32, EAGER, [size for size in settings.batch_sizes if size <= 8])]
+    small = tuple(size for size in settings.batch_sizes if size <= 8)
+    ways: list[tuple[str, torch.dtype, str, tuple[int, ...]]] = [("eager", torch.float32, EAGER, small)]
     ways.append(("sdpa", settings.dtype, EAGER, settings.batch_sizes))
     if settings.on_cuda:
         ways.append(("sdpa", settings.dtype, GRAPH, one))
@@ -104,8 +112,8 @@ def _sam_rows(name: str, settings: Settings) -> Iterator[dict]:
 
         def build(attention=attention, dtype=dtype, mode=mode) -> nn.Module:
             with building(settings.device, dtype):
-                encoder = make_sam(name, attention).eval()
-            if mode == LAYERWISE:  # layers share what is compiled, which takes minutes for 32 of them otherwise
+                encoder: Any = make_sam(name, attention).eval()
+            if mode == LAYERWISE:  # layers share compiled code; compiling 32 of them together takes minutes
                 for layer in encoder.layers:
                     layer.compile(dynamic=False)
             return _MakesTensorsOn(settings.device, encoder) if mode == GRAPH else encoder
@@ -119,7 +127,7 @@ def _sam_rows(name: str, settings: Settings) -> Iterator[dict]:
 
 
 def make_sam(name: str, attn_implementation: str) -> nn.Module:
-    """transformers' image encoder of that SAM, with weights that are not nearly zero, as its config has them."""
+    """Create transformers' image encoder of a SAM, with larger initial weights than its config's near-zero ones."""
     from transformers import SamVisionConfig, SamVisionModel
 
     config = SamVisionConfig(**SAM_SHAPES[name], initializer_range=0.02, attn_implementation=attn_implementation)
@@ -127,14 +135,14 @@ def make_sam(name: str, attn_implementation: str) -> nn.Module:
 
 
 def make_sam2() -> nn.Module:
-    """transformers' SAM 2 with its default backbone, Hiera-tiny, and its feature pyramid."""
+    """Create transformers' SAM 2 with its default backbone, Hiera-tiny, and its feature pyramid."""
     from transformers import Sam2VisionConfig, Sam2VisionModel
 
     return Sam2VisionModel(Sam2VisionConfig())
 
 
 def make_edgetam() -> nn.Module:
-    """transformers' EdgeTAM: RepViT-M1 from timm, as its published config has it, and its feature pyramid."""
+    """Create transformers' EdgeTAM: RepViT-M1 from timm, as in its published config, and its feature pyramid."""
     from transformers import EdgeTamVisionConfig, EdgeTamVisionModel, TimmWrapperConfig
 
     arguments = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
@@ -143,7 +151,10 @@ def make_edgetam() -> nn.Module:
 
 
 class _MakesTensorsOn(nn.Module):
-    """A module whose new tensors are on `device`: SAM makes positions on the CPU in each call, which no CUDA graph can copy."""
+    """A module whose new tensors are on `device`.
+
+    SAM creates positions on the CPU in each call, which a CUDA graph cannot copy.
+    """
 
     def __init__(self, device: torch.device, module: nn.Module):
         super().__init__()
@@ -162,7 +173,8 @@ class _Features(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.forward_features(pixel_values)
+        model: Any = self.model
+        return model.forward_features(pixel_values)
 
 
 def make_backbone(backbone: Backbone, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the rows come to: targets with how far each is met, tables for the terminal, and the plot."""
+"""Reports of a benchmark: targets and how far each is met, tables for the terminal, and the plot."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ Rows = list[Row]
 
 
 class Target(NamedTuple):
-    """A number to reach for one H100 in bfloat16: at most `limit`, or at least; `value` finds it in the rows, or None."""
+    """A target for one H100 in bfloat16: at most or at least `limit`. `value` finds the number in the rows, or None."""
 
     name: str
     limit: float
@@ -23,7 +23,9 @@ class Target(NamedTuple):
     value: Callable[[Rows], float | None]
 
     def check(self, rows: Rows) -> Row:
-        """A row for a table and for JSON: the value, the limit, and whether it is met or by which part it is missed."""
+        """Return a row for a table and for JSON: the value, the limit, and whether it is met or by which share it is
+        missed.
+        """
         value = self.value(rows)
         sign = "<=" if self.at_most else ">="
         result = {"target": self.name, "value": value, "limit": self.limit, "sign": sign, "unit": self.unit}
@@ -33,8 +35,8 @@ class Target(NamedTuple):
         return {**result, "met": met, "says": "met" if met else f"missed by {abs(value / self.limit - 1):.1%}"}
 
 
-def _found(rows: Rows, key: str, **wanted) -> list[float]:
-    """`key` of the rows that could run and have the wanted values."""
+def _values(rows: Rows, key: str, **wanted) -> list[float]:
+    """Return the values of `key` in the rows that could run and have the wanted values."""
     return [row[key] for row in rows if key in row and all(row.get(name) == value for name, value in wanted.items())]
 
 
@@ -51,33 +53,34 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 
 def _encoder_ms(rows: Rows) -> float | None:
-    return _least(_found(rows, "ms", part="encoder", batch_size=1))
+    return _least(_values(rows, "ms", part="encoder", batch_size=1))
 
 
 def _times_vit_h(dtype: str, attention: str) -> Callable[[Rows], float | None]:
-    """As transformers has it, not compiled: the faster of called from Python and replayed from a graph."""
+    """Return the ratio to transformers' SAM ViT-H, not compiled: the faster of a call and a graph's replay."""
     peer = {"part": "peers", "model": "SAM ViT-H", "batch_size": 1, "attn_implementation": attention, "dtype": dtype}
     return lambda rows: _ratio(
-        _least(ms for mode in (EAGER, GRAPH) for ms in _found(rows, "ms", **peer, mode=mode)), _encoder_ms(rows)
+        _least(ms for mode in (EAGER, GRAPH) for ms in _values(rows, "ms", **peer, mode=mode)), _encoder_ms(rows)
     )
 
 
 def _prompt_ms(rows: Rows) -> float | None:
-    """The slowest image size, in the way that is the fastest at its slowest; of whole ways, not of steps."""
+    """Return the time at the slowest image size of the mode that is fastest there; single steps are left out."""
     return _least(_slowest_prompt(rows).values())
 
 
 def _prompt_memory(rows: Rows) -> float | None:
-    """In the way that `_prompt_ms` takes, so that one way meets both; for the smallest image."""
+    """Return the memory for the smallest image in the mode of `_prompt_ms`, so that one mode meets both targets."""
     slowest = _slowest_prompt(rows)
     if not slowest:
         return None
-    return _least(_found(rows, "serving_memory_mb", part="prompt", mode=min(slowest, key=slowest.get)))
+    fastest = min(slowest, key=lambda mode: slowest[mode])
+    return _least(_values(rows, "serving_memory_mb", part="prompt", mode=fastest))
 
 
 def _slowest_prompt(rows: Rows) -> dict[str, float]:
     whole = [row for row in rows if row.get("part") == "prompt" and "step" not in row and "ms" in row]
-    return {mode: max(_found(whole, "ms", mode=mode)) for mode in {row["mode"] for row in whole}}
+    return {mode: max(_values(whole, "ms", mode=mode)) for mode in {row["mode"] for row in whole}}
 
 
 def _resolution_gain(rows: Rows) -> float | None:
@@ -90,37 +93,45 @@ def _dilation_overhead(rows: Rows) -> float | None:
 
 
 def _over_dilated(rows: Rows, pattern: str) -> float | None:
-    """How many times as long as dilated an encoder takes: the optimized one where it was measured, otherwise the graphed one."""
+    """Return an encoder's time divided by the dilated one's: optimized where that was measured, otherwise graphed."""
     largest = {"part": "resolution", "image_size": 4096}
     for mode in (OPTIMIZED, GRAPH):
-        other, dilated = (_least(_found(rows, "ms", **largest, mode=mode, pattern=p)) for p in (pattern, DILATED))
+        other, dilated = (_least(_values(rows, "ms", **largest, mode=mode, pattern=p)) for p in (pattern, DILATED))
         if other and dilated:
             return other / dilated
     return None
 
 
 def _backward(rows: Rows) -> float | None:
-    """The larger of a training step's two kinds of layer, as the dispatcher runs them."""
+    """Return the larger ratio of a training step's two kinds of layer, as the dispatcher runs them."""
     shapes = ([16, 2048, 12, 64], [128, 512, 6, 64])
-    found = {"part": "attention", "backend": "auto", "direction": BOTH}
-    return _most(_least(_found(rows, "backward_over_forward", **found, shape_blhd=shape)) for shape in shapes)
+    row = {"part": "attention", "backend": "auto", "direction": BOTH}
+    return _most(_least(_values(rows, "backward_over_forward", **row, shape_blhd=shape)) for shape in shapes)
 
 
 def _equal(key: str, choose: Callable) -> Callable[[Rows], float | None]:
-    return lambda rows: choose(_found(rows, key, part="equality", mode=OPTIMIZED, against="eager, float32"))
+    return lambda rows: choose(_values(rows, key, part="equality", mode=OPTIMIZED, against="eager, float32"))
+
+
+def _best_throughput(rows: Rows) -> float | None:
+    return _most(_values(rows, "images_per_second", part="encoder"))
+
+
+def _training_throughput(rows: Rows) -> float | None:
+    return _most(_values(rows, "images_per_second", part="training", batch_size=16))
 
 
 TARGETS = (
     Target("encoder, batch 1", 0.45, "ms", True, _encoder_ms),
     Target("SAM ViT-H, sdpa, bfloat16: times as long", 90, "x", False, _times_vit_h("bfloat16", "sdpa")),
     Target("SAM ViT-H, eager, float32: times as long", 400, "x", False, _times_vit_h("float32", "eager")),
-    Target("encoder, best batch", 3000, "images/s", False, lambda rows: _most(_found(rows, "images_per_second", part="encoder"))),
+    Target("encoder, best batch", 3000, "images/s", False, _best_throughput),
     Target("image in to mask of one point", 1.0, "ms", True, _prompt_ms),
     Target("memory, one image (1024 px) and one prompt", 120, "MB", True, _prompt_memory),
     Target("4096 px: full attention against w=4096, r=4", 7, "x", False, _resolution_gain),
     Target("4096 px: dilation's overhead over the same groups", 5, "%", True, _dilation_overhead),
     Target("attention, backward against forward", 3.5, "x", True, _backward),
-    Target("training step of the encoder, batch 16", 350, "images/s", False, lambda rows: _most(_found(rows, "images_per_second", part="training", batch_size=16))),
+    Target("training step of the encoder, batch 16", 350, "images/s", False, _training_throughput),
     Target("embeddings, relative error to float32", 1e-2, "", True, _equal("embedding_error", _most)),
     Target("masks, lowest mean IoU of a photograph", 0.99, "", False, _equal("mask_iou_mean", _least)),
 )  # fmt: skip
@@ -139,7 +150,7 @@ def targets_table(checked: Rows) -> str:
 
 
 def encoders_table(rows: Rows) -> str | None:
-    """Image encoders side by side at every batch size: ms and images a second; peak memory and GFLOP at the smallest."""
+    """Return a table of image encoders: ms and images a second by batch size; memory and GFLOP at the smallest."""
     encoders = [row for row in rows if row.get("part") in ("encoder", "peers") and "ms" in row]
     if not encoders:
         return None
@@ -167,15 +178,19 @@ def _number(value: float | None) -> str:
 
 
 def format_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest entry; all but the first flush right where they hold numbers."""
+    """Format a table: columns as wide as their longest entry, flush right where they hold numbers."""
     numeric = [column for column in range(len(heads)) if all(line[column][:1] in "-0123456789" for line in lines)]
     return text_table([heads, *lines], numeric, rule=True)
 
 
 def plot_resolution(rows: Rows, path: Path, device: str) -> bool:
-    """Time against resolution, full attention, dilated, and what arithmetic alone takes, as a PNG. False: nothing to draw.
+    """Plot time against resolution as a PNG: full attention, dilated, and the time of the arithmetic alone.
 
-    Raises ImportError without matplotlib.
+    Returns:
+        False where there is nothing to draw.
+
+    Raises:
+        ImportError: without matplotlib.
     """
     measured = [row for row in rows if row.get("part") == "resolution" and "ms" in row]
     if not measured:

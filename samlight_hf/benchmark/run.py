@@ -1,4 +1,4 @@
-"""The parts of a benchmark, one after another; their rows are printed, and kept as JSON after each."""
+"""The run of a benchmark: its parts one after another; rows are printed, and written as JSON after each."""
 
 import contextlib
 import datetime
@@ -55,10 +55,19 @@ def run_benchmark(
     append: bool = False,
     available: Mapping[str, Part] = PARTS,
 ) -> dict:
-    """Runs these parts of those available, prints their rows and what they come to, and returns it all as a dictionary.
+    """Run parts of the benchmark, print their rows and a summary, and return everything.
 
-    `out` is written after each row. With `append`, rows of other parts that are in `out` already stay, with the head of
-    the run that they are of under "earlier". `plot` is a PNG of the part "resolution".
+    Args:
+        settings: the settings.
+        parts: names of the parts.
+        out: a JSON file, written after each row.
+        plot: a PNG of the part "resolution".
+        append: whether rows of other parts that are in `out` already are kept, with the head of their run under
+            "earlier".
+        available: all parts by name.
+
+    Returns:
+        The content of the JSON file.
     """
     parts = list(parts)
     result = {**_head(settings, parts), "rows": []}
@@ -68,7 +77,7 @@ def run_benchmark(
     if settings.on_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     gc.collect()
-    gc.freeze()  # what is there now stays; to look through it again before each row takes longer than most rows
+    gc.freeze()  # existing objects stay; searching them before each row takes longer than most rows
     try:
         with quiet_transformers():
             for row in _rows(settings, parts, available):
@@ -90,7 +99,7 @@ def _rows(settings: Settings, parts: list[str], available: Mapping[str, Part]) -
     for name in parts:
         try:
             yield from available[name](settings)
-        except Exception as error:  # between two rows: this part ends, and the others go on
+        except Exception as error:  # raised between two rows: this part ends, and the others continue
             yield {"part": name, "cannot_run": reason(error)}
         release_memory(settings.device)
 
@@ -121,16 +130,16 @@ def _head(settings: Settings, parts: list[str]) -> dict:
 
 
 def _take_over(result: dict, earlier: dict, parts: list[str]):
-    """Rows of parts that are not measured again, from an earlier run."""
-    kept = [row for row in earlier.pop("rows", []) if row["part"] not in (*parts, "ceiling")]
+    """Keep the rows of an earlier run whose parts are not measured again."""
+    old_rows = [row for row in earlier.pop("rows", []) if row["part"] not in (*parts, "ceiling")]
     earlier.pop("targets", None)
     heads = [*earlier.pop("earlier", []), earlier]
     result["earlier"] = [head for head in heads if set(head.get("parts", ())) - set(parts)]
-    result["rows"] = kept
+    result["rows"] = old_rows
 
 
 def one_row(row: dict) -> str:
-    """A row as one line for the terminal: numbers with their names, and of texts no more than 90 characters."""
+    """Return a row as one line for the terminal: numbers with their names, and at most 90 characters of each text."""
     numbers = (int, float)
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, numbers) and not isinstance(value, bool) else str(value)[:90]

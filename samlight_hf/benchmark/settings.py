@@ -1,9 +1,10 @@
-"""What all parts of a benchmark are told."""
+"""The settings of all parts of a benchmark."""
 
 import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,30 +12,40 @@ from .. import SamLighteningConfig, SamLighteningModel
 from .measure import building, matrix_ceiling, release_memory
 
 
+# `Settings.__post_init__` replaces it by the device's default.
+_BY_DEVICE: Any = None
+
+
 @dataclass
 class Settings:
-    """Where a benchmark runs and on what. By default what this machine can do in a few minutes: on a CPU, few rows.
+    """The device, models and shapes of a benchmark. By default it takes a few minutes: on a CPU, few rows.
 
     Attributes:
-        dtype: of our model and of the peers' rows in half precision; bfloat16 on CUDA, float32 elsewhere.
-        config: of our model, with random weights where only time counts.
-        checkpoint, images: folders of weights and photographs, for what must be measured on real ones.
+        device: the device.
+        batch_sizes: numbers of images.
+        prompt_counts: numbers of prompts.
         resolutions: sides of square images in pixels, for the part "resolution".
-        compile: rows under torch.compile too, which take most of the time.
-        compile_peers: SAM ViT-H and ViT-L under torch.compile too, beside ViT-B.
+        image_sizes: (height, width) of the images in the part "prompt".
+        training_batch_size: number of images in a training step.
+        compile: measure under torch.compile too, which takes most of the time.
+        compile_peers: measure SAM ViT-H and ViT-L under torch.compile too, beside ViT-B.
+        checkpoint: folder of weights, for comparisons on real ones.
+        images: folder of photographs.
+        dtype: dtype of our model and of the peers' rows in half precision; bfloat16 on CUDA, float32 elsewhere.
+        config: config of our model, with random weights where only time counts.
     """
 
     device: torch.device
-    batch_sizes: tuple[int, ...] | None = None
-    prompt_counts: tuple[int, ...] | None = None
-    resolutions: tuple[int, ...] | None = None
-    image_sizes: tuple[tuple[int, int], ...] | None = None  # (height, width)
-    training_batch_size: int | None = None
-    compile: bool | None = None
+    batch_sizes: tuple[int, ...] = _BY_DEVICE
+    prompt_counts: tuple[int, ...] = _BY_DEVICE
+    resolutions: tuple[int, ...] = _BY_DEVICE
+    image_sizes: tuple[tuple[int, int], ...] = _BY_DEVICE
+    training_batch_size: int = _BY_DEVICE
+    compile: bool = _BY_DEVICE
     compile_peers: bool = False
     checkpoint: Path | None = None
     images: Path | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype = _BY_DEVICE
     config: SamLighteningConfig = field(default_factory=SamLighteningConfig)
 
     def __post_init__(self):
@@ -62,7 +73,7 @@ class Settings:
 
     @cached_property
     def ceiling(self) -> dict[str, float]:
-        """See `matrix_ceiling`; measured when it is first asked for."""
+        """The limits of the device (see `matrix_ceiling`), measured at the first access."""
         ceiling = matrix_ceiling(self.device, self.dtype)
         release_memory(self.device)
         return ceiling
@@ -70,6 +81,6 @@ class Settings:
     def make_model(
         self, config: SamLighteningConfig | None = None, dtype: torch.dtype | None = None
     ) -> SamLighteningModel:
-        """Ours with the same random weights each time, in eval mode, on the device."""
+        """Create our model in eval mode on the device, with the same random weights each time."""
         with building(self.device, dtype or self.dtype):
             return SamLighteningModel(copy.deepcopy(config or self.config)).eval()

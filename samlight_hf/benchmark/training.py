@@ -1,6 +1,7 @@
 """One training step of the image encoder: forward, backward and AdamW."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -11,9 +12,9 @@ from .settings import Settings
 
 
 def training_rows(settings: Settings) -> Iterator[dict]:
-    """Weights in float32, autocast to the benchmark's dtype, mean squared error to random features, fused AdamW.
+    """Measure a training step: float32 weights, autocast to the benchmark's dtype, mean squared error, fused AdamW.
 
-    Without activation checkpointing. Images and features are on the device already.
+    Activations are not checkpointed. Images and random target features are on the device already.
     """
     gflop = 3 * encoder_gflop(settings.config)  # backward: gradients of inputs and of weights
     for mode in (EAGER, COMPILED) if settings.compile else (EAGER,):
@@ -21,7 +22,7 @@ def training_rows(settings: Settings) -> Iterator[dict]:
             "part": "training", "model": OURS, "mode": mode, "dtype": f"autocast to {settings.dtype_name}",
             "batch_size": settings.training_batch_size,
         }  # fmt: skip
-        yield attempt(row, lambda m=mode: _time_step(m, gflop, settings))
+        yield attempt(row, partial(_time_step, mode, gflop, settings))
 
 
 def _time_step(mode: str, gflop: float, settings: Settings) -> dict:

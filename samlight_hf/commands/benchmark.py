@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES, parse_positive
 
@@ -49,13 +49,11 @@ def settings_of(args: argparse.Namespace) -> "Settings":
     from ..benchmark.settings import Settings
     from ..loading import find_device
 
-    def sizes(values: list[int] | None) -> tuple[int, ...] | None:
-        return tuple(values) if values else None
-
+    names = ("batch_sizes", "prompt_counts", "resolutions")
+    sizes: dict[str, Any] = {name: tuple(values) for name in names if (values := getattr(args, name))}
     return Settings(
-        find_device(args.device), sizes(args.batch_sizes), sizes(args.prompt_counts), sizes(args.resolutions),
-        training_batch_size=args.training_batch_size, compile=args.compile, compile_peers=args.compile_peers,
-        checkpoint=args.checkpoint, images=args.images,
+        find_device(args.device), **sizes, training_batch_size=args.training_batch_size, compile=args.compile,
+        compile_peers=args.compile_peers, checkpoint=args.checkpoint, images=args.images,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..data.coco import CocoDataset
     from ..evaluation.models import PromptableModel
     from ..evaluation.protocols import ProtocolSettings
-    from ..evaluation.work import EvaluationTask
+    from ..evaluation.tasks import EvaluationTask
 
 
 EVERYTHING = "everything"

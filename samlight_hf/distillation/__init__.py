@@ -1,4 +1,4 @@
-"""Distillation of any SAM into a SAM-Lightening, in stages, on transformers' Trainer (arXiv 2403.09195, section 2.2)."""
+"""Distillation of a SAM into a SAM-Lightening, in stages, on transformers' Trainer (arXiv 2403.09195, section 2.2)."""
 
 from .arguments import DistillationArguments, RunArguments, parse_arguments
 from .callbacks import FiniteLossCallback, MaskImageCallback, ThroughputCallback, TrainingDivergedError

@@ -1,4 +1,4 @@
-"""Settings of a distillation: a YAML file, and what the command line says otherwise.
+"""Settings of a distillation: a YAML file, and options of the command line that override it.
 
     teacher: facebook/sam-vit-huge
     student: tiny
@@ -8,7 +8,7 @@
     encoder: {max_steps: 100000, learning_rate: 5.0e-4}   # of this stage alone
     decoder: {max_steps: 20000, learning_rate: 1.0e-4}
 
-What is said on the command line wins over the stage's section, and that over the rest of the file.
+An option of the command line overrides the stage's section, which overrides the rest of the file.
 """
 
 import argparse
@@ -29,53 +29,59 @@ from .stages import POINT_TARGETS, STAGES
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """transformers' TrainingArguments with what one stage of distillation needs besides.
+    """transformers' TrainingArguments, extended by the settings of one stage of distillation.
 
-    The number of steps is `max_steps`; there are no epochs, because every example is drawn anew.
+    The number of steps is `max_steps`. There are no epochs, because every example is drawn anew.
     """
 
     stage: str = field(default="encoder", metadata={"help": f"one of {', '.join(STAGES)}"})
 
     num_focus_layers: int = field(
-        default=3, metadata={"help": "encoder: so many last layers of the student are compared, besides its output"}
+        default=3,
+        metadata={"help": "encoder: number of the student's last layers that are compared, besides its output"},
     )
     layer_weights: str = field(default="dynamic", metadata={"help": "encoder: dynamic, uniform or output_only"})
     ramp_fraction: float = field(
         default=0.5, metadata={"help": "encoder: share of the steps over which dynamic layer weights rise"}
     )
     teacher_dtype: str = field(
-        default="bfloat16", metadata={"help": "encoder: of the teacher: bfloat16, float16, float32"}
+        default="bfloat16", metadata={"help": "encoder: dtype of the teacher: bfloat16, float16 or float32"}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "encoder: keep the teacher's targets here, computed once; needs num_views"}
+        default=None, metadata={"help": "encoder: folder of the teacher's targets, computed once; needs num_views"}
     )
 
     muon: bool = field(
         default=False,
-        metadata={"help": "Muon for the matrices of the layers, and optim for the rest; from scratch it learns faster"},
+        metadata={"help": "Muon for the matrices of the layers, optim for the rest; faster from scratch"},
     )
 
-    num_prompts: int = field(default=16, metadata={"help": "decoder, end_to_end: objects prompted in an image"})
+    num_prompts: int = field(
+        default=16, metadata={"help": "decoder, end_to_end: number of prompted objects in an image"}
+    )
     box_share: float = field(default=0.5, metadata={"help": "decoder, end_to_end: share of prompts that are boxes"})
-    num_refinements: int = field(default=1, metadata={"help": "decoder, end_to_end: clicks added one by one"})
+    num_refinements: int = field(
+        default=1, metadata={"help": "decoder, end_to_end: number of clicks that are added one by one"}
+    )
     point_targets: str = field(
         default="own",
-        metadata={
-            "help": "decoder, end_to_end: own, or all: a point trains on every object of its image that it lies in"
-        },
+        metadata={"help": "decoder, end_to_end: own, or all: a point trains on every object that contains it"},
     )
     focal_weight: float = field(default=20.0, metadata={"help": "decoder, end_to_end: weight of the focal loss"})
     bce_weight: float = field(
-        default=0.0, metadata={"help": "decoder, end_to_end: of cross-entropy; from scratch use 5 here and 0 for focal"}
+        default=0.0,
+        metadata={"help": "decoder, end_to_end: weight of cross-entropy; from scratch use 5 and focal_weight 0"},
     )
     dice_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the dice loss"})
     iou_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the IoU head's loss"})
 
-    eval_max_instances: int = field(default=16, metadata={"help": "at most so many objects of an image are evaluated"})
+    eval_max_instances: int = field(
+        default=16, metadata={"help": "largest number of objects of an image that are evaluated"}
+    )
 
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hides a loss that is NaN: leave it off"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "number of checkpoints that are kept"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hides a NaN in the loss: leave it off"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave it off"})
 
     def __post_init__(self):
@@ -130,21 +136,23 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def trains_every_parameter(self) -> bool:
-        """Whether each parameter that the stage trains gets a gradient in each step: boxes, clicks and masks all occur."""
+        """Whether each trained parameter gets a gradient in each step, because boxes, clicks and masks all occur."""
         num_boxes = round(self.box_share * self.num_prompts)
         return self.stage != "end_to_end" or (num_boxes > 0 and self.num_refinements > 0)
 
     @property
     def global_batch_size(self) -> int:
-        """Images of one optimizer step, over all devices."""
+        """The number of images in one optimizer step, over all devices."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
 
 @dataclass
 class RunArguments:
-    """Who teaches whom, on which images."""
+    """Settings of a whole run: teacher, student, data and stages."""
 
-    stages: list[str] = field(default_factory=lambda: ["encoder", "decoder"], metadata={"help": "in this order"})
+    stages: list[str] = field(
+        default_factory=lambda: ["encoder", "decoder"], metadata={"help": "the stages, in this order"}
+    )
     teacher: str | None = field(default=None, metadata={"help": "a folder, a Hub name, or an original .pth file"})
     student: str = field(
         default="tiny",
@@ -152,12 +160,14 @@ class RunArguments:
             "help": "a preset (tiny, small, base), a config.json (fresh weights), or a checkpoint's folder or Hub name"
         },
     )
-    image_size: int | None = field(default=None, metadata={"help": "the student's, changed before it is trained"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "image size of the student, changed before the training"}
+    )
     train_data: list[str] = field(
         default_factory=list,
         metadata={"help": "SA-1B tars, folders of images, folders with images/ and masks/; patterns allowed"},
     )
-    train_annotations: str | None = field(default=None, metadata={"help": "a JSON of COCO's shape; with train_images"})
+    train_annotations: str | None = field(default=None, metadata={"help": "a JSON in COCO's format; with train_images"})
     train_images: str | None = field(default=None, metadata={"help": "the folder of train_annotations' images"})
     stream_data: list[str] = field(
         default_factory=list,
@@ -168,35 +178,37 @@ class RunArguments:
     )
     source_weights: list[float] = field(
         default_factory=list,
-        metadata={"help": "how often each of train_data is taken, relative to the others; by size"},
+        metadata={"help": "how often each of train_data is drawn, relative to the others; by default by size"},
     )
     ignore_label: str = field(
         default="auto",
-        metadata={
-            "help": "masks/NAME.png: the label of void; auto: 255 beside labels from 1 to 126 alone; none: no label"
-        },
+        metadata={"help": "masks/NAME.png: the label of void; auto: 255 if all others are at most 126; none: no label"},
     )
     binary_masks: bool = field(
-        default=False, metadata={"help": "masks/NAME.png: one object, from half the brightness on, not labels"}
+        default=False, metadata={"help": "masks/NAME.png: one object where brightness is half or more, not labels"}
     )
     max_skipped: float = field(default=0.05, metadata={"help": "share of unusable images above which the run stops"})
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "as train_data"})
-    eval_annotations: str | None = field(default=None, metadata={"help": "as train_annotations"})
-    eval_images: str | None = field(default=None, metadata={"help": "as train_images"})
-    eval_limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "like train_data, for the evaluation"})
+    eval_annotations: str | None = field(default=None, metadata={"help": "like train_annotations, for the evaluation"})
+    eval_images: str | None = field(default=None, metadata={"help": "like train_images, for the evaluation"})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "number of images that are evaluated, from the first on"}
+    )
     min_scale: float = field(default=1.0, metadata={"help": "augmentation: smallest size of the image in its frame"})
     max_scale: float = field(default=1.0, metadata={"help": "augmentation: largest size; above 1 is a crop"})
     stretch: float = field(
-        default=1.0, metadata={"help": "augmentation: by so much one side may be scaled more than the other"}
+        default=1.0, metadata={"help": "augmentation: largest ratio between the scales of the two sides"}
     )
     flip: bool = field(default=True, metadata={"help": "augmentation: mirror every other image"})
-    color_jitter: float = field(default=0.0, metadata={"help": "augmentation: of brightness, contrast and saturation"})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "augmentation: strength for brightness, contrast and saturation"}
+    )
     box_noise: float = field(
-        default=0.1, metadata={"help": "deviation of a prompt's box on each side, as a share of its width or height"}
+        default=0.1, metadata={"help": "noise of a prompt's box: deviation of each side, as a share of width or height"}
     )
     deepest_share: float = field(
         default=0.5,
-        metadata={"help": "share of the point prompts deepest inside their object; the others are anywhere in it"},
+        metadata={"help": "share of point prompts that are deepest inside their object; the others are anywhere in it"},
     )
     area_power: float = field(
         default=0.0,
@@ -205,14 +217,16 @@ class RunArguments:
         },
     )
     image_cache_dir: str | None = field(
-        default=None, metadata={"help": "keep the decoded images of train_data here: 1 MB for each of 640 x 480"}
+        default=None, metadata={"help": "folder of decoded images of train_data: 1 MB for each of 640 x 480"}
     )
     num_views: int | None = field(
-        default=None, metadata={"help": "augmented views of an image that come round again; needed by cache_dir"}
+        default=None, metadata={"help": "number of augmented views of an image, used repeatedly; needed by cache_dir"}
     )
     initialize_from_teacher_layers: bool = field(
         default=False,
-        metadata={"help": "a fresh student's encoder begins as evenly spaced layers of the teacher; widths must agree"},
+        metadata={
+            "help": "initialize a fresh student's encoder with evenly spaced layers of the teacher of equal width"
+        },
     )
     push_to: str | None = field(
         default=None, metadata={"help": "Hub repository that the finished student is pushed to"}
@@ -220,7 +234,7 @@ class RunArguments:
     card: str | None = field(
         default=None, metadata={"help": "a card.yaml: licence, data and terms, for the model cards of what is pushed"}
     )
-    resume: bool = field(default=False, metadata={"help": "go on with what is in output_dir"})
+    resume: bool = field(default=False, metadata={"help": "resume the run in output_dir"})
 
     def __post_init__(self):
         if not self.stages or set(self.stages) - set(STAGES):
@@ -233,20 +247,31 @@ class RunArguments:
         self.mask_reading()
 
     def mask_reading(self) -> MaskReading:
-        """How mask files are read. Raises ValueError for an `ignore_label` that is none."""
+        """Return how mask files are read. Raises ValueError for an invalid `ignore_label`."""
         return MaskReading(parse_ignore_label(self.ignore_label), self.binary_masks)
 
     def card_facts(self) -> dict:
-        """What `card` says. Raises ValueError for a file that cannot be read or says what no card takes."""
+        """Return the content of the file `card`.
+
+        Raises:
+            ValueError: for a file that cannot be read, or has unknown keys.
+        """
         content = (read_yaml(self.card) if self.card else None) or {}
         CardFacts.of(content, self.card or "card")
         return content
 
 
 def parse_arguments(arguments: list[str], prog: str | None = None) -> tuple[RunArguments, list[DistillationArguments]]:
-    """The run and the settings of each of its stages, of `--config FILE` and further options.
+    """Parse the settings of a run and of each of its stages from `--config FILE` and further options.
 
-    A stage's files go to `output_dir`/STAGE. Raises ValueError for a file that is not there or no YAML, and for a key that is not known.
+    The files of a stage go to `output_dir`/STAGE.
+
+    Args:
+        arguments: the command line without the program's name.
+        prog: the program's name in the help.
+
+    Raises:
+        ValueError: for a file that is missing or is not YAML, and for an unknown key.
     """
     config, options = _read_config(arguments)
     sections = {
@@ -265,7 +290,7 @@ def parse_arguments(arguments: list[str], prog: str | None = None) -> tuple[RunA
 
 
 def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
-    """What the YAML file says, and the options without `--config FILE`."""
+    """Return the content of the YAML file, and the options without `--config FILE`."""
     options = list(arguments)
     paths = []
     while "--config" in options or any(option.startswith("--config=") for option in options):
@@ -304,13 +329,13 @@ class _Parser(HfArgumentParser):
 
 
 def _make_parser(prog: str | None = None) -> tuple[_Parser, dict[str, argparse.Action]]:
-    """The parser, and what it knows by the names of the options."""
+    """Return the parser, and its actions by the names of the options."""
     parser = _Parser(prog)
     return parser, {action.dest: action for action in parser._actions}
 
 
 def _check_keys(sections: dict[str, dict]):
-    """Raises ValueError for a key that no option has. The file itself is the section ""."""
+    """Raise ValueError for a key that no option has. The file itself is the section ""."""
     _, actions = _make_parser()
     of_the_run = {field.name for field in fields(RunArguments)}
     for name, section in sections.items():
@@ -332,7 +357,7 @@ def _parse(config: dict, options: list[str], prog: str | None = None) -> tuple[R
 
 
 def _plain(key: str, value, action: argparse.Action):
-    """A value of YAML as the option takes it. Text is left to argparse, which converts it: YAML 1.1 reads 5e-4 as text."""
+    """Convert a value of YAML to what the option takes. Text is converted by argparse: YAML 1.1 reads 5e-4 as text."""
     if action.nargs == "+" and not isinstance(value, list):
         return [value]
     if action.type is int and isinstance(value, float):

@@ -1,9 +1,10 @@
-"""Callbacks that Trainer lacks."""
+"""Callbacks of the training: stop at a loss that is not finite, measure throughput, draw masks."""
 
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ class TrainingDivergedError(RuntimeError):
 
 
 class FiniteLossCallback(TrainerCallback):
-    """Stops a training whose loss is NaN or infinite, and names the last good checkpoint.
+    """Callback that stops a training whose loss is NaN or infinite, and names the last good checkpoint.
 
-    Looks where the loss is logged, which does not make the GPU wait at every step.
+    It checks the loss only where it is logged, so the GPU does not wait at every step.
     """
 
     def on_log(self, args, state, control, logs, **kwargs):
@@ -39,13 +40,13 @@ def diverged(what: str, output_dir: str, step: int) -> TrainingDivergedError:
     checkpoint = last_checkpoint(output_dir)
     good = f"The last good checkpoint is {checkpoint}" if checkpoint else "No checkpoint had been saved"
     return TrainingDivergedError(
-        f"{what} at step {step}: the training diverged, and nothing was saved from there on. {good}. Lower learning_rate, "
-        "or raise warmup_steps, in a new output_dir."
+        f"{what} at step {step}: the training diverged, and nothing was saved from there on. {good}. Lower "
+        "learning_rate, or raise warmup_steps, in a new output_dir."
     )
 
 
 class ThroughputCallback(TrainerCallback):
-    """Logs `images_per_second` over all devices, since the last log and without evaluating and saving."""
+    """Callback that logs `images_per_second` over all devices since the last log, without evaluation and saving."""
 
     def __init__(self):
         self._since, self._step, self._paused = None, 0, 0.0
@@ -70,14 +71,15 @@ class ThroughputCallback(TrainerCallback):
 
 
 class MaskImageCallback(TrainerCallback):
-    """Draws the student's masks for the boxes of a few images at every evaluation: a PNG, and the tracker's image.
+    """Callback that draws the student's masks for the boxes of a few images at every evaluation.
 
-    Writes `output_dir`/images/step-N.png, and hands it to tensorboard, trackio and wandb where these are in use.
+    It writes `output_dir`/pictures/step-N.png, and passes the image to tensorboard, trackio and wandb where these are
+    in use.
     """
 
     def __init__(self, samples: Sequence[Sample], max_instances: int = 8):
         self.samples, self.max_instances = list(samples), max_instances
-        self.trainer = None  # set by DistillationTrainer, whose student is drawn
+        self.trainer: Any = None  # set by DistillationTrainer
 
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero or not self.samples:
@@ -101,7 +103,7 @@ class MaskImageCallback(TrainerCallback):
 
 @torch.inference_mode()
 def draw_masks(promptable, samples: Sequence[Sample], title: str, max_instances: int = 8) -> Image.Image:
-    """A sheet with two panels for each sample: its annotated masks, and those predicted for their boxes."""
+    """Draw a sheet with two panels for each sample: the annotated masks, and the masks predicted for their boxes."""
     panels = []
     for sample in samples:
         instances = sorted(sample.instances, key=lambda instance: -instance.area)[:max_instances]

@@ -1,4 +1,4 @@
-"""Checkpoints of a training that are whole or not there, and what a resumed run must have in common with them."""
+"""Checkpoints that are complete or absent, and the settings that a resumed run must share with them."""
 
 import hashlib
 import json
@@ -21,28 +21,36 @@ from .teacher import Teacher
 SETTINGS_NAME = "distillation_settings.json"
 STAGING_NAME = ".saving"
 
-# Of these the examples, the schedules or the losses are made. The number of processes may change, if the global batch does not.
+# Settings that determine the examples, the schedules or the losses.
+# The number of processes may change if the global batch size does not.
 _RUN_DEFINING = (
     "stage", "max_steps", "global_batch_size", "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
-    "warmup_steps", "weight_decay", "muon", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
-    "fp16", "num_focus_layers", "layer_weights", "ramp_fraction", "teacher_dtype", "num_prompts", "box_share", "point_targets",
-    "num_refinements", "focal_weight", "bce_weight", "dice_weight", "iou_weight",
+    "warmup_steps", "weight_decay", "muon", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "bf16", "fp16", "num_focus_layers", "layer_weights", "ramp_fraction", "teacher_dtype",
+    "num_prompts", "box_share", "point_targets", "num_refinements", "focal_weight", "bce_weight", "dice_weight",
+    "iou_weight",
 )  # fmt: skip
-# What a config says of where its weights were, and not of what is computed.
+# Keys of a config that describe the file of the weights, not the computation.
 _OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 _OF_THE_PROCESSES = ("world_size", "per_device_train_batch_size", "dataloader_num_workers")
 
 
 class CheckpointChangedError(ValueError):
-    """A run that cannot go on from a checkpoint, because it was made with other settings."""
+    """A run cannot resume from a checkpoint, because that was made with other settings."""
 
 
 def run_settings(
     args: DistillationArguments, examples: Dataset, teacher: Teacher | None, student: PreTrainedModel
 ) -> dict:
-    """What defines a run, as a checkpoint remembers it: settings, and what is known of data, teacher, and the student as it began.
+    """Return the settings that define a run, as a checkpoint stores them.
 
-    Reads the names of all images. The data are known by what `preprocessing` and `order` say of them, where they have these.
+    Reads the names of all images.
+
+    Args:
+        args: the stage's settings.
+        examples: the training data, identified by their methods `preprocessing` and `order` where they have these.
+        teacher: the teacher, identified by its weights and layers.
+        student: the student before training, identified by its weights and configuration.
     """
     data = [getattr(examples, name)() for name in ("preprocessing", "order") if hasattr(examples, name)]
     settings = {name: getattr(args, name) for name in (*_RUN_DEFINING, *_OF_THE_PROCESSES)}
@@ -61,7 +69,11 @@ def _digest(content) -> str:
 
 
 def read_settings(checkpoint: str | os.PathLike) -> dict:
-    """The settings that a checkpoint was saved with. Raises CheckpointChangedError for one that this trainer cannot resume."""
+    """Return the settings that a checkpoint was saved with.
+
+    Raises:
+        CheckpointChangedError: for a folder that this trainer cannot resume from.
+    """
     missing = [name for name in (SETTINGS_NAME, TRAINER_STATE_NAME) if not (Path(checkpoint) / name).is_file()]
     if missing:
         raise CheckpointChangedError(
@@ -73,10 +85,21 @@ def read_settings(checkpoint: str | os.PathLike) -> dict:
 def check_same_run(
     where: str | os.PathLike, saved: dict, current: dict, streams: bool, is_finished: bool = False
 ) -> str | None:
-    """Raises CheckpointChangedError where a setting that defines the run has changed; a sentence where the world size has.
+    """Compare two runs' settings, both as returned by `run_settings`.
 
-    Both are as `run_settings` gives them. The order of examples that are streamed depends on the processes too. A checkpoint
-    brings the weights that are trained, and so the student must have its others; a stage that is finished, all of those it began with.
+    Args:
+        where: the folder of the saved settings, for the error message.
+        saved: the settings of the checkpoint or of the finished stage.
+        current: the settings of this run.
+        streams: whether the examples are streamed. Their order depends on the processes too.
+        is_finished: whether `saved` belongs to a finished stage, which must have begun with the same student. A
+            checkpoint contains the trained weights, so only the frozen ones must agree.
+
+    Returns:
+        A notice for the user where only the number of processes has changed, otherwise None.
+
+    Raises:
+        CheckpointChangedError: where a setting that defines the run has changed.
     """
     names = (
         *_RUN_DEFINING,
@@ -87,31 +110,31 @@ def check_same_run(
     )
     changed = [name for name in names if saved.get(name) != current[name]]
     if changed:
-        listed = ", ".join(f"{name}={current[name]} (was {saved.get(name)})" for name in changed)
+        values = ", ".join(f"{name}={current[name]} (was {saved.get(name)})" for name in changed)
         raise CheckpointChangedError(
-            f"{where} was made with other settings: {listed}. Schedules, data or losses depend on them: resume with the old "
-            "ones, or start a new output_dir."
+            f"{where} was made with other settings: {values}. Schedules, data or losses depend on them: resume with "
+            "the old ones, or start a new output_dir."
         )
     if saved["world_size"] != current["world_size"]:
         return (
-            f"Resuming on {current['world_size']} processes what {saved['world_size']} began: the images of each step are "
-            "the same, their sums may differ in the last bits."
+            f"Resuming on {current['world_size']} processes what {saved['world_size']} began: the images of each step "
+            "are the same, their sums may differ in the last bits."
         )
     return None
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest whole checkpoint, or None."""
+    """Return the newest complete checkpoint, or None."""
     return get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
 
 
 def checkpoint_step(checkpoint: str | os.PathLike) -> int:
-    """The optimizer step at which it was saved."""
+    """Return the optimizer step at which a checkpoint was saved."""
     return read_json(Path(checkpoint) / TRAINER_STATE_NAME, dict)["global_step"]
 
 
 def find_best_again(checkpoint: str | os.PathLike, output_dir: str | os.PathLike):
-    """The best checkpoint is remembered by its path: in a folder that was moved, it is made the one that is there."""
+    """Correct the path of the best checkpoint in a trainer state whose folder was moved."""
     path = Path(checkpoint) / TRAINER_STATE_NAME
     state = read_json(path, dict)
     best = state["best_model_checkpoint"]

@@ -1,6 +1,6 @@
-"""Distillation in three minutes on a CPU, from nothing: scenes of shapes, a small SAM trained on them, and a smaller student.
+"""A demonstration that runs in three minutes on a CPU: a small SAM trained on synthetic shapes, and a smaller student.
 
-It goes through the stages, settings and files of any other run: only the models and the images are small.
+It uses the stages, settings and files of any other run; only the models and the images are small.
 """
 
 import time
@@ -17,15 +17,24 @@ from ..utils.atomic_files import atomic_write
 from ..utils.processes import is_main_process, tell
 from .arguments import parse_arguments
 from .callbacks import draw_masks
-from .run import distill, make_student, open_eval_images
-from .trainer import mask_records, mean_records
+from .open_data import open_eval_images
+from .run import distill, make_student
+from .validation import mask_records, mean_records
 
 
 _IMAGE_SIZE, _PATCH_SIZE, _WIDTH = 64, 8, 64
 
 
 def demonstrate(teacher_config: Path, config: Path) -> Path:
-    """Trains the teacher of one YAML file and the student of another; prints a table, and returns the student's folder."""
+    """Train a small teacher and its student, and print a table of their scores.
+
+    Args:
+        teacher_config: YAML file of the teacher's training.
+        config: YAML file of the distillation.
+
+    Returns:
+        The student's folder.
+    """
     start = time.time()
     run, stages = parse_arguments(["--config", str(teacher_config), "--resume", "true"])
     _write_config(Path(run.student), demonstration_teacher())
@@ -35,9 +44,10 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
     _write_config(Path(run.student), demonstration_student())
     tell("2. A student of a third of its image encoder: encoder, decoder, end to end.")
     images = open_eval_images(run, ())
+    assert images is not None, f"{config} names no eval_data"
     teacher, _ = load_model(teacher_folder, device="cpu")
     set_seed(stages[0].seed)
-    before = make_student(run, teacher)  # as distill will make it
+    before = make_student(run, teacher)  # as `distill` creates it
     folder = distill(run, stages)
     if not is_main_process():
         return folder
@@ -55,14 +65,15 @@ def demonstrate(teacher_config: Path, config: Path) -> Path:
     draw_masks(PromptableModel(student, processor), samples, "The student's masks for boxes").save(sheet)
     with quiet_transformers():
         generator = pipeline("mask-generation", model=str(folder), device="cpu")
-        masks = generator(samples[0].image, points_per_crop=8, pred_iou_thresh=0.3, stability_score_thresh=0.5)["masks"]
+        thresholds = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.5}
+        masks = generator(samples[0].image, points_per_crop=8, **thresholds)["masks"]
     print(f'pipeline("mask-generation", model="{folder}") finds {len(masks)} masks in the first of them.')
     print(f"Masks: {sheet}. Learning curves: curves.png of each stage. {time.time() - start:.0f} s.")
     return folder
 
 
 def demonstration_teacher() -> SamConfig:
-    """A SAM of 0.7 million parameters for images of 64 px."""
+    """Return the config of a SAM of 0.7 million parameters for images of 64 px."""
     num_layers = 4
     vision = SamVisionConfig(
         hidden_size=96, num_hidden_layers=num_layers, num_attention_heads=4, mlp_dim=384, image_size=_IMAGE_SIZE,
@@ -73,7 +84,10 @@ def demonstration_teacher() -> SamConfig:
 
 
 def demonstration_student() -> SamLighteningConfig:
-    """Half as deep and two thirds as wide: 64 tokens, in the bands and the dilated whole of the published shape."""
+    """Return the config of a student half as deep and two thirds as wide.
+
+    Its 64 tokens are split into bands, and into one dilated segment over the image, as in the published models.
+    """
     vision = {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": _IMAGE_SIZE,
         "patch_size": _PATCH_SIZE, "output_channels": _WIDTH, "num_pos_feats": _WIDTH // 2,
@@ -91,11 +105,11 @@ def _decoder_configs() -> dict[str, dict]:
 def _write_config(path: Path, config: SamConfig):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = config.to_json_string(use_diff=False)
-    atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))  # other processes write and read it too
+    atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))  # other processes read and write it too
 
 
 def measure(model: PreTrainedModel, images: ImageDataset, max_instances: int = 16) -> dict[str, float]:
-    """mIoU for boxes and single points over the objects of `images`."""
+    """Return the mIoU for boxes and single points over the objects of `images`."""
     promptable = PromptableModel(model, make_processor(model.config.vision_config))
     return mean_records(
         [record for i in range(len(images)) for record in mask_records(promptable, images[i], max_instances)]
@@ -103,7 +117,7 @@ def measure(model: PreTrainedModel, images: ImageDataset, max_instances: int = 1
 
 
 def filled_box_miou(images: ImageDataset, max_instances: int = 16) -> float:
-    """The mIoU of a model that answers a box with all of its pixels."""
+    """Return the mIoU of a model that fills every prompted box completely."""
     ious = []
     for index in range(len(images)):
         for instance in images[index].instances[:max_instances]:

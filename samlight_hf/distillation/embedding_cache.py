@@ -1,4 +1,4 @@
-"""A teacher's targets on disk: computed once for a fixed set of views, read by the workers that make the examples."""
+"""A cache of the teacher's targets on disk, computed once for a fixed set of views."""
 
 import hashlib
 import json
@@ -18,17 +18,23 @@ from .teacher import Teacher, normalize_pixels
 
 
 class CacheError(ValueError):
-    """A cache of embeddings that cannot be used; the message says what to do."""
+    """A cache of embeddings cannot be used; the message says what to do."""
 
 
 class EmbeddingCache:
-    """A teacher's targets of a fixed set of images, float16, in safetensors shards.
+    """A teacher's targets for a fixed set of images, stored in float16 in safetensors shards.
 
-    `folder`/KEY/00000.safetensors, ..., each with the targets of `SHARD_SIZE` examples by name and a checksum for each
-    example. KEY is made of the teacher's weights, its layers and what the images went through: another teacher, other layers
-    or another preprocessing find another folder, and never wrong targets.
+    The files are `folder`/KEY/00000.safetensors and so on. Each has the targets of `SHARD_SIZE` examples by name, and a
+    checksum for each example. KEY is a hash of the teacher's weights, its layers and the preprocessing: another
+    teacher, other layers or another preprocessing use another folder, so wrong targets are never read.
 
     An image of 1024 px takes 2 MiB for the embedding, and 2 x 4096 x C bytes for each layer.
+
+    Args:
+        folder: the folder of all caches.
+        teacher: the teacher whose targets are stored.
+        num_examples: number of images, each a view with a number of its own.
+        preprocessing: description of the transformations that the images went through.
     """
 
     SHARD_SIZE = 32
@@ -37,7 +43,7 @@ class EmbeddingCache:
         self.names, self.num_examples = teacher.names, num_examples
         self.content = {
             "teacher": teacher.fingerprint,
-            "config": teacher.config.to_dict(),  # windows, patterns and epsilons are in no weight
+            "config": teacher.config.to_dict(),  # windows, patterns and epsilons, which no weight shows
             "layers": list(teacher.layers),
             "dtype": str(teacher.dtype),
             "preprocessing": preprocessing,
@@ -57,9 +63,15 @@ class EmbeddingCache:
         return range(shard * self.SHARD_SIZE, min((shard + 1) * self.SHARD_SIZE, self.num_examples))
 
     def write(self, shard: int, targets: list[torch.Tensor], pixel_checksums: list[int]):
-        """Writes a shard, aside first. `targets` are of all its examples, by `names`, and so are the `checksum`s of their pixels.
+        """Write a shard with the targets of all its examples.
 
-        Raises CacheError for values that float16 cannot hold.
+        Args:
+            shard: number of the shard.
+            targets: a tensor for each of `names`, the first dimension being the shard's examples.
+            pixel_checksums: the `checksum` of each example's pixels.
+
+        Raises:
+            CacheError: for values that float16 cannot hold.
         """
         half = {
             name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in zip(self.names, targets, strict=True)
@@ -76,10 +88,17 @@ class EmbeddingCache:
         atomic_write(self._path(shard), lambda aside: save_file(half, aside, metadata))
 
     def read(self, example_id: int, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """The targets of one example, float16, without a batch axis.
+        """Read the targets of one example.
 
-        Raises CacheError for what is missing or damaged, and for targets of other pixels than `pixel_values`, uint8 (3, S, S):
-        an image may have been replaced under its name.
+        Args:
+            example_id: number of the example.
+            pixel_values: uint8 (3, S, S), the pixels of the image, which may have been replaced under its name.
+
+        Returns:
+            float16 tensors in the order of `names`, without a batch axis.
+
+        Raises:
+            CacheError: for targets that are missing, damaged, or computed from other pixels.
         """
         shard, position = divmod(int(example_id), self.SHARD_SIZE)
         path = self._path(shard)
@@ -88,18 +107,17 @@ class EmbeddingCache:
                 if (file.metadata() or {}).get("key") != self.key:
                     raise CacheError(f"{path}: written by another teacher or preprocessing. Delete it.")
                 targets = [file.get_slice(name)[position] for name in self.names]
-                of_targets, of_pixels = (
-                    int(file.get_slice(name)[position]) for name in ("checksums", "pixel_checksums")
-                )
+                names = ("checksums", "pixel_checksums")
+                target_sum, pixel_sum = (int(file.get_slice(name)[position]) for name in names)
         except (OSError, SafetensorError) as error:
             raise CacheError(
                 f"{path}: missing or damaged ({error}). Delete it, and run again to have it made."
             ) from error
-        if checksum(targets) != of_targets:
+        if checksum(targets) != target_sum:
             raise CacheError(
                 f"{path}: example {example_id} is damaged. Delete the file, and run again to have it made."
             )
-        if checksum([pixel_values]) != of_pixels:
+        if checksum([pixel_values]) != pixel_sum:
             raise CacheError(
                 f"{path}: example {example_id} was made of another image. Delete {self.folder}, and run again."
             )
@@ -110,34 +128,45 @@ class EmbeddingCache:
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> int:
-    """CRC-32 of the bytes of tensors on the CPU."""
+    """Return the CRC-32 of the bytes of tensors on the CPU."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
     return value
 
 
 def fill_cache(
     cache: EmbeddingCache, views: Dataset, teacher: Teacher, device: torch.device, batch_size: int, num_workers: int
 ):
-    """Computes what the cache misses. `views[example_id]` has the pixels. Under accelerate each process takes its share of shards.
+    """Compute the shards that the cache lacks. Under accelerate each process computes its share of them.
 
-    Shards are written whole: after an interruption only those that are missing are computed.
+    Shards are written completely or not at all, so after an interruption only the missing ones are computed.
+
+    Args:
+        cache: the cache to fill.
+        views: the images; `views[example_id]` has "pixel_values" (3, S, S) and "reshaped_input_sizes" (2,).
+        teacher: the teacher, moved to `device`.
+        device: the device that it runs on.
+        batch_size: images in one call of the teacher.
+        num_workers: processes that load images.
     """
     state = PartialState()
-    # By their numbers, not by what each process finds missing: the others may already be writing.
-    mine = range(state.process_index, cache.num_shards, state.num_processes)
-    shards = sorted(set(cache.missing_shards()).intersection(mine))
+    # Chosen by number, not from the missing ones that each process sees: other processes may already be writing.
+    own_shards = range(state.process_index, cache.num_shards, state.num_processes)
+    shards = sorted(set(cache.missing_shards()).intersection(own_shards))
     teacher.encoder.to(device)
-    batches = [
-        cache.shard_ids(shard)[i : i + batch_size] for shard in shards for i in range(0, cache.SHARD_SIZE, batch_size)
+    splits = [
+        list(cache.shard_ids(shard)[i : i + batch_size])
+        for shard in shards
+        for i in range(0, cache.SHARD_SIZE, batch_size)
     ]
-    batches = [list(batch) for batch in batches if batch]
+    batches = [batch for batch in splits if batch]
     loader = iter(DataLoader(views, batch_sampler=batches, num_workers=num_workers))
     disable = not state.is_main_process or not shards
     with tqdm(shards, desc="teacher's targets", unit="shard", disable=disable) as progress:
         for shard in progress:
-            parts, pixel_checksums = [], []
+            parts: list[list[torch.Tensor]] = []
+            pixel_checksums: list[int] = []
             while len(pixel_checksums) < len(cache.shard_ids(shard)):
                 batch = next(loader)
                 pixel_checksums += [checksum([pixels]) for pixels in batch["pixel_values"]]
@@ -156,7 +185,7 @@ class CachedExamples(Dataset):
         self.examples, self.cache = examples, cache
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.examples)  # type: ignore[arg-type]  # torch's Dataset declares no length
 
     def __getitem__(self, n: int) -> dict:
         example = self.examples[n]

@@ -1,7 +1,7 @@
 """Layer-wise weights a_n(t) of the feature distillation loss, SAM-Lightening (arXiv 2403.09195), section 2.2.
 
 Focus layers are numbered from the one nearest the input, n = 1 ... N; the last is the encoder's output. A schedule is a
-pure function of the step: nothing has to be saved to resume.
+pure function of the step, so nothing has to be saved to resume.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from transformers import TrainerCallback
 
 class LayerWeightSchedule(Protocol):
     def __call__(self, step: int, max_steps: int, num_layers: int) -> list[float]:
-        """a_1 ... a_N at an optimizer step, counted from 0 to `max_steps`."""
+        """Return the weights a_1 ... a_N of an optimizer step, counted from 0 to `max_steps`."""
 
 
 @dataclass(frozen=True)
 class DynamicLayerWeights:
-    """a_1 = 1 throughout; the others rise from 0 to 1, one after another, over the first `ramp_fraction` of the steps.
+    """Dynamic weights: a_1 = 1 throughout; the others rise from 0 to 1, one after another, during the ramp.
 
     a_n(t) = clip((t / T_ramp) * (N - 1) - (n - 2), 0, 1), T_ramp = `ramp_fraction` * `max_steps`.
     """
@@ -36,7 +36,7 @@ class DynamicLayerWeights:
 
 @dataclass(frozen=True)
 class UniformLayerWeights:
-    """All weights are 1 throughout."""
+    """Weights that are all 1 throughout."""
 
     def __call__(self, step: int, max_steps: int, num_layers: int) -> list[float]:
         return [1.0] * num_layers
@@ -44,15 +44,15 @@ class UniformLayerWeights:
 
 @dataclass(frozen=True)
 class OutputOnly:
-    """The encoder's output alone has weight 1."""
+    """Weight 1 for the encoder's output alone."""
 
     def __call__(self, step: int, max_steps: int, num_layers: int) -> list[float]:
         return [0.0] * (num_layers - 1) + [1.0]
 
 
 def layer_weight_schedule(name: str, ramp_fraction: float = 0.5) -> LayerWeightSchedule:
-    """The schedule of that name: "dynamic", "uniform" or "output_only". Raises ValueError for another."""
-    schedules = {
+    """Return the schedule called "dynamic", "uniform" or "output_only". Raises ValueError for another name."""
+    schedules: dict[str, LayerWeightSchedule] = {
         "dynamic": DynamicLayerWeights(ramp_fraction),
         "uniform": UniformLayerWeights(),
         "output_only": OutputOnly(),
@@ -63,7 +63,7 @@ def layer_weight_schedule(name: str, ramp_fraction: float = 0.5) -> LayerWeightS
 
 
 class LayerWeightCallback(TrainerCallback):
-    """Sets `layer_weights`, a buffer of the trained module, at the beginning of every optimizer step."""
+    """Callback that sets `layer_weights`, a buffer of the trained module, at the beginning of every optimizer step."""
 
     def __init__(self, schedule: LayerWeightSchedule):
         self.schedule = schedule

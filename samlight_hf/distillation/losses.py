@@ -1,7 +1,7 @@
-"""Losses of masks and embeddings, as pure functions: one number for each mask or layer, to be weighed by whoever calls.
+"""Losses of masks and embeddings, as pure functions: one value for each mask or layer, which the caller weights.
 
-Section 2.2 of SAM-Lightening (arXiv 2403.09195); focal and dice loss as in Segment Anything (arXiv 2304.02643, appendix A).
-Everything is computed in float32, whatever comes in: sums over 65,536 pixels do not fit into half precision.
+Section 2.2 of SAM-Lightening (arXiv 2403.09195); focal and dice loss as in Segment Anything (arXiv 2304.02643, appendix
+A). Everything is computed in float32, whatever the input: sums over 65,536 pixels do not fit into half precision.
 """
 
 import torch
@@ -9,7 +9,17 @@ from torch.nn import functional as F
 
 
 def focal_loss(logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
-    """Focal loss (arXiv 1708.02002), mean over pixels: logits and targets (..., H, W) -> (...). Targets are 0 and 1."""
+    """Compute the focal loss (arXiv 1708.02002), mean over pixels.
+
+    Args:
+        logits: (..., H, W).
+        targets: (..., H, W), zeros and ones.
+        alpha: weight of the pixels of the object; the others have 1 - alpha.
+        gamma: exponent that reduces the loss of pixels that are already right.
+
+    Returns:
+        float32 (...).
+    """
     targets = targets.float()
     cross_entropy = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     wrong = (logits.float().sigmoid() - targets).abs()  # 1 - p_t
@@ -18,12 +28,12 @@ def focal_loss(logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25,
 
 
 def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy, mean over pixels: (..., H, W) -> (...)."""
+    """Compute the binary cross-entropy, mean over pixels: (..., H, W) -> (...)."""
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(dim=(-2, -1))
 
 
 def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """1 - Dice coefficient of the probabilities, with 1 added above and below: (..., H, W) -> (...)."""
+    """Compute 1 - Dice coefficient of the probabilities, with 1 added above and below: (..., H, W) -> (...)."""
     probabilities, targets = logits.float().sigmoid(), targets.float()
     overlap = (probabilities * targets).sum(dim=(-2, -1))
     total = probabilities.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
@@ -31,7 +41,10 @@ def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def true_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """IoU of the mask where logits > 0 with the target, (..., H, W) -> (...): what the IoU head learns. 1 where both are empty."""
+    """Compute the IoU of the mask (logits > 0) with the target, the target of the IoU head: (..., H, W) -> (...).
+
+    It is 1 where both are empty.
+    """
     predicted, targets = logits > 0, targets.bool()
     union = (predicted | targets).sum(dim=(-2, -1))
     return torch.where(union > 0, (predicted & targets).sum(dim=(-2, -1)) / union.clamp(min=1), 1.0)
@@ -40,14 +53,16 @@ def true_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def pairwise_mask_losses(
     logits: torch.Tensor, targets: torch.Tensor, weights: dict[str, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the mask loss and the true IoU of every predicted mask with every target of its image, by matrix products.
+    """Compute the mask loss and the true IoU of every predicted mask with every target of its image.
+
+    Matrix products replace the loops over pairs.
 
     For a target of zeros and ones, the sum over pixels of a loss f(x, t) is sum f(x, 0) + (f(x, 1) - f(x, 0)) . t.
 
     Args:
         logits: (B, m, M, M).
         targets: bool (B, P, M, M).
-        weights: of "focal", "bce" and "dice", as in `MaskStage`.
+        weights: weights of "focal", "bce" and "dice", as in `MaskStage`.
 
     Returns:
         The weighted sum of `focal_loss`, `bce_loss` and `dice_loss`, and `true_iou`, each float32 (B, m, P).
@@ -76,5 +91,5 @@ def pairwise_mask_losses(
 
 
 def feature_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of two feature maps of one shape: a scalar."""
+    """Compute the mean squared error of two feature maps of one shape: a scalar."""
     return F.mse_loss(student.float(), teacher.float())

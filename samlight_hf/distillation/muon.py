@@ -1,4 +1,4 @@
-"""Muon for the matrices between layers, AdamW for everything else, as one optimizer."""
+"""Muon for the matrices of the layers and AdamW for all other parameters, in one optimizer."""
 
 import math
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ import torch
 from torch.optim import AdamW, Muon, Optimizer
 
 
-# Narrower ones are embeddings and the last layers of heads.
+# Narrower matrices are embeddings and the last layers of heads.
 MIN_MATRIX_SIDE = 32
 
 
 class BatchedMuon(Muon):
     """torch's Muon with `adjust_lr_fn="match_rms_adamw"`, in which matrices of one shape are orthogonalized together.
 
-    torch takes them one by one: some 80 matrices of 30 small kernels each keep a GPU waiting for their launches. State
-    and groups are those of torch's.
+    torch processes them one by one: some 80 matrices with 30 small kernels each leave a GPU waiting for launches. State
+    and groups are those of torch's Muon.
     """
 
     @torch.no_grad()
@@ -45,25 +45,28 @@ class BatchedMuon(Muon):
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float
 ) -> torch.Tensor:
-    """The nearest matrix with singular values of about 1 to each of (n, rows, columns), by Newton-Schulz in bfloat16."""
+    """Return the nearest matrix with singular values of about 1 to each of (n, rows, columns), by Newton-Schulz in
+    bfloat16.
+    """
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
-    found = matrices.bfloat16()
+    result = matrices.bfloat16()
     if is_tall:
-        found = found.mT
-    found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+        result = result.mT
+    result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(num_steps):
-        gram = found @ found.mT
+        gram = result @ result.mT
         update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        found = torch.baddbmm(found, update, found, beta=a)
-    return found.mT if is_tall else found
+        result = torch.baddbmm(result, update, result, beta=a)
+    return result.mT if is_tall else result
 
 
 class MuonWithAdamW(Optimizer):
-    """torch's Muon for parameters of two dimensions with at least 32 rows and columns, torch's AdamW for the others.
+    """Optimizer with Muon for matrices of at least 32 rows and columns, and AdamW for the other parameters.
 
-    Both take steps of about the same size for the same learning rate ("match_rms_adamw"; Liu et al., Muon is Scalable for LLM
-    Training, arXiv 2502.16982), so that a schedule made for AdamW serves. Parameters and groups are those of any optimizer.
+    Both take steps of about the same size for the same learning rate ("match_rms_adamw"; Liu et al., Muon is Scalable
+    for LLM Training, arXiv 2502.16982), so a schedule made for AdamW can be used. Parameters and groups are those of
+    any optimizer.
     """
 
     def __init__(
@@ -77,19 +80,21 @@ class MuonWithAdamW(Optimizer):
     ):
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-        matrices, others = [], []
+        matrices: list[dict] = []
+        others: list[dict] = []
         for group in groups:
             members = list(group["params"])
             for chosen, is_matrix in ((matrices, True), (others, False)):
-                if found := [parameter for parameter in members if _is_matrix(parameter) == is_matrix]:
-                    chosen.append({**group, "params": found})
+                if parameters := [parameter for parameter in members if _is_matrix(parameter) == is_matrix]:
+                    chosen.append({**group, "params": parameters})
         self.parts: list[Optimizer] = []
         if matrices:
-            options = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(BatchedMuon(matrices, lr=lr, weight_decay=weight_decay, **options))
+            adjustment = "match_rms_adamw"
+            muon = BatchedMuon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=adjustment)
+            self.parts.append(muon)
         if others:
             self.parts.append(AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        # The very groups of the parts, so that who sets a learning rate here sets it there.
+        # The same group objects as the parts', so that a learning rate set here is set there.
         super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
 
     @torch.no_grad()

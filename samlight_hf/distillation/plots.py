@@ -7,7 +7,7 @@ from ..evaluation.plots import STYLE
 from ..utils.atomic_files import atomic_write
 
 
-# title of a panel -> beginnings of the names that go into it
+# Title of a panel -> prefixes of the names that are drawn in it.
 _PANELS = {
     "loss": ("loss",),
     "loss of each layer": ("layer_loss/",),
@@ -21,14 +21,20 @@ _PANELS = {
 
 
 def plot_learning_curves(log_history: Sequence[dict], path: Path, title: str):
-    """A panel for each kind of value that was logged, over the optimizer steps."""
+    """Draw a panel for each kind of logged value, over the optimizer steps.
+
+    Args:
+        log_history: `state.log_history` of a Trainer.
+        path: the PNG to write. Nothing is written where nothing was logged.
+        title: title of the figure.
+    """
     import matplotlib
 
     curves: dict[str, dict[str, list]] = {}
-    for panel, beginnings in _PANELS.items():
+    for panel, prefixes in _PANELS.items():
         for entry in log_history:
             for name, value in entry.items():
-                if name == "loss" if beginnings == ("loss",) else name.startswith(beginnings):
+                if name == "loss" if prefixes == ("loss",) else name.startswith(prefixes):
                     curves.setdefault(panel, {}).setdefault(name, []).append((entry["step"], value))
     if not curves:
         return

@@ -1,8 +1,8 @@
-"""Pushes of a training to the Hub, in the background: whatever happens to an upload, the training goes on.
+"""Pushes of a training to the Hub, in the background: a failed upload does not stop the training.
 
-A push is built, checked and uploaded by a process of its own, so that it shares neither random numbers nor torch's global settings
-with the training, nor Python's lock. It reads a snapshot of the checkpoint, which may be deleted meanwhile. Pushes go
-one after another; where one has to wait, a newer one takes its place.
+A push is built, checked and uploaded by its own process, so that it shares neither random numbers, nor torch's global
+settings, nor Python's lock with the training. It reads a snapshot of the checkpoint, which may be deleted meanwhile.
+Pushes are carried out one after another; a newer one replaces one that still waits.
 """
 
 import contextlib
@@ -34,17 +34,26 @@ logger = logging.getLogger(__name__)
 RECORD_NAME = "pushes.json"
 SNAPSHOTS_NAME, SNAPSHOT_NAME = ".pushing", "snapshot"
 RETRIES, RETRY_WAIT = 6, 5.0  # about three minutes
-TIMEOUT = 3600.0  # seconds for one push: huggingface_hub itself waits forever for a connection that is dead
+TIMEOUT = 3600.0  # seconds for one push: huggingface_hub itself waits forever for a dead connection
 _OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Push:
-    """What goes to the Hub: the student in `folder`, with a card for `step`, or for a finished student where that is None.
+    """A push of a student to the Hub.
 
-    `training` and `facts` are what `render_card` takes. With `path_in_repo` the whole checkpoint goes there too, for resuming
-    elsewhere. `is_kept` pushes are not replaced by newer ones while they wait. `message` is the commit's, by default the stage
-    and the step.
+    Attributes:
+        folder: the folder of the student.
+        repo_id: the Hub repository.
+        step: the optimizer step that the card names; None for a finished student.
+        stage: the stage of the training.
+        training: the history of the training, as `render_card` takes it.
+        facts: the facts of a card.yaml, as `render_card` takes them.
+        revision: the branch.
+        private: whether a new repository is private.
+        path_in_repo: folder that the whole checkpoint is uploaded to too, for resuming elsewhere.
+        is_kept: whether no newer push replaces this one while it waits.
+        message: the commit's message, by default the stage and the step.
     """
 
     folder: str
@@ -60,7 +69,7 @@ class Push:
     message: str | None = None
 
     def replaces(self, waiting: "Push") -> bool:
-        """Whether another push need not be made before this one: there, it would be overwritten with all that it has."""
+        """Return whether this push would overwrite everything in a waiting one, which need not be made then."""
         same_place = (self.repo_id, self.revision) == (waiting.repo_id, waiting.revision)
         return same_place and not waiting.is_kept and waiting.path_in_repo in (None, self.path_in_repo)
 
@@ -71,7 +80,10 @@ class Push:
 
 @dataclass(frozen=True)
 class PushResult:
-    """`commit` is the full hash; None, with an `error` of one line, where the push failed or a newer one took its place."""
+    """The result of a push.
+
+    `commit` is the full hash. Where the push failed or a newer one replaced it, it is None, and `error` has one line.
+    """
 
     name: str
     repo_id: str
@@ -83,20 +95,21 @@ class PushResult:
 
 
 def make_push(args: TrainingArguments, folder: Path, step: int | None, training: dict, facts: dict, **options) -> Push:
-    """To where the arguments say."""
+    """Create a push to the repository in the training arguments."""
     target = {"revision": args.hub_revision, "private": args.hub_private_repo}
     return Push(str(folder), args.hub_model_id, step, args.stage, training, facts, **target, **options)
 
 
 class HubPublisher:
-    """Carries out pushes one after another, in the background. Its methods neither raise for what fails nor wait, except `wait`.
+    """A queue of pushes that are carried out one after another, in the background.
 
-    A context manager: at its end it waits for what is under way, or, after a KeyboardInterrupt, drops it. What became of each push
-    is in `results`, and in pushes.json beside the folder that was pushed.
+    Its methods do not raise for a failed push, and only `wait` waits. At the end of its context it waits for the queued
+    pushes; after a KeyboardInterrupt it drops them. The result of each push is in `results`, and in pushes.json beside
+    the folder that was pushed.
 
     Args:
-        teacher: what the card says the student learned from: a Hub name.
-        facts: what the card says and no file tells, as in a card.yaml.
+        teacher: the Hub name of the teacher, for the card.
+        facts: facts for the card that no file contains, as in a card.yaml.
     """
 
     def __init__(self, teacher: str | None = None, facts: dict | None = None):
@@ -120,16 +133,16 @@ class HubPublisher:
             self.cancel()
 
     def training(self, stage: dict | None = None) -> dict:
-        """What the card says of the training: the finished stages, and one that is under way."""
+        """Return the history of the training for the card: the finished stages, and the current one."""
         return {"teacher": self.teacher, "stages": [*self.finished_stages, *([stage] if stage else [])]}
 
     def check_access(self, repo_id: str, private: bool | None, token: str | None):
-        """Makes the repository where there is none; a warning tells early that pushes will fail."""
+        """Create the repository if there is none, in the background. A warning is logged early if pushes will fail."""
 
         def ask():
             try:
                 HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
-            except Exception as error:  # of the network, the token, the name: a warning all the same
+            except Exception as error:  # of the network, the token or the name: a warning in any case
                 logger.warning("%s: pushes are likely to fail: %s", repo_id, one_line(error, 300))
 
         if repo_id not in self._asked:
@@ -137,16 +150,16 @@ class HubPublisher:
             threading.Thread(target=ask, daemon=True, name="hub-access").start()
 
     def push_finished(self, args: TrainingArguments, folder: Path, result: dict, message: str | None = None):
-        """Queues the exported student of a stage. `result` are the stage's settings and what came of them, for the card."""
+        """Queue the exported student of a stage. `result` has the stage's settings and results, for the card."""
         options = {"is_kept": True, "message": message}
         self.submit(make_push(args, folder, None, self.training(result), self.facts, **options), args.hub_token)
 
     def submit(self, push: Push, token: str | None = None):
-        """Takes a snapshot of `push.folder`, which may change or vanish from here on, and queues the push."""
+        """Take a snapshot of `push.folder`, which may change or vanish from then on, and queue the push."""
         folder, place = Path(push.folder), None
         snapshots = folder.parent / SNAPSHOTS_NAME
         try:
-            with self._changed:  # or the folder is removed as empty before there is something in it
+            with self._changed:  # otherwise `_remove` could delete the folder while it is still empty
                 snapshots.mkdir(exist_ok=True)
                 place = Path(tempfile.mkdtemp(prefix=f"{folder.name[:40]}-", dir=snapshots))
             shutil.copytree(folder, place / SNAPSHOT_NAME, copy_function=_link_or_copy)
@@ -168,12 +181,12 @@ class HubPublisher:
             self._finish(old, old_place.parents[1], error=f"replaced by {push.name} while it waited", was_replaced=True)
 
     def wait(self):
-        """Until everything that was submitted is done, or has failed."""
+        """Wait until every submitted push is done or has failed."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and not self._is_busy)
 
     def cancel(self):
-        """Drops what waits and ends what is under way; the repository keeps the revision that it has."""
+        """Drop the waiting pushes and end the current one; the repository keeps its revision."""
         with self._changed:
             dropped, self._waiting, self._is_cancelled = self._waiting, deque(), True
             if (process := self._process) is not None:
@@ -183,7 +196,7 @@ class HubPublisher:
         self.wait()
 
     def logs(self) -> dict[str, int]:
-        """For a training's logs: the last step that arrived, and how many pushes failed; nothing before the first of either."""
+        """Return the last pushed step and the number of failed pushes, for a training's logs, where there are any."""
         done = [result.step for result in self.results if result.commit and result.step is not None]
         failed = len(self.failures())
         return {**({"hub/pushed_step": done[-1]} if done else {}), **({"hub/failed_pushes": failed} if failed else {})}
@@ -192,8 +205,9 @@ class HubPublisher:
         return [result for result in self.results if result.error and not result.was_replaced]
 
     def report(self) -> str:
-        """What arrived and what failed, a line each; nothing where nothing was pushed."""
-        lines, done = [], {}
+        """Return a line for each repository that was pushed to, and for each failed push."""
+        lines: list[str] = []
+        done: dict[str, list[PushResult]] = {}
         for result in self.results:
             if result.commit:
                 done.setdefault(result.repo_id, []).append(result)
@@ -211,7 +225,7 @@ class HubPublisher:
             start = time.monotonic()
             try:
                 outcome = self._run(push, token, place)
-            except Exception as error:  # this thread outlives whatever one push may do
+            except Exception as error:  # one push must not end this thread
                 outcome = {"error": f"{type(error).__name__}: {one_line(error, 300)}"}
             self._remove(place)
             self._finish(push, place.parents[1], seconds=time.monotonic() - start, **outcome)
@@ -223,17 +237,13 @@ class HubPublisher:
         settings = {"retries": RETRIES, "retry_wait": RETRY_WAIT}
         job = json.dumps([{**asdict(push), "folder": str(place / SNAPSHOT_NAME)}, settings], default=str)
         command = [sys.executable, "-c", f"from {__package__}.push_worker import main; main()"]
-        pipes = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "text": True,
-            "errors": "replace",
-        }
+        pipe = subprocess.PIPE
         with self._changed:
             if self._is_cancelled:
                 return {"error": "stopped before it was done."}
-            self._process = subprocess.Popen(command, env=_environment(token), **pipes)
+            self._process = subprocess.Popen(
+                command, env=_environment(token), stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace"
+            )
         try:
             output, errors = self._process.communicate(job, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -250,7 +260,7 @@ class HubPublisher:
         return json.loads(output.strip().splitlines()[-1])
 
     def _remove(self, place: Path):
-        """A snapshot, and the folder of all snapshots with the last of them."""
+        """Remove a snapshot, and with the last one the folder of all snapshots."""
         shutil.rmtree(place, ignore_errors=True)
         with self._changed, contextlib.suppress(OSError):
             place.parent.rmdir()  # where it is empty
@@ -267,7 +277,7 @@ class HubPublisher:
 
 
 def read_record(output_dir: str | os.PathLike) -> list[dict]:
-    """What became of the pushes of a stage, each as `PushResult`; also after a restart."""
+    """Return the results of a stage's pushes, with the fields of `PushResult`, including those before a restart."""
     try:
         return read_json(Path(output_dir) / RECORD_NAME, list)
     except ValueError:
@@ -275,13 +285,13 @@ def read_record(output_dir: str | os.PathLike) -> list[dict]:
 
 
 def has_arrived(output_dir: str | os.PathLike, repo_id: str) -> bool:
-    """Whether the last push of a stage was that of its finished student, to this repository, and succeeded."""
+    """Return whether the last push of a stage was that of its finished student, to this repository, and succeeded."""
     last = (read_record(output_dir) or [{"commit": None}])[-1]
     return last["commit"] is not None and (last["repo_id"], last["step"]) == (repo_id, None)
 
 
 def _link_or_copy(source: str, destination: str):
-    """A second name of the same file, which costs no time and no disk; nothing writes into a checkpoint that is whole."""
+    """Link or copy a file. A hard link costs no time and no disk, and finished checkpoints are never written to."""
     try:
         os.link(source, destination)
     except OSError:
@@ -289,33 +299,33 @@ def _link_or_copy(source: str, destination: str):
 
 
 def _environment(token: str | None) -> dict[str, str]:
-    """No GPU, and no part in the training's process group."""
-    kept = {
+    """Return the environment of the push's process: without GPUs and the training's process group."""
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in _OF_THE_LAUNCHER and not name.startswith(("TORCHELASTIC_", "ACCELERATE_"))
     }
     quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return {**kept, **quiet, **({"HF_TOKEN": token} if token else {})}
+    return {**inherited, **quiet, **({"HF_TOKEN": token} if token else {})}
 
 
 class PushingTrainer(Trainer):
-    """transformers' Trainer with pushes that are complete (code, processor, card), and that training never waits for.
+    """transformers' Trainer with complete pushes (code, processor, card) that the training never waits for.
 
-    `hub_strategy` means what it does there. "end" pushes the finished student alone; "every_save" also the student of each
-    checkpoint; "checkpoint" and "all_checkpoints" also the whole checkpoint, as last-checkpoint/ or under its own name. These
-    two alone push pickles, since optimizers, schedulers and random states are saved as such; Trainer resumes from them with
-    torch's `weights_only`, and whoever loads the model reads none of them. A subclass saves complete folders, and has
-    `run_settings` and `export`.
+    `hub_strategy` has Trainer's meaning. "end" pushes only the finished student; "every_save" also the student of each
+    checkpoint; "checkpoint" and "all_checkpoints" also the whole checkpoint, as last-checkpoint/ or under its own name.
+    Only these two push pickles, since optimizers, schedulers and random states are saved as such. Trainer resumes from
+    them with torch's `weights_only`, and loading the model reads none of them. A subclass saves complete folders, and
+    has `run_settings` and `export`.
 
-    `publisher` may be shared by trainers, one after another; it is process 0's.
+    `publisher` may be shared by trainers, one after another. Only process 0 has one.
     """
 
     publisher: HubPublisher | None = None
     _owns_publisher = False
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None):
-        """As Trainer's, which waits for the Hub, and fails with it."""
+        """Prepare pushing like Trainer's method, but without waiting for the Hub, and without failing with it."""
         self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
         if self.hub_model_id is None:
             raise ValueError("pushing needs hub_model_id, such as org/name.")
@@ -329,20 +339,21 @@ class PushingTrainer(Trainer):
         pass  # Trainer calls it before the checkpoint is whole: `push_checkpoint` is called after that
 
     def _finish_current_push(self):
-        """At the end of `train`. Who shares a publisher waits for it himself, when all of its trainings are done."""
+        """Wait for the pushes at the end of `train`. A shared publisher's owner waits for it after all trainings."""
         if self.publisher is not None and self._owns_publisher:
             self.publisher.wait()
             if report := self.publisher.report():
                 print(report)
 
     def push_checkpoint(self, folder: Path):
-        """Queues a checkpoint that is whole, as `hub_strategy` says."""
+        """Queue a complete checkpoint, according to `hub_strategy`."""
         strategy = HubStrategy(self.args.hub_strategy)
         if not self.args.push_to_hub or strategy == HubStrategy.END or not self.is_world_process_zero():
             return
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         step = int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
         is_kept = self.args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS
+        assert self.publisher is not None  # see init_hf_repo
         training = self.publisher.training(self.run_settings)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         options = {"path_in_repo": names.get(strategy), "is_kept": is_kept}
@@ -351,9 +362,20 @@ class PushingTrainer(Trainer):
         )
 
     def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **kwargs) -> PushResult | None:
-        """Exports the student to `output_dir`/student, verifies and pushes it. Where `blocking`, waits, and returns what became of it.
+        """Export the student to `output_dir`/student, verify and push it.
 
-        Repository, revision, token and visibility are those of the arguments. Raises PublishError where it failed.
+        Repository, revision, token and visibility are those of the training arguments.
+
+        Args:
+            commit_message: the commit's message.
+            blocking: whether to wait for the push.
+
+        Returns:
+            The result of the push where `blocking`, on process 0.
+
+        Raises:
+            PublishError: where the push failed.
+            ValueError: for an option that belongs into the training arguments.
         """
         if kwargs := {
             name: value
@@ -368,6 +390,7 @@ class PushingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        assert self.publisher is not None  # see init_hf_repo
         self.publisher.push_finished(self.args, folder, self.run_settings, commit_message)
         if not blocking:
             return None

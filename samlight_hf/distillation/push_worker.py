@@ -1,4 +1,4 @@
-"""One push of a training, carried out in a process of its own: see publishing.py."""
+"""One push of a training, carried out in its own process (see publishing.py)."""
 
 import json
 import os
@@ -17,23 +17,22 @@ from .publishing import Push
 
 
 def main():
-    """Carries out the push that stdin describes; the last line of stdout is what `PushResult` needs of it, as JSON."""
+    """Carry out the push that stdin describes, and print the fields of its `PushResult` as JSON in the last line."""
     if hasattr(os, "nice"):
-        os.nice(10)  # the training, and what loads its images, come first
+        os.nice(10)  # the training and its data loading come first
     push, settings = json.load(sys.stdin)
     print(json.dumps(carry_out(Push(**push), **settings)))
 
 
-def carry_out(push: Push, retries: int, retry_wait: float) -> dict[str, str]:
-    """Builds, checks and uploads, in one commit; returns the commit, or the error.
+def carry_out(push: Push, retries: int, retry_wait: float) -> dict[str, str | None]:
+    """Build, check and upload the folder in one commit; return the commit or the error.
 
-    A finished student is verified too: run, in a process without the package.
+    A finished student is also verified: it is run in a process without the package.
     """
     try:
         facts = CardFacts.of(push.facts, "the card's facts")
-        card = render_card(
-            push.folder, training=push.training, facts=facts, step=push.step, repo_id=push.repo_id, revision=push.revision
-        )  # fmt: skip
+        target = {"repo_id": push.repo_id, "revision": push.revision}
+        card = render_card(push.folder, training=push.training, facts=facts, step=push.step, **target)
         built = Path(push.folder).with_name("published")
         build_folder(push.folder, built, card=card)
         published = publish(
@@ -47,16 +46,17 @@ def carry_out(push: Push, retries: int, retry_wait: float) -> dict[str, str]:
 
 
 def _checkpoint_files(push: Push) -> dict[str, str | bytes]:
-    """The whole checkpoint, by its paths in the repository: enough to resume from."""
+    """Return the files of the whole checkpoint by their paths in the repository: enough to resume from."""
     folder = Path(push.folder)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files.pop(TRAINING_ARGS_NAME, None)  # a pickle with the token in it, which resuming does not read
-    files[TRAINER_STATE_NAME] = _portable_state(files[TRAINER_STATE_NAME])
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths.pop(TRAINING_ARGS_NAME, None)  # a pickle with the token in it, which resuming does not read
+    files: dict[str, str | bytes] = {name: str(path) for name, path in paths.items()}
+    files[TRAINER_STATE_NAME] = _portable_state(paths[TRAINER_STATE_NAME])
     return {f"{push.path_in_repo}/{name}": content for name, content in files.items()}
 
 
 def _portable_state(path: Path) -> bytes:
-    """The trainer's state without the best checkpoint, which is a place on this machine, and stays here."""
+    """Return the trainer's state without the path of the best checkpoint, which is valid on this machine only."""
     state = read_json(path, dict)
     state |= dict.fromkeys(("best_model_checkpoint", "best_metric", "best_global_step") & state.keys())
     return (json.dumps(state, indent=2, sort_keys=True) + "\n").encode()

@@ -1,4 +1,4 @@
-"""A distillation from settings to a student's folder: the stages one after another, each from where the last one ended."""
+"""A distillation from settings to a student's folder: the stages in order, each from the last one's student."""
 
 import contextlib
 import json
@@ -8,13 +8,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, TrainerCallback, set_seed
 
 from ..conversion import (
     change_image_size,
@@ -23,21 +21,8 @@ from ..conversion import (
     initialize_positions,
     load_teacher,
 )
-from ..data import (
-    Augmentation,
-    Cutouts,
-    ImageDataset,
-    MaskFolderDataset,
-    PromptSampling,
-    SkipReport,
-    SyntheticScenes,
-    TrainingExamples,
-    load_dataset,
-)
-from ..data.dataset import FileDataset
-from ..data.image_cache import ImageCache
+from ..data import ImageDataset, MaskFolderDataset, SkipReport
 from ..data.label_maps import MaskReading
-from ..data.sa1b import find_tars
 from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
 from ..modeling.modeling_sam_lightening import SamLighteningModel, make_processor
@@ -49,32 +34,32 @@ from ..utils.processes import tell
 from .arguments import DistillationArguments, RunArguments
 from .callbacks import MaskImageCallback
 from .checkpoints import check_same_run, last_checkpoint, run_settings
-from .embedding_cache import CachedExamples, EmbeddingCache, fill_cache
+from .open_data import make_examples, open_eval_images, open_train_sources, prompt_sampling, with_cache
 from .plots import plot_learning_curves
 from .publishing import HubPublisher, Push, has_arrived
 from .teacher import Teacher
 from .trainer import DistillationTrainer, focus_layers
 
 
-if TYPE_CHECKING:
-    from ..data import StreamedExamples
-
-
 RESULT_NAME = "result.json"
-
-# Images of the evaluation that are tried before anything is trained.
-NUM_TRIED = 16
 
 
 def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
-    """Runs the stages and returns the folder of the student, complete and loadable anywhere.
+    """Run the stages, and return the folder of the student, which is complete and loadable anywhere.
 
     Each stage has a folder of its own with checkpoints, `student/`, `result.json`, learning curves and images. With
-    `run.resume` a finished stage is kept, and an interrupted one goes on from its last checkpoint.
+    `run.resume` a finished stage is kept, and an interrupted one resumes from its last checkpoint.
+
+    Args:
+        run: the teacher, the student and the data.
+        stages: the settings of each stage, in order.
+
+    Returns:
+        The folder of the last stage's student.
 
     Raises:
         ValueError: for settings that do not fit together, before anything is trained.
-        PublishError: where the finished student did not reach the Hub; it is in its folder, and everything else is done.
+        PublishError: where the push of the finished student failed. Its folder is complete.
     """
     check_run(run, stages)
     with _make_publisher(run, stages) as publisher:
@@ -85,35 +70,42 @@ def distill(run: RunArguments, stages: Sequence[DistillationArguments]) -> Path:
 
 
 def _make_publisher(run: RunArguments, stages: Sequence[DistillationArguments]):
-    """On the main process of a run that pushes; elsewhere a context of None."""
+    """Return a publisher on the main process of a run that pushes, elsewhere a context of None."""
     if PartialState().is_main_process and (run.push_to or any(args.push_to_hub for args in stages)):
         return HubPublisher(run.teacher, run.card_facts())
     return contextlib.nullcontext()
 
 
 def _report_pushes(publisher: HubPublisher, student: Path):
-    """Raises PublishError where the finished student did not arrive: everything else is done by then."""
+    """Print what was pushed. Raises PublishError where the push of the finished student failed."""
     if report := publisher.report():
         print(report)
     last = {result.repo_id: result for result in publisher.results}
     if missing := [repo_id for repo_id, result in last.items() if result.commit is None]:
         raise PublishError(
-            f"{student} is finished, and not in {', '.join(missing)}: {last[missing[0]].error} To try again: the same command with --resume."
+            f"{student} is finished, and not in {', '.join(missing)}: {last[missing[0]].error} To try again: the same "
+            "command with --resume."
         )
+
+
+def _open_data(run: RunArguments) -> tuple[list[ImageDataset], ImageDataset | None]:
+    """Open the training and evaluation data. Raises ValueError for settings of mask files where there are none."""
+    sources = open_train_sources(run)
+    eval_images = open_eval_images(run, sources)
+    datasets = [*sources, *([] if eval_images is None else [eval_images])]
+    if run.mask_reading() != MaskReading() and not any(isinstance(dataset, MaskFolderDataset) for dataset in datasets):
+        raise ValueError(
+            f"ignore_label={run.ignore_label} and binary_masks={run.binary_masks} say how mask files are read, and no "
+            "folder with images/ and masks/ is among the data. Leave them out."
+        )
+    return sources, eval_images
 
 
 def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publisher: HubPublisher | None) -> Path:
     set_seed(stages[0].seed)
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
-    sources = open_train_sources(run)
-    eval_images = open_eval_images(run, sources)
-    opened = [*sources, *([] if eval_images is None else [eval_images])]
-    if run.mask_reading() != MaskReading() and not any(isinstance(source, MaskFolderDataset) for source in opened):
-        raise ValueError(
-            f"ignore_label={run.ignore_label} and binary_masks={run.binary_masks} say how mask files are read, and no "
-            "folder with images/ and masks/ is among the data. Leave them out."
-        )
-    student, folder = make_student(run, teacher), None
+    sources, eval_images = _open_data(run)
+    student, folder = make_student(run, teacher), Path()
     for args in stages:
         folder = Path(args.output_dir) / "student"
         was_finished = (Path(args.output_dir) / RESULT_NAME).is_file()
@@ -140,7 +132,7 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
 
 
 def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
-    """Raises ValueError for what can be seen without reading a model or an image."""
+    """Check the settings without reading a model or an image. Raises ValueError where they do not fit together."""
     if not (run.train_data or run.train_annotations or run.stream_data):
         raise ValueError("train_data is missing: give SA-1B tars, a folder, or train_annotations and train_images.")
     if run.stream_data and (run.train_data or run.train_annotations):
@@ -150,25 +142,29 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
     is_fresh = run.student in PRESETS or run.student.endswith(".json")
     if run.stages[0] == "decoder" and is_fresh and not (Path(stages[0].output_dir) / RESULT_NAME).is_file():
         raise ValueError(
-            f"stages begins with the decoder, on a fresh image encoder (student={run.student}), which knows nothing yet. Put encoder "
-            "before it, or give the encoder stage's folder as student, such as outputs/x/encoder/student."
+            f"stages begins with the decoder, on a fresh image encoder (student={run.student}), which is untrained. "
+            "Put encoder before it, or give the encoder stage's folder as student, such as outputs/x/encoder/student."
         )
     for args in stages:
-        if args.stage != "encoder":
-            _prompt_sampling(run, args)  # which raises for what is out of range
-        if args.stage == "encoder" and args.cache_dir and run.stream_data:
-            raise ValueError(
-                f"cache_dir={args.cache_dir} needs images that can be enumerated: use train_data, not stream_data."
-            )
-        if args.stage == "encoder" and args.cache_dir and run.num_views is None:
-            raise ValueError(
-                f"cache_dir={args.cache_dir} needs num_views: a finite number of views of each image can be cached, such as "
-                "num_views=1."
-            )
-        if args.eval_strategy != "no" and not (run.eval_data or run.eval_annotations):
-            raise ValueError(f"eval_strategy={args.eval_strategy} needs eval_data.")
-        if args.process_index == 0:  # one process alone: what it tries, the others would find there
-            _check_folders(run, args)
+        _check_stage(run, args)
+
+
+def _check_stage(run: RunArguments, args: DistillationArguments):
+    if args.stage != "encoder":
+        prompt_sampling(run, args)  # raises for values out of range
+    if args.stage == "encoder" and args.cache_dir and run.stream_data:
+        raise ValueError(
+            f"cache_dir={args.cache_dir} needs images that can be enumerated: use train_data, not stream_data."
+        )
+    if args.stage == "encoder" and args.cache_dir and run.num_views is None:
+        raise ValueError(
+            f"cache_dir={args.cache_dir} needs num_views: a finite number of views of each image can be cached, such "
+            "as num_views=1."
+        )
+    if args.eval_strategy != "no" and not (run.eval_data or run.eval_annotations):
+        raise ValueError(f"eval_strategy={args.eval_strategy} needs eval_data.")
+    if args.process_index == 0:  # in one process only: the others would find its temporary files
+        _check_folders(run, args)
 
 
 def _check_folders(run: RunArguments, args: DistillationArguments):
@@ -199,17 +195,29 @@ def train_stage(
     teacher_model: PreTrainedModel | None,
     publisher: HubPublisher | None = None,
 ) -> dict:
-    """Trains `student` in place; writes the stage's result, and returns it.
+    """Train `student` in place; write the stage's result to `result.json`, and return it.
 
-    A finished stage is kept, and `student` as it is, if it was made with these settings and of this student.
+    A finished stage is not trained again, and `student` stays unchanged. It must have the same settings, and have begun
+    with the same student.
+
+    Args:
+        student: a SamLighteningModel or a SamModel.
+        args: the stage's settings.
+        run: the run's settings.
+        sources: the training data.
+        eval_images: the evaluation data.
+        teacher_model: the teacher, needed by the stage "encoder".
+        publisher: carries out the pushes.
+
+    Returns:
+        The settings, the time, the losses and scores, and the report of skipped images.
+
+    Raises:
+        CheckpointChangedError: where a finished stage or a checkpoint was made with other settings.
     """
     start = time.time()
     output_dir = Path(args.output_dir)
-    teacher = None
-    if args.stage == "encoder":
-        pairs = focus_layers(student, teacher_model.config.vision_config, args.num_focus_layers)
-        layers = [layer for _, layer in pairs]
-        teacher = Teacher(teacher_model, layers, find_dtype(args.teacher_dtype), compile=args.torch_compile)
+    teacher = _make_teacher(teacher_model, student, args)
     examples = make_examples(student, args, run, sources)
     if (output_dir / RESULT_NAME).is_file():
         saved = read_json(output_dir / RESULT_NAME, dict)
@@ -217,37 +225,22 @@ def train_stage(
         check_same_run(output_dir, saved["settings"], settings, bool(run.stream_data), is_finished=True)
         tell(f"{output_dir}: finished before, and kept.")
         return saved
-    callbacks = []
-    if eval_images is not None:
-        drawn = (eval_images.load(index)[0] for index in range(min(6, len(eval_images))))
-        callbacks.append(MaskImageCallback([sample for sample in drawn if sample is not None]))
+    callbacks = _mask_images(eval_images)
     processor = make_processor(student.config.vision_config)
     train_dataset = with_cache(examples, args, run, teacher)
     trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_images, callbacks, publisher)
     checkpoint = last_checkpoint(args.output_dir) if run.resume else None
     output = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_images is not None and not trainer.is_fsdp_enabled else {}
-    folder = output_dir / "student"
-    trainer.export(folder)
+    trainer.export(output_dir / "student")
     skipped = SkipReport()
     for part in gather_object([examples.skip_report().to_dict()]):
         skipped.merge(SkipReport.from_dict(part))
-    result = {
-        "stage": args.stage,
-        "settings": trainer.run_settings,
-        # What Trainer itself reports is of the time since it was resumed.
-        "seconds": None if checkpoint else time.time() - start,
-        "train_loss": statistics.mean(_logged(trainer, "loss") or [output.training_loss]),
-        "images_per_second": statistics.median(_logged(trainer, "images_per_second") or [None]),
-        "metrics": metrics,
-        "skipped": skipped.to_dict(),
-    }
+    # Trainer's own figure counts only the time since the training was resumed.
+    seconds = None if checkpoint else time.time() - start
+    result = _make_result(trainer, output.training_loss, seconds, metrics, skipped)
     if trainer.is_world_process_zero():
-        verify_export(folder, None if trainer.is_fsdp_enabled else trainer.student)
-        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
-        plot_learning_curves(trainer.state.log_history, output_dir / "curves.png", args.stage)
-        text = json.dumps(result, indent=1)
-        atomic_write(output_dir / RESULT_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        _write_result(trainer, result, output_dir)
         if skipped:
             print(skipped.summary())
     if teacher is not None:
@@ -257,14 +250,63 @@ def train_stage(
     return result
 
 
+def _make_teacher(
+    model: PreTrainedModel | None, student: PreTrainedModel, args: DistillationArguments
+) -> Teacher | None:
+    """Return the teacher of the stage "encoder"; the other stages learn from masks."""
+    if args.stage != "encoder":
+        return None
+    assert model is not None  # see check_run
+    pairs = focus_layers(student, model.config.vision_config, args.num_focus_layers)
+    layers = [layer for _, layer in pairs]
+    return Teacher(model, layers, find_dtype(args.teacher_dtype), compile=args.torch_compile)
+
+
+def _mask_images(eval_images: ImageDataset | None) -> list[TrainerCallback]:
+    """Return the callback that draws masks of the first images that can be used."""
+    if eval_images is None:
+        return []
+    samples = (eval_images.load(index)[0] for index in range(min(6, len(eval_images))))
+    return [MaskImageCallback([sample for sample in samples if sample is not None])]
+
+
+def _make_result(
+    trainer: DistillationTrainer, training_loss: float, seconds: float | None, metrics: dict, skipped: SkipReport
+) -> dict:
+    losses, speeds = (_logged(trainer, name) for name in ("loss", "images_per_second"))
+    return {
+        "stage": trainer.args.stage,
+        "settings": trainer.run_settings,
+        "seconds": seconds,
+        "train_loss": statistics.mean(losses or [training_loss]),
+        "images_per_second": statistics.median(speeds) if speeds else None,
+        "metrics": metrics,
+        "skipped": skipped.to_dict(),
+    }
+
+
+def _write_result(trainer: DistillationTrainer, result: dict, output_dir: Path):
+    """Verify the exported student and write the stage's files, last the result, which marks the stage as finished."""
+    verify_export(output_dir / "student", None if trainer.is_fsdp_enabled else trainer.student)
+    trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+    plot_learning_curves(trainer.state.log_history, output_dir / "curves.png", result["stage"])
+    text = json.dumps(result, indent=1)
+    atomic_write(output_dir / RESULT_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def _logged(trainer: DistillationTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrainedModel:
-    """The student as `run` describes it.
+    """Create or load the student of a run, on the CPU.
 
-    Raises ValueError for a preset that is not known, and for what cannot be loaded.
+    Args:
+        run: the settings `student`, `image_size` and `initialize_from_teacher_layers`.
+        teacher: the teacher, whose prompt encoder and mask decoder a fresh student takes over.
+
+    Raises:
+        ValueError: for an unknown preset, and a file or folder that cannot be loaded.
     """
     name = run.student
     if name in PRESETS and teacher is not None:
@@ -291,151 +333,30 @@ def _from_config(path: str, teacher: PreTrainedModel | None, run: RunArguments) 
         raise ValueError(f"student={path}: model_type={config.model_type!r} must be one of {', '.join(MODEL_TYPES)}.")
     if teacher is not None and isinstance(config, SamLighteningConfig):
         return create_student(teacher, config=config, initialize_from_teacher_layers=run.initialize_from_teacher_layers)
-    config.vision_config.scale = 1.0  # SamVisionConfig's own value makes box prompts noise that is never learned
+    config.vision_config.scale = 1.0  # with SamVisionConfig's default box prompts are noise, which is never learned
     return _initialized(AutoModelForMaskGeneration.from_config(config))
 
 
 def _initialized(model: PreTrainedModel) -> PreTrainedModel:
-    """A model without a teacher, with what transformers leaves at zero or next to it drawn so that it can be trained."""
+    """Initialize a model without a teacher, including the parameters that transformers leaves at or near zero."""
     initialize_decoder(model)
     initialize_positions(model)
     return model
 
 
-def open_sources(
-    paths: Sequence[str],
-    annotations: str | None,
-    images: str | None,
-    limit: int | None = None,
-    reading: MaskReading | None = None,
-) -> list[ImageDataset]:
-    """Each path by itself, then the JSON with its folder. "synthetic" and "synthetic:SEED" are scenes made of shapes.
-
-    Raises ValueError for what is no dataset.
-    """
-    reading = reading or MaskReading()
-    sources = [
-        # Whether there must be masks is up to the stage.
-        _synthetic(path, limit)
-        if path.split(":")[0] == "synthetic"
-        else load_dataset(
-            path,
-            limit=limit,
-            require_masks=False,
-            ignore_label=reading.ignore_label,
-            binary_masks=reading.binary,
-        )
-        for path in paths
-    ]
-    if annotations or images:
-        if not (annotations and images):
-            raise ValueError(f"annotations={annotations} and images={images} go together: give both.")
-        sources.append(load_dataset(annotations, images=images, limit=limit))
-    return sources
-
-
-def open_train_sources(run: RunArguments) -> list[ImageDataset]:
-    """What is trained on, with decoded images kept where `image_cache_dir` says so. Raises ValueError for what is no dataset."""
-    sources = open_sources(run.train_data, run.train_annotations, run.train_images, reading=run.mask_reading())
-    if run.image_cache_dir:
-        cache = ImageCache(run.image_cache_dir)
-        for source in sources:
-            if isinstance(source, FileDataset):
-                source.image_cache = cache
-    return sources
-
-
-def _synthetic(name: str, limit: int | None) -> SyntheticScenes:
-    seed = name.partition(":")[2] or "0"
-    if not seed.isdecimal():
-        raise ValueError(f"{name}: must be synthetic:SEED with a number, such as synthetic:1.")
-    return SyntheticScenes(limit or 100_000, seed=int(seed))
-
-
-def open_eval_images(run: RunArguments, train_sources: Sequence[ImageDataset]) -> ImageDataset | None:
-    """Raises ValueError for more than one dataset, one without masks or none that can be used, and one that is trained on too."""
-    sources = open_sources(run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit, run.mask_reading())
-    if len(sources) > 1:
-        raise ValueError(
-            f"eval_data={run.eval_data} names {len(sources)} datasets. Give one: scores are means over one dataset."
-        )
-    name = f"eval_annotations={run.eval_annotations}" if run.eval_annotations else f"eval_data={run.eval_data}"
-    streamed = {tar.resolve() for path in run.stream_data if "://" not in path for tar in find_tars(path)}
-    for source in sources:
-        if not source.has_masks:
-            raise ValueError(f"{name} has no masks to compare with. Give images with masks.")
-        if source.files() & streamed.union(*(other.files() for other in train_sources)):
-            raise ValueError(
-                f"{name} is trained on too: scores would say nothing. Leave its images out of what is trained on (patterns count)."
-            )
-        _check_usable(name, source)
-    return sources[0] if sources else None
-
-
-def _check_usable(name: str, source: ImageDataset):
-    """Raises ValueError where none of the first images can be used: before hours of training, not after them."""
-    first = range(min(NUM_TRIED, len(source)))
-    if next(source.samples(report := SkipReport(), first), None) is None:
-        raise ValueError(f"{name}: none of the first {len(first)} images can be used. {report.summary()}")
-
-
-def _prompt_sampling(run: RunArguments, args: DistillationArguments) -> PromptSampling:
-    return PromptSampling(
-        args.num_prompts,
-        max(1, args.num_refinements),
-        run.box_noise,
-        deepest_share=run.deepest_share,
-        area_power=run.area_power,
-    )
-
-
-def make_examples(
-    student: PreTrainedModel, args: DistillationArguments, run: RunArguments, sources: Sequence[ImageDataset]
-) -> "TrainingExamples | StreamedExamples":
-    """All examples of the stage, in their order. Raises ValueError for a source without masks where the stage needs them."""
-    config = student.config.vision_config
-    settings = {
-        "image_size": config.image_size,
-        "mask_size": 4 * (config.image_size // config.patch_size),
-        "augmentation": Augmentation(
-            scale=(run.min_scale, run.max_scale),
-            stretch=run.stretch,
-            flip=run.flip,
-            brightness=run.color_jitter,
-            contrast=run.color_jitter,
-            saturation=run.color_jitter,
-        ),
-        "prompts": None if args.stage == "encoder" else _prompt_sampling(run, args),
-        "cutouts": Cutouts(run.cutouts) if run.cutouts else None,
-        "num_views": run.num_views if args.stage == "encoder" else None,
-        "seed": args.seed,
-        "max_skipped": run.max_skipped,
-    }
-    if run.stream_data:
-        from ..data import StreamedExamples  # needs the package datasets
-
-        return StreamedExamples(run.stream_data, **settings, rank=args.process_index, world_size=args.world_size)
-    num_examples = args.max_steps * args.global_batch_size
-    return TrainingExamples(sources, num_examples, source_weights=run.source_weights or None, **settings)
-
-
-def with_cache(examples: Dataset, args: DistillationArguments, run: RunArguments, teacher: Teacher | None) -> Dataset:
-    """The examples with the teacher's targets from disk, where `cache_dir` says so; computed first where they are missing."""
-    if teacher is None or args.cache_dir is None:
-        return examples
-    cache = EmbeddingCache(args.cache_dir, teacher, examples.num_ids, examples.preprocessing())
-    fill_cache(
-        cache, examples.views(), teacher, args.device, args.per_device_train_batch_size, args.dataloader_num_workers
-    )
-    return CachedExamples(examples, cache)
-
-
 @torch.no_grad()
 def verify_export(folder: Path, student: PreTrainedModel | None):
-    """Loads the folder again, strictly, and runs it once. Raises RuntimeError where it is not the student that was trained.
+    """Load an exported folder strictly, run it once, and compare it with the trained student.
 
-    The weights must be equal, and the masks up to rounding: on some CPUs a product depends on where its weights lie in memory.
-    None for a student whose weights are in shards, which cannot be run beside it.
+    The weights must be equal. The masks may differ by rounding: on some CPUs a product depends on the memory addresses
+    of its weights.
+
+    Args:
+        folder: the exported student.
+        student: the trained student; None for one whose weights are in shards, which cannot be run here.
+
+    Raises:
+        RuntimeError: where they differ.
     """
     loaded, _ = load_model(folder, device="cpu" if student is None else str(student.device))
     if student is None:
@@ -446,7 +367,7 @@ def verify_export(folder: Path, student: PreTrainedModel | None):
         size = student.config.vision_config.image_size
         pixel_values = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(student.device)
         boxes = torch.tensor([[[size / 4, size / 4, size / 2, size / 2]]], device=student.device)
-        expected, found = (model.eval()(pixel_values, input_boxes=boxes).pred_masks for model in (student, loaded))
-        same = (found - expected).norm() <= 1e-3 * expected.norm()
+        expected, actual = (model.eval()(pixel_values, input_boxes=boxes).pred_masks for model in (student, loaded))
+        same = (actual - expected).norm() <= 1e-3 * expected.norm()
     if not same:
         raise RuntimeError(f"{folder} is not the student that was trained. It is not to be used.")

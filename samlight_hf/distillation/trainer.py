@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,14 +12,13 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
-from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, TrainerCallback, TrainerControl
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..data import ImageDataset, Sample
 from ..evaluation.models import PromptableModel
-from ..evaluation.protocols import InstanceProtocols, ProtocolSettings
 from ..loading import quiet_transformers
 from ..utils.atomic_files import beside, move_folder
 from ..utils.messages import one_line
@@ -38,35 +38,36 @@ from .checkpoints import (
 from .layer_weights import LayerWeightCallback
 from .muon import MuonWithAdamW
 from .publishing import SNAPSHOTS_NAME, HubPublisher, PushingTrainer
-from .stages import EncoderStage, MaskStage, encode, match_layers
+from .stages import EncoderStage, MaskStage, check_trained_parameters, encode, focus_layers
 from .teacher import Teacher, normalize_pixels
+from .validation import evaluate_images, mask_records, mean_records
 
 
 EXTRA_STATE_NAME = "projections.safetensors"
-METRICS = {"box/single": "box_miou", "1 click/predicted": "point_miou", "1 click/oracle": "point_oracle_miou"}
 
 
 class DistillationTrainer(PushingTrainer):
-    """Trains a student in one stage of distillation, on any number of devices that accelerate can use.
+    """A Trainer of a student in one stage of distillation, on any number of devices that accelerate can use.
 
-    A checkpoint is a complete folder of the student, with what resuming needs beside it. It is written aside and moved, so
-    that a process killed at any moment leaves the last one whole. Evaluation prompts the student with the boxes and with
-    single points of the objects in `eval_images`, at the images' own size.
+    A checkpoint is a complete folder of the student, with the state for resuming beside it. It is moved into place when
+    it is finished, so that a process killed at any moment leaves the last one complete. Evaluation prompts the student
+    with the boxes and with single points of the objects in `eval_images`, at the images' own size.
 
     Args:
         student: a SamLighteningModel or a SamModel, trained in place.
         args: the settings.
         train_dataset: items as `TrainingExamples` makes them, trained in their order.
-        processor: the student's; saved with it.
-        teacher: for the stage "encoder", with the layers that `focus_layers` gives.
+        processor: the student's processor, saved with it.
+        teacher: the teacher of the stage "encoder", with the layers that `focus_layers` returns.
         eval_images: images with masks.
-        callbacks: further ones. A `LayerWeightCallback` among them takes the place of the one that `layer_weights` names.
-        publisher: carries out the pushes, with `push_to_hub`; by default one of its own.
+        callbacks: further callbacks. A `LayerWeightCallback` among them replaces the one that `layer_weights` names.
+        publisher: carries out the pushes of `push_to_hub`; by default one of its own.
 
     Raises:
-        ValueError: where the stage and what it needs do not fit together.
+        ValueError: where the student, the teacher and the stage do not fit together.
     """
 
+    control: TrainerControl
     model_accepts_loss_kwargs = False  # the loss is a mean over images: Trainer divides it by the accumulation steps
     loss_is_scaled_for_ga = False
 
@@ -83,15 +84,17 @@ class DistillationTrainer(PushingTrainer):
     ):
         self.student, self.teacher, self.processor = student, teacher, processor
         self.eval_images, self.publisher = eval_images, publisher
-        self._sums: dict[str, torch.Tensor] = {}  # of what a stage returns beside the loss, since the last log
+        self._sums: dict[
+            str, torch.Tensor
+        ] = {}  # of the values that a stage returns beside the loss, since the last log
         self._num_summed = 0
         self._staging: str | None = None
-        # What defines the run: see `run_settings` in checkpoints.py. Now, because the student is about to change.
+        # Computed before the training changes the student.
         self.run_settings = run_settings(args, getattr(train_dataset, "examples", train_dataset), teacher, student)
-        if args.ddp_find_unused_parameters is None:  # else DDP looks for some at every step
+        if args.ddp_find_unused_parameters is None:  # otherwise DDP searches for unused parameters at every step
             args.ddp_find_unused_parameters = not args.trains_every_parameter
         if args.torch_compile and args.world_size > 1:
-            # One graph: split for DDP's buckets it fuses less, and there is little to send behind it (70 MB for tiny).
+            # One graph: split at DDP's buckets it fuses less, and there is little communication (70 MB for tiny).
             torch._dynamo.config.optimize_ddp = False
         callbacks = [FiniteLossCallback(), ThroughputCallback(), *(callbacks or [])]
         if args.stage == "encoder" and not any(isinstance(callback, LayerWeightCallback) for callback in callbacks):
@@ -115,25 +118,35 @@ class DistillationTrainer(PushingTrainer):
         if self.teacher is None:
             raise ValueError('stage="encoder" needs a teacher.')
         pairs = focus_layers(self.student, self.teacher.config, args.num_focus_layers)
-        if self.teacher.layers != tuple(theirs for _, theirs in pairs):
+        if self.teacher.layers != tuple(teacher_layer for _, teacher_layer in pairs):
             raise ValueError(
                 f"the teacher's layers={self.teacher.layers} must be those that focus_layers gives: {pairs}."
             )
-        mine, theirs = self.student.config.vision_config, self.teacher.config
+        student_config, teacher_config = self.student.config.vision_config, self.teacher.config
         for name in ("image_size", "patch_size", "output_channels"):
-            if getattr(mine, name) != getattr(theirs, name):
+            size, teacher_size = getattr(student_config, name), getattr(teacher_config, name)
+            if size != teacher_size:
                 raise ValueError(
-                    f"the student's {name}={getattr(mine, name)} must equal the teacher's {getattr(theirs, name)}: their "
-                    "embeddings are compared. Make the student with create_student(teacher, ...)."
+                    f"the student's {name}={size} must equal the teacher's {teacher_size}: their embeddings are "
+                    "compared. Make the student with create_student(teacher, ...)."
                 )
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)  # of the projections
-            return EncoderStage(self.student, [layer for layer, _ in pairs], theirs.hidden_size)
+            return EncoderStage(self.student, [layer for layer, _ in pairs], teacher_config.hidden_size)
 
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As Trainer's. Raises CheckpointChangedError where a setting that defines the run is not the checkpoint's."""
+        """Train as Trainer does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last one in `output_dir`.
+            kwargs: further arguments of `Trainer.train`.
+
+        Raises:
+            CheckpointChangedError: where a setting that defines the run differs from the checkpoint's.
+            ValueError: where there is no checkpoint to resume from.
+        """
         if self.args.should_save:
             for name in (STAGING_NAME, SNAPSHOTS_NAME):  # of a process that was killed
                 shutil.rmtree(Path(self.args.output_dir) / name, ignore_errors=True)
@@ -151,7 +164,7 @@ class DistillationTrainer(PushingTrainer):
         except BaseException:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                    callback.training_bar.close()  # or the error would be told behind it, on the same line
+                    callback.training_bar.close()  # otherwise the error would be printed on the bar's line
             raise
 
     def _check_resumable(self, checkpoint: str):
@@ -159,12 +172,12 @@ class DistillationTrainer(PushingTrainer):
         notice = check_same_run(checkpoint, read_settings(checkpoint), self.run_settings, streams)
         if not self.is_fsdp_enabled and not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
             raise CheckpointChangedError(
-                f"{checkpoint}: has no {OPTIMIZER_NAME} (save_only_model=true), without which the schedule would begin again. "
-                "Start a new output_dir whose student it is."
+                f"{checkpoint}: has no {OPTIMIZER_NAME} (save_only_model=true), without which the schedule would begin "
+                "again. Start a new output_dir whose student it is."
             )
         if notice and self.args.should_save:
             print(notice)
-        if streams:  # which skips what it does not have to decode
+        if streams:  # a stream skips examples without decoding them
             self.args.ignore_data_skip = True
             num_batches = checkpoint_step(checkpoint) * self.args.gradient_accumulation_steps
             self.train_dataset.skip_batches(num_batches, self.args.per_device_train_batch_size)
@@ -182,21 +195,12 @@ class DistillationTrainer(PushingTrainer):
                 "muon=true is not possible with FSDP, whose shards are no matrices. Use muon=false, or DDP."
             )
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._prove_frozen(optimizer)
+        stage = self.accelerator.unwrap_model(self.model)
+        check_trained_parameters(stage, optimizer, self.is_fsdp_enabled)
         return optimizer
 
-    def _prove_frozen(self, optimizer: torch.optim.Optimizer):
-        """Before the first step: the optimizer holds all of what the stage trains, and nothing else."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        stage = self.accelerator.unwrap_model(self.model)
-        for name, parameter in stage.named_parameters():
-            trains = not name.startswith("student.") or name.split(".")[1] in stage.trainable
-            in_optimizer = trains if self.is_fsdp_enabled else id(parameter) in held  # FSDP puts others in their place
-            if (parameter.requires_grad, in_optimizer) != (trains, trains):
-                raise RuntimeError(f"{name} must be {'trained' if trains else 'frozen'} in this stage, and is not.")
-
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's. A stream is not given to accelerate, which would share out what is shared out by rank already."""
+        """Return the loader of training batches, without accelerate for a stream, which is already split by rank."""
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         return DataLoader(
@@ -208,7 +212,7 @@ class DistillationTrainer(PushingTrainer):
         )
 
     def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the examples are drawn at random where they are made
+        return SequentialSampler(self.train_dataset)  # the dataset itself is in random order
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         pixel_values = normalize_pixels(inputs["pixel_values"], inputs["reshaped_input_sizes"])
@@ -226,6 +230,10 @@ class DistillationTrainer(PushingTrainer):
     def _targets(self, inputs: dict, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         if "targets" in inputs:
             return inputs["targets"]
+        return self._teacher_targets(pixel_values)
+
+    def _teacher_targets(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        assert self.teacher is not None  # see _make_stage
         self.teacher.encoder.to(pixel_values.device)
         return self.teacher.targets(pixel_values)
 
@@ -249,33 +257,38 @@ class DistillationTrainer(PushingTrainer):
     # Evaluation
 
     def promptable(self) -> PromptableModel:
-        """The student as it is now, for evaluation."""
+        """Return the student in its current state, for evaluation."""
         return PromptableModel(self.student, self.processor)
 
     def evaluate(
         self, eval_dataset: ImageDataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict:
-        """mIoU at the images' size, mean over objects: boxes, and single points by predicted IoU and best of three.
+        """Evaluate the student on images with masks, at the images' own size.
 
-        With a live teacher also the mean cosine of the student's and the teacher's embeddings.
+        Args:
+            eval_dataset: the images; by default `eval_images`.
+            ignore_keys: not used; part of Trainer's signature.
+            metric_key_prefix: prefix of the names.
+
+        Returns:
+            Means over objects of the IoU: for boxes, for single points with the mask of the highest predicted IoU, and
+            with the best of the three masks. In the stage "encoder" also the mean cosine similarity of the student's
+            and the teacher's embeddings.
+
+        Raises:
+            ValueError: where there are no images, or the weights are in shards.
         """
         images = self.eval_images if eval_dataset is None else eval_dataset
         if images is None:
             raise ValueError("evaluation needs eval_images.")
         if self.is_fsdp_enabled:
             raise ValueError(
-                "weights in shards cannot be evaluated in training. Use eval_strategy=no, and `samlight evaluate` afterwards."
+                "weights in shards cannot be evaluated in training. Use eval_strategy=no, and `samlight evaluate` "
+                "afterwards."
             )
-        promptable, records, num_skipped = self.promptable(), [], 0
-        for index in range(self.args.process_index, len(images), self.args.world_size):
-            sample, _ = images.load(index)
-            if sample is None:
-                num_skipped += 1
-                continue
-            with self._autocast():
-                records += mask_records(promptable, sample, self.args.eval_max_instances)
-                if self.args.stage == "encoder":
-                    records.append({"embedding_cosine": self._cosine(promptable, sample)})
+        indices = range(self.args.process_index, len(images), self.args.world_size)
+        evaluate = partial(self._evaluate_sample, self.promptable())
+        records, num_skipped = evaluate_images(images, indices, evaluate)
         self.student.train()
         metrics = mean_records(gather_object(records))
         if num_skipped := sum(gather_object([num_skipped])):
@@ -285,10 +298,16 @@ class DistillationTrainer(PushingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate_sample(self, promptable: PromptableModel, sample: Sample) -> list[dict[str, float]]:
+        with self._autocast():
+            records = mask_records(promptable, sample, self.args.eval_max_instances)
+            if self.args.stage == "encoder":
+                records.append({"embedding_cosine": self._cosine(promptable, sample)})
+        return records
+
     def _cosine(self, promptable: PromptableModel, sample: Sample) -> float:
-        self.teacher.encoder.to(self.args.device)
         pixel_values = promptable.preprocess([sample.image])["pixel_values"].to(self.args.device)
-        target = self.teacher.targets(pixel_values)[-1]
+        target = self._teacher_targets(pixel_values)[-1]
         with torch.inference_mode():
             _, embedding = encode(self.student.vision_encoder, pixel_values)
         return torch.cosine_similarity(embedding.float(), target.float(), dim=1).mean().item()
@@ -301,7 +320,7 @@ class DistillationTrainer(PushingTrainer):
     # Checkpoints
 
     def export(self, folder: str | os.PathLike):
-        """The student alone, complete and loadable anywhere, written aside and moved."""
+        """Write the student's folder, complete and loadable anywhere. It is written to a temporary folder and moved."""
         folder = Path(folder)
         aside = beside(folder, ".part")  # one name in all processes
         if self.args.should_save:
@@ -316,7 +335,7 @@ class DistillationTrainer(PushingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """The student's folder, and beside it what resuming needs."""
+        """Save the student's folder with the files that resuming needs."""
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
@@ -361,7 +380,7 @@ class DistillationTrainer(PushingTrainer):
         self._staging, best_before = str(staging), self.state.best_model_checkpoint
         try:
             super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint != best_before:  # this one: it will be found where it is moved to
+            if self.state.best_model_checkpoint != best_before:  # this one, under its final path
                 self.state.best_model_checkpoint = str(output_dir / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -369,8 +388,9 @@ class DistillationTrainer(PushingTrainer):
                 move_folder(staging / name, output_dir / name, fsync=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise RuntimeError(
-                f"the checkpoint of step {self.state.global_step} could not be saved in {output_dir} ({one_line(error)}). The last whole "
-                f"one is {last_checkpoint(output_dir)}: make room, and resume from it."
+                f"the checkpoint of step {self.state.global_step} could not be saved in {output_dir} "
+                f"({one_line(error)}). The last whole one is {last_checkpoint(output_dir)}: make room, and resume from "
+                "it."
             ) from error
         finally:
             self._staging = None
@@ -381,30 +401,8 @@ class DistillationTrainer(PushingTrainer):
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, best)
 
     def _check_finite(self):
-        """Whether every weight is finite: a checkpoint of a training that diverged is never written."""
+        """Raise TrainingDivergedError for weights that are not finite, so that their checkpoint is never written."""
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP's are in shards
             if parameter.requires_grad and not torch.isfinite(local).all():
                 raise diverged(f"NaN or infinite weights in {name}", self.args.output_dir, self.state.global_step)
-
-
-def focus_layers(student: PreTrainedModel, teacher_config, num_focus_layers: int) -> list[tuple[int, int]]:
-    """(student layer, teacher layer) that the stage "encoder" compares."""
-    return match_layers(
-        student.config.vision_config.num_hidden_layers, teacher_config.num_hidden_layers, num_focus_layers
-    )
-
-
-def mask_records(promptable: PromptableModel, sample: Sample, max_instances: int) -> list[dict[str, float]]:
-    """IoU at the image's size for each of the first `max_instances` objects, by the names of `METRICS`' values."""
-    settings = ProtocolSettings(num_clicks=(1,), max_instances=max_instances)
-    (encoded,) = promptable.encode([sample.image])
-    records = InstanceProtocols(settings)(promptable, encoded, sample)
-    return [{name: record["iou"][protocol] for protocol, name in METRICS.items()} for record in records]
-
-
-def mean_records(records: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each name over the records that have it."""
-    names = dict.fromkeys(name for record in records for name in record)
-    values = {name: [record[name] for record in records if name in record] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}

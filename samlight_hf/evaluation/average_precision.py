@@ -1,4 +1,4 @@
-"""Masks scored as detections are: AP for a detector's boxes, AR for everything mode, by COCOeval (faster-coco-eval)."""
+"""AP of masks for a detector's boxes and AR of everything mode, by COCOeval (faster-coco-eval)."""
 
 import math
 from collections import defaultdict
@@ -13,30 +13,31 @@ from ..data.annotations import annotation_id, as_integer, matching_id, usable_po
 from ..masks.rle import encode_rle, text_rle
 from ..utils.json_files import read_json
 from .models import Encoded, PromptableModel
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
 SIZES = ("all", "small", "medium", "large")
 
 
 class DetectorBoxes(EvaluationTask):
-    """The boxes of a detector (ViTDet's for one) as prompts, one mask each (`multimask_output=False`).
+    """A task that prompts with a detector's boxes (such as ViTDet's), one mask each (`multimask_output=False`).
 
-    One record for each image, which thereby counts in AP: {"image_id", "predictions": COCO results, [{"image_id",
-    "category_id", "score": the detector's, "segmentation": RLE}]}.
+    It returns one record for each image, so that every image counts in AP: {"image_id", "predictions": COCO results,
+    [{"image_id", "category_id", "score": the detector's, "segmentation": RLE}]}.
 
     Args:
         path: a COCO results file, [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].
-        image_ids: the dataset's; boxes of other images are counted in `num_other`. Results may have them as text.
+        image_ids: the image ids of the dataset. The file may have them as text. Boxes of other images are counted in
+            `num_other`.
 
     Raises:
-        ValueError: for a file that is no such list, or has no box of these images.
+        ValueError: for a file of another format, or without a box of these images.
     """
 
     def __init__(self, path: str | Path, image_ids):
         try:
             results = read_json(path)
-            by_image = defaultdict(list)
+            by_image: dict[str, list[tuple[int, float, tuple[float, ...]]]] = defaultdict(list)
             for number, result in enumerate(results):
                 box = tuple(float(result["bbox"][i]) for i in range(4))
                 score = float(result["score"])
@@ -53,7 +54,8 @@ class DetectorBoxes(EvaluationTask):
         if not self.by_image:
             raise ValueError(f"{path}: none of its {len(results)} boxes is of an image of this dataset.")
 
-    def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:
+    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
+        assert encoded is not None
         image_id, results = self.image_ids[sample.id], self.by_image.get(sample.id)
         if not results:
             return [{"image_id": image_id, "predictions": []}]
@@ -68,10 +70,15 @@ class DetectorBoxes(EvaluationTask):
 
 
 class EverythingTask(EvaluationTask):
-    """Everything mode, transformers' mask generation over a grid of points, against all annotated masks.
+    """A task that runs everything mode, transformers' mask generation over a grid of points, for all annotated masks.
 
-    One record for each image: {"picture", "predictions": [{"segmentation", "score"}], "targets": [{"segmentation", "area",
-    "iscrowd"}]}. Thresholds of 0 keep every mask that is not suppressed.
+    It returns one record for each image: {"picture", "predictions": [{"segmentation", "score"}], "targets":
+    [{"segmentation", "area", "iscrowd"}]}. Thresholds of 0 keep every mask that is not suppressed.
+
+    Args:
+        points_per_side: side of the grid of points.
+        pred_iou_thresh: lowest predicted IoU of a mask.
+        stability_score_thresh: lowest stability score of a mask.
     """
 
     needs_embeddings = False
@@ -79,13 +86,13 @@ class EverythingTask(EvaluationTask):
     def __init__(self, points_per_side: int = 32, pred_iou_thresh: float = 0.0, stability_score_thresh: float = 0.0):
         self.arguments = (points_per_side, pred_iou_thresh, stability_score_thresh)
 
-    def __call__(self, model: PromptableModel, encoded: None, sample: Sample) -> list[dict]:
+    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
         from ..inference.single_calls import segment_everything
 
         if not model.keeps_aspect:
             raise ValueError(
-                f"everything mode takes SAM's frame of an image, and model_type={model.model.config.model_type!r} another: "
-                "evaluate it without."
+                f"everything mode takes SAM's frame of an image, and model_type={model.model.config.model_type!r} has "
+                "another: evaluate it without."
             )
         result = segment_everything(model.model, model.processor, sample.image, *self.arguments)
         predictions = [
@@ -107,10 +114,10 @@ def precision(records: list[dict], min_iou: float = 0.5) -> dict[str, float]:
     """Measure how many masks everything mode finds, how many of them are right, and how well scores rank them.
 
     A mask is right if its IoU with an annotated region is at least `min_iou`; several masks may match one region. This
-    says something only of images that are annotated completely, such as panoptic ones.
+    is meaningful only for images that are annotated completely, such as panoptic ones.
 
     Args:
-        records: those of `EverythingTask`.
+        records: records of `EverythingTask`.
         min_iou: from 0 to 1.
 
     Returns:
@@ -133,30 +140,38 @@ def precision(records: list[dict], min_iou: float = 0.5) -> dict[str, float]:
             scores = np.array([prediction["score"] for prediction in record["predictions"]])
             higher = scores[is_right][:, None] - scores[~is_right]
             areas_under_curve.append(((higher > 0) + 0.5 * (higher == 0)).mean())
-    found = {"masks per image": sum(map(len, right)) / len(records)}
+    scores_by_name = {"masks per image": sum(map(len, right)) / len(records)}
     if right:
-        found[f"masks right@{min_iou:g}"] = float(np.concatenate(right).mean())
+        scores_by_name[f"masks right@{min_iou:g}"] = float(np.concatenate(right).mean())
     if areas_under_curve:
-        found["ranking AUC"] = float(np.mean(areas_under_curve))
-    return found
+        scores_by_name["ranking AUC"] = float(np.mean(areas_under_curve))
+    return scores_by_name
 
 
 def check_annotations(annotation_json: str | Path, image_ids: list, lvis: bool = False):
-    """Raises ValueError where `average_precision` could not be computed: to be known before anything is predicted."""
+    """Raise ValueError, before anything is predicted, where `average_precision` could not be computed."""
     _read_truth(annotation_json, image_ids, lvis)
 
 
 def average_precision(
     annotation_json: str | Path, results: list[dict], image_ids: list, lvis: bool = False
 ) -> dict[str, float]:
-    """COCO's or LVIS's mask AP, 0 to 1, of results on the images `image_ids`, which alone count.
+    """Compute COCO's or LVIS's mask AP, 0 to 1.
 
     AP is the mean over IoU thresholds 0.5:0.05:0.95, by COCOeval: 100 detections an image for COCO; 300, with federated
-    annotations and AP by frequency of the category, for LVIS. A size or frequency that no annotation has is left out.
-    Annotations without an area have their mask's.
+    annotations and AP by frequency of the category, for LVIS. Annotations without an area get the area of their mask.
+
+    Args:
+        annotation_json: the annotation file.
+        results: COCO results with masks.
+        image_ids: the images that are evaluated.
+        lvis: whether the annotations are LVIS's.
+
+    Returns:
+        AP over all and by size or frequency, without those that no annotation has.
 
     Raises:
-        ValueError: for annotations without what AP needs.
+        ValueError: for annotations that lack what AP needs.
     """
     from faster_coco_eval import COCO
 
@@ -178,7 +193,11 @@ def average_precision(
 
 
 def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str, float]:
-    """AR of `EverythingTask`'s records, 0 to 1: recall at `max_detections` masks an image, without categories, mean over IoUs."""
+    """Compute the average recall of `EverythingTask`'s records, 0 to 1.
+
+    It is the recall at `max_detections` masks an image, without categories, mean over IoU thresholds; over all and by
+    size.
+    """
     from faster_coco_eval import COCO
 
     category = {"category_id": 1}
@@ -205,9 +224,9 @@ def average_recall(records: list[dict], max_detections: int = 1000) -> dict[str,
 
 
 def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tuple[dict, dict[int | str, int]]:
-    """The annotations of these images for COCOeval, and the numbers of the images in it by their ids.
+    """Return the annotations of these images for COCOeval, and the numbers of the images in it by their ids.
 
-    Numbers, because COCOeval takes no text for an id, and an annotation 0 for one that was not found.
+    COCOeval does not accept text as an id, and treats an annotation id of 0 as "no match": so both are numbered from 1.
     """
     content = read_json(annotation_json, dict)
     categories = content.get("categories")
@@ -218,13 +237,13 @@ def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tup
     if lvis and not all(category.get("frequency") in ("r", "c", "f") for category in categories):
         raise ValueError(f"{annotation_json}: categories without LVIS's frequency (r, c or f). Leave out --lvis.")
     numbers = {image_id: n for n, image_id in enumerate(sorted(image_ids, key=lambda i: (isinstance(i, str), i)), 1)}
-    images = {}
+    images: dict[int | str, dict] = {}
     for image in content["images"]:
         if (image_id := annotation_id(image)) in numbers:
             if not (_has_integer(image, "width") and _has_integer(image, "height")):
                 raise ValueError(f"{annotation_json}: image {image_id!r} needs a width and a height for AP.")
             images.setdefault(image_id, {**image, "id": numbers[image_id]})
-    annotations = []
+    annotations: list[dict] = []
     for place, annotation in enumerate(content["annotations"]):
         image_id = matching_id(annotation.get("image_id"), numbers) if isinstance(annotation, dict) else None
         if image_id not in numbers:
@@ -241,7 +260,7 @@ def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tup
 
 
 def _mask_for_coco(segmentation) -> dict | list | None:
-    """RLE as it is, polygons as `CocoDataset` takes them, which pycocotools would misread, or None."""
+    """Return an RLE unchanged, polygons as `CocoDataset` reads them (pycocotools would misread some), or None."""
     if isinstance(segmentation, dict):
         return segmentation if {"size", "counts"} <= segmentation.keys() else None
     try:
@@ -268,5 +287,5 @@ def _run(truth, results: list[dict], image_ids: list, max_detections: list[int],
 
 
 def _means(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """COCOeval marks what no annotation has with -1."""
+    """Average COCOeval's scores, in which -1 means that there is no annotation."""
     return {name: float(values[values > -1].mean()) for name, values in scores.items() if (values > -1).any()}

@@ -1,21 +1,23 @@
-"""Scores on SAM's scale: mask logits and predicted IoUs rescaled inside the weights, without changing any mask.
+"""Calibration to SAM's scale: mask logits and predicted IoUs are rescaled inside the weights; masks do not change.
 
 Everything mode keeps masks whose predicted IoU is above 0.88 and whose stability is above 0.95. These defaults suit a
-model that was trained on masks of its own style. One that was trained on masks of many people scores lower, however
+model that was trained on masks from a model. One that was trained on masks drawn by many people scores lower, however
 good its masks are. `calibrate` finds the thresholds at which such a model finds the wanted number of masks, and maps
-them onto the defaults.
+them to the defaults.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data import ImageDataset
+from ..data import ImageDataset, Sample
 from ..inference.crops import DEFAULT_PRED_IOU_THRESH, DEFAULT_STABILITY_SCORE_THRESH, MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
+from ..masks.results import GeneratedMasks
 from .average_precision import precision
 
 
@@ -47,36 +49,44 @@ class Calibration:
 def scale_mask_logits(model: PreTrainedModel, factor: float):
     """Multiply a SAM's mask logits by a factor, in place, in the last layers of its hypernetworks.
 
-    Masks stay as they are, since their threshold is 0. Stability rises with the factor. Logits that are fed back as a
+    Masks do not change, since their threshold is 0. Stability rises with the factor. Logits that are fed back as a
     mask prompt are divided by it, in the first convolution that reads them.
 
+    Args:
+        model: a SAM or SAM-Lightening, changed in place.
+        factor: positive and finite.
+
     Raises:
-        ValueError: for a factor that is not positive and finite.
+        ValueError: for another factor.
     """
     if not 0 < factor < float("inf"):
         raise ValueError(f"factor={factor!r} must be positive and finite.")
-    for network in model.mask_decoder.output_hypernetworks_mlps:
+    parts: Any = model
+    for network in parts.mask_decoder.output_hypernetworks_mlps:
         network.proj_out.weight.mul_(factor)
         network.proj_out.bias.mul_(factor)
-    model.prompt_encoder.mask_embed.conv1.weight.div_(factor)
+    parts.prompt_encoder.mask_embed.conv1.weight.div_(factor)
 
 
 @torch.no_grad()
 def map_scores(model: PreTrainedModel, low: tuple[float, float], high: tuple[float, float]):
-    """Map the predicted IoUs of the three masks of an ambiguous prompt linearly, in place, in the last layer of the IoU head.
+    """Map the predicted IoUs of the three masks of an ambiguous prompt linearly, in the last layer of the IoU head.
 
-    Their order stays as it is. The score of the single mask, which boxes get, is not changed.
+    Their order does not change. The score of the single mask, which boxes get, does not change either.
 
     Args:
-        low, high: each a predicted IoU, and what it becomes.
+        model: a SAM or SAM-Lightening, changed in place.
+        low: a predicted IoU, and its new value.
+        high: a higher predicted IoU, and its new value.
 
     Raises:
-        ValueError: unless both rise from low to high.
+        ValueError: unless both values of `high` are above those of `low`.
     """
     if not (low[0] < high[0] and low[1] < high[1]):
         raise ValueError(f"low={low} must be below high={high}, before and after.")
     slope = (high[1] - low[1]) / (high[0] - low[0])
-    last = model.mask_decoder.iou_prediction_head.proj_out
+    parts: Any = model
+    last = parts.mask_decoder.iou_prediction_head.proj_out
     last.weight[1:] *= slope
     last.bias[1:] = last.bias[1:] * slope + (low[1] - slope * low[0])
 
@@ -91,56 +101,67 @@ def calibrate(
 ) -> Calibration:
     """Rescale a SAM, in place, so that everything mode finds about `masks_per_image` masks at the default thresholds.
 
-    Of the scales of the logits, the one is taken at which most of these masks are right.
+    Among the scales of the logits, it chooses the one at which most of these masks are right.
 
     Args:
         model: a SAM or SAM-Lightening.
-        processor: the model's.
+        processor: the model's processor.
         dataset: images that are annotated completely, and that the model is not evaluated on afterwards.
-        masks_per_image: mean over the images.
+        masks_per_image: wanted number of masks, mean over the images.
         points_per_side: side of the grid of points.
         logit_scales: factors to try.
+
+    Returns:
+        The chosen scale and thresholds, and the scores at the default thresholds.
 
     Raises:
         ValueError: where no scale gives so many masks.
     """
-    generator, found = MaskGenerator(model, processor), []
+    generator = MaskGenerator(model, processor)
+    calibrations: list[Calibration] = []
     for scale in logit_scales:
-        # At logits multiplied by `scale`, an offset of 1 is one of 1 / scale before.
+        # With logits multiplied by `scale`, an offset of 1 corresponds to 1 / scale before.
         settings = MaskGenerationSettings(
             points_per_side,
             pred_iou_thresh=0.0,
             stability_score_thresh=DEFAULT_STABILITY_SCORE_THRESH,
             stability_score_offset=1 / scale,
         )
-        records = [_record(generator, sample, settings) for sample in dataset]
-        scores = np.sort([each["score"] for record in records for each in record["predictions"]])[::-1]
+        records = [_record(generator, sample, settings) for sample in _samples(dataset)]
+        scores = np.sort([prediction["score"] for record in records for prediction in record["predictions"]])[::-1]
         number = round(masks_per_image * len(records))
         if len(scores) <= number:
             continue
         threshold, top = float(scores[number]), float(scores[0])
         ranking = precision(records).get("ranking AUC", float("nan"))
-        kept = [
-            {**record, "predictions": [each for each in record["predictions"] if each["score"] > threshold]}
-            for record in records
-        ]
-        measured = precision(kept)
-        found.append(
-            Calibration(scale, threshold, top, measured["masks per image"], measured["masks right@0.5"], ranking)
-        )
-    if not found:
+        measured = precision([_above(record, threshold) for record in records])
+        masks, right = measured["masks per image"], measured["masks right@0.5"]
+        calibrations.append(Calibration(scale, threshold, top, masks, right, ranking))
+    if not calibrations:
         raise ValueError(
             f"masks_per_image={masks_per_image} is more than the model finds with a stability above "
-            f"{DEFAULT_STABILITY_SCORE_THRESH} at any of the logit scales {tuple(logit_scales)}. Ask for fewer, or give larger scales."
+            f"{DEFAULT_STABILITY_SCORE_THRESH} at any of the logit scales {tuple(logit_scales)}. Ask for fewer, or "
+            "give larger scales."
         )
-    best = max(found, key=lambda each: each.share_right)
+    best = max(calibrations, key=lambda calibration: calibration.share_right)
     scale_mask_logits(model, best.logit_scale)
     map_scores(model, (best.pred_iou_thresh, DEFAULT_PRED_IOU_THRESH), (best.top_score, 1.0))
     return best
 
 
-def _record(generator: MaskGenerator, sample, settings: MaskGenerationSettings) -> dict:
+def _samples(dataset: ImageDataset) -> Iterator[Sample]:
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _above(record: dict, threshold: float) -> dict:
+    """Return a record without the masks of lower scores."""
+    predictions = [prediction for prediction in record["predictions"] if prediction["score"] > threshold]
+    return {**record, "predictions": predictions}
+
+
+def _record(generator: MaskGenerator, sample: Sample, settings: MaskGenerationSettings) -> dict:
     result = generator(sample.image, settings)
+    assert isinstance(result, GeneratedMasks)  # of one image
     predictions = [
         {"segmentation": rle, "score": float(score)} for rle, score in zip(result.masks.to_coco(), result.scores)
     ]

@@ -1,8 +1,8 @@
-"""Simulated clicks, as the interactive segmentation literature and the Segment Anything paper place them.
+"""Simulated clicks, as in the literature on interactive segmentation and the Segment Anything paper.
 
-The first click is the point deepest inside the mask, where the distance to everything outside is greatest, the outside of
-the image included. Each next click is the deepest point of the larger of two error regions, measured by that depth:
-what the prediction misses (a positive click) and what it has too much (a negative one).
+The first click is the deepest point of the mask, where the distance to its outside, including the outside of the image,
+is greatest. Each further click is the deepest point of the larger of two error regions, measured by that depth: the
+missed pixels (a positive click) and the excess pixels (a negative one).
 """
 
 import numpy as np
@@ -11,9 +11,14 @@ from ..data.clicks import deepest_point
 
 
 def next_click(predicted: np.ndarray, target: np.ndarray) -> tuple[tuple[int, int], int]:
-    """Where to click next, (x, y), and with which label, 1 (object) or 0 (background). Both masks bool (H, W).
+    """Return the next click for a predicted mask.
 
-    Where nothing is wrong, the deepest point of the target is confirmed once more.
+    Args:
+        predicted: bool (H, W).
+        target: bool (H, W). Where nothing is wrong, its deepest point is clicked again.
+
+    Returns:
+        The (x, y) of the click, and its label: 1 (object) or 0 (background).
     """
     missing_point, missing_depth = deepest_point(target & ~predicted)
     excess_point, excess_depth = deepest_point(predicted & ~target)

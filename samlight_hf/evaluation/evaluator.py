@@ -1,16 +1,17 @@
-"""Runs protocols over a dataset: batched, with images read ahead, on any number of processes, and restartable.
+"""Evaluation of a model over a dataset: batched, with images read ahead, on any number of processes, and resumable.
 
-The unit of work is a batch of consecutive images, whoever takes it: the same images are encoded together in one process
-or in eight, before and after an interruption, and so the numbers are the same.
+The unit of work is a batch of consecutive images. The same images are always encoded together, on one process or on
+eight, before and after an interruption, so the numbers are the same.
 """
 
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -18,17 +19,22 @@ from tqdm import tqdm
 from ..data import ImageDataset, Sample, SkipReport
 from ..utils.atomic_files import atomic_write, fit_name
 from .models import PromptableModel
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
-_RANK = ".00000.jsonl"  # room for a process's number behind a journal's name
+_RANK = ".00000.jsonl"  # room for a process's rank after a journal's name
 
 
 class Journal:
-    """A file with one line for each evaluated image, from which an interrupted run goes on.
+    """A file with one line for each evaluated image, from which an interrupted run resumes.
 
-    Each process appends to a file of its own and all read everybody's, so that the number of processes may change. A last
-    line that was cut off is dropped.
+    Each process appends to a file of its own, and all read every file, so that the number of processes may change. A
+    last line that was cut off is dropped.
+
+    Args:
+        folder: the folder of the files.
+        name: the beginning of the files' names.
+        settings: settings that must be the same in a resumed run.
 
     Raises:
         ValueError: for a journal of other settings.
@@ -41,14 +47,15 @@ class Journal:
         self._header = json.loads(json.dumps(settings))
         folder.mkdir(parents=True, exist_ok=True)
         self.read()
-        PartialState().wait_for_everyone()  # nobody writes before everybody has read
+        PartialState().wait_for_everyone()  # no process writes before all have read
         path = folder / f"{name}.{PartialState().process_index}.jsonl"
-        lines = _whole_lines(path) or [self._header]  # without one that was cut off, which nothing may be appended to
+        # Without a line that was cut off, to which nothing may be appended.
+        lines = _whole_lines(path) or [self._header]
         atomic_write(path, lambda aside: aside.write_text("".join(map(_to_line, lines)), encoding="utf-8"))
         self._file = path.open("a", encoding="utf-8")
 
     def read(self):
-        """Reads what all processes have written."""
+        """Read the files of all processes."""
         for path in sorted(self._folder.glob(f"{self._name}.*.jsonl")):
             header, *lines = _whole_lines(path) or [self._header]
             if header != self._header:
@@ -59,7 +66,7 @@ class Journal:
             self.done.update((line["index"], line) for line in lines)
 
     def add(self, index: int, records: list[dict], skipped: SkipReport):
-        """Nothing is sure to be on disk before `flush`."""
+        """Add the records of an image. They are on disk only after `flush`."""
         line = {"index": index, "records": records, "skipped": skipped.to_dict()}
         self.done[index] = line
         self._file.write(_to_line(line))
@@ -80,9 +87,21 @@ def evaluate(
     num_workers: int = 2,
     title: str = "",
 ) -> tuple[list[dict], SkipReport, float]:
-    """The records of all images in the dataset's order, what was skipped, and this process's seconds.
+    """Evaluate a model on all images of a dataset.
 
-    Under `accelerate launch` each process takes every so-many-th batch, and all return everything.
+    Under `accelerate launch` the batches are distributed over the processes, and all of them return everything.
+
+    Args:
+        model: the model.
+        dataset: the images.
+        work: the task that computes the records.
+        journal: where records are written, and from which images already evaluated are taken. It is closed at the end.
+        batch_size: images that are encoded together.
+        num_workers: processes that load images.
+        title: title of the progress bar.
+
+    Returns:
+        The records of all images in the dataset's order, the skipped images, and this process's seconds.
 
     Raises:
         ValueError: if no image of the dataset gave a record.
@@ -93,29 +112,15 @@ def evaluate(
     batches = [indices[first : first + batch_size] for first in indices[::batch_size]]
     batches = batches[state.process_index :: state.num_processes]
     batches = [batch for batch in batches if not all(index in journal.done for index in batch)]
-    with tqdm(
-        total=sum(map(len, batches)), unit="image", desc=title, disable=not state.is_main_process or None
-    ) as progress:
-        # Processes, not threads: decoding JSON, RLE and JPEG keeps the interpreter busy. What is pinned comes through a
-        # thread, which receives the next batches meanwhile.
-        pin_memory = num_workers > 0 and model.model.device.type == "cuda"
-        loader = DataLoader(
-            _Batches(dataset, batches, work.prepare),
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin_memory,
-        )
+    bar = tqdm(total=sum(map(len, batches)), unit="image", desc=title, disable=not state.is_main_process or None)
+    with bar as progress:
+        loader = _make_loader(_Batches(dataset, batches, work.prepare), num_workers, model.model.device)
         for batch, loaded in zip(batches, loader):
-            usable = [sample for sample, _, _ in loaded if sample is not None]
-            encodes = usable and work.needs_embeddings
-            encoded = model.encode([sample.image for sample in usable]) if encodes else [None] * len(usable)
-            prepared = [its for sample, its, _ in loaded if sample is not None]
-            records = iter(work.batch(model, encoded, prepared))
+            records_of_batch = iter(_run_batch(model, work, loaded))
             for index, (sample, _, skipped) in zip(batch, loaded, strict=True):
-                its_records = [] if sample is None else next(records)
+                image_records = [] if sample is None else next(records_of_batch)
                 if index not in journal.done:
-                    journal.add(index, its_records, skipped)
+                    journal.add(index, image_records, skipped)
             journal.flush()
             progress.update(len(batch))
     seconds = time.perf_counter() - start
@@ -124,7 +129,7 @@ def evaluate(
     journal.read()
     report = SkipReport()
     report.merge(dataset.index_report)
-    records = []
+    records: list[dict] = []
     for index in range(len(dataset)):
         records += journal.done[index]["records"]
         report.merge(SkipReport.from_dict(journal.done[index]["skipped"]))
@@ -133,8 +138,24 @@ def evaluate(
     return records, report, seconds
 
 
+def _make_loader(batches: "_Batches", num_workers: int, device: torch.device) -> DataLoader:
+    # Processes, not threads: decoding JSON, RLE and JPEG keeps the interpreter busy. Pinning uses a thread, which
+    # receives the next batches meanwhile.
+    pin_memory = num_workers > 0 and device.type == "cuda"
+    return DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=_unchanged, pin_memory=pin_memory)
+
+
+def _run_batch(model: PromptableModel, work: EvaluationTask, loaded: Sequence[tuple]) -> list[list[dict]]:
+    """Return the records of each image of a batch that could be read."""
+    samples = [sample for sample, _, _ in loaded if sample is not None]
+    prepared = [inputs for sample, inputs, _ in loaded if sample is not None]
+    encodes = samples and work.needs_embeddings
+    encoded = model.encode([sample.image for sample in samples]) if encodes else [None] * len(samples)
+    return work.batch(model, encoded, prepared)
+
+
 class _Batches(Dataset):
-    """`ImageDataset.load` of each image of a batch and what `prepare` makes of it, for a DataLoader."""
+    """Batches for a DataLoader: for each image the sample, the inputs that `prepare` returned, and the skip report."""
 
     def __init__(self, dataset: ImageDataset, batches: list[range], prepare: Callable[[Sample], Any]):
         self.dataset, self.batches, self.prepare = dataset, batches, prepare
@@ -147,7 +168,7 @@ class _Batches(Dataset):
         return [(sample, None if sample is None else self.prepare(sample), skipped) for sample, skipped in loaded]
 
 
-def _as_it_is(batch):
+def _unchanged(batch):
     return batch
 
 

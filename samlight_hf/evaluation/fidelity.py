@@ -1,6 +1,7 @@
-"""How close a student is to its teacher: embeddings, layers and masks. Needs no annotation but places to prompt."""
+"""Agreement of a student with its teacher: embeddings, layers and masks. It needs annotations only as prompts."""
 
 import statistics
+from typing import Any
 
 import torch
 
@@ -10,18 +11,22 @@ from .clicks import deepest_point
 from .metrics.mask_iou.iou import mask_iou
 from .models import Encoded, PromptableModel
 from .protocols import check_max_instances, select
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
 class Fidelity(EvaluationTask):
-    """The student, which `evaluate` runs, against `teacher` on the same images and prompts.
+    """A task that compares the evaluated student with `teacher` on the same images and prompts.
 
-    One record for each image: {"picture", "cosine": of the image embeddings, mean over positions, "mse", "layers":
-    {"student layer i ~ teacher layer j": linear CKA of their tokens}, "mask_iou": {"box/single": [IoU of the two models'
-    masks for each instance], "1 click/predicted": [...]}}.
+    It returns one record for each image: {"picture", "cosine": of the image embeddings, mean over positions, "mse",
+    "layers": {"student layer i ~ teacher layer j": linear CKA of their tokens}, "mask_iou": {"box/single": [IoU of the
+    two models' masks for each instance], "1 click/predicted": [...]}}.
 
     Layers of different widths have no cosine; linear CKA (Kornblith et al., ICML 2019) compares them up to rotation and
     scale, 1 being equal. Student layer i of n is matched to teacher layer round(i * m / n) of m.
+
+    Args:
+        teacher: the teacher.
+        max_instances: number of instances of an image that are prompted at most.
 
     Raises:
         ValueError: for a teacher whose image embeddings have another shape, and for `max_instances` below 1.
@@ -31,15 +36,15 @@ class Fidelity(EvaluationTask):
         check_max_instances(max_instances)
         self.teacher, self.max_instances = teacher, max_instances
 
-    def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:
-        (theirs,) = self.teacher.encode([sample.image])
-        ours = _final(encoded), _final(theirs)
-        if ours[0].shape != ours[1].shape:
+    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
+        assert encoded is not None
+        (teacher_encoded,) = self.teacher.encode([sample.image])
+        student_embedding, teacher_embedding = _final(encoded).float(), _final(teacher_encoded).float()
+        if student_embedding.shape != teacher_embedding.shape:
             raise ValueError(
-                f"the student's image embeddings are {tuple(ours[0].shape[1:])}, the teacher's {tuple(ours[1].shape[1:])}: "
-                "fidelity needs the same width and grid."
+                f"the student's image embeddings are {tuple(student_embedding.shape[1:])}, the teacher's "
+                f"{tuple(teacher_embedding.shape[1:])}: fidelity needs the same width and grid."
             )
-        student_embedding, teacher_embedding = (embedding.float() for embedding in ours)
         cosine = torch.nn.functional.cosine_similarity(student_embedding, teacher_embedding, dim=1).mean()
         return [
             {
@@ -47,7 +52,7 @@ class Fidelity(EvaluationTask):
                 "cosine": cosine.item(),
                 "mse": (student_embedding - teacher_embedding).square().mean().item(),
                 "layers": self._layers(model, sample),
-                "mask_iou": self._masks(model, encoded, theirs, sample),
+                "mask_iou": self._masks(model, encoded, teacher_encoded, sample),
             }
         ]
 
@@ -64,26 +69,30 @@ class Fidelity(EvaluationTask):
         return similarities
 
     def _masks(
-        self, model: PromptableModel, encoded: Encoded, theirs: Encoded, sample: Sample
+        self, model: PromptableModel, encoded: Encoded, teacher_encoded: Encoded, sample: Sample
     ) -> dict[str, list[float]]:
         instances = [instance for instance in sample.instances if not instance.is_crowd][: self.max_instances]
         if not instances:
             return {}
         points = [[deepest_point(instance.mask())[0]] for instance in instances]
-        box = {"boxes_xyxy": torch.tensor([xywh_to_xyxy(i.bbox_xywh) for i in instances]), "multimask_output": False}
-        click = {"points_xy": torch.tensor(points), "labels": torch.ones(len(points), 1, dtype=torch.long)}
+        boxes = torch.tensor([xywh_to_xyxy(instance.bbox_xywh) for instance in instances])
+        labels = torch.ones(len(points), 1, dtype=torch.long)
+        prompts: dict[str, dict[str, Any]] = {
+            "box/single": {"boxes_xyxy": boxes, "multimask_output": False},
+            "1 click/predicted": {"points_xy": torch.tensor(points), "labels": labels},
+        }
         agreement = {}
-        for name, prompts in (("box/single", box), ("1 click/predicted", click)):
+        for name, prompt in prompts.items():
             masks = []
-            for each, its_encoding in ((model, encoded), (self.teacher, theirs)):
-                prediction = each.predict(its_encoding, **prompts)
+            for promptable, embeddings in ((model, encoded), (self.teacher, teacher_encoded)):
+                prediction = promptable.predict(embeddings, **prompt)
                 masks.append(select(prediction.masks, prediction.predicted_iou.argmax(dim=1)))
             agreement[name] = mask_iou(*masks).tolist()
         return agreement
 
 
 def summarize_fidelity(records: list[dict]) -> dict[str, float]:
-    """Means over images of embeddings and layers, and over instances of masks."""
+    """Return means over images for embeddings and layers, and over instances for masks."""
     scores = {
         "embedding cosine": statistics.fmean(record["cosine"] for record in records),
         "embedding MSE": statistics.fmean(record["mse"] for record in records),
@@ -97,7 +106,15 @@ def summarize_fidelity(records: list[dict]) -> dict[str, float]:
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Linear centred kernel alignment of (N, C) and (N, D) features, 0 to 1 (Kornblith et al., 2019, equation 5)."""
+    """Compute the linear centered kernel alignment of two sets of features of the same N tokens.
+
+    Args:
+        x: (N, C).
+        y: (N, D).
+
+    Returns:
+        A scalar from 0 to 1 (Kornblith et al., 2019, equation 5).
+    """
     x, y = (features.double() - features.double().mean(dim=0) for features in (x, y))
     cross = (x.T @ y).square().sum()
     return cross / ((x.T @ x).norm() * (y.T @ y).norm())

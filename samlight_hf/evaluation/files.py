@@ -1,4 +1,4 @@
-"""Files of a report: names, plain JSON, and digests of what was measured."""
+"""Files of a report: their names, plain JSON, and digests of the data."""
 
 import gzip
 import hashlib
@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from ..data import CocoDataset, ImageDataset, Sa1bDataset
+from ..data import CocoDataset, ImageDataset, MaskFolderDataset, Sa1bDataset
 
 
 def is_missing(value) -> bool:
@@ -18,7 +19,7 @@ def is_missing(value) -> bool:
 
 
 def plain(value):
-    """As JSON can hold it: numpy's numbers as Python's, NaN as null, keys and whatever else as text."""
+    """Convert a value to plain JSON: numpy's numbers to Python's, NaN to null, keys and other objects to text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | np.ndarray):
@@ -34,16 +35,19 @@ def slug(name: str) -> str:
 
 
 def content_digest(path: str | Path) -> str:
-    """Tells a file from another of the same name."""
+    """Return a digest that distinguishes files of one name."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def dataset_digest(dataset: ImageDataset, path: str | Path) -> str:
-    """Tells the dataset of `path` from another: a JSON by its content, tars and mask files by names, sizes and times."""
+    """Return a digest that distinguishes datasets.
+
+    It is the digest of a JSON's content, or of the names, sizes and times of tars and mask files.
+    """
     if isinstance(dataset, CocoDataset):
         return content_digest(path)
-    files = dataset.paths if isinstance(dataset, Sa1bDataset) else dataset.mask_files()
+    files = dataset.paths if isinstance(dataset, Sa1bDataset) else cast(MaskFolderDataset, dataset).mask_files()
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Any promptable SAM of transformers behind one pair of calls: encode images, then prompt in pixels of the image."""
+"""A common interface of transformers' promptable SAMs: encode images, then prompt in pixels of the image."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,39 +16,57 @@ SUPPORTED = {"sam_lightening": True, "sam": True, "sam_hq": True, "sam2": False,
 
 @dataclass(eq=False)
 class Encoded:
-    """One encoded image: keyword arguments of the model with a batch of one, and what its coordinates mean."""
+    """An encoded image.
+
+    Attributes:
+        embeddings: keyword arguments of the model, with a batch of one.
+        size: (height, width) of the image.
+        reshaped_size: (height, width) of the image within the model's input.
+    """
 
     embeddings: dict[str, torch.Tensor | list[torch.Tensor]]
-    size: tuple[int, int]  # height, width of the image
-    reshaped_size: tuple[int, int]  # height, width of the image within the model's input
+    size: tuple[int, int]
+    reshaped_size: tuple[int, int]
 
     @property
     def scale(self) -> torch.Tensor:
-        """Along x and y, from pixels of the image to pixels of the model's input, float32 (2,)."""
+        """Factors along x and y from pixels of the image to pixels of the model's input, float32 (2,)."""
         return torch.tensor([self.reshaped_size[1] / self.size[1], self.reshaped_size[0] / self.size[0]])
 
 
 @dataclass
 class PromptedMasks:
-    """What n prompts gave, m masks each."""
+    """The masks for n prompts, m for each.
 
-    masks: torch.Tensor  # bool (n, m, H, W), at the image's size
-    predicted_iou: torch.Tensor  # float32 (n, m)
-    logits: torch.Tensor  # (n, m, h, w) at the decoder's size, to feed back
+    Attributes:
+        masks: bool (n, m, H, W), at the image's size.
+        predicted_iou: float32 (n, m).
+        logits: (n, m, h, w), at the decoder's size, to be fed back.
+    """
+
+    masks: torch.Tensor
+    predicted_iou: torch.Tensor
+    logits: torch.Tensor
 
 
 class PromptableModel:
-    """A model and its processor, in evaluation mode; it counts its own forward calls and the time spent in them.
+    """A model and its processor in evaluation mode, with counts and times of the model's forward calls.
 
-    Raises ValueError for a model that is none of `SUPPORTED`.
+    Args:
+        model: a model whose `model_type` is one of `SUPPORTED`.
+        processor: the model's processor.
+        prompts_per_batch: number of prompts in one call of the decoder.
+
+    Raises:
+        ValueError: for a model of another type.
     """
 
     def __init__(self, model, processor, prompts_per_batch: int = 64):
         model_type = getattr(model.config, "model_type", None)
         if model_type not in SUPPORTED:
             raise ValueError(
-                f"model_type={model_type!r} cannot be evaluated: it must take points and boxes and offer multimask_output, "
-                f"as {', '.join(SUPPORTED)} do."
+                f"model_type={model_type!r} cannot be evaluated: it must take points and boxes and offer "
+                f"multimask_output, as {', '.join(SUPPORTED)} do."
             )
         self.model, self.processor = model.eval(), processor
         self.keeps_aspect = SUPPORTED[model_type]
@@ -58,20 +76,22 @@ class PromptableModel:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Spent in the model's forward calls so far; waits for those under way."""
+        """Time spent in the model's forward calls so far. Waits for running ones."""
         return {part: self.timer.seconds(part) for part in self.count}
 
     def latency_ms(self) -> dict[str, float | None]:
-        """Mean time of the encoder for an image, and of the decoder for a call of up to `prompts_per_batch` prompts."""
+        """Return the mean time of the encoder for an image, and of the decoder for a call of up to `prompts_per_batch`
+        prompts.
+        """
         return {part: 1e3 * spent / n if (n := self.count[part]) else None for part, spent in self.seconds.items()}
 
     def fingerprint(self) -> str:
-        """Of the weights, to tell an interrupted run of this model from one of another."""
+        """Return a fingerprint of the weights, which identifies the model of an interrupted run."""
         return weights_fingerprint(self.model)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> list[Encoded]:
-        """Encodes a batch of RGB images of any sizes."""
+        """Encode a batch of RGB images of any sizes."""
         inputs = self.preprocess(images)
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         with self.timer.measure("encoder", self.model.device):
@@ -94,15 +114,22 @@ class PromptableModel:
         logits: torch.Tensor | None = None,
         multimask_output: bool = True,
     ) -> PromptedMasks:
-        """One object for each prompt: boxes (n, 4), or points (n, k, 2) with labels (n, k) of 1 and 0; pixels of the image.
+        """Predict masks for n prompts, one object each. Coordinates are pixels of the image.
 
-        `logits` (n, 1, h, w) of an earlier prediction refine it. Returns n x 3 masks, or n x 1 without `multimask_output`.
+        Args:
+            encoded: the encoded image.
+            boxes_xyxy: (n, 4).
+            points_xy: (n, k, 2), with `labels`.
+            labels: (n, k), 1 for points of the object and 0 for background.
+            logits: (n, 1, h, w) of an earlier prediction, to be refined.
+            multimask_output: whether three masks are predicted for each prompt, or one.
         """
         prompts = {}
         if boxes_xyxy is not None:
             prompts["input_boxes"] = (boxes_xyxy.float() * encoded.scale.repeat(2))[:, None]  # (n, 1, 4)
         if points_xy is not None:
             prompts["input_points"] = (points_xy.float() * encoded.scale)[:, None]  # (n, 1, k, 2)
+            assert labels is not None
             prompts["input_labels"] = labels[:, None]
         if logits is not None:
             prompts["input_masks"] = logits.to(self.model.dtype)
@@ -117,29 +144,45 @@ class PromptableModel:
     def predict_boxes(
         self, encoded: Sequence[Encoded], boxes_xyxy: Sequence[torch.Tensor], multimask_output: bool = True
     ) -> Iterator[PromptedMasks]:
-        """`predict` for each encoded image and its boxes (n, 4), in calls that prompts of several images share.
+        """Predict masks for the boxes of several images, with prompts of several images in one call.
 
-        The same image may come several times. Predictions are made as they are asked for: masks are large.
+        The same image may be given several times. Predictions are made one by one as they are consumed, because masks
+        are large.
+
+        Args:
+            encoded: the encoded images.
+            boxes_xyxy: (n, 4) for each of them, in its pixels.
+            multimask_output: whether three masks are predicted for each box, or one.
+
+        Yields:
+            The predictions of each image.
         """
         if not encoded:
             return
         images = list(dict.fromkeys(encoded))
-        together = _apply(torch.cat, *(image.embeddings for image in images))
+        batch = _apply(lambda tensors: torch.cat(tuple(tensors)), *(image.embeddings for image in images))
         place = {image: index for index, image in enumerate(images)}
         counts = [len(boxes) for boxes in boxes_xyxy]
-        places = torch.tensor([place[each] for each in encoded]).repeat_interleave(torch.tensor(counts))
+        places = torch.tensor([place[image] for image in encoded]).repeat_interleave(torch.tensor(counts))
         boxes = torch.cat([boxes.float() * e.scale.repeat(2) for e, boxes in zip(encoded, boxes_xyxy, strict=True)])
 
         def decoded():
             for chunk in self._chunks({"places": places, "input_boxes": boxes[:, None]}):
-                yield self._decode(_select(together, chunk.pop("places")), chunk, multimask_output)
+                yield self._decode(_select(batch, chunk.pop("places")), chunk, multimask_output)
 
-        for each, (logits, predicted_iou) in zip(encoded, _regroup(decoded(), counts), strict=True):
-            yield PromptedMasks(self._upscale(logits, each), predicted_iou, logits)
+        for image, (logits, predicted_iou) in zip(encoded, _regroup(decoded(), counts), strict=True):
+            yield PromptedMasks(self._upscale(logits, image), predicted_iou, logits)
 
     @torch.inference_mode()
     def hidden_states(self, image: Image.Image) -> list[torch.Tensor]:
-        """Patches with positions and the output of every layer of the image encoder, (1, h, w, C) each; [] without layers."""
+        """Return the embedded patches and the output of every layer of the image encoder.
+
+        Args:
+            image: an RGB image.
+
+        Returns:
+            float32 tensors (1, h, w, C); an empty list for an encoder without layers.
+        """
         pixel_values = self.preprocess([image])["pixel_values"]
         outputs = self.model.vision_encoder(
             pixel_values.to(self.model.device, self.model.dtype), output_hidden_states=True
@@ -147,11 +190,11 @@ class PromptableModel:
         return [state.float() for state in outputs.hidden_states or ()]
 
     def preprocess(self, images: Sequence[Image.Image]):
-        """On the model's device: resizing on a CPU takes longer than a small model does."""
+        """Preprocess images on the model's device: on a CPU, resizing takes longer than a small model."""
         return self.processor.image_processor(list(images), return_tensors="pt", device=self.model.device)
 
     def _chunks(self, prompts: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        """Of up to `prompts_per_batch` prompts, on the model's device."""
+        """Yield chunks of up to `prompts_per_batch` prompts, on the model's device."""
         prompts = {name: to_device(value, self.model.device) for name, value in prompts.items()}
         for start in range(0, len(next(iter(prompts.values()))), self.prompts_per_batch):
             yield {name: value[start : start + self.prompts_per_batch] for name, value in prompts.items()}
@@ -159,9 +202,9 @@ class PromptableModel:
     def _decode(
         self, embeddings: dict, prompts: dict[str, torch.Tensor], multimask_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (n, m, h, w) and predicted IoU (n, m) of n prompts, each with embeddings of its own.
+        """Return logits (n, m, h, w) and predicted IoUs (n, m) of n prompts, each with embeddings of its own.
 
-        One prompt for each element of the batch: fed-back logits are per image in SAM, and here per object.
+        Each prompt is an element of the batch, because SAM feeds back logits for each element.
         """
         with self.timer.measure("decoder", self.model.device):
             outputs = self.model(**embeddings, **prompts, multimask_output=multimask_output)
@@ -169,13 +212,13 @@ class PromptableModel:
         return outputs.pred_masks[:, 0], outputs.iou_scores[:, 0].float()
 
     def _upscale(self, logits: torch.Tensor, encoded: Encoded) -> torch.Tensor:
-        """(n, m, h, w) -> bool (n, m, H, W), by the processor's own rule, as one image with n masks."""
+        """Convert logits (n, m, h, w) to bool (n, m, H, W) by the processor's own rule, as one image with n masks."""
         sizes = {"reshaped_input_sizes": [encoded.reshaped_size]} if self.keeps_aspect else {}
         processor = self.processor.image_processor
         return processor.post_process_masks([logits.float()], [encoded.size], **sizes)[0]
 
     def _image(self, embeddings, i: int) -> dict:
-        """The i-th image's share of what get_image_embeddings returned."""
+        """Return the embeddings of the i-th image in the result of `get_image_embeddings`."""
         if isinstance(embeddings, tuple):  # SAM-HQ
             final, intermediate = embeddings
             return {
@@ -188,19 +231,19 @@ class PromptableModel:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Of a tensor on the CPU; neither side waits for the other."""
+    """Copy a tensor from the CPU to a device without waiting."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def _apply(function: Callable[[Sequence[torch.Tensor]], torch.Tensor], *embeddings: dict) -> dict:
-    """`function` of each tensor in several images' embeddings, all images' at once."""
+    """Apply `function` to each tensor in the embeddings of several images, with the tensors of all images at once."""
 
     def apply(values):
         return [function(tensors) for tensors in zip(*values)] if isinstance(values[0], list) else function(values)
 
-    return {name: apply([each[name] for each in embeddings]) for name in embeddings[0]}
+    return {name: apply([image[name] for image in embeddings]) for name in embeddings[0]}
 
 
 def _expand(embeddings: dict, size: int) -> dict:
@@ -212,7 +255,7 @@ def _select(embeddings: dict, places: torch.Tensor) -> dict:
 
 
 def _regroup(chunks: Iterable[tuple[torch.Tensor, ...]], counts: Sequence[int]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Rows of tensors that come in chunks of any size, in groups of `counts` rows."""
+    """Regroup rows of tensors that come in chunks of any size into groups of `counts` rows."""
     chunks = iter(chunks)
     rows = next(chunks)
     for count in counts:

@@ -1,10 +1,12 @@
-"""The plots of a report. Needs matplotlib, the extra `eval`, which is imported where it draws."""
+"""The plots of a report. They need matplotlib (the extra `eval`), which is imported only to draw."""
 
 import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +16,9 @@ from .statistics import SIZES, ModelResult, values_of
 
 
 _MASK_TAKEN = {"single": "the single mask", "predicted": "best predicted IoU", "oracle": "best true IoU (oracle)"}
-# Okabe and Ito's colours, which remain apart for colour-blind readers.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 _COLOURS = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E8", "axes.axisbelow": True,
     "axes.edgecolor": "#78787F", "legend.frameon": False, "savefig.dpi": 150,
@@ -24,7 +26,7 @@ STYLE = {
 
 
 def require_matplotlib():
-    """Raises ImportError, naming the extra to install, where matplotlib is missing: to be called before a long run."""
+    """Raise ImportError, naming the extra to install, where matplotlib is missing. To be called before a long run."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -41,11 +43,11 @@ def names_of(protocol: str) -> tuple[str, str]:
 
 
 def write_plots(folder: Path, results: Sequence[ModelResult]) -> dict[str, str]:
-    """Draws what there are numbers for; returns for each plot its file's name, or why there is none."""
+    """Draw the plots that have data; return for each plot the name of its file, or the reason why there is none."""
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no window, no global state, Agg by itself
 
-    notes = {}
+    notes: dict[str, str] = {}
     for name, draw in {
         "IoU histogram": _plot_histogram, "IoU by object size": _plot_sizes, "IoU by clicks": _plot_clicks,
         "latency against mIoU": _plot_latency,
@@ -55,12 +57,12 @@ def write_plots(folder: Path, results: Sequence[ModelResult]) -> dict[str, str]:
             notes[name] = draw(figure, results)
             if not notes[name]:
                 notes[name] = f"{slug(name.lower())}.png"
-                atomic_write(folder / notes[name], lambda path, figure=figure: figure.savefig(path, format="png"))
+                atomic_write(folder / notes[name], partial(figure.savefig, format="png"))
     return notes
 
 
 def _plot_histogram(figure, results: Sequence[ModelResult]) -> str:
-    """Share of instances by IoU, a panel for each prompt. As all plots, returns why there is none, or nothing."""
+    """Draw the share of instances by IoU, a panel for each prompt. Return why there is none, or "", as all plots do."""
     edges = np.linspace(0, 1, 26)
     panels = _panels(figure, _by_prompt(results), results)
     for axes, protocol in panels:
@@ -89,26 +91,27 @@ def _plot_sizes(figure, results: Sequence[ModelResult]) -> str:
 
 
 def _plot_clicks(figure, results: Sequence[ModelResult]) -> str:
-    """Mean IoU by number of clicks, a panel for each way of taking the mask."""
-    found: dict[str, dict[int, str]] = {}
+    """Draw the mean IoU by number of clicks, a panel for each way of choosing the mask."""
+    by_choice: dict[str, dict[int, str]] = {}
     for protocol in protocols_of(results):
         if match := re.fullmatch(r"(\d+) clicks?(?:/.*)?", protocol):
-            found.setdefault(names_of(protocol)[1], {})[int(match[1])] = protocol
-    found = {taken: by_clicks for taken, by_clicks in found.items() if len(by_clicks) > 1}
-    panels = _panels(figure, found, results)
+            by_choice.setdefault(names_of(protocol)[1], {})[int(match[1])] = protocol
+    by_choice = {taken: by_clicks for taken, by_clicks in by_choice.items() if len(by_clicks) > 1}
+    panels = _panels(figure, by_choice, results)
     for axes, taken in panels:
-        clicks = sorted(found[taken])
+        clicks = sorted(by_choice[taken])
         for result, colour, shift in zip(results, itertools.cycle(_COLOURS), _shifts(results, 0.06)):
-            scores = [result.score(found[taken][number]) for number in clicks]
+            scores = [result.score(by_choice[taken][number]) for number in clicks]
             _error_bars(axes, np.array(clicks) + shift, scores, colour)
         axes.set(xticks=clicks, ylim=(0, 1), xlabel="clicks", ylabel="mean IoU")
     return "" if panels else "fewer than two numbers of clicks were evaluated"
 
 
 def _plot_latency(figure, results: Sequence[ModelResult]) -> str:
-    latency = {}
+    latency: dict[str, float | None] = {}
     for result in results:
-        parts = [(result.settings.get("latency_ms") or {}).get(part) for part in ("encoder", "decoder")]
+        latencies = result.settings.get("latency_ms") or {}
+        parts: list[Any] = [latencies.get(part) for part in ("encoder", "decoder")]
         latency[result.name] = None if any(map(is_missing, parts)) else sum(parts)
     if not any(latency.values()):
         return "no model has the latencies of both encoder and decoder"
@@ -131,9 +134,9 @@ def _plot_latency(figure, results: Sequence[ModelResult]) -> str:
 
 
 def _panels(figure, keys: Iterable[str], results: Sequence[ModelResult]) -> list[tuple]:
-    """One pair of axes for each key, under a legend of all models; returns (axes, key) pairs.
+    """Create axes for each key, under a legend of all models; return (axes, key) pairs.
 
-    A key that is a protocol tells in its panel which models have no number for it.
+    The panel of a protocol names the models that have no score for it.
     """
     from matplotlib.lines import Line2D
 
@@ -159,19 +162,19 @@ def _panels(figure, keys: Iterable[str], results: Sequence[ModelResult]) -> list
 
 
 def _shifts(results: Sequence[ModelResult], step: float) -> np.ndarray:
-    """Keeps the models' points side by side instead of on each other."""
+    """Return offsets that draw the points of the models side by side."""
     return step * (np.arange(len(results)) - (len(results) - 1) / 2)
 
 
 def _error_bars(axes, positions: Sequence[float], scores: Sequence[Mapping], colour: str, linestyle: str = "-"):
-    """Means with their intervals; a score without a mean leaves a gap, one without an interval has no bar."""
+    """Draw means with their intervals. A score without a mean leaves a gap, one without an interval has no bar."""
     mean, low, high = np.array([[score[k] for k in ("mean", "low", "high")] for score in scores], dtype=float).T
     bars = np.nan_to_num(np.stack([mean - low, high - mean])).clip(min=0)
     axes.errorbar(positions, mean, bars, color=colour, marker="o", markersize=5, linestyle=linestyle, capsize=3)
 
 
 def _by_prompt(results: Sequence[ModelResult]) -> list[str]:
-    """One protocol a prompt, to keep plots readable: for clicks, which are ambiguous, the mask of best predicted IoU."""
+    """Choose one protocol for each prompt; for clicks, which are ambiguous, the mask of the best predicted IoU."""
     chosen: dict[str, str] = {}
     for protocol in protocols_of(results):
         prompt, _, taken = protocol.partition("/")

@@ -1,14 +1,15 @@
-"""Zero-shot protocols: which prompts an instance gets, and which of the predicted masks counts.
+"""Zero-shot protocols: the prompts for an instance, and the choice of the predicted mask.
 
-Prompts are "box" (the annotation's box) and "K clicks" (see `clicks.py`). The mask that counts is always named, because
-published figures differ by it more than by the model: "single" (the one mask of `multimask_output=False`), "predicted" (of
-three, the one whose predicted IoU is highest) or "oracle" (of three, the one whose true IoU is highest: an upper bound).
-Every protocol's IoU is taken at the image's own size.
+Prompts are "box" (the annotation's box) and "K clicks" (see `clicks.py`). The choice of the mask is always named,
+because published figures depend on it more than on the model: "single" (the one mask of `multimask_output=False`),
+"predicted" (of three masks, the one with the highest predicted IoU) or "oracle" (of three masks, the one with the
+highest true IoU, an upper bound). The IoU of every protocol is computed at the image's own size.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 
@@ -18,28 +19,31 @@ from .clicks import deepest_point, next_click
 from .metrics.mask_iou.iou import boundary_iou, mask_iou
 from .models import Encoded, PromptableModel, PromptedMasks
 from .targets import Targets
-from .work import EvaluationTask
+from .tasks import EvaluationTask
 
 
 PROMPTS = ("box", "clicks")
 MASK_CHOICES = ("single", "predicted", "oracle")
 
-# Float logits of one chunk of instances, three masks each, at the image's size or the model's, whichever is larger.
+# Float logits of one chunk of instances, three masks each, at the larger of the image's and the model's size.
 _CHUNK_BYTES = 2**29
 
 
 @dataclass(frozen=True)
 class ProtocolSettings:
-    """What is asked of a model. Raises ValueError for a prompt or a choice of mask that is not known, or a number below 1.
+    """The settings of the protocols.
 
     Attributes:
-        prompts: of `PROMPTS`.
-        mask_choices: of `MASK_CHOICES`.
-        num_clicks: after how many clicks the IoU is taken.
-        feed_back: whether the logits of the mask taken go in with the next click.
-        with_crowd: whether crowd instances are evaluated as well.
+        prompts: some of `PROMPTS`.
+        mask_choices: some of `MASK_CHOICES`.
+        num_clicks: numbers of clicks after which the IoU is computed.
+        feed_back: whether the logits of the chosen mask are fed back with the next click.
+        with_crowd: whether crowd instances are evaluated too.
         with_boundary_iou: whether boundary IoU is computed too.
-        max_instances: the first so many of each image; None is all.
+        max_instances: evaluate only the first instances of each image; None for all.
+
+    Raises:
+        ValueError: for an unknown prompt or choice of mask, and a number below 1.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -62,7 +66,7 @@ class ProtocolSettings:
         check_max_instances(self.max_instances)
 
     def sentences(self) -> list[str]:
-        """What a reader must know beside the numbers."""
+        """Return sentences that describe the protocol beside the numbers of a report."""
         taken = {
             "single": "single: the one mask of multimask_output=False",
             "predicted": "predicted: of three masks, the one with the highest predicted IoU",
@@ -88,59 +92,74 @@ class ProtocolSettings:
 
 
 def check_max_instances(max_instances: int | None):
-    """Raises ValueError unless it is None or at least 1."""
+    """Raise ValueError unless `max_instances` is None or at least 1."""
     if max_instances is not None and max_instances < 1:
         raise ValueError(f"max_instances={max_instances} must be at least 1, or None for all.")
 
 
 class InstanceProtocols(EvaluationTask):
-    """Boxes and clicks for every annotated instance, as `evaluate` runs it over a dataset.
+    """A task that prompts every annotated instance with boxes and clicks.
 
-    One record for each instance of an image, in their order: {"picture", "instance", "area", "width", "height", "iou":
-    {"box/single": ..., "3 clicks/oracle": ...}, "predicted_iou": the same keys, "boundary_iou": the same keys or none}.
+    It returns one record for each instance of an image, in their order: {"picture", "instance", "area", "width",
+    "height", "iou": {"box/single": ..., "3 clicks/oracle": ...}, "predicted_iou": the same keys, "boundary_iou": the
+    same keys or none}.
     """
 
     def __init__(self, settings: ProtocolSettings):
         self.settings = settings
 
-    def __call__(self, model: PromptableModel, encoded: Encoded, sample: Sample) -> list[dict]:
+    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
         return self.batch(model, [encoded], [self.prepare(sample)])[0]
 
-    def prepare(self, sample: Sample) -> Targets:
+    def prepare(self, sample: Sample) -> Targets:  # type: ignore[override]  # not static: it needs the settings
         instances = [instance for instance in sample.instances if self.settings.with_crowd or not instance.is_crowd]
         return Targets.of(sample, instances[: self.settings.max_instances])
 
-    def batch(self, model: PromptableModel, encoded: Sequence[Encoded], targets: Sequence[Targets]) -> list[list[dict]]:
-        """The records of each image. Nothing waits for the device but the clicks, and the records at the end."""
-        pieces = [(each, piece) for each, its in zip(encoded, targets, strict=True) for piece in _in_pieces(each, its)]
+    def batch(
+        self, model: PromptableModel, encoded: Sequence[Encoded | None], prepared: Sequence[Targets]
+    ) -> list[list[dict]]:
+        """Return the records of each image. Only the clicks, and the records at the end, wait for the device."""
+        images = cast(Sequence[Encoded], encoded)
+        pieces = [
+            (image, piece)
+            for image, targets in zip(images, prepared, strict=True)
+            for piece in _in_pieces(image, targets)
+        ]
         scores = [_Scores(self.settings.with_boundary_iou) for _ in pieces]
         if "box" in self.settings.prompts:
             _box_protocol(model, pieces, scores, self.settings)
         if "clicks" in self.settings.prompts:
-            for (each, piece), its_scores in zip(pieces, scores, strict=True):
-                _click_protocol(model, each, piece, its_scores, self.settings)
+            for (image, piece), piece_scores in zip(pieces, scores, strict=True):
+                _click_protocol(model, image, piece, piece_scores, self.settings)
         rows = itertools.chain.from_iterable(_records([piece for _, piece in pieces], scores))
-        return [list(itertools.islice(rows, len(its))) for its in targets]
+        return [list(itertools.islice(rows, len(targets))) for targets in prepared]
 
 
 def _in_pieces(encoded: Encoded, targets: Targets) -> list[Targets]:
-    """So few instances that their masks fit into memory at once."""
+    """Split the instances of an image into pieces whose masks fit into memory."""
     pixels = max(targets.width * targets.height, encoded.reshaped_size[0] * encoded.reshaped_size[1])
     size = max(1, _CHUNK_BYTES // (3 * 4 * pixels))
     return [targets[start : start + size] for start in range(0, len(targets), size)]
 
 
 class _Scores:
-    """Takes the mask that counts from predictions for n instances, and keeps its scores, (n,) each, on the device."""
+    """The scores of n instances: chooses a mask of each prediction, and keeps its scores, (n,) each, on the device."""
 
     def __init__(self, with_boundary_iou: bool):
         self.with_boundary_iou = with_boundary_iou
         self.values: dict[tuple[str, str], torch.Tensor] = {}  # (measure, protocol)
 
     def take(self, prediction: PromptedMasks, targets: torch.Tensor, choice: str, protocol: str | None) -> torch.Tensor:
-        """The index (n,) of the mask that counts; its scores are kept under `protocol`, unless that is None.
+        """Choose a mask of each prediction, and store its scores.
 
-        `targets` are bool (n, H, W).
+        Args:
+            prediction: the predictions for n instances.
+            targets: bool (n, H, W).
+            choice: one of `MASK_CHOICES`.
+            protocol: the name under which the scores are stored; None stores nothing.
+
+        Returns:
+            The index (n,) of the chosen masks.
         """
         ious = mask_iou(prediction.masks, targets[:, None])  # (n, m)
         if choice == "single":
@@ -156,28 +175,28 @@ class _Scores:
 
 
 def _records(pieces: Sequence[Targets], scores: Sequence[_Scores]) -> list[list[dict]]:
-    """Of each piece's instances; all scores leave the device at once."""
-    kept = [values for its_scores in scores for values in its_scores.values.values()]
-    wide = kept[0].dtype if kept else None  # float64 but on mps, and float32 widens without a change
-    numbers = iter(torch.cat([values.to(wide) for values in kept]).tolist() if kept else ())
+    """Return the records of each piece's instances. All scores leave the device at once."""
+    tensors = [values for piece_scores in scores for values in piece_scores.values.values()]
+    wide = tensors[0].dtype if tensors else None  # float64 except on mps; float32 values are converted without loss
+    numbers = iter(torch.cat([values.to(wide) for values in tensors]).tolist() if tensors else ())
     records = []
-    for piece, its_scores in zip(pieces, scores, strict=True):
-        its_records = [
+    for piece, piece_scores in zip(pieces, scores, strict=True):
+        piece_records: list[dict[str, Any]] = [
             {
                 "picture": piece.image, "instance": instance.id, "area": instance.area, "width": piece.width,
                 "height": piece.height, "iou": {}, "boundary_iou": {}, "predicted_iou": {},
             }
             for instance in piece.instances
         ]  # fmt: skip
-        for measure, protocol in its_scores.values:
-            for record in its_records:
+        for measure, protocol in piece_scores.values:
+            for record in piece_records:
                 record[measure][protocol] = next(numbers)
-        records.append(its_records)
+        records.append(piece_records)
     return records
 
 
 def select(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(n, m, ...) and (n,) -> (n, ...)."""
+    """Select one of m entries: (n, m, ...) and indexes (n,) -> (n, ...)."""
     return tensor[torch.arange(len(tensor), device=tensor.device), index.to(tensor.device)]
 
 
@@ -187,23 +206,23 @@ def _box_protocol(
     scores: Sequence[_Scores],
     settings: ProtocolSettings,
 ):
-    encoded = [each for each, _ in pieces]
+    encoded = [image for image, _ in pieces]
     boxes = [torch.tensor([xywh_to_xyxy(instance.bbox_xywh) for instance in piece.instances]) for _, piece in pieces]
     predictions = {
         multimask: model.predict_boxes(encoded, boxes, multimask_output=multimask)
         for multimask in {choice != "single" for choice in settings.mask_choices}
     }
-    for (_, piece), its_scores in zip(pieces, scores, strict=True):
+    for (_, piece), piece_scores in zip(pieces, scores, strict=True):
         targets = piece.masks(model.model.device)
-        its_predictions = {multimask: next(following) for multimask, following in predictions.items()}
+        piece_predictions = {multimask: next(following) for multimask, following in predictions.items()}
         for choice in settings.mask_choices:
-            its_scores.take(its_predictions[choice != "single"], targets, choice, f"box/{choice}")
+            piece_scores.take(piece_predictions[choice != "single"], targets, choice, f"box/{choice}")
 
 
 def _click_protocol(
     model: PromptableModel, encoded: Encoded, piece: Targets, scores: _Scores, settings: ProtocolSettings
 ):
-    """Each way to choose the mask is a run of its own, because it decides where the next click goes."""
+    """Run the clicks for each choice of the mask separately: the chosen mask decides where the next click goes."""
     targets = piece.masks(model.model.device)
     targets_cpu = targets.cpu().numpy()
     first_points = [deepest_point(mask)[0] for mask in targets_cpu]
@@ -234,7 +253,7 @@ def _click_protocol(
                 break
             logits = select(prediction.logits, taken)[:, None]
             predicted = select(prediction.masks, taken).cpu().numpy()
-            for mask, target, its_points, its_labels in zip(predicted, targets_cpu, points, labels, strict=True):
+            for mask, target, clicked, click_labels in zip(predicted, targets_cpu, points, labels, strict=True):
                 point, label = next_click(mask, target)
-                its_points.append(point)
-                its_labels.append(label)
+                clicked.append(point)
+                click_labels.append(label)

@@ -1,22 +1,24 @@
-"""A folder that says how good models are and how that was measured: report.json, report.md, plots, worst cases.
+"""Reports of evaluations: a folder with report.json, report.md, plots and worst cases.
 
-Whatever has no number says so and why; nothing is left out of an average. Each file is written aside and renamed, so
-an interrupted run leaves whole files only.
+Every missing score is listed with its reason; nothing is left out of an average. Files are written atomically, so an
+interrupted run leaves only complete files.
 """
 
 import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..utils.atomic_files import atomic_write, fit_name
 from ..utils.messages import text_table
+from .bootstrap import CONFIDENCE, NUM_RESAMPLES
 from .files import is_missing, plain, slug, write_records
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
-from .statistics import CONFIDENCE, NUM_BINS, NUM_RESAMPLES, SIZES, ModelResult, protocol_differences
+from .statistics import NUM_BINS, SIZES, ModelResult, protocol_differences
 from .worst_cases import worst_cases
 
 
@@ -26,7 +28,7 @@ MISSING = "missing"
 _SETTINGS = dict.fromkeys(
     ("dataset", "num_pictures", "num_instances", "device", "dtype", "date", "seconds", "latency_ms", "versions")
 )
-# Title of each score, and where `ModelResult.score` finds it.
+# Title of each score, and its path for `ModelResult.score`.
 _PATHS = {
     "mIoU": ("iou",), **{f"mIoU of {size}": ("by_size", size) for size in SIZES}, "boundary IoU": ("boundary_iou",),
     "calibration gap": ("calibration_gap",), "calibration error": ("calibration_error",),
@@ -39,14 +41,22 @@ def write_report(
     worst_sheets: Iterable[str | os.PathLike] = (),
     plots: bool = True,
 ) -> Path:
-    """Writes report.json, report.md, records_<model>.jsonl.gz and plots; returns the path of report.md.
+    """Write report.json, report.md, records_<model>.jsonl.gz and plots.
 
-    The first model is the one that the others are compared with. `worst_sheets` are files of `worst_cases`, in the same
-    folder, to be shown in report.md. NaN is written as null; where it is a score, with the reason beside it.
+    NaN is written as null; for a score, the reason is written beside it.
+
+    Args:
+        folder: the folder of the report, created where it is missing.
+        results: the results of the models. The others are compared with the first one.
+        worst_sheets: files of `worst_cases`, in the same folder, to be shown in report.md.
+        plots: whether to draw plots.
+
+    Returns:
+        The path of report.md.
 
     Raises:
         ValueError: without results, or for two models of one name.
-        ImportError: where plots are asked for and matplotlib is missing, before anything is written.
+        ImportError: where matplotlib is missing, before anything is written.
     """
     _check_results(results)
     if plots:
@@ -55,7 +65,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = _comparisons(results)
     for result in results:
-        atomic_write(folder / _records_name(result), lambda path, records=result.records: write_records(path, records))
+        atomic_write(folder / _records_name(result), partial(write_records, records=result.records))
     plot_notes = write_plots(folder, results) if plots else {"plots": "not asked for"}
     report = {
         "format_version": 1,
@@ -64,7 +74,9 @@ def write_report(
             "seed": 0,
         },
         "models": [{"settings": r.settings, "scores": r.scores, "records": _records_name(r)} for r in results],
-        "comparisons": [{"baseline": results[0].name, "model": name, "protocols": c} for name, c in comparisons.items()],
+        "comparisons": [
+            {"baseline": results[0].name, "model": name, "protocols": c} for name, c in comparisons.items()
+        ],
         "plots": plot_notes,
     }  # fmt: skip
     text = json.dumps(plain(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -75,7 +87,7 @@ def write_report(
 
 
 def console_table(results: Sequence[ModelResult]) -> str:
-    """mIoU and interval of every protocol and model as plain text, with the difference from the first model.
+    """Return a plain-text table: mIoU and interval of every protocol and model, and the differences from the first.
 
     Raises ValueError as `write_report` does.
     """
@@ -99,20 +111,20 @@ def _check_results(results: Sequence[ModelResult]):
 
 
 def _comparisons(results: Sequence[ModelResult]) -> dict[str, dict]:
-    """For each model but the first, its differences from the first by protocol."""
+    """Return the differences of each model but the first from the first, by protocol."""
     first, *others = results
     keys = protocols_of(results)
     return {o.name: protocol_differences(first.records, o.records, keys, (first.name, o.name)) for o in others}
 
 
 def _missing(results: Sequence[ModelResult], paths: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """A line for each reason why a model has no score (of `paths`, by title), with the protocols that it holds for."""
+    """Return a line for each reason why a model has no score (of `paths`, by title), with the protocols concerned."""
     lines: dict[str, list[str]] = {
         f"{result.name}: no instance was evaluated": ["all protocols"] for result in results if not result.records
     }
     for result in results:
-        if (told := result.settings.get("num_instances")) not in (None, len(result.records)):
-            lines[f"{result.name}: num_instances is {told}, but there are {len(result.records)} records"] = [
+        if (expected := result.settings.get("num_instances")) not in (None, len(result.records)):
+            lines[f"{result.name}: num_instances is {expected}, but there are {len(result.records)} records"] = [
                 "scores are of these"
             ]
     for result, (title, path), key in itertools.product(results, paths.items(), protocols_of(results)):
@@ -124,7 +136,7 @@ def _missing(results: Sequence[ModelResult], paths: Mapping[str, tuple[str, ...]
 
 
 def _measured(results: Sequence[ModelResult]) -> dict[str, tuple[str, ...]]:
-    """`_PATHS` without boundary IoU where nobody asked for it."""
+    """Return `_PATHS`, without boundary IoU where it was not requested."""
     asked = any(record.get("boundary_iou") for result in results for record in result.records)
     return {title: path for title, path in _PATHS.items() if asked or path != ("boundary_iou",)}
 
@@ -144,7 +156,7 @@ def _main_table(results: Sequence[ModelResult], comparisons: Mapping) -> list[li
 
 
 def _details(results: Sequence[ModelResult]) -> list[list[str]]:
-    """What the main table has no room for, with a row for each protocol and model."""
+    """Return the scores that are not in the main table, with a row for each protocol and model."""
     columns = {title: path for title, path in _measured(results).items() if path != ("iou",)}
     rows = [["prompt", "mask taken", "model", *columns]]
     for key, result in itertools.product(protocols_of(results), results):
@@ -205,12 +217,12 @@ def _protocol_blocks(results: Sequence[ModelResult]) -> list[str]:
         blocks += [f"{', '.join(names)}:\n\n{text}" for text, names in texts.items()]
     num_images = min(len({record["picture"] for record in result.records}) for result in results)
     note = (
-        f"Brackets hold {CONFIDENCE:.0%} intervals: a percentile bootstrap of {NUM_RESAMPLES:,} draws over images, each "
-        "with all of its instances; means are over instances. Differences are paired on the same instances; their "
-        "two-sided p-values are not corrected for the number of comparisons. Small, medium, large: below 32², below 96², "
-        "and other areas. Calibration gap: mean distance of the model's own estimate of the IoU from the IoU. Calibration "
-        f"error: distance of the means of both over the masks whose estimate is in one of {NUM_BINS} bins of equal width, "
-        "averaged over bins by their masks (expected calibration error)."
+        f"Brackets hold {CONFIDENCE:.0%} intervals: a percentile bootstrap of {NUM_RESAMPLES:,} draws over images, "
+        "each with all of its instances; means are over instances. Differences are paired on the same instances; their "
+        "two-sided p-values are not corrected for the number of comparisons. Small, medium, large: below 32², below "
+        "96², and other areas. Calibration gap: mean distance of the model's own estimate of the IoU from the IoU. "
+        "Calibration error: distance of the means of both over the masks whose estimate is in one of "
+        f"{NUM_BINS} bins of equal width, averaged over bins by their masks (expected calibration error)."
     )
     if num_images < 20:
         note += f" Images: {num_images}. With fewer than 20, intervals are too narrow, p-values too small: take more."
@@ -218,7 +230,10 @@ def _protocol_blocks(results: Sequence[ModelResult]) -> list[str]:
 
 
 def _settings_table(results: Sequence[ModelResult], names: Iterable[str], absent=None) -> str:
-    """These settings with a column for each model, a mapping spread over rows; `absent` is what an unnamed key means."""
+    """Return a table of settings with a column for each model. A mapping fills a row for each of its keys.
+
+    `absent` is the value of a key that a model's mapping lacks.
+    """
     rows = {}
     for name in names:
         values = [result.settings.get(name) for result in results]

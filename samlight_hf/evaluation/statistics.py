@@ -1,61 +1,46 @@
-"""Means that say how sure they are: bootstrap intervals, paired comparisons, and scores by object size.
+"""Scores of models with their uncertainty: means with intervals, paired differences, and scores by object size.
 
-Masks of one image share its light, its sharpness and its annotator, so they are no independent draws. All intervals
-here resample *images*, each with all of its instances (the cluster bootstrap: Davison and Hinkley, "Bootstrap Methods
-and their Application", 1997, section 3.8), while the mean stays the mean over instances.
+Intervals resample images, as explained in `bootstrap.py`; means are over instances.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
+from .bootstrap import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    check_values,
+    group_index,
+    paired_tests,
+    percentile_ends,
+    resampled_means,
+)
 
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 10_000
+
 NUM_BINS = 10  # of predicted IoUs, for the calibration error
 MEASURES = "iou", "boundary_iou", "predicted_iou"
 SIZES = "small", "medium", "large"
 _SMALL_BELOW, _MEDIUM_BELOW = 32**2, 96**2  # square pixels of the original image, as in COCO
 
-# Draws of images that are held at once: 8 MB an array, whatever the number of images and resamples.
-_MAX_DRAWS = 2**20
-
-
-class Interval(NamedTuple):
-    """A mean over instances and the ends of its interval, which are NaN where one image is all there is."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class PairedDifference(NamedTuple):
-    """Mean of b minus mean of a, its interval, and a two-sided p-value for "no difference"."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-
 
 @dataclass(frozen=True, eq=False)
 class ModelResult:
-    """What one model did on every instance, and how it was asked.
+    """The records of one model for every instance, and the settings of the evaluation.
 
     Args:
-        settings: "model", and as far as they are known "dataset", "protocols" (sentences that state prompt, mask choice and
-            averaging), "command", "date", "device", "dtype", "versions", "skipped" ({reason: count}), "num_pictures",
-            "num_instances", "seconds" and "latency_ms" ({part: value}), "extra" ({name: value}).
+        settings: "model", and as far as they are known "dataset", "protocols" (sentences that state prompt, mask choice
+            and averaging), "command", "date", "device", "dtype", "versions", "skipped" ({reason: count}),
+            "num_pictures", "num_instances", "seconds" and "latency_ms" ({part: value}), "extra" ({name: value}).
         records: for each instance {"picture", "instance", "area" (square pixels), "width", "height", "iou",
-            "boundary_iou", "predicted_iou"}, the last three by protocol ("1 click/oracle": prompt/mask taken).
+            "boundary_iou", "predicted_iou"}, the last three by protocol ("1 click/oracle": prompt/mask choice).
 
     Raises:
-        ValueError: without a name, for a record without identity, area or IoU, two of the same instance, or an IoU outside
-            of 0 to 1. None and NaN are taken, and reported as missing.
+        ValueError: without a name; for a record without identity, area or IoU; two records of one instance; or an IoU
+            outside of 0 to 1. None and NaN are allowed, and reported as missing.
     """
 
     settings: Mapping
@@ -84,96 +69,27 @@ class ModelResult:
 
     @cached_property
     def protocols(self) -> list[str]:
-        """In the order in which records name them."""
+        """The protocols, in the order in which records name them."""
         return list(dict.fromkeys(protocol for record in self.records for protocol in record["iou"] or ()))
 
     @cached_property
     def scores(self) -> dict[str, dict]:
-        """See `protocol_scores`."""
+        """The scores of every protocol; see `protocol_scores`."""
         return protocol_scores(self.records, self.protocols)
 
     def score(self, protocol: str, *path: str) -> dict:
-        """One score, {"mean": None, "reason"} where this model was not evaluated so."""
+        """Return one score; {"mean": None, "reason": ...} where this model was not evaluated with the protocol."""
         score = self.scores.get(protocol)
         for name in path or ("iou",):
             score = score and score[name]
         return score or {"mean": None, "low": None, "high": None, "n": 0, "reason": "not evaluated"}
 
 
-def bootstrap_interval(
-    values: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    confidence: float = CONFIDENCE,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """Mean of `values` (n,) and its percentile bootstrap interval; the same numbers for the same seed.
-
-    Args:
-        groups: (n,) the image of each value. Images are drawn with replacement, with all of their values. Without it
-            each value is an image of its own.
-        confidence: between 0 and 1, the part of all repetitions whose interval should hold the true mean. With fewer
-            than about 20 images percentile intervals hold it more rarely than that.
-
-    With a single image there is nothing to resample: low and high are NaN, not a width of zero.
-
-    Raises:
-        ValueError: for no values, for a value that is NaN or infinite, for groups of another length.
-    """
-    values = _checked(values, "values")
-    means = _resampled_means(values[:, None], _group_index(groups, len(values)), confidence, num_resamples, seed)
-    low, high = _ends(means, confidence)
-    return Interval(float(values.mean()), float(low[0]), float(high[0]))
-
-
-def paired_bootstrap(
-    values_a: Sequence[float],
-    values_b: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    instances_a: Sequence[Hashable] | None = None,
-    instances_b: Sequence[Hashable] | None = None,
-    confidence: float = CONFIDENCE,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> PairedDifference:
-    """How much better b is than a on the same instances: mean(b) - mean(a), (n,) each in the same order.
-
-    Both models are scored on each draw of images, so what makes an image hard for both cancels. The p-value is twice
-    the smaller part of draws on either side of zero, and at least 2 / (num_resamples + 1): it is below 1 - confidence where
-    the interval leaves zero out. It knows nothing of how many comparisons are made.
-
-    Args:
-        groups: (n,) the image of each value, as in `bootstrap_interval`.
-        instances_a, instances_b: (n,) the identity of each value; given both, they must be the same, place by place.
-
-    With a single image all but the difference is NaN.
-
-    Raises:
-        ValueError: for lists of different instances, and whatever `bootstrap_interval` refuses.
-    """
-    if len(values_a) != len(values_b):
-        raise ValueError(
-            f"a pair of models needs the same instances, but has {len(values_a)} and {len(values_b)} values."
-        )
-    if (instances_a is None) != (instances_b is None):
-        raise ValueError("give instances_a and instances_b, or neither.")
-    if instances_a is not None:
-        if not len(instances_a) == len(instances_b) == len(values_a):
-            raise ValueError(
-                f"{len(values_a)} values a model, but {len(instances_a)} and {len(instances_b)} instances: one each is needed."
-            )
-        for place, (a, b) in enumerate(zip(instances_a, instances_b)):
-            if a != b:
-                raise ValueError(f"a pair of models needs the same instances: place {place} holds {a!r} and {b!r}.")
-    differences = _checked(values_b, "values_b") - _checked(values_a, "values_a")
-    index = _group_index(groups, len(differences))
-    return _paired(differences[:, None], index, confidence, num_resamples, seed)[0]
-
-
 def size_class(area: float) -> str:
-    """ "small" below 32² square pixels, "medium" below 96², else "large": COCO's limits, at the original size.
+    """Return the size class of an area: "small" below 32² square pixels, "medium" below 96², otherwise "large".
 
-    COCOeval counts an area of exactly 32² or 96² in both neighbours; here it belongs to the larger one alone.
+    These are COCO's limits, at the image's original size. COCOeval counts an area of exactly 32² or 96² in both
+    neighboring classes; here it belongs only to the larger one.
 
     Raises:
         ValueError: for an area that is not a positive number. Instances without area are to be skipped and counted.
@@ -184,7 +100,11 @@ def size_class(area: float) -> str:
 
 
 def calibration_gap(predicted_iou: Sequence[float], iou: Sequence[float]) -> float:
-    """Mean of |predicted - true IoU| over (n,) instances: how far the model's own estimate can be trusted.
+    """Return the mean of |predicted - true IoU|: how far the model's own estimate can be trusted.
+
+    Args:
+        predicted_iou: (n,).
+        iou: (n,).
 
     Raises:
         ValueError: for different lengths, no values, NaN or infinite ones.
@@ -193,28 +113,38 @@ def calibration_gap(predicted_iou: Sequence[float], iou: Sequence[float]) -> flo
 
 
 def calibration_error(predicted_iou: Sequence[float], iou: Sequence[float]) -> float:
-    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017) over (n,) instances: |mean predicted - mean true IoU|
-    of those whose predicted IoU is in one of ten bins of equal width, averaged over bins by their instances.
+    """Compute the expected calibration error (Naeini et al. 2015; Guo et al. 2017).
 
-    Where annotators disagree about a thing, no estimate is right for each of their masks, and the gap stays above zero; this
-    is zero where estimates are right on average. It is never more than the gap. Of few instances it comes out too large, and
-    of what the bootstrap draws from them larger still: chance in one bin does not cancel that in another.
+    It is |mean predicted - mean true IoU| of the instances whose predicted IoU is in one of ten bins of equal width,
+    averaged over bins by their instances. Where annotators disagree about an object, no estimate is right for each of
+    their masks, and the gap stays above zero; the error is zero where estimates are right on average. It is never
+    larger than the gap. For few instances it is biased upwards, and more so in bootstrap draws from them: chance in one
+    bin does not cancel chance in another.
 
-    Raises ValueError as `calibration_gap` does.
+    Args:
+        predicted_iou: (n,).
+        iou: (n,).
+
+    Raises:
+        ValueError: as `calibration_gap` does.
     """
     predicted, true = _checked_pair(predicted_iou, iou)
     return _summed_magnitudes(_binned(predicted, predicted - true))
 
 
 def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **options) -> dict[str, dict]:
-    """Every protocol's scores over instance records (see `ModelResult`), by protocol.
+    """Compute every protocol's scores over instance records.
 
-    Returns for each {"iou": score, "boundary_iou": score, "calibration_gap": score, "calibration_error": score,
-    "by_size": {"small": score, ...}}, where a score is {"mean", "low", "high", "n"}. A mean is taken over all instances or
-    not at all: where a value is missing or NaN, the three are None and "reason" tells how many and which is the first.
-    With a single image, low and high are None and "reason" says so.
+    Args:
+        records: instance records; see `ModelResult`.
+        protocols: the protocols.
+        options: `confidence`, `num_resamples` and `seed` of `bootstrap_interval`.
 
-    `options` are `confidence`, `num_resamples` and `seed` of `bootstrap_interval`.
+    Returns:
+        For each protocol {"iou": score, "boundary_iou": score, "calibration_gap": score, "calibration_error": score,
+        "by_size": {"small": score, ...}}, where a score is {"mean", "low", "high", "n"}. A mean is taken over all
+        instances or not at all: where a value is missing or NaN, the three are None, and "reason" says how many values
+        are missing and which is the first. For a single image, low and high are None and "reason" says so.
     """
     iou, boundary, predicted = (values_of(records, measure, protocols) for measure in MEASURES)
     measured = {
@@ -225,7 +155,7 @@ def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **opti
     sizes = np.array([size_class(record["area"]) for record in records])
     by_size = {}
     for size in SIZES:
-        rows = np.flatnonzero(sizes == size)
+        rows = np.flatnonzero(sizes == size).tolist()
         by_size[size] = _scores(iou[rows], [records[row] for row in rows], **options)
     return {
         protocol: {
@@ -243,11 +173,19 @@ def protocol_differences(
     names: tuple[str, str] = ("a", "b"),
     **options,
 ) -> dict[str, dict]:
-    """By protocol, what `paired_bootstrap` says of the IoU of b against a: {"difference", "low", "high", "p_value", "n"}.
+    """Compare the IoU of b with that of a by protocol, with `paired_bootstrap`.
 
-    Where they cannot be compared (other instances, a value missing) the four are None and "reason" says why; with a
-    single image, all but the difference. The order
-    of the instances is free. `names` are what reasons call the two.
+    Args:
+        records_a: instance records; see `ModelResult`.
+        records_b: records of the same instances, in any order.
+        protocols: the protocols.
+        names: the names of a and b in reasons.
+        options: `confidence`, `num_resamples` and `seed` of `bootstrap_interval`.
+
+    Returns:
+        {"difference", "low", "high", "p_value", "n"} for each protocol. Where the models cannot be compared (other
+        instances, a missing value) the first four are None, and "reason" says why; for a single image, all but the
+        difference.
     """
     place_of = {instance_key(record): place for place, record in enumerate(records_b)}
     keys = [instance_key(record) for record in records_a]
@@ -270,15 +208,15 @@ def protocol_differences(
     whole = [column for column, problem in enumerate(problems) if not problem]
     differences = {column: _no_difference(len(keys), problems[column]) for column in range(len(protocols))}
     if whole:
-        index = _group_index([image for image, _ in keys], len(keys))
-        for column, test in zip(whole, _paired((values_b - values_a)[:, whole], index, **_options(options))):
+        index = group_index([image for image, _ in keys], len(keys))
+        for column, test in zip(whole, paired_tests((values_b - values_a)[:, whole], index, **_options(options))):
             ends = _interval(low=test.low, high=test.high, p_value=test.p_value)
             differences[column] = {"difference": test.difference, "n": len(keys)} | ends
     return {protocol: differences[column] for column, protocol in enumerate(protocols)}
 
 
 def values_of(records: Sequence[Mapping], measure: str, protocols: Sequence[str]) -> np.ndarray:
-    """(instances, protocols) float64 of one measure; a value that is absent or None is NaN."""
+    """Return one measure as float64 (instances, protocols); a value that is absent or None is NaN."""
     values = np.full((len(records), len(protocols)), np.nan)
     for row, record in enumerate(records):
         measured = record.get(measure) or {}
@@ -290,13 +228,16 @@ def values_of(records: Sequence[Mapping], measure: str, protocols: Sequence[str]
 
 
 def instance_key(record: Mapping) -> tuple:
-    """What makes an instance the same one in the results of several models."""
+    """Return the identity of a record's instance, the same in the results of all models."""
     return record["picture"], record["instance"]
 
 
 def _scores(values: np.ndarray, records: Sequence[Mapping], **options) -> list[dict]:
-    """One score for each column of (instances, protocols): see `protocol_scores`. Of (instances, protocols, bins), as
-    `_binned` makes them, a score is the sum of the magnitudes of the bins' means."""
+    """Compute a score for each column of (instances, protocols); see `protocol_scores`.
+
+    Values (instances, protocols, bins), as returned by `_binned`, are scored by the sum of the magnitudes of the bins'
+    means.
+    """
     keys = [instance_key(record) for record in records]
     values = values[..., None] if values.ndim == 2 else values
     problems = [_problem(column, keys) if keys else "no such instances" for column in values.sum(axis=2).T]
@@ -306,25 +247,26 @@ def _scores(values: np.ndarray, records: Sequence[Mapping], **options) -> list[d
         options = _options(options)
         # All protocols are scored on the same draws: one pass serves them all.
         columns = values[:, whole].reshape(len(keys), -1)
-        means = _resampled_means(columns, _group_index([image for image, _ in keys], len(keys)), **options)
+        means = resampled_means(columns, group_index([image for image, _ in keys], len(keys)), **options)
         means = np.abs(means.reshape(len(means), len(whole), -1)).sum(axis=2)
-        for column, low, high in zip(whole, *_ends(means, options["confidence"])):
+        for column, low, high in zip(whole, *percentile_ends(means, options["confidence"])):
             mean = _summed_magnitudes(values[:, column])
             scores[column] = {"mean": mean, "n": len(keys)} | _interval(low=low, high=high)
     return scores
 
 
 def _binned(predicted: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(...) twice -> (..., NUM_BINS): each value in the bin of its prediction, 0 in the others; where it is NaN, NaN in all.
+    """Put each value into the bin of its prediction: (...) twice -> (..., NUM_BINS), 0 in the other bins.
 
-    Bins hold their lower end, and the last one 1; predictions outside of 0 to 1 are in the bin at that end.
+    A NaN is NaN in all bins. A bin contains its lower end, and the last one contains 1. Predictions outside of 0 to 1
+    are in the nearest bin.
     """
     bins = np.clip(np.floor(predicted * NUM_BINS), 0, NUM_BINS - 1)
     return values[..., None] * (bins[..., None] == np.arange(NUM_BINS))
 
 
 def _summed_magnitudes(values: np.ndarray) -> float:
-    """(n, bins): |mean over n| of each bin, added up: of one bin that holds nothing below zero, its mean."""
+    """Sum the magnitudes of the means of the columns of (n, bins); for one nonnegative column, this is its mean."""
     return float(sum(abs(column.mean()) for column in values.T))
 
 
@@ -346,76 +288,11 @@ def _no_difference(num_instances: int, reason: str) -> dict:
     return {"difference": None, "low": None, "high": None, "p_value": None, "n": num_instances, "reason": reason}
 
 
-def _options(given: Mapping) -> dict:
-    return {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "seed": 0, **given}
-
-
-def _checked(values: Sequence[float], name: str) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, but have shape {values.shape}.")
-    if not len(values):
-        raise ValueError(f"{name} are empty: there is no mean of nothing.")
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} of {len(values)} {name} are not finite, first: {name}[{bad[0]}] is {values[bad[0]]}. "
-            "Leaving them out would change the mean: find out where they come from."
-        )
-    return values
+def _options(options: Mapping) -> dict:
+    return {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "seed": 0, **options}
 
 
 def _checked_pair(predicted_iou: Sequence[float], iou: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     if len(predicted_iou) != len(iou):
         raise ValueError(f"{len(predicted_iou)} predicted and {len(iou)} true IoUs cannot be compared.")
-    return _checked(predicted_iou, "predicted_iou"), _checked(iou, "iou")
-
-
-def _group_index(groups: Sequence[Hashable] | None, num_values: int) -> np.ndarray:
-    """(n,) int, the groups numbered from 0 in the order in which they appear."""
-    if groups is None:
-        return np.arange(num_values)
-    if len(groups) != num_values:
-        raise ValueError(f"{len(groups)} groups for {num_values} values: each value needs one.")
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
-
-
-def _resampled_means(values: np.ndarray, index: np.ndarray, confidence: float, num_resamples: int, seed: int):
-    """(n, K) values of groups `index` (n,) -> (num_resamples, K) means over instances; NaN for a single group."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples={num_resamples} must be at least 1.")
-    num_groups = int(index.max()) + 1
-    if num_groups == 1:
-        return np.full((num_resamples, values.shape[1]), np.nan)
-    # Group sums and, as the last column, group sizes: (G, K + 1). A draw is how often each group was taken: (draws, G).
-    sums = np.stack([np.bincount(index, weights=column, minlength=num_groups) for column in (*values.T, None)], axis=1)
-    generator = np.random.default_rng(seed)
-    means = np.empty((num_resamples, values.shape[1]))
-    step = max(1, _MAX_DRAWS // num_groups)
-    for start in range(0, num_resamples, step):
-        num_draws = min(step, num_resamples - start)
-        drawn = generator.integers(0, num_groups, (num_draws, num_groups))
-        drawn += num_groups * np.arange(num_draws)[:, None]
-        taken = np.bincount(drawn.ravel(), minlength=num_draws * num_groups).reshape(num_draws, num_groups)
-        totals = taken.astype(np.float64) @ sums
-        means[start : start + num_draws] = totals[:, :-1] / totals[:, -1:]
-    return means
-
-
-def _ends(means: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """(num_resamples, K) -> the low and high ends (K,) of the percentile interval."""
-    return np.quantile(means, (1 - confidence) / 2, axis=0), np.quantile(means, (1 + confidence) / 2, axis=0)
-
-
-def _paired(differences: np.ndarray, index, confidence, num_resamples, seed) -> list[PairedDifference]:
-    """(n, K) differences -> K tests."""
-    means = _resampled_means(differences, index, confidence, num_resamples, seed)
-    # The one added is the observed sample itself, without which a p-value could be 0.
-    sides = np.stack([(means <= 0).sum(axis=0), (means >= 0).sum(axis=0)]) + 1
-    p_values = np.minimum(1, 2 * sides.min(axis=0) / (num_resamples + 1))
-    p_values[np.isnan(means).any(axis=0)] = np.nan
-    columns = zip(differences.mean(axis=0), *_ends(means, confidence), p_values)
-    return [PairedDifference(*map(float, column)) for column in columns]
+    return check_values(predicted_iou, "predicted_iou"), check_values(iou, "iou")

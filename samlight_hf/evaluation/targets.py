@@ -1,7 +1,8 @@
-"""The annotated masks of an image as run lengths, which are small to send and become pixels on the device."""
+"""The annotated masks of an image as run lengths, which are small to transfer and become pixels on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,15 @@ from .models import to_device
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """n instances of an image of `height` x `width` pixels. A slice selects.
+    """The masks of n instances of an image. A slice selects instances.
 
     Attributes:
         image: the sample's id.
-        instances: in the order of the masks.
-        runs: int32 (total,), pixels outside and inside in turn, column by column, mask after mask; an even number for each
-            mask, so that every second run is inside.
+        height: height of the image.
+        width: width of the image.
+        instances: the instances, in the order of the masks.
+        runs: int32 (total,), numbers of pixels outside and inside in turn, column by column, mask after mask. Each mask
+            has an even number of runs, so that every second run is inside.
         offsets: int64 (n + 1,): the runs of mask i are `runs[offsets[i]:offsets[i + 1]]`.
     """
 
@@ -32,11 +35,11 @@ class Targets:
 
     @classmethod
     def of(cls, sample: Sample, instances: Sequence[Instance]) -> "Targets":
-        """Of some of the sample's instances."""
+        """Create the targets of some of the sample's instances."""
         runs = [run_lengths(instance.rle["counts"]) for instance in instances]
-        runs = [np.append(its_runs, [0] * (len(its_runs) % 2)) for its_runs in runs]
+        runs = [np.append(lengths, [0] * (len(lengths) % 2)) for lengths in runs]
         offsets = np.cumsum([0, *map(len, runs)])
-        flat = np.concatenate(runs) if runs else []
+        flat: Any = np.concatenate(runs) if runs else []
         return cls(sample.id, sample.height, sample.width, instances, np.asarray(flat, dtype=np.int32), offsets)
 
     def __len__(self) -> int:
@@ -49,9 +52,9 @@ class Targets:
         return Targets(self.image, self.height, self.width, self.instances[start:stop], runs, offsets - offsets[0])
 
     def masks(self, device: torch.device) -> torch.Tensor:
-        """bool (n, H, W) on the device, which is not waited for."""
+        """Return bool masks (n, H, W) on the device, without waiting for it."""
         runs = to_device(torch.from_numpy(self.runs), device)
         is_inside = torch.arange(len(runs), device=device) % 2 == 1
         size = len(self) * self.height * self.width
-        columns = is_inside.repeat_interleave(runs, output_size=size)  # a size that is known needs no wait
+        columns = is_inside.repeat_interleave(runs, output_size=size)  # with a known size nothing waits
         return columns.view(len(self), self.width, self.height).transpose(1, 2).contiguous()

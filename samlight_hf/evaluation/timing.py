@@ -2,28 +2,28 @@
 
 import contextlib
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import torch
 
 
 class ForwardTimer:
-    """Adds up seconds by name. CUDA work is timed by events in its own stream, and so may go on behind the host's back.
+    """A sum of seconds by name. CUDA work is timed by events in its own stream, so that the host does not wait.
 
-    An event pair spans the device's first to last kernel, with its waits for launches in between.
+    A pair of events spans the device's first to last kernel, including its waits for launches.
     """
 
     def __init__(self):
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def measure(self, name: str, device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
-            start = time.perf_counter()
+            began = time.perf_counter()
             yield
-            self._seconds[name] += time.perf_counter() - start
+            self._seconds[name] += time.perf_counter() - began
             return
         stream = torch.cuda.current_stream(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -31,10 +31,10 @@ class ForwardTimer:
         yield
         end.record(stream)
         self._pending.append((name, start, end))
-        self._collect(wait=False)  # what is over, so that their number stays small
+        self._collect(wait=False)  # finished ones, so that their number stays small
 
     def seconds(self, name: str) -> float:
-        """So far; waits for what is under way."""
+        """Return the seconds so far. Waits for running work."""
         self._collect(wait=True)
         return self._seconds[name]
 

@@ -1,8 +1,9 @@
-"""The instances of lowest IoU as images."""
+"""Contact sheets of the instances of lowest IoU."""
 
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,19 @@ def worst_cases(
     protocol: str,
     num_cases: int = 20,
 ) -> list[Path]:
-    """Draws the instances of lowest IoU, lowest first, twenty a sheet; returns the PNG files, for `write_report`.
+    """Draw the instances of lowest IoU, lowest first, twenty a sheet.
 
     Args:
+        folder: the folder of the PNG files.
+        result: the result of a model.
         draw_inputs: called with one record at a time; returns the image, the true and the predicted mask for
             `protocol`, both (height, width) bool at the image's size, and the prompts: {"boxes_xyxy": [...],
             "points_xy": [...]} in pixels of the image, each optional, or None.
+        protocol: the protocol whose IoU counts.
+        num_cases: number of instances.
+
+    Returns:
+        The PNG files, for `write_report`.
 
     Raises:
         ValueError: for a protocol that the model was not evaluated with, or a mask of another size than its image.
@@ -57,17 +65,17 @@ def worst_cases(
         number = f"_{start // _PANELS_PER_SHEET + 1}" if len(panels) > _PANELS_PER_SHEET else ""
         paths.append(Path(folder) / fit_name(f"worst_{slug(result.name)}", f"_{slug(protocol)}{number}.png"))
         sheet = contact_sheet(panels[start : start + _PANELS_PER_SHEET], title, _COLUMNS)
-        atomic_write(paths[-1], lambda path, sheet=sheet: sheet.save(path, format="PNG"))
+        atomic_write(paths[-1], partial(sheet.save, format="PNG"))
     return paths
 
 
 def _draw_case(image: Image.Image, truth, predicted, prompts: Mapping | None, where: str) -> Image.Image:
-    """The surroundings of both masks as one panel, with their contours over the prompts; see `worst_cases`."""
+    """Draw the surroundings of both masks as one panel, with their contours over the prompts; see `worst_cases`."""
     masks = [Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255) for mask in (truth, predicted)]
     for mask in masks:
         if mask.size != image.size:
             raise ValueError(f"{where}: a mask is {mask.size} (width, height), and its image {image.size}.")
-    boxes = [mask.getbbox() for mask in masks if mask.getbbox()] or [(0, 0, *image.size)]
+    boxes = [box for mask in masks if (box := mask.getbbox())] or [(0, 0, *image.size)]
     left, top = (min(box[side] for box in boxes) for side in (0, 1))
     right, bottom = (max(box[side] for box in boxes) for side in (2, 3))
     margin = 16 + max(right - left, bottom - top) // 5
@@ -79,7 +87,7 @@ def _draw_case(image: Image.Image, truth, predicted, prompts: Mapping | None, wh
     nothing = MaskResult(np.zeros((0, 1, 1), dtype=bool), np.zeros(0), np.zeros((0, 4)))
     panel = draw_overlay(image.convert("RGB").crop(crop), nothing, boxes_xyxy, points_xy, max_size=_PANEL_SIZE)
     for mask, colour in zip(masks, (_TRUE_COLOUR, _PREDICTED_COLOUR)):
-        # Contours are found at twice the size and halved, which makes them smooth. The frame closes them at the border.
+        # Contours are found at twice the size and halved, which makes them smooth. The border of the image closes them.
         mask = mask.resize((2 * panel.width, 2 * panel.height), Image.Resampling.BILINEAR, crop)
         mask = ImageOps.expand(mask.point(lambda level: 255 * (level > 127)), 8)
         for radius, ink in ((4, "black"), (2, colour)):

@@ -1,4 +1,4 @@
-"""`samlight benchmark`: what it measures, what it makes of it, and that what cannot run stops nothing else."""
+"""`samlight benchmark`: its measurements, its summaries, and that a part that cannot run does not stop the others."""
 
 import argparse
 import json
@@ -53,7 +53,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_ceiling(monkeypatch):
-    """The large product and the large copy take a second, and say nothing about a tiny model."""
+    """The large product and the large copy take a second, and are not needed for a tiny model."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(Settings, "ceiling", {"tflops": 0.1, "gb_per_s": 10.0})
 
@@ -121,7 +121,7 @@ def test_append_keeps_other_parts_and_replaces_its_own(tmp_path):
 
 
 def test_gflop_are_those_of_the_architecture():
-    """The published shape, counted by hand: per token, its products and what it attends to."""
+    """The count equals one by hand for the published shape: for each token its products and its attention."""
     width, tokens, layers = 384, 64 * 64, 6
     products = layers * 12 * width**2 + 16 * 16 * 3 * width + 256 * width + 9 * 256 * 256
     attended = 3 * 512 + 3 * 2048
@@ -130,7 +130,9 @@ def test_gflop_are_those_of_the_architecture():
 
 
 def test_gflop_of_the_decoder_are_those_of_its_prompts():
-    """Of each of 4,096 places: ten projections, five attentions with seven tokens, two transposed convolutions, four masks."""
+    """Each of 4,096 places has ten projections, five attentions with seven tokens, two transposed convolutions, four
+    masks.
+    """
     config = SamLighteningConfig()
     place = 10 * 256 * 128 + 5 * 2 * 7 * 128 + 256 * 4 * 64 + 4 * 64 * 4 * 32 + 16 * 32 * 4
     assert masks.decoder_gflop(config, 1) == pytest.approx(2 * 4096 * place / 1e9, rel=0.02)
@@ -138,7 +140,7 @@ def test_gflop_of_the_decoder_are_those_of_its_prompts():
 
 
 def test_gflop_are_counted_where_autocast_is_off():
-    """As EfficientViT's attention has it, on the device that its tensors name."""
+    """Modules like EfficientViT's attention are counted, which switch autocast off on the device of their tensors."""
 
     class Exact(nn.Linear):
         def forward(self, x):
@@ -176,7 +178,7 @@ def test_time_calls_is_a_median_and_bounds_its_repeats():
 
 
 def test_a_graphs_launch_is_little_of_what_it_replays(monkeypatch):
-    """Of 0.02 ms, for a function that takes 0.005 ms, and for one that takes 1 ms."""
+    """A graph has calls of 0.02 ms in all for a function that takes 0.005 ms, and for one that takes 1 ms."""
     monkeypatch.setattr(measure, "capture", lambda function, calls: lambda: 0.02 + calls * function())
     monkeypatch.setattr(measure, "_cuda_ms", lambda replay: replay())
     monkeypatch.setattr(measure, "time_calls", lambda replay, device: {"ms": replay()})
@@ -210,7 +212,7 @@ def test_targets_say_how_far():
     assert checked["image in to mask of one point"]["value"] == 0.9
     assert checked["4096 px: full attention against w=4096, r=4"]["value"] == 8
     assert checked["4096 px: dilation's overhead over the same groups"]["value"] == pytest.approx(25)
-    assert checked["memory, one image (1024 px) and one prompt"]["value"] == 130  # of the way that is that fast
+    assert checked["memory, one image (1024 px) and one prompt"]["value"] == 130  # of the mode that is that fast
 
 
 def test_fp8_keeps_three_bits_of_each_number_and_each_rows_largest():
@@ -264,7 +266,7 @@ def test_peers_weights_are_not_nearly_zero(monkeypatch):
 
 
 def test_sam_makes_its_positions_where_a_graph_can_have_them(monkeypatch):
-    """On "meta", where the positions that SAM makes on the CPU are real."""
+    """Operations are counted on "meta", where the positions that SAM creates on the CPU are real."""
     monkeypatch.setitem(
         peers.SAM_SHAPES, "small", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     )

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from transformers import SamConfig, SamModel, SamVisionConfig
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.data import PromptSampling, SyntheticScenes, TrainingExamples
-from samlight_hf.distillation import DistillationArguments
+from samlight_hf.distillation import DistillationArguments, DistillationTrainer, Teacher
+from samlight_hf.distillation.trainer import focus_layers
 from tests.conftest import tiny_config
 
 
@@ -12,7 +14,7 @@ IMAGE_SIZE, MASK_SIZE = 32, 32  # 8 x 8 tokens of 4 x 4 pixels
 
 
 def make_teacher(seed: int = 0) -> SamModel:
-    """A SAM as Meta's are: windows, global layers, relative positions."""
+    """A SAM like Meta's: windows, global layers, relative positions."""
     vision = SamVisionConfig(
         hidden_size=48, num_hidden_layers=5, num_attention_heads=4, mlp_dim=96, image_size=IMAGE_SIZE, patch_size=4,
         output_channels=32, num_pos_feats=16, window_size=3, global_attn_indexes=[2, 4], initializer_range=0.05,
@@ -48,6 +50,48 @@ def make_arguments(output_dir, **options) -> DistillationArguments:
         "num_focus_layers": 2, "dataloader_pin_memory": False,
     }  # fmt: skip
     return DistillationArguments(output_dir=str(output_dir), **{**settings, **options})
+
+
+def make_trainer(args, examples=None, teacher=None, student=None, **options) -> DistillationTrainer:
+    student = student or make_student()
+    if args.stage == "encoder" and teacher is None:
+        layers = [
+            layer for _, layer in focus_layers(student, make_teacher().config.vision_config, args.num_focus_layers)
+        ]
+        teacher = Teacher(make_teacher(), layers, torch.float32)
+    if examples is None:
+        examples = make_examples(args.max_steps * args.global_batch_size, args.stage != "encoder")
+    return DistillationTrainer(
+        student, args, examples, make_processor(student.config.vision_config), teacher, **options
+    )
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.clone() for name, tensor in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+    }
+
+
+def assert_equal(first: dict, second: dict):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def count_steps(trainer) -> list:
+    """Return a list that gets an entry at each training step."""
+    steps, compute_loss = [], trainer.compute_loss
+
+    def counting(*args, **kwargs):
+        steps.append(1)
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = counting
+    return steps
+
+
+def logged(trainer, name) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.fixture

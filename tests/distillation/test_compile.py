@@ -1,4 +1,4 @@
-"""That torch.compile takes each stage as one graph, and that nothing changes by it. The compiler itself runs on a GPU (test_gpu.py)."""
+"""torch.compile captures each stage as one graph, with equal results. test_gpu.py runs the compiler itself."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_encoder(batch):
     module = EncoderStage(make_student(), (1, 2), 48)
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     targets = teacher.targets(pixel_values)
-    for weights in ([1.0, 0.0, 0.0], [1.0, 1.0, 0.5]):  # which change without compiling again
+    for weights in ([1.0, 0.0, 0.0], [1.0, 1.0, 0.5]):  # weights may change without another compilation
         module.layer_weights.copy_(torch.tensor(weights))
         with torch.compiler.set_stance("default"):
             torch.testing.assert_close(compiled(pixel_values, targets), module(pixel_values, targets))

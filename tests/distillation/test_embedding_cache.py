@@ -60,7 +60,7 @@ def test_another_teacher_other_layers_or_images_have_another_folder(tmp_path, fi
     keys.add(make_cache(tmp_path, examples, layers=(4,))[0].key)
     keys.add(make_cache(tmp_path, make_examples(50, with_prompts=False, num_views=2, seed=5))[0].key)
     teacher = make_teacher()
-    teacher.config.vision_config.layer_norm_eps = 1e-3  # in no weight
+    teacher.config.vision_config.layer_norm_eps = 1e-3  # not visible in any weight
     teacher = Teacher(teacher, (2, 4), torch.float32)
     keys.add(EmbeddingCache(tmp_path, teacher, examples.num_ids, examples.preprocessing()).key)
     assert len(keys) == 5

@@ -1,4 +1,4 @@
-"""The stages on a GPU: bfloat16, compiled, with a teacher in half precision. Also that a resumed run goes on there."""
+"""The stages on a GPU: bfloat16, compiled, with a teacher in half precision; and a run that is resumed there."""
 
 import shutil
 
@@ -10,8 +10,7 @@ from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
 from tests.launcher import torchrun
 
-from .conftest import make_arguments, make_examples, make_student, make_teacher
-from .test_trainer import count_steps, logged, make_trainer
+from .conftest import count_steps, logged, make_arguments, make_examples, make_student, make_teacher, make_trainer
 
 
 pytestmark = pytest.mark.gpu
@@ -50,21 +49,22 @@ def test_a_resumed_run_goes_on(tmp_path):
     steps = count_steps(resumed)
     resumed.train(resume_from_checkpoint=True)
     assert len(steps) == 6
-    # Sums in another order, which Adam turns into steps of another sign where a gradient is all but 0: losses, not weights.
+    # Sums have another order. Where a gradient is almost 0, Adam's step may change its sign: compare the losses.
     assert logged(resumed, "loss")[6:] == pytest.approx(logged(whole, "loss")[6:], rel=0.02)
 
 
 _FSDP = """
 import sys
 from samlight_hf.utils.processes import leave_process_group
-from tests.distillation.conftest import make_arguments
-from tests.distillation.test_trainer import count_steps, make_trainer
+from tests.distillation.conftest import count_steps, make_arguments, make_trainer
 
-settings = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["SamLighteningVisionLayer"], "state_dict_type": "FULL_STATE_DICT",
+settings = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["SamLighteningVisionLayer"],
+    "state_dict_type": "FULL_STATE_DICT",
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False}
 fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": settings}
 for checkpoint, steps in ((None, 6), (sys.argv[1] + "/checkpoint-3", 3)):
-    args = make_arguments(sys.argv[1], stage=sys.argv[2], use_cpu=False, max_steps=6, save_strategy="steps", save_steps=3, save_total_limit=None, **fsdp)
+    args = make_arguments(sys.argv[1], stage=sys.argv[2], use_cpu=False, max_steps=6, save_strategy="steps",
+        save_steps=3, save_total_limit=None, **fsdp)
     trainer = make_trainer(args)
     counted = count_steps(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -84,7 +84,7 @@ def test_fsdp_trains_saves_and_resumes_as_one_process_does(tmp_path, stage):
     for name in ("student-6", "student-3"):
         state = load_model(tmp_path / "out" / name, "cpu")[0].state_dict()
         for key, tensor in plain.student.state_dict().items():
-            # Where a gradient is nearly 0, its sign is a matter of rounding, and Adam's step goes one way or the other.
+            # Where a gradient is almost 0, its sign depends on rounding, and Adam's step goes one way or the other.
             apart = ~torch.isclose(state[key], tensor.cpu(), atol=1e-4, rtol=1e-2)
             assert apart.float().mean() < 1e-3, key
             assert (state[key] - tensor.cpu()).abs().max() < 7e-3, key  # twice the sum of the learning rates

@@ -9,8 +9,8 @@ from samlight_hf.distillation.layer_weights import layer_weight_schedule
 def test_dynamic_weights_rise_one_after_another():
     schedule = DynamicLayerWeights(ramp_fraction=0.5)  # of 1,200 steps: a_2, a_3, a_4 take 200 each
     expected = {
-        0: [1, 0, 0, 0], 50: [1, 0.25, 0, 0], 100: [1, 0.5, 0, 0], 200: [1, 1, 0, 0], 300: [1, 1, 0.5, 0], 400: [1, 1, 1, 0],
-        450: [1, 1, 1, 0.25], 600: [1, 1, 1, 1], 1200: [1, 1, 1, 1],
+        0: [1, 0, 0, 0], 50: [1, 0.25, 0, 0], 100: [1, 0.5, 0, 0], 200: [1, 1, 0, 0], 300: [1, 1, 0.5, 0],
+        400: [1, 1, 1, 0], 450: [1, 1, 1, 0.25], 600: [1, 1, 1, 1], 1200: [1, 1, 1, 1],
     }  # fmt: skip
     for step, weights in expected.items():
         assert schedule(step, 1200, 4) == pytest.approx(weights), step

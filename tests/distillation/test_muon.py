@@ -22,7 +22,7 @@ def set_gradients(model: nn.Module, step: int):
 
 
 def groups(model: nn.Module) -> list[dict]:
-    """As Trainer makes them."""
+    """The groups of parameters that Trainer creates."""
     decayed = [parameter for name, parameter in model.named_parameters() if "bias" not in name]
     plain = [parameter for name, parameter in model.named_parameters() if "bias" in name]
     return [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -35,7 +35,9 @@ def test_matrices_go_the_way_of_muon_and_everything_else_that_of_adamw():
     biases = [expected[name].bias for name in ("first", "patches", "last")]
     parts = [
         torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([expected["patches"].weight, expected["token"].weight], lr=0.01, betas=(0.9, 0.98), weight_decay=0.1),
+        torch.optim.AdamW(
+            [expected["patches"].weight, expected["token"].weight], lr=0.01, betas=(0.9, 0.98), weight_decay=0.1
+        ),
         torch.optim.AdamW(biases, lr=0.01, betas=(0.9, 0.98), weight_decay=0.0),
     ]  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
@@ -77,7 +79,7 @@ def test_matrices_of_one_shape_go_together_the_way_each_goes_alone(monkeypatch):
         ours.step()
         torchs.step()
         for old, left, right in zip(before, mine, theirs):
-            # A bfloat16 has 8 bits, and each iteration goes on from rounded products.
+            # A bfloat16 has 8 bits, and each iteration uses rounded products.
             assert (left - right).norm() <= 0.02 * (right - old).norm()
             right.data.copy_(left)
     assert sizes[:3] == [(3, 48, 64), (2, 64, 48), (1, 32, 32)] and len(sizes) == 11
@@ -109,5 +111,5 @@ def test_going_on_from_its_state_is_bit_exact():
     for group in resumed.param_groups:
         group["lr"] = 0.0
     before = [parameter.clone() for parameter in model.parameters()]
-    resumed.step()  # whose parts have the same groups still
+    resumed.step()  # the parts still have the same groups
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))

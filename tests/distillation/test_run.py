@@ -28,7 +28,7 @@ from .conftest import make_teacher
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A teacher's folder, and a student's config.json."""
+    """Write a teacher's folder and a student's config.json."""
     folder = tmp_path_factory.mktemp("models")
     teacher = make_teacher()
     teacher.save_pretrained(folder / "teacher")
@@ -46,10 +46,11 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder, out, *options, stages=("encoder", "decoder", "end_to_end"), data=("--train_data", "synthetic:1")):
     arguments = [
-        "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--output_dir", str(out), "--use_cpu",
-        *data, "--eval_data", "synthetic:2", "--eval_limit", "2", "--max_steps", "4",
-        "--per_device_train_batch_size", "2", "--num_prompts", "2", "--num_focus_layers", "2", "--teacher_dtype", "float32",
-        "--disable_tqdm", "true", "--save_steps", "2", "--logging_steps", "1", "--eval_max_instances", "2", "--stages", *stages,
+        "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--output_dir", str(out),
+        "--use_cpu", *data, "--eval_data", "synthetic:2", "--eval_limit", "2", "--max_steps", "4",
+        "--per_device_train_batch_size", "2", "--num_prompts", "2", "--num_focus_layers", "2",
+        "--teacher_dtype", "float32", "--disable_tqdm", "true", "--save_steps", "2", "--logging_steps", "1",
+        "--eval_max_instances", "2", "--stages", *stages,
     ]  # fmt: skip
     return distill(*parse_arguments([*arguments, *options]))
 
@@ -109,8 +110,8 @@ def test_images_that_are_trained_on_are_known_by_their_files(folder, tmp_path):
             for n, number in enumerate(numbers)
         ]
         annotations = [
-            {"id": entry["id"], "image_id": entry["id"], "category_id": 1, "iscrowd": 0, "bbox": [2, 2, 20, 20], "area": 400,
-             "segmentation": rle(box_mask(2, 2, 20, 20))}
+            {"id": entry["id"], "image_id": entry["id"], "category_id": 1, "iscrowd": 0, "bbox": [2, 2, 20, 20],
+             "area": 400, "segmentation": rle(box_mask(2, 2, 20, 20))}
             for entry in entries
         ]  # fmt: skip
         path, _ = write_coco(tmp_path, entries, annotations, images)
@@ -122,9 +123,9 @@ def test_images_that_are_trained_on_are_known_by_their_files(folder, tmp_path):
 
     def with_eval(*options):
         arguments = [
-            "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--use_cpu", "--max_steps", "1",
-            "--per_device_train_batch_size", "2", "--num_focus_layers", "1", "--teacher_dtype", "float32", "--disable_tqdm", "true",
-            "--stages", "encoder", *options,
+            "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--use_cpu",
+            "--max_steps", "1", "--per_device_train_batch_size", "2", "--num_focus_layers", "1",
+            "--teacher_dtype", "float32", "--disable_tqdm", "true", "--stages", "encoder", *options,
         ]  # fmt: skip
         distill(*parse_arguments(arguments))
 
@@ -173,7 +174,7 @@ def test_an_export_is_the_student_that_was_trained(tmp_path):
     make_processor(student.config.vision_config).save_pretrained(tmp_path)
     verify_export(tmp_path, student)
     with torch.no_grad():
-        for parameter in student.parameters():  # from elsewhere in memory, products may round otherwise
+        for parameter in student.parameters():  # at other memory addresses, products may be rounded differently
             parameter.data = torch.cat([parameter.flatten()[:1], parameter.flatten()])[1:].view_as(parameter)
     verify_export(tmp_path, student)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -237,7 +238,7 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
                 [*arguments, "--train_data", "synthetic", "--stages", "end_to_end", "--eval_strategy", "steps"]
             )
         )
-    with pytest.raises(ValueError, match="deepest_share=1.5 must be from 0 to 1"):  # not after the encoder stage
+    with pytest.raises(ValueError, match="deepest_share=1.5 must be from 0 to 1"):  # before the encoder stage
         distill(
             *parse_arguments(
                 [*arguments, "--train_data", "synthetic", "--teacher", "nowhere", "--deepest_share", "1.5"]
@@ -247,9 +248,10 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
 
 def test_the_script_on_two_processes(folder, tmp_path):
     arguments = [
-        "--teacher", folder / "teacher", "--student", folder / "student.json", "--train_data", "synthetic:1", "--eval_data",
-        "synthetic:2", "--eval_limit", "2", "--output_dir", tmp_path / "out", "--use_cpu", "--max_steps", "2", "--num_prompts", "2",
-        "--per_device_train_batch_size", "2", "--num_focus_layers", "2", "--stages", "encoder", "decoder",
+        "--teacher", folder / "teacher", "--student", folder / "student.json", "--train_data", "synthetic:1",
+        "--eval_data", "synthetic:2", "--eval_limit", "2", "--output_dir", tmp_path / "out", "--use_cpu",
+        "--max_steps", "2", "--num_prompts", "2", "--per_device_train_batch_size", "2", "--num_focus_layers", "2",
+        "--stages", "encoder", "decoder",
     ]  # fmt: skip
     assert_said_once(torchrun(ROOT / "examples/distill.py", 2, *arguments), 'encoder {"', 'decoder {"', "The student:")
     assert json.loads((tmp_path / "out/decoder/result.json").read_text())["settings"]["world_size"] == 2
@@ -260,7 +262,7 @@ def test_the_script_on_two_processes(folder, tmp_path):
 
 
 def assert_said_once(printed: str, *said: str):
-    """Of several processes: each sentence is there once, and so is every line."""
+    """In a run of several processes each sentence and each line is printed once."""
     for sentence in said:
         assert printed.count(sentence) == 1, printed
     lines = [line for line in printed.splitlines() if line.strip()]
@@ -297,7 +299,7 @@ def grey_mask() -> bytes:
 
 
 def test_bad_data_that_workers_meet_are_one_line(folder, tmp_path):
-    """Not the traceback of a worker, which torch hands over as the message of an error."""
+    """The error is not the traceback of a worker, which torch passes on as the message of an error."""
     command = [
         sys.executable, ROOT / "examples/distill.py", "--student", folder / "student.json", "--stages", "end_to_end",
         "--train_data", write_masks(tmp_path / "mine", grey_mask()), "--output_dir", tmp_path / "out", "--use_cpu",
@@ -332,7 +334,7 @@ def test_how_mask_files_are_read_is_a_setting(folder, tmp_path):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_the_demonstration_goes_through_everything(tmp_path, num_processes):
-    """With few steps: that it learns is shown by `python examples/distill.py` itself, which takes three minutes."""
+    """Few steps are enough here: `python examples/distill.py`, which takes three minutes, shows that it learns."""
     for name in ("demo_teacher", "demo"):
         text = (ROOT / f"examples/configs/{name}.yaml").read_text()
         lines = [line for line in text.splitlines() if not line.startswith(("max_steps", "eval_limit", "save_steps"))]
@@ -357,7 +359,7 @@ def test_the_demonstration_goes_through_everything(tmp_path, num_processes):
 
 
 def write_scenes(path, num_images):
-    """SyntheticScenes as a tar of SA-1B."""
+    """Write SyntheticScenes as a tar of SA-1B's layout."""
     members = {}
     for index, sample in enumerate(SyntheticScenes(num_images, 32)[i] for i in range(num_images)):
         file = io.BytesIO()
@@ -397,8 +399,9 @@ def test_streamed_tars_train_and_resume_bit_exactly(folder, tmp_path):
 def test_the_ablation_on_two_processes(folder, tmp_path):
     (tmp_path / "variants.yaml").write_text("one:\nother: --max_steps 1\n")
     arguments = [
-        "--teacher", folder / "teacher", "--student", folder / "student.json", "--train_data", "synthetic:1", "--eval_data",
-        "synthetic:2", "--eval_limit", "2", "--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "2",
+        "--teacher", folder / "teacher", "--student", folder / "student.json", "--train_data", "synthetic:1",
+        "--eval_data", "synthetic:2", "--eval_limit", "2", "--use_cpu", "--max_steps", "2",
+        "--per_device_train_batch_size", "2",
         "--num_focus_layers", "2", "--stages", "encoder", "--seeds", "0", "--variants", tmp_path / "variants.yaml",
         "--out", tmp_path / "out",
     ]  # fmt: skip
@@ -412,8 +415,9 @@ def test_the_ablation_on_two_processes(folder, tmp_path):
 def test_the_ablation_prints_mean_and_spread(folder, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"teacher: {folder / 'teacher'}\nstudent: {folder / 'student.json'}\ntrain_data: synthetic:1\neval_data: synthetic:2\n"
-        "eval_limit: 2\nuse_cpu: true\nmax_steps: 2\nper_device_train_batch_size: 2\nnum_prompts: 2\nnum_focus_layers: 2\n"
+        f"teacher: {folder / 'teacher'}\nstudent: {folder / 'student.json'}\n"
+        "train_data: synthetic:1\neval_data: synthetic:2\neval_limit: 2\nuse_cpu: true\nmax_steps: 2\n"
+        "per_device_train_batch_size: 2\nnum_prompts: 2\nnum_focus_layers: 2\n"
     )
     command = [
         sys.executable,
@@ -435,7 +439,7 @@ def test_the_ablation_prints_mean_and_spread(folder, tmp_path):
     results = json.loads((tmp_path / "out/ablation.json").read_text())["results"]
     assert [len(runs) for runs in results.values()] == [2, 2, 2]
     cosines = {name: runs[0]["stages"]["encoder"]["eval_embedding_cosine"] for name, runs in results.items()}
-    assert len(set(cosines.values())) == 3  # the schedules are not the same training
+    assert len(set(cosines.values())) == 3  # the schedules are different trainings
     variants = tmp_path / "variants.yaml"
     variants.write_text("one: --stages encoder\nother: --stages end_to_end\n")
     command = [*command[:4], "--variants", variants, "--seeds", "0", "--out", tmp_path / "variants"]

@@ -38,12 +38,12 @@ def test_encode_is_the_encoders_own_forward(make, pixel_values):
     model = make().eval()
     states, embeddings = encode(
         model.vision_encoder, pixel_values, (0, 2, 2)
-    )  # a shallow teacher's layer may come twice
+    )  # a shallow teacher's layer may occur twice
     assert len(states) == 3
     assert states[1] is states[2]
     outputs = model.vision_encoder(pixel_values, output_hidden_states=True)
     assert torch.equal(embeddings, outputs.last_hidden_state)
-    assert torch.equal(states[0], outputs.hidden_states[1])  # hidden_states[0] is what goes into the first layer
+    assert torch.equal(states[0], outputs.hidden_states[1])  # hidden_states[0] is the input of the first layer
     assert torch.equal(states[1], outputs.hidden_states[3])
 
 
@@ -134,7 +134,7 @@ def test_masks_and_gradients_are_those_of_the_models_own_forward(make, batch, mu
             masks, iou = outputs.pred_masks[:, 0], outputs.iou_scores[:, 0]
         else:
             masks, iou = predict_masks(model, image, prompts, multimask)
-        weights = torch.arange(masks.numel()).view_as(masks) % 7 - 3.0  # so that pixels in another place would show
+        weights = torch.arange(masks.numel()).view_as(masks) % 7 - 3.0  # so that misplaced pixels would change the loss
         ((masks * weights).sum() + iou.sum()).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         results.append((masks, iou, image.grad, gradients))
@@ -171,7 +171,7 @@ def test_the_mask_loss_is_the_formula(student, batch):
 
 
 def test_a_point_can_train_on_every_object_that_it_lies_in(student, batch):
-    """Against a loop over points, targets and masks; the IoU head learns the IoU with the best fitting target."""
+    """The loss equals a loop over points, targets and masks; the IoU head learns the IoU of the best fitting target."""
     batch["points"] = batch["boxes"][..., 2:] - 1  # where one object begins before another ends
     stage = MaskStage(student, "end_to_end", LOSS_WEIGHTS, box_share=0.0, num_refinements=0, point_targets="all")
     outputs = stage(**batch)
@@ -194,7 +194,7 @@ def test_a_point_can_train_on_every_object_that_it_lies_in(student, batch):
             ]
             ious = torch.stack([torch.stack([true_iou(mask, target) for target in targets]).max() for mask in logits])
             losses.append(sum(mask_losses) / len(mask_losses) + 2 * F.mse_loss(predicted.iou_scores[0, 0], ious))
-    assert num_nested  # else there is nothing to see
+    assert num_nested  # otherwise the test would show nothing
     torch.testing.assert_close(outputs["loss"], sum(losses) / 8)
 
 
@@ -232,7 +232,7 @@ def test_clicks_are_drawn_evenly_from_the_error():
     target[0, 1:4, 1:4] = True
     predicted = target.clone()
     predicted[0, 1, 1] = False  # missed
-    predicted[0, 5, 4] = True  # too much
+    predicted[0, 5, 4] = True  # excess
     draws = torch.linspace(0, 0.999, 40)
     clicks, labels = sample_clicks(predicted.expand(40, -1, -1), target.expand(40, -1, -1), draws)
     found = {(x, y, label) for (x, y), label in zip(clicks.int().tolist(), labels.tolist())}
@@ -262,7 +262,7 @@ def test_where_nothing_is_wrong_the_target_is_clicked():
 @pytest.mark.parametrize("num_refinements", [0, 1])
 @pytest.mark.parametrize("stage", ["decoder", "end_to_end"])
 def test_what_is_said_to_train_every_parameter_does(tmp_path, student, batch, stage, box_share, num_refinements):
-    """DDP waits forever for a gradient that does not come, where it was told that each of them does."""
+    """DDP waits forever for a missing gradient if it was told that every parameter gets one."""
     settings = {"stage": stage, "box_share": box_share, "num_refinements": num_refinements}
     MaskStage(student, stage, LOSS_WEIGHTS, box_share, num_refinements)(**batch)["loss"].backward()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

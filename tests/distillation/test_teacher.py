@@ -47,7 +47,7 @@ def test_targets_are_the_teachers_and_may_be_kept_by_autograd(teacher):
 def test_half_precision_is_close(teacher):
     pixel_values = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     exact = Teacher(make_teacher(), (4,), torch.float32).targets(pixel_values)
-    with torch.autocast("cpu", torch.bfloat16):  # which does not reach the teacher
+    with torch.autocast("cpu", torch.bfloat16):  # does not change the teacher
         half = Teacher(teacher, (4,), torch.bfloat16).targets(pixel_values)
     for mine, theirs in zip(half, exact):
         assert mine.dtype == torch.bfloat16

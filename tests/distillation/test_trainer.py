@@ -1,8 +1,3 @@
-import math
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,66 +7,29 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, pipeline
 
-from samlight_hf.data import PromptSampling, SyntheticScenes, TrainingExamples
+from samlight_hf.data import SyntheticScenes
 from samlight_hf.distillation import (
     CachedExamples,
-    CheckpointChangedError,
     DistillationTrainer,
     EmbeddingCache,
     LayerWeightCallback,
     MaskImageCallback,
     Teacher,
-    TrainingDivergedError,
     fill_cache,
 )
-from samlight_hf.distillation.checkpoints import STAGING_NAME, last_checkpoint
-from samlight_hf.distillation.trainer import focus_layers
 from samlight_hf.loading import load_model
-from tests.launcher import ROOT, torchrun
+from tests.launcher import torchrun
 
-from .conftest import make_arguments, make_examples, make_student, make_teacher
-
-
-def make_trainer(args, examples=None, teacher=None, student=None, **options) -> DistillationTrainer:
-    student = student or make_student()
-    if args.stage == "encoder" and teacher is None:
-        layers = [
-            layer for _, layer in focus_layers(student, make_teacher().config.vision_config, args.num_focus_layers)
-        ]
-        teacher = Teacher(make_teacher(), layers, torch.float32)
-    if examples is None:
-        examples = make_examples(args.max_steps * args.global_batch_size, args.stage != "encoder")
-    return DistillationTrainer(
-        student, args, examples, make_processor(student.config.vision_config), teacher, **options
-    )
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.clone() for name, tensor in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-    }
-
-
-def assert_equal(first: dict, second: dict):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def count_steps(trainer) -> list:
-    """A list that gets an entry at each training step from here on."""
-    steps, compute_loss = [], trainer.compute_loss
-
-    def counting(*args, **kwargs):
-        steps.append(1)
-        return compute_loss(*args, **kwargs)
-
-    trainer.compute_loss = counting
-    return steps
-
-
-def logged(trainer, name) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
+from .conftest import (
+    assert_equal,
+    logged,
+    make_arguments,
+    make_examples,
+    make_student,
+    make_teacher,
+    make_trainer,
+    weights,
+)
 
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder", "end_to_end"])
@@ -150,7 +108,7 @@ def test_cached_targets_train_as_live_ones_do(tmp_path):
             cache = EmbeddingCache(tmp_path, trainer.teacher, examples.num_ids, examples.preprocessing())
             fill_cache(cache, examples.views(), trainer.teacher, torch.device("cpu"), 4, 0)
             trainer = make_trainer(args, CachedExamples(examples, cache), trainer.teacher)
-            trainer.teacher.targets = None  # is not asked
+            trainer.teacher.targets = None  # must not be called
         trainer.train()
         losses.append(logged(trainer, "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -166,7 +124,7 @@ def test_evaluation_measures_masks_and_embeddings_and_draws(tmp_path):
     assert metrics["eval_point_oracle_miou"] >= metrics["eval_point_miou"]
     assert len(logged(trainer, "eval_embedding_cosine")) == 3
     assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == ["step-2.png", "step-4.png"]
-    # the same numbers as the evaluation of the saved student, which knows nothing of training
+    # the same numbers as in an evaluation of the saved student without a trainer
     trainer.export(tmp_path / "student")
     from samlight_hf.distillation.demonstration import measure
 
@@ -195,222 +153,6 @@ def test_the_exported_student_is_complete_and_knows_nothing_of_the_training(tmp_
     assert len(output["masks"]) > 0
 
 
-@pytest.mark.parametrize(("stage", "muon"), [("encoder", False), ("end_to_end", False), ("end_to_end", True)])
-def test_resuming_is_bit_exact(tmp_path, stage, muon):
-    options = {
-        "stage": stage,
-        "muon": muon,
-        "max_steps": 8,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "warmup_steps": 2,
-        "save_total_limit": None,
-    }
-    whole = make_trainer(make_arguments(tmp_path / "whole", **options))
-    whole.train()
-    first = make_trainer(make_arguments(tmp_path / "parts", **options))
-    first.train()
-    for folder in (tmp_path / "parts").glob("checkpoint-[!3]*"):
-        shutil.rmtree(folder)
-    resumed = make_trainer(make_arguments(tmp_path / "parts", **options))
-    steps = count_steps(resumed)
-    resumed.train(resume_from_checkpoint=True)
-    assert len(steps) == 5
-    assert_equal(weights(whole), weights(resumed))
-    assert logged(whole, "loss")[3:] == logged(resumed, "loss")[3:]
-
-
-_KILLED = """
-import os, signal, sys
-import torch
-from tests.distillation.conftest import make_arguments
-from tests.distillation.test_trainer import OPTIONS, make_trainer
-
-save, calls = torch.save, 0
-def killed_at(number):
-    def saving(content, path, *args, **kwargs):
-        global calls
-        calls += 1
-        if calls == number:
-            with open(path, "wb") as file:
-                file.write(b"half of it")
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(content, path, *args, **kwargs)
-    return saving
-torch.save = killed_at(int(sys.argv[2]))
-make_trainer(make_arguments(sys.argv[1], **OPTIONS)).train()
-"""
-OPTIONS = {"stage": "encoder", "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-
-
-@pytest.mark.parametrize("call", [1, 2, 6])  # in the first save; later in it; in the second
-def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_last_whole_checkpoint(tmp_path, call):
-    killed = subprocess.run(
-        [sys.executable, "-c", _KILLED, tmp_path / "killed", str(call)], cwd=ROOT, capture_output=True, timeout=300
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert (tmp_path / "killed" / STAGING_NAME).is_dir()
-    checkpoint = last_checkpoint(tmp_path / "killed")
-    assert checkpoint == (str(tmp_path / "killed/checkpoint-2") if call == 6 else None)
-    whole = make_trainer(make_arguments(tmp_path / "whole", **OPTIONS))
-    whole.train()
-    resumed = make_trainer(make_arguments(tmp_path / "killed", **OPTIONS))
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert_equal(weights(whole), weights(resumed))
-    assert not (tmp_path / "killed" / STAGING_NAME).exists()
-
-
-def test_a_disk_that_fills_up_names_the_last_whole_checkpoint(tmp_path):
-    script = (
-        "import resource, signal\n"
-        "from tests.distillation.test_trainer import *\n"
-        "trainer = make_trainer(make_arguments(sys.argv[1], **OPTIONS))\n"
-        "check, saved = trainer._check_finite, []\n"
-        "def limited():\n"
-        "    check()\n"
-        "    saved.append(1)\n"
-        "    if len(saved) == 2:  # no file may grow beyond 50 kB from here on\n"
-        "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "trainer._check_finite = limited\n"
-        "trainer.train()\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 1
-    assert f"the checkpoint of step 4 could not be saved in {tmp_path}" in process.stderr
-    assert f"one is {tmp_path}/checkpoint-2: make room, and resume from it" in process.stderr
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-
-
-def test_a_loss_that_turns_nan_stops_with_the_last_good_checkpoint(tmp_path):
-    args = make_arguments(tmp_path, max_steps=12, save_strategy="steps", save_steps=2)
-    trainer = make_trainer(args)
-    forward = trainer.model.forward
-
-    def failing(**batch):
-        outputs = forward(**batch)
-        return {**outputs, "loss": outputs["loss"] * (math.nan if trainer.state.global_step == 5 else 1)}
-
-    trainer.model.forward = failing
-    with pytest.raises(TrainingDivergedError, match=r"loss=nan at step 6: .* last good checkpoint is .*checkpoint-4"):
-        trainer.train()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-
-
-def test_weights_that_are_nan_are_never_saved(tmp_path):
-    trainer = make_trainer(make_arguments(tmp_path, save_strategy="steps", save_steps=2, logging_steps=100))
-    trainer.student.mask_decoder.iou_token.weight.data[0, 0] = math.nan
-    with pytest.raises(TrainingDivergedError, match=r"weights in .* No checkpoint had been saved"):
-        trainer.train()
-    assert last_checkpoint(tmp_path) is None
-
-
-def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
-    args = make_arguments(
-        tmp_path, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=2,
-        metric_for_best_model="box_miou", greater_is_better=True, load_best_model_at_end=True, eval_max_instances=2,
-    )  # fmt: skip
-    trainer = make_trainer(args, eval_images=SyntheticScenes(2, 32))
-    values = iter([0.1, 0.9, 0.3, 0.2])
-    evaluate = trainer.evaluate
-    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_box_miou": next(values)}
-    trainer.train()
-    best = tmp_path / "checkpoint-4"
-    assert trainer.state.best_model_checkpoint == str(best)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
-    assert_equal(trainer.student.state_dict(), load_model(best, "cpu")[0].state_dict())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_steps": 16}, r"max_steps=16 \(was 8\)"),
-        ({"per_device_train_batch_size": 2}, r"global_batch_size=2 \(was 4\)"),
-        ({"learning_rate": 5e-4}, r"learning_rate=0.0005 \(was 0.001\)"),
-        ({"stage": "decoder"}, r"stage=decoder \(was end_to_end\)"),
-        ({"adam_epsilon": 1e-6}, r"adam_epsilon=1e-06 \(was 1e-08\)"),
-    ],
-)
-def test_settings_that_define_the_run_may_not_change(tmp_path, options, message):
-    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
-    make_trainer(make_arguments(tmp_path, **settings)).train()
-    trainer = make_trainer(make_arguments(tmp_path, **{**settings, **options}))
-    with pytest.raises(CheckpointChangedError, match=message):
-        trainer.train(resume_from_checkpoint=True)
-
-
-def test_the_teacher_may_not_change(tmp_path):
-    settings = {"stage": "encoder", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer(make_arguments(tmp_path, **settings)).train()
-    other = make_trainer(
-        make_arguments(tmp_path, **settings), teacher=Teacher(make_teacher(seed=5), (2, 4), torch.float32)
-    )
-    with pytest.raises(CheckpointChangedError, match=r"teacher=.* \(was "):
-        other.train(str(tmp_path / "checkpoint-2"))
-
-
-def test_what_is_frozen_may_not_change_and_what_is_trained_comes_from_the_checkpoint(tmp_path):
-    settings = {"stage": "decoder", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer(make_arguments(tmp_path, **settings)).train()
-    checkpoint = str(tmp_path / "checkpoint-2")
-    resumed = make_trainer(make_arguments(tmp_path, **settings), student=load_model(checkpoint, "cpu")[0])
-    resumed.train(checkpoint)
-    student = make_student()
-    with torch.no_grad():
-        student.vision_encoder.neck.conv2.weight.mul_(2)
-    with pytest.raises(CheckpointChangedError, match=r"frozen=.* \(was "):
-        make_trainer(make_arguments(tmp_path, **settings), student=student).train(checkpoint)
-
-
-def test_prompts_may_not_change(tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    make_trainer(make_arguments(tmp_path, **settings)).train()
-    examples = TrainingExamples(
-        SyntheticScenes(20, 32), 16, 32, mask_size=32, prompts=PromptSampling(4, 4, box_noise=0.9)
-    )
-    with pytest.raises(CheckpointChangedError, match=r"data=.* \(was "):
-        make_trainer(make_arguments(tmp_path, **settings), examples).train(str(tmp_path / "checkpoint-2"))
-
-
-def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path):
-    settings = {
-        "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1,
-        "load_best_model_at_end": True, "eval_max_instances": 2,
-    }  # fmt: skip
-
-    def trainer(folder):
-        made = make_trainer(make_arguments(folder, **settings), eval_images=SyntheticScenes(1, 32, seed=1))
-        assert made.args.metric_for_best_model == "box_miou"
-        return made
-
-    first = trainer(tmp_path / "old")
-    first.evaluate = lambda *args, **kwargs: scored(first, 1.0 / first.state.global_step)  # the first is the best
-    first.args.max_steps = 4
-    first.train()
-    shutil.move(tmp_path / "old", tmp_path / "new")
-    resumed = trainer(tmp_path / "new")
-    resumed.evaluate = lambda *args, **kwargs: scored(resumed, 0.0)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.best_model_checkpoint == str(tmp_path / "new/checkpoint-2")
-    best = load_model(tmp_path / "new/checkpoint-2", "cpu")[0].state_dict()
-    assert_equal(resumed.student.state_dict(), best)
-
-
-def scored(trainer, score: float) -> dict[str, float]:
-    metrics = {"eval_box_miou": score}
-    trainer.log(metrics)
-    return metrics
-
-
-def test_a_checkpoint_without_optimizer_is_refused(tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
-    make_trainer(make_arguments(tmp_path, **settings)).train()
-    with pytest.raises(CheckpointChangedError, match="has no optimizer.pt .save_only_model=true."):
-        make_trainer(make_arguments(tmp_path, **settings)).train(resume_from_checkpoint=True)
-
-
 class _Tracker:
     Image = staticmethod(lambda pixels: ("image", pixels.shape))
 
@@ -427,21 +169,13 @@ class _Tracker:
 @pytest.mark.parametrize("attribute", ["tb_writer", "_wandb", "_trackio"])
 def test_images_go_to_the_trackers(tmp_path, attribute):
     callback, scenes, tracker = TrainerCallback(), SyntheticScenes(1, 64, seed=7), _Tracker()
-    setattr(callback, attribute, tracker)  # as transformers' callbacks keep them
+    setattr(callback, attribute, tracker)  # as transformers' callbacks store them
     args = make_arguments(tmp_path, eval_max_instances=2)
     trainer = make_trainer(args, eval_images=scenes, callbacks=[MaskImageCallback([scenes[0]]), callback])
     trainer.evaluate()
     (values,) = tracker.logged
     assert values["train/global_step"] == 0
     assert values["masks"][1][2] == 3
-
-
-def test_resuming_from_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        make_trainer(make_arguments(tmp_path)).train(resume_from_checkpoint=True)
-    (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(CheckpointChangedError, match="not a checkpoint of this trainer"):
-        make_trainer(make_arguments(tmp_path)).train(resume_from_checkpoint=True)
 
 
 def test_a_stage_without_what_it_needs_is_refused(tmp_path):
@@ -470,7 +204,7 @@ def test_what_is_frozen_is_proven_before_the_first_step(tmp_path):
 
 
 class _Order(Dataset):
-    """Examples that remember who asked for them."""
+    """Examples that record which process loaded them."""
 
     def __init__(self, examples):
         self.examples, self.asked = examples, []
@@ -497,16 +231,19 @@ _RANK = """
 import os, sys
 import torch
 from samlight_hf.utils.processes import leave_process_group
-from tests.distillation.conftest import make_arguments
-from tests.distillation.test_trainer import *
+from samlight_hf.data import SyntheticScenes
+from tests.distillation.conftest import *
 
-args = make_arguments(sys.argv[1], stage=sys.argv[2], max_steps=4, per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), optim="sgd",
-    learning_rate=0.05, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, eval_max_instances=2, ddp_backend="gloo")
+args = make_arguments(sys.argv[1], stage=sys.argv[2], max_steps=4,
+    per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]), optim="sgd",
+    learning_rate=0.05, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+    eval_max_instances=2, ddp_backend="gloo")
 trainer = make_trainer(args, eval_images=SyntheticScenes(3, 32))
 trainer.train(resume_from_checkpoint=sys.argv[3] if len(sys.argv) > 3 else None)
 trainer.export(sys.argv[1] + "/student")
 if trainer.is_world_process_zero():
-    torch.save({"weights": weights(trainer), "log": trainer.state.log_history, "world": args.world_size}, sys.argv[1] + "/result.pt")
+    torch.save({"weights": weights(trainer), "log": trainer.state.log_history, "world": args.world_size},
+        sys.argv[1] + "/result.pt")
 del trainer
 leave_process_group()
 """
@@ -539,7 +276,7 @@ def test_two_ranks_are_one_at_the_same_global_batch(tmp_path, stage):
     torch.testing.assert_close(
         loaded["mask_decoder.iou_token.weight"], two["weights"]["student.mask_decoder.iou_token.weight"]
     )
-    if stage == "encoder":  # what two began goes on as one
+    if stage == "encoder":  # a run of two processes is resumed by one
         again = run_ranks(tmp_path / "2", 1, stage, str(tmp_path / "2/checkpoint-2"))
         assert "Resuming on 1 processes what 2 began" in again["stdout"]
         for name in one["weights"]:

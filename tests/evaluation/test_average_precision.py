@@ -35,7 +35,8 @@ def truth_and_results(tmp_path, seed=0):
             category = int(generator.integers(1, 4))
             mask = box_mask(x, y, side, side, (SIZE, SIZE))
             annotations.append(
-                {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0, "area": side**2,
+                {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0,
+                 "area": side**2,
                  "bbox": [x, y, side, side], "segmentation": rle(mask)}
             )  # fmt: skip
             for _ in range(int(generator.integers(0, 3))):
@@ -73,7 +74,7 @@ def test_average_precision_equals_pycocotools(tmp_path, seed):
 
 
 def test_average_precision_that_is_known(tmp_path):
-    """Perfect masks give 1. With half of them missing, precision is 1 up to recall 1/2 and 0 beyond: 51 of 101 points."""
+    """Perfect masks give 1. With half of them missing, precision is 1 up to recall 1/2, then 0: 51 of 101 points."""
     path, _, _ = truth_and_results(tmp_path)
     annotations = json.loads(path.read_text())["annotations"]
     one_category = [{**a, "category_id": 1} for a in annotations]
@@ -143,7 +144,7 @@ def test_annotations_that_ap_cannot_be_computed_of(tmp_path, change, lvis, said)
 
 
 def test_annotations_that_the_dataset_reads_count_the_same(tmp_path):
-    """Flat polygons, stray rings, text for numbers, no ids and boxes: what the reader keeps is what AP is of."""
+    """AP uses what the reader keeps: flat polygons, stray rings, text for numbers, no ids, boxes."""
     path, _, _ = truth_and_results(tmp_path)
     content = json.loads(path.read_text())
     bad = []
@@ -170,7 +171,7 @@ def test_lvis_scores_by_frequency(tmp_path):
         image["not_exhaustive_category_ids"] = []
     path.write_text(json.dumps(content))
     scores = average_precision(path, results, list(range(1, 9)), lvis=True)
-    # Every category of every image is annotated, so LVIS's rules leave nothing out, and COCO's numbers must come out.
+    # Every category of every image is annotated, so LVIS's rules leave nothing out, and the result equals COCO's.
     precision = reference(path, results, list(range(1, 9)), max_detections=(300,))["precision"][:, :, :, 0, -1]
     assert scores["AP all"] == pytest.approx(precision.mean(), abs=1e-12)
     for category, name in enumerate(("rare", "common", "frequent")):
@@ -183,7 +184,10 @@ def test_average_recall_equals_pycocotools(tmp_path):
     records = [
         {
             "picture": str(image_id),
-            "targets": [{k: a[k] for k in ("segmentation", "area", "iscrowd")} for a in annotations if a["image_id"] == image_id],
+            "targets": [
+                {k: a[k] for k in ("segmentation", "area", "iscrowd")}
+                for a in annotations if a["image_id"] == image_id
+            ],
             "predictions": [{k: r[k] for k in ("segmentation", "score")} for r in results if r["image_id"] == image_id],
         }
         for image_id in range(1, 9)
@@ -226,7 +230,7 @@ def test_detector_boxes(promptable, tmp_path):
 
 
 def test_a_detectors_text_stands_for_numbers(promptable, tmp_path):
-    """The image ids are the dataset's own, whose annotations COCOeval knows."""
+    """The image ids are those of the dataset, whose annotations COCOeval has."""
     path, folder, _ = truth_and_results(tmp_path)
     dataset = load_dataset(path, images=folder, limit=1)
     box = {"image_id": "1", "category_id": "2", "bbox": [10, 10, 50, 60], "score": "0.8"}
@@ -280,7 +284,7 @@ def test_everything(promptable, dataset):
 
 
 def test_everything_mode_of_a_stretched_frame_is_refused(promptable, dataset):
-    promptable.keeps_aspect = False  # as SAM 2's
+    promptable.keeps_aspect = False  # like SAM 2's
     with pytest.raises(ValueError, match="everything mode takes SAM's frame"):
         EverythingTask()(promptable, None, dataset[0])
 
@@ -292,7 +296,7 @@ def rectangle(x1: int, y1: int, x2: int, y2: int) -> dict:
 
 
 def test_precision_counts_right_masks_and_how_scores_rank_them():
-    """Two right masks (IoU 1 and 0.5) and two wrong ones, one of which has a score between theirs; and an empty image."""
+    """Two right masks (IoU 1 and 0.5), two wrong ones, one of which has a score between theirs; and an empty image."""
     target = {"segmentation": rectangle(0, 0, 10, 10), "area": 100, "iscrowd": 0}
     masks = {(0, 0, 10, 10): 0.9, (0, 0, 10, 5): 0.3, (10, 10, 20, 20): 0.5, (0, 15, 5, 20): 0.1}
     predictions = [{"segmentation": rectangle(*box), "score": score} for box, score in masks.items()]

@@ -92,7 +92,7 @@ def test_everything_mode_finds_the_wanted_number_at_default_thresholds(bundled, 
     result = calibrate(model, processor, photographs, masks_per_image=5, points_per_side=4, logit_scales=(1.0, 4.0))
     generator = MaskGenerator(model, processor)
     found = [generator(sample.image, points_per_crop=4) for sample in photographs]
-    assert len(before) == 0  # and so at default thresholds
+    assert len(before) == 0  # nothing at the default thresholds either
     assert np.mean([len(each) for each in found]) == pytest.approx(5, abs=0.5)
     assert result.masks_per_image == 5 and 0 <= result.share_right <= 1
     assert max(each.scores.max() for each in found) == pytest.approx(1.0, abs=1e-3)

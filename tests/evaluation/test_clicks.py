@@ -5,7 +5,7 @@ from samlight_hf.evaluation.clicks import deepest_point, next_click
 
 
 def brute_force_depth(mask: np.ndarray) -> np.ndarray:
-    """Distance of each pixel to the nearest one outside the mask, all around the image counted as outside."""
+    """Return the distance of each pixel to the nearest one outside the mask or outside the image."""
     padded = np.pad(mask, 1)
     outside = np.argwhere(~padded)
     depth = np.zeros(mask.shape)
@@ -31,7 +31,7 @@ def test_the_border_of_the_image_is_outside():
 
 
 def test_a_hole_is_not_clicked():
-    """The centre of the box, (x1 + x2) / 2, lies in the hole of a ring: the click does not."""
+    """The center of the box, (x1 + x2) / 2, lies in the hole of a ring; the click does not."""
     mask = np.zeros((21, 21), bool)
     mask[2:19, 2:19] = True
     mask[6:15, 6:15] = False
@@ -49,7 +49,7 @@ def test_next_click_goes_to_the_larger_error():
     target[5:15, 5:15] = True
     predicted = target.copy()
     predicted[5:15, 5:12] = False  # 7 columns missing
-    predicted[0:3, 0:3] = True  # 3x3 too much
+    predicted[0:3, 0:3] = True  # 3x3 excess
     (x, y), label = next_click(predicted, target)
     assert label == 1
     assert target[y, x] and not predicted[y, x]

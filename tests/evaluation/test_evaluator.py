@@ -7,7 +7,7 @@ from samlight_hf.data import SkipReason, load_dataset
 from samlight_hf.evaluation.evaluator import Journal, evaluate
 from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
-from samlight_hf.evaluation.work import EvaluationTask
+from samlight_hf.evaluation.tasks import EvaluationTask
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
 from tests.launcher import ROOT, torchrun
 
@@ -88,11 +88,12 @@ def test_bad_data_is_counted_once_and_left_out(promptable, tmp_path):
         {
             "a.jpg": jpeg(), "a.json": sa1b_json(annotation(1)),
             "b.jpg": jpeg()[:300], "b.json": sa1b_json(annotation(2)),
-            "c.jpg": jpeg(), "c.json": sa1b_json(annotation(3), annotation(4, segmentation={"size": [9, 9], "counts": "0"})),
+            "c.jpg": jpeg(),
+            "c.json": sa1b_json(annotation(3), annotation(4, segmentation={"size": [9, 9], "counts": "0"})),
             "d.jpg": jpeg(),
         },
     )  # fmt: skip
-    for attempt in range(2):  # the second from the journal alone
+    for attempt in range(2):  # the second time from the journal alone
         records, report, _ = run(promptable, load_dataset(tar), tmp_path / "journal")
         assert [record["instance"] for record in records] == [1, 3], attempt
         assert {reason: s.count for reason, s in report.images.items()} == {
@@ -109,7 +110,7 @@ def test_nothing_to_evaluate_is_an_error(promptable, tmp_path):
 
 
 def test_two_processes_equal_one(promptable, tar, tmp_path):
-    """torchrun with two gloo ranks, as `accelerate launch` would start them; the reports hold the same records."""
+    """Run torchrun with two gloo ranks, as `accelerate launch` would; the reports have the same records."""
     arguments = [
         "--model", promptable.model.name_or_path, "--dataset", tar, "--clicks", "1", "--batch-size", "2", "--no-plots",
         "--device", "cpu", "--include-crowd", "--num-workers", "1",

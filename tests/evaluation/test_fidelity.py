@@ -59,7 +59,7 @@ def test_linear_cka():
 
 
 def test_masks_are_compared_with_the_teachers(promptable, dataset):
-    """A teacher whose mask decoder is another one agrees less, though the embeddings are the same."""
+    """A teacher with another mask decoder agrees less, though the embeddings are the same."""
     other = copy.deepcopy(promptable)
     torch.manual_seed(9)
     for parameter in other.model.mask_decoder.parameters():

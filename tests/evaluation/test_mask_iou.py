@@ -1,4 +1,4 @@
-"""IoU and boundary IoU against hand-computed cases, pycocotools and written-out erosion; the metric through `evaluate`."""
+"""IoU and boundary IoU against hand-computed cases, pycocotools and explicit erosion; the metric through `evaluate`."""
 
 import shutil
 import subprocess
@@ -40,7 +40,7 @@ def random_masks(rng, count, height=None, width=None):
 
 
 def eroded_boundary(mask, ratio=0.02):
-    """Boundary IoU's definition: one 3x3 erosion after another, background outside the image."""
+    """Compute the boundary by its definition: repeated 3x3 erosion, with background outside the image."""
     steps = max(1, round(ratio * np.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2)))
     inner = mask
     for _ in range(steps):
@@ -106,7 +106,7 @@ def test_hand_computed_boundary_at_the_border_of_the_image():
     assert boundary.sum() == 30 * 40 - 28 * 38
     assert boundary[0].all() and not boundary[1, 1:-1].any()
     assert mask_boundary(full, 0.06).sum() == 30 * 40 - 24 * 34  # distance 3
-    # Where the window is as large as the image one pixel is left inside, and none where it is larger.
+    # With a window as large as the image one pixel is left inside, and none with a larger one.
     assert mask_boundary(np.ones((3, 3), bool)).sum() == 8
     assert mask_boundary(np.ones((2, 3), bool)).all()
 
@@ -190,7 +190,7 @@ def test_cuda_equals_numpy():
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """Loads the metric from a copy of its folder, so that nothing of the package is beside it."""
+    """Load the metric from a copy of its folder, where it cannot import the package's files."""
     evaluate = pytest.importorskip("evaluate")
     folder = tmp_path_factory.mktemp("metrics") / "mask_iou"
     shutil.copytree(metric_folder.PATH, folder)

@@ -1,4 +1,4 @@
-"""On a GPU the evaluation gives the CPU's numbers, waits for the device once a batch, and still knows the model's time."""
+"""On a GPU the evaluation gives the CPU's numbers, waits for the device once a batch, and measures the model's time."""
 
 import itertools
 import time
@@ -22,7 +22,7 @@ def on_gpu(promptable):
 
 
 def test_records_are_those_of_the_cpu(promptable, dataset, monkeypatch):
-    """From the same embeddings: resizing rounds a grey level otherwise."""
+    """Both devices get the same embeddings, because resizing rounds gray levels differently."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     work = InstanceProtocols(ProtocolSettings(num_clicks=(1,), with_boundary_iou=True))
     samples = [dataset[index] for index in range(3)]
@@ -59,7 +59,7 @@ def test_boxes_are_predicted_and_scored_without_a_wait(on_gpu, dataset):
         protocols._box_protocol(on_gpu, pieces, scores, settings)
         return protocols._records([piece for _, piece in pieces], scores)
 
-    expected = score()  # libraries wait as they start
+    expected = score()  # libraries wait when they start
     torch.cuda.set_sync_debug_mode("error")
     try:
         scores = [protocols._Scores(True) for _ in pieces]

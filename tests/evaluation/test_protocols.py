@@ -17,7 +17,7 @@ ALL = ProtocolSettings(with_crowd=True, with_boundary_iou=True)
 
 
 class Scripted:
-    """Answers prompts with masks that the test knows, and remembers what it was asked."""
+    """A model that answers prompts with masks that the test chooses, and records its calls."""
 
     def __init__(self, sample, masks_of):
         self.targets = sample.masks()
@@ -75,7 +75,7 @@ def test_which_mask_counts(dataset):
 
 
 def test_a_model_that_is_wrong_scores_nothing(dataset):
-    """Against a script that compares masks with themselves: the opposite of the target has an IoU of 0."""
+    """The protocol does not compare masks with themselves: the opposite of the target has an IoU of 0."""
     sample = dataset[0]
     wrong = Scripted(
         sample,
@@ -99,7 +99,7 @@ def test_boxes_are_the_annotated_corners(dataset):
 
 @pytest.mark.parametrize("feed_back", [True, False])
 def test_clicks_follow_the_mask_that_counts(dataset, feed_back):
-    """The first click is in the deepest point; the next ones correct the mask taken, whose logits go in with them."""
+    """The first click is in the deepest point; the next ones correct the chosen mask, whose logits are fed back."""
     sample = dataset[0]
     settings = ProtocolSettings(("clicks",), ("predicted",), (1, 3), feed_back, with_crowd=True)
     model = Scripted(sample, three)
@@ -108,7 +108,7 @@ def test_clicks_follow_the_mask_that_counts(dataset, feed_back):
     deepest = [list(deepest_point(mask)[0]) for mask in sample.masks()]
     assert first["points"][:, 0].tolist() == deepest
     assert first["logits"] is None
-    # The mask taken is empty, so all of the target is missing: a positive click at its deepest point again.
+    # The chosen mask is empty, so all of the target is missing: a positive click at its deepest point again.
     assert second["points"].tolist() == [[point, point] for point in deepest]
     assert second["labels"].tolist() == [[1, 1]] * len(deepest)
     assert third["points"].shape == (len(deepest), 3, 2)
@@ -157,7 +157,7 @@ def test_unknown_settings_are_refused():
 
 @pytest.mark.parametrize("max_instances", [0, -1])
 def test_fewer_than_one_instance_is_refused(max_instances):
-    """-1 would be all but the last."""
+    """A limit of -1 would leave out the last one."""
     for work in (ProtocolSettings, partial(Fidelity, None)):
         with pytest.raises(ValueError, match=f"max_instances={max_instances} must be at least 1"):
             work(max_instances=max_instances)
@@ -176,10 +176,10 @@ def test_many_instances_go_in_chunks_with_the_same_result(promptable, dataset, m
 
 
 def test_images_together_have_the_records_of_each_alone(promptable, dataset):
-    """The prompts of four images of different sizes in calls of three prompts, one of them without an instance."""
+    """Prompts of four images of different sizes share calls of three prompts; one image has no instance."""
     protocols = InstanceProtocols(ProtocolSettings(num_clicks=(1,), with_boundary_iou=True))
     samples = [dataset[index] for index in range(4)]
-    samples[2] = dataclasses.replace(samples[2], instances=samples[2].instances[-1:])  # a crowd alone
+    samples[2] = dataclasses.replace(samples[2], instances=samples[2].instances[-1:])  # only a crowd
     encoded = promptable.encode([sample.image for sample in samples])
     alone = [protocols(promptable, *pair) for pair in zip(encoded, samples, strict=True)]
     promptable.prompts_per_batch = 3
@@ -195,7 +195,7 @@ def test_images_together_have_the_records_of_each_alone(promptable, dataset):
 
 
 def test_boxes_of_several_images_are_predicted_as_those_of_one(dataset):
-    """Any SAM; an image may come twice, and its prompts be split between calls."""
+    """Predictions work for any SAM; an image may occur twice, and its prompts may be split between calls."""
     boxes = [torch.tensor([[3.0, 4.0, 30.0, 20.0]] * n) + torch.arange(n)[:, None] for n in (2, 4, 1)]
     for model, processor in other_sams():
         promptable = PromptableModel(model, processor, prompts_per_batch=3)
@@ -211,7 +211,7 @@ def test_boxes_of_several_images_are_predicted_as_those_of_one(dataset):
 
 
 def test_prompts_and_masks_are_in_pixels_of_the_image(promptable, dataset):
-    """The same as transformers' own processor and model, prompt by prompt."""
+    """Predictions equal those of transformers' own processor and model, prompt by prompt."""
     sample = dataset[3]
     model, processor = promptable.model, promptable.processor
     box, point = [3.0, 4.0, 30.0, 20.0], [12, 9]
@@ -224,7 +224,8 @@ def test_prompts_and_masks_are_in_pixels_of_the_image(promptable, dataset):
     )
     with torch.no_grad():
         theirs = model(
-            inputs["pixel_values"], input_boxes=inputs["input_boxes"].float(), input_points=inputs["input_points"].float(),
+            inputs["pixel_values"], input_boxes=inputs["input_boxes"].float(),
+            input_points=inputs["input_points"].float(),
             input_labels=inputs["input_labels"],
         )  # fmt: skip
     masks = processor.post_process_masks(theirs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
@@ -267,7 +268,8 @@ def other_sams():
     )
     backbone = {
         "model_type": "sam2_hiera_det_model", "hidden_size": 12, "num_attention_heads": 1, "image_size": [64, 64],
-        "blocks_per_stage": [1, 2, 1, 1], "embed_dim_per_stage": [12, 24, 48, 96], "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "blocks_per_stage": [1, 2, 1, 1], "embed_dim_per_stage": [12, 24, 48, 96],
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
         "window_size_per_stage": [4, 4, 2, 2], "global_attention_blocks": [2],
     }  # fmt: skip
     vision = {

@@ -1,4 +1,4 @@
-"""The report shows every number with its protocol, says what is missing, and leaves whole files only."""
+"""The report shows every number with its protocol, names what is missing, and leaves only complete files."""
 
 import gzip
 import json

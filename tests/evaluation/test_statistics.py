@@ -1,17 +1,16 @@
-"""Intervals and p-values hold what they promise: against analytic answers, and by simulation where there are none."""
+"""Intervals and p-values are correct: against analytic answers, and by simulation where there are none."""
 
 import math
 
 import numpy as np
 import pytest
 
-from samlight_hf.evaluation import statistics
+from samlight_hf.evaluation import bootstrap
+from samlight_hf.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from samlight_hf.evaluation.statistics import (
     ModelResult,
-    bootstrap_interval,
     calibration_error,
     calibration_gap,
-    paired_bootstrap,
     protocol_differences,
     protocol_scores,
     size_class,
@@ -19,7 +18,7 @@ from samlight_hf.evaluation.statistics import (
 
 
 def clustered(generator, num_images, spread_between=1.0, spread_within=0.3):
-    """Values that hang together within images of 1 to 8 instances, and their images."""
+    """Return values that are correlated within images of 1 to 8 instances, and their images."""
     sizes = generator.integers(1, 9, num_images)
     groups = np.repeat(np.arange(num_images), sizes)
     values = spread_between * generator.normal(size=num_images)[groups]
@@ -27,7 +26,7 @@ def clustered(generator, num_images, spread_between=1.0, spread_within=0.3):
 
 
 def record(image="p", instance=0, area=500, **measures):
-    """`iou=0.5` stands for {"box/single": 0.5}; a dict is taken as it is."""
+    """Return an instance record. `iou=0.5` stands for {"box/single": 0.5}; a dict is not changed."""
     values = {name: value if isinstance(value, dict) else {"box/single": value} for name, value in measures.items()}
     return {"picture": image, "instance": instance, "area": area, "width": 9, "height": 9, **values}
 
@@ -86,7 +85,7 @@ def test_seed_decides_and_memory_does_not(monkeypatch):
     first = bootstrap_interval(values, groups)
     assert bootstrap_interval(values, groups) == first
     assert bootstrap_interval(values, groups, seed=1) != first
-    monkeypatch.setattr(statistics, "_MAX_DRAWS", 7)  # less than one draw of all images
+    monkeypatch.setattr(bootstrap, "_MAX_DRAWS", 7)  # less than one draw of all images
     assert bootstrap_interval(values, groups) == pytest.approx(first, abs=1e-12)
 
 
@@ -121,7 +120,7 @@ def test_obvious_difference_has_a_small_p_value_and_the_right_sign():
     assert test.p_value == 2 / 10_001
     back = paired_bootstrap(better, values, groups)
     assert back == pytest.approx((-test.difference, -test.high, -test.low, test.p_value))
-    # What pairing is for: the two intervals by themselves overlap.
+    # The reason for pairing: the two separate intervals overlap.
     assert bootstrap_interval(better, groups).low < bootstrap_interval(values, groups).high
 
 
@@ -164,7 +163,7 @@ def test_calibration_gap():
 
 
 def test_calibration_error():
-    # In the bin from 0.7 sums of 1.5 and 1.3, in the last one, which holds 1 and what is above it, of 3.0 and 2.5.
+    # In the bin from 0.7 sums of 1.5 and 1.3; in the last one, which contains 1 and values above it, of 3.0 and 2.5.
     predicted, iou = [0.72, 0.9, 0.78, 1.0, 1.1], [0.9, 0.8, 0.4, 0.9, 0.8]
     assert calibration_error(predicted, iou) == pytest.approx((0.2 + 0.5) / 5)
     assert calibration_error([0.65, 0.75], [0.75, 0.65]) == pytest.approx(0.1)  # bins do not cancel

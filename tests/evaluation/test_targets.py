@@ -10,7 +10,7 @@ from tests.data.files import box_mask, rle
 
 
 def masks_of_every_kind(height: int = 7, width: int = 5) -> np.ndarray:
-    """Odd and even numbers of runs; masks that begin, end, or do both with their first and last pixel."""
+    """Masks with odd and even numbers of runs that begin, end, or do both with their first and last pixel."""
     generator = np.random.default_rng(0)
     corner = np.zeros((2, height, width), dtype=bool)
     corner[0, 0, 0] = corner[1, -1, -1] = True
@@ -31,7 +31,7 @@ def test_masks_are_those_that_were_encoded(sample):
     masks = Targets.of(sample, sample.instances).masks(torch.device("cpu"))
     assert masks.is_contiguous()
     assert np.array_equal(masks.numpy(), masks_of_every_kind())
-    assert np.array_equal(masks.numpy(), sample.masks())  # as pycocotools reads them
+    assert np.array_equal(masks.numpy(), sample.masks())  # as pycocotools decodes them
 
 
 def test_a_slice_and_a_copy_of_another_process(sample):

@@ -18,8 +18,7 @@ from samlight_hf.publishing import upload
 from samlight_hf.publishing.checks import CODE, check_folder
 from samlight_hf.publishing.upload import PublishError
 from tests.conftest import tiny_config
-from tests.distillation.conftest import make_arguments
-from tests.distillation.test_trainer import assert_equal, logged, make_trainer, weights
+from tests.distillation.conftest import assert_equal, logged, make_arguments, make_trainer, weights
 
 from .client import ROOT, environment, run_without_package
 

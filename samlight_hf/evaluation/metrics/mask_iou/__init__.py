@@ -1,8 +1,9 @@
-"""The metric `mask_iou` for the `evaluate` library, and its functions in `.iou`, which need no more than numpy or torch.
+"""The metric `mask_iou` for the `evaluate` library; its functions in `.iou` need only numpy or torch.
 
     metric = evaluate.load(samlight_hf.evaluation.metrics.mask_iou.PATH)
 
-The folder stands alone: `evaluate` copies `mask_iou.py` and `iou.py` elsewhere and imports them from there.
+The folder imports nothing from the package: `evaluate` copies `mask_iou.py` and `iou.py` elsewhere and imports them
+there.
 """
 
 import os

@@ -1,7 +1,7 @@
 """IoU and boundary IoU of masks, for numpy arrays and torch tensors on any device.
 
-All functions take bool masks, (..., H, W), and return float64 in the library that came in (float32 on mps, which has
-nothing wider). Counts are exact integers, so that values equal pycocotools' to the last bit. As in pycocotools the IoU of
+All functions take bool masks (..., H, W), and return float64 arrays of the same library (float32 on mps, which has
+no float64). Counts are exact integers, so that values equal pycocotools' to the last bit. As in pycocotools the IoU of
 two empty masks is 0: an empty reference is a fault of the data, and must not raise a mean.
 """
 
@@ -10,15 +10,22 @@ import math
 import numpy as np
 
 
-# Cheng et al. take 2 % of the image's diagonal for COCO, and 0.5 % where annotations are finer.
+# Cheng et al. use 2 % of the image's diagonal for COCO, and 0.5 % for finer annotations.
 DILATION_RATIO = 0.02
 
-# The matrix product counts in float32, which is exact up to 2**24, and holds masks as float32 for this many pixels each.
+# The matrix product counts in float32, which is exact up to 2**24. Masks are converted in chunks of this many pixels.
 _CHUNK_PIXELS = 2**16
 
 
 def mask_iou(predictions, references):
-    """|P & R| / |P | R| of each pair of masks. (..., H, W) x 2 -> (...), leading dimensions broadcast.
+    """Compute |P & R| / |P | R| of each pair of masks.
+
+    Args:
+        predictions: bool (..., H, W).
+        references: bool (..., H, W); leading dimensions are broadcast.
+
+    Returns:
+        (...).
 
     Raises:
         ValueError: for masks that are not bool, of different H x W, or one numpy and the other torch.
@@ -29,7 +36,7 @@ def mask_iou(predictions, references):
 
 
 def mask_iou_matrix(predictions, references):
-    """IoU of each prediction with each reference. (N, H, W) x (M, H, W) -> (N, M).
+    """Compute the IoU of each prediction with each reference: (N, H, W) x (M, H, W) -> (N, M).
 
     Raises:
         ValueError: as `mask_iou`, and for masks of other than three dimensions.
@@ -37,7 +44,8 @@ def mask_iou_matrix(predictions, references):
     _check(predictions, references)
     if predictions.ndim != 3 or references.ndim != 3:
         raise ValueError(
-            f"Masks of shape {tuple(predictions.shape)} and {tuple(references.shape)}: expected (N, H, W) and (M, H, W)."
+            f"Masks of shape {tuple(predictions.shape)} and {tuple(references.shape)}: expected (N, H, W) and "
+            "(M, H, W)."
         )
     num_pixels = predictions.shape[-2] * predictions.shape[-1]
     predictions, references = (masks.reshape(len(masks), num_pixels) for masks in (predictions, references))
@@ -51,11 +59,11 @@ def mask_iou_matrix(predictions, references):
 
 
 def mask_boundary(masks, dilation_ratio: float = DILATION_RATIO):
-    """The pixels of each mask within a distance of its contour. (..., H, W) -> (..., H, W), bool.
+    """Return the pixels of each mask within a distance of its contour: bool (..., H, W) -> (..., H, W).
 
     The distance is `dilation_ratio` of the image's diagonal, rounded, at least 1 pixel, along rows, columns and
-    diagonals alike: what 3x3 erosion takes away in so many steps. Behind the image's border everything counts as
-    outside the mask, so that the border is a contour too.
+    diagonals alike: the pixels that as many steps of 3x3 erosion remove. Pixels beyond the image's border count as
+    outside the mask, so the border is a contour too.
 
     Source: Cheng et al., Boundary IoU, CVPR 2021, section 4.
 
@@ -76,7 +84,9 @@ def mask_boundary(masks, dilation_ratio: float = DILATION_RATIO):
 
 
 def boundary_iou(predictions, references, dilation_ratio: float = DILATION_RATIO):
-    """IoU of the boundaries of each pair of masks. (..., H, W) x 2 -> (...). Unlike IoU it does not forgive large objects.
+    """Compute the IoU of the boundaries of each pair of masks: (..., H, W) x 2 -> (...).
+
+    Unlike IoU it is as strict for large objects as for small ones.
 
     Raises:
         ValueError: as `mask_iou` and `mask_boundary`.
@@ -86,7 +96,10 @@ def boundary_iou(predictions, references, dilation_ratio: float = DILATION_RATIO
 
 
 def boundary_iou_matrix(predictions, references, dilation_ratio: float = DILATION_RATIO):
-    """Boundary IoU of each prediction with each reference. (N, H, W) x (M, H, W) -> (N, M). Raises as `mask_iou_matrix`."""
+    """Compute the boundary IoU of each prediction with each reference: (N, H, W) x (M, H, W) -> (N, M).
+
+    Raises ValueError as `mask_iou_matrix` does.
+    """
     _check(predictions, references)
     return mask_iou_matrix(mask_boundary(predictions, dilation_ratio), mask_boundary(references, dilation_ratio))
 
@@ -107,9 +120,9 @@ def _check(predictions, references):
 
 
 def _count(masks):
-    """Pixels of each mask, int64. (..., H, W) -> (...)."""
+    """Count the pixels of each mask: (..., H, W) -> int64 (...)."""
     if isinstance(masks, np.ndarray):
-        # Several times as fast, one mask at a time, as a sum over two axes.
+        # Counting one mask at a time is several times faster than a sum over two axes.
         single = masks.reshape(-1, *masks.shape[-2:]) if masks.size else np.zeros((math.prod(masks.shape[:-2]), 1, 1))
         return np.array([np.count_nonzero(mask) for mask in single], dtype=np.int64).reshape(masks.shape[:-2])
     if masks.device.type == "cpu":
@@ -129,21 +142,22 @@ def _ratio(intersection, union):
 
 
 def _count_common_numpy(predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Pixels that two masks share. (N, pixels) x (M, pixels) -> (N, M), int64."""
+    """Count the pixels that two masks share: (N, pixels) x (M, pixels) -> int64 (N, M)."""
     return (predictions.astype(np.float32) @ references.astype(np.float32).T).astype(np.int64)
 
 
 def _count_common_torch(predictions, references):
     import torch
 
-    with torch.autocast(predictions.device.type, enabled=False):  # bfloat16 holds no count over 256
+    with torch.autocast(predictions.device.type, enabled=False):  # bfloat16 is exact only up to 256
         return (predictions.float() @ references.float().T).long()
 
 
 def _all_in_window(masks, window: int, axis: int):
-    """Whether `window` pixels from here on along `axis` are all in the mask; shorter by window - 1 along that axis.
+    """Return whether `window` pixels along `axis`, beginning at each pixel, are all in the mask.
 
-    Doubles the length with each step, so that a window of 60 pixels takes six steps and not sixty.
+    The result is shorter by window - 1 along that axis. The length doubles with each step, so a window of 60 pixels
+    takes six steps instead of sixty.
     """
     length = 1
     while length < window:

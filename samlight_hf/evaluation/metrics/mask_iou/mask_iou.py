@@ -17,8 +17,8 @@ boundary IoU of Cheng et al. (2021). Values equal those of pycocotools exactly.
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: masks, one for each reference: nested lists, numpy arrays or tensors of shape (H, W), bool or 0 and 1, or
-        COCO RLE, `{"size": [H, W], "counts": string, bytes or list of runs}`. Kinds may be mixed.
+    predictions: masks, one for each reference: nested lists, numpy arrays or tensors of shape (H, W), bool or 0 and 1,
+        or COCO RLE, `{"size": [H, W], "counts": string, bytes or list of runs}`. Kinds may be mixed.
     references: the true masks, of the same height and width as their predictions.
     boundary (bool): also compute the boundary IoU. Default True.
     dilation_ratio (float): width of the boundary as a part of the image's diagonal. Default 0.02.
@@ -28,7 +28,7 @@ Returns:
     mean_iou_small, mean_iou_medium, mean_iou_large: over those whose reference has less than 32 x 32 pixels, less than
         96 x 96, or more; None where there is none.
     boundary_iou: mean boundary IoU over all instances.
-    num_instances, num_small, num_medium, num_large: how many each mean is over.
+    num_instances, num_small, num_medium, num_large: number of instances of each mean.
     num_empty_references: references without a pixel. Their IoU is 0, as in pycocotools, and they are in the means.
     ious, boundary_ious, areas: with per_instance, lists in the order of the input; areas are pixels of the reference.
 Examples:
@@ -50,13 +50,13 @@ _CITATION = """
 # COCO's classes of object size, in pixels.
 _SMALL, _MEDIUM = 32**2, 96**2
 
-# Groups of 5 bits as characters: "P" to "o" where another one of the same number follows, "0" to "O" where none does.
+# Groups of 5 bits as characters: "P" to "o" if the number continues, "0" to "O" for its last group.
 _RLE_COUNTS = re.compile(rb"(?:[P-o]{0,6}[0-O])+")
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class MaskIou(evaluate.Metric):
-    """Masks are kept as RLE until `compute`: a thousandth of their size, and any image size in one batch."""
+    """The metric. Masks are stored as RLE until `compute`: a thousandth of the size, and any image size in a batch."""
 
     def _info(self):
         rle = {"size": [datasets.Value("int32")], "counts": datasets.Value("string")}
@@ -69,7 +69,7 @@ class MaskIou(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
-        """Takes several masks of each kind; see the description of `compute`. Raises ValueError."""
+        """Add several masks of each kind; see the description of `compute`. Raises ValueError."""
         predictions, references = (list(() if masks is None else masks) for masks in (predictions, references))
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references: expected as many.")
@@ -82,7 +82,7 @@ class MaskIou(evaluate.Metric):
             )
 
     def add(self, *, prediction=None, reference=None, **kwargs):
-        """Takes one mask of each kind; see the description of `compute`. Raises ValueError."""
+        """Add one mask of each kind; see the description of `compute`. Raises ValueError."""
         if prediction is None or reference is None:
             raise ValueError("A mask as prediction and one as reference are needed.")
         prediction, reference = _pair(prediction, reference)
@@ -105,7 +105,7 @@ class MaskIou(evaluate.Metric):
 
 
 def _summary(ious: np.ndarray, areas: np.ndarray) -> dict:
-    """Means by size. (instances,) x 2."""
+    """Return the means by size for IoUs and areas (instances,) each."""
     result = {"mean_iou": float(ious.mean()), "num_instances": len(ious)}
     sizes = {
         "small": areas < _SMALL,
@@ -130,7 +130,7 @@ def _pair(prediction, reference) -> tuple[dict, dict]:
 
 
 def _to_rle(mask) -> dict:
-    """Compressed RLE with counts as a string, of a mask or another RLE."""
+    """Convert a mask or an RLE to compressed RLE with counts as a string."""
     if isinstance(mask, dict):
         return _checked_rle(mask)
     if hasattr(mask, "detach"):  # a torch tensor, without importing torch
@@ -164,10 +164,10 @@ def _checked_rle(rle: dict) -> dict:
 
 
 def _is_complete(counts: bytes, height: int, width: int) -> bool:
-    """Whether the runs add up to all pixels.
+    """Return whether the runs add up to all pixels.
 
-    pycocotools refuses runs that are too long, but fills in nothing where they end too early, and returns memory as it
-    was. Runs of exactly that many pixels are those that fit, and that are too long for one pixel less.
+    pycocotools raises for runs that are too long. Where they end too early, it returns uninitialized memory. The runs
+    are complete if they fit, and are too long for one pixel less.
     """
 
     def fits(num_pixels):

@@ -1,0 +1,33 @@
+"""The tasks that `evaluate` runs on the images of a dataset."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from ..data import Sample
+from .models import Encoded, PromptableModel
+
+
+class EvaluationTask(ABC):
+    """A computation of records for the images of a dataset.
+
+    `batch` computes the records of a batch; a subclass overrides it where images gain from being processed together.
+    Where `needs_embeddings` is False, `encoded` is None.
+    """
+
+    needs_embeddings = True
+
+    @abstractmethod
+    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
+        """Compute the records of one image, as plain JSON."""
+
+    @staticmethod  # so that the worker processes get no copy of the task; an override may need one
+    def prepare(sample: Sample) -> Any:
+        """Prepare a sample for `batch`, in a worker process."""
+        return sample
+
+    def batch(
+        self, model: PromptableModel, encoded: Sequence[Encoded | None], prepared: Sequence[Any]
+    ) -> list[list[dict]]:
+        """Compute the records of each image."""
+        return [self(model, image, sample) for image, sample in zip(encoded, prepared, strict=True)]
