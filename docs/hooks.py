@@ -1,7 +1,8 @@
 """Let links lead out of docs/ on the site, as they do on GitHub.
 
-Pages at the root of the repository (`PAGES`) become pages of the site. Other files that a page links to are copied to
-`repository/`, with `.txt` behind the names of source files, which a browser then shows. A link to a folder becomes plain text.
+Pages at the root of the repository (`PAGES`) become pages of the site. Other files that a page links to are copied
+to `repository/`, with `.txt` behind the names of source files, which a browser then shows. A link to a folder becomes plain
+text.
 A link to what does not exist stays as it is, and the strict build reports it.
 """
 

@@ -55,15 +55,17 @@ class MaskReading:
         return asdict(self)
 
 
-def parse_ignore_label(text: str | int) -> int | str | None:
+def parse_ignore_label(text: str | int) -> int | Literal["auto"] | None:
     """Parse `ignore_label` from a command line or a config: a number, "auto" or "none".
 
     Raises:
         ValueError: for any other text.
     """
     text = str(text).strip().lower()
-    if text in ("auto", "none"):
-        return None if text == "none" else text
+    if text == "auto":
+        return "auto"
+    if text == "none":
+        return None
     try:
         return int(text)
     except ValueError as error:

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .losses import bce_loss, dice_loss, feature_loss, focal_loss, pairwise_mask_losses, true_iou
-from .mask_prediction import predict_masks
 
 
 # The trained parts of each stage, by the names of the student's children.
@@ -280,7 +279,8 @@ class MaskStage(Stage):
         total = torch.zeros((), device=embeddings.device)
         for step in range(self.num_refinements + 1):
             multimask = kind == "point" and step == 0
-            logits, predicted_iou = predict_masks(self.student, embeddings, prompts, multimask)  # (n, m, M, M), (n, m)
+            outputs = self.student(image_embeddings=embeddings, multimask_output=multimask, **prompts)
+            logits, predicted_iou = outputs.pred_masks[:, 0], outputs.iou_scores[:, 0]  # (n, m, M, M), (n, m)
             if multimask and self.point_targets == "all":
                 loss, ious = self._loss_of_all(logits, predicted_iou, targets, points / scale, image_targets)
             else:

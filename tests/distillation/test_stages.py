@@ -4,7 +4,6 @@ from torch.nn import functional as F
 
 from samlight_hf.distillation import EncoderStage, MaskStage, Teacher, match_layers
 from samlight_hf.distillation.losses import bce_loss, dice_loss, focal_loss, true_iou
-from samlight_hf.distillation.mask_prediction import predict_masks
 from samlight_hf.distillation.stages import encode, sample_clicks
 
 from .conftest import IMAGE_SIZE, MASK_SIZE, make_arguments, make_student, make_teacher
@@ -111,39 +110,6 @@ def test_gradients_reach_what_is_trained_and_nothing_else(make_stage, trained, s
         name.split(".")[0] for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
     }
     assert reached == trained
-
-
-@pytest.mark.parametrize("make", [make_teacher, make_student])
-@pytest.mark.parametrize("multimask", [False, True])
-@pytest.mark.parametrize("given", ["points", "boxes", "boxes, clicks and masks"])
-def test_masks_and_gradients_are_those_of_the_models_own_forward(make, batch, multimask, given):
-    model = make()
-    embeddings = torch.randn(4, 32, 8, 8, generator=torch.Generator().manual_seed(5))
-    points, boxes = batch["points"][0, :, None, None], batch["boxes"][0, :, None]
-    prompts = {"input_boxes": boxes} if "boxes" in given else {}
-    if given != "boxes":
-        prompts |= {"input_points": points, "input_labels": torch.tensor([[[1]], [[0]], [[1]], [[0]]])}
-    if "masks" in given:
-        prompts["input_masks"] = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(6))
-    results = []
-    for own in (True, False):
-        model.zero_grad()
-        image = embeddings.clone().requires_grad_()
-        if own:
-            outputs = model(image_embeddings=image, multimask_output=multimask, **prompts)
-            masks, iou = outputs.pred_masks[:, 0], outputs.iou_scores[:, 0]
-        else:
-            masks, iou = predict_masks(model, image, prompts, multimask)
-        weights = torch.arange(masks.numel()).view_as(masks) % 7 - 3.0  # so that misplaced pixels would change the loss
-        ((masks * weights).sum() + iou.sum()).backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        results.append((masks, iou, image.grad, gradients))
-    (masks, iou, of_image, gradients), found = results
-    for expected, mine in zip((masks, iou, of_image), found):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert gradients.keys() == found[3].keys()
-    for name, expected in gradients.items():
-        assert (found[3][name] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
 
 
 def test_the_mask_loss_is_the_formula(student, batch):

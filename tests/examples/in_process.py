@@ -1,4 +1,4 @@
-"""Run an example script in the process of the tests: starting Python and importing torch takes longer than most examples."""
+"""Run an example script in the process of the tests: starting Python and importing torch takes longer than it does."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_example(name: str, *arguments) -> subprocess.CompletedProcess:
-    """Run examples/NAME with these arguments, and return its exit status and what it printed, as `subprocess.run` does."""
+    """Run examples/NAME with these arguments, and return its exit status and output as `subprocess.run` does."""
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     command = [str(ROOT / "examples" / name), *map(str, arguments)]
     with (
