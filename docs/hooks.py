@@ -1,9 +1,8 @@
 """Let links lead out of docs/ on the site, as they do on GitHub.
 
-Pages at the root of the repository (`PAGES`) become pages of the site. Other files that a page links to are copied
-to `repository/`, with `.txt` behind the names of source files, which a browser then shows. A link to a folder becomes plain
-text.
-A link to what does not exist stays as it is, and the strict build reports it.
+Pages at the root of the repository (`PAGES`) become pages of the site. Other files that a page links to are copied to
+`repository/`; the name of a source file gets a `.txt`, and a browser then shows it. A link to a folder becomes plain
+text. A link to a missing file stays as it is, and the strict build reports it.
 """
 
 import os
