@@ -141,6 +141,7 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "started", "num_processes"),
     [(ACCELERATE, ["examples/distill.py"], 1), (TORCHRUN, ["-m", "samlight_hf.cli", "distill"], 2)],

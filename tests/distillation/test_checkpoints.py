@@ -29,7 +29,10 @@ from .conftest import (
 )
 
 
-@pytest.mark.parametrize(("stage", "muon"), [("encoder", False), ("end_to_end", False), ("end_to_end", True)])
+@pytest.mark.parametrize(
+    ("stage", "muon"),
+    [("encoder", False), pytest.param("end_to_end", False, marks=pytest.mark.slow), ("end_to_end", True)],
+)
 def test_resuming_is_bit_exact(tmp_path, stage, muon):
     options = {
         "stage": stage,
@@ -77,7 +80,9 @@ make_trainer(make_arguments(sys.argv[1], **OPTIONS)).train()
 OPTIONS = {"stage": "encoder", "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
 
-@pytest.mark.parametrize("call", [1, 2, 6])  # in the first save; later in it; in the second
+@pytest.mark.parametrize(
+    "call", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(6, marks=pytest.mark.slow)]
+)  # in the first save; later in it; in the second
 def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_last_whole_checkpoint(tmp_path, call):
     killed = subprocess.run(
         [sys.executable, "-c", _KILLED, tmp_path / "killed", str(call)], cwd=ROOT, capture_output=True, timeout=300

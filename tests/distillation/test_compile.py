@@ -16,9 +16,9 @@ def batch():
     return torch.utils.data.default_collate([examples[0], examples[1]])
 
 
-@pytest.mark.parametrize("stage", ["decoder", "end_to_end"])
-def test_masks(batch, stage):
-    module = MaskStage(make_student(), stage, LOSS_WEIGHTS, num_refinements=2)
+@pytest.mark.parametrize(("stage", "point_targets"), [("decoder", "own"), ("end_to_end", "all")])
+def test_masks(batch, stage, point_targets):
+    module = MaskStage(make_student(), stage, LOSS_WEIGHTS, num_refinements=2, point_targets=point_targets)
     inputs = {name: batch[name] for name in ("masks", "boxes", "points", "uniforms")}
     pixel_values = batch["pixel_values"] / 255
     compiled = torch.compile(module, backend="eager", fullgraph=True)(pixel_values=pixel_values, **inputs)

@@ -133,6 +133,7 @@ leave_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work(tmp_path):
     (tmp_path / "rank.py").write_text(_RANK)
     torchrun(tmp_path / "rank.py", 2, tmp_path / "cache")

@@ -332,7 +332,7 @@ def test_how_mask_files_are_read_is_a_setting(folder, tmp_path):
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")])[0].mask_reading() == MaskReading(255)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_demonstration_goes_through_everything(tmp_path, num_processes):
     """Few steps are enough here: `python examples/distill.py`, which takes three minutes, shows that it learns."""
     for name in ("demo_teacher", "demo"):
@@ -396,6 +396,7 @@ def test_streamed_tars_train_and_resume_bit_exactly(folder, tmp_path):
         run(folder, tmp_path / "other", "--stream_data", str(tmp_path / "a.tar"), stages=("end_to_end",))
 
 
+@pytest.mark.slow
 def test_the_ablation_on_two_processes(folder, tmp_path):
     (tmp_path / "variants.yaml").write_text("one:\nother: --max_steps 1\n")
     arguments = [
