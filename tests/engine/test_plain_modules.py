@@ -510,7 +510,7 @@ def test_on_a_gpu_the_fused_encoder_does_not_run_then(name):
     assert why_not_fast_encoder(model) is None
     assert isinstance(Predictor(model, make_processor(model.config.vision_config)).encoder.copied, FastVisionEncoder)
     assert optimize(model).report.encoder == "fused"
-    model = alter(model)
+    model = alter(model).to(torch.bfloat16)  # PEFT makes adapters in float32, and `optimize` makes all of it bfloat16
     assert reason in why_not_fast_encoder(model)
     optimized, inputs = (
         optimize(model, image_batch_sizes=(1,), prompt_counts=(1,)),
