@@ -135,6 +135,15 @@ class DistillationArguments(TrainingArguments):
         return {name: getattr(self, f"{name}_weight") for name in ("focal", "bce", "dice", "iou")}
 
     @property
+    def n_gpu(self) -> int:
+        """The number of GPUs of one process: never more than one. Several GPUs need as many processes.
+
+        transformers would use DataParallel in a single process that sees several GPUs: the batch size would be
+        multiplied, and each logged number would be a list with an entry for each GPU.
+        """
+        return min(super().n_gpu, 1)
+
+    @property
     def trains_every_parameter(self) -> bool:
         """Whether each trained parameter gets a gradient in each step, because boxes, clicks and masks all occur."""
         num_boxes = round(self.box_share * self.num_prompts)

@@ -1,4 +1,5 @@
 import pytest
+from transformers.training_args import ParallelMode
 
 from samlight_hf.distillation import DistillationArguments, DynamicLayerWeights, parse_arguments
 
@@ -41,6 +42,14 @@ def test_a_stages_section_wins_over_the_file(config):
     assert (decoder.stage, decoder.max_steps, decoder.learning_rate, decoder.num_prompts) == ("decoder", 20, 1e-4, 6)
     assert (encoder.layer_weights, decoder.layer_weights) == ("uniform", "dynamic")
     assert encoder.global_batch_size == 2
+
+
+def test_one_process_trains_on_one_gpu_however_many_there_are(tmp_path):
+    args = DistillationArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 2  # transformers' count in a single process that sees two GPUs
+    assert (args.n_gpu, args.train_batch_size, args.global_batch_size) == (1, 2, 2)
+    assert args.parallel_mode == ParallelMode.NOT_PARALLEL
 
 
 def test_an_option_wins_over_the_file(config):
