@@ -332,7 +332,8 @@ def test_how_mask_files_are_read_is_a_setting(folder, tmp_path):
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")])[0].mask_reading() == MaskReading(255)
 
 
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_the_demonstration_goes_through_everything(tmp_path, num_processes):
     """Few steps are enough here: `python examples/distill.py`, which takes three minutes, shows that it learns."""
     for name in ("demo_teacher", "demo"):
@@ -413,6 +414,7 @@ def test_the_ablation_on_two_processes(folder, tmp_path):
     assert [len(runs) for runs in results.values()] == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_ablation_prints_mean_and_spread(folder, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(

@@ -280,7 +280,7 @@ def test_progress_is_told_in_points(tiny):
     assert bar.total == 25
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision(bundled, dtype, tmp_path):
     model, processor = load_model(BUNDLED_CHECKPOINT, "cpu", dtype)
     image = Image.open(EXAMPLE_IMAGES / "coffee.jpg")
@@ -439,7 +439,7 @@ def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
 @pytest.mark.parametrize(
     ("device", "dtype", "points_per_crop"),
     [
-        ("cpu", "bfloat16", 8),
+        pytest.param("cpu", "bfloat16", 8, marks=pytest.mark.slow),
         pytest.param("cuda", "bfloat16", 16, marks=pytest.mark.gpu),
         pytest.param("cuda", "float16", 16, marks=pytest.mark.gpu),
     ],

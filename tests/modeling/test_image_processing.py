@@ -39,7 +39,9 @@ def in_float32(photograph):
     return result
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_stock_pipeline_in_half_precision_gives_the_masks_of_float32(photograph, in_float32, dtype, device):
     result = stock_pipeline(photograph, dtype, device)

@@ -33,6 +33,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_the_bundled_checkpoint_is_verified_on_a_photograph_and_published(hub, capsys):
     status, out, err = run(
         capsys, "publish", CHECKPOINT, REPO, "--private", "--tag", "v1.0", "--evaluation", REPORT, "--message", "First",

@@ -102,6 +102,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(upload, "verify_folder", check_folder)
 
 
+@pytest.mark.slow
 def test_what_is_trained_and_pushed_segments_a_photograph_elsewhere(hub, tmp_path, capsys, monkeypatch):
     """The training neither waits for the Hub nor is changed by it."""
     card = tmp_path / "card.yaml"

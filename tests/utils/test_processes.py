@@ -43,6 +43,7 @@ def test_the_second_process_is_silent_but_for_errors(second, capsys):
     assert capsys.readouterr().out == "heard again\n"
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_second_process(second, capsys):
     assert main(["evaluate", "--help"]) == 0
     assert main(["evaluate"]) == 2
