@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and pytest
 
 import pytest
 import torch
+from samlight_hf.modeling.dilated_attention import DILATED_FLASH_ATTENTION, dilated_flash_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
 
@@ -17,6 +19,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def own_attention_function():
+    """Register the package's attention function again: code loaded with trust_remote_code has registered its copy."""
+    yield
+    AttentionInterface.register(DILATED_FLASH_ATTENTION, dilated_flash_attention_forward)
 
 
 def tiny_config(**vision_config) -> SamLighteningConfig:
