@@ -58,6 +58,7 @@ def quick_ceiling(monkeypatch):
         monkeypatch.setattr(Settings, "ceiling", {"tflops": 0.1, "gb_per_s": 10.0})
 
 
+@pytest.mark.slow
 def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
     settings = tiny_settings(checkpoint=checkpoint, images=ROOT / "examples" / "images")
     out, plot = tmp_path / "results" / "cpu.json", tmp_path / "cpu.png"

@@ -313,7 +313,7 @@ def test_many_lines_of_one_kind_are_counted(segment, tmp_path):
     assert len(stderr) == 21 and stderr[-1] == "samlight: 3 further lines like these."
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("utf-8", marks=pytest.mark.slow)])
 def test_no_encoding_of_the_console_ends_a_command(checkpoint, tmp_path, encoding):
     name = "Łódź 长城 🦊"
     surrogate = os.fsdecode(b"caf\xe9")  # a name that is not UTF-8

@@ -246,6 +246,7 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_script_on_two_processes(folder, tmp_path):
     arguments = [
         "--teacher", folder / "teacher", "--student", folder / "student.json", "--train_data", "synthetic:1",

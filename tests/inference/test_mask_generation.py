@@ -149,7 +149,7 @@ def test_tiny_models_give_the_stock_pipelines_masks(tiny, size, settings):
 @pytest.mark.parametrize(
     "name, size, settings",
     [
-        ("coffee", None, {"points_per_crop": 5}),
+        pytest.param("coffee", None, {"points_per_crop": 5}, marks=pytest.mark.slow),
         ("rocket", (333, 501), {"points_per_crop": 3}),
     ],
 )
