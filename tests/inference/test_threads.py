@@ -10,27 +10,14 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from samlight_hf import MaskGenerator, Predictor, SamLighteningModel, optimize
+from samlight_hf import MaskGenerator, Predictor, optimize
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT
 from samlight_hf.loading import load_model
 from samlight_hf.utils.turns import turn
-from tests.conftest import tiny_config
 
 
 NUM_THREADS, NUM_ROUNDS = 8, 6
 KEEP_ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_crop": 4}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    model = SamLighteningModel(tiny_config())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(
