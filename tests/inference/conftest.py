@@ -7,7 +7,7 @@ from tests.conftest import tiny_config
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint with random weights, larger than fresh ones: its masks are neither empty nor full."""
+    """A tiny checkpoint with random weights, larger than fresh ones."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     model = SamLighteningModel(tiny_config())
