@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from samlight_hf.data import load_dataset
-from samlight_hf.evaluation.calibration import calibrate
+from samlight_hf.evaluation.calibration import LOGIT_SCALES, calibrate
 from samlight_hf.loading import load_model
 from samlight_hf.utils.messages import make_console_safe
 
@@ -28,6 +28,9 @@ def main():
         "--masks-per-image", type=float, default=20.0, help="number at the default thresholds (%(default)s)"
     )
     parser.add_argument("--points-per-side", type=int, default=32, help="side of the point grid (%(default)s)")
+    parser.add_argument(
+        "--logit-scales", type=float, nargs="+", default=LOGIT_SCALES, help="factors of the logits to try (%(default)s)"
+    )
     parser.add_argument("--limit", type=int, help="use only the first images")
     parser.add_argument("--device", default="auto", help="torch device, or auto (%(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (%(default)s)")
@@ -37,7 +40,7 @@ def main():
             raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
         dataset = load_dataset(args.data, limit=args.limit)
         model, processor = load_model(args.model, device=args.device)
-        result = calibrate(model, processor, dataset, args.masks_per_image, args.points_per_side)
+        result = calibrate(model, processor, dataset, args.masks_per_image, args.points_per_side, args.logit_scales)
         model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
         processor.save_pretrained(args.out)
     except (ValueError, OSError) as error:
