@@ -198,8 +198,8 @@ def point_progress(num_points: int, name: str):
     return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)
 
 
-def report_skipped(error: BaseException, image: Path | None = None):
-    """Print why an image was skipped to stderr, in one line."""
+def report_skipped(error: BaseException, image: Path | None = None, shown: str | None = None):
+    """Print why an image was skipped to stderr, in one line; `shown` stands for the image's path."""
     message = one_line(error)
     if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug
         message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
@@ -207,7 +207,18 @@ def report_skipped(error: BaseException, image: Path | None = None):
             traceback.print_exception(error)
     if image is not None and not message.startswith(str(image)):
         message = f"{image}: {message}"
+    if shown is not None:
+        message = message.replace(str(image), shown)
     print(f"samlight: skipped {message}", file=sys.stderr)
+
+
+def path_from(folder: Path, file: Path) -> str:
+    """Return the path of a file from a folder, or its absolute path where both are on different drives."""
+    file = Path(os.path.realpath(file.parent), file.name)
+    try:
+        return Path(os.path.relpath(file, os.path.realpath(folder))).as_posix()
+    except ValueError:
+        return str(file)
 
 
 def describe_prompts(boxes: Sequence, points: Sequence) -> str:
