@@ -273,11 +273,12 @@ def _run_jobs(
         prompt, name = describe_prompts(boxes, points), job.name
         if args.format == "labelme" and job.path != streams.source:
             name = path_from(job.output.parent, job.path)
-        panel = write_result(job.output, args.format, image, name, prompt, result, boxes, points, job.output in shown)
+        has_panel = job.output in shown
+        left_out, panel = write_result(job.output, args.format, image, name, prompt, result, boxes, points, has_panel)
         with telling_where(results.note, ends_the_run=True):
             results.finish(place_of[job.output])
-        row = Row(streams.shown(job.path), image.size, prompt, len(result), segmented.seconds, job.output)
-        return row, panel
+        shown_path = streams.shown(job.path)
+        return Row(shown_path, image.size, prompt, len(result), segmented.seconds, job.output, left_out), panel
 
     def skip(error: BaseException, path: Path):
         report_skipped(error, path, streams.shown(path))

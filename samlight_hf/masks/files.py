@@ -36,7 +36,7 @@ def write_masks(
     result: GeneratedMasks | MaskResult,
     boxes_xyxy=(),
     points_xy=(),
-):
+) -> int:
     """Write the masks of an image as a file or a folder; an interruption leaves the earlier one as it was.
 
     Args:
@@ -51,6 +51,9 @@ def write_masks(
         boxes_xyxy: box prompts that an overlay shows, in pixels of the image.
         points_xy: point prompts that an overlay shows, (x, y) or (x, y, label), in pixels of the image.
 
+    Returns:
+        The number of masks that the file lacks: those that others cover in a label map, and polygons of empty masks.
+
     Raises:
         OSError: if it cannot be written.
         ImportError: for polygons without OpenCV.
@@ -61,13 +64,18 @@ def write_masks(
     elif file_format == "png":
         _write_folder(path, result)
     elif file_format == "labels":
-        _write_label_map(path, label_map(result.masks, result.scores.tolist()))
+        labels = label_map(result.masks, result.scores.tolist())
+        _write_label_map(path, labels)
+        return len(result) - int(np.count_nonzero(np.unique(labels)))
     elif file_format in ("coco", "labelme", "yolo"):
         text = _text(file_format, image_name, image.size, result)
         atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        if file_format in POLYGON_FORMATS:
+            return sum(not mask.any() for mask in result.masks)
     else:
         arrays = {"masks": _pixels(result), **_columns(result)}
         atomic_write(path, lambda aside: _save_arrays(aside, arrays))
+    return 0
 
 
 def _text(file_format: str, image_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> str:

@@ -85,6 +85,21 @@ def test_training_reads_label_maps_and_folders_of_masks(segment, tmp_path):
         assert np.array_equal(sample.masks(), blobs(width, (30, width)))
 
 
+def test_masks_that_others_cover_are_counted(samlight, checkpoint, tmp_path, monkeypatch, generated):
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    generate = MaskGenerator.generate
+
+    def with_copies(self, image, settings, progress=None, encoded=None):
+        return generate(self, image, settings, progress, encoded)[np.array([0, 1, 1, 0])]
+
+    monkeypatch.setattr(MaskGenerator, "generate", with_copies)
+    arguments = ["segment", tmp_path / "a.jpg", tmp_path / "b.jpg", "--out", tmp_path / "out", "--model", checkpoint]
+    status, _, stderr = samlight(*arguments, "--format", "labels", *QUICK)
+    assert status == 0
+    one_line(stderr, "4 masks of 8 left out of the results", "--format png keeps all")
+    assert samlight(*arguments, "--format", "png", *QUICK)[::2] == (0, "")
+
+
 def test_labelme_reads_its_documents(segment, tmp_path):
     write_images(tmp_path, "photos/a.jpg", "photos/deep/b.png")
     segment("photos", "--out", "out/labelme", "--format", "labelme")
@@ -188,6 +203,19 @@ def test_one_coco_document_has_no_image_that_failed(samlight, segment, checkpoin
     document = json.loads((tmp_path / "out/instances.json").read_text())
     assert [image["file_name"] for image in document["images"]] == ["a.jpg", "c.jpg"]
     assert [annotation["image_id"] for annotation in document["annotations"]] == [1, 1, 2, 2]
+
+
+def test_a_document_that_was_changed_is_named(segment, samlight, checkpoint, tmp_path):
+    write_images(tmp_path, "photos/a.jpg", "photos/b.jpg")
+    arguments = ["photos", "--out", "out", "--format", "coco", "--one-json"]
+    segment(*arguments)
+    before = (tmp_path / "out/instances.json").read_bytes()
+    for content in ("{", '{"images": []}', '{"images": [], "annotations": []}'):
+        (tmp_path / "out/b.json").write_text(content)
+        status, _, stderr = samlight("segment", *arguments, "--resume", "--model", checkpoint, *QUICK)
+        assert status == 1
+        one_line(stderr, "out/b.json: ")
+        assert (tmp_path / "out/instances.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("mode", [[], ["--box", "0,0,40,30"]], ids=["everything", "box"])
