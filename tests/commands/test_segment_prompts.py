@@ -277,3 +277,15 @@ def test_resuming_knows_the_prompts(segment, tmp_path):
 
 def test_parsed_clicks():
     assert parse_points(" 1,2  3.5,-4,0 ") == ObjectPrompt(((1, 2), (3.5, -4)), (1, 0))
+
+
+def test_the_examples_of_the_documentation_are_read(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/segment.md").read_text(encoding="utf-8")
+    found = {}
+    for suffix in ("csv", "json"):
+        example = tmp_path / f"example.{suffix}"
+        example.write_text(text.split(f"```{suffix}\n")[1].split("```")[0], encoding="utf-8")
+        entries, num_malformed = read_prompts(example)
+        assert num_malformed == 0
+        found[suffix] = [(name, len(prompts)) for _, name, prompts in entries]
+    assert found == {"csv": [("a.jpg", 2), ("day1/b.jpg", 2)], "json": [("a.jpg", 3), ("b.jpg", 1)]}
