@@ -105,6 +105,11 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--batch-size", type=parse_positive, default=4, metavar="N", help="images encoded together (%(default)s)"
     )
+    _add_everything_arguments(parser)
+    add_model_arguments(parser)
+
+
+def _add_everything_arguments(parser: argparse.ArgumentParser):
     everything = parser.add_argument_group("everything mode, without prompts")
     everything.add_argument(
         "--points-per-side", type=parse_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
@@ -131,7 +136,6 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
     everything.add_argument(
         "--max-memory-mb", type=parse_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
     )
-    add_model_arguments(parser)
 
 
 def run_segment(args: argparse.Namespace) -> int:

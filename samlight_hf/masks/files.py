@@ -5,7 +5,7 @@ import errno
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -65,7 +65,7 @@ def write_masks(
         _write_folder(path, result)
     elif file_format == "labels":
         labels = label_map(result.masks, result.scores.tolist())
-        _write_label_map(path, labels)
+        atomic_write(path, lambda aside: save_label_map(aside, labels))
         return len(result) - int(np.count_nonzero(np.unique(labels)))
     elif file_format in ("coco", "labelme", "yolo"):
         text = _text(file_format, image_name, image.size, result)
@@ -76,6 +76,18 @@ def write_masks(
         arrays = {"masks": _pixels(result), **_columns(result)}
         atomic_write(path, lambda aside: _save_arrays(aside, arrays))
     return 0
+
+
+def save_label_map(file: Path | BinaryIO, labels: np.ndarray):
+    """Write a label map as PNG, with a title by which training takes it for one, whatever its numbers look like.
+
+    Args:
+        file: a path, or a file that is open for writing.
+        labels: uint16 (H, W), see `label_map`.
+    """
+    note = PngImagePlugin.PngInfo()
+    note.add_text("Title", LABEL_MAP_TITLE)
+    Image.fromarray(labels).save(file, format="PNG", pnginfo=note)
 
 
 def _text(file_format: str, image_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> str:
@@ -158,12 +170,6 @@ def _columns(result: GeneratedMasks | MaskResult) -> dict[str, np.ndarray]:
 
 def _pixels(result: GeneratedMasks | MaskResult) -> np.ndarray:
     return result.masks.to_masks() if isinstance(result.masks, RunLengthMasks) else result.masks
-
-
-def _write_label_map(path: Path, labels: np.ndarray):
-    note = PngImagePlugin.PngInfo()
-    note.add_text("Title", LABEL_MAP_TITLE)
-    atomic_write(path, lambda aside: Image.fromarray(labels).save(aside, format="PNG", pnginfo=note))
 
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]):

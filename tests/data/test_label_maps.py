@@ -18,7 +18,7 @@ from samlight_hf.data.label_maps import (
     read_object,
 )
 from samlight_hf.masks.files import LABEL_MAP_TITLE as written_title
-from samlight_hf.masks.files import _write_label_map
+from samlight_hf.masks.files import save_label_map
 
 
 WIDTH, HEIGHT = 100, 80
@@ -295,7 +295,7 @@ def test_a_png_that_says_that_it_is_a_label_map_is_one(tmp_path):
     void = np.zeros(size, dtype=np.uint16)
     void[:40], void[60:90] = 7, 255
     for labels, without_title in ((noise, None), (void, (void == 7) * 7)):
-        _write_label_map(path, labels)
+        save_label_map(path, labels)
         read, found = read_labels(path.read_bytes(), MaskReading())
         assert np.array_equal(read, labels) and found is None
         if without_title is None:
