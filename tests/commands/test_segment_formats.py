@@ -2,7 +2,10 @@
 # ruff: noqa: F401, F811  (fixtures of test_segment)
 
 import json
+import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -23,10 +26,7 @@ from .test_segment import QUICK, checkpoint, names, one_line, samlight
 from .test_segment_results import is_b, write_images
 
 
-SIZE = 40, 30
-
-
-def blobs(seed: int, shape: tuple[int, int] = SIZE[::-1], number: int = 4) -> np.ndarray:
+def blobs(seed: int, shape: tuple[int, int] = (30, 40), number: int = 4) -> np.ndarray:
     """Make masks with large parts, islands and holes: bool (n, H, W)."""
     small = np.random.default_rng(seed).integers(0, 255, (number, 8, 9), dtype=np.uint8)
     resize = Image.Resampling.BICUBIC
@@ -117,20 +117,49 @@ def test_labelme_reads_its_documents(segment, tmp_path):
         assert np.array_equal(masks, blobs(width, (30, width)))
 
 
-def test_labelme_itself_reads_its_documents(segment, tmp_path):
-    shape_to_mask = pytest.importorskip("labelme.utils.shape", reason="labelme needs Qt").shape_to_mask
-    from labelme import LabelFile
+# In processes of their own: importing these packages changes functions and limits of Pillow.
+LABELME = """
+import sys
+import numpy as np
+from labelme import LabelFile
+from labelme.utils import shape_to_mask
 
-    write_images(tmp_path, "photos/a.jpg", "photos/deep/b.png")
+masks = {}
+for number, shape in enumerate(LabelFile(sys.argv[1]).shapes):
+    group = shape["group_id"] if shape["group_id"] is not None else f"alone {number}"
+    mask = shape_to_mask((30, 40), shape["points"], shape["shape_type"])
+    masks[group] = masks.get(group, False) | mask
+np.save(sys.argv[2], list(masks.values()))
+"""
+ULTRALYTICS = """
+import sys
+import numpy as np
+from ultralytics.data.utils import img2label_paths, polygon2mask, verify_image_label
+
+image = sys.argv[1]
+(label,) = img2label_paths([image])
+_, boxes, shape, segments, _, *counts, message = verify_image_label((image, label, "", False, 1, 0, 0, False))
+assert counts == [0, 1, 0, 0] and message == "", (counts, message)
+assert len(boxes) == len(segments) and shape == (30, 40), (boxes, shape)
+pixels = [(segment * np.float32([40, 30])).ravel() for segment in segments]
+np.save(sys.argv[2], [polygon2mask(shape, [polygon]) > 0 for polygon in pixels])
+"""
+
+
+def read_by(script: str, path: Path) -> list:
+    """Return the masks that a script reads."""
+    command = [sys.executable, "-c", script, str(path), str(path.with_name("read.npy"))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return np.load(path.with_name("read.npy")).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("labelme") is None, reason="needs labelme")
+def test_labelme_itself_reads_its_documents(segment, tmp_path):
+    write_images(tmp_path, "photos/a.jpg")
     segment("photos", "--out", "out", "--format", "labelme")
-    for name, width in (("a", 40), ("deep/b", 41)):
-        shapes = LabelFile(str(tmp_path / f"out/{name}.json")).shapes
-        masks: dict = {}
-        for number, shape in enumerate(shapes):
-            group = shape["group_id"] if shape["group_id"] is not None else f"alone {number}"
-            mask = shape_to_mask((30, width), shape["points"], shape["shape_type"])
-            masks[group] = masks.get(group, False) | mask
-        assert np.array_equal(list(masks.values()), blobs(width, (30, width)))
+    assert read_by(LABELME, tmp_path / "out/a.json") == blobs(40).tolist()
 
 
 def test_yolo_lines_are_read_as_documented(segment, tmp_path):
@@ -145,20 +174,15 @@ def test_yolo_lines_are_read_as_documented(segment, tmp_path):
             assert (filled & ~mask).sum() <= 0.1 * mask.size
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ultralytics") is None, reason="needs ultralytics")
 def test_ultralytics_itself_reads_its_lines(segment, tmp_path):
-    utils = pytest.importorskip("ultralytics.data.utils")
     write_images(tmp_path, "mine/images/a.jpg")
     segment("mine/images", "--out", "mine/labels", "--format", "yolo", "--min-region-area", "1000")
-    image, label = str(tmp_path / "mine/images/a.jpg"), str(tmp_path / "mine/labels/a.txt")
-    assert utils.img2label_paths([image]) == [label]
-    _, boxes, shape, segments, _, missing, found, empty, corrupt, message = utils.verify_image_label(
-        (image, label, "", False, 1, 0, 0, False)
-    )
-    assert (missing, found, empty, corrupt, message) == (0, 1, 0, 0, "")
-    assert len(boxes) == len(segments) >= 1 and shape == (30, 40)
     parts = [clean_mask(mask, 0, 1000).tolist() for mask in blobs(40)]  # the largest part of each, with its holes
-    for polygon in segments:
-        assert (utils.polygon2mask((30, 40), [(polygon * np.float32(SIZE)).ravel()]) > 0).tolist() in parts
+    read = read_by(ULTRALYTICS, tmp_path / "mine/images/a.jpg")
+    assert len(read) == len((tmp_path / "mine/labels/a.txt").read_text().splitlines()) >= 1
+    assert all(mask in parts for mask in read)
 
 
 def test_one_coco_document_of_a_folder(segment, tmp_path):
@@ -236,6 +260,19 @@ def test_small_holes_and_parts_of_masks(samlight, checkpoint, tmp_path, generate
     assert any(not np.array_equal(one, other) for one, other in zip(before, expected))
     assert len(after) and all(any(np.array_equal(mask, other) for other in expected) for mask in after)
     assert len(after) == len(before) or not mode  # of everything, those that became duplicates are left out
+
+
+def test_masks_that_become_duplicates_are_left_out(samlight, checkpoint, tmp_path, monkeypatch):
+    masks = np.zeros((3, 30, 40), dtype=bool)
+    masks[:2, 5:20, 5:20] = masks[1, 28, 38] = masks[2, 5:20, 8:24] = True  # the second has an island
+    boxes, scores = mask_edges(masks), np.array([0.9, 0.8, 0.7], dtype=np.float32)
+    found = GeneratedMasks(RunLengthMasks.from_masks(masks), scores, boxes, scores, boxes[:, :2], boxes)
+    monkeypatch.setattr(MaskGenerator, "generate", lambda *arguments: found)
+    write_images(tmp_path, "a.jpg")
+    arguments = ["segment", tmp_path / "a.jpg", "--out", tmp_path / "out", "--format", "npz", "--model", checkpoint]
+    for options, expected in (([], scores), (["--min-region-area", "2"], scores[[0, 2]])):
+        assert samlight(*arguments, *QUICK, *options)[0] == 0
+        assert np.load(tmp_path / "out/a.npz")["scores"].tolist() == expected.tolist()
 
 
 def test_crops_are_segmented_too_and_their_points_are_counted(samlight, checkpoint, tmp_path, monkeypatch):

@@ -125,7 +125,9 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "s." in name else name for name in FILES]
+)
 def test_each_image_of_a_folder_has_its_prompts(segment, predict, tmp_path, name):
     (tmp_path / name).write_text(FILES[name], encoding="utf-8")
     status, stdout, stderr = segment("photos", "--prompts", name)

@@ -49,7 +49,10 @@ def segment(checkpoint, tmp_path, monkeypatch, capfdbinary):
     return run
 
 
-@pytest.mark.parametrize("file_format", ["overlay", "labels", "coco", "npz", "yolo"])
+@pytest.mark.parametrize(
+    "file_format",
+    ["overlay", "coco", *(pytest.param(name, marks=pytest.mark.slow) for name in ("labels", "npz", "yolo"))],
+)
 def test_a_result_is_the_same_through_pipes_and_by_files(segment, tmp_path, file_format):
     options = ["--format", file_format, "--point", "3,3"]
     assert segment("a.png", "--out", "out", *options)[0] == 0
