@@ -33,6 +33,7 @@ FORM = (
 )
 _KEYS = ("image", "boxes_xyxy", "points_xy", "labels", "objects")
 _OBJECT_KEYS = ("box_xyxy", "points_xy", "labels")
+_MAX_SHOWN = 60  # characters of a value in a message
 _COLUMNS = ("image", "boxes_xyxy", "points_xy")
 
 Prompts = tuple["ObjectPrompt", ...]
@@ -277,11 +278,12 @@ def _object(*arguments, **options) -> "ObjectPrompt":
 def _numbers(values: Any, count: int, shown: str | None = None) -> tuple[float, ...]:
     try:
         numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if len(numbers) != count or not all(map(math.isfinite, numbers)) or isinstance(values, str):
         shown = shown or (",".join(map(str, values)) if isinstance(values, list) else str(values))
         form = "a click, X,Y or X,Y,0" if count == 2 else "a box, X1,Y1,X2,Y2"
+        shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
         raise ValueError(f"{shown!r} is not {form}, in pixels of the image.")
     return numbers
 
