@@ -189,7 +189,6 @@ def _segment(
     summary.already = len(places) - len(to_do)
     if to_do:
         model, processor = load_from_options(model_path, args)
-        segment = _segmenter(model, processor, args, model_path)
         # Again: another run may have begun here meanwhile.
         results, places, to_do = _plan(args, list(prompts), root, settings, temporary)
     one_json = results.file_of_all(ONE_JSON, args.paths, places) if args.one_json else None
@@ -201,6 +200,7 @@ def _segment(
             results.begin(settings, root, to_do)
     if to_do:
         try:
+            segment = _segmenter(model, processor, args, model_path)
             _run_jobs(to_do, prompts, segment, args, summary, results, replaced, streams)
         except KeyboardInterrupt:
             print(
@@ -210,9 +210,10 @@ def _segment(
             )
             return 130
     streams.result = one_json or places[0].output
-    if one_json:
-        failed = {place.output for place in to_do} - {row.output for row in summary.rows}
-        _write_one_json(one_json, [place.output for place in places if place.output not in failed])
+    failed = {place.output for place in to_do} - {row.output for row in summary.rows}
+    documents = [place.output for place in places if place.output not in failed]
+    if one_json and documents:
+        _write_one_json(one_json, documents)
     return None
 
 

@@ -227,6 +227,9 @@ def test_one_coco_document_has_no_image_that_failed(samlight, segment, checkpoin
     document = json.loads((tmp_path / "out/instances.json").read_text())
     assert [image["file_name"] for image in document["images"]] == ["a.jpg", "c.jpg"]
     assert [annotation["image_id"] for annotation in document["annotations"]] == [1, 1, 2, 2]
+    monkeypatch.setattr(MaskGenerator, "generate", Mock(side_effect=ValueError("no")))
+    assert samlight(*arguments)[0] == 1  # none at all: the earlier document stays
+    assert json.loads((tmp_path / "out/instances.json").read_text()) == document
 
 
 def test_a_document_that_was_changed_is_named(segment, samlight, checkpoint, tmp_path):
