@@ -152,7 +152,12 @@ def _join_negative_values(arguments: list[str]) -> list[str]:
     """Join `--box -5,0,9,9` to `--box=-5,0,9,9`: argparse would take the box for an option and report that instead."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] in ("--box", "--point") and argument[:1] == "-" and argument[1:2].isdigit():
+        if (
+            joined
+            and joined[-1] in ("--box", "--point", "--points")
+            and argument[:1] == "-"
+            and argument[1:2].isdigit()
+        ):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

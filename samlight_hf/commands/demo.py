@@ -71,6 +71,6 @@ def run_demo(args: argparse.Namespace) -> int:
         for kind, result, shown_boxes, shown_points in results:
             output = args.out / f"{Path(name).stem}_{kind}.png"
             prompt = describe_prompts(shown_boxes, shown_points)
-            panel = write_result(output, "overlay", image, name, prompt, result, shown_boxes, shown_points)
+            _, panel = write_result(output, "overlay", image, name, prompt, result, shown_boxes, shown_points)
             summary.add(Row(name, image.size, prompt, len(result), seconds, output), panel)
     return summary.finish()

@@ -43,10 +43,15 @@ class ResultFolder:
         folder: the folder of results.
         note: the path of the note.
         settings: those of the previous run, None where there is no note.
+
+    Args:
+        folder: the folder of results.
+        temporary: a folder of images that will be gone. Its results lie at the top, and it is not noted.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, temporary: Path | None = None):
         self.folder, self.note = folder, folder / NOTE_NAME
+        self._temporary = None if temporary is None else _resolved(temporary)
         self._lock = threading.Lock()
         self.settings: dict | None = None
         self._folders: dict[str, str] = {}
@@ -58,10 +63,10 @@ class ResultFolder:
         """Raise ArgumentTypeError where the existing results were made with other settings."""
         if not self.note.is_file():
             return
-        before = self.settings
-        if before is None or settings.keys() - before.keys():
+        if self.settings is None:
             raise argparse.ArgumentTypeError(f"--resume: {self.note} cannot be read. Run without --resume.")
-        changed = [f"{name} was {before[name]} and is {new}" for name, new in settings.items() if before[name] != new]
+        pairs = [(name, self.settings.get(name), settings.get(name)) for name in {**settings, **self.settings}]
+        changed = [f"{name} was {before} and is {now}" for name, before, now in pairs if before != now]
         if changed:
             raise argparse.ArgumentTypeError(
                 f"--resume: {self.folder} holds results of another run: {', '.join(changed)}."
@@ -103,11 +108,18 @@ class ResultFolder:
             places.append(Place(image, (prefix / path).as_posix(), self.folder / name))
         return places
 
-    def sheet(self, name: str, image_paths: Sequence[str]) -> Path:
-        """Return the path for a contact sheet of these paths: it replaces only a sheet of the same paths."""
+    def file_of_all(self, name: str, image_paths: Sequence[str], places: Sequence[Place] = ()) -> Path:
+        """Return the path for one file of all these paths, such as a contact sheet: it replaces only that of the same.
+
+        Args:
+            name: that it has if there is no other file of this name.
+            image_paths: as the user gave them.
+            places: results whose names it must not have.
+        """
         owner = json.dumps([os.path.realpath(path) for path in image_paths])
+        taken = {self._key(place).casefold() for place in places}
         (stem, ending), number = os.path.splitext(name), 2
-        while self._is_taken(PurePosixPath(name), owner, set(), set()):
+        while self._is_taken(PurePosixPath(name), owner, taken, set()):
             name, number = f"{stem}-{number}{ending}", number + 1
         self._results[name] = [owner]
         return self.folder / name
@@ -123,7 +135,8 @@ class ResultFolder:
     def begin(self, settings: dict, root: Path | None, places: Sequence[Place]):
         """Write the note of a run: the results that stay, and those that `places` will hold."""
         prefix = self._prefix(root)
-        self._folders.setdefault(_resolved(root), prefix.as_posix() if prefix.parts else "")
+        if _resolved(root) != self._temporary:
+            self._folders.setdefault(_resolved(root), prefix.as_posix() if prefix.parts else "")
         if self.settings != settings:  # results of another run cannot be resumed, and keep their names
             self._results = {name: identity[:1] for name, identity in self._results.items()}
         self._results |= {self._key(place): [str(_real(place.image))] for place in places}
@@ -157,7 +170,7 @@ class ResultFolder:
 
     def _prefix(self, root: Path | None) -> PurePosixPath:
         """Return where the results of `root` lie within this folder: at the top for the first root, else below it."""
-        if not self._folders:
+        if not self._folders or _resolved(root) == self._temporary:
             return PurePosixPath()
         if _resolved(root) in self._folders:
             return PurePosixPath(self._folders[_resolved(root)])

@@ -6,6 +6,7 @@ Modules that read images and run models are imported inside the functions that n
 import argparse
 import hashlib
 import json
+import os
 import sys
 import threading
 import time
@@ -25,16 +26,21 @@ from .options import (
     not_empty,
     parse_box,
     parse_fraction,
+    parse_not_negative,
     parse_point,
     parse_positive,
     thresholds_of,
 )
+from .prompt_files import FORM, parse_points, prompts_from_options
 from .result_folder import RULE, Place, ResultFolder, identity_of
+from .streams import Streams, standard_streams
 from .summary import (
     MAX_PANELS,
     Row,
     Summary,
+    count,
     describe_prompts,
+    path_from,
     point_progress,
     progress,
     report_skipped,
@@ -45,9 +51,11 @@ from .summary import (
 
 if TYPE_CHECKING:
     from ..masks.drawing import Panel
+    from .prompt_files import Prompts
 
 
-FORMATS = ("overlay", "png", "coco", "npz")
+ONE_JSON = "instances.json"
+FORMATS = ("overlay", "png", "labels", "coco", "labelme", "yolo", "npz")
 
 
 def add_segment_arguments(parser: argparse.ArgumentParser):
@@ -56,11 +64,12 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         nargs="+",
         type=not_empty,
         metavar="PATH",
-        help="images, folders of images, or patterns like '*.jpg'",
+        help="images, folders of images, or patterns like '*.jpg'; - is an image from standard input",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/segment"), help=f"folder of results (%(default)s): {RULE}"
-    )
+        "--out", type=Path, default=Path("outputs/segment"),
+        help=f"folder of results (%(default)s): {RULE}; - writes the result of one image to standard output",
+    )  # fmt: skip
     parser.add_argument(
         "--box", type=parse_box, action="append", default=[], metavar="X1,Y1,X2,Y2",
         help="segment what is in this box, in pixels of the image; may be repeated",
@@ -70,18 +79,45 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         help="segment what is at this point; may be repeated, each for an object of its own",
     )  # fmt: skip
     parser.add_argument(
+        "--points", type=parse_points, action="append", default=[], metavar="'X,Y X,Y,0'",
+        help="segment one object by several clicks: X,Y on it, and X,Y,0 beside it; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help=f"segment what these prompts of each image point at: {FORM}"
+    )
+    parser.add_argument(
         "--format", choices=FORMATS, default="overlay",
-        help="overlay: a PNG of the image under its masks; png: a folder with a PNG for each mask; coco: JSON with run "
-        "lengths, which pycocotools reads; npz: numpy arrays (%(default)s)",
+        help="overlay: a PNG of the image under its masks; png: a folder with a PNG for each mask; labels: a PNG of 16 "
+        "bits, in which i is the i-th mask, and the best one where masks overlap; coco: JSON with run lengths, which "
+        "pycocotools reads; labelme, yolo: polygons for labelme and Ultralytics; npz: numpy arrays (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--one-json", action="store_true", help=f"with --format coco: {ONE_JSON}, too, of all images, with unique ids"
+    )
+    parser.add_argument(
+        "--min-hole-area", type=parse_positive, default=0, metavar="PIXELS", help="fill smaller holes of masks"
+    )
+    parser.add_argument(
+        "--min-region-area", type=parse_positive, default=0, metavar="PIXELS",
+        help="drop smaller parts of masks that are not connected with the rest; the largest part stays",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="leave images alone whose results are in --out already")
     parser.add_argument(
         "--batch-size", type=parse_positive, default=4, metavar="N", help="images encoded together (%(default)s)"
     )
-    everything = parser.add_argument_group("everything mode, without --box and --point")
+    _add_everything_arguments(parser)
+    add_model_arguments(parser)
+
+
+def _add_everything_arguments(parser: argparse.ArgumentParser):
+    everything = parser.add_argument_group("everything mode, without prompts")
     everything.add_argument(
         "--points-per-side", type=parse_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
     )
+    everything.add_argument(
+        "--crops-n-layers", type=parse_not_negative, default=0, metavar="N",
+        help="segment crops too, 4 in the first layer, 16 in the second, ...: finds smaller objects (%(default)s)",
+    )  # fmt: skip
     everything.add_argument(
         "--points-per-batch", type=parse_positive, metavar="N", help="points at once (what suits the device)"
     )
@@ -100,7 +136,6 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
     everything.add_argument(
         "--max-memory-mb", type=parse_positive, default=1500, metavar="MB", help="of the GPU's memory (%(default)s)"
     )
-    add_model_arguments(parser)
 
 
 def run_segment(args: argparse.Namespace) -> int:
@@ -113,9 +148,15 @@ def run_segment(args: argparse.Namespace) -> int:
         ArgumentTypeError: for options that do not fit the files, such as `--resume` with other settings.
         DiskError: where results can no longer be written.
     """
+    with standard_streams(args) as streams:
+        return _run_segment(args, streams)
+
+
+def _run_segment(args: argparse.Namespace, streams: Streams) -> int:
     from ..images.formats import describe_left_out
     from ..images.reading import common_folder, find_images
 
+    _check_options(args)
     model_path = model_path_of(args.model)
     make_folder(args.out)
     for path in map(Path, args.paths):
@@ -131,80 +172,127 @@ def run_segment(args: argparse.Namespace) -> int:
     if left_out:
         print(f"samlight: {describe_left_out(left_out)}", file=sys.stderr)
     root = common_folder(args.paths)
-    settings = _settings(args, model_path)
-    _, to_do = _plan(args, images, root, settings)
-    summary.already = len(images) - len(to_do)
+    prompts = prompts_from_options(args, images, root, summary)
+    if streams.is_output and len(prompts) > 1 and not args.one_json:
+        raise argparse.ArgumentTypeError(f"--out - is the result of one image, and there are {len(prompts)}.")
+    status = _segment(args, prompts, root, model_path, summary, streams)
+    return summary.finish() if status is None else status
+
+
+def _segment(
+    args: argparse.Namespace, prompts: "dict[Path, Prompts]", root: Path | None, model_path: str, summary: Summary,
+    streams: Streams,
+) -> int | None:  # fmt: skip
+    """Segment the images that `prompts` names and that have no result yet; return 130 after Ctrl-C, else None."""
+    settings, temporary = _settings(args, model_path, prompts), streams.source and streams.source.parent
+    results, places, to_do = _plan(args, list(prompts), root, settings, temporary)
+    summary.already = len(places) - len(to_do)
     if to_do:
         model, processor = load_from_options(model_path, args)
-        results, to_do = _plan(args, images, root, settings)  # again: another run may have begun here meanwhile
+        # Again: another run may have begun here meanwhile.
+        results, places, to_do = _plan(args, list(prompts), root, settings, temporary)
+    one_json = results.file_of_all(ONE_JSON, args.paths, places) if args.one_json else None
+    if to_do or one_json:
         if args.format == "overlay":
-            summary.sheet = results.sheet(summary.sheet.name, args.paths)
+            summary.sheet = results.file_of_all(summary.sheet.name, args.paths)
         replaced = {place for place in to_do if results.is_replaced(place)}
         with telling_where(results.note, ends_the_run=True):
             results.begin(settings, root, to_do)
+    if to_do:
         try:
-            _run_jobs(to_do, model, processor, args, model_path, summary, results, replaced)
+            segment = _segmenter(model, processor, args, model_path)
+            _run_jobs(to_do, prompts, segment, args, summary, results, replaced, streams)
         except KeyboardInterrupt:
             print(
-                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(images)} images are done. The "
+                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(places)} images are done. The "
                 "same command with --resume goes on from there.",
                 file=sys.stderr,
             )
             return 130
-    return summary.finish()
+    streams.result = one_json or places[0].output
+    failed = {place.output for place in to_do} - {row.output for row in summary.rows}
+    documents = [place.output for place in places if place.output not in failed]
+    if one_json and documents:
+        _write_one_json(one_json, documents)
+    return None
+
+
+def _check_options(args: argparse.Namespace):
+    """Raise ArgumentTypeError for options that do not fit each other, and for a package that they need."""
+    from ..masks.files import POLYGON_FORMATS
+    from ..masks.formats import require_opencv
+
+    if args.prompts is not None and (args.box or args.point or args.points):
+        raise argparse.ArgumentTypeError(
+            "--prompts gives each image its own prompts: leave out either it, or --box, --point and --points."
+        )
+    if args.one_json and args.format != "coco":
+        raise argparse.ArgumentTypeError(f"--one-json is for --format coco, not {args.format}.")
+    if args.format in POLYGON_FORMATS or args.min_hole_area or args.min_region_area:
+        try:
+            require_opencv()
+        except ImportError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _plan(
-    args: argparse.Namespace, images: Sequence[Path], root: Path | None, settings: dict
-) -> tuple[ResultFolder, list[Place]]:
-    """Return the folder of results in its present state, and the images that are still to be segmented."""
+    args: argparse.Namespace, images: Sequence[Path], root: Path | None, settings: dict, temporary: Path | None
+) -> tuple[ResultFolder, list[Place], list[Place]]:
+    """Return the folder of results in its present state, all images, and those that are still to be segmented."""
     from ..masks.files import ENDINGS
 
-    results = ResultFolder(args.out)
+    results = ResultFolder(args.out, temporary)
     if args.resume:
         results.check_settings(settings)
     places = results.places(images, root, ENDINGS[args.format])
     resumes = args.resume and results.settings == settings
-    return results, [place for place in places if not (resumes and results.is_done(place))]
+    return results, places, [place for place in places if not (resumes and results.is_done(place))]
 
 
 def _run_jobs(
-    places: Sequence[Place], model, processor, args: argparse.Namespace, model_path: str, summary: Summary,
-    results: ResultFolder, replaced: Collection[Place],
+    places: Sequence[Place], prompts: "dict[Path, Prompts]", segment, args: argparse.Namespace, summary: Summary,
+    results: ResultFolder, replaced: Collection[Place], streams: Streams,
 ):  # fmt: skip
     """Segment the images, add them to the summary, and note each finished result.
 
     Args:
         places: the images, and where their results go.
-        model_path: for the default thresholds.
+        prompts: of each image; none for everything mode.
+        segment: segments a batch of images, see `Run`.
         summary: gets a row for each image.
         results: the folder of results, whose note has been begun.
         replaced: places with an earlier result.
+        streams: what stands for standard input and output.
     """
     from .segment_run import Job, Run, Segmented
 
-    prompt = describe_prompts(args.box, args.point)
-    everything = not (args.box or args.point)
-    num_points = args.points_per_side**2
-    bar = point_progress(num_points, places[0].image.name) if everything and len(places) == 1 else None
+    # Of the image and all of its crops.
+    num_points = args.points_per_side**2 * sum(4**layer for layer in range(args.crops_n_layers + 1))
+    everything = len(places) == 1 and not prompts[places[0].image]
+    bar = point_progress(num_points, places[0].image.name) if everything else None
     place_of = {place.output: place for place in places}
 
     def write(segmented: Segmented) -> "tuple[Row, Panel | None]":
         job, result, image = segmented.job, segmented.result, segmented.image
-        with_panel = args.format == "overlay" and job.output in shown
-        panel = write_result(job.output, args.format, image, job.name, prompt, result, args.box, args.point, with_panel)
+        boxes, points = job.shown_prompts()
+        prompt, name = describe_prompts(boxes, points), job.name
+        if args.format == "labelme" and job.path != streams.source:
+            name = path_from(job.output.parent, job.path)
+        has_panel = job.output in shown
+        left_out, panel = write_result(job.output, args.format, image, name, prompt, result, boxes, points, has_panel)
         with telling_where(results.note, ends_the_run=True):
             results.finish(place_of[job.output])
-        return Row(str(job.path), image.size, prompt, len(result), segmented.seconds, job.output), panel
+        shown_path = streams.shown(job.path)
+        return Row(shown_path, image.size, prompt, len(result), segmented.seconds, job.output, left_out), panel
 
     def skip(error: BaseException, path: Path):
-        report_skipped(error, path)
+        report_skipped(error, path, streams.shown(path))
         with counting:
             summary.skipped += 1
 
-    shown, counting = {place.output for place in places[:MAX_PANELS]}, threading.Lock()
-    segment = _segmenter(model, processor, args, model_path)
-    jobs = [Job(place.image, place.output, place.name) for place in places]
+    has_sheet, counting = args.format == "overlay" and not streams.is_output, threading.Lock()
+    shown = {place.output for place in places[:MAX_PANELS]} if has_sheet else set()
+    jobs = [Job(place.image, place.output, place.name, prompts[place.image]) for place in places]
     start = time.perf_counter()
     with closing(Run(segment, write, skip, args.batch_size, bar)(jobs)) as rows:
         for row, panel in progress(rows, len(jobs)):
@@ -215,33 +303,56 @@ def _run_jobs(
         bar.close()
 
 
+def _write_one_json(path: Path, documents: Sequence[Path]):
+    from ..masks.files import write_coco_of_many
+
+    with telling_where(path):
+        write_coco_of_many(path, documents)
+    print(f"COCO of {count(len(documents), 'image')}: {path}")
+
+
 def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
     from ..inference.crops import MaskGenerationSettings
     from ..inference.mask_generation import MaskGenerator
     from ..inference.predictor import Predictor
     from .segment_run import EverythingSegmenter, PromptSegmenter
 
-    if args.box or args.point:
+    min_areas = args.min_hole_area, args.min_region_area
+    if args.prompts or args.box or args.point or args.points:
         predictor = Predictor(model, processor, output="torch", max_memory_mb=args.max_memory_mb)
-        return PromptSegmenter(predictor, args.box, args.point)
+        return PromptSegmenter(predictor, min_areas)
     generator = MaskGenerator(model, processor, args.max_memory_mb, args.points_per_batch)
     pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     settings = MaskGenerationSettings(
-        args.points_per_side, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
+        args.points_per_side,
+        args.crops_n_layers,
+        pred_iou_thresh=pred_iou_thresh,
+        stability_score_thresh=stability_score_thresh,
     )
-    return EverythingSegmenter(generator, settings, args.min_area, args.max_masks)
+    return EverythingSegmenter(generator, settings, args.min_area, args.max_masks, min_areas)
 
 
-def _settings(args: argparse.Namespace, model_path: str) -> dict:
+def _settings(args: argparse.Namespace, model_path: str, prompts: "dict[Path, Prompts]") -> dict:
     """Return the settings that results depend on; the note keeps them, so that `--resume` can compare them."""
     pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     folder = Path(model_path).expanduser()
     weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
+    later: dict = {  # which the notes of earlier versions lack: None stands for what these did
+        "--points": [[[*prompt.points_xy], [*prompt.labels]] for prompt in args.points],
+        "--prompts": args.prompts and _digest([[os.path.abspath(image), repr(own)] for image, own in prompts.items()]),
+        "--crops-n-layers": args.crops_n_layers, "--min-hole-area": args.min_hole_area,
+        "--min-region-area": args.min_region_area,
+    }  # fmt: skip
     return {
         "--model": str(folder.resolve()) if folder.is_dir() else model_path,
-        "the model's weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8],
+        "the model's weights": _digest(weights),
         "--dtype": args.dtype, "--format": args.format,
         "--box": [*map(list, args.box)], "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
         "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
         "--min-area": args.min_area, "--max-masks": args.max_masks,
+        **{name: value for name, value in later.items() if value},
     }  # fmt: skip
+
+
+def _digest(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from ..images.reading import open_image, read_ahead
 from ..inference.crops import MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
 from ..inference.predictor import Predictor
-from ..inference.prompts import clip_prompts
-from ..inference.single_calls import predict_prompts
+from ..inference.prompts import ObjectPrompt, clip_prompts
+from ..inference.single_calls import predict_objects
+from ..masks.regions import clean_masks
 from ..masks.results import GeneratedMasks, MaskResult
 from .summary import DiskError
 
@@ -32,11 +33,19 @@ NUM_WRITERS = max(2, min(6, (os.cpu_count() or 1) // 2))  # drawing and compress
 
 @dataclass(frozen=True)
 class Job:
-    """An image file, the path of its masks, and its name in results."""
+    """An image file, the path of its masks, its name in results, and what points at its objects."""
 
     path: Path
     output: Path
     name: str = ""
+    prompts: tuple[ObjectPrompt, ...] = ()
+
+    def shown_prompts(self) -> tuple[list, list]:
+        """Return the boxes (x1, y1, x2, y2) and the points (x, y, label) of all objects, for drawings."""
+        boxes = [prompt.box_xyxy for prompt in self.prompts if prompt.box_xyxy is not None]
+        return boxes, [
+            (*point, label) for prompt in self.prompts for point, label in zip(prompt.points_xy, prompt.labels)
+        ]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class EverythingSegmenter:
         settings: of the generator.
         min_area: in pixels of the image; smaller masks are left out.
         max_masks: keep so many of an image, the best ones. By default all.
+        min_areas: of holes and of separate parts, see `clean_masks`. Duplicates among the cleaned masks are left out.
     """
 
     def __init__(
@@ -65,15 +75,16 @@ class EverythingSegmenter:
         settings: MaskGenerationSettings,
         min_area: int = 0,
         max_masks: int | None = None,
+        min_areas: tuple[int, int] = (0, 0),
     ):
         self.generator, self.settings = generator, settings
-        self.min_area, self.max_masks = min_area, max_masks
+        self.min_area, self.max_masks, self.min_areas = min_area, max_masks, min_areas
 
-    def check(self, image: Image.Image):
+    def check(self, image: Image.Image, job: Job):
         """Raise ValueError for an image that cannot be segmented."""
         check_size(self.generator.image_processor, image.height, image.width)
 
-    def prepare(self, image: Image.Image) -> torch.Tensor:
+    def prepare(self, image: Image.Image, job: Job) -> torch.Tensor:
         """Convert an image to the tensor that a call takes; the reading threads do it ahead."""
         return image_tensor(image)
 
@@ -84,34 +95,47 @@ class EverythingSegmenter:
             part = tensors[start : start + step]
             for tensor, encoded in zip(part, self.generator.encoder(part)):
                 result = self.generator.generate(tensor, self.settings, progress, encoded)
+                if any(self.min_areas):
+                    result = _without_duplicates(clean_masks(result, *self.min_areas), self.settings.crops_nms_thresh)
                 yield result[np.flatnonzero(result.masks.areas >= self.min_area)[: self.max_masks]]
 
 
 class PromptSegmenter:
-    """Segmentation of the same boxes and points in each image, with one mask for each of them.
+    """Segmentation of the objects that the prompts of each image point at, with one mask for each of them.
 
     Args:
         predictor: predicts the masks of an image.
-        boxes_xyxy: (K, 4), in pixels of the image.
-        points_xy: (K, 2), in pixels of the image; each point is an object of its own.
+        min_areas: of holes and of separate parts, see `clean_masks`.
     """
 
-    def __init__(self, predictor: Predictor, boxes_xyxy: Sequence = (), points_xy: Sequence = ()):
-        self.predictor, self.boxes_xyxy, self.points_xy = predictor, boxes_xyxy, points_xy
+    def __init__(self, predictor: Predictor, min_areas: tuple[int, int] = (0, 0)):
+        self.predictor, self.min_areas = predictor, min_areas
 
-    def check(self, image: Image.Image):
+    def check(self, image: Image.Image, job: Job):
         """Raise ValueError for an image that cannot be segmented, or that a prompt lies outside."""
-        clip_prompts(image.size, self.boxes_xyxy, self.points_xy)
+        boxes, points = job.shown_prompts()
+        clip_prompts(image.size, boxes, [point[:2] for point in points])
         check_size(self.predictor.image_processor, image.height, image.width)
 
-    def prepare(self, image: Image.Image) -> torch.Tensor:
+    def prepare(self, image: Image.Image, job: Job) -> tuple[torch.Tensor, tuple[ObjectPrompt, ...]]:
         """Convert an image to the tensor that a call takes; the reading threads do it ahead."""
-        return image_tensor(image)
+        return image_tensor(image), job.prompts
 
-    def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[MaskResult]:
-        """Yield the masks of each image."""
-        for encoded in self.predictor.encode(list(tensors)):
-            yield predict_prompts(self.predictor, self.boxes_xyxy, self.points_xy, image=encoded)
+    def __call__(self, batch: Sequence[tuple[torch.Tensor, tuple[ObjectPrompt, ...]]], progress=None):
+        """Yield the masks of each image, a `MaskResult`."""
+        for encoded, (_, prompts) in zip(self.predictor.encode([tensor for tensor, _ in batch]), batch):
+            result = predict_objects(self.predictor, prompts, encoded)
+            yield clean_masks(result, *self.min_areas) if any(self.min_areas) else result
+
+
+def _without_duplicates(result: GeneratedMasks, iou_thresh: float) -> GeneratedMasks:
+    """Suppress duplicates by boxes as the generator does: masks may have become equal by cleaning."""
+    from torchvision.ops import nms
+
+    boxes = torch.from_numpy(result.boxes_xyxy.copy())
+    boxes[:, 2:] -= torch.from_numpy(result.masks.areas > 0)[:, None].float()  # the last pixel, as in the generator
+    kept = nms(boxes, torch.from_numpy(result.scores), iou_thresh)
+    return result[kept.sort().values.numpy()]
 
 
 class Run:
@@ -156,11 +180,11 @@ class Run:
                 for future in writing:
                     future.cancel()
 
-    def _read(self, job: Job) -> tuple[Job, Image.Image, torch.Tensor] | None:
+    def _read(self, job: Job) -> tuple[Job, Image.Image, Any] | None:
         try:
             image = open_image(job.path)
-            self.segment.check(image)
-            return job, image, self.segment.prepare(image)
+            self.segment.check(image, job)
+            return job, image, self.segment.prepare(image, job)
         except Exception as error:
             self.skip(error, job.path)
             return None
@@ -174,13 +198,13 @@ class Run:
             self.skip(error, segmented.job.path)
             return []
 
-    def _segment(self, batch: list[tuple[Job, Image.Image, torch.Tensor]]) -> Iterator[Segmented]:
+    def _segment(self, batch: list[tuple[Job, Image.Image, Any]]) -> Iterator[Segmented]:
         """Segment a batch; after an error its images are tried one by one, since only one of them may be too large."""
         if not batch:
             return
         done, start = 0, time.perf_counter()
         try:
-            for result in self.segment([tensor for *_, tensor in batch], self.progress):
+            for result in self.segment([prepared for *_, prepared in batch], self.progress):
                 seconds = time.perf_counter() - start
                 yield Segmented(*batch[done][:2], result, seconds)
                 done, start = done + 1, time.perf_counter()

@@ -25,7 +25,11 @@ _MAX_TABLE_ROWS = 60
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table of results: an image with its size (width, height), its masks and the path of its result."""
+    """A row of the table of results: an image with its size (width, height), its masks and the path of its result.
+
+    Attributes:
+        num_left_out: the number of masks that the result lacks, see `write_masks`.
+    """
 
     image: str
     size: tuple[int, int]
@@ -33,6 +37,7 @@ class Row:
     num_masks: int
     seconds: float
     output: Path
+    num_left_out: int = 0
 
 
 @dataclass
@@ -80,6 +85,12 @@ class Summary:
             print(f"samlight: {self.skipped} skipped, {len(self.rows)} done.", file=sys.stderr)
         if self.replaced:
             print(f"samlight: {count(self.replaced, 'earlier result')} of the same images replaced.", file=sys.stderr)
+        if left_out := sum(row.num_left_out for row in self.rows):
+            print(
+                f"samlight: {count(left_out, 'mask')} of {sum(row.num_masks for row in self.rows):,} left out of the "
+                "results: empty, or covered by masks of higher scores. --format png keeps all.",
+                file=sys.stderr,
+            )
         if self.panels:
             self._save_contact_sheet()
         if self.seconds:
@@ -154,7 +165,7 @@ def write_result(
     boxes,
     points,
     panel: bool = True,
-) -> "Panel | None":
+) -> "tuple[int, Panel | None]":
     """Write the masks of one image.
 
     Args:
@@ -168,18 +179,19 @@ def write_result(
         panel: whether a panel is needed.
 
     Returns:
-        The image's panel of the contact sheet, None without `panel`.
+        The number of masks that the result lacks, see `write_masks`; and the image's panel of the contact sheet, None
+        without `panel`.
     """
     from ..masks.drawing import Panel, draw_overlay
     from ..masks.files import write_masks
 
     with telling_where(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_masks(output, file_format, image, name, result, boxes, points)
+        num_left_out = write_masks(output, file_format, image, name, result, boxes, points)
     if not panel:
-        return None
+        return num_left_out, None
     small = draw_overlay(image, result, boxes, points, max_size=_PANEL_SIZE)
-    return Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
+    return num_left_out, Panel(small, name, f"{prompt} · {count(len(result), 'mask')}")
 
 
 def progress(items: Iterable, total: int) -> Iterable:
@@ -198,8 +210,8 @@ def point_progress(num_points: int, name: str):
     return tqdm(total=num_points, desc=name, unit="point", leave=False, delay=2, disable=None)
 
 
-def report_skipped(error: BaseException, image: Path | None = None):
-    """Print why an image was skipped to stderr, in one line."""
+def report_skipped(error: BaseException, image: Path | None = None, shown: str | None = None):
+    """Print why an image was skipped to stderr, in one line; `shown` stands for the image's path."""
     message = one_line(error)
     if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError):  # a bug
         message = f"internal error: {type(error).__name__}: {message} (SAMLIGHT_DEBUG=1 shows where)"
@@ -207,7 +219,18 @@ def report_skipped(error: BaseException, image: Path | None = None):
             traceback.print_exception(error)
     if image is not None and not message.startswith(str(image)):
         message = f"{image}: {message}"
+    if shown is not None:
+        message = message.replace(str(image), shown)
     print(f"samlight: skipped {message}", file=sys.stderr)
+
+
+def path_from(folder: Path, file: Path) -> str:
+    """Return the path of a file from a folder, or its absolute path where both are on different drives."""
+    file = Path(os.path.realpath(file.parent), file.name)
+    try:
+        return Path(os.path.relpath(file, os.path.realpath(folder))).as_posix()
+    except ValueError:
+        return str(file)
 
 
 def describe_prompts(boxes: Sequence, points: Sequence) -> str:

@@ -86,7 +86,8 @@ class MaskFolderDataset(ImageFolderDataset):
       that are at least half as bright as the brightest.
     - NAME may be in subfolders. Images and masks may have any format that Pillow reads; suffixes match in any case.
     - The masks of `NAME.jpg` may also be called `NAME.jpg.png`, `NAME_mask.png` or `NAME.jpg_mask.png`, and their
-      folder accordingly. Masks have the size of their image.
+      folder accordingly, or `NAME_masks`. Masks have the size of their image.
+    - `samlight segment folder/images --out folder/masks` writes `--format labels` or `--format png` so.
 
     The id of a sample is the path of the image within `images`.
 
@@ -218,7 +219,7 @@ def _masks_of(images: list[str], masks: list[Path]) -> tuple[dict[str, set[str]]
         file, folder = mask.as_posix(), mask.parent.as_posix()
         if owner := owners.get(os.path.splitext(file)[0]):
             masks_of_images.setdefault(owner, set()).add(file)
-        elif owner := owners.get(folder):
+        elif owner := owners.get(folder) or owners.get(folder.removesuffix("_masks")):
             masks_of_images.setdefault(owner, set()).add(folder)
         else:
             orphans.append(file)

@@ -19,6 +19,9 @@ MAX_SMALL_LABEL = 126
 # Factor by which Pillow stretches PNGs of 2 and 4 bits to 8 bits, by raw mode.
 _STRETCHED = {"L;2": 85, "L;4": 17}
 
+# Title of the PNGs that `samlight segment --format labels` writes (`samlight_hf.masks.files`, which imports torch).
+LABEL_MAP_TITLE = "label map"
+
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 
 # Largest width in pixels of an anti-aliased edge between two objects.
@@ -31,7 +34,8 @@ class MaskReading:
 
     Attributes:
         ignore_label: label that is no object; None if there is none. "auto" ignores 255 if the other labels of the file
-            are between 1 and 126, as in VOC and Cityscapes. In a map of 0 and 255 only, 255 is an object.
+            are between 1 and 126, as in VOC and Cityscapes. In a map of 0 and 255 only, 255 is an object, and so it is
+            in a PNG with the title "label map".
         binary: read each file as one object with grey edges: the pixels at least half as bright as the brightest.
 
     Raises:
@@ -89,11 +93,12 @@ def read_labels(data: bytes, reading: MaskReading) -> tuple[np.ndarray, int | No
     values, is_lossy = read_values(data)
     if reading.binary:
         return _bright(values), None
-    if has_grey_levels(values) or (is_lossy and len(np.unique(values)) > 2):
+    is_named = _is_named_label_map(data)
+    if not is_named and (has_grey_levels(values) or (is_lossy and len(np.unique(values)) > 2)):
         raise SampleError(SkipReason.GREY_MASK)
     void = reading.ignore_label
     if void == "auto":
-        void = VOID_LABEL if _has_void(values) else None
+        void = VOID_LABEL if not is_named and _has_void(values) else None
     if void is not None:
         values = np.where(values == void, 0, values)
     return values, void if reading.ignore_label == "auto" else None
@@ -159,6 +164,12 @@ def read_values(data: bytes) -> tuple[np.ndarray, bool]:
     elif mode not in ("1", "P"):
         raise SampleError(SkipReason.COLOURED_MASK)
     return pixels, is_lossy
+
+
+def _is_named_label_map(data: bytes) -> bool:
+    """Return whether the file says that it is a label map, whatever its numbers look like."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.format == "PNG" and image.info.get("Title") == LABEL_MAP_TITLE
 
 
 def _raw_mode(image: Image.Image) -> str:

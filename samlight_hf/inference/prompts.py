@@ -35,6 +35,37 @@ class Prompt:
         return None if self.points is None else len(self.points), self.box is None, self.logits is None
 
 
+@dataclass(frozen=True)
+class ObjectPrompt:
+    """What points at one object, in pixels of the image: points, a box, or both.
+
+    Attributes:
+        points_xy: k points (x, y).
+        labels: k numbers, 1 on the object and 0 beside it.
+        box_xyxy: (x1, y1, x2, y2), or None.
+
+    Raises:
+        ValueError: where nothing points at the object, and for labels that do not fit the points.
+    """
+
+    points_xy: tuple[tuple[float, ...], ...] = ()
+    labels: tuple[int, ...] = ()
+    box_xyxy: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if len(self.labels) != len(self.points_xy):
+            raise ValueError(f"there are {len(self.labels)} labels and {len(self.points_xy)} points: each needs one.")
+        if wrong := [label for label in self.labels if label not in (0, 1)]:
+            raise ValueError(f"label {wrong[0]} must be 1, on the object, or 0, beside it.")
+        if self.box_xyxy is None and 1 not in self.labels:
+            raise ValueError("an object needs a box or a point on it: all of its points are beside it.")
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether several objects may be meant, as by one point, so that the best of three masks is taken."""
+        return self.box_xyxy is None and len(self.points_xy) == 1
+
+
 def clip_prompts(
     size: tuple[int, int], boxes_xyxy: Sequence[Sequence[float]] = (), points_xy: Sequence[Sequence[float]] = ()
 ) -> tuple[list[list[float]], list[list[float]]]:

@@ -18,10 +18,44 @@ from .crops import (
 from .encoded_image import EncodedImage
 from .mask_generation import MaskGenerator
 from .predictor import Predictor
-from .prompts import clip_prompts
+from .prompts import ObjectPrompt, clip_prompts
 
 
 @torch.inference_mode()
+def predict_objects(predictor: Predictor, prompts: Sequence[ObjectPrompt], image: EncodedImage) -> MaskResult:
+    """Predict one mask for each object on an encoded image.
+
+    For an object with one point and no box it is the one of three masks with the highest predicted IoU.
+
+    Args:
+        predictor: The predictor.
+        prompts: n prompts, in pixels of the image.
+        image: The encoded image.
+
+    Returns:
+        The n masks, in the same order.
+
+    Raises:
+        ValueError: If a box or a point lies outside the image, or a box is reversed or empty.
+    """
+    parsed = []  # all of them before the work begins
+    for prompt in prompts:
+        parts: dict = {"boxes_xyxy": None if prompt.box_xyxy is None else [prompt.box_xyxy]}
+        if prompt.points_xy:
+            parts |= {"points_xy": [prompt.points_xy], "labels": [prompt.labels]}
+        parsed += predictor._parse(image, 0, **parts)
+    masks, scores = np.zeros((len(prompts), *image.size), dtype=bool), np.zeros(len(prompts), dtype=np.float32)
+    for is_ambiguous in (False, True):
+        places = [place for place, prompt in enumerate(prompts) if prompt.is_ambiguous == is_ambiguous]
+        if places:
+            predicted_iou, logits = predictor._decode([image], [parsed[place] for place in places], is_ambiguous)
+            predicted_iou, best = predicted_iou.max(dim=1)
+            logits = logits[torch.arange(len(best), device=best.device), best]
+            masks[places] = predictor.to_masks(logits, image=image).cpu().numpy()
+            scores[places] = predicted_iou.cpu().numpy()
+    return MaskResult(masks, scores, mask_edges(masks))
+
+
 def predict_prompts(
     predictor: Predictor,
     boxes_xyxy: Sequence = (),
@@ -29,15 +63,12 @@ def predict_prompts(
     index: int = 0,
     image: EncodedImage | None = None,
 ) -> MaskResult:
-    """Predict one mask for each box and each point on an encoded image.
-
-    Each point is a prompt of its own, on the object. Of its three masks the one with the highest predicted IoU is
-    taken.
+    """Predict one mask for each box and each point on an encoded image, by `predict_objects`.
 
     Args:
         predictor: The predictor.
         boxes_xyxy: Boxes in pixels of the image, see `clip_prompts`.
-        points_xy: Points in pixels of the image, see `clip_prompts`.
+        points_xy: Points in pixels of the image, see `clip_prompts`. Each is on an object of its own.
         index: The index of the image among those that were set.
         image: The encoded image, instead of `index`.
 
@@ -47,20 +78,9 @@ def predict_prompts(
     Raises:
         ValueError: If a prompt lies outside the image, or a box is reversed or empty.
     """
-    image = predictor.images[index] if image is None else image
-    height, width = image.size
-    clip_prompts((width, height), boxes_xyxy, points_xy)  # checks all prompts before the work begins
-    masks, scores = [np.zeros((0, height, width), dtype=bool)], [np.zeros(0, dtype=np.float32)]
-    for kind, prompts in (("boxes_xyxy", boxes_xyxy), ("points_xy", [[point] for point in points_xy])):
-        if len(prompts):
-            parsed = predictor._parse(image, 0, **{kind: prompts})
-            predicted_iou, logits = predictor._decode([image], parsed, multimask_output=kind == "points_xy")
-            predicted_iou, best = predicted_iou.max(dim=1)
-            logits = logits[torch.arange(len(best), device=best.device), best]
-            masks.append(predictor.to_masks(logits, image=image).cpu().numpy())
-            scores.append(predicted_iou.cpu().numpy())
-    all_masks = np.concatenate(masks)
-    return MaskResult(all_masks, np.concatenate(scores), mask_edges(all_masks))
+    prompts = [ObjectPrompt(box_xyxy=box) for box in boxes_xyxy]
+    prompts += [ObjectPrompt(points_xy=(point,), labels=(1,)) for point in points_xy]
+    return predict_objects(predictor, prompts, predictor.images[index] if image is None else image)
 
 
 def segment_prompts(

@@ -47,7 +47,8 @@ def draw_overlay(
         image: of any mode.
         result: masks of the image.
         boxes_xyxy: box prompts, in pixels of the image.
-        points_xy: point prompts, in pixels of the image.
+        points_xy: point prompts (x, y) or (x, y, label), in pixels of the image. One with the label 0, beside an
+            object, is drawn in black on white.
         max_size: (width, height) that the result fills without a change of its aspect ratio. Contours are drawn at that
             size instead of being resized with the image.
 
@@ -159,10 +160,11 @@ def _draw_prompts(overlay: Image.Image, scale: tuple[float, float], thickness: i
         if inner[0] < inner[2] and inner[1] < inner[3]:
             draw.rectangle(inner, outline="white", width=2 * thickness)
     radius = max(2, 3 * thickness)
-    for x, y in points_xy:
+    for x, y, *label in points_xy:
         centre = ((x + 0.5) * scale[0], (y + 0.5) * scale[1])
-        draw.circle(centre, radius + max(1, thickness), fill="black")
-        draw.circle(centre, radius, fill="white")
+        edge, inside = ("white", "black") if label == [0] else ("black", "white")
+        draw.circle(centre, radius + max(1, thickness), fill=edge)
+        draw.circle(centre, radius, fill=inside)
 
 
 def _draw_line(draw: ImageDraw.ImageDraw, position, text: str, font_size: int, colour, max_width: int):

@@ -1,21 +1,31 @@
-"""Masks of an image as files: an overlay, a folder of PNGs, COCO's JSON, or numpy arrays, each written atomically."""
+"""Masks of an image as files of several formats, and COCO's JSON of many images; each is written atomically."""
 
 import csv
 import errno
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ..utils.atomic_files import atomic_write, replace_folder
+from ..utils.json_files import read_json
 from .drawing import draw_overlay
+from .formats import label_map, labelme_document, yolo_lines
 from .results import GeneratedMasks, MaskResult
 from .rle import RunLengthMasks
 
 
 # The end of a result's name, behind that of the image. One without a suffix is a folder.
-ENDINGS = {"overlay": "_masks.png", "png": "_masks", "coco": ".json", "npz": ".npz"}
+ENDINGS = {
+    "overlay": "_masks.png", "png": "_masks", "labels": ".png", "coco": ".json", "labelme": ".json", "yolo": ".txt",
+    "npz": ".npz",
+}  # fmt: skip
+POLYGON_FORMATS = ("labelme", "yolo")  # which need OpenCV
+CATEGORY = "object"  # of all masks: their class is not known
+LABEL_MAP_TITLE = "label map"  # in the PNG: by this `samlight_hf.data.label_maps` knows that it has no grey levels
 
 
 def write_masks(
@@ -26,34 +36,66 @@ def write_masks(
     result: GeneratedMasks | MaskResult,
     boxes_xyxy=(),
     points_xy=(),
-):
+) -> int:
     """Write the masks of an image as a file or a folder; an interruption leaves the earlier one as it was.
 
     Args:
         path: where it is written; its name ends as `ENDINGS` says.
         file_format: "overlay", the image with masks and prompts; "png", a folder of 0000.png and so on, 255 inside,
-            with masks.csv; "coco", `images`, `annotations` and `categories` of one image, with SA-1B's fields; "npz",
-            the arrays of the result, with masks as bool (n, H, W).
+            with masks.csv; "labels", a PNG of 16 bits, see `label_map`; "coco", `images`, `annotations` and
+            `categories` of one image, with SA-1B's fields; "labelme" and "yolo", polygons; "npz", the arrays of the
+            result, with masks as bool (n, H, W).
         image: for an overlay, and for its size.
-        image_name: the image's name in COCO's JSON.
+        image_name: the image's name in COCO's JSON, and its path from the folder of labelme's document.
         result: masks of the image.
         boxes_xyxy: box prompts that an overlay shows, in pixels of the image.
-        points_xy: point prompts that an overlay shows, in pixels of the image.
+        points_xy: point prompts that an overlay shows, (x, y) or (x, y, label), in pixels of the image.
+
+    Returns:
+        The number of masks that the file lacks: those that others cover in a label map, and polygons of empty masks.
 
     Raises:
         OSError: if it cannot be written.
+        ImportError: for polygons without OpenCV.
     """
     if file_format == "overlay":
         overlay = draw_overlay(image, result, boxes_xyxy, points_xy)
         atomic_write(path, lambda aside: overlay.save(aside, format="PNG", compress_level=4))
     elif file_format == "png":
         _write_folder(path, result)
-    elif file_format == "coco":
-        text = json.dumps(coco_document(image_name, image.size, result))
+    elif file_format == "labels":
+        labels = label_map(result.masks, result.scores.tolist())
+        atomic_write(path, lambda aside: save_label_map(aside, labels))
+        return len(result) - int(np.count_nonzero(np.unique(labels)))
+    elif file_format in ("coco", "labelme", "yolo"):
+        text = _text(file_format, image_name, image.size, result)
         atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        if file_format in POLYGON_FORMATS:
+            return sum(not mask.any() for mask in result.masks)
     else:
         arrays = {"masks": _pixels(result), **_columns(result)}
         atomic_write(path, lambda aside: _save_arrays(aside, arrays))
+    return 0
+
+
+def save_label_map(file: Path | BinaryIO, labels: np.ndarray):
+    """Write a label map as PNG, with a title by which training takes it for one, whatever its numbers look like.
+
+    Args:
+        file: a path, or a file that is open for writing.
+        labels: uint16 (H, W), see `label_map`.
+    """
+    note = PngImagePlugin.PngInfo()
+    note.add_text("Title", LABEL_MAP_TITLE)
+    Image.fromarray(labels).save(file, format="PNG", pnginfo=note)
+
+
+def _text(file_format: str, image_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> str:
+    if file_format == "coco":
+        return json.dumps(coco_document(image_name, size, result))
+    if file_format == "labelme":
+        return json.dumps(labelme_document(result.masks, [CATEGORY] * len(result), size, image_name))
+    return "".join(f"{line}\n" for line in yolo_lines(result.masks, [0] * len(result), size))
 
 
 def coco_document(image_name: str, size: tuple[int, int], result: GeneratedMasks | MaskResult) -> dict:
@@ -77,8 +119,49 @@ def coco_document(image_name: str, size: tuple[int, int], result: GeneratedMasks
     return {
         "images": [{"id": 1, "file_name": image_name, "width": size[0], "height": size[1]}],
         "annotations": annotations,
-        "categories": [{"id": 1, "name": "object"}],
+        "categories": [{"id": 1, "name": CATEGORY}],
     }
+
+
+def write_coco_of_many(path: Path, documents: Iterable[Path]):
+    """Put the documents that `write_masks` wrote for single images into one, in which each id occurs once.
+
+    Images are numbered from 1 in the order of the documents, and so are annotations. There is never more than one of
+    the documents in memory.
+
+    Args:
+        path: where it is written; an interruption leaves the earlier file as it was.
+        documents: paths of COCO's documents of one image.
+
+    Raises:
+        ValueError: for a document that is not one of `write_masks`; its path is in the message.
+        OSError: if it cannot be written.
+    """
+
+    def write(aside: Path):
+        with aside.open("w", encoding="utf-8") as file:
+            _write_coco(file, documents)
+
+    atomic_write(path, write)
+
+
+def _write_coco(file: TextIO, documents: Iterable[Path]):
+    images: list[dict] = []
+    num_annotations = 0
+    file.write('{"annotations": [')
+    for path in documents:
+        document = read_json(path, dict)
+        try:
+            (image,), annotations = document["images"], document["annotations"]
+            images.append({**image, "id": len(images) + 1})
+            for annotation in annotations:
+                file.write(",\n" if num_annotations else "\n")
+                num_annotations += 1
+                json.dump({**annotation, "id": num_annotations, "image_id": len(images)}, file)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: is no COCO document of one image. Remove it, and run again.") from error
+    file.write(f'],\n"images": {json.dumps(images)},\n')
+    file.write(f'"categories": {json.dumps([{"id": 1, "name": CATEGORY}])}}}\n')
 
 
 def _columns(result: GeneratedMasks | MaskResult) -> dict[str, np.ndarray]:

@@ -240,8 +240,8 @@ def read_result(path: Path) -> list[np.ndarray]:
 @pytest.mark.parametrize("prompts", [QUICK, ["--box", "1,2,30,20", "--point", "3,3"]], ids=["everything", "prompts"])
 def test_formats_hold_the_same_masks(samlight, photos, checkpoint, tmp_path, prompts):
     results = {}
-    for file_format, ending in mask_files.ENDINGS.items():
-        out = tmp_path / file_format
+    for file_format in ("overlay", "png", "coco", "npz"):  # the others: test_segment_formats.py
+        out, ending = tmp_path / file_format, mask_files.ENDINGS[file_format]
         arguments = [photos / "one.jpg", "--format", file_format, "--out", out, "--model", checkpoint, *prompts]
         assert samlight("segment", *arguments)[::2] == (0, "")
         expected = {f"one{ending}"} | ({"contact_sheet.png"} if file_format == "overlay" else set())

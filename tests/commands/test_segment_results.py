@@ -22,7 +22,8 @@ from tests.images.test_levels import gradient
 from .test_segment import NOTE, QUICK, checkpoint, names, one_line, samlight
 
 
-FORMATS = tuple(mask_files.ENDINGS)
+SLOW = {"labels", "labelme", "yolo"}  # which have no code of their own in choosing names
+FORMATS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in mask_files.ENDINGS]
 COLOURS = ("teal", "navy", "olive", "maroon")
 
 

@@ -128,6 +128,7 @@ def test_label_maps_without_any_order(tmp_path, seed):
         ("a/0.tif", "TIFF"),
         ("a.jpg/0.PNG", "PNG"),
         ("a_mask/0.bmp", "BMP"),
+        ("a_masks/0.png", "PNG"),
     ],
 )
 def test_masks_are_found_as_images_are(tmp_path, name, file_format):

@@ -9,7 +9,16 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from samlight_hf.data import SampleError, SkipReason
-from samlight_hf.data.label_maps import MaskReading, has_grey_levels, parse_ignore_label, read_labels, read_object
+from samlight_hf.data.label_maps import (
+    LABEL_MAP_TITLE,
+    MaskReading,
+    has_grey_levels,
+    parse_ignore_label,
+    read_labels,
+    read_object,
+)
+from samlight_hf.masks.files import LABEL_MAP_TITLE as written_title
+from samlight_hf.masks.files import save_label_map
 
 
 WIDTH, HEIGHT = 100, 80
@@ -277,3 +286,22 @@ def test_files_that_are_no_label_maps(data, reason):
     refused(data, reason)
     with pytest.raises(SampleError, match=reason[:12]):
         read_object(data, MaskReading())
+
+
+def test_a_png_that_says_that_it_is_a_label_map_is_one(tmp_path):
+    """Read what `samlight segment --format labels` writes, though its numbers look like grey levels or void."""
+    path, size = tmp_path / "labels.png", (120, 160)
+    noise = np.random.default_rng(0).integers(0, 40, size).astype(np.uint16)
+    void = np.zeros(size, dtype=np.uint16)
+    void[:40], void[60:90] = 7, 255
+    for labels, without_title in ((noise, None), (void, (void == 7) * 7)):
+        save_label_map(path, labels)
+        read, found = read_labels(path.read_bytes(), MaskReading())
+        assert np.array_equal(read, labels) and found is None
+        if without_title is None:
+            with pytest.raises(SampleError):
+                read_labels(encoded(labels), MaskReading())
+        else:
+            assert np.array_equal(read_labels(encoded(labels), MaskReading())[0], without_title)
+    assert read_labels(path.read_bytes(), MaskReading(ignore_label=7))[0].max() == 255  # what is asked for is done
+    assert written_title == LABEL_MAP_TITLE

@@ -15,8 +15,8 @@ from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel,
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
-from samlight_hf.inference.prompts import clip_prompts, parse_prompts, prompt_batches
-from samlight_hf.inference.single_calls import predict_prompts, segment_prompts
+from samlight_hf.inference.prompts import ObjectPrompt, clip_prompts, parse_prompts, prompt_batches
+from samlight_hf.inference.single_calls import predict_objects, predict_prompts, segment_prompts
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
@@ -623,3 +623,43 @@ def test_nothing_waits_for_the_device(folder):
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_objects_of_several_points_and_boxes_are_what_predict_gives(tiny, image):
+    predictor = Predictor(*tiny)
+    encoded = predictor.encode(image)
+    prompts = [
+        ObjectPrompt(((9, 9), (30, 20)), (1, 0)),
+        ObjectPrompt(box_xyxy=(1, 2, 30, 20)),
+        ObjectPrompt(((20, 5),), (1,)),
+        ObjectPrompt(((4, 4),), (0,), (1, 2, 30, 20)),
+        ObjectPrompt(((10, 9), (31, 20)), (1, 0)),
+    ]
+    result = predict_objects(predictor, prompts, encoded)
+    one = {"multimask_output": False, "image": encoded}
+    expected = [
+        predictor.predict([[(9, 9), (30, 20)]], [[1, 0]], **one),
+        predictor.predict(boxes_xyxy=[(1, 2, 30, 20)], **one),
+        predictor.predict([[(20, 5)]], image=encoded),
+        predictor.predict([[(4, 4)]], [[0]], [(1, 2, 30, 20)], **one),
+        predictor.predict([[(10, 9), (31, 20)]], [[1, 0]], **one),
+    ]
+    for mask, score, prediction in zip(result.masks, result.scores, expected):
+        assert np.isclose(score, prediction.scores[0].max(), atol=1e-4)
+        assert (mask == prediction.masks[0, prediction.scores[0].argmax()]).mean() > 0.99
+    assert result.masks.shape == (5, 30, 50) and result.boxes_xyxy.shape == (5, 4)
+    assert predict_objects(predictor, [], encoded).masks.shape == (0, 30, 50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((), ()), "needs a box or a point on it"),
+        ((((1, 2),), (0,)), "all of its points are beside it"),
+        ((((1, 2),), ()), "0 labels and 1 points"),
+        ((((1, 2),), (2,)), "label 2 must be 1"),
+    ],
+)
+def test_what_points_at_no_object_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectPrompt(*arguments)
