@@ -18,6 +18,7 @@ from ..loading import quiet_transformers
 from ..utils.atomic_files import atomic_write
 from ..utils.json_files import read_json
 from .attention import attention_rows, projection_rows
+from .clicks import click_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
 from .kernels import profile_rows
@@ -43,6 +44,7 @@ PARTS: dict[str, Part] = {
     "projection": projection_rows,
     "linear": linear_rows,
     "profile": profile_rows,
+    "clicks": click_rows,
 }
 _OPTIONAL_PACKAGES = ("timm", "triton", "flash-attn-4")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PART_NAMES = (
     "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear",
-    "profile",
+    "profile", "clicks",
 )  # fmt: skip
 
 

@@ -98,6 +98,13 @@ def test_what_cannot_run_is_recorded_and_the_rest_goes_on(tmp_path):
     assert after == {"part": "sound", "ms": 1.0}
 
 
+def test_clicks_are_measured_and_compared(tmp_path):
+    settings = tiny_settings(image_sizes=((60, 80),))
+    rows = run_benchmark(settings, ["clicks"], tmp_path / "out.json")["rows"][1:]
+    assert [row["mode"] for row in rows] == ["distance transforms, one by one", "search by bounds"]
+    assert all(row["same_clicks"] and row["ms"] > row["next_clicks_ms"] > 0 for row in rows)
+
+
 def test_rows_are_written_as_they_come(tmp_path):
     out, seen = tmp_path / "out.json", []
 
