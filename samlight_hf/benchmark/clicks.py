@@ -57,7 +57,9 @@ def blobs(size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Make predicted masks and the targets that they miss in parts: bool (32, H, W) each, the same every time."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(2, NUM_INSTANCES, *size, dtype=torch.bool)
-    for index, side in enumerate(np.geomspace(min(size) / 30, min(size) / 2, NUM_INSTANCES).astype(int).tolist()):
+    for index, side in enumerate(
+        np.geomspace(max(2, min(size) / 30), max(2, min(size) / 2), NUM_INSTANCES).astype(int).tolist()
+    ):
         line = torch.linspace(-1, 1, side)
         radius = torch.hypot(line[:, None], line)
         coarse, fine = (
