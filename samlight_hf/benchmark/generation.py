@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..inference.crops import MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
 from ..inference.predictor import Predictor
 from ..loading import load_model
@@ -55,10 +56,10 @@ def generation_rows(settings: Settings) -> Iterator[dict]:
 
     With a checkpoint and photographs these are used, otherwise random ones, which give other numbers of masks.
     """
-    known = settings.checkpoint is not None and settings.images is not None
+    known = settings.checkpoint if settings.images is not None else None
     row = {
         "part": "generation", "model": OURS, "dtype": settings.dtype_name, "points_per_side": settings.points_per_side,
-        "weights": settings.checkpoint.name if known and settings.checkpoint else "random", **_THRESHOLDS,
+        "weights": known.name if known else "random", **_THRESHOLDS,
     }  # fmt: skip
     made = attempt(row, lambda: {"generator": _generator(settings, known)})
     for what, measure in (("one image", _time_image), ("a folder", _time_folder)):
@@ -66,9 +67,9 @@ def generation_rows(settings: Settings) -> Iterator[dict]:
         yield {**made, **line} if "cannot_run" in made else attempt(line, partial(measure, made["generator"], settings))
 
 
-def _generator(settings: Settings, known: bool) -> MaskGenerator:
-    if known:
-        model, processor = load_model(settings.checkpoint, str(settings.device), settings.dtype)
+def _generator(settings: Settings, checkpoint: Path | None) -> MaskGenerator:
+    if checkpoint is not None:
+        model, processor = load_model(checkpoint, str(settings.device), settings.dtype)
     else:
         model, processor = settings.make_model(), make_processor(settings.config.vision_config)
     return MaskGenerator(model, copy.deepcopy(processor))
@@ -84,7 +85,7 @@ def _image(settings: Settings) -> Image.Image:
 
 
 def _time_image(generator: MaskGenerator, settings: Settings) -> dict:
-    image, kept = _image(settings), []
+    image, kept = _image(settings), list[dict]()
 
     def call():
         result = generator(image, points_per_crop=settings.points_per_side, **_THRESHOLDS)
@@ -102,8 +103,8 @@ def _time_folder(generator: MaskGenerator, settings: Settings) -> dict:
         for path in paths:
             image.save(path, quality=95)
         began, num_masks = time.perf_counter(), 0
-        options = {"points_per_crop": settings.points_per_side, **_THRESHOLDS}
-        for path, result in zip(paths, generator.generate_many(paths, errors="raise", **options)):
+        options = MaskGenerationSettings(points_per_crop=settings.points_per_side, **_THRESHOLDS)  # type: ignore[arg-type]
+        for path, result in zip(paths, generator.generate_many(paths, options, errors="raise")):
             masks = result.masks.to_coco()  # type: ignore[union-attr]  # errors are raised
             path.with_suffix(".json").write_text(json.dumps(masks))
             num_masks += len(masks)

@@ -17,7 +17,7 @@ from .measure import attempt, synchronize
 from .settings import Settings
 
 
-COLD, WARM = "cold cache", "warm cache"
+COLD, WARM, WHEN_NEEDED = "cold cache", "warm cache", "cold cache, graphs when needed"
 _CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -28,15 +28,16 @@ def start_rows(settings: Settings) -> Iterator[dict]:
     """
     batch_sizes, prompt_counts = settings.batch_sizes, settings.prompt_counts
     row = {"part": "start", "dtype": settings.dtype_name, "batch_sizes": batch_sizes, "prompt_counts": prompt_counts}
-    with tempfile.TemporaryDirectory() as folder:
-        for cache in (COLD, WARM):
-            yield attempt({**row, "mode": cache}, partial(_start, settings, folder))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        for mode, caches in ((COLD, folder), (WARM, folder), (WHEN_NEEDED, other)):
+            yield attempt({**row, "mode": mode}, partial(_start, settings, caches, mode == WHEN_NEEDED))
 
 
-def _start(settings: Settings, folder: str) -> dict:
+def _start(settings: Settings, folder: str, when_needed: bool) -> dict:
     request = {
         "config": settings.config.to_dict(), "device": str(settings.device), "dtype": settings.dtype_name,
         "image_batch_sizes": settings.batch_sizes, "prompt_counts": settings.prompt_counts,
+        "graphs_when_needed": when_needed,
     }  # fmt: skip
     environment = {**os.environ, **{name: os.path.join(folder, name) for name in _CACHES}}
     command = [sys.executable, "-m", "samlight_hf.benchmark.start"]
@@ -54,8 +55,11 @@ def first_use(request: dict) -> dict:
     model = settings.make_model()
     synchronize(device)
     began = time.perf_counter()
-    sizes = {name: tuple(request[name]) for name in ("image_batch_sizes", "prompt_counts")}
-    optimized = optimize(model, dtype=dtype, **sizes)
+    batch_sizes, prompt_counts = (tuple(request[name]) for name in ("image_batch_sizes", "prompt_counts"))
+    when_needed = request["graphs_when_needed"]
+    optimized = optimize(
+        model, dtype, image_batch_sizes=batch_sizes, prompt_counts=prompt_counts, graphs_when_needed=when_needed
+    )
     synchronize(device)
     ready = time.perf_counter()
     side = settings.config.vision_config.image_size
