@@ -16,7 +16,11 @@ Parts of `samlight benchmark`:
 - "equality": fast results against plain ones;
 - "projection": ways to project into the layout in which dilation is free;
 - "linear": the encoder's linear layers by every kernel;
-- "profile": the encoder's kernels.
+- "profile": the encoder's kernels;
+- "clicks": the clicks of an evaluation;
+- "start": the first use in a process;
+- "boxes": many boxes on an encoded image;
+- "generation": everything mode, one image and a folder.
 
 Further parts: "everything", everything mode and single prompts; with --dataset, "evaluation", the box protocol of
 `samlight evaluate`, end to end.

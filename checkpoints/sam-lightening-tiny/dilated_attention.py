@@ -31,7 +31,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 DILATED_FLASH_ATTENTION = "dilated_flash_attention"
 
 DILATION_OFFSETS = ("all", "per_head")
-BACKENDS = ("auto", "flash_attention_4", "cudnn", "flash", "sdpa")
+BACKENDS = ("auto", "flash_attention_4", "cudnn", "flash", "sdpa", "blocks")
+
+_BLOCK_QUERIES = 512  # of backend "blocks": with 2,048 keys, their scores are 2 MB
 
 
 def check_pattern(
@@ -204,8 +206,9 @@ def dense_attention(
         scaling: factor of the scores, 1/sqrt(D) if `None`.
         dropout: probability of dropping an attention weight.
         backend: one of `BACKENDS`. `"auto"` takes FlashAttention-4 where `_prefers_flash_attention_4` says so,
-            otherwise the choice of scaled_dot_product_attention, which prefers cuDNN to its built-in flash kernel on
-            Hopper. `"sdpa"` always takes the latter. Any other name runs that kernel alone.
+            "blocks" where `_prefers_blocks` says so, otherwise the choice of scaled_dot_product_attention, which
+            prefers cuDNN to its built-in flash kernel on Hopper. `"sdpa"` always takes the latter. Any other name runs
+            that kernel alone.
 
     Raises:
         ValueError: if the named kernel cannot run here, with the reason.
@@ -219,12 +222,16 @@ def dense_attention(
             if torch.compiler.is_compiling():  # the choice is made when the compiled code runs or is captured
                 return torch.ops.samlight_hf.dense_attention(query, key, value, scaling)
             backend = "flash_attention_4"
+        elif _prefers_blocks(query) and why_not("blocks", query, key, value, dropout) is None:
+            backend = "blocks"
     elif reason := why_not(backend, query, key, value, dropout):
         raise ValueError(f"Attention backend {backend!r} cannot run here: {reason}")
     if backend == "flash_attention_4":
         flash_attention_4, _ = _load_flash_attention_4()
         deterministic = torch.are_deterministic_algorithms_enabled()
         return flash_attention_4(query, key, value, softmax_scale=scaling, deterministic=deterministic)[0]
+    if backend == "blocks":
+        return _attend_in_blocks(query, key, value, scaling)
 
     query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))  # (B, H, L, D)
     only = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.get(backend)
@@ -251,6 +258,32 @@ def _prefers_flash_attention_4(query: torch.Tensor, key: torch.Tensor, value: to
     return flops >= 2e11 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
+def _prefers_blocks(query: torch.Tensor) -> bool:
+    """Return whether "blocks" are expected to be the fastest: in bfloat16 on a processor that multiplies it in AVX-512.
+
+    scaled_dot_product_attention does not use these instructions there, but does use AMX where a processor has that.
+    """
+    if not query.is_cpu or query.dtype != torch.bfloat16 or query.shape[1] < 256:
+        return False
+    try:  # torch's own, but not documented
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    except AttributeError:
+        return False
+
+
+def _attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Compute attention as matrix products, for the queries of a block and of a head at a time."""
+    batch_size, length, num_heads, head_dim = query.shape
+    # (B, L, H, D) -> (B * H, L, D)
+    queries, keys, values = (tokens.transpose(1, 2).reshape(-1, length, head_dim) for tokens in (query, key, value))
+    queries, output = queries * scaling, torch.empty_like(queries)
+    for own, key, value, result in zip(queries, keys.transpose(1, 2), values, output):
+        for start in range(0, length, _BLOCK_QUERIES):
+            part = slice(start, start + _BLOCK_QUERIES)
+            torch.mm(torch.mm(own[part], key).softmax(dim=-1), value, out=result[part])
+    return output.view(batch_size, num_heads, length, head_dim).transpose(1, 2)
+
+
 def _needs_gradient(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -263,6 +296,14 @@ def why_not(
         return f"there is no such backend. Use one of {', '.join(BACKENDS)}."
     if backend in ("auto", "sdpa"):
         return None
+    if backend == "blocks":
+        if not query.is_cpu:
+            return f"it needs tensors on the CPU, and these are on {query.device.type}."
+        if dropout > 0:
+            return f"it has no dropout, and dropout={dropout} was asked for."
+        if _needs_gradient(query, key, value):
+            return "it computes no gradients."
+        return "it cannot be compiled or exported." if torch.compiler.is_compiling() else None
     if not query.is_cuda:
         return f"it needs CUDA tensors, and these are on {query.device.type}."
     if query.dtype not in (torch.float16, torch.bfloat16):

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from ..utils.messages import text_table
 from .attention import BOTH
+from .clicks import SEARCH
 from .encoders import DILATED, EAGER, FULL, GRAPH, OPTIMIZED, OURS, SAME_GROUPS
+from .start import COLD, WARM
 
 
 Row = dict
@@ -113,6 +115,26 @@ def _equal(key: str, choose: Callable) -> Callable[[Rows], float | None]:
     return lambda rows: choose(_values(rows, key, part="equality", mode=OPTIMIZED, against="eager, float32"))
 
 
+def _start(key: str, cache: str) -> Callable[[Rows], float | None]:
+    return lambda rows: _most(_values(rows, key, part="start", mode=cache))
+
+
+def _boxes(count: int) -> Callable[[Rows], float | None]:
+    return lambda rows: _least(_values(rows, "ms", part="boxes", num_boxes=count))
+
+
+def _generation(key: str, what: str) -> Callable[[Rows], float | None]:
+    return lambda rows: _least(_values(rows, key, part="generation", what=what, points_per_side=32))
+
+
+def _optimized_ms(rows: Rows) -> float | None:
+    return _least(_values(rows, "ms", part="encoder", batch_size=1, mode=OPTIMIZED))
+
+
+def _clicks(rows: Rows) -> float | None:
+    return _least(_values(rows, "images_per_second_of_next_clicks", part="clicks", mode=SEARCH))
+
+
 def _best_throughput(rows: Rows) -> float | None:
     return _most(_values(rows, "images_per_second", part="encoder"))
 
@@ -134,6 +156,15 @@ TARGETS = (
     Target("training step of the encoder, batch 16", 350, "images/s", False, _training_throughput),
     Target("embeddings, relative error to float32", 1e-2, "", True, _equal("embedding_error", _most)),
     Target("masks, lowest mean IoU of a photograph", 0.99, "", False, _equal("mask_iou_mean", _least)),
+    Target("first use in a process, cold cache", 10, "s", True, _start("optimize_seconds", COLD)),
+    Target("first use in a process, warm cache", 1, "s", True, _start("optimize_seconds", WARM)),
+    Target("memory of optimize's graphs", 450, "MB", True, _start("report_graph_memory_mb", WARM)),
+    *(Target(f"{count} boxes on an encoded image", limit, "ms", True, _boxes(count))
+      for count, limit in ((4, 0.35), (16, 0.8), (64, 1.5), (256, 6.0))),
+    Target("optimize's encoder, batch 1", 0.39, "ms", True, _optimized_ms),
+    Target("everything mode, one image, 32x32 points", 25, "ms", True, _generation("ms", "one image")),
+    Target("everything mode, a folder", 45, "images/s", False, _generation("images_per_second", "a folder")),
+    Target("clicks of 32 instances", 30, "images/s", False, _clicks),
 )  # fmt: skip
 
 

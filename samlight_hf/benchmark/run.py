@@ -18,15 +18,19 @@ from ..loading import quiet_transformers
 from ..utils.atomic_files import atomic_write
 from ..utils.json_files import read_json
 from .attention import attention_rows, projection_rows
+from .clicks import click_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
+from .generation import box_rows, generation_rows
 from .kernels import profile_rows
 from .linear import linear_rows
+from .machine import describe_machine
 from .masks import decoder_rows, prompt_rows
 from .measure import attempt, reason, release_memory
 from .peers import peer_rows
 from .report import check_targets, encoders_table, plot_resolution, targets_table
 from .settings import Settings
+from .start import start_rows
 from .training import training_rows
 
 
@@ -43,7 +47,13 @@ PARTS: dict[str, Part] = {
     "projection": projection_rows,
     "linear": linear_rows,
     "profile": profile_rows,
+    "clicks": click_rows,
+    "start": start_rows,
+    "boxes": box_rows,
+    "generation": generation_rows,
 }
+# Those of `samlight benchmark --report`: what people wait for, in a quarter of an hour on a GPU.
+REPORT_PARTS = ("start", "encoder", "boxes", "prompt", "generation", "clicks", "equality")
 _OPTIONAL_PACKAGES = ("timm", "triton", "flash-attn-4")
 
 
@@ -124,8 +134,20 @@ def _head(settings: Settings, parts: list[str]) -> dict:
         "command": shlex.join([*command, *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "device": name,
+        "machine": describe_machine(),
+        "settings": {**_plain(vars(settings)), "threads": torch.get_num_threads()},
         "versions": versions,
         "parts": parts,
+    }
+
+
+def _plain(values: dict) -> dict:
+    """Return the settings as JSON can hold them, without paths, which name people."""
+    left_out = ("config", "checkpoint", "images", "device", "ceiling")
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in values.items()
+        if name not in left_out
     }
 
 

@@ -26,6 +26,9 @@ class Settings:
         prompt_counts: numbers of prompts.
         resolutions: sides of square images in pixels, for the part "resolution".
         image_sizes: (height, width) of the images in the part "prompt".
+        box_counts: numbers of boxes on an image, for the part "boxes".
+        points_per_side: of the grid of everything mode, for the part "generation".
+        folder_size: number of images in the folder of the part "generation".
         training_batch_size: number of images in a training step.
         compile: measure under torch.compile too, which takes most of the time.
         compile_peers: measure SAM ViT-H and ViT-L under torch.compile too, beside ViT-B.
@@ -40,6 +43,9 @@ class Settings:
     prompt_counts: tuple[int, ...] = _BY_DEVICE
     resolutions: tuple[int, ...] = _BY_DEVICE
     image_sizes: tuple[tuple[int, int], ...] = _BY_DEVICE
+    box_counts: tuple[int, ...] = _BY_DEVICE
+    points_per_side: int = _BY_DEVICE
+    folder_size: int = _BY_DEVICE
     training_batch_size: int = _BY_DEVICE
     compile: bool = _BY_DEVICE
     compile_peers: bool = False
@@ -55,6 +61,9 @@ class Settings:
             "prompt_counts": (1, 16, 64, 256) if on_cuda else (1, 16),
             "resolutions": (1024, 2048, 4096) if on_cuda else (256, 512),
             "image_sizes": ((683, 1024), (2000, 3000)) if on_cuda else ((683, 1024),),
+            "box_counts": (4, 16, 64, 256) if on_cuda else (4, 16),
+            "points_per_side": 32 if on_cuda else 8,
+            "folder_size": 60 if on_cuda else 2,
             "training_batch_size": 16 if on_cuda else 1,
             "compile": on_cuda,
             "dtype": torch.bfloat16 if on_cuda else torch.float32,

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from ..benchmark.settings import Settings
 
 
+_REPORT = "samlight-report.json"
 PART_NAMES = (
     "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear",
-    "profile",
+    "profile", "clicks", "start", "boxes", "generation",
 )  # fmt: skip
 
 
@@ -22,6 +23,10 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser, names: Sequence[str
     parser.add_argument("only", nargs="*", metavar="PART", help=f"the same as --parts: {', '.join(names)}")
     parser.add_argument("--parts", nargs="+", choices=names, default=list(names), metavar="PART", help="(all of them)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="file for the raw result, written after each row")
+    parser.add_argument(
+        "--report", action="store_true",
+        help="measure what the documentation's table has, to one JSON that can be sent to the project; --out names it",
+    )  # fmt: skip
     parser.add_argument("--append", action="store_true", help="keep the rows of other parts that --out has already")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="time against resolution (beside --out)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
@@ -68,20 +73,31 @@ def run_benchmark_command(args: argparse.Namespace, available: dict | None = Non
         The exit status.
 
     Raises:
-        ArgumentTypeError: for a part that is not known, and for `--append` without `--out`.
+        ArgumentTypeError: for a part that is not known, for `--append` without `--out`, and for `--report` with parts.
     """
-    from ..benchmark.run import PARTS, run_benchmark
+    from ..benchmark.run import PARTS, REPORT_PARTS, run_benchmark
 
     available = available or PARTS
     if unknown := set(args.only) - set(available):
         raise argparse.ArgumentTypeError(
             f"no part is called {', '.join(sorted(unknown))}: choose from {', '.join(available)}."
         )
-    parts = args.only or args.parts
+    parts, out = args.only or args.parts, args.out
+    if args.report:
+        if args.only or args.append:
+            raise argparse.ArgumentTypeError(
+                "--report measures its own parts in one run: give no PART and no --append."
+            )
+        parts, out = list(REPORT_PARTS), out or Path(_REPORT)
     if args.append and not args.out:
         raise argparse.ArgumentTypeError("--append needs --out, the file that it adds to.")
-    plot = args.plot or (args.out.with_suffix(".png") if args.out and "resolution" in parts else None)
-    run_benchmark(settings_of(args), parts, args.out, plot, args.append, available)
+    plot = args.plot or (out.with_suffix(".png") if out and "resolution" in parts else None)
+    settings = settings_of(args)
+    if args.report and args.compile is None:
+        settings.compile = False  # minutes for rows that the table does not have
+    run_benchmark(settings, parts, out, plot, args.append, available)
+    if args.report:
+        print(f"\n{out}: please send this file, see the documentation's page on speed.")
     return 0
 
 

@@ -277,7 +277,7 @@ def _drawer(model: "PromptableModel", dataset: "ImageDataset", images: Mapping[s
     """
     import torch
 
-    from ..evaluation.clicks import deepest_point
+    from ..data.clicks import deepest_point
     from ..evaluation.metrics.mask_iou.iou import mask_iou
     from ..masks.boxes import xywh_to_xyxy
 

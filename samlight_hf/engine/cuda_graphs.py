@@ -42,6 +42,7 @@ class GraphedFunction:
         self.last_ran: str | None = None
         self._graphs: OrderedDict = OrderedDict()
         self._frozen = False
+        self._wanted: set[tuple] = set()  # shapes and dtypes that get a graph although frozen
         self._lent: torch.Tensor | None = None  # returned by `empty`, to become the input of a new graph
 
     def __len__(self) -> int:
@@ -50,6 +51,10 @@ class GraphedFunction:
     def freeze(self):
         """Keep the graphs that exist and capture no others: calls with other shapes then run directly."""
         self._frozen = True
+
+    def capture_when_called(self, *examples: torch.Tensor):
+        """Capture a graph at the first call with inputs of these shapes and dtypes, also after `freeze`."""
+        self._wanted.add(_kinds(examples))
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return an uninitialised tensor for the next call, which has no other: the graph reads it without a copy.
@@ -61,7 +66,7 @@ class GraphedFunction:
         if captured is not None:
             return captured[1].tensors[0]
         tensor = torch.empty(shape, dtype=dtype, device=device)
-        self._lent = tensor if self.enabled and not self._frozen else None
+        self._lent = tensor if self.enabled and not self._frozen else None  # a frozen function copies
         return tensor
 
     def __call__(self, *tensors: torch.Tensor):
@@ -70,10 +75,11 @@ class GraphedFunction:
                 return self(*tensors)
         lent, self._lent = self._lent, None
         device = tensors[0].device
-        key = device, *[(tensor.shape, tensor.dtype) for tensor in tensors]
+        kinds = _kinds(tensors)
+        key = device, *kinds
         captured = self._graphs.get(key)
         if captured is None:
-            if self._frozen or not self.enabled or device.type != "cuda":
+            if not self._may_capture(device, kinds):
                 self.last_ran = "eager"
                 return self.function(*(tensor.to(device, non_blocking=True) for tensor in tensors))
             if len(self._graphs) >= self.max_graphs:
@@ -87,6 +93,9 @@ class GraphedFunction:
         graph.replay()
         self.last_ran = "graph"
         return outputs
+
+    def _may_capture(self, device: torch.device, kinds: tuple) -> bool:
+        return self.enabled and device.type == "cuda" and (not self._frozen or kinds in self._wanted)
 
     def _capture(self, tensors: tuple[torch.Tensor, ...], lent: torch.Tensor | None):
         with _one_capture, torch.cuda.device(tensors[0].device):
@@ -106,6 +115,10 @@ class GraphedFunction:
                 outputs = self.function(*inputs.tensors)
             _forget_workspaces()  # the graph's workspace stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
+
+
+def _kinds(tensors: Sequence[torch.Tensor]) -> tuple:
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 class StaticInputs:

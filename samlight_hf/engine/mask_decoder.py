@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
-from ..kernels import image_attention, mask_head
+from ..kernels import cpu_blocks, image_attention, mask_head
 from ..kernels import tokens as token_kernels
 from ..kernels.prompt_embedding import PromptEmbedding
 from ..kernels.tokens import TokenKernels, stack_layers
@@ -176,6 +176,7 @@ class FastMaskDecoder:
         min_iou: float | None = None,
         prompts_per_upscaling: int | None = None,
         repeated: bool = False,
+        visible: tuple[int, int] | None = None,
     ) -> Decoded:
         """Decode P prompts, which are in pixels of the resized image, as `SamProcessor` makes them.
 
@@ -193,6 +194,7 @@ class FastMaskDecoder:
             prompts_per_upscaling: The number of prompts whose masks are upscaled at once, the step that needs most
                 memory.
             repeated: Batches of this shape come again and again, so that capturing a CUDA graph pays off.
+            visible: The number of rows and columns of the logits that will be read; others need not be computed.
 
         Returns:
             The masks; logits are (4 * h, 4 * w) for embeddings of h x w.
@@ -223,7 +225,8 @@ class FastMaskDecoder:
         masks = _mask_slice(multimask_output)
         iou = iou[:, masks].float().clone()  # the next replay overwrites what a graph returned
         kept = places_above(iou, min_iou)
-        logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, prompts_per_upscaling)
+        at_once = prompts_per_upscaling
+        logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, at_once, visible)
         return Decoded(iou, kept, logits)
 
     def _dense(self, mask_logits: torch.Tensor | None) -> torch.Tensor:
@@ -286,7 +289,9 @@ class FastMaskDecoder:
         iou = _run_mlps(self.iou_head, tokens[None, :, 0].float())[0]
         return tokens[:, : len(self.output_tokens)], image_tokens, iou
 
-    def _masks(self, tokens, image_tokens, shape, kept, masks: slice, prompts_at_once: int | None) -> torch.Tensor:
+    def _masks(
+        self, tokens, image_tokens, shape, kept, masks: slice, prompts_at_once: int | None, visible=None
+    ) -> torch.Tensor:
         """Compute the logits (K, 4h, 4w) of the masks `kept` (K,), flat indices into `shape` (P, M)."""
         height, width = (4 * size for size in self.grid_size)
         num_masks = shape[1]
@@ -301,8 +306,12 @@ class FastMaskDecoder:
             prompts, places = torch.unique_consecutive(kept // num_masks, return_inverse=True)
             tokens_kept = tokens[prompts]
             kept = places * num_masks + kept % num_masks
-        logits = tokens.new_empty(len(tokens_kept), num_masks, height, width)
         hyper = self._hyper(tokens_kept, masks)  # (P', M, C / 8)
+        if cpu_blocks.why_not(image_tokens) is None:  # one prompt after another, without copies of their image tokens
+            chosen = range(len(hyper)) if prompts is None else prompts.tolist()
+            logits = self._upscale(image_tokens, hyper, chosen, visible).flatten(0, 1)
+            return logits if prompts is None else logits[kept]
+        logits = tokens.new_empty(len(tokens_kept), num_masks, height, width)
         for start in range(0, len(hyper), prompts_at_once or len(hyper) or 1):
             part = slice(start, start + (prompts_at_once or len(hyper)))
             image_part = image_tokens[part] if prompts is None else image_tokens[prompts[part]]
@@ -315,8 +324,20 @@ class FastMaskDecoder:
         layers = [(weight[masks], bias[masks]) for weight, bias in self.hypernetworks]
         return _run_mlps(layers, tokens.transpose(0, 1).float()).transpose(0, 1)
 
-    def _upscale(self, image_tokens: torch.Tensor, hyper: torch.Tensor) -> torch.Tensor:
-        """Upscale image tokens (P, N, C) and multiply them with (P, M, C / 8): logits (P, M, 4h, 4w)."""
+    def _upscale(
+        self,
+        image_tokens: torch.Tensor,
+        hyper: torch.Tensor,
+        prompts: Sequence[int] | None = None,
+        visible: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Upscale image tokens (P, N, C) and multiply them with (P, M, C / 8): logits (P, M, 4h, 4w).
+
+        On a CPU `hyper` may be that of some `prompts`, and `visible` is that of `decode`.
+        """
+        if cpu_blocks.why_not(image_tokens) is None:
+            chosen = range(len(hyper)) if prompts is None else prompts
+            return cpu_blocks.run_head(image_tokens, chosen, hyper, self.grid_size, self.head, visible)
         return mask_head.run_head(image_tokens, hyper, self.grid_size, self.head)
 
 

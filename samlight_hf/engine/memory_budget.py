@@ -78,6 +78,7 @@ class MemoryBudget:
         self.points_per_upscaling = _between(1, for_upscaling / per_upscaling, most)
         self.images_per_encoding = 1 if model.device.type == "cpu" else _between(1, 0.25 * free / (25 * tokens), 4)
         self.waiting_bytes = for_waiting
+        self._on_cpu = model.device.type == "cpu"
         self._for_masks = 0.15 * free
         self._input_pixels = config.vision_config.image_size**2
 
@@ -89,6 +90,8 @@ class MemoryBudget:
             crop_size: (height, width) of the crop.
         """
         pixels, crop_pixels = math.prod(size), math.prod(crop_size)
+        if self._on_cpu:  # two masks at the image's size are as much as a cache holds
+            return 2
         return _between(1, self._for_masks / (4 * self._input_pixels + 4 * crop_pixels + 6 * pixels), 2**30 // pixels)
 
 

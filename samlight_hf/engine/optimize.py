@@ -23,6 +23,8 @@ def optimize(
     image_batch_sizes: Sequence[int] = (1, 8),
     prompt_counts: Sequence[int] = (1, 16, 64),
     decoder_dtype: torch.dtype | None = None,
+    graphs_when_needed: bool = False,
+    progress: bool = False,
 ) -> Any:
     """Make a fast copy of a model for inference, with the same calls and outputs.
 
@@ -48,6 +50,9 @@ def optimize(
         decoder_dtype: The floating point type that the mask decoder computes in, with weights converted directly from
             those of `model`. Default: `dtype`, but float16 for bfloat16 if the weights are in its range: its three more
             bits give the masks of float32 much more often.
+        graphs_when_needed: Capture each graph, and compile the kernels that it alone needs, at the first call of its
+            shape instead of here. That call then takes seconds where the kernels' cache is empty.
+        progress: Show a progress bar on the console while kernels are compiled and graphs captured.
 
     Returns:
         A model of the same class. Its `report` says how encoder and decoder run, and the time and memory of the graphs.
@@ -84,7 +89,7 @@ def optimize(
         made = make_decoder(optimized if decoder_dtype == dtype else model, dtype=decoder_dtype)
         assert isinstance(made, FastMaskDecoder)
         decoder = made
-    paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts)
+    paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts, graphs_when_needed, progress)
     paths.report.decoder = f"plain: {reason}" if reason else "fused"
     optimized._paths = optimized.vision_encoder._paths = paths
     return optimized

@@ -2,16 +2,18 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
 from ..utils.turns import turn
+from .cuda_graphs import GraphedFunction
 from .image_encoder import make_encoder, why_not_fast_encoder
 from .mask_decoder import FastMaskDecoder
 
@@ -27,9 +29,10 @@ class OptimizationReport:
     Attributes:
         encoder: "fused", or "plain" and the reason.
         decoder: The same for the mask decoder.
-        num_graphs: The number of graphs captured.
+        num_graphs: The number of graphs captured by `optimize`.
         warm_up_seconds: The time that capturing them took.
         graph_memory_mb: The memory that torch keeps for them, in MB of 2**20 bytes.
+        num_graphs_when_needed: The number of graphs that are captured at the first call that needs them.
     """
 
     encoder: str
@@ -37,12 +40,37 @@ class OptimizationReport:
     num_graphs: int = 0
     warm_up_seconds: float = 0.0
     graph_memory_mb: float = 0.0
+    num_graphs_when_needed: int = 0
 
     def __str__(self) -> str:
+        later = f"; {self.num_graphs_when_needed} more when needed" if self.num_graphs_when_needed else ""
         return (
             f"encoder: {self.encoder}; decoder: {self.decoder}; {self.num_graphs} CUDA graphs in "
-            f"{self.graph_memory_mb:.0f} MB, made in {self.warm_up_seconds:.1f} s"
+            f"{self.graph_memory_mb:.0f} MB, made in {self.warm_up_seconds:.1f} s{later}"
         )
+
+
+class PlannedGraph(NamedTuple):
+    """A graph that `optimize` captures, now or when it is needed.
+
+    Attributes:
+        name: What it computes, for the progress bar.
+        function: The function that captures it.
+        make_inputs: Makes inputs of its shapes and dtypes on a device.
+    """
+
+    name: str
+    function: GraphedFunction
+    make_inputs: Callable[[torch.device], list[torch.Tensor]]
+
+
+def shown(graphs: Sequence[PlannedGraph], progress: bool) -> Iterator[PlannedGraph]:
+    """Yield the graphs, with a progress bar that names the one in work."""
+    with tqdm(total=len(graphs), desc="optimize", unit="graph", disable=not progress) as bar:
+        for graph in graphs:
+            bar.set_postfix_str(f"compiling and capturing {graph.name}")
+            yield graph
+            bar.update()
 
 
 class FastPaths:
@@ -55,6 +83,8 @@ class FastPaths:
         decoder: Its mask decoder, or None if the model runs its own.
         image_batch_sizes: Numbers of images for which the encoder gets a graph.
         prompt_counts: Numbers of prompts for which the decoder gets graphs.
+        when_needed: Capture a graph at the first call that needs it, instead of now.
+        progress: Show a progress bar while graphs are captured.
     """
 
     def __init__(
@@ -63,6 +93,8 @@ class FastPaths:
         decoder: FastMaskDecoder | None,
         image_batch_sizes: Sequence[int],
         prompt_counts: Sequence[int],
+        when_needed: bool = False,
+        progress: bool = False,
     ):
         self.device, self.dtype = model.device, model.dtype
         self._warned: set[str] = set()
@@ -80,30 +112,53 @@ class FastPaths:
         reason = why_not_fast_encoder(model)
         self.report = OptimizationReport(encoder=f"plain: {reason}" if reason else "fused")
         start = time.perf_counter()
-        if on_cuda:
-            self._capture(image_batch_sizes, prompt_counts)
+        graphs = self.graphs(image_batch_sizes, prompt_counts)
+        if on_cuda and not when_needed:
+            self._capture(graphs, progress)
         for function in (self.encode, *all_masks):
             function.freeze()
             self.report.num_graphs += len(function)
+        if on_cuda and when_needed:
+            for graph in graphs:
+                graph.function.capture_when_called(*graph.make_inputs(torch.device("meta")))
+            self.report.num_graphs_when_needed = len(graphs)
         self.report.warm_up_seconds = time.perf_counter() - start
 
-    @torch.inference_mode()
-    def _capture(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]):
-        torch.cuda.empty_cache()
-        before, size = torch.cuda.memory_reserved(self.device), self.image_shape[-1]
-        if self.encode.enabled:
-            for batch_size in image_batch_sizes:
-                self.encode(torch.zeros(batch_size, *self.image_shape, device=self.device, dtype=self.dtype))
-        decoder = self.decoder
+    def graphs(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]) -> list["PlannedGraph"]:
+        """List the graphs for these numbers of images and prompts, the most used first."""
+        planned, size, decoder = [], self.image_shape[-1], self.decoder
+        for batch_size in image_batch_sizes if self.encode.enabled else ():
+
+            def images(device: torch.device, batch_size=batch_size) -> list[torch.Tensor]:
+                return [torch.zeros(batch_size, *self.image_shape, device=device, dtype=self.dtype)]
+
+            planned.append(PlannedGraph(f"{batch_size} images", self.encode, images))
         for count in prompt_counts if decoder else ():
             assert decoder is not None
-            tokens = torch.zeros_like(decoder.positions)[None]
-            boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device).expand(count, -1).contiguous()
-            points = boxes[:, None, 2:].contiguous()
-            labels = torch.ones(count, 1, dtype=torch.int32, device=self.device)
+            tokens = decoder.positions
+
+            def boxes(device: torch.device, count=count, tokens=tokens) -> list[torch.Tensor]:
+                corners = torch.tensor([[0.0, 0.0, size / 2, size / 2]]).expand(count, -1).contiguous()
+                return [torch.zeros_like(tokens, device=device)[None], corners.to(device)]
+
+            def points(device: torch.device, count=count, boxes=boxes) -> list[torch.Tensor]:
+                image, corners = boxes(device)
+                labels = torch.ones(count, 1, dtype=torch.int32, device=device)
+                return [image, corners[:, None, 2:].contiguous(), labels]
+
             for multimask_output in (True, False):
-                decoder.all_masks[multimask_output, False](tokens, points, labels)
-                decoder.all_masks[multimask_output, False](tokens, boxes)
+                function = decoder.all_masks[multimask_output, False]
+                masks = "three masks" if multimask_output else "one mask"
+                planned.append(PlannedGraph(f"{count} points, {masks}", function, points))
+                planned.append(PlannedGraph(f"{count} boxes, {masks}", function, boxes))
+        return planned
+
+    @torch.inference_mode()
+    def _capture(self, graphs: Sequence["PlannedGraph"], progress: bool):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        for graph in shown(graphs, progress):
+            graph.function(*graph.make_inputs(self.device))
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         self.report.graph_memory_mb = (torch.cuda.memory_reserved(self.device) - before) / 2**20

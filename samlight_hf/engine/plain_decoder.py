@@ -44,6 +44,7 @@ class PlainMaskDecoder:
         min_iou: float | None = None,
         prompts_per_upscaling: int | None = None,
         repeated: bool = False,
+        visible: tuple[int, int] | None = None,
     ) -> Decoded:
         """Decode P prompts, see `FastMaskDecoder.decode`; `embedding` is (1 or P, C, h, w), or SAM-HQ's pair."""
         prompts = {"input_points": points, "input_labels": labels, "input_boxes": boxes}

@@ -1,9 +1,11 @@
 """The two-way transformer of SAM's mask decoder with less work on the image side; see `mask_decoder` for the idea."""
 
+from collections.abc import Callable
+
 import torch
 from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
 
-from ..kernels import image_attention
+from ..kernels import cpu_blocks, image_attention
 from ..kernels.layer_norm import add_layer_norm
 
 
@@ -63,7 +65,7 @@ def _tokens_to_image(
     else:
         # The key's bias adds the same to all scores of a token, which softmax ignores.
         query = _to_image_side(query, attention.k_proj.weight)  # (P, H * T, C)
-        see = image_attention.seen if use_kernels else image_attention.seen_reference
+        see = _choose(image_attention.seen, cpu_blocks.seen, image_attention.seen_reference, image_tokens, use_kernels)
         seen = see(query, image_tokens, positions).view(num_prompts, heads, num_tokens, -1)  # (P, H, T, C)
         weight = attention.v_proj.weight.view(heads, -1, seen.shape[-1])  # (H, D, C)
         output = (seen @ weight.transpose(1, 2)).transpose(1, 2)  # (P, T, H, D)
@@ -89,6 +91,8 @@ def _image_to_tokens(
     value = value + attention.out_proj.bias / heads
     if len(image_tokens) == 1 and not use_kernels:
         query = _heads(attention.q_proj(image_tokens[0] + positions), heads)  # (N, H, D)
+        if cpu_blocks.why_not(image_tokens) is None:
+            return cpu_blocks.update_shared(image_tokens, query, key, value, norm)
         scores = key.permute(2, 0, 1, 3).flatten(1, 2) @ query.permute(1, 2, 0)  # (H, P * T, N)
         scores = scores.view(heads, num_prompts, num_tokens, -1).transpose(0, 1)
         probabilities = scores.softmax(dim=2).reshape(num_prompts, heads * num_tokens, -1)  # over the prompt tokens
@@ -96,8 +100,18 @@ def _image_to_tokens(
     # The query's bias, in contrast, adds a different number to each token's score: its product with the token's key.
     bias = (key * attention.q_proj.bias.view(heads, -1)).sum(dim=-1).transpose(1, 2).flatten(1)  # (P, H * T)
     key = _to_image_side(key, attention.q_proj.weight)
-    update = image_attention.update if use_kernels else image_attention.update_reference
+    kernels = image_attention.update, cpu_blocks.update, image_attention.update_reference
+    update = _choose(*kernels, image_tokens, use_kernels)
     return update(image_tokens, positions, key, bias, value, norm, heads)
+
+
+def _choose(
+    kernel: Callable, blocks: Callable, reference: Callable, image_tokens: torch.Tensor, use_kernels: bool
+) -> Callable:
+    """Choose among the kernel for GPUs, the blocks for CPUs and the plain operations that both must equal."""
+    if use_kernels:
+        return kernel
+    return reference if cpu_blocks.why_not(image_tokens) else blocks
 
 
 def _attend(attention: SamAttention, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from ..data import Sample
+from ..data.clicks import deepest_point
 from ..masks.boxes import xywh_to_xyxy
-from .clicks import deepest_point
 from .metrics.mask_iou.iou import mask_iou
 from .models import Encoded, PromptableModel
 from .protocols import check_max_instances, select

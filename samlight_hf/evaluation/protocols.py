@@ -15,7 +15,7 @@ import torch
 
 from ..data import Sample
 from ..masks.boxes import xywh_to_xyxy
-from .clicks import deepest_point, next_click
+from .clicks import next_clicks
 from .metrics.mask_iou.iou import boundary_iou, mask_iou
 from .models import Encoded, PromptableModel, PromptedMasks
 from .targets import Targets
@@ -113,7 +113,8 @@ class InstanceProtocols(EvaluationTask):
 
     def prepare(self, sample: Sample) -> Targets:  # type: ignore[override]  # not static: it needs the settings
         instances = [instance for instance in sample.instances if self.settings.with_crowd or not instance.is_crowd]
-        return Targets.of(sample, instances[: self.settings.max_instances])
+        with_clicks = "clicks" in self.settings.prompts
+        return Targets.of(sample, instances[: self.settings.max_instances], with_clicks)
 
     def batch(
         self, model: PromptableModel, encoded: Sequence[Encoded | None], prepared: Sequence[Targets]
@@ -224,20 +225,19 @@ def _click_protocol(
 ):
     """Run the clicks for each choice of the mask separately: the chosen mask decides where the next click goes."""
     targets = piece.masks(model.model.device)
-    targets_cpu = targets.cpu().numpy()
-    first_points = [deepest_point(mask)[0] for mask in targets_cpu]
+    assert piece.first_clicks is not None
+    first_points = torch.from_numpy(piece.first_clicks)[:, None]  # (n, 1, 2)
     first: dict[bool, PromptedMasks] = {}  # the first click is the same for every choice
     for choice in settings.mask_choices:
         multimask = choice != "single"
-        points = [[point] for point in first_points]
-        labels = [[1] for _ in first_points]
+        points, labels = first_points, torch.ones(len(piece), 1, dtype=torch.int64)
         logits = None
         for click in range(1, max(settings.num_clicks) + 1):
             if click > 1 or multimask not in first:
                 prediction = model.predict(
                     encoded,
-                    points_xy=torch.tensor(points),
-                    labels=torch.tensor(labels),
+                    points_xy=points,
+                    labels=labels,
                     logits=logits if settings.feed_back else None,
                     multimask_output=multimask,
                 )
@@ -252,8 +252,6 @@ def _click_protocol(
             if click == max(settings.num_clicks):
                 break
             logits = select(prediction.logits, taken)[:, None]
-            predicted = select(prediction.masks, taken).cpu().numpy()
-            for mask, target, clicked, click_labels in zip(predicted, targets_cpu, points, labels, strict=True):
-                point, label = next_click(mask, target)
-                clicked.append(point)
-                click_labels.append(label)
+            point, label = next_clicks(select(prediction.masks, taken), targets)
+            points = torch.cat([points, point[:, None]], dim=1)
+            labels = torch.cat([labels, label[:, None]], dim=1)

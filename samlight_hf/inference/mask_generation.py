@@ -26,6 +26,7 @@ from ..images.preprocessing import ImageInput, check_size, image_tensor, resized
 from ..images.reading import ImageError, read_ahead
 from ..kernels.upscaled_masks import Frame, measure, why_not_triton
 from ..masks.results import GeneratedMasks
+from ..masks.upscaling import visible_part
 from ..utils.autocast import without_autocast
 from .candidates import Candidates, Table
 from .crops import Crop, MaskGenerationSettings, crop_boxes, point_grid
@@ -254,6 +255,8 @@ class MaskGenerator:
         resized = resized_size(*crop.size, self.image_processor.size["longest_edge"])
         padded = self.image_processor.pad_size["height"], self.image_processor.pad_size["width"]
         frame = Frame(padded, resized, crop.size, (crop.box_xyxy[1], crop.box_xyxy[0]), size)
+        side = 4 * self.model.config.prompt_encoder_config.image_embedding_size
+        visible = visible_part((side, side), padded, resized)
         grid = point_grid(settings.points_per_side(crop.layer))
         # Products in the stock pipeline's order: coordinates must be equal to the last bit.
         points = grid * torch.tensor([crop.size[1], crop.size[0]])
@@ -273,7 +276,7 @@ class MaskGenerator:
                 batch = torch.cat([batch, batch[-1:].expand(batch_size - num_points, -1, -1)])
             at_once = self.budget.points_per_upscaling
             decoded = self.decoder.decode(
-                embedding, batch, labels, min_iou=min_iou, prompts_per_upscaling=at_once, repeated=True
+                embedding, batch, labels, min_iou=min_iou, prompts_per_upscaling=at_once, repeated=True, visible=visible
             )
             candidates.note_scores(decoded.iou)
             num_masks = decoded.iou.shape[1]

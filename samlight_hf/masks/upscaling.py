@@ -23,11 +23,11 @@ def upscale_logits(
     Returns:
         float32 (n, H, W).
     """
-    size = logits.shape[-2:]
-    ratios = [padded / low if padded % low == 0 else 0 for padded, low in zip(padded_size, size)]
-    if all(ratios):  # one more row and column than needed, whose neighbours are then the same
-        rows, columns = (min(low, math.ceil(cut / r) + 1) for low, cut, r in zip(size, resized, ratios))
-        logits, padded_size = logits[:, :rows, :columns], (int(rows * ratios[0]), int(columns * ratios[1]))
+    size = (logits.shape[-2], logits.shape[-1])
+    rows, columns = visible_part(size, padded_size, resized)
+    if (rows, columns) != size:
+        logits = logits[:, :rows, :columns]
+        padded_size = rows * padded_size[0] // size[0], columns * padded_size[1] // size[1]
     logits = logits[:, None].float()
     if logits.shape[-2:] != padded_size:
         logits = F.interpolate(logits, padded_size, mode="bilinear", align_corners=False)
@@ -35,3 +35,19 @@ def upscale_logits(
     if resized != original:
         logits = F.interpolate(logits, original, mode="bilinear", align_corners=False)
     return logits[:, 0]
+
+
+def visible_part(size: tuple[int, int], padded_size: tuple[int, int], resized: tuple[int, int]) -> tuple[int, int]:
+    """Return how many rows and columns of logits `upscale_logits` reads: those beyond are the padding's.
+
+    Args:
+        size: (h, w) of the logits.
+        padded_size, resized: as in `upscale_logits`.
+    """
+    if any(padded % low for padded, low in zip(padded_size, size)):
+        return size
+    # One more row and column than needed, whose neighbours are then the same.
+    rows, columns = (
+        min(low, math.ceil(cut * low / padded) + 1) for low, padded, cut in zip(size, padded_size, resized)
+    )
+    return rows, columns

@@ -28,8 +28,9 @@ from samlight_hf.benchmark.encoders import (
 from samlight_hf.benchmark.kernels import kernels_of
 from samlight_hf.benchmark.linear import CUDA, linear_rows
 from samlight_hf.benchmark.report import check_targets, format_table
-from samlight_hf.benchmark.run import PARTS, run_benchmark
+from samlight_hf.benchmark.run import PARTS, REPORT_PARTS, run_benchmark
 from samlight_hf.benchmark.settings import Settings
+from samlight_hf.benchmark.start import start_rows
 from samlight_hf.commands.benchmark import PART_NAMES, add_benchmark_arguments, run_benchmark_command, settings_of
 from samlight_hf.inference.predictor import Predictor
 from tests.conftest import tiny_config
@@ -96,6 +97,59 @@ def test_what_cannot_run_is_recorded_and_the_rest_goes_on(tmp_path):
         "cannot_run": "OutOfMemoryError: CUDA out of memory. Tried to allocate 5 GiB.",
     }
     assert after == {"part": "sound", "ms": 1.0}
+
+
+def test_clicks_are_measured_and_compared(tmp_path):
+    settings = tiny_settings(image_sizes=((60, 80),))
+    rows = run_benchmark(settings, ["clicks"], tmp_path / "out.json")["rows"][1:]
+    assert [row["mode"] for row in rows] == ["distance transforms, one by one", "search by bounds"]
+    assert all(row["same_clicks"] and row["ms"] > row["next_clicks_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_report_is_one_command_and_one_file(tmp_path, checkpoint, monkeypatch, capsys):
+    """Every part of the report runs on a CPU, and its file has the machine, the versions and the sizes, and no path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "samlight_hf.commands.benchmark.settings_of",
+        lambda args: tiny_settings(
+            checkpoint=checkpoint, images=ROOT / "examples" / "images", image_sizes=((20, 30),), box_counts=(4, 9),
+            points_per_side=2, folder_size=2,
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(equality, "FP8", {})
+    parser = argparse.ArgumentParser()
+    add_benchmark_arguments(parser)
+    assert run_benchmark_command(parser.parse_args(["--report"])) == 0
+    text = (tmp_path / "samlight-report.json").read_text()
+    report = json.loads(text)
+    assert report["parts"] == list(REPORT_PARTS) and "samlight-report.json" in capsys.readouterr().out
+    assert report["machine"]["cores"] >= 1 and report["machine"]["processor"]
+    assert {"torch", "transformers", "python"} <= set(report["versions"])
+    assert report["settings"]["dtype"] == "float32" and report["settings"]["box_counts"] == [4, 9]
+    assert str(tmp_path) not in text and str(Path.home()) not in text
+    rows = {part: [row for row in report["rows"] if row["part"] == part] for part in REPORT_PARTS}
+    failed = {row["part"]: row["cannot_run"] for row in report["rows"] if "cannot_run" in row}
+    assert not set(failed) - {"encoder"}, failed  # attention implementations for GPUs
+    assert [row["mode"] for row in rows["start"]] == ["cold cache", "warm cache", "cold cache, graphs when needed"]
+    assert all(row["optimize_seconds"] > 0 and row["first_mask_seconds"] > 0 for row in rows["start"])
+    assert [row["num_boxes"] for row in rows["boxes"]] == [4, 9] and all(row["ms"] > 0 for row in rows["boxes"])
+    one, folder = rows["generation"]
+    assert one["ms"] > 0 and folder["images_per_second"] > 0 and one["weights"] == checkpoint.name
+
+
+@pytest.mark.parametrize("arguments", [["encoder", "--report"], ["--report", "--append", "--out", "a.json"]])
+def test_a_report_has_its_own_parts(arguments):
+    parser = argparse.ArgumentParser()
+    add_benchmark_arguments(parser)
+    with pytest.raises(argparse.ArgumentTypeError, match="give no PART and no --append"):
+        run_benchmark_command(parser.parse_args(arguments))
+
+
+def test_a_process_that_fails_is_recorded(monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(ROOT / "no-such-python"))
+    rows = list(start_rows(tiny_settings()))
+    assert all("no-such-python" in row["cannot_run"] for row in rows) and len(rows) == 3
 
 
 def test_rows_are_written_as_they_come(tmp_path):

@@ -1,9 +1,137 @@
-"""An input written to a graph's own memory is not copied, and a caller's tensors are not overwritten."""
+"""Inputs in a graph's own memory, and which calls get a graph and when."""
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from samlight_hf.engine.cuda_graphs import GraphedFunction
+from samlight_hf.engine import optimized_model
+from samlight_hf.engine.build import make_decoder
+from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
+from samlight_hf.engine.optimized_model import FastPaths, PlannedGraph, shown
+
+
+class Recorded(GraphedFunction):
+    """A function that "captures" on a CPU: a replay calls the function. When it captures is what the class decides."""
+
+    def _may_capture(self, device, kinds):
+        assert device.type in ("cpu", "meta")
+        return super()._may_capture(torch.device("cuda"), kinds)
+
+    def _capture(self, tensors, lent):
+        inputs = StaticInputs(tensors, lent)
+        inputs.fill(tensors)
+        outputs = self.function(*inputs.tensors)
+
+        class Graph:
+            def replay(graph):
+                for own, new in zip(tree_leaves(outputs), tree_leaves(self.function(*inputs.tensors))):
+                    own.copy_(new)
+
+        return Graph(), inputs, outputs
+
+
+def test_a_frozen_function_captures_what_was_announced_and_only_when_it_is_called():
+    function = Recorded(lambda x: 2 * x)
+    function(torch.ones(2))
+    assert function.last_ran == "graph" and len(function) == 1
+    function.freeze()
+    function.capture_when_called(torch.zeros(5, device="meta"))
+    assert len(function) == 1  # not yet
+    assert function(torch.ones(3)).tolist() == [2, 2, 2] and function.last_ran == "eager"
+    assert function(torch.ones(5, dtype=torch.float64)).sum() == 10 and function.last_ran == "eager"
+    for number in (1, 3):
+        assert function(torch.full((5,), float(number))).tolist() == 5 * [2 * number] and function.last_ran == "graph"
+    assert len(function) == 2
+    assert function(torch.ones(2)).tolist() == [2, 2] and function.last_ran == "graph"
+
+
+def test_a_function_without_graphs_captures_nothing_that_was_announced():
+    function = Recorded(lambda x: 2 * x, enabled=False)
+    function.capture_when_called(torch.zeros(5))
+    assert function(torch.ones(5)).tolist() == 5 * [2] and function.last_ran == "eager" and len(function) == 0
+
+
+@pytest.fixture
+def paths(model) -> FastPaths:
+    return FastPaths(model, make_decoder(model), (1, 3), (1, 4))
+
+
+def test_the_plan_has_a_graph_for_each_shape(model):
+    """2 numbers of images, and for each number of prompts points and boxes with three masks and with one."""
+    decoder = make_decoder(model)
+    paths = FastPaths(model, decoder, (1, 3), (1, 4))
+    paths.encode.enabled = True  # as on CUDA
+    planned = paths.graphs((1, 3), (1, 4))
+    assert [graph.name for graph in planned[:4]] == [
+        "1 images",
+        "3 images",
+        "1 points, three masks",
+        "1 boxes, three masks",
+    ]
+    assert len(planned) == len({graph.name for graph in planned}) == 2 + 8
+    for graph in planned:
+        real, meta = (graph.make_inputs(torch.device(name)) for name in ("cpu", "meta"))
+        assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in meta]
+        assert all(t.is_meta for t in meta)
+        with torch.inference_mode():
+            graph.function.function(*real)  # inputs that the function takes
+
+
+def test_each_call_of_a_user_finds_the_graph_that_was_announced(paths, model):
+    """The shapes and dtypes of the plan are those of calls by `masks`, as an optimized model makes them."""
+    functions = {}
+    for graph in paths.graphs((1, 3), (1, 4)):
+        own = functions.setdefault(id(graph.function), Recorded(graph.function.function))
+        own.capture_when_called(*graph.make_inputs(torch.device("meta")))
+    for function in functions.values():
+        function.freeze()
+    assert paths.decoder is not None
+    all_masks = paths.decoder.all_masks
+    for key, function in all_masks.items():
+        if id(function) in functions:
+            all_masks[key] = functions[id(function)]
+    side, channels = paths.decoder.grid_size[0], model.config.vision_config.output_channels
+    image = torch.randn(1, channels, side, side)
+    boxes, points = torch.tensor([[[1.0, 2.0, 9.0, 12.0]]]), torch.tensor([[[[3.0, 4.0]]]])
+    labels = torch.ones(1, 1, 1, dtype=torch.int32)
+    for count, expected in ((1, "graph"), (4, "graph"), (2, "eager")):
+        for prompts in ([boxes], [points, labels]):
+            for multimask_output in (True, False):
+                many = [prompt.expand(1, count, *prompt.shape[2:]).contiguous() for prompt in prompts]
+                with torch.inference_mode():
+                    paths.masks(image, many, None, multimask_output)
+                assert all_masks[multimask_output, False].last_ran == expected
+
+
+def test_a_progress_bar_names_each_graph(capsys):
+    graphs = [PlannedGraph(name, GraphedFunction(nn.Identity()), lambda device: []) for name in ("1 images", "4 boxes")]
+    assert list(shown(graphs, False)) == graphs and capsys.readouterr().err == ""
+    seen = []
+    for graph in shown(graphs, True):
+        seen.append(graph.name)
+    printed = capsys.readouterr().err
+    assert seen == ["1 images", "4 boxes"] and "2/2" in printed
+    assert all(f"compiling and capturing {name}" in printed for name in seen)
+
+
+def test_graphs_are_captured_now_or_announced(model, monkeypatch):
+    """`optimize` on CUDA captures every planned graph, or with `when_needed` announces it: here with a CPU that says it
+    is CUDA to this class alone.
+    """
+    captured, announced = [], []
+    monkeypatch.setattr(FastPaths, "_capture", lambda self, graphs, progress: captured.append((len(graphs), progress)))
+    monkeypatch.setattr(GraphedFunction, "capture_when_called", lambda self, *examples: announced.append(examples))
+    on_cuda = type("Device", (), {"type": "cuda"})()
+    monkeypatch.setattr(optimized_model, "make_encoder", lambda *_: (GraphedFunction(nn.Identity()), None))
+    monkeypatch.setattr(type(model), "device", on_cuda, raising=False)
+    for when_needed, progress in ((False, True), (True, False)):
+        captured.clear()
+        announced.clear()
+        paths = FastPaths(model, None, (1, 3), (1, 4), when_needed, progress)
+        assert paths.report.num_graphs_when_needed == (2 if when_needed else 0)
+        assert (captured, len(announced)) == (([], 2) if when_needed else ([(2, True)], 0))
+        assert ("2 more when needed" in str(paths.report)) == when_needed
 
 
 def test_without_a_graph_there_is_a_new_tensor_each_time():

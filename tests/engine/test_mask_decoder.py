@@ -135,7 +135,7 @@ def test_the_work_of_prompts_that_are_left_out_is_not_done(loud, device, monkeyp
     monkeypatch.setattr(
         FastMaskDecoder,
         "_upscale",
-        lambda self, image, hyper: (upscaled.append(len(image)), upscale(self, image, hyper))[1],
+        lambda self, image, hyper, *part: (upscaled.append(len(hyper)), upscale(self, image, hyper, *part))[1],
     )
     prompts = prompts_of(9, device)
     fast = FastMaskDecoder(loud)

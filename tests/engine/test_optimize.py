@@ -322,6 +322,24 @@ def test_on_a_gpu_listed_shapes_run_from_graphs_and_others_run_too(on_gpu):
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_graphs_that_are_captured_when_needed_are_those_captured_at_once(on_gpu):
+    shapes = {"image_batch_sizes": (1, 2), "prompt_counts": (1, 3)}
+    at_once, later = optimize(on_gpu, **shapes), optimize(on_gpu, **shapes, graphs_when_needed=True, progress=True)
+    assert later.report.num_graphs == 0 and later.report.num_graphs_when_needed == at_once.report.num_graphs == 10
+    paths = later._paths
+    assert len(paths.encode) == 0
+    for batch_size, num_prompts, ran in ((1, 3, "graph"), (3, 2, "eager"), (2, 1, "graph"), (1, 3, "graph")):
+        inputs = make_inputs(on_gpu, batch_size, num_prompts)
+        inputs = {name: inputs[name] for name in ("pixel_values", "input_points", "input_labels")}
+        inputs |= {name: inputs[name][:, :, :1] for name in ("input_points", "input_labels")}
+        expected, actual = at_once(**inputs), later(**inputs)
+        assert torch.equal(actual.pred_masks, expected.pred_masks)
+        assert torch.equal(actual.iou_scores, expected.iou_scores)
+        assert paths.encode.last_ran == paths.decoder.all_masks[True, False].last_ran == ran
+    assert len(paths.encode) == 2
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["a box", "a point", "points of several objects"])
 def test_on_a_gpu_the_model_cards_call_is_replayed(on_gpu, name):
     optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1, 2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from samlight_hf.evaluation.clicks import deepest_point
+from samlight_hf.data.clicks import deepest_point
 from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.models import PromptableModel, PromptedMasks
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from samlight_hf.data import Instance, Sample
+from samlight_hf.data.clicks import deepest_point_reference
 from samlight_hf.evaluation.targets import Targets
 from tests.data.files import box_mask, rle
 
@@ -40,7 +41,16 @@ def test_a_slice_and_a_copy_of_another_process(sample):
         part = targets[chosen]
         assert [instance.id for instance in part.instances] == list(range(10))[chosen]
         assert np.array_equal(part.masks(torch.device("cpu")).numpy(), masks_of_every_kind()[chosen])
+        assert part.first_clicks is None
     assert len(Targets.of(sample, ())) == 0
+
+
+def test_first_clicks_are_the_deepest_points_of_the_masks(sample):
+    targets = pickle.loads(pickle.dumps(Targets.of(sample, sample.instances, with_clicks=True)))
+    expected = [deepest_point_reference(mask)[0] for mask in masks_of_every_kind()]
+    assert [tuple(point) for point in targets.first_clicks.tolist()] == expected
+    assert [tuple(point) for point in targets[3:8].first_clicks.tolist()] == expected[3:8]
+    assert Targets.of(sample, (), with_clicks=True).first_clicks.shape == (0, 2)
 
 
 @pytest.mark.gpu

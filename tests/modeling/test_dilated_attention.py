@@ -182,3 +182,62 @@ def test_default_falls_back_to_sdpa_on_cpu(monkeypatch):
     )
     dilated_attention(*random_tokens(24), segment_length=12, dilation_rate=3)
     assert calls == [(2 * 24 // 12, 3 * HEADS, 12 // 3, HEAD_DIM)]
+
+
+@pytest.mark.parametrize("length", [5, 512, 700])
+@torch.no_grad()
+def test_blocks_are_attention(length):
+    query, key, value = random_tokens(length)
+    expected, _ = dilated_attention_reference(query, key, value, length, scaling=0.3)
+    found = dense_attention(query, key, value, scaling=0.3, backend="blocks")
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+    for pattern in ((length, 1, "all"), (length // 5 * 5 if length % 5 else length, 5, "all")):
+        if length % pattern[0] == 0:
+            expected, _ = dilated_attention_reference(query, key, value, *pattern)
+            found = dilated_attention(query, key, value, *pattern, backend="blocks")
+            assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_blocks_in_bfloat16_are_nearly_as_exact_as_sdpa():
+    tokens = random_tokens(1024, dtype=torch.float32)
+    expected = dense_attention(*tokens, backend="sdpa")
+    half = [token.bfloat16() for token in tokens]
+
+    def error(backend):
+        return ((dense_attention(*half, backend=backend).float() - expected).norm() / expected.norm()).item()
+
+    assert error("blocks") < 3 * error("sdpa") < 0.03
+
+
+def test_reasons_against_blocks():
+    tokens = [token.detach() for token in random_tokens(8)]
+    assert why_not("blocks", *tokens) is None
+    assert "dropout=0.5" in why_not("blocks", *tokens, 0.5)
+    assert "on meta" in why_not("blocks", *(token.to("meta") for token in tokens))
+    with pytest.raises(ValueError, match="'blocks' cannot run here: it computes no gradients"):
+        dense_attention(*random_tokens(8, requires_grad=True), backend="blocks")
+
+
+@pytest.mark.parametrize(
+    "dtype, length, avx512, amx, expected",
+    [
+        (torch.bfloat16, 256, True, False, 1),
+        (torch.bfloat16, 256, True, True, 0),
+        (torch.bfloat16, 256, False, False, 0),
+        (torch.bfloat16, 255, True, False, 0),
+        (torch.float32, 256, True, False, 0),
+    ],
+)
+def test_which_processors_and_tensors_take_blocks(monkeypatch, dtype, length, avx512, amx, expected):
+    taken, attend = [], module._attend_in_blocks
+    monkeypatch.setattr(module, "_attend_in_blocks", lambda *tokens: (taken.append(1), attend(*tokens))[1])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    tokens = random_tokens(length, dtype=dtype)
+    with torch.no_grad():
+        found = dilated_attention(*tokens)
+        assert len(taken) == expected
+        assert torch.allclose(found, dense_attention(*tokens, backend="sdpa"), atol=0.05)
+    dilated_attention(*tokens).sum().backward()
+    assert len(taken) == expected  # training does not
