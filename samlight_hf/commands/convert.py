@@ -40,7 +40,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
     from ..conversion import load_teacher, resize_model, resize_processor
     from ..conversion.resizing import describe_pattern
-    from ..loading import load_model
+    from ..loading import load_model, quiet_transformers
     from ..utils.atomic_files import replace_folder
 
     model_path = model_path_of(args.model)
@@ -54,8 +54,9 @@ def run_convert(args: argparse.Namespace) -> int:
     model = model.to(_stored_dtype(model_path))
 
     def write(folder: Path):
-        processor.save_pretrained(folder)
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            processor.save_pretrained(folder)
+            model.save_pretrained(folder)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(args.out, write)

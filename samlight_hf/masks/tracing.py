@@ -1,10 +1,10 @@
 """Exact polygons of masks: outlines that follow the edges of pixels, with holes, from the spans of a mask.
 
-The edge of a mask is a set of directed segments with the inside on their right (x to the right, y down): above and below
-each span, and between neighbouring columns where only one of them is inside. Every segment ends where another begins.
-Where two pixels touch at a corner alone there are two to go on with, and the one to the right is taken, so that the
-pixels stay apart. A ring that comes back to one of its vertices is split there: rings then touch themselves nowhere,
-as geographic software demands.
+The edge of a mask is a set of directed segments with the inside on their right (x to the right, y down): above and
+below each span, and between neighbouring columns where only one of them is inside. Every segment ends where another
+begins. Where two pixels touch at a corner alone there are two to go on with, and the one to the right is taken, so that
+the pixels stay apart. A ring that comes back to one of its vertices is split there: rings then touch themselves
+nowhere, as geographic software demands.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,9 @@ def _split(ring: Ring) -> list[Ring]:
     """Split a ring at each vertex that it visits more than once."""
     if len(np.unique(ring, axis=0)) == len(ring):
         return [ring]
-    parts, path, place = [], [], {}
+    parts: list[Ring] = []
+    path: list[tuple[int, ...]] = []
+    place: dict[tuple[int, ...], int] = {}  # of each vertex in the path
     for vertex in map(tuple, ring.tolist()):
         if vertex in place:
             first = place[vertex]
