@@ -44,6 +44,9 @@ class TiffRaster(Raster):
             )
         num_bands = sizes[channels[0]] if channels else 1
         super().__init__(path, (sizes["Y"], sizes["X"]), num_bands, bands, series.dtype)
+        if level:  # results lie in pixels of the full size
+            full = dict(zip(levels[0].axes, levels[0].shape, strict=True))
+            self.transform = (full["X"] / self.width, 0.0, 0.0, 0.0, full["Y"] / self.height, 0.0)
         pages: list[Any] = list(series.pages)
         self._stack: np.ndarray | None = None
         if len(pages) not in (1, num_bands) or (len(pages) == 1 and channels and pages[0].samplesperpixel == 1):

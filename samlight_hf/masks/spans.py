@@ -99,6 +99,17 @@ class SpanMask:
         runs = np.diff(bounds, prepend=0)
         return runs[:-1] if runs[-1] == 0 else runs
 
+    def thinned(self, step: int) -> "SpanMask":
+        """Return the mask in an image of every `step`-th row and column, from `step // 2` on."""
+        first = step // 2
+        columns, tops = np.divmod(self.spans[:, 0], self.height + 1)
+        ends = -((first - tops - self.spans[:, 1] + self.spans[:, 0]) // step)
+        starts = -((first - tops) // step)
+        kept = (columns % step == first) & (starts < ends)
+        height = len(range(first, self.height, step))
+        offset = columns[kept] // step * (height + 1)
+        return SpanMask(np.stack([offset + starts[kept], offset + ends[kept]], axis=1), height)
+
     def pixels(self, box_xyxy: Sequence[int] | None = None) -> np.ndarray:
         """Return the pixels of a box, by default of the tight one: bool (y2 - y1, x2 - x1)."""
         x1, y1, x2, y2 = self.box_xyxy if box_xyxy is None else box_xyxy
