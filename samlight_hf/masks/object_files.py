@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -225,7 +226,9 @@ def _append(
     geometry = np.array([well_known_binary(mask, place) for mask in masks], dtype=object)
     fields: list[np.ndarray] = [np.array([row[name] for row in columns], dtype=dtype) for name, dtype in _TYPES.items()]
     options = {"append": True} if append else {}
-    write_raw(
-        str(path), geometry, fields, list(_TYPES), layer=layer, driver="GPKG", geometry_type="MultiPolygon",
-        crs=place.crs, **options,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a missing coordinate system, which the raster lacks too
+        write_raw(
+            str(path), geometry, fields, list(_TYPES), layer=layer, driver="GPKG", geometry_type="MultiPolygon",
+            crs=place.crs, **options,
+        )  # fmt: skip
