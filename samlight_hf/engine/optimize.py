@@ -23,6 +23,7 @@ def optimize(
     image_batch_sizes: Sequence[int] = (1, 8),
     prompt_counts: Sequence[int] = (1, 16, 64),
     decoder_dtype: torch.dtype | None = None,
+    skip_padding: bool = False,
 ) -> Any:
     """Make a fast copy of a model for inference, with the same calls and outputs.
 
@@ -48,6 +49,8 @@ def optimize(
         decoder_dtype: The floating point type that the mask decoder computes in, with weights converted directly from
             those of `model`. Default: `dtype`, but float16 for bfloat16 if the weights are in its range: its three more
             bits give the masks of float32 much more often.
+        skip_padding: Compute only the rows of patches that hold image: a landscape image takes less time, and its masks
+            are close to those of all rows, but not equal; see `engine.padding`. Not for the fused encoder on CUDA.
 
     Returns:
         A model of the same class. Its `report` says how encoder and decoder run, and the time and memory of the graphs.
@@ -84,7 +87,7 @@ def optimize(
         made = make_decoder(optimized if decoder_dtype == dtype else model, dtype=decoder_dtype)
         assert isinstance(made, FastMaskDecoder)
         decoder = made
-    paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts)
+    paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts, skip_padding)
     paths.report.decoder = f"plain: {reason}" if reason else "fused"
     optimized._paths = optimized.vision_encoder._paths = paths
     return optimized

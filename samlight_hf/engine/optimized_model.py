@@ -55,6 +55,7 @@ class FastPaths:
         decoder: Its mask decoder, or None if the model runs its own.
         image_batch_sizes: Numbers of images for which the encoder gets a graph.
         prompt_counts: Numbers of prompts for which the decoder gets graphs.
+        skip_padding: See `make_encoder`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class FastPaths:
         decoder: FastMaskDecoder | None,
         image_batch_sizes: Sequence[int],
         prompt_counts: Sequence[int],
+        skip_padding: bool = False,
     ):
         self.device, self.dtype = model.device, model.dtype
         self._warned: set[str] = set()
@@ -70,7 +72,7 @@ class FastPaths:
         self.image_shape = config.num_channels, config.image_size, config.image_size
         self.decoder = decoder
         on_cuda = self.device.type == "cuda"
-        self.encode, self.copied = make_encoder(model, on_cuda, decoder.pool if decoder else None)
+        self.encode, self.copied = make_encoder(model, on_cuda, decoder.pool if decoder else None, skip_padding)
         self._weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._weights]
         self.encode.max_graphs = len(image_batch_sizes) or 1

@@ -69,6 +69,8 @@ class MaskGenerator:
             apart.
         tiles: Segment images in overlapping tiles of this size, and merge their masks, see `TileSettings`. A path is
             then read tile by tile where its format allows it. Default: an image is one tile.
+        skip_padding: Compute only the rows of patches that hold image: a landscape image takes less time, and its masks
+            are close to those of all rows, but not equal; see `engine.padding`. Not for the fused encoder on CUDA.
 
     Raises:
         ValueError: If the model does not fit into `max_memory_mb`, if it is another model (such as SAM 2), and for CUDA
@@ -92,10 +94,11 @@ class MaskGenerator:
         triton_kernels: bool | None = None,
         decoder_dtype: torch.dtype | None = None,
         tiles: TileSettings | None = None,
+        skip_padding: bool = False,
     ):
         self._settings: dict[str, Any] = {
             "cuda_graphs": cuda_graphs, "triton_kernels": triton_kernels, "decoder_dtype": decoder_dtype,
-            "tiles": tiles,
+            "tiles": tiles, "skip_padding": skip_padding,
         }  # fmt: skip
         self.tiles = tiles
         self.model = model.eval()
@@ -107,7 +110,7 @@ class MaskGenerator:
         self.use_triton = reason is None and triton_kernels is not False
         decoder_dtype = decoder_dtype_of(model, model.dtype, decoder_dtype)
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
-        self.encoder = ImageEncoder(model, self.image_processor, self.decoder)
+        self.encoder = ImageEncoder(model, self.image_processor, self.decoder, skip_padding)
         self.set_budget(max_memory_mb, points_per_batch)
 
     def set_budget(self, max_memory_mb: float, points_per_batch: int | None = None):
