@@ -2,8 +2,8 @@
 
     python benchmarks/padding.py --model tiny-512 --dataset val.tar --limit 10 --max-instances 15
 
-Prints the mIoU of both with the annotated masks, the IoU of the two masks with each other, and the processor time of the
-image encoder, the least of all images, on one thread.
+Prints the mIoU of both with the annotated masks, the IoU of the two masks with each other, and the processor time of
+the image encoder, the least of all images, on one thread.
 """
 
 import argparse

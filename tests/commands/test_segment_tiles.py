@@ -286,6 +286,7 @@ def test_resuming_tile_by_tile(samlight, exact, image, tmp_path, monkeypatch, in
     assert len(exact) == 6
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(checkpoint, image, tmp_path):
     """A limit of the size of files stands for the disk: the process gets the error of the system itself."""
     path, _ = image

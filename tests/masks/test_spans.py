@@ -21,7 +21,7 @@ def random_masks(count: int):
 
 
 def test_operations_are_those_on_pixels():
-    for random, mask in random_masks(400):
+    for random, mask in random_masks(200):
         height, width = mask.shape
         other = random.random((height, width)) < 0.5
         spans, others, whole = spans_of(mask), spans_of(other), (0, 0, width, height)
@@ -77,7 +77,7 @@ def filled(rings: list[np.ndarray], shape) -> np.ndarray:
 
 
 def test_polygons_are_the_mask():
-    for _, mask in random_masks(300):
+    for _, mask in random_masks(150):
         polygons = trace(spans_of(mask))
         total = sum((filled(rings, mask.shape) for rings in polygons), np.zeros(mask.shape, dtype=int))
         np.testing.assert_array_equal(total, mask)
