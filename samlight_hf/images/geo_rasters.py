@@ -1,5 +1,6 @@
 """Rasters with a place on the earth, and what else GDAL opens, read by rasterio (extra `geo`)."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,10 @@ from rasterio.windows import Window as RasterioWindow
 from ..utils.messages import one_line
 from .rasters import Raster, Window
 from .reading import ImageError
+
+
+# GDAL keeps decoded blocks, up to 5 % of the machine's memory by default. Rows of tiles share few of them.
+_CACHE_MB = 128
 
 
 class GeoRaster(Raster):
@@ -68,8 +73,9 @@ class GeoRaster(Raster):
         x1, y1, x2, y2 = window
         part = RasterioWindow(x1, y1, x2 - x1, y2 - y1)
         try:
-            levels = self._file.read(list(self.bands), window=part)
-            valid = self._file.dataset_mask(window=part) > 0 if self._has_masks else None
+            with _small_cache():
+                levels = self._file.read(list(self.bands), window=part)
+                valid = self._file.dataset_mask(window=part) > 0 if self._has_masks else None
         except RasterioError as error:
             raise ImageError(
                 f"{self.path}: truncated or damaged at {x1},{y1} to {x2},{y2} ({_reason(error)}). Copy or download it "
@@ -81,6 +87,11 @@ class GeoRaster(Raster):
 
     def close(self) -> None:
         self._file.close()
+
+
+def _small_cache() -> rasterio.Env:
+    """Return a context in which GDAL chooses the size of its cache, at its first use; a user's own choice stays."""
+    return rasterio.Env() if "GDAL_CACHEMAX" in os.environ else rasterio.Env(GDAL_CACHEMAX=_CACHE_MB)
 
 
 def _reason(error: BaseException) -> str:
