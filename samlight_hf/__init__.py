@@ -26,6 +26,7 @@ from .inference.encoded_image import EncodedImage
 from .inference.mask_generation import MaskGenerationSettings, MaskGenerator
 from .inference.pipelines import TASK, FastMaskGenerationPipeline
 from .inference.predictor import Prediction, Predictor
+from .inference.tiles import TileSettings
 from .masks.results import GeneratedMasks
 from .modeling.configuration_sam_lightening import SamLighteningConfig, SamLighteningVisionConfig
 from .modeling.image_processing_sam_lightening import SamLighteningImageProcessor
@@ -68,5 +69,6 @@ __all__ = [
     "SamLighteningModel",
     "SamLighteningVisionConfig",
     "SamLighteningVisionModel",
+    "TileSettings",
     "optimize",
 ]

@@ -78,7 +78,7 @@ def test_modeling_imports_nothing_but_its_own_files():
 
 def test_commands_do_not_import_each_other():
     """Only `cli` imports commands; code that several commands share is in modules that are not commands."""
-    commands = {"benchmark", "demo", "distill", "evaluate", "publish", "segment"}
+    commands = {"benchmark", "convert", "demo", "distill", "evaluate", "publish", "segment"}
     for path in (PACKAGE / "commands").glob("*.py"):
         if path.stem not in commands:
             continue

@@ -12,7 +12,7 @@ from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
 from ..utils.processes import one_voice, tell_error
 from . import benchmark as benchmark_command
-from . import demo, distill
+from . import convert, demo, distill
 from . import evaluate as evaluate_command
 from . import publish as hub_command
 from . import segment as segment_command
@@ -65,6 +65,12 @@ COMMANDS = (
         distill.add_distill_arguments,
         distill.run_distill,
         parses_itself=True,
+    ),
+    Command(
+        "convert",
+        "a checkpoint for another image size, or from an original .pth file",
+        convert.add_convert_arguments,
+        convert.run_convert,
     ),
     Command(
         "publish",

@@ -33,6 +33,7 @@ from .options import (
 )
 from .prompt_files import FORM, parse_points, prompts_from_options
 from .result_folder import RULE, Place, ResultFolder, identity_of
+from .segment_tiles import OBJECT_FORMATS, add_tile_arguments, check_tile_options, run_tiled_jobs, tile_settings
 from .streams import Streams, standard_streams
 from .summary import (
     MAX_PANELS,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 
 ONE_JSON = "instances.json"
-FORMATS = ("overlay", "png", "labels", "coco", "labelme", "yolo", "npz")
+FORMATS = ("overlay", "png", "labels", "coco", "labelme", "yolo", "npz", *OBJECT_FORMATS)
 
 
 def add_segment_arguments(parser: argparse.ArgumentParser):
@@ -89,7 +90,8 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         "--format", choices=FORMATS, default="overlay",
         help="overlay: a PNG of the image under its masks; png: a folder with a PNG for each mask; labels: a PNG of 16 "
         "bits, in which i is the i-th mask, and the best one where masks overlap; coco: JSON with run lengths, which "
-        "pycocotools reads; labelme, yolo: polygons for labelme and Ultralytics; npz: numpy arrays (%(default)s)",
+        "pycocotools reads; labelme, yolo: polygons for labelme and Ultralytics; npz: numpy arrays; geojson, gpkg: "
+        "polygons, with --tile (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--one-json", action="store_true", help=f"with --format coco: {ONE_JSON}, too, of all images, with unique ids"
@@ -106,6 +108,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         "--batch-size", type=parse_positive, default=4, metavar="N", help="images encoded together (%(default)s)"
     )
     _add_everything_arguments(parser)
+    add_tile_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -157,6 +160,7 @@ def _run_segment(args: argparse.Namespace, streams: Streams) -> int:
     from ..images.reading import common_folder, find_images
 
     _check_options(args)
+    check_tile_options(args)
     model_path = model_path_of(args.model)
     make_folder(args.out)
     for path in map(Path, args.paths):
@@ -193,7 +197,7 @@ def _segment(
         results, places, to_do = _plan(args, list(prompts), root, settings, temporary)
     one_json = results.file_of_all(ONE_JSON, args.paths, places) if args.one_json else None
     if to_do or one_json:
-        if args.format == "overlay":
+        if args.format == "overlay" and not args.tile:
             summary.sheet = results.file_of_all(summary.sheet.name, args.paths)
         replaced = {place for place in to_do if results.is_replaced(place)}
         with telling_where(results.note, ends_the_run=True):
@@ -201,7 +205,10 @@ def _segment(
     if to_do:
         try:
             segment = _segmenter(model, processor, args, model_path)
-            _run_jobs(to_do, prompts, segment, args, summary, results, replaced, streams)
+            if args.tile:
+                run_tiled_jobs(to_do, segment, args, summary, results, replaced)
+            else:
+                _run_jobs(to_do, prompts, segment, args, summary, results, replaced, streams)
         except KeyboardInterrupt:
             print(
                 f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(places)} images are done. The "
@@ -240,11 +247,12 @@ def _plan(
 ) -> tuple[ResultFolder, list[Place], list[Place]]:
     """Return the folder of results in its present state, all images, and those that are still to be segmented."""
     from ..masks.files import ENDINGS
+    from ..masks.object_files import OBJECT_ENDINGS
 
     results = ResultFolder(args.out, temporary)
     if args.resume:
         results.check_settings(settings)
-    places = results.places(images, root, ENDINGS[args.format])
+    places = results.places(images, root, {**OBJECT_ENDINGS, **ENDINGS}[args.format])
     resumes = args.resume and results.settings == settings
     return results, places, [place for place in places if not (resumes and results.is_done(place))]
 
@@ -341,7 +349,7 @@ def _settings(args: argparse.Namespace, model_path: str, prompts: "dict[Path, Pr
         "--points": [[[*prompt.points_xy], [*prompt.labels]] for prompt in args.points],
         "--prompts": args.prompts and _digest([[os.path.abspath(image), repr(own)] for image, own in prompts.items()]),
         "--crops-n-layers": args.crops_n_layers, "--min-hole-area": args.min_hole_area,
-        "--min-region-area": args.min_region_area,
+        "--min-region-area": args.min_region_area, **tile_settings(args),
     }  # fmt: skip
     return {
         "--model": str(folder.resolve()) if folder.is_dir() else model_path,

@@ -1,9 +1,9 @@
-"""Teachers from any SAM (original checkpoints included), students created from them, and averages of students."""
+"""Teachers from any SAM, students created from them, averages of students, and models of another image size."""
 
 from .averaging import average_models
 from .original import SamDecoder, convert_original_checkpoint, load_decoder
+from .resizing import change_image_size, resize_model, resize_processor
 from .student import (
-    change_image_size,
     create_student,
     evenly_spaced_layers,
     initialize_decoder,
@@ -24,5 +24,7 @@ __all__ = [
     "initialize_positions",
     "load_decoder",
     "load_teacher",
+    "resize_model",
+    "resize_processor",
     "student_config",
 ]

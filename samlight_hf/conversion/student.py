@@ -163,47 +163,6 @@ def initialize_positions(model: PreTrainedModel):
         positions.copy_(torch.cat([rows, columns], dim=2))
 
 
-def change_image_size(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """Return a copy of the model for another image size, with bicubically interpolated absolute positions.
-
-    The copy has to be trained at that size, because each token covers another share of the image. Segment lengths keep
-    their share of the tokens.
-
-    Args:
-        model: SamLighteningModel, or SamModel without relative positions.
-        image_size: New longest side of the input in pixels.
-
-    Raises:
-        ValueError: For a size that `patch_size` does not divide, and for an image encoder with relative positions,
-            whose number depends on the size.
-    """
-    config = copy.deepcopy(model.config)
-    vision, prompt = config.vision_config, config.prompt_encoder_config
-    if image_size % vision.patch_size:
-        raise ValueError(f"patch_size={vision.patch_size} must divide image_size={image_size}.")
-    if vision.use_rel_pos:
-        raise ValueError(
-            "an image encoder with use_rel_pos=True cannot change its size, on which its relative positions depend."
-        )
-    share = (image_size / vision.image_size) ** 2
-    if isinstance(vision, SamLighteningVisionConfig) and vision.segment_length is not None:
-        scale = lambda length: length and round(length * share)  # noqa: E731
-        lengths = vision.segment_length
-        vision.segment_length = tuple(map(scale, lengths)) if isinstance(lengths, tuple) else scale(lengths)
-    vision.image_size = prompt.image_size = image_size
-    grid_size = prompt.image_embedding_size = image_size // vision.patch_size
-    changed = type(model)(config)
-    weights = model.state_dict()
-    if vision.use_abs_pos:
-        positions = weights["vision_encoder.pos_embed"].permute(0, 3, 1, 2)  # (1, h, w, C) -> (1, C, h, w)
-        positions = torch.nn.functional.interpolate(
-            positions.float(), (grid_size, grid_size), mode="bicubic", antialias=True
-        )
-        weights["vision_encoder.pos_embed"] = positions.permute(0, 2, 3, 1)
-    changed.load_state_dict(weights)
-    return changed.train(model.training)
-
-
 def evenly_spaced_layers(num_teacher_layers: int, num_student_layers: int) -> tuple[int, ...]:
     """Return the teacher layer for each student layer: the first, the last, and evenly spaced ones between.
 
@@ -348,7 +307,6 @@ def _load_exactly(student: SamLighteningModel, weights: dict[str, torch.Tensor],
 
 __all__ = [
     "SamDecoder",
-    "change_image_size",
     "convert_original_checkpoint",
     "create_student",
     "evenly_spaced_layers",

@@ -14,13 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, TrainerCallback, set_seed
 
-from ..conversion import (
-    change_image_size,
-    create_student,
-    initialize_decoder,
-    initialize_positions,
-    load_teacher,
-)
+from ..conversion import create_student, initialize_decoder, initialize_positions, load_teacher, resize_model
 from ..data import ImageDataset, MaskFolderDataset, SkipReport
 from ..data.label_maps import MaskReading
 from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
@@ -318,7 +312,7 @@ def make_student(run: RunArguments, teacher: PreTrainedModel | None) -> PreTrain
     else:
         student = load_model(name, device="cpu")[0]
     if run.image_size not in (None, student.config.vision_config.image_size):
-        student = change_image_size(student, run.image_size)
+        student = resize_model(student, run.image_size)
     return student
 
 

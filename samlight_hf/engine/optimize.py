@@ -25,6 +25,7 @@ def optimize(
     decoder_dtype: torch.dtype | None = None,
     graphs_when_needed: bool = False,
     progress: bool = False,
+    skip_padding: bool = False,
 ) -> Any:
     """Make a fast copy of a model for inference, with the same calls and outputs.
 
@@ -53,6 +54,8 @@ def optimize(
         graphs_when_needed: Capture each graph, and compile the kernels that it alone needs, at the first call of its
             shape instead of here. That call then takes seconds where the kernels' cache is empty.
         progress: Show a progress bar on the console while kernels are compiled and graphs captured.
+        skip_padding: Compute only the rows of patches that hold image: a landscape image takes less time, and its masks
+            are close to those of all rows, but not equal; see `engine.padding`. Not for the fused encoder on CUDA.
 
     Returns:
         A model of the same class. Its `report` says how encoder and decoder run, and the time and memory of the graphs.
@@ -89,7 +92,7 @@ def optimize(
         made = make_decoder(optimized if decoder_dtype == dtype else model, dtype=decoder_dtype)
         assert isinstance(made, FastMaskDecoder)
         decoder = made
-    paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts, graphs_when_needed, progress)
+    paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts, graphs_when_needed, progress, skip_padding)
     paths.report.decoder = f"plain: {reason}" if reason else "fused"
     optimized._paths = optimized.vision_encoder._paths = paths
     return optimized

@@ -85,6 +85,7 @@ class FastPaths:
         prompt_counts: Numbers of prompts for which the decoder gets graphs.
         when_needed: Capture a graph at the first call that needs it, instead of now.
         progress: Show a progress bar while graphs are captured.
+        skip_padding: See `make_encoder`.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class FastPaths:
         prompt_counts: Sequence[int],
         when_needed: bool = False,
         progress: bool = False,
+        skip_padding: bool = False,
     ):
         self.device, self.dtype = model.device, model.dtype
         self._warned: set[str] = set()
@@ -102,7 +104,7 @@ class FastPaths:
         self.image_shape = config.num_channels, config.image_size, config.image_size
         self.decoder = decoder
         on_cuda = self.device.type == "cuda"
-        self.encode, self.copied = make_encoder(model, on_cuda, decoder.pool if decoder else None)
+        self.encode, self.copied = make_encoder(model, on_cuda, decoder.pool if decoder else None, skip_padding)
         self._weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._weights]
         self.encode.max_graphs = len(image_batch_sizes) or 1

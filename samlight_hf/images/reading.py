@@ -114,15 +114,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     Raises:
         ImageError: for a file that does not exist, is not an image, is damaged, or has more than `MAX_PIXELS` pixels.
     """
-    if _is_address(path):
-        raise ImageError(_NO_ADDRESS.format(path))
-    path = Path(path)
-    if not path.exists():
-        raise ImageError(f"{path}: no such file. Check the name.")
-    if path.is_dir():
-        raise ImageError(f"{path}: is a folder. Give a file.")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty. Copy or download it again.")
+    path = check_file(path)
     image_suffixes()  # loads plugins for formats that Pillow lacks
     try:
         with warnings.catch_warnings():
@@ -136,7 +128,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{path}: more than {MAX_PIXELS:,} pixels, the limit here. Make it smaller, or cut it up."
+            f"{path}: more than {MAX_PIXELS:,} pixels, the limit here. Make it smaller, or cut it up; "
+            "a TIFF is segmented as it is by samlight segment --tile."
         ) from error
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
@@ -148,6 +141,20 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path}: does not fit into memory. Make it smaller.") from error
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError
         raise ImageError(f"{path}: truncated or damaged ({one_line(error)}). Copy or download it again.") from error
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """Return the path. Raises ImageError for an address, a folder, and a file that does not exist or is empty."""
+    if _is_address(path):
+        raise ImageError(_NO_ADDRESS.format(path))
+    path = Path(path)
+    if not path.exists():
+        raise ImageError(f"{path}: no such file. Check the name.")
+    if path.is_dir():
+        raise ImageError(f"{path}: is a folder. Give a file.")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty. Copy or download it again.")
+    return path
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 1) -> Iterator[Result]:
@@ -202,5 +209,5 @@ def _check_size(path: Path, width: int, height: int):
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{path}: {width}x{height} is {width * height:,} pixels, and the limit is {MAX_PIXELS:,}. "
-            "Make it smaller, or cut it up."
+            "Make it smaller, or cut it up; a TIFF is segmented as it is by samlight segment --tile."
         )

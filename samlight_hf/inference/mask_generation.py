@@ -9,6 +9,7 @@ masks alone, and all steps before them run on the device.
 """
 
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, overload
@@ -23,6 +24,7 @@ from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
 from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
+from ..images.rasters import ArrayRaster, open_raster
 from ..images.reading import ImageError, read_ahead
 from ..kernels.upscaled_masks import Frame, measure, why_not_triton
 from ..masks.results import GeneratedMasks
@@ -31,6 +33,8 @@ from ..utils.autocast import without_autocast
 from .candidates import Candidates, Table
 from .crops import Crop, MaskGenerationSettings, crop_boxes, point_grid
 from .encoded_image import EncodedImage
+from .tile_merging import generated_masks, merge_tiles
+from .tiles import MemoryStore, TileGrid, TileSettings, segment_tiles
 
 
 _CROP_EDGE_TOLERANCE = 20  # pixels of the image
@@ -64,6 +68,10 @@ class MaskGenerator:
         decoder_dtype: The floating point type that a SAM's mask decoder computes in. Default: the model's, but float16
             for bfloat16 on CUDA devices if the weights are in its range: its three more bits tell near duplicates
             apart.
+        tiles: Segment images in overlapping tiles of this size, and merge their masks, see `TileSettings`. A path is
+            then read tile by tile where its format allows it. Default: an image is one tile.
+        skip_padding: Compute only the rows of patches that hold image: a landscape image takes less time, and its masks
+            are close to those of all rows, but not equal; see `engine.padding`. Not for the fused encoder on CUDA.
 
     Raises:
         ValueError: If the model does not fit into `max_memory_mb`, if it is another model (such as SAM 2), and for CUDA
@@ -86,10 +94,14 @@ class MaskGenerator:
         cuda_graphs: bool | None = None,
         triton_kernels: bool | None = None,
         decoder_dtype: torch.dtype | None = None,
+        tiles: TileSettings | None = None,
+        skip_padding: bool = False,
     ):
         self._settings: dict[str, Any] = {
             "cuda_graphs": cuda_graphs, "triton_kernels": triton_kernels, "decoder_dtype": decoder_dtype,
+            "tiles": tiles, "skip_padding": skip_padding,
         }  # fmt: skip
+        self.tiles = tiles
         self.model = model.eval()
         self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self.device = model.device
@@ -99,7 +111,7 @@ class MaskGenerator:
         self.use_triton = reason is None and triton_kernels is not False
         decoder_dtype = decoder_dtype_of(model, model.dtype, decoder_dtype)
         self.decoder: Decoder = make_decoder(model, cuda_graphs, triton_kernels, decoder_dtype)
-        self.encoder = ImageEncoder(model, self.image_processor, self.decoder)
+        self.encoder = ImageEncoder(model, self.image_processor, self.decoder, skip_padding)
         self.set_budget(max_memory_mb, points_per_batch)
 
     def set_budget(self, max_memory_mb: float, points_per_batch: int | None = None):
@@ -155,7 +167,21 @@ class MaskGenerator:
         settings = _settings(settings, changes)
         if isinstance(images, list | tuple):
             return list(self.generate_many(images, settings, errors=errors))
-        return self.generate(image_tensor(images), settings)
+        return self._generate(images if self.tiles else image_tensor(images), settings)
+
+    def _generate(self, image, settings: MaskGenerationSettings) -> GeneratedMasks:
+        """Segment one image: a tensor, or with `tiles` whatever `image_tensor` takes."""
+        if self.tiles is None:
+            return self.generate(image, settings)
+        is_path = isinstance(image, str | os.PathLike)
+        raster = open_raster(image) if is_path else ArrayRaster(image)
+        try:
+            grid, store = TileGrid(raster.height, raster.width, self.tiles), MemoryStore()
+            segment_tiles(lambda tile: self.generate(tile, settings), raster, grid, store)
+        finally:
+            raster.close()
+        objects = list(merge_tiles(grid, store, settings.crops_nms_thresh))
+        return generated_masks(objects, raster.height, raster.width)
 
     def generate_many(
         self,
@@ -184,11 +210,12 @@ class MaskGenerator:
         """
         check_errors(errors)
         settings = _settings(settings, changes)
-        for place, (image, tensor, error) in enumerate(read_ahead(_read, images)):
+        read = _read if self.tiles is None else _unread
+        for place, (image, tensor, error) in enumerate(read_ahead(read, images)):
             result: GeneratedMasks | ImageError
             if tensor is not None:
                 try:
-                    result = self.generate(tensor, settings)
+                    result = self._generate(tensor, settings)
                 except IMAGE_ERRORS as raised:
                     error = raised
             if error is not None:
@@ -364,6 +391,11 @@ def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception
         return image, image_tensor(image), None
     except IMAGE_ERRORS as error:
         return image, None, error
+
+
+def _unread(image: ImageInput) -> tuple[ImageInput, Any, None]:
+    """Return the image as if it were read: in tiles it is read piece by piece."""
+    return image, image, None
 
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:

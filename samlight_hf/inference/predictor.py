@@ -70,6 +70,8 @@ class Predictor:
             It bounds how many images and prompts are computed at once.
         cuda_graphs: Replay the image encoder, and the mask decoder for single prompts, from CUDA graphs. Default: on
             CUDA devices.
+        skip_padding: Compute only the rows of patches that hold image: a landscape image takes less time, and its masks
+            are close to those of all rows, but not equal; see `engine.padding`. Not for the fused encoder on CUDA.
 
     Raises:
         ValueError: If the model is no SAM, if it does not fit into `max_memory_mb`, and for CUDA graphs that are asked
@@ -94,6 +96,7 @@ class Predictor:
         output: str = "numpy",
         max_memory_mb: float = DEFAULT_MEMORY_MB,
         cuda_graphs: bool | None = None,
+        skip_padding: bool = False,
     ):
         if output not in ("numpy", "torch"):
             raise ValueError(f"output={output!r} must be 'numpy' or 'torch'.")
@@ -102,8 +105,9 @@ class Predictor:
         self.model, self.output = model.eval(), output
         self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self._settings = {"output": output, "max_memory_mb": max_memory_mb, "cuda_graphs": cuda_graphs}
+        self._settings["skip_padding"] = skip_padding
         self.decoder: Decoder = make_decoder(model, cuda_graphs)
-        self.encoder = ImageEncoder(model, self.image_processor, self.decoder)
+        self.encoder = ImageEncoder(model, self.image_processor, self.decoder, skip_padding)
         self.budget = MemoryBudget(model, max_memory_mb)
         side = 4 * model.config.prompt_encoder_config.image_embedding_size
         self.logits_size = (side, side)

@@ -10,7 +10,6 @@ from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
 from samlight_hf.conversion import (
-    change_image_size,
     create_student,
     evenly_spaced_layers,
     initialize_positions,
@@ -261,26 +260,6 @@ def test_two_positional_embeddings_where_sam_has_one_are_refused():
     assert isinstance(create_student(torn, config=tiny_config()), SamLighteningModel)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: SamLighteningModel(tiny_config()), lambda: sam_teacher(use_rel_pos=False, window_size=0)]
-)
-def test_another_image_size(make):
-    model = make().eval()
-    torch.nn.init.normal_(model.vision_encoder.pos_embed)
-    larger = change_image_size(model, 64)
-    assert larger.config.vision_config.image_size == larger.config.prompt_encoder_config.image_size == 64
-    assert larger.vision_encoder.pos_embed.shape[1:3] == (16, 16)
-    weights = model.state_dict()
-    for name, tensor in larger.state_dict().items():
-        assert torch.equal(tensor, weights[name]) == (name != "vision_encoder.pos_embed"), name
-    outputs = larger(torch.randn(1, 3, 64, 64), input_points=torch.tensor([[[[20.0, 50.0]]]]))
-    assert outputs.pred_masks.shape[-2:] == (64, 64)
-    back = change_image_size(larger, 32)  # smooth positions survive two interpolations
-    assert back.config.to_dict() == model.config.to_dict()
-    if isinstance(model, SamLighteningModel):
-        assert larger.config.vision_config.segment_length == (None, 64, None)
-
-
 def test_positions_begin_as_waves_that_tell_every_place(model):
     initialize_positions(model)
     positions = model.vision_encoder.pos_embed.detach()[0].flatten(0, 1)  # (N, C)
@@ -291,10 +270,3 @@ def test_positions_begin_as_waves_that_tell_every_place(model):
     row, column = 3, 5
     expected = torch.cat([wave(n * frequencies) for n in (row, column) for wave in (torch.sin, torch.cos)])
     torch.testing.assert_close(positions[row * 8 + column], expected)
-
-
-def test_an_image_size_that_cannot_be():
-    with pytest.raises(ValueError, match="patch_size=4 must divide image_size=30"):
-        change_image_size(SamLighteningModel(tiny_config()), 30)
-    with pytest.raises(ValueError, match="use_rel_pos=True cannot change its size"):
-        change_image_size(sam_teacher(), 64)

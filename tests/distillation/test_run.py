@@ -75,6 +75,21 @@ def test_three_stages_make_a_student_that_loads_anywhere(folder, tmp_path):
     assert all(torch.equal(tensor, previous[name]) for name, tensor in student.state_dict().items())
 
 
+def test_a_checkpoint_is_trained_at_another_image_size(tmp_path):
+    torch.manual_seed(0)
+    SamLighteningModel(tiny_config()).save_pretrained(tmp_path / "small")
+    arguments = [
+        "--student", str(tmp_path / "small"), "--image_size", "48", "--output_dir", str(tmp_path / "out"), "--use_cpu",
+        "--train_data", "synthetic:1", "--max_steps", "1", "--per_device_train_batch_size", "2", "--num_prompts", "2",
+        "--disable_tqdm", "true", "--stages", "end_to_end", "--dataloader_pin_memory", "false",
+    ]  # fmt: skip
+    student, processor = load_model(distill(*parse_arguments(arguments)), "cpu")
+    assert student.config.vision_config.image_size == processor.image_processor.size["longest_edge"] == 48
+    assert student.config.vision_config.segment_length == (None, 36, None)  # 3 of 12 rows
+    with pytest.raises(ValueError, match="patch_size=4 must divide image_size=50: use 48 or 52"):
+        distill(*parse_arguments([*arguments, "--image_size", "50", "--output_dir", str(tmp_path / "other")]))
+
+
 def test_a_finished_stage_is_kept_and_an_interrupted_one_goes_on(folder, tmp_path):
     whole = load_model(run(folder, tmp_path / "whole", stages=("encoder", "decoder")), "cpu")[0].state_dict()
     run(folder, tmp_path / "parts", stages=("encoder", "decoder"))

@@ -1,0 +1,108 @@
+"""Rasters with a place on the earth, and what else GDAL opens, read by rasterio (extra `geo`)."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window as RasterioWindow
+
+from ..utils.messages import one_line
+from .rasters import Raster, Window
+from .reading import ImageError
+
+
+# GDAL keeps decoded blocks, up to 5 % of the machine's memory by default. Rows of tiles share few of them.
+_CACHE_MB = 128
+
+
+class GeoRaster(Raster):
+    """A file that rasterio reads; see `Raster`.
+
+    Pixels are without data where the file says so: by a nodata value, a mask or an alpha band. A palette is applied.
+
+    Args:
+        path: the file.
+        bands: as in `Raster`.
+        level: 0 for the full size, n for the n-th overview.
+    """
+
+    def __init__(self, path: Path, bands: Sequence[int] | None = None, level: int = 0):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in `notes`
+                self._file = rasterio.open(path)
+                overviews = self._file.overviews(1) if self._file.count else []
+                if level:
+                    self._file.close()
+                    if level > len(overviews):
+                        raise ImageError(f"{path}: has no level {level}: its last level is {len(overviews)}.")
+                    self._file = rasterio.open(path, overview_level=level - 1)
+                # Outside of this block rasterio would warn again at the first use of the transform.
+                transform, has_gcps = self._file.transform, bool(self._file.gcps[0])
+        except RasterioError as error:
+            raise ImageError(
+                f"{path}: cannot be opened ({one_line(error, 200)}). Copy or download it again."
+            ) from error
+        file = self._file
+        colours = [file.colorinterp[band] for band in range(file.count)]
+        self._palette = _palette(file) if colours[:1] == [ColorInterp.palette] and bands is None else None
+        if bands is None and all(c in colours for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)):
+            bands = [1 + colours.index(c) for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
+        elif bands is None and ColorInterp.alpha in colours[:3]:
+            bands = (1,)  # grey with alpha
+        dtype = np.dtype(file.dtypes[(bands or (1,))[0] - 1]) if 1 <= (bands or (1,))[0] <= file.count else np.uint8
+        super().__init__(path, (file.height, file.width), file.count, bands, np.dtype(dtype))
+        self._has_masks = any(MaskFlags.all_valid not in flags for flags in file.mask_flag_enums)
+        if file.crs:
+            self.crs, self.epsg = file.crs.to_wkt(), file.crs.to_epsg()
+        if not transform.is_identity:
+            self.transform = tuple(transform)[:6]
+        if has_gcps:
+            self.notes.append("its ground control points are not applied, and results are in pixels: use gdalwarp")
+        elif self.transform is None:
+            self.notes.append("it has no place on the earth, and results are in pixels")
+        elif self.crs is None:
+            self.notes.append("it names no coordinate system (CRS), and results are in the units of its transform")
+
+    def read_levels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        x1, y1, x2, y2 = window
+        part = RasterioWindow(x1, y1, x2 - x1, y2 - y1)
+        try:
+            with _small_cache():
+                levels = self._file.read(list(self.bands), window=part)
+                valid = self._file.dataset_mask(window=part) > 0 if self._has_masks else None
+        except RasterioError as error:
+            raise ImageError(
+                f"{self.path}: truncated or damaged at {x1},{y1} to {x2},{y2} ({_reason(error)}). Copy or download it "
+                "again."
+            ) from error
+        if self._palette is not None:
+            levels = self._palette[levels[0]].transpose(2, 0, 1)
+        return levels, self._valid_floats(levels, valid)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _small_cache() -> rasterio.Env:
+    """Return a context in which GDAL chooses the size of its cache, at its first use; a user's own choice stays."""
+    return rasterio.Env() if "GDAL_CACHEMAX" in os.environ else rasterio.Env(GDAL_CACHEMAX=_CACHE_MB)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the message of GDAL, which rasterio has as the cause of its own."""
+    return one_line(error.__cause__ or error, 200)
+
+
+def _palette(file) -> np.ndarray:
+    """Return the colours of the first band, uint8 (256, 3)."""
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for level, colour in file.colormap(1).items():
+        if level < 256:
+            palette[level] = colour[:3]
+    return palette

@@ -1,0 +1,255 @@
+"""Images of any size, read window by window: GeoTIFF, TIFF pyramids of microscopes, and any other image file.
+
+GeoTIFF and what else GDAL opens is read by rasterio (extra `geo`), pyramids and TIFF without it by tifffile (extra
+`tiff`). All other formats cannot be read in parts: they are loaded whole, as everywhere in this package.
+
+8-bit levels are kept. Others are scaled linearly to 8 bits, with one scale for all bands and all windows: between the
+percentiles of the levels of the whole file, as `levels.stretch` has them.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .levels import TAIL
+from .preprocessing import image_tensor
+from .reading import ImageError, check_file, open_image
+
+
+Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 lie behind the last pixel
+
+# Suffixes that only tifffile reads well, and those that only GDAL does.
+PYRAMIDS = (".svs", ".ndpi", ".scn", ".qptiff", ".bif", ".btf", ".ome.tif", ".ome.tiff", ".lsm")
+_GDAL_ONLY = (".vrt", ".img", ".ecw", ".jp2")
+_TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_GEO_KEYS = 34735  # the tag of a GeoTIFF's coordinate system
+_STRIP_PIXELS = 1 << 23  # read at once where the whole file is read
+_NUM_BINS = 1 << 16
+_TOO_LARGE = 1e30  # fill values of GIS, see `levels`
+
+
+class LevelRange(NamedTuple):
+    """Levels that become 0 and 255."""
+
+    low: float
+    high: float
+
+
+class Raster(ABC):
+    """An image that is read window by window, with its place on the earth if it has one.
+
+    Args:
+        path: the file, for messages.
+        size: (height, width).
+        num_bands: of the file.
+        bands: numbers of one or three bands, from 1. Default: the first three, or the first one where there are fewer.
+        dtype: of the levels.
+
+    Attributes:
+        height, width: in pixels.
+        bands: the numbers of the bands that are read.
+        crs: the coordinate system as WKT, or None.
+        epsg: its number in EPSG's list, or None.
+        transform: (a, b, c, d, e, f): a pixel edge (x, y) lies at (a x + b y + c, d x + e y + f) in the coordinate
+            system, or None.
+        notes: sentences about the file that a user should read.
+        level_range: see `find_range`.
+
+    Raises:
+        ImageError: for bands that are not in the file, and levels that are no numbers.
+    """
+
+    crs: str | None = None
+    epsg: int | None = None
+    transform: tuple[float, float, float, float, float, float] | None = None
+
+    def __init__(
+        self, path: Path | str, size: tuple[int, int], num_bands: int, bands: Sequence[int] | None, dtype: np.dtype
+    ):
+        self.path, (self.height, self.width), self.dtype = path, size, np.dtype(dtype)
+        self.notes: list[str] = []
+        self.level_range: LevelRange | None = None
+        if min(size) < 1:
+            raise ImageError(f"{path}: has no pixels.")
+        if self.dtype.kind not in "uifb":
+            raise ImageError(f"{path}: its levels are {self.dtype}, and must be integers or floats.")
+        if bands is None:
+            bands = (1, 2, 3) if num_bands >= 3 else (1,)
+        if len(bands) not in (1, 3) or not all(1 <= band <= num_bands for band in bands):
+            raise ImageError(
+                f"{path}: bands {','.join(map(str, bands))} cannot be read: give one or three numbers from 1 to "
+                f"{num_bands}, the bands of this file."
+            )
+        self.bands = tuple(bands)
+
+    @abstractmethod
+    def read_levels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Return the levels (bands, h, w) of a window, and where they are measurements, bool (h, w).
+
+        Raises:
+            ImageError: for a part of the file that cannot be read.
+        """
+
+    def close(self) -> None:  # noqa: B027  an array has nothing to close
+        """Close the file."""
+
+    def read(self, window: Window) -> tuple[torch.Tensor, np.ndarray]:
+        """Return a window as uint8 (3, h, w), black where there is no data, and where there is data, bool (h, w)."""
+        levels, valid = self.read_levels(window)
+        if self.dtype.kind == "b":
+            levels = levels.astype(np.uint8) * 255
+        elif self.dtype != np.uint8:
+            low, high = self.level_range or self.find_range()
+            levels = np.where(valid, levels, low).astype(np.float32)
+            levels = np.rint(((levels - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
+        if not valid.all():
+            levels = np.where(valid, levels, np.uint8(0))
+        tensor = torch.from_numpy(np.ascontiguousarray(levels))
+        return (tensor.expand(3, -1, -1) if len(tensor) == 1 else tensor), valid
+
+    def find_range(self) -> LevelRange:
+        """Find the levels that become 0 and 255, in one pass through the file, or two for floats and 32 bits.
+
+        0.5 % of the levels are clipped at each end, unless all others are equal. A constant image is scaled as 16 bits.
+
+        Raises:
+            ImageError: for a file without any data.
+        """
+        if self.level_range is None:
+            if self.dtype.kind in "ui" and self.dtype.itemsize <= 2:
+                edges = (float(np.iinfo(self.dtype).min), float(np.iinfo(self.dtype).max) + 1)
+            else:
+                low, high = np.inf, -np.inf
+                for values in self._values():
+                    low, high = min(low, float(values.min())), max(high, float(values.max()))
+                edges = (low, high)
+            self.level_range = self._range(*edges)
+        return self.level_range
+
+    def _range(self, low: float, high: float) -> LevelRange:
+        """Return the percentiles of the levels, which lie between `low` and `high`."""
+        counts = np.zeros(_NUM_BINS, dtype=np.int64)
+        width = (high - low) / _NUM_BINS if high > low else 1.0
+        for values in self._values():
+            bins = ((values.astype(np.float64) - low) / width).astype(np.int64).clip(0, _NUM_BINS - 1)
+            counts += np.bincount(bins, minlength=_NUM_BINS)
+        total = int(counts.sum())
+        if not total:
+            raise ImageError(f"{self.path}: holds no data at all.")
+        cumulative, tail = np.cumsum(counts), int(TAIL * total)
+        first, last = np.searchsorted(cumulative, [tail, total - 1 - tail], side="right")
+        if first == last:
+            first, last = np.flatnonzero(counts)[[0, -1]]
+        if first == last:
+            return LevelRange(0.0, 65535.0)
+        is_exact = self.dtype.kind in "ui" and self.dtype.itemsize <= 2
+        shift = 0.0 if is_exact else 0.5  # the middle of a bin
+        return LevelRange(low + (first + shift) * width, low + (last + shift) * width)
+
+    def _values(self) -> Iterator[np.ndarray]:
+        """Yield all levels that are measurements, strip by strip."""
+        rows = max(1, _STRIP_PIXELS // self.width)
+        for top in range(0, self.height, rows):
+            levels, valid = self.read_levels((0, top, self.width, min(top + rows, self.height)))
+            values = levels[:, valid]
+            if values.size:
+                yield values.ravel()
+
+    def _valid_floats(self, levels: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+        """Return where all bands hold measurements, given where the file says so."""
+        valid = np.ones(levels.shape[1:], dtype=bool) if valid is None else valid
+        return valid & (np.abs(levels) < _TOO_LARGE).all(axis=0) if self.dtype.kind == "f" else valid
+
+
+class ArrayRaster(Raster):
+    """An image in memory.
+
+    Args:
+        image: as `images.preprocessing.image_tensor` takes it.
+        path: the file that it came from, for messages.
+        bands: as in `Raster`.
+    """
+
+    def __init__(self, image, path: Path | str = "the image", bands: Sequence[int] | None = None):
+        self.pixels = image_tensor(image)
+        size = self.pixels.shape[-2], self.pixels.shape[-1]
+        super().__init__(path, size, len(self.pixels), bands, np.dtype(np.uint8))
+
+    def read_levels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        x1, y1, x2, y2 = window
+        levels = self.pixels[[band - 1 for band in self.bands], y1:y2, x1:x2].cpu().numpy()
+        return levels, np.ones(levels.shape[1:], dtype=bool)
+
+
+def open_raster(path: str | os.PathLike, bands: Sequence[int] | None = None, level: int = 0) -> Raster:
+    """Open an image file for reading in windows.
+
+    Args:
+        path: the file.
+        bands: numbers of one or three bands, from 1; see `Raster`.
+        level: of a pyramid; 0 is the full size.
+
+    Raises:
+        ImageError: for a file that cannot be read, bands or a level that it does not have, and a missing extra.
+    """
+    path = Path(path)
+    check_file(path)
+    name = path.name.lower()
+    if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+        raise ImageError(f"level={level!r} must be 0, the full size, or the number of a smaller level.")
+    with path.open("rb") as file:
+        is_tiff = file.read(4) in _TIFF_HEADERS
+    has_rasterio, has_tifffile = _is_installed("rasterio"), _is_installed("tifffile")
+    if name.endswith(PYRAMIDS):
+        if not has_tifffile:
+            raise ImageError(f"{path}: needs tifffile: pip install 'samlight-hf[tiff]'.")
+        return _open_tiff(path, bands, level)
+    if has_rasterio and (is_tiff or name.endswith(_GDAL_ONLY)):
+        return _open_geo(path, bands, level)
+    if is_tiff and _has_geo_keys(path):
+        raise ImageError(f"{path}: is a GeoTIFF and needs rasterio: pip install 'samlight-hf[geo]'.")
+    if is_tiff and has_tifffile:
+        return _open_tiff(path, bands, level)
+    if level:
+        fix = "pip install 'samlight-hf[tiff]'" if is_tiff else "use level 0"
+        raise ImageError(f"{path}: has no level {level} that can be read: {fix}.")
+    try:
+        return ArrayRaster(open_image(path), path, bands)
+    except ImageError as error:
+        if is_tiff and "pixels" in str(error):
+            raise ImageError(f"{error} In parts it is read by: pip install 'samlight-hf[tiff]'.") from error
+        raise
+
+
+def _open_tiff(path: Path, bands: Sequence[int] | None, level: int) -> Raster:
+    from .tiff_rasters import TiffRaster
+
+    return TiffRaster(path, bands, level)
+
+
+def _open_geo(path: Path, bands: Sequence[int] | None, level: int) -> Raster:
+    from .geo_rasters import GeoRaster
+
+    return GeoRaster(path, bands, level)
+
+
+def _is_installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+def _has_geo_keys(path: Path) -> bool:
+    """Return whether a TIFF names a coordinate system; False for a file that Pillow cannot open."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return _GEO_KEYS in getattr(image, "tag_v2", {})
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False

@@ -1,0 +1,287 @@
+"""Objects from the masks of overlapping tiles: one mask for each object, also where a seam goes through it.
+
+Masks of neighbouring tiles are compared where the tiles overlap: two of them with a high IoU there are one object. Of
+its masks, one that is complete (that does not end at a border where the image goes on) stands for the object; where
+each of them is cut, as with an object larger than the overlap, their union does. A mask that is cut, has no partner,
+and lies mostly where a neighbouring tile sees more, is a fragment and is left out. Last, of objects whose boxes overlap
+the best are kept, as in crops.
+
+At any time only the masks of about two rows of tiles are decoded.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..images.rasters import Window
+from ..masks.results import GeneratedMasks
+from ..masks.spans import SpanMask, run_length_masks
+from .tiles import Tile, TileGrid, TileStore
+
+
+_CUT_TOLERANCE = 1 / 256  # of the tile's side: a mask's edge is as exact as the logits, a quarter of the tile's tokens
+
+
+@dataclass(frozen=True, eq=False)
+class TiledObject:
+    """One object of a large image.
+
+    Attributes:
+        mask: its pixels.
+        score: predicted IoU of its best mask.
+        stability_score: of the same mask.
+        point_xy: prompt of the same mask, in pixels of the image.
+        tile_box_xyxy: the tile of the same mask.
+        num_tiles: tiles whose masks it was merged from.
+        is_cut: it may go on beyond a straight edge, since a tile ended there and its neighbour found no partner.
+    """
+
+    mask: SpanMask
+    score: float
+    stability_score: float
+    point_xy: tuple[float, float]
+    tile_box_xyxy: Window
+    num_tiles: int
+    is_cut: bool
+
+
+def merge_tiles(grid: TileGrid, store: TileStore, nms_iou: float = 0.7) -> Iterator[TiledObject]:
+    """Merge the masks of all tiles to objects, see the top of this file.
+
+    Args:
+        grid: the tiles, all of which are in the store.
+        store: holds their masks.
+        nms_iou: of objects whose boxes have an IoU above it only the best one is kept.
+
+    Yields:
+        The objects, in the order of their first tiles.
+    """
+    groups = _Groups(grid)
+    tiles = _Decoded(grid, store)
+    for tile in grid:
+        groups.add(tiles.of(tile))
+        for down, across in ((0, -1), (-1, -1), (-1, 0), (-1, 1)):
+            neighbour = grid.at(tile.row + down, tile.column + across)
+            if neighbour is not None:
+                groups.match(tiles.of(neighbour), tiles.of(tile))
+    boxes, scores, members = [], [], []
+    for group in groups.objects():
+        merged = _merged(tiles.of_group(group), grid)
+        if merged is not None:
+            boxes.append(merged.mask.box_xyxy)
+            scores.append(merged.score)
+            members.append(group)
+    for index in _without_duplicates(boxes, scores, nms_iou):  # merged once more: all masks at once may be too many
+        merged = _merged(tiles.of_group(members[index]), grid)
+        assert merged is not None
+        yield merged
+
+
+def generated_masks(objects: list[TiledObject], height: int, width: int) -> GeneratedMasks:
+    """Return objects as the masks of one image of height x width pixels, the best first."""
+    objects = sorted(objects, key=lambda one: -one.score)
+    column = lambda values, width: np.array(values, dtype=np.float32).reshape(len(objects), *width)  # noqa: E731
+    return GeneratedMasks(
+        run_length_masks([one.mask for one in objects], height, width),
+        column([one.score for one in objects], ()),
+        column([one.mask.box_xyxy for one in objects], (4,)),
+        column([one.stability_score for one in objects], ()),
+        column([one.point_xy for one in objects], (2,)),
+        column([one.tile_box_xyxy for one in objects], (4,)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _TileMask:
+    """A mask of a tile in the image's pixels, and which of the tile's sides (left, top, right, bottom) cut it."""
+
+    tile: Tile
+    index: int
+    mask: SpanMask
+    area: int
+    score: float
+    stability_score: float
+    point_xy: tuple[float, float]
+    cut: tuple[bool, bool, bool, bool]
+
+
+@dataclass(frozen=True, eq=False)
+class _TileMasks:
+    tile: Tile
+    masks: list[_TileMask]
+    clipped: dict[Window, list[tuple[SpanMask, int]]] = field(default_factory=dict)
+
+    def within(self, box: Window) -> list[tuple[SpanMask, int]]:
+        """Return the part of each mask within a box, with its area."""
+        if box not in self.clipped:
+            parts = [mask.mask.clip(box) for mask in self.masks]
+            self.clipped[box] = [(part, part.area) for part in parts]
+        return self.clipped[box]
+
+
+class _Decoded:
+    """The masks of tiles as spans; only those of about two rows of tiles are kept."""
+
+    def __init__(self, grid: TileGrid, store: TileStore):
+        self.grid, self.store = grid, store
+        self._kept: OrderedDict[tuple[int, int], _TileMasks] = OrderedDict()
+        self._most = 2 * grid.shape[1] + 2
+
+    def of(self, tile: Tile) -> _TileMasks:
+        if tile[:2] not in self._kept:
+            self._kept[tile[:2]] = self._decode(tile)
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(tile[:2])
+        return self._kept[tile[:2]]
+
+    def of_group(self, group: "list[_Key]") -> list[_TileMask]:
+        """Return the masks of a group."""
+        tiles = [(self.grid.at(*place), index) for place, index in group]
+        return [self.of(tile).masks[index] for tile, index in tiles if tile is not None]
+
+    def _decode(self, tile: Tile) -> _TileMasks:
+        masks, (x1, y1, x2, y2) = self.store.get(tile), tile.box_xyxy
+        tolerance = math.ceil(self.grid.settings.size * _CUT_TOLERANCE)
+        inner = x1 > 0, y1 > 0, x2 < self.grid.width, y2 < self.grid.height  # sides beyond which the image goes on
+        decoded = []
+        for index in range(len(masks)):
+            mask = SpanMask.from_runs(masks.masks.runs_of(index), y2 - y1, (x1, y1), self.grid.height)
+            left, top, right, bottom = mask.box_xyxy
+            near = left - x1, top - y1, x2 - right, y2 - bottom
+            cut = tuple(is_inner and distance < tolerance for is_inner, distance in zip(inner, near))
+            x, y = masks.points_xy[index].tolist()
+            decoded.append(
+                _TileMask(
+                    tile, index, mask, mask.area, float(masks.scores[index]), float(masks.stability_scores[index]),
+                    (x + x1, y + y1), cut,  # type: ignore[arg-type]  # four of them
+                )
+            )  # fmt: skip
+        return _TileMasks(tile, decoded)
+
+
+_Key = tuple[tuple[int, int], int]  # a tile's place and the mask's index
+
+
+class _Groups:
+    """Masks of different tiles that are one object, as a union-find forest; a group has one mask of a tile at most."""
+
+    def __init__(self, grid: TileGrid):
+        self.match_iou = grid.settings.match_iou
+        self._parent: dict[_Key, _Key] = {}
+        self._members: dict[_Key, list[_Key]] = {}
+
+    def add(self, masks: _TileMasks):
+        for mask in masks.masks:
+            key = masks.tile[:2], mask.index
+            self._parent[key], self._members[key] = key, [key]
+
+    def match(self, first: _TileMasks, second: _TileMasks):
+        """Join the masks of two tiles that agree where the tiles overlap, the best pairs first, each mask once."""
+        box = _overlap(first.tile.box_xyxy, second.tile.box_xyxy)
+        if box is None:
+            return
+        pairs = []
+        seconds = [(j, *part) for j, part in enumerate(second.within(box)) if part[1]]
+        for i, (part, area) in enumerate(first.within(box)):
+            for j, other, other_area in seconds:
+                # Areas bound the IoU from above, and most pairs are apart.
+                if min(area, other_area) < self.match_iou * max(area, other_area) or not area:
+                    continue
+                if _overlap(part.box_xyxy, other.box_xyxy) is None:
+                    continue
+                both = part.intersection(other)
+                iou = both / (area + other_area - both)
+                if iou >= self.match_iou:
+                    pairs.append((iou, first.masks[i].score + second.masks[j].score, i, j))
+        taken: tuple[set[int], set[int]] = set(), set()
+        for _, _, i, j in sorted(pairs, reverse=True):
+            if i not in taken[0] and j not in taken[1] and self._join((first.tile[:2], i), (second.tile[:2], j)):
+                taken[0].add(i)
+                taken[1].add(j)
+
+    def _join(self, key: _Key, other: _Key) -> bool:
+        root, other_root = self._root(key), self._root(other)
+        if root == other_root:
+            return True
+        members, others = self._members[root], self._members[other_root]
+        if {place for place, _ in members} & {place for place, _ in others}:
+            return False
+        self._parent[other_root] = root
+        self._members[root] = members + self._members.pop(other_root)
+        return True
+
+    def _root(self, key: _Key) -> _Key:
+        while self._parent[key] != key:
+            self._parent[key] = key = self._parent[self._parent[key]]
+        return key
+
+    def objects(self) -> list[list[_Key]]:
+        """Return the groups, in the order of their first tiles."""
+        return sorted(sorted(members) for members in self._members.values())
+
+
+def _merged(masks: list[_TileMask], grid: TileGrid) -> TiledObject | None:
+    """Return the object that masks of several tiles show, or None for a fragment."""
+    complete = [mask for mask in masks if not any(mask.cut)]
+    best = max(masks, key=lambda mask: mask.score)
+    union = SpanMask.union([mask.mask for mask in masks])
+    is_cut = False
+    if complete:
+        chosen = max(complete, key=lambda mask: mask.score)
+        # Where another tile sees the object go on, a mask that ends earlier is not complete.
+        if chosen.area >= 0.7 * union.area:
+            union, best = chosen.mask, chosen
+    elif len(masks) == 1:
+        if _is_fragment(masks[0], grid):
+            return None
+        is_cut = True
+    else:
+        is_cut = _ends_at_a_seam(masks)
+    return TiledObject(
+        union, best.score, best.stability_score, best.point_xy, best.tile.box_xyxy, len(masks), is_cut
+    )  # fmt: skip
+
+
+def _ends_at_a_seam(masks: list[_TileMask]) -> bool:
+    """Return whether one of the masks is cut at a side beyond which none of the other tiles goes on."""
+    for mask in masks:
+        edges = mask.tile.box_xyxy
+        others = [other.tile.box_xyxy for other in masks if _overlap(other.tile.box_xyxy, edges) and other is not mask]
+        for side, is_cut in enumerate(mask.cut):
+            beyond = [box[side] > edges[side] if side > 1 else box[side] < edges[side] for box in others]
+            if is_cut and not any(beyond):
+                return True
+    return False
+
+
+def _is_fragment(mask: _TileMask, grid: TileGrid) -> bool:
+    """Return whether a cut mask lies mostly in the overlaps at the sides that cut it, where a neighbour sees more."""
+    shared = 0
+    for side, (down, across) in enumerate(((0, -1), (-1, 0), (0, 1), (1, 0))):
+        neighbour = grid.at(mask.tile.row + down, mask.tile.column + across)
+        if mask.cut[side] and neighbour is not None:
+            box = _overlap(mask.tile.box_xyxy, neighbour.box_xyxy)
+            shared = max(shared, 0 if box is None else mask.mask.clip(box).area)
+    return shared > 0.5 * mask.area
+
+
+def _overlap(box: Window, other: Window) -> Window | None:
+    """Return the intersection of two boxes, or None where there is none."""
+    x1, y1 = max(box[0], other[0]), max(box[1], other[1])
+    x2, y2 = min(box[2], other[2]), min(box[3], other[3])
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def _without_duplicates(boxes: list[Window], scores: list[float], nms_iou: float) -> list[int]:
+    """Return the indices of the objects that stay, in order."""
+    from torchvision.ops import nms
+
+    if not boxes:
+        return []
+    kept = nms(torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32), nms_iou)
+    return sorted(kept.tolist())

@@ -1,0 +1,140 @@
+"""Windows of files are what the whole file holds, whatever its layout; levels are those of the whole file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samlight_hf.images.levels import stretch
+from samlight_hf.images.rasters import ArrayRaster, open_raster
+from samlight_hf.images.reading import ImageError
+
+
+BOX = (33, 41, 99, 87)  # across blocks of 32 and 64
+random = np.random.default_rng(0)
+
+
+def pixels_of(shape, dtype=np.uint16) -> np.ndarray:
+    return (random.random(shape) * 200).astype(dtype)
+
+
+def window(levels: np.ndarray) -> np.ndarray:
+    x1, y1, x2, y2 = BOX
+    return levels[..., y1:y2, x1:x2]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tile": (32, 64)}, {"tile": (64, 64), "compression": "zlib", "predictor": True}, {"rowsperstrip": 7}, {},
+        {"tile": (64, 64), "compression": "jpeg"}, {"tile": (64, 64), "compression": "lzw"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.ome.tif", "a.svs"])
+@pytest.mark.parametrize(("shape", "kind"), [((110, 130), "grey"), ((110, 130, 3), "rgb"), ((3, 110, 130), "planes")])
+def test_windows_of_tiff(tmp_path, layout, name, shape, kind):
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("imagecodecs")
+    pixels = pixels_of(shape, np.uint8 if layout.get("compression") == "jpeg" else np.uint16)
+    photometric = "rgb" if kind == "rgb" else "minisblack"
+    tifffile.imwrite(tmp_path / name, pixels, photometric=photometric, ome=name.endswith(".ome.tif"), **layout)
+    whole = tifffile.imread(tmp_path / name)  # JPEG has changed it
+    whole = whole[None] if kind == "grey" else np.moveaxis(whole, -1, 0) if kind == "rgb" else whole
+    raster = open_raster(tmp_path / name)
+    assert (raster.height, raster.width) == (110, 130)
+    levels, valid = raster.read_levels(BOX)
+    np.testing.assert_array_equal(levels, window(whole))
+    assert valid.all()
+    if kind != "grey":
+        levels, _ = open_raster(tmp_path / name, bands=(3,)).read_levels(BOX)
+        np.testing.assert_array_equal(levels, window(whole[2:]))
+
+
+def test_imagej_stacks_and_axes_that_cannot_be_read(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    planes = pixels_of((3, 110, 130))
+    tifffile.imwrite(tmp_path / "a.lsm", planes, imagej=True, metadata={"axes": "CYX"})
+    np.testing.assert_array_equal(open_raster(tmp_path / "a.lsm").read_levels(BOX)[0], window(planes))
+    tifffile.imwrite(tmp_path / "b.ome.tif", pixels_of((2, 3, 50, 60)), metadata={"axes": "ZCYX"})
+    with pytest.raises(ImageError, match=r"b.ome.tif: has the axes ZCYX of 2x3x50x60: only one plane with channels"):
+        open_raster(tmp_path / "b.ome.tif")
+
+
+def test_a_truncated_pyramid_names_the_place(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "a.svs"
+    tifffile.imwrite(path, pixels_of((110, 130)), tile=(32, 32))
+    path.write_bytes(path.read_bytes()[:-100])
+    open_raster(path).read_levels((0, 0, 32, 32))
+    with pytest.raises(ImageError, match=r"a.svs: cannot be read at 96,64 to 130,110 \(tile 19 has 1948 of 2048 bytes"):
+        open_raster(path).read_levels((96, 64, 130, 110))
+    path.write_bytes(b"II*\0" + bytes(100))
+    with pytest.raises(ImageError, match="a.svs: cannot be opened"):
+        open_raster(path)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png"])
+def test_other_files_and_arrays(tmp_path, suffix):
+    pixels = pixels_of((110, 130, 3), np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).save(path)
+    for raster in (open_raster(path), ArrayRaster(pixels), ArrayRaster(torch.from_numpy(pixels.transpose(2, 0, 1)))):
+        tensor, valid = raster.read(BOX)
+        np.testing.assert_array_equal(tensor, window(pixels.transpose(2, 0, 1)))
+        assert tensor.dtype == torch.uint8
+        assert valid.shape == (46, 66)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.float32])
+def test_levels_are_scaled_as_those_of_small_images(tmp_path, dtype):
+    """Between the percentiles of the whole file, within a level of `stretch`, which sees it at once."""
+    rasterio = pytest.importorskip("rasterio")
+    levels = (random.normal(3000, 500, (1, 110, 130))).astype(dtype)
+    levels[0, 0, :3] = 30_000  # hot pixels, fewer than 0.5 %
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", width=130, height=110, count=1, dtype=dtype, nodata=-9999 if
+        np.dtype(dtype).kind != "u" else 0, crs="EPSG:4326", transform=rasterio.Affine(1e-3, 0, 7, 0, -1e-3, 50),
+    ) as file:  # fmt: skip
+        file.write(levels)
+    expected, _ = stretch(levels[0])
+    tensor, _ = open_raster(tmp_path / "a.tif").read(BOX)
+    difference = np.abs(tensor[0].numpy().astype(int) - window(expected))
+    assert difference.max() <= 1
+    assert (difference == 0).mean() > 0.95 or dtype == np.float32
+
+
+def test_palettes_alpha_and_masks(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    options = {"driver": "GTiff", "width": 130, "height": 110, "dtype": "uint8", "crs": "EPSG:32633",
+               "transform": rasterio.Affine(1, 0, 5, 0, -1, 9)}  # fmt: skip
+    levels = pixels_of((4, 110, 130), np.uint8)
+    with rasterio.open(tmp_path / "palette.tif", "w", count=1, photometric="palette", **options) as file:
+        file.write(levels[:1])
+        file.write_colormap(1, {level: (level, 255 - level, 7, 255) for level in range(256)})
+    read, _ = open_raster(tmp_path / "palette.tif").read_levels(BOX)
+    level = window(levels[0])
+    np.testing.assert_array_equal(read, np.stack([level, 255 - level, np.full_like(level, 7)]))
+    levels[3] = 255 * (levels[3] > 50)
+    with rasterio.open(tmp_path / "alpha.tif", "w", count=4, photometric="rgb", alpha="yes", **options) as file:
+        file.write(levels)
+    raster = open_raster(tmp_path / "alpha.tif")
+    read, valid = raster.read_levels(BOX)
+    np.testing.assert_array_equal(read, window(levels[:3]))
+    np.testing.assert_array_equal(valid, window(levels[3]) > 0)
+    assert raster.read(BOX)[0].numpy()[:, ~valid].max() == 0
+
+
+def test_files_and_levels_that_cannot_be(tmp_path):
+    (tmp_path / "empty.tif").touch()
+    (tmp_path / "damaged.tif").write_bytes(b"II*\0" + bytes(50))
+    Image.fromarray(pixels_of((10, 10, 3), np.uint8)).save(tmp_path / "a.png")
+    for path, level, message in (
+        ("none.tif", 0, "no such file"), ("empty.tif", 0, "the file is empty"), (".", 0, "is a folder"),
+        ("damaged.tif", 0, "cannot be opened"), ("a.png", 1, "has no level 1 that can be read: use level 0"),
+        ("a.png", -1, "level=-1 must be 0"),
+    ):  # fmt: skip
+        with pytest.raises(ImageError, match=message):
+            open_raster(tmp_path / path, level=level)
+    with pytest.raises(ImageError, match="bands 4 cannot be read: give one or three numbers from 1 to 3"):
+        open_raster(tmp_path / "a.png", bands=(4,))
