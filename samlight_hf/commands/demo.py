@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..utils.json_files import read_json
 from .options import (
-    BUNDLED_THRESHOLDS,
     EXAMPLE_IMAGES,
     add_model_arguments,
     load_from_options,
@@ -50,10 +49,7 @@ def run_demo(args: argparse.Namespace) -> int:
     make_folder(args.out)
     model, processor = load_from_options(model_path, args)
     predictor, generator = Predictor(model, processor), MaskGenerator(model, processor)
-    pred_iou_thresh, stability_score_thresh = BUNDLED_THRESHOLDS
-    settings = MaskGenerationSettings(
-        DEMO_POINTS_PER_SIDE, pred_iou_thresh=pred_iou_thresh, stability_score_thresh=stability_score_thresh
-    )
+    settings = MaskGenerationSettings(DEMO_POINTS_PER_SIDE)
     summary = Summary(args.out, columns=3)
     examples = read_json(prompts_file, dict)
     for name, prompts in progress(examples.items(), len(examples)):

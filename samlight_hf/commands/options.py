@@ -11,11 +11,6 @@ BUNDLED_CHECKPOINT = _CLONE / "checkpoints" / "sam-lightening-tiny"
 EXAMPLE_IMAGES = _CLONE / "examples" / "images"
 EXAMPLE_CONFIGS = _CLONE / "examples" / "configs"
 
-# Thresholds of predicted IoU and stability in everything mode.
-DEFAULT_THRESHOLDS = 0.88, 0.95
-# The bundled checkpoint was trained briefly and scores low: SAM's thresholds would keep almost none of its masks.
-BUNDLED_THRESHOLDS = 0.5, 0.65
-
 
 def model_path_of(model: str | None) -> str:
     """Return the value of `--model`, or the bundled checkpoint's folder. Raises ArgumentTypeError outside a clone."""
@@ -35,17 +30,6 @@ def load_from_options(model_path: str, args: argparse.Namespace):
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return load_model(model_path, str(device), dtype)
-
-
-def thresholds_of(args: argparse.Namespace, model_path: str) -> tuple[float, float]:
-    """Return the thresholds of predicted IoU and stability: those of the options, otherwise the model's defaults."""
-    bundled = Path(model_path).expanduser().resolve() == BUNDLED_CHECKPOINT
-    defaults = BUNDLED_THRESHOLDS if bundled else DEFAULT_THRESHOLDS
-    predicted_iou, stability = args.pred_iou_thresh, args.stability_score_thresh
-    return (
-        defaults[0] if predicted_iou is None else predicted_iou,
-        defaults[1] if stability is None else stability,
-    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser):

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import (
-    BUNDLED_THRESHOLDS,
-    DEFAULT_THRESHOLDS,
     add_model_arguments,
     load_from_options,
     make_folder,
@@ -29,7 +27,6 @@ from .options import (
     parse_not_negative,
     parse_point,
     parse_positive,
-    thresholds_of,
 )
 from .prompt_files import FORM, parse_points, prompts_from_options
 from .result_folder import RULE, Place, ResultFolder, identity_of
@@ -124,14 +121,14 @@ def _add_everything_arguments(parser: argparse.ArgumentParser):
     everything.add_argument(
         "--points-per-batch", type=parse_positive, metavar="N", help="points at once (what suits the device)"
     )
-    for option, what, default, bundled in (
-        ("--pred-iou-thresh", "predicted IoU", DEFAULT_THRESHOLDS[0], BUNDLED_THRESHOLDS[0]),
-        ("--stability-score-thresh", "stability", DEFAULT_THRESHOLDS[1], BUNDLED_THRESHOLDS[1]),
-    ):
-        everything.add_argument(
-            option, type=parse_fraction, metavar="T",
-            help=f"keep masks with a {what} above it ({default}; {bundled} for the bundled checkpoint)",
-        )  # fmt: skip
+    everything.add_argument(
+        "--pred-iou-thresh", type=parse_fraction, default=0.88, metavar="T",
+        help="keep masks with a predicted IoU above it (%(default)s)",
+    )  # fmt: skip
+    everything.add_argument(
+        "--stability-score-thresh", type=parse_fraction, default=0.95, metavar="T",
+        help="keep masks with a stability above it (%(default)s)",
+    )  # fmt: skip
     everything.add_argument(
         "--min-area", type=parse_positive, default=1, metavar="PIXELS", help="of a mask (%(default)s)"
     )
@@ -204,7 +201,7 @@ def _segment(
             results.begin(settings, root, to_do)
     if to_do:
         try:
-            segment = _segmenter(model, processor, args, model_path)
+            segment = _segmenter(model, processor, args)
             if args.tile:
                 run_tiled_jobs(to_do, segment, args, summary, results, replaced)
             else:
@@ -319,7 +316,7 @@ def _write_one_json(path: Path, documents: Sequence[Path]):
     print(f"COCO of {count(len(documents), 'image')}: {path}")
 
 
-def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
+def _segmenter(model, processor, args: argparse.Namespace):
     from ..inference.crops import MaskGenerationSettings
     from ..inference.mask_generation import MaskGenerator
     from ..inference.predictor import Predictor
@@ -330,19 +327,17 @@ def _segmenter(model, processor, args: argparse.Namespace, model_path: str):
         predictor = Predictor(model, processor, output="torch", max_memory_mb=args.max_memory_mb)
         return PromptSegmenter(predictor, min_areas)
     generator = MaskGenerator(model, processor, args.max_memory_mb, args.points_per_batch)
-    pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     settings = MaskGenerationSettings(
         args.points_per_side,
         args.crops_n_layers,
-        pred_iou_thresh=pred_iou_thresh,
-        stability_score_thresh=stability_score_thresh,
+        pred_iou_thresh=args.pred_iou_thresh,
+        stability_score_thresh=args.stability_score_thresh,
     )
     return EverythingSegmenter(generator, settings, args.min_area, args.max_masks, min_areas)
 
 
 def _settings(args: argparse.Namespace, model_path: str, prompts: "dict[Path, Prompts]") -> dict:
     """Return the settings that results depend on; the note keeps them, so that `--resume` can compare them."""
-    pred_iou_thresh, stability_score_thresh = thresholds_of(args, model_path)
     folder = Path(model_path).expanduser()
     weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
     later: dict = {  # which the notes of earlier versions lack: None stands for what these did
@@ -356,7 +351,7 @@ def _settings(args: argparse.Namespace, model_path: str, prompts: "dict[Path, Pr
         "the model's weights": _digest(weights),
         "--dtype": args.dtype, "--format": args.format,
         "--box": [*map(list, args.box)], "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
-        "--pred-iou-thresh": pred_iou_thresh, "--stability-score-thresh": stability_score_thresh,
+        "--pred-iou-thresh": args.pred_iou_thresh, "--stability-score-thresh": args.stability_score_thresh,
         "--min-area": args.min_area, "--max-masks": args.max_masks,
         **{name: value for name, value in later.items() if value},
     }  # fmt: skip

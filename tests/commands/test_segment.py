@@ -21,6 +21,7 @@ from samlight_hf import SamLighteningModel
 from samlight_hf.commands import cli
 from samlight_hf.commands import options as options_module
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.inference.crops import MaskGenerationSettings
 from samlight_hf.masks import files as mask_files
 from tests.conftest import tiny_config
 
@@ -496,14 +497,11 @@ def test_nothing_found_says_how_to_find_more(samlight, photos, checkpoint, tmp_p
     assert "No masks found: lower --pred-iou-thresh" in stdout
 
 
-def test_thresholds_suit_the_model_unless_they_are_given(tmp_path):
-    parse = cli.build_parser().parse_args
-    for options, model, expected in (
-        ([], BUNDLED_CHECKPOINT, options_module.BUNDLED_THRESHOLDS),
-        ([], tmp_path, options_module.DEFAULT_THRESHOLDS),
-        (["--pred-iou-thresh", "0"], BUNDLED_CHECKPOINT, (0, options_module.BUNDLED_THRESHOLDS[1])),
-    ):
-        assert options_module.thresholds_of(parse(["segment", "x.jpg", *options]), str(model)) == expected
+def test_default_thresholds_are_those_of_the_pipeline():
+    args = cli.build_parser().parse_args(["segment", "x.jpg"])
+    settings = MaskGenerationSettings()
+    assert args.pred_iou_thresh == settings.pred_iou_thresh
+    assert args.stability_score_thresh == settings.stability_score_thresh
 
 
 def test_demo(samlight, checkpoint, tmp_path):

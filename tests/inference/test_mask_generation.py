@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamImageProcessor, SamProcessor
 
 from samlight_hf import ImageError, MaskGenerationSettings, MaskGenerator, Predictor, SamLighteningModel
-from samlight_hf.commands.options import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.memory_budget import MemoryBudget
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
@@ -27,7 +27,7 @@ from samlight_hf.masks.results import GeneratedMasks
 from tests.conftest import tiny_config
 
 
-KEEP_MANY = {"pred_iou_thresh": BUNDLED_THRESHOLDS[0], "stability_score_thresh": BUNDLED_THRESHOLDS[1]}
+KEEP_MANY = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.65}
 KEEP_MORE = {"pred_iou_thresh": 0.2, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.99}
 KEEP_ALL = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "mask_threshold": 30.0}  # see the fixture `tiny`
 
