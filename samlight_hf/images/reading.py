@@ -105,18 +105,25 @@ def common_folder(paths: Iterable[str | os.PathLike]) -> Path | None:
         return None
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(
+    path: str | os.PathLike, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Read an image file as RGB, 8 bits, turned upright as its EXIF orientation says.
 
     Transparency is composited on white. Levels of more than 8 bits are stretched between robust percentiles, and a line
     is logged, see `levels.to_rgb`. Only the first frame of a file is read.
 
+    Args:
+        path: of the file, with any suffix.
+        max_pixels: the largest width times height. Default: `MAX_PIXELS`.
+        formats: Pillow's names of the formats that are tried. Default: all.
+
     Raises:
-        ImageError: for a file that does not exist, is not an image, is damaged, or has more than `MAX_PIXELS` pixels.
+        ImageError: for a file that does not exist, is not an image, is damaged, or has more than `max_pixels` pixels.
     """
     if _is_address(path):
         raise ImageError(_NO_ADDRESS.format(path))
-    path = Path(path)
+    path, max_pixels = Path(path), MAX_PIXELS if max_pixels is None else max_pixels
     if not path.exists():
         raise ImageError(f"{path}: no such file. Check the name.")
     if path.is_dir():
@@ -127,8 +134,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warning of the size, which is checked below
-            with Image.open(path) as image:
-                _check_size(path, *image.size)
+            with Image.open(path, formats=formats) as image:
+                _check_size(path, *image.size, max_pixels)
                 return to_rgb(image, str(path), upright=True)
     except ImageError:
         raise
@@ -136,7 +143,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{path}: more than {MAX_PIXELS:,} pixels, the limit here. Make it smaller, or cut it up."
+            f"{path}: more than {max_pixels:,} pixels, the limit here. Make it smaller, or cut it up."
         ) from error
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
@@ -198,9 +205,9 @@ def _remedy(hint: str | None) -> str:
     return "Convert it to JPEG or PNG" + (f", or: {hint}." if hint else ".")
 
 
-def _check_size(path: Path, width: int, height: int):
-    if width * height > MAX_PIXELS:
+def _check_size(path: Path, width: int, height: int, max_pixels: int):
+    if width * height > max_pixels:
         raise ImageError(
-            f"{path}: {width}x{height} is {width * height:,} pixels, and the limit is {MAX_PIXELS:,}. "
+            f"{path}: {width}x{height} is {width * height:,} pixels, and the limit is {max_pixels:,}. "
             "Make it smaller, or cut it up."
         )
