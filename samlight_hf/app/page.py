@@ -189,6 +189,8 @@ class Page:
     def _begin(self, opened: Callable[[], Session]) -> list:
         try:
             return self._show(opened(), with_image=True, rows=[])
+        except SessionClosed:  # the tab was closed meanwhile
+            return self._start_again()
         except ValueError as error:
             return self._start_again(one_line(error, 400))
         except (RuntimeError, MemoryError, OSError) as error:
@@ -300,6 +302,8 @@ def _add_api(page: Page):
             raise gr.Error("there is no image: give a file.", print_exception=False)
         try:
             return summary(page.open_upload(request.session_hash, image))
+        except SessionClosed as error:
+            raise gr.Error("another image was opened meanwhile.", print_exception=False) from error
         except ValueError as error:
             raise gr.Error(one_line(error), print_exception=False) from error
 

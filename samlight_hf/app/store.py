@@ -8,7 +8,7 @@ from collections.abc import Callable
 from PIL import Image
 
 from .limits import MEGABYTE, Limits
-from .session import Segmenter, Session, SessionError
+from .session import Segmenter, Session, SessionClosed, SessionError
 
 
 class SessionStore:
@@ -32,6 +32,7 @@ class SessionStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, tuple[Session, float]] = OrderedDict()  # the longest idle first
+        self._opening: dict[str, object] = {}  # what is being encoded, so that a tab closed meanwhile leaves nothing
         self._gone: OrderedDict[str, None] = OrderedDict()  # keys whose users may be told why
 
     def __len__(self) -> int:
@@ -48,10 +49,22 @@ class SessionStore:
         Raises:
             ValueError: For an image that is too thin for the model.
             SessionError: Without a key: two users without one would share a session.
+            SessionClosed: Where the key was dropped while the image was encoded, or another image was opened.
         """
-        key = _checked(key)
-        session = Session(self.segmenter, image, name, self.limits)
+        key, ticket = _checked(key), object()
         with self._lock:
+            self._opening[key] = ticket
+        try:
+            session = Session(self.segmenter, image, name, self.limits)
+        except BaseException:
+            with self._lock:
+                if self._opening.get(key) is ticket:
+                    del self._opening[key]
+            raise
+        with self._lock:
+            if self._opening.get(key) is not ticket:
+                raise SessionClosed
+            del self._opening[key]
             earlier = self._sessions.pop(key, None)
             self._sessions[key] = session, self._clock()
             self._gone.pop(key, None)
@@ -81,6 +94,7 @@ class SessionStore:
         """End the session of a key, where there is one, as when its tab is closed."""
         with self._lock:
             found = self._sessions.pop(key, None) if key else None
+            self._opening.pop(key or "", None)
         if key and found is not None:
             found[0].close()
             self.on_drop(key)

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from samlight_hf.modeling.image_processing_sam_lightening import SamLighteningImageProcessor
 
+from samlight_hf import SamLighteningModel
 from samlight_hf.app.limits import Limits
 from samlight_hf.app.session import Segmenter, Session
+from tests.conftest import tiny_config
 
 
 SIZE = 96, 64  # width, height
@@ -37,3 +40,10 @@ def limits() -> Limits:
 @pytest.fixture
 def session(segmenter, limits) -> Session:
     return Session(segmenter, noise(), "../photo of me.jpg", limits)
+
+
+@pytest.fixture(scope="module")
+def shared_segmenter() -> Segmenter:
+    torch.manual_seed(0)
+    model = SamLighteningModel(tiny_config()).eval()
+    return Segmenter(model, processor_of(model))

@@ -3,7 +3,7 @@
 import pytest
 
 from samlight_hf.app.limits import Limits
-from samlight_hf.app.session import SessionError
+from samlight_hf.app.session import SessionClosed, SessionError
 from samlight_hf.app.store import SessionStore
 
 from .conftest import noise
@@ -49,6 +49,32 @@ def test_a_closed_tab_drops_its_session(segmenter):
     assert session.is_closed and len(store) == 0 and store.num_bytes == 0 and dropped == ["a"]
     with pytest.raises(SessionError, match="open one first.$"):
         store.get("a")
+
+
+def test_a_tab_closed_while_its_image_is_encoded_leaves_nothing(segmenter, monkeypatch):
+    store, _, _ = store_of(segmenter)
+    encode = segmenter.encode
+    monkeypatch.setattr(segmenter, "encode", lambda image: (store.drop("a"), encode(image))[1])
+    with pytest.raises(SessionClosed):
+        store.open("a", noise(), "x.jpg")
+    assert len(store) == 0
+    monkeypatch.setattr(segmenter, "encode", encode)
+    assert store.open("a", noise(), "x.jpg") is store.get("a"), "a page that comes back begins again"
+
+
+def test_of_two_images_opened_at_once_the_later_stays(segmenter, monkeypatch):
+    store, _, _ = store_of(segmenter)
+    encode, later = segmenter.encode, []
+
+    def slow(image):
+        monkeypatch.setattr(segmenter, "encode", encode)
+        later.append(store.open("a", noise(2), "later.jpg"))
+        return encode(image)
+
+    monkeypatch.setattr(segmenter, "encode", slow)
+    with pytest.raises(SessionClosed):
+        store.open("a", noise(1), "first.jpg")
+    assert store.get("a") is later[0]
 
 
 def test_a_new_image_replaces_the_session(segmenter):
