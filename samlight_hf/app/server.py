@@ -17,6 +17,7 @@ from .session import Segmenter
 if TYPE_CHECKING:
     from .page import Page
 
+LOOPBACK = "127.0.0.1"
 _SWEEP_SECONDS = 15
 
 
@@ -59,7 +60,7 @@ def running(
     segmenter: Segmenter,
     model_name: str,
     *,
-    host: str = "127.0.0.1",
+    host: str = LOOPBACK,
     port: int = 7860,
     limits: Limits | None = None,
     thresholds: tuple[float, float] = (0.88, 0.95),
@@ -115,6 +116,18 @@ def running(
         finally:
             stopped.set()
             page.blocks.close(verbose=False)
+
+
+def serve(segmenter: Segmenter, model_name: str, *, host: str = LOOPBACK, **options):
+    """Serve the page until Ctrl-C, see `running`, and print where it is."""
+    with running(segmenter, model_name, host=host, **options) as server:
+        print(f"Open {server.url} in a browser. Ctrl-C stops the server.", flush=True)
+        if host != LOOPBACK:
+            print(f"It listens on {host}: whoever reaches this machine can use it.", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("Stopped.")
 
 
 @contextlib.contextmanager

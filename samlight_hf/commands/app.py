@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import threading
 from pathlib import Path
 
 from .options import (
@@ -17,12 +16,9 @@ from .options import (
 )
 
 
-LOOPBACK = "127.0.0.1"
-
-
 def add_app_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
-        "--host", default=LOOPBACK, help="address to listen on; 0.0.0.0 lets other machines in (%(default)s)"
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (%(default)s)"
     )
     parser.add_argument(
         "--port", type=parse_not_negative, default=7860, help="to listen on; 0 is any free one (%(default)s)"
@@ -61,7 +57,7 @@ def run_app(args: argparse.Namespace) -> int:
         ValueError: For a model that cannot be loaded.
     """
     from ..app.limits import Limits
-    from ..app.server import check_port, require_gradio, running
+    from ..app.server import check_port, require_gradio, serve
     from ..app.session import Segmenter
 
     try:
@@ -79,17 +75,10 @@ def run_app(args: argparse.Namespace) -> int:
     points_per_side = args.points_per_side or (8 if model.device.type == "cpu" else 32)
     limits = dataclasses.replace(limits, points_per_side=max(limits.points_per_side, points_per_side))
     name = model_path if model_path.count("/") == 1 and not Path(model_path).exists() else Path(model_path).name
-    with running(
+    serve(
         Segmenter(model, processor), name, host=args.host, port=args.port, limits=limits, examples=examples,
         thresholds=thresholds_of(args, model_path), points_per_side=points_per_side, in_browser=args.open,
-    ) as server:  # fmt: skip
-        print(f"Open {server.url} in a browser. Ctrl-C stops the server.", flush=True)
-        if args.host != LOOPBACK:
-            print(f"It listens on {args.host}: whoever reaches this machine can use it.", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("Stopped.")
+    )  # fmt: skip
     return 0
 
 
