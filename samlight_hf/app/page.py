@@ -99,7 +99,9 @@ class Page:
 
     def _build(self) -> gr.Blocks:
         limits = self.limits
-        with gr.Blocks(title="SAM-Lightening", analytics_enabled=False, delete_cache=(30, 60)) as blocks:
+        with gr.Blocks(
+            title="SAM-Lightening", analytics_enabled=False, fill_width=True, delete_cache=(30, 60)
+        ) as blocks:
             blocks.enable_monitoring = False
             gr.HTML(
                 '<div class="sl-header"><h1>SAM-Lightening</h1><p>Click on an object to segment it. '
