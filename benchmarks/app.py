@@ -78,6 +78,8 @@ def use(url: str, number: int, stop: threading.Event, log: Log, folder: Path):
                     log.call(client, "undo")
                     log.call(client, "keep", "object")
                 log.call(client, "download", chance.choice(["png", "labels", "coco", "yolo", "labelme", "cutout"]))
+                if chance.random() < 0.25:
+                    log.call(client, "everything", 2, 0.3, 0.5)
                 if stop.is_set():
                     return
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -119,10 +120,12 @@ def running(
 
 
 def serve(segmenter: Segmenter, model_name: str, *, host: str = LOOPBACK, **options):
-    """Serve the page until Ctrl-C, see `running`, and print where it is."""
+    """Serve the page until Ctrl-C or a SIGTERM, see `running`, and print where it is."""
+    with contextlib.suppress(ValueError):  # in another thread than the main one
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     with running(segmenter, model_name, host=host, **options) as server:
         print(f"Open {server.url} in a browser. Ctrl-C stops the server.", flush=True)
-        if host != LOOPBACK:
+        if host not in (LOOPBACK, "localhost", "::1"):
             print(f"It listens on {host}: whoever reaches this machine can use it.", flush=True)
         try:
             threading.Event().wait()

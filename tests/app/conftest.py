@@ -27,8 +27,10 @@ def noise(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
     return Image.fromarray(levels)
 
 
-@pytest.fixture
-def segmenter(model) -> Segmenter:
+@pytest.fixture(scope="session")
+def segmenter() -> Segmenter:
+    torch.manual_seed(0)
+    model = SamLighteningModel(tiny_config()).eval()
     return Segmenter(model, processor_of(model))
 
 
@@ -40,10 +42,3 @@ def limits() -> Limits:
 @pytest.fixture
 def session(segmenter, limits) -> Session:
     return Session(segmenter, noise(), "../photo of me.jpg", limits)
-
-
-@pytest.fixture(scope="module")
-def shared_segmenter() -> Segmenter:
-    torch.manual_seed(0)
-    model = SamLighteningModel(tiny_config()).eval()
-    return Segmenter(model, processor_of(model))

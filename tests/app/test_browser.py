@@ -386,6 +386,22 @@ def _middle(tab) -> tuple[float, float]:
     return bounds["x"] + bounds["width"] / 2, bounds["y"] + bounds["height"] / 2
 
 
+def test_a_fault_of_the_server_and_a_full_queue_are_told(server, tab, monkeypatch):
+    tab.pick()
+    monkeypatch.setattr(tab.session, "add_points", {}.__getitem__, raising=False)  # a bug: TypeError
+    tab.page.mouse.click(*_middle(tab))
+    tab.wait_for_status("could not do this")
+    monkeypatch.undo()
+    monkeypatch.setattr(server.page.blocks._queue, "max_size", 0)
+    tab.page.mouse.click(*_middle(tab))
+    tab.page.wait_for_function("!document.querySelector('.sl-busy')")
+    sync_api.expect(tab.page.locator(".toast-body").first).to_contain_text("ueue")
+    monkeypatch.undo()
+    tab.errors.clear()
+    tab.click(EYE)
+    assert len(tab.session.state.prompt.points) == 1
+
+
 def test_a_new_image_replaces_the_old_one(tab):
     tab.pick("cat")
     tab.click(EYE)

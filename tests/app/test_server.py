@@ -5,7 +5,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -19,8 +22,9 @@ from PIL import Image
 from samlight_hf.app.limits import Limits
 from samlight_hf.app.server import check_port, running
 from samlight_hf.commands import cli
+from samlight_hf.loading import load_model
 
-from .conftest import noise
+from .conftest import noise, processor_of
 
 
 gradio = pytest.importorskip("gradio", reason="the app's server needs gradio")
@@ -33,8 +37,8 @@ LIMITS = Limits(upload_mb=1, pixels=400_000, sessions=8, queue=6, points_per_sid
 
 
 @pytest.fixture(scope="module")
-def server(shared_segmenter):
-    with running(shared_segmenter, "a/<b>model</b>", port=0, limits=LIMITS, points_per_side=3) as server:
+def server(segmenter):
+    with running(segmenter, "a/<b>model</b>", port=0, limits=LIMITS, points_per_side=3) as server:
         yield server
 
 
@@ -273,15 +277,30 @@ def test_the_name_of_the_model_is_text(server):
     assert "a/&lt;b&gt;model&lt;/b&gt;" in page and "<b>model" not in page
 
 
-def test_nothing_is_left(shared_segmenter):
+def test_nothing_is_left(segmenter):
     before = os.environ.get("GRADIO_TEMP_DIR")
-    with running(shared_segmenter, "m", port=0) as server:
+    with running(segmenter, "m", port=0) as server:
         folder, port = Path(os.environ["GRADIO_TEMP_DIR"]), int(server.url.rstrip("/").rpartition(":")[2])
         assert folder.is_dir()
         with pytest.raises(ValueError, match="Choose another --port"):
             check_port("127.0.0.1", port)
     assert not folder.exists() and os.environ.get("GRADIO_TEMP_DIR") == before
     check_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_nothing(model, tmp_path, kill):
+    model.save_pretrained(tmp_path / "model")
+    processor_of(model).save_pretrained(tmp_path / "model")
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "samlight_hf.commands.cli", "app", "--port", "0", "--model", tmp_path / "model"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("Open http://127.0.0.1:")
+        assert list((tmp_path / "tmp").glob("samlight-app-*"))
+        process.send_signal(kill)
+        assert process.wait(60) == 0 and process.stdout.read() == "Stopped.\n"
+    assert not list((tmp_path / "tmp").glob("samlight-app-*"))
 
 
 def test_code_of_a_checkpoint_is_never_run(model, tmp_path, capsys):
@@ -291,8 +310,6 @@ def test_code_of_a_checkpoint_is_never_run(model, tmp_path, capsys):
     for file in (tmp_path / "model").glob("*.py"):
         file.write_text(f"open({str(marker)!r}, 'w')\nraise SystemExit")
     assert list((tmp_path / "model").glob("*.py")), "the folder has code"
-    from samlight_hf.loading import load_model
-
     load_model(tmp_path / "model", "cpu")
     assert not marker.exists()
     assert cli.main(["app", "--trust-remote-code"]) == 2

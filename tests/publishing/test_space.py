@@ -67,6 +67,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert tmp_path / "space" / "old.py" not in build_space(tmp_path / "space", EXAMPLE), "a Space is replaced"
 
 
+@pytest.mark.parametrize("space", ["try it", "a/b/c", "try"])
+def test_a_wrong_name_is_told_before_anything_is_done(hub, space, capsys):
+    assert cli.main(["publish", "nowhere", "org/student", "--license", "mit", "--space", space]) == 2
+    assert space in capsys.readouterr().err and not hub.requests
+
+
 @pytest.mark.slow
 def test_a_dry_run_writes_the_space_and_sends_nothing(hub, model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "student")
