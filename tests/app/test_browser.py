@@ -395,7 +395,7 @@ def test_a_fault_of_the_server_and_a_full_queue_are_told(server, tab, monkeypatc
     monkeypatch.setattr(server.page.blocks._queue, "max_size", 0)
     tab.page.mouse.click(*_middle(tab))
     tab.page.wait_for_function("!document.querySelector('.sl-busy')")
-    sync_api.expect(tab.page.locator(".toast-body").first).to_contain_text("ueue")
+    sync_api.expect(tab.page.locator(".toast-body").first).to_contain_text("busy")
     monkeypatch.undo()
     tab.errors.clear()
     tab.click(EYE)
