@@ -8,8 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from samlight_hf.app.segmenter import Segmenter
 from samlight_hf.app.server import serve
-from samlight_hf.app.session import Segmenter
 from samlight_hf.loading import load_model
 
 

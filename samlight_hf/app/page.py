@@ -15,7 +15,8 @@ from ..utils.messages import one_line
 from .actions import apply
 from .exports import WRITERS, export
 from .limits import Limits, read_upload
-from .session import Segmenter, Session, SessionClosed, SessionError
+from .segmenter import Segmenter
+from .session import Session, SessionClosed, SessionError
 from .store import SessionStore
 from .view import TABLE_COLUMNS, image_uri, summary, table, view
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .body_limit import BodyLimit
 from .limits import Limits
-from .session import Segmenter
+from .segmenter import Segmenter
 
 
 if TYPE_CHECKING:

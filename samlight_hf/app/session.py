@@ -7,22 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ..images.preprocessing import image_tensor
 from ..inference.crops import MaskGenerationSettings
-from ..inference.encoded_image import EncodedImage
-from ..inference.mask_generation import MaskGenerator
-from ..inference.predictor import Predictor
 from ..masks.drawing import COLOURS
 from ..masks.results import GeneratedMasks
 from ..masks.rle import RunLengthMasks
 from .limits import Limits, short_name
-from .state import Candidates, KeptObject, Prompt, State
+from .segmenter import Segmenter
+from .state import KeptObject, Prompt, State
 
 
 class SessionError(ValueError):
@@ -31,28 +26,6 @@ class SessionError(ValueError):
 
 class SessionClosed(Exception):
     """Raised where a session ends while everything mode runs on its image."""
-
-
-class Segmenter:
-    """The model of all sessions: one predictor and one mask generator, which threads may share.
-
-    Args:
-        model: A SAM of transformers or a `SamLighteningModel`, on its device.
-        processor: The model's processor.
-        max_memory_mb: The memory that a CUDA device may allocate, see `Predictor`.
-    """
-
-    def __init__(self, model, processor, max_memory_mb: float = 1500):
-        self.predictor = Predictor(model, processor, max_memory_mb=max_memory_mb)
-        self.generator = MaskGenerator(model, processor, max_memory_mb=max_memory_mb)
-        self.device = model.device
-
-    def encode(self, image: Image.Image) -> EncodedImage:
-        """Encode an image, and wait until the device has done it."""
-        encoded = self.predictor.encode(image)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return encoded
 
 
 class Session:
@@ -129,6 +102,8 @@ class Session:
         with self.lock:
             states: list[State] = []
             before = self.state
+            logits = before.chosen_logits
+            feedback = None if logits is None else logits.copy()  # not a view of all candidates' logits
             for point in points:
                 x, y, label = _numbers("a point", point, 3)
                 if label not in (0, 1):
@@ -142,7 +117,7 @@ class Session:
                     raise SessionError(
                         f"{self.limits.clicks} clicks are the most for one object. Keep it, clear it, or draw a box."
                     )
-                states.append(replace(last, prompt=prompt, feedback=before.chosen_logits, candidates=None))
+                states.append(replace(last, prompt=prompt, feedback=feedback, candidates=None, chosen=None))
             self._advance(states)
 
     def set_box(self, box_xyxy: Sequence[float]):
@@ -156,14 +131,14 @@ class Session:
         with self.lock:
             before = self.state
             prompt = Prompt(before.prompt.points, box)
-            self._advance([replace(before, prompt=prompt, feedback=None, candidates=None)])
+            self._advance([replace(before, prompt=prompt, feedback=None, candidates=None, chosen=None)])
 
     def set_prompt(self, points: Sequence[Sequence[float]], box_xyxy: Sequence[float] | None):
         """Replace the whole prompt of the current object, in one step."""
         with self.lock:
             earlier, past = self._state, self._past
             try:
-                self._state = replace(earlier, prompt=Prompt(), feedback=None, candidates=None, chosen=0)
+                self._state = replace(earlier, prompt=Prompt(), feedback=None, candidates=None, chosen=None)
                 if box_xyxy is not None:
                     self.set_box(box_xyxy)
                 if points:
@@ -173,7 +148,7 @@ class Session:
             except ValueError:
                 self._state, self._past = earlier, past
                 raise
-            self._past = [*past, earlier][-self.limits.steps :]
+            self._past = [*past, replace(earlier, candidates=None)][-self.limits.steps :]
 
     def choose(self, index: int):
         """Choose a candidate; further clicks refine it.
@@ -212,10 +187,9 @@ class Session:
         """
         with self.lock:
             state = self.state
-            if state.candidates is None:
+            if state.chosen_masks is None:
                 raise SessionError("there is no mask to keep yet: click on an object, or draw a box.")
-            mask = state.candidates.masks[np.array([state.chosen])]
-            self._keep_all([(mask, float(state.candidates.scores[state.chosen]))], name, state.everything)
+            self._keep_all([(state.chosen_masks, state.chosen_score)], name, state.everything)
 
     def keep_everything(self, name: str = ""):
         """Add all masks of everything mode to the list.
@@ -287,7 +261,7 @@ class Session:
         start = time.perf_counter()
         # Without the lock: clicks go on meanwhile.
         watch = _Watch(self, progress)
-        result = self.segmenter.generator.generate(image_tensor(self.image), settings, watch, self.encoded)
+        result = self.segmenter.everything(self.image, self.encoded, settings, watch)
         with self.lock:
             self.everything_ms = 1000 * (time.perf_counter() - start)
             self._push(replace(self._state, everything=result))
@@ -298,11 +272,9 @@ class Session:
         with self.lock:
             state = self.state
             objects = [kept for kept in state.objects if kept.is_visible]
-            if state.candidates is not None:
-                mask = state.candidates.masks[np.array([state.chosen])]
-                name, colour = f"object {self._next_number}", self.next_colour()
-                score = float(state.candidates.scores[state.chosen])
-                objects.append(KeptObject(self._next_number, name, colour, mask, score))
+            if state.chosen_masks is not None:
+                name, number = f"object {self._next_number}", self._next_number
+                objects.append(KeptObject(number, name, self.next_colour(), state.chosen_masks, state.chosen_score))
             return objects
 
     def next_colour(self) -> str:
@@ -338,32 +310,16 @@ class Session:
             self._push(state)
 
     def _push(self, state: State):
-        self._past = [*self._past, self._state][-self.limits.steps :]
+        # Candidates are most of a state's memory, and undo computes them again.
+        self._past = [*self._past, replace(self._state, candidates=None)][-self.limits.steps :]
         self._state = state
 
     def _decoded(self, state: State) -> State:
-        """Return the state with candidates: three for a prompt, and before them one mask where it is unambiguous."""
-        prompt, start = state.prompt, time.perf_counter()
-        arguments: dict[str, Any] = {
-            "points_xy": [[point[:2] for point in prompt.points]] if prompt.points else None,
-            "labels": [[point[2] for point in prompt.points]] if prompt.points else None,
-            "boxes_xyxy": None if prompt.box_xyxy is None else [prompt.box_xyxy],
-            "logits": None if state.feedback is None else state.feedback[None],
-            "image": self.encoded,
-        }
-        predict = self.segmenter.predictor.predict
-        parts, titles = [predict(**arguments, multimask_output=True)], []
-        if len(prompt.points) + (prompt.box_xyxy is not None) > 1 or prompt.box_xyxy is not None:
-            parts.insert(0, predict(**arguments, multimask_output=False))
-            titles.append("one mask")
-        masks, scores, logits = (
-            np.concatenate([getattr(part, name)[0] for part in parts]) for name in ("masks", "scores", "logits")
-        )
-        titles += [f"candidate {number}" for number in range(1, len(masks) - len(titles) + 1)]
+        """Return the state with its candidates; where none was chosen before, the one that suggests itself is."""
+        start = time.perf_counter()
+        found = self.segmenter.candidates(state.prompt, state.feedback, self.encoded)
         self.decode_ms = 1000 * (time.perf_counter() - start)
-        chosen = 0 if len(parts) > 1 else int(scores.argmax())
-        candidates = Candidates(RunLengthMasks.from_masks(masks), scores, logits, tuple(titles))
-        return replace(state, candidates=candidates, chosen=chosen)
+        return replace(state, candidates=found, chosen=found.suggested if state.chosen is None else state.chosen)
 
 
 class _Watch:

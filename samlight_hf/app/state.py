@@ -33,12 +33,14 @@ class Candidates:
         scores: float32 (n,), predicted IoU.
         logits: float32 (n, h, w), which a further click refines.
         titles: The n masks' names for people.
+        suggested: The index of the one that is chosen where nobody has chosen.
     """
 
     masks: RunLengthMasks
     scores: np.ndarray
     logits: np.ndarray
     titles: tuple[str, ...]
+    suggested: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,7 @@ class State:
         prompt: Of the current object.
         feedback: Logits (h, w) of the mask that was chosen before the last click, which refines it.
         candidates: Of the prompt; None without one, or as long as nobody has asked for them.
-        chosen: The index of the chosen candidate.
+        chosen: The index of the chosen candidate; None is the one that the prompt suggests.
         objects: The list.
         everything: Result of everything mode.
     """
@@ -83,19 +85,31 @@ class State:
     prompt: Prompt = field(default_factory=Prompt)
     feedback: np.ndarray | None = None
     candidates: Candidates | None = None
-    chosen: int = 0
+    chosen: int | None = None
     objects: tuple[KeptObject, ...] = ()
     everything: GeneratedMasks | None = None
 
     @property
     def chosen_logits(self) -> np.ndarray | None:
         """The logits (h, w) of the chosen candidate, where there are candidates."""
-        return None if self.candidates is None else self.candidates.logits[self.chosen]
+        return None if self.candidates is None else self.candidates.logits[self.chosen or 0]
+
+    @property
+    def chosen_masks(self) -> RunLengthMasks | None:
+        """The chosen candidate as one mask, where there are candidates."""
+        return None if self.candidates is None else self.candidates.masks[np.array([self.chosen or 0])]
+
+    @property
+    def chosen_score(self) -> float:
+        """The score of the chosen candidate; 0 where there is none."""
+        return 0.0 if self.candidates is None else float(self.candidates.scores[self.chosen or 0])
 
     @property
     def arrays(self) -> list[np.ndarray]:
         """The arrays that take memory; states of one session share most of them."""
         arrays = [kept.masks.runs for kept in self.objects]
+        if self.feedback is not None:
+            arrays.append(self.feedback)
         if self.candidates is not None:
             arrays += [self.candidates.logits, self.candidates.masks.runs]
         if self.everything is not None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from PIL import Image
 
 from .limits import MEGABYTE, Limits
-from .session import Segmenter, Session, SessionClosed, SessionError
+from .segmenter import Segmenter
+from .session import Session, SessionClosed, SessionError
 
 
 class SessionStore:

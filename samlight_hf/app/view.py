@@ -48,7 +48,7 @@ def view(session: Session, known: frozenset[int] = frozenset(), with_image: bool
             },
             "points": [list(point) for point in state.prompt.points],
             "box": state.prompt.box_xyxy,
-            "candidates": candidates, "chosen": state.chosen, "colour": session.next_colour(),
+            "candidates": candidates, "chosen": state.chosen or 0, "colour": session.next_colour(),
             "objects": objects,
             "everything": None if everything is None else {
                 "count": len(everything), "picture": everything_uri(everything, size), "ms": session.everything_ms,

@@ -57,8 +57,8 @@ def run_app(args: argparse.Namespace) -> int:
         ValueError: For a model that cannot be loaded.
     """
     from ..app.limits import Limits
+    from ..app.segmenter import Segmenter
     from ..app.server import check_port, require_gradio, serve
-    from ..app.session import Segmenter
 
     try:
         check_port(args.host, args.port)

@@ -6,7 +6,8 @@ from samlight_hf.modeling.image_processing_sam_lightening import SamLighteningIm
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.app.limits import Limits
-from samlight_hf.app.session import Segmenter, Session
+from samlight_hf.app.segmenter import Segmenter
+from samlight_hf.app.session import Session
 from tests.conftest import tiny_config
 
 

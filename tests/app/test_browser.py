@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from samlight_hf.app.limits import Limits
+from samlight_hf.app.segmenter import Segmenter
 from samlight_hf.app.server import running
-from samlight_hf.app.session import Segmenter, Session
+from samlight_hf.app.session import Session
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
 from samlight_hf.loading import load_model
 

@@ -64,6 +64,18 @@ def test_undo_gives_the_same_mask_back(session):
     assert np.array_equal(mask_of(session), before)
 
 
+def test_undo_goes_back_to_the_choice_too(session):
+    session.add_points([(20, 30, 1)])
+    other = (session.state.chosen + 1) % 3
+    session.choose(other)
+    before = mask_of(session)
+    session.add_points([(70, 10, 0)])
+    session.undo()
+    assert session.state.chosen == other and np.array_equal(mask_of(session), before)
+    session.undo()
+    assert session.state.chosen == session.state.candidates.suggested
+
+
 def test_a_box_has_corners_in_any_order(session):
     session.set_box((60, 50, 10, 20))
     assert session.state.prompt.box_xyxy == (10, 20, 60, 50)
