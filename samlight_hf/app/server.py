@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 _SWEEP_SECONDS = 15
+_THREADS = 8  # of gradio: more than events that run at once, and few, since each keeps memory that it has used
 
 
 class Server(NamedTuple):
@@ -100,9 +101,9 @@ def running(
                 port = found.getsockname()[1]
         _, url, _ = page.blocks.launch(
             server_name=host, server_port=port, inbrowser=in_browser, share=False, quiet=True, prevent_thread_lock=True,
-            max_file_size=f"{limits.upload_mb}mb", state_session_capacity=4 * limits.sessions, allowed_paths=[],
-            enable_monitoring=False, run_history=False, mcp_server=False, ssr_mode=False, pwa=False, strict_cors=True,
-            footer_links=["api"], theme=THEME, css=CSS, show_error=False,
+            max_threads=_THREADS, max_file_size=f"{limits.upload_mb}mb", state_session_capacity=4 * limits.sessions,
+            allowed_paths=[], enable_monitoring=False, run_history=False, mcp_server=False, ssr_mode=False, pwa=False,
+            strict_cors=True, footer_links=["api"], theme=THEME, css=CSS, show_error=False,
             app_kwargs={"middleware": [Middleware(BodyLimit, upload_mb=limits.upload_mb)]},
         )  # fmt: skip
         stopped = threading.Event()
