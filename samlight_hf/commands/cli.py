@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
 from ..utils.processes import one_voice, tell_error
+from . import app as app_command
 from . import benchmark as benchmark_command
 from . import convert, demo, distill
 from . import evaluate as evaluate_command
@@ -46,6 +47,12 @@ COMMANDS = (
         "draw the masks of images: of everything, or for boxes and points",
         segment_command.add_segment_arguments,
         segment_command.run_segment,
+    ),
+    Command(
+        "app",
+        "a page in the browser: click on objects, keep and download their masks",
+        app_command.add_app_arguments,
+        app_command.run_app,
     ),
     Command(
         "demo",

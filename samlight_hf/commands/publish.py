@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.atomic_files import atomic_write
-from .options import not_empty, parse_not_negative
+from .options import (
+    BUNDLED_CHECKPOINT,
+    BUNDLED_THRESHOLDS,
+    DEFAULT_THRESHOLDS,
+    EXAMPLE_IMAGES,
+    not_empty,
+    parse_not_negative,
+)
 
 
 if TYPE_CHECKING:
@@ -46,6 +53,9 @@ def add_publish_arguments(parser: argparse.ArgumentParser):
         "--image", "--picture", dest="image", type=Path, metavar="FILE", help="to verify on (a bundled photograph)"
     )
     parser.add_argument("--card", type=Path, metavar="FILE", help="a model card of your own")
+    space = parser.add_argument_group("a Space, a page on which anyone can try the model (docs/app.md)")
+    space.add_argument("--space", nargs="?", const="", metavar="SPACE", help="publish one too: org/name (REPO)")
+    space.add_argument("--space-out", type=Path, metavar="DIR", help="write its folder here as well, to run it")
     _add_fact_arguments(parser)
 
 
@@ -90,8 +100,11 @@ def run_publish(args: argparse.Namespace) -> int:
     from ..publishing.checks import metadata_of
     from ..publishing.upload import check_target, publish, verify_folder
 
+    wants_space = args.space is not None or args.space_out is not None
+    space_id = args.space or args.repo_id
     try:
         check_target(args.repo_id, args.revision, args.tag, args.pr)
+        check_target(space_id, None, None, False)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if args.card is None:
@@ -122,7 +135,32 @@ def run_publish(args: argparse.Namespace) -> int:
             dry_run=args.dry_run, commit_message=args.message, retries=args.retries, verify=False,
         )  # fmt: skip
     _tell(published)
+    if wants_space:
+        _publish_space(args, space_id, published)
     return 0
+
+
+def _publish_space(args: argparse.Namespace, space_id: str, published: "PublishedRevision"):
+    """Write a Space of the published commit, and upload it where `--space` asks for that."""
+    from ..publishing.space import SpaceSettings, build_space, publish_space
+
+    bundled = Path(args.folder).expanduser().resolve() == BUNDLED_CHECKPOINT
+    thresholds = BUNDLED_THRESHOLDS if bundled else DEFAULT_THRESHOLDS
+    # A pull request's commit is not in the repository yet: the Space then loads the newest.
+    revision = None if published.pr_url else published.commit
+    settings = SpaceSettings(args.repo_id, space_id, revision, thresholds)
+    with tempfile.TemporaryDirectory(prefix="samlight-space-") as place:
+        folder = Path(place) / "space" if args.space_out is None else args.space_out
+        files = build_space(folder, settings, sorted(EXAMPLE_IMAGES.glob("*.jpg")))
+        print(f"Space: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
+        if args.space_out is not None:
+            print(f"Written: {folder}; python {folder / 'app.py'} runs it here.")
+        if args.space is None:
+            return
+        if args.dry_run:
+            print(f"Dry run: the Space {space_id} was not sent.")
+            return
+        print(f"Space: {publish_space(folder, space_id, private=args.private)}")
 
 
 def _tell(published: "PublishedRevision"):

@@ -105,22 +105,29 @@ def common_folder(paths: Iterable[str | os.PathLike]) -> Path | None:
         return None
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(
+    path: str | os.PathLike, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Read an image file as RGB, 8 bits, turned upright as its EXIF orientation says.
 
     Transparency is composited on white. Levels of more than 8 bits are stretched between robust percentiles, and a line
     is logged, see `levels.to_rgb`. Only the first frame of a file is read.
 
+    Args:
+        path: of the file, with any suffix.
+        max_pixels: the largest width times height. Default: `MAX_PIXELS`.
+        formats: Pillow's names of the formats that are tried. Default: all.
+
     Raises:
-        ImageError: for a file that does not exist, is not an image, is damaged, or has more than `MAX_PIXELS` pixels.
+        ImageError: for a file that does not exist, is not an image, is damaged, or has more than `max_pixels` pixels.
     """
-    path = check_file(path)
+    path, max_pixels = check_file(path), MAX_PIXELS if max_pixels is None else max_pixels
     image_suffixes()  # loads plugins for formats that Pillow lacks
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warning of the size, which is checked below
-            with Image.open(path) as image:
-                _check_size(path, *image.size)
+            with Image.open(path, formats=formats) as image:
+                _check_size(path, *image.size, max_pixels)
                 return to_rgb(image, str(path), upright=True)
     except ImageError:
         raise
@@ -128,7 +135,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{path}: more than {MAX_PIXELS:,} pixels, the limit here. Make it smaller, or cut it up; "
+            f"{path}: more than {max_pixels:,} pixels, the limit here. Make it smaller, or cut it up; "
             "a TIFF is segmented as it is by samlight segment --tile."
         ) from error
     except UnidentifiedImageError as error:
@@ -205,9 +212,9 @@ def _remedy(hint: str | None) -> str:
     return "Convert it to JPEG or PNG" + (f", or: {hint}." if hint else ".")
 
 
-def _check_size(path: Path, width: int, height: int):
-    if width * height > MAX_PIXELS:
+def _check_size(path: Path, width: int, height: int, max_pixels: int):
+    if width * height > max_pixels:
         raise ImageError(
-            f"{path}: {width}x{height} is {width * height:,} pixels, and the limit is {MAX_PIXELS:,}. "
+            f"{path}: {width}x{height} is {width * height:,} pixels, and the limit is {max_pixels:,}. "
             "Make it smaller, or cut it up; a TIFF is segmented as it is by samlight segment --tile."
         )

@@ -62,7 +62,7 @@ def build_folder(
         for name in CODE if model_type == "sam_lightening" else ():
             shutil.copyfile(CODE_FOLDER / name, folder / name)
         (folder / CARD_NAME).write_text(readme, encoding="utf-8")
-        (folder / LICENSE_NAME).write_text(_license_text(), encoding="utf-8")
+        (folder / LICENSE_NAME).write_text(license_text(), encoding="utf-8")
 
     replace_folder(destination, write)
     return sorted(destination.iterdir())
@@ -94,7 +94,7 @@ def _write_config(source: Path, destination: Path) -> str:
     return config["model_type"]
 
 
-def _license_text() -> str:
+def license_text() -> str:
     """Return the licence of the code, from a clone of the repository or from the installed distribution."""
     path = Path(__file__).parents[2] / LICENSE_NAME
     if path.is_file() and (path.parent / "pyproject.toml").is_file():

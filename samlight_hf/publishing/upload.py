@@ -298,20 +298,24 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, HTTPError | ConnectionError | TimeoutError | RuntimeError)
 
 
-def _publish_error(error: Exception, upload: _Upload) -> PublishError:
+def reason_of(raised: Exception) -> str:
+    """Return a sentence that says why the Hub did not do something, with the fix."""
+    error = _cause(raised)
     status = _status(error)
     if isinstance(error, OfflineModeIsEnabled):
-        text = "HF_HUB_OFFLINE is set. Unset it to publish."
-    elif isinstance(error, LocalTokenNotFoundError):
-        text = _HTTP_FIXES[401]
-    elif status is not None:
-        text = f"the Hub answered {status}. " + _HTTP_FIXES.get(status, one_line(error, 300))
-    else:
-        text = f"the Hub could not be reached ({one_line(error, 300)})."
+        return "HF_HUB_OFFLINE is set. Unset it to publish."
+    if isinstance(error, LocalTokenNotFoundError):
+        return _HTTP_FIXES[401]
+    if status is not None:
+        return f"the Hub answered {status}. " + _HTTP_FIXES.get(status, one_line(error, 300))
+    return f"the Hub could not be reached ({one_line(error, 300)})."
+
+
+def _publish_error(error: Exception, upload: _Upload) -> PublishError:
     if upload.published:
         state = f" Published as {upload.published}, but the tag was not made."
     elif upload.is_uncertain:
         state = " A pull request may have been opened: look before you try again."
     else:
         state = " Nothing was published."
-    return PublishError(f"{upload.repo_id}: {text}{state}")
+    return PublishError(f"{upload.repo_id}: {reason_of(error)}{state}")

@@ -1,4 +1,4 @@
-"""Routes of the fake Hub.
+"""Routes of the fake Hub. Spaces have those of models: `server` rewrites their paths.
 
 Each function gets the request and the named groups of its pattern, and returns JSON content, or (status, headers,
 body).
@@ -48,9 +48,10 @@ def create_repo(request):
         raise HubError(401, "Invalid username or password.")
     namespace = payload.get("organization") or request.account.name
     request.check_writer(namespace)
-    if payload.get("type") not in (None, "model"):
-        raise HubError(400, "the fake Hub has models only")
-    repo_id = f"{namespace}/{payload['name']}"
+    kind = {None: "", "model": "", "space": "spaces/"}.get(payload.get("type"))
+    if kind is None or (kind and payload.get("sdk") != "gradio"):
+        raise HubError(400, "the fake Hub has models, and Spaces with gradio")
+    repo_id = f"{kind}{namespace}/{payload['name']}"
     url = f"{request.hub.url}/{repo_id}"
     with request.hub._lock:
         if repo_id in request.hub.repositories:

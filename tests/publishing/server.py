@@ -192,13 +192,15 @@ class _Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         try:
             self.account = self._authenticate()
+            is_space = self.address.path.startswith(("/api/spaces/", "/spaces/"))
+            path = self.address.path.replace("/api/spaces/", "/api/models/").removeprefix("/spaces")
             for route_method, pattern, function in ROUTES:
-                match = pattern.fullmatch(self.address.path)
+                match = pattern.fullmatch(path)
                 if match and method == route_method:
                     arguments = {name: unquote(value or "") for name, value in match.groupdict().items()}
                     if "repo_id" in arguments:
                         arguments["repo"] = self._repository(
-                            arguments.pop("repo_id"), writes=_is_write(method, self.address.path)
+                            "spaces/" * is_space + arguments.pop("repo_id"), writes=_is_write(method, self.address.path)
                         )
                     result = function(self, **arguments)
                     return result if isinstance(result, tuple) else (200, {}, json.dumps(result).encode())
@@ -223,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, repo_id: str, writes: bool) -> Repository:
         repo = self.hub.repositories.get(repo_id)
-        namespace = repo_id.split("/")[0]
+        namespace = repo_id.removeprefix("spaces/").split("/")[0]
         is_member = self.account is not None and namespace in (self.account.name, *self.account.organizations)
         if repo is None or (repo.private and not is_member):
             raise HubError(401 if self.account is None else 404, "Repository not found", "RepoNotFound")

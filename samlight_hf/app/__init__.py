@@ -1,0 +1,1 @@
+"""The page of `samlight app`: sessions without gradio, files to download, and the page itself."""

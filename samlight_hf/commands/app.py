@@ -1,0 +1,93 @@
+"""`samlight app`: a page on which clicks become masks."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from .options import (
+    EXAMPLE_IMAGES,
+    add_model_arguments,
+    load_from_options,
+    model_path_of,
+    parse_fraction,
+    parse_not_negative,
+    parse_positive,
+    thresholds_of,
+)
+
+
+def add_app_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (%(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=parse_not_negative, default=7860, help="to listen on; 0 is any free one (%(default)s)"
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument(
+        "--examples", type=Path, metavar="DIR", help="folder of images to try (the bundled ones, in a clone)"
+    )
+    everything = parser.add_argument_group("everything mode, to begin with")
+    everything.add_argument(
+        "--points-per-side", type=parse_positive, metavar="N", help="N x N points (8 on a CPU, else 32)"
+    )
+    everything.add_argument("--pred-iou-thresh", type=parse_fraction, metavar="T", help="least predicted IoU")
+    everything.add_argument("--stability-score-thresh", type=parse_fraction, metavar="T", help="least stability")
+    limits = parser.add_argument_group("limits")
+    for option, what, default in (
+        ("--max-upload-mb", "size of an image's file, in MB", 32),
+        ("--max-pixels", "width times height of an image", 25_000_000),
+        ("--max-cache-mb", "memory of all users' images together", 2048),
+        ("--max-sessions", "users whose images are kept", 64),
+        ("--max-idle-seconds", "time until an unused image is dropped", 1800),
+        ("--max-queue", "calls that wait; further ones are refused", 64),
+    ):
+        limits.add_argument(option, type=parse_positive, metavar="N", default=default, help=f"{what} (%(default)s)")
+    add_model_arguments(parser)
+
+
+def run_app(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ArgumentTypeError: For a port that is taken, and a folder of examples that is none.
+        ValueError: For a model that cannot be loaded.
+    """
+    from ..app.limits import Limits
+    from ..app.segmenter import Segmenter
+    from ..app.server import check_port, require_gradio, serve
+
+    try:
+        check_port(args.host, args.port)
+        require_gradio()
+    except (ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    examples = _examples(args.examples)
+    model_path = model_path_of(args.model)
+    model, processor = load_from_options(model_path, args)
+    limits = Limits(
+        upload_mb=args.max_upload_mb, pixels=args.max_pixels, cache_mb=args.max_cache_mb, sessions=args.max_sessions,
+        idle_seconds=args.max_idle_seconds, queue=args.max_queue,
+    )  # fmt: skip
+    points_per_side = args.points_per_side or (8 if model.device.type == "cpu" else 32)
+    limits = dataclasses.replace(limits, points_per_side=max(limits.points_per_side, points_per_side))
+    name = model_path if model_path.count("/") == 1 and not Path(model_path).exists() else Path(model_path).name
+    serve(
+        Segmenter(model, processor), name, host=args.host, port=args.port, limits=limits, examples=examples,
+        thresholds=thresholds_of(args, model_path), points_per_side=points_per_side, in_browser=args.open,
+    )  # fmt: skip
+    return 0
+
+
+def _examples(folder: Path | None) -> list[Path]:
+    from ..images.reading import find_images
+
+    if folder is None:
+        return sorted(EXAMPLE_IMAGES.glob("*.jpg"))
+    images, problems = find_images([folder])
+    if not images:
+        raise argparse.ArgumentTypeError(f"--examples {problems[0]}")
+    return images

@@ -1,0 +1,159 @@
+"""Spaces: their folders, that they run by themselves, and their upload to a fake Hub."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, hf_hub_download, metadata_load
+
+from samlight_hf.commands import cli
+from samlight_hf.publishing.space import REQUIREMENTS, SpaceSettings, build_space, space_files
+
+from .client import ROOT
+
+
+EXAMPLE = SpaceSettings("org/sam-lightening", "org/sam-lightening")
+
+
+def test_the_example_is_what_is_written():
+    """`samlight publish --space` writes examples/space, and the package's code beside it."""
+    texts = space_files(EXAMPLE)
+    folder = ROOT / "examples" / "space"
+    assert {path.name for path in folder.iterdir()} == set(texts)
+    for name, text in texts.items():
+        assert (folder / name).read_text(encoding="utf-8") == text
+
+
+def test_requirements_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    expected = {*project["dependencies"], *extras["polygons"]}
+    assert set(REQUIREMENTS.split()) == expected
+    assert {name for name in extras["app"] if not name.startswith("samlight-hf[")} == {"gradio>=6.31"}
+
+
+def test_the_metadata_name_model_and_sdk(tmp_path):
+    build_space(tmp_path / "space", SpaceSettings("org/student", "me/try-it", "0" * 40, (0.5, 0.65)))
+    data = metadata_load(tmp_path / "space" / "README.md")
+    assert data["sdk"] == "gradio" and data["models"] == ["org/student"] and data["app_file"] == "app.py"
+    assert re.fullmatch(r"6\.\d+\.\d+", data["sdk_version"]) and data["title"] == "try-it"
+    app = (tmp_path / "space" / "app.py").read_text()
+    assert f"REVISION = '{'0' * 40}'" in app and "THRESHOLDS = (0.5, 0.65)" in app
+    compile(app, "app.py", "exec")
+
+
+@pytest.mark.parametrize("name", ['org/a"; import os #', "a", "org/a b", "../x", "org/{x}"])
+def test_names_that_are_none_are_refused(name):
+    with pytest.raises(ValueError, match="repo_id"):
+        space_files(SpaceSettings(name, "org/a"))
+    with pytest.raises(ValueError, match="repo_id"):
+        space_files(SpaceSettings("org/a", name))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no Space"):
+        build_space(tmp_path, EXAMPLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    build_space(tmp_path / "space", EXAMPLE)
+    (tmp_path / "space" / "old.py").touch()
+    assert tmp_path / "space" / "old.py" not in build_space(tmp_path / "space", EXAMPLE), "a Space is replaced"
+
+
+@pytest.mark.parametrize("space", ["try it", "a/b/c", "try"])
+def test_a_wrong_name_is_told_before_anything_is_done(hub, space, capsys):
+    assert cli.main(["publish", "nowhere", "org/student", "--license", "mit", "--space", space]) == 2
+    assert space in capsys.readouterr().err and not hub.requests
+
+
+@pytest.mark.slow
+def test_a_dry_run_writes_the_space_and_sends_nothing(hub, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "student")
+    status = cli.main([
+        "publish", str(tmp_path / "student"), "org/student", "--license", "mit", "--dry-run", "--space", "org/try",
+        "--space-out", str(tmp_path / "space"), "--image", str(ROOT / "examples" / "images" / "cat.jpg"),
+    ])  # fmt: skip
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert "the Space org/try was not sent" in captured.out and not hub.requests
+    app = (tmp_path / "space" / "app.py").read_text()
+    assert '"org/student"' in app and "REVISION = None" in app
+
+
+@pytest.mark.slow
+def test_a_space_is_published_with_the_commit_of_the_model(hub, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "student")
+    arguments = [
+        "publish", str(tmp_path / "student"), "org/student", "--license", "mit", "--image",
+        str(ROOT / "examples" / "images" / "cat.jpg"), "--space",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    assert f"{hub.url}/spaces/org/student" in capsys.readouterr().out
+    commit = HfApi().model_info("org/student").sha
+    app = Path(hf_hub_download("org/student", "app.py", repo_type="space")).read_text()
+    assert f"REVISION = '{commit}'" in app
+    names = HfApi().list_repo_files("org/student", repo_type="space")
+    assert {
+        "README.md",
+        "requirements.txt",
+        "LICENSE",
+        "samlight_hf/app/stage.js",
+        "samlight_hf/modeling/__init__.py",
+    } < set(names)
+    assert not [name for name in names if name.endswith((".pyc", ".safetensors"))]
+
+
+@pytest.mark.slow
+def test_a_token_that_may_not_write_is_told(hub, tmp_path, monkeypatch):
+    from samlight_hf.publishing.space import publish_space
+    from samlight_hf.publishing.upload import PublishError
+
+    build_space(tmp_path / "space", EXAMPLE)
+    with pytest.raises(PublishError, match="answered 403"):
+        publish_space(tmp_path / "space", "org/space", token="hf_reader")
+
+
+@pytest.mark.slow
+def test_a_space_runs_by_itself(model, tmp_path):
+    """Its folder has all that it needs beside the requirements: this package's code is imported from it."""
+    pytest.importorskip("gradio", reason="a Space needs gradio")
+    from tests.app.conftest import processor_of
+
+    model.save_pretrained(tmp_path / "model")
+    processor_of(model).save_pretrained(tmp_path / "model")
+    images = [ROOT / "examples" / "images" / "cat.jpg"]
+    build_space(tmp_path / "space", EXAMPLE, images)
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    code = (
+        "import runpy, samlight_hf, sys; print(samlight_hf.__file__, samlight_hf.modeling.__file__, flush=True); "
+        "runpy.run_path('app.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "SAMLIGHT_MODEL": str(tmp_path / "model"), "GRADIO_SERVER_PORT": str(port)}
+    environment.pop("SPACE_ID", None)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path / "space", env=environment, stdout=file, stderr=file
+        )
+    try:
+        end = time.monotonic() + 120
+        while "Open http" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=30) as answer:
+            assert b"data:image/jpeg" in answer.read(), "the examples are there"
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert log.read_text().split()[:2] == [
+        str(tmp_path / "space" / "samlight_hf" / "__init__.py"),
+        str(tmp_path / "space" / "samlight_hf" / "modeling" / "__init__.py"),
+    ]
