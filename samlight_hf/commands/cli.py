@@ -14,6 +14,7 @@ from ..utils.processes import one_voice, tell_error
 from . import benchmark as benchmark_command
 from . import demo, distill
 from . import evaluate as evaluate_command
+from . import export as export_command
 from . import publish as hub_command
 from . import segment as segment_command
 
@@ -65,6 +66,12 @@ COMMANDS = (
         distill.add_distill_arguments,
         distill.run_distill,
         parses_itself=True,
+    ),
+    Command(
+        "export",
+        "write ONNX files for onnxruntime and transformers.js, in float32, float16 or int8, and check them",
+        export_command.add_export_arguments,
+        export_command.run_export,
     ),
     Command(
         "publish",
