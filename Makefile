@@ -45,7 +45,10 @@ $(WEB)/vendor/transformers.min.js: $(WEB)/package.json $(WEB)/vendor.mjs
 	mkdir -p $(WEB)/images && cp examples/images/*.jpg $(WEB)/images/
 	touch $@
 
-$(WEB)/model/config.json: $(VENV)/ready $(MODEL)/model.safetensors
+ifeq ($(origin MODEL),command line)
+.PHONY: $(WEB)/model/config.json
+endif
+$(WEB)/model/config.json: $(VENV)/ready $(wildcard $(MODEL)/*.safetensors)
 	$(VENV)/bin/samlight export $(MODEL) --format onnx --out $(WEB)/model --dtype fp32 fp16 int8
 
 format: $(VENV)/ready

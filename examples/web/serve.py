@@ -30,8 +30,8 @@ def main():
     try:
         handler = partial(Handler, directory=str(Path(__file__).parent))
         server = ThreadingHTTPServer(("127.0.0.1", args.port), handler)
-    except OSError as error:
-        raise SystemExit(f"port {args.port} cannot be used ({error.strerror}). Choose another with --port.") from error
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"port {args.port} cannot be used ({error}). Choose another with --port.") from error
     print(f"http://127.0.0.1:{server.server_port}/  (Ctrl+C stops it)", flush=True)
     try:
         server.serve_forever()
