@@ -42,10 +42,16 @@ const receive = {
   ready(data) {
     size = data.size;
     modelReady = true;
-    facts.model = `${data.device === 'webgpu' ? 'WebGPU' : `WASM, ${data.threads} thread${data.threads > 1 ? 's' : ''}`}, ${data.dtype}, ${megabytes(facts.bytes ?? 0)} MB, ready in ${seconds(data.ms)}`;
+    facts.loaded = `${megabytes(facts.bytes ?? 0)} MB, ready in ${seconds(data.ms)}`;
+    receive.device(data);
     busy(null);
     setState('ready');
     if (picture) encode();
+  },
+  device({ device, dtype, threads }) {
+    const wasm = `WASM, ${threads} thread${threads > 1 ? 's' : ''}`;
+    facts.model = `${device === 'webgpu' ? 'WebGPU' : wasm}, ${dtype}, ${facts.loaded}`;
+    status();
   },
   encoded({ id, ms }) {
     if (id !== picture?.id) return;

@@ -8,6 +8,7 @@ const here = new URL('./', self.location.href);
 const MODEL = 'model';
 
 let library, model, processor, device, dtype;
+let exported, threads, wantedDtype; // dtypes of the model folder, threads of WebAssembly, and ?dtype=
 let image = null; // {id, width, height, embeddings}: the encoded image
 let latest = null; // {id, logits, side}: the best mask of the last prompt
 
@@ -19,8 +20,9 @@ self.onmessage = async ({ data }) => {
   }
 };
 
-async function load({ device: wanted, dtype: wantedDtype }) {
+async function load({ device: wanted, dtype: named }) {
   const start = performance.now();
+  wantedDtype = named;
   try {
     library = await import(new URL('vendor/transformers.min.js', here).href);
   } catch (error) {
@@ -37,26 +39,28 @@ async function load({ device: wanted, dtype: wantedDtype }) {
     wasm: new URL('vendor/ort-wasm-simd-threaded.asyncify.wasm', here).href,
   };
   // Several threads need the headers of serve.py, or of another server that isolates the page.
-  const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
+  threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
   env.backends.onnx.wasm.numThreads = threads;
   const response = await fetch(new URL(`${MODEL}/config.json`, here)).catch(() => null);
   if (!response?.ok) {
     throw new Error(`No model at ${new URL(MODEL, here).pathname}/. Run “make web”, which exports one, or: samlight export FOLDER --format onnx --out examples/web/model --dtype fp32 fp16 int8`);
   }
-  const exported = (await response.json()).onnx_export?.dtypes ?? ['fp32'];
+  exported = (await response.json()).onnx_export?.dtypes ?? ['fp32'];
   processor = await AutoProcessor.from_pretrained(MODEL);
   const adapter = wanted === 'wasm' ? null : await navigator.gpu?.requestAdapter().catch(() => null);
   if (wanted === 'webgpu' && !adapter) throw new Error('This browser has no WebGPU here. Leave ?device=webgpu out.');
   try {
-    await start_on(adapter ? 'webgpu' : 'wasm', adapter, exported, wantedDtype);
+    await startOn(adapter ? 'webgpu' : 'wasm', adapter);
   } catch (error) {
     if (!adapter) throw error;
-    await start_on('wasm', null, exported, wantedDtype); // a driver that cannot run the model
+    await startOn('wasm'); // a driver that cannot load the model
   }
-  self.postMessage({ type: 'ready', device, dtype, threads, size: processor.image_processor.size.longest_edge, ms: performance.now() - start });
+  self.postMessage({ type: 'ready', size: processor.image_processor.size.longest_edge, ...facts(), ms: performance.now() - start });
 }
 
-async function start_on(name, adapter, exported, wantedDtype) {
+const facts = () => ({ device, dtype, threads });
+
+async function startOn(name, adapter = null) {
   const preferred = wantedDtype ? [wantedDtype] : name === 'webgpu' ? (adapter.features.has('shader-f16') ? ['fp16', 'fp32'] : ['fp32']) : ['int8', 'fp32'];
   const encoder = preferred.find((each) => exported.includes(each)) ?? exported[0];
   const decoder = exported.includes('fp32') ? 'fp32' : encoder;
@@ -70,9 +74,20 @@ async function start_on(name, adapter, exported, wantedDtype) {
   [device, dtype] = [name, encoder];
 }
 
-async function encode({ id, width, height, rgba }) {
-  const start = performance.now();
+async function encode(data) {
   image = latest = null;
+  try {
+    await encodeHere(data);
+  } catch (error) {
+    if (device !== 'webgpu') throw error;
+    await startOn('wasm'); // a driver that cannot run the model
+    self.postMessage({ type: 'device', ...facts() });
+    await encodeHere(data);
+  }
+}
+
+async function encodeHere({ id, width, height, rgba }) {
+  const start = performance.now();
   const raw = new library.RawImage(new Uint8ClampedArray(rgba), width, height, 4).rgb();
   const inputs = await processor(raw);
   const [inputHeight, inputWidth] = inputs.reshaped_input_sizes[0];
