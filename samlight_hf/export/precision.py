@@ -32,7 +32,7 @@ def to_float16(model: "onnx.ModelProto") -> "onnx.ModelProto":
         converted = convert_float_to_float16(
             _copy(model), keep_io_types=True, node_block_list=sorted(blocked), disable_shape_infer=True
         )
-    _read_inputs_unrounded(converted)
+    _remove_rounding(converted, model)
     del converted.graph.value_info[:]  # some still say float32
     OnnxModel(converted).topological_sort()  # casts stand at the end, after the nodes that read them
     return converted
@@ -117,17 +117,49 @@ def _nodes_before(model: "onnx.ModelProto", op_types: Sequence[str]) -> set[str]
     return names
 
 
-def _read_inputs_unrounded(model: "onnx.ModelProto"):
-    """Let nodes that compute in float32 read the graph's inputs, which were cast to float16 and back. In place."""
-    inputs = {value.name for value in model.graph.input}
-    casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
-    unrounded = {
-        output: casts[source] for output, source in casts.items() if source in casts and casts[source] in inputs
+def _remove_rounding(converted: "onnx.ModelProto", original: "onnx.ModelProto"):
+    """Let nodes that compute in float32 read float32: the converter rounds each value between two of them. In place.
+
+    Args:
+        converted: the graph in float16, with casts to float16 and back around each node that stays float32.
+        original: the graph before, for its weights in float32.
+    """
+    from onnx import TensorProto
+
+    casts = [node for node in converted.graph.node if node.op_type == "Cast"]
+    rounded = {
+        node.output[0]: node.input[0]
+        for node in casts
+        if node.name.endswith("_cast_to_fp16_node") or node.name.startswith("graph_input_cast")
     }
-    for node in model.graph.node:
+    weights = {w.name: w for w in original.graph.initializer if w.data_type == TensorProto.FLOAT}
+    exact = {}
+    for node in casts:
+        source = node.input[0]
+        if not node.name.endswith("_cast_to_fp32_node"):
+            continue
+        if source in rounded:
+            exact[node.output[0]] = rounded[source]
+        elif source in weights:
+            exact[node.output[0]] = f"{source}_fp32"
+            weight = converted.graph.initializer.add()
+            weight.CopyFrom(weights[source])
+            weight.name = f"{source}_fp32"
+    for node in converted.graph.node:
         for i, name in enumerate(node.input):
-            if name in unrounded and node.op_type != "Cast":
-                node.input[i] = unrounded[name]
+            node.input[i] = exact.get(name, name)
+    _remove_unused_casts(converted)
+
+
+def _remove_unused_casts(model: "onnx.ModelProto"):
+    outputs = {value.name for value in model.graph.output}
+    while True:
+        used = {name for node in model.graph.node for name in node.input} | outputs
+        unused = [node for node in model.graph.node if node.op_type == "Cast" and node.output[0] not in used]
+        if not unused:
+            return
+        for node in unused:
+            model.graph.node.remove(node)
 
 
 def _products_with_weights(model: "onnx.ModelProto") -> list[str]:
