@@ -31,6 +31,26 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
+# The page of examples/web on 127.0.0.1, with the model of any checkpoint; fetches transformers.js with npm.
+MODEL ?= checkpoints/sam-lightening-tiny
+PORT ?= 8000
+WEB := examples/web
+.PHONY: web
+web: $(WEB)/vendor/transformers.min.js $(WEB)/model/config.json
+	$(RUN) $(WEB)/serve.py --port $(PORT)
+
+$(WEB)/vendor/transformers.min.js: $(WEB)/package.json $(WEB)/vendor.mjs
+	@command -v npm >/dev/null || { echo "make web needs npm (Node.js 20 or newer): https://nodejs.org"; exit 1; }
+	cd $(WEB) && npm install --ignore-scripts --no-package-lock --no-audit --no-fund && node vendor.mjs
+	mkdir -p $(WEB)/images && cp examples/images/*.jpg $(WEB)/images/
+	touch $@
+
+ifeq ($(origin MODEL),command line)
+.PHONY: $(WEB)/model/config.json
+endif
+$(WEB)/model/config.json: $(VENV)/ready $(wildcard $(MODEL)/*.safetensors)
+	$(VENV)/bin/samlight export $(MODEL) --format onnx --out $(WEB)/model --dtype fp32 fp16 int8
+
 format: $(VENV)/ready
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .

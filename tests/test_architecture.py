@@ -12,7 +12,7 @@ PACKAGE = ROOT / "samlight_hf"
 # Each folder may import itself and those before it. "samlight_hf" stands for the package's own __init__.
 ORDER = (
     "modeling", "utils", "masks", "kernels", "images", "engine", "inference", "samlight_hf", "loading", "app", "data",
-    "conversion", "publishing", "hub", "evaluation", "benchmark", "distillation", "commands", "cli",
+    "conversion", "export", "publishing", "hub", "evaluation", "benchmark", "distillation", "commands", "cli",
 )  # fmt: skip
 
 # Modules with public names, and the one that maps names from before there were folders.
@@ -78,7 +78,7 @@ def test_modeling_imports_nothing_but_its_own_files():
 
 def test_commands_do_not_import_each_other():
     """Only `cli` imports commands; code that several commands share is in modules that are not commands."""
-    commands = {"app", "benchmark", "convert", "demo", "distill", "evaluate", "publish", "segment"}
+    commands = {"app", "benchmark", "convert", "demo", "distill", "evaluate", "export", "publish", "segment"}
     for path in (PACKAGE / "commands").glob("*.py"):
         if path.stem not in commands:
             continue

@@ -12,7 +12,6 @@ from .options import (
     parse_fraction,
     parse_not_negative,
     parse_positive,
-    thresholds_of,
 )
 
 
@@ -31,8 +30,12 @@ def add_app_arguments(parser: argparse.ArgumentParser):
     everything.add_argument(
         "--points-per-side", type=parse_positive, metavar="N", help="N x N points (8 on a CPU, else 32)"
     )
-    everything.add_argument("--pred-iou-thresh", type=parse_fraction, metavar="T", help="least predicted IoU")
-    everything.add_argument("--stability-score-thresh", type=parse_fraction, metavar="T", help="least stability")
+    for option, what, default in (
+        ("--pred-iou-thresh", "predicted IoU", 0.88), ("--stability-score-thresh", "stability", 0.95),
+    ):  # fmt: skip
+        everything.add_argument(
+            option, type=parse_fraction, metavar="T", default=default, help=f"least {what} (%(default)s)"
+        )
     limits = parser.add_argument_group("limits")
     for option, what, default in (
         ("--max-upload-mb", "size of an image's file, in MB", 32),
@@ -77,7 +80,8 @@ def run_app(args: argparse.Namespace) -> int:
     name = model_path if model_path.count("/") == 1 and not Path(model_path).exists() else Path(model_path).name
     serve(
         Segmenter(model, processor), name, host=args.host, port=args.port, limits=limits, examples=examples,
-        thresholds=thresholds_of(args, model_path), points_per_side=points_per_side, in_browser=args.open,
+        thresholds=(args.pred_iou_thresh, args.stability_score_thresh), points_per_side=points_per_side,
+        in_browser=args.open,
     )  # fmt: skip
     return 0
 

@@ -15,6 +15,7 @@ from . import app as app_command
 from . import benchmark as benchmark_command
 from . import convert, demo, distill
 from . import evaluate as evaluate_command
+from . import export as export_command
 from . import publish as hub_command
 from . import segment as segment_command
 
@@ -78,6 +79,12 @@ COMMANDS = (
         "a checkpoint for another image size, or from an original .pth file",
         convert.add_convert_arguments,
         convert.run_convert,
+    ),
+    Command(
+        "export",
+        "write ONNX files for onnxruntime and transformers.js, in float32, float16 or int8, and check them",
+        export_command.add_export_arguments,
+        export_command.run_export,
     ),
     Command(
         "publish",

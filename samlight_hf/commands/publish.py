@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING
 
 from ..utils.atomic_files import atomic_write
 from .options import (
-    BUNDLED_CHECKPOINT,
-    BUNDLED_THRESHOLDS,
-    DEFAULT_THRESHOLDS,
     EXAMPLE_IMAGES,
     not_empty,
     parse_not_negative,
@@ -144,11 +141,9 @@ def _publish_space(args: argparse.Namespace, space_id: str, published: "Publishe
     """Write a Space of the published commit, and upload it where `--space` asks for that."""
     from ..publishing.space import SpaceSettings, build_space, publish_space
 
-    bundled = Path(args.folder).expanduser().resolve() == BUNDLED_CHECKPOINT
-    thresholds = BUNDLED_THRESHOLDS if bundled else DEFAULT_THRESHOLDS
     # A pull request's commit is not in the repository yet: the Space then loads the newest.
     revision = None if published.pr_url else published.commit
-    settings = SpaceSettings(args.repo_id, space_id, revision, thresholds)
+    settings = SpaceSettings(args.repo_id, space_id, revision)
     with tempfile.TemporaryDirectory(prefix="samlight-space-") as place:
         folder = Path(place) / "space" if args.space_out is None else args.space_out
         files = build_space(folder, settings, sorted(EXAMPLE_IMAGES.glob("*.jpg")))

@@ -19,7 +19,7 @@ from samlight_hf.app.limits import Limits
 from samlight_hf.app.segmenter import Segmenter
 from samlight_hf.app.server import running
 from samlight_hf.app.session import Session
-from samlight_hf.commands.options import BUNDLED_CHECKPOINT, BUNDLED_THRESHOLDS, EXAMPLE_IMAGES
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.loading import load_model
 
 
@@ -41,7 +41,7 @@ def server():
     model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
     examples = sorted(EXAMPLE_IMAGES.glob("*.jpg"))
     with running(
-        Segmenter(model, processor), "tiny", port=0, limits=LIMITS, thresholds=BUNDLED_THRESHOLDS, examples=examples,
+        Segmenter(model, processor), "tiny", port=0, limits=LIMITS, examples=examples,
         points_per_side=4,
     ) as server:  # fmt: skip
         yield server

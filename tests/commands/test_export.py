@@ -1,0 +1,62 @@
+"""`samlight export`: files, check, and one line for each error."""
+
+import sys
+
+import pytest
+import torch
+
+from samlight_hf import SamLighteningModel
+from samlight_hf.commands import cli
+from tests.conftest import tiny_config
+
+
+pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'samlight-hf[export]'")
+pytest.importorskip("onnxscript", reason="needs onnxscript: pip install 'samlight-hf[export]'")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    torch.manual_seed(0)
+    SamLighteningModel(tiny_config()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_exports_checks_and_measures_miou(checkpoint, tmp_path, capsys):
+    arguments = ["export", checkpoint, "--format", "onnx", "--out", str(tmp_path / "out"), "--dtype", "fp32", "int8"]
+    assert cli.main([*arguments, "--check", "--limit", "2"]) == 0
+    stdout = capsys.readouterr().out
+    assert "onnx/vision_encoder_int8.onnx" in stdout and "opset 18, input 32x32" in stdout
+    assert "fp32: onnx.checker accepts both graphs" in stdout and "IoU >= " in stdout and "OK." in stdout
+    assert "torch 0." in stdout and "a loss of " in stdout
+
+
+@pytest.mark.slow
+def test_exports_at_another_image_size(checkpoint, tmp_path, capsys):
+    arguments = ["export", checkpoint, "--out", str(tmp_path / "out"), "--image-size", "16", "--check"]
+    assert cli.main(arguments) == 0
+    assert "input 16x16" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    def error(*arguments, status=2):
+        assert cli.main(["export", *arguments, "--out", str(tmp_path / "out")]) == status
+        assert not (tmp_path / "out").exists()
+        stderr = capsys.readouterr().err
+        assert stderr.count("\n") == 1
+        return stderr
+
+    assert "--opset 11: opset=11 must be from 18 to 23" in error(checkpoint, "--opset", "11")
+    assert "--calibrate goes with --dtype int8 or uint8" in error(checkpoint, "--calibrate", str(tmp_path))
+    # 20 pixels are 25 tokens, which no dilation rate of 2 divides.
+    stderr = error(checkpoint, "--image-size", "20")
+    assert "--image-size 20: dilation_rate=2 in layer 0" in stderr and "must divide segment_length=25" in stderr
+    assert "no photograph.jpg: no such file" in error(checkpoint, "--check", "--image", "no photograph.jpg")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in error(str(tmp_path / "empty"), status=1)
+    (tmp_path / "without weights").mkdir()
+    SamLighteningModel(tiny_config()).config.save_pretrained(tmp_path / "without weights")
+    assert "has no model.safetensors" in error(str(tmp_path / "without weights"), status=1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install 'samlight-hf[export]'" in error(checkpoint)
