@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from samlight_hf import MaskGenerator, TileSettings
+from samlight_hf import MaskGenerationSettings, MaskGenerator, TileSettings
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.images.rasters import ArrayRaster
 from samlight_hf.images.reading import ImageError
 from samlight_hf.inference.tile_merging import generated_masks, merge_tiles
@@ -192,3 +193,22 @@ def test_objects_as_masks_of_one_image():
     result = generated_masks(objects_of(image), 112, 160)
     assert {mask.tobytes() for mask in result.masks} == {mask.tobytes() for mask in truth}
     assert len(generated_masks([], 112, 160)) == 0
+
+
+@pytest.mark.slow
+def test_a_photograph_in_tiles_has_no_mask_twice():
+    """The bundled checkpoint: masks of six tiles become objects of which no two are the same."""
+    if not BUNDLED_CHECKPOINT.is_dir():
+        pytest.skip("the bundled checkpoint is part of a clone of the repository")
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
+    image = np.asarray(Image.open(EXAMPLE_IMAGES / "coffee.jpg").convert("RGB"))
+    generator = MaskGenerator(model, processor)
+    settings = MaskGenerationSettings(6, pred_iou_thresh=0.4, stability_score_thresh=0.5)
+    objects = objects_of(image, TileSettings(256, 96), lambda tile: generator.generate(tile, settings))
+    masks = [one.mask for one in objects]
+    assert len(masks) > 5
+    assert any(one.num_tiles > 1 for one in objects)
+    for index, mask in enumerate(masks):
+        for other in masks[:index]:
+            both = mask.intersection(other)
+            assert both / (mask.area + other.area - both) < 0.9
