@@ -145,8 +145,9 @@ class Page:
                 "outputs": self._outputs, "api_visibility": "private", "concurrency_id": _CLICKS,
                 "concurrency_limit": 4, "show_progress": "hidden",
             }  # fmt: skip
+            # "multiple": a paste is an empty input first, and the image must not be left out while that is answered.
             self.source.input(self._on_upload, self.source, **{
-                **clicks, "show_progress": "full", "trigger_mode": "once", "preprocess": False,
+                **clicks, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False,
             })  # fmt: skip
             examples.pick(self._on_example, None, **clicks)
             stage.fresh(self._on_fresh, None, **clicks)
