@@ -49,9 +49,7 @@ def test_errors_are_one_line(checkpoint, tmp_path, capsys, monkeypatch):
 
     assert "--opset 11: opset=11 must be from 18 to 23" in error(checkpoint, "--opset", "11")
     assert "--calibrate goes with --dtype int8 or uint8" in error(checkpoint, "--calibrate", str(tmp_path))
-    # 20 pixels are 25 tokens, which no dilation rate of 2 divides.
-    stderr = error(checkpoint, "--image-size", "20")
-    assert "--image-size 20: dilation_rate=2 in layer 0" in stderr and "must divide segment_length=25" in stderr
+    assert "--image-size 18: patch_size=4 must divide image_size=18" in error(checkpoint, "--image-size", "18")
     assert "no photograph.jpg: no such file" in error(checkpoint, "--check", "--image", "no photograph.jpg")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in error(str(tmp_path / "empty"), status=1)
