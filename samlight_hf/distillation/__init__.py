@@ -7,7 +7,7 @@ from .demonstration import demonstrate
 from .embedding_cache import CachedExamples, CacheError, EmbeddingCache, fill_cache
 from .layer_weights import DynamicLayerWeights, LayerWeightCallback, OutputOnly, UniformLayerWeights
 from .run import distill
-from .stages import EncoderStage, MaskStage, ScoreStage, match_layers
+from .stages import EncoderStage, MaskStage, match_layers
 from .teacher import Teacher
 from .trainer import DistillationTrainer
 
@@ -27,7 +27,6 @@ __all__ = [
     "MaskStage",
     "OutputOnly",
     "RunArguments",
-    "ScoreStage",
     "Teacher",
     "ThroughputCallback",
     "TrainingDivergedError",

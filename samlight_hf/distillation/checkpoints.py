@@ -59,8 +59,7 @@ def run_settings(
     config = student.config.vision_config.to_dict()
     architecture = {name: value for name, value in config.items() if name not in _OF_THE_FILE}
     parts = {name: weights_fingerprint(part) for name, part in student.named_children()}
-    trained = {name.split(".")[0] for name in TRAINABLE[args.stage]}
-    frozen = {name: fingerprint for name, fingerprint in parts.items() if name not in trained}
+    frozen = {name: fingerprint for name, fingerprint in parts.items() if name not in TRAINABLE[args.stage]}
     settings["student"], settings["frozen"] = _digest([parts, architecture]), _digest([frozen, architecture])
     return json.loads(json.dumps(settings, default=str))
 

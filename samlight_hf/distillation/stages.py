@@ -5,7 +5,6 @@ Gradients flow only through this module's `forward`, which DDP and FSDP wrap.
 - "encoder": the image encoder learns the teacher's features. Prompt encoder and mask decoder are frozen.
 - "decoder": the mask decoder learns masks on the student's features. Image and prompt encoder are frozen.
 - "end_to_end": everything learns masks, which also trains a teacher from scratch.
-- "iou_head": the head that predicts IoUs learns them at points all over the image. No mask changes.
 """
 
 from collections.abc import Sequence
@@ -18,12 +17,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .losses import bce_loss, dice_loss, feature_loss, focal_loss, pairwise_mask_losses, true_iou
 
 
-# The trained parts of each stage, by their names in the student.
+# The trained parts of each stage, by the names of the student's children.
 TRAINABLE = {
     "encoder": ("vision_encoder",),
     "decoder": ("mask_decoder",),
     "end_to_end": ("vision_encoder", "prompt_encoder", "mask_decoder"),
-    "iou_head": ("mask_decoder.iou_prediction_head",),
 }
 STAGES = tuple(TRAINABLE)
 POINT_TARGETS = ("own", "all")
@@ -41,9 +39,8 @@ class Stage(nn.Module):
     def __init__(self, student: nn.Module):
         super().__init__()
         self.student: Any = student
-        student.requires_grad_(False)
-        for name in self.trainable:
-            student.get_submodule(name).requires_grad_(True)
+        for name, part in student.named_children():
+            part.requires_grad_(name in self.trainable)
         # Random features that encode coordinates. The prompt encoder shares them: a constant in SAM, a parameter here.
         student.shared_image_embedding.requires_grad_(False)
 
@@ -151,10 +148,9 @@ def check_trained_parameters(stage: Stage, optimizer: torch.optim.Optimizer, is_
     Raises:
         RuntimeError: for a parameter that is frozen and should be trained, or the other way round.
     """
-    trained = tuple(f"student.{part}." for part in stage.trainable)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in stage.named_parameters():
-        trains = not name.startswith("student.") or name.startswith(trained)
+        trains = not name.startswith("student.") or name.split(".")[1] in stage.trainable
         in_optimizer = trains if is_fsdp else id(parameter) in held
         if (parameter.requires_grad, in_optimizer) != (trains, trains):
             raise RuntimeError(f"{name} must be {'trained' if trains else 'frozen'} in this stage, and is not.")
@@ -331,78 +327,6 @@ class MaskStage(Stage):
         iou_loss = (predicted_iou.float() - fit).square().mean(dim=1)
         own = true_iou(logits.detach(), targets[:, None].expand_as(logits))
         return mask_loss + self.loss_weights["iou"] * iou_loss, own
-
-
-class ScoreStage(Stage):
-    """Training of the IoU head alone. Its points are spread over the image, as those of everything mode.
-
-    The first of an image's P prompts are boxes, the others points (`box_share`). The single mask of a box learns its
-    IoU with the box's target. Points are drawn uniformly from the pixels that any target of the image covers. Each of
-    their three masks learns its highest IoU with any target. Everything mode orders masks by these scores, so the
-    targets should be all objects of the image: give as many prompts as the images have masks.
-
-    Args:
-        student: a SamLighteningModel or a SamModel.
-        box_share: share of the prompts that are boxes.
-    """
-
-    trainable = TRAINABLE["iou_head"]
-
-    def __init__(self, student: nn.Module, box_share: float = 0.25):
-        super().__init__(student)
-        self.box_share = box_share
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        masks: torch.Tensor,
-        boxes: torch.Tensor,
-        points: torch.Tensor,
-        uniforms: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """Compute the loss of a batch. The arguments are those of `MaskStage`; its points are not used.
-
-        Returns:
-            "loss", the mean squared error of the scores, and the mean "iou/box" and "iou/point" of the masks with the
-            highest scores: all scalars.
-        """
-        with torch.no_grad():
-            _, embeddings = encode(self.student.vision_encoder, pixel_values)
-        num_images, num_prompts, size, _ = masks.shape
-        num_boxes = round(self.box_share * num_prompts)
-        num_points = num_prompts - num_boxes
-        targets = masks.bool()
-        logs: dict[str, torch.Tensor] = {}
-        errors = []
-        if num_boxes:
-            scores, predicted = self._predict(embeddings, num_boxes, input_boxes=boxes[:, :num_boxes])
-            ious = true_iou(predicted, targets[:, :num_boxes].reshape(predicted.shape))
-            errors.append((scores - ious).square().flatten())
-            logs["iou/box"] = ious.mean()
-        if num_points:
-            scale = pixel_values.shape[-1] / size
-            covered = targets.any(dim=1).repeat_interleave(num_points, 0)
-            nothing = torch.zeros_like(covered)  # so that every covered pixel is wrong, and may be clicked
-            cells, _ = sample_clicks(nothing, covered, uniforms[:, num_boxes:, 0].flatten())
-            pixels = (cells + 0.5) * scale - 0.5  # the center of a mask's pixel, in the frame
-            pixels = pixels.reshape(num_images, num_points, 1, 2)
-            scores, predicted = self._predict(embeddings, num_points, input_points=pixels)
-            no_loss = {"bce": 0.0, "focal": 0.0, "dice": 0.0}
-            _, ious = pairwise_mask_losses(predicted.reshape(num_images, -1, size, size), targets, no_loss)
-            ious = ious.max(dim=2).values.reshape(scores.shape)
-            errors.append((scores - ious).square().mean(dim=1))
-            logs["iou/point"] = ious.gather(1, scores.argmax(dim=1, keepdim=True)).mean()
-        return {"loss": torch.cat(errors).mean(), **logs}
-
-    def _predict(self, embeddings, num_prompts: int, **prompts) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the scores (n, m) and logits (n, m, M, M) of n prompts, m = 1 for a box and 3 for a point."""
-        prompts = {name: tensor.flatten(0, 1)[:, None] for name, tensor in prompts.items()}
-        is_point = "input_points" in prompts
-        if is_point:
-            prompts["input_labels"] = torch.full_like(prompts["input_points"][..., 0], POSITIVE, dtype=torch.long)
-        embeddings = embeddings.repeat_interleave(num_prompts, 0)
-        outputs = self.student(image_embeddings=embeddings, multimask_output=is_point, **prompts)
-        return outputs.iou_scores[:, 0].float(), outputs.pred_masks[:, 0].detach()
 
 
 def _add_clicks(prompts: dict, clicks: torch.Tensor, labels: torch.Tensor) -> dict:

@@ -38,7 +38,7 @@ from .checkpoints import (
 from .layer_weights import LayerWeightCallback
 from .muon import MuonWithAdamW
 from .publishing import SNAPSHOTS_NAME, HubPublisher, PushingTrainer
-from .stages import EncoderStage, MaskStage, ScoreStage, check_trained_parameters, encode, focus_layers
+from .stages import EncoderStage, MaskStage, check_trained_parameters, encode, focus_layers
 from .teacher import Teacher, normalize_pixels
 from .validation import evaluate_images, mask_records, mean_records
 
@@ -112,8 +112,6 @@ class DistillationTrainer(PushingTrainer):
                 callback.trainer = self
 
     def _make_stage(self, args: DistillationArguments) -> torch.nn.Module:
-        if args.stage == "iou_head":
-            return ScoreStage(self.student, args.box_share)
         if args.stage != "encoder":
             settings = args.loss_weights(), args.box_share, args.num_refinements, args.point_targets
             return MaskStage(self.student, args.stage, *settings)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from samlight_hf.distillation import EncoderStage, MaskStage, ScoreStage, Teacher, match_layers
+from samlight_hf.distillation import EncoderStage, MaskStage, Teacher, match_layers
 from samlight_hf.distillation.losses import bce_loss, dice_loss, focal_loss, true_iou
 from samlight_hf.distillation.stages import encode, sample_clicks
 
@@ -162,34 +162,6 @@ def test_a_point_can_train_on_every_object_that_it_lies_in(student, batch):
             losses.append(sum(mask_losses) / len(mask_losses) + 2 * F.mse_loss(predicted.iou_scores[0, 0], ious))
     assert num_nested  # otherwise the test would show nothing
     torch.testing.assert_close(outputs["loss"], sum(losses) / 8)
-
-
-def test_the_iou_head_learns_scores_at_points_all_over_the_objects(student, batch):
-    """The loss equals a loop over boxes, points and masks; the points lie on targets; only the head is trained."""
-    stage = ScoreStage(student, box_share=0.25)
-    outputs = stage(**batch)
-    embeddings = student.vision_encoder(batch["pixel_values"]).last_hidden_state
-    scale = batch["pixel_values"].shape[-1] / batch["masks"].shape[-1]
-    losses = []
-    for i in range(2):
-        targets = batch["masks"][i]
-        one = {"image_embeddings": embeddings[i : i + 1]}
-        predicted = student(**one, input_boxes=batch["boxes"][i : i + 1, :1], multimask_output=False)
-        iou = true_iou(predicted.pred_masks[0, 0, 0], targets[0])
-        losses.append((predicted.iou_scores[0, 0, 0] - iou) ** 2)
-        covered = targets.bool().any(dim=0).repeat(3, 1, 1)
-        cells, _ = sample_clicks(torch.zeros_like(covered), covered, batch["uniforms"][i, 1:, 0])
-        for x, y in cells.int().tolist():
-            assert targets[:, y, x].any()
-            point = torch.tensor([[[[x, y]]]]) * scale + (scale - 1) / 2
-            predicted = student(**one, input_points=point)
-            ious = [torch.stack([true_iou(mask, t) for t in targets]).max() for mask in predicted.pred_masks[0, 0]]
-            losses.append(F.mse_loss(predicted.iou_scores[0, 0], torch.stack(ious)))
-    torch.testing.assert_close(outputs["loss"], sum(losses) / 8)
-    outputs["loss"].backward()
-    trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
-    assert trained
-    assert all(name.startswith("mask_decoder.iou_prediction_head.") for name in trained)
 
 
 def test_of_three_masks_the_best_takes_the_gradient(student, batch):
