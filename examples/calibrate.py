@@ -14,7 +14,7 @@ from pathlib import Path
 
 from samlight_hf.data import load_dataset
 from samlight_hf.evaluation.calibration import LOGIT_SCALES, calibrate
-from samlight_hf.loading import load_model
+from samlight_hf.loading import find_dtype, load_model
 from samlight_hf.utils.messages import make_console_safe
 
 
@@ -33,15 +33,17 @@ def main():
     )
     parser.add_argument("--limit", type=int, help="use only the first images")
     parser.add_argument("--device", default="auto", help="torch device, or auto (%(default)s)")
+    parser.add_argument("--dtype", default="float32", help="dtype of the written weights (%(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (%(default)s)")
     args = parser.parse_args()
     try:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
+        dtype = find_dtype(args.dtype)
         dataset = load_dataset(args.data, limit=args.limit)
         model, processor = load_model(args.model, device=args.device)
         result = calibrate(model, processor, dataset, args.masks_per_image, args.points_per_side, args.logit_scales)
-        model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
+        model.to(dtype).save_pretrained(args.out, max_shard_size=args.max_shard_size)
         processor.save_pretrained(args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
