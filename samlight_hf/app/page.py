@@ -81,12 +81,15 @@ class Page:
 
         Args:
             key: Of the session.
-            upload: gradio's data of a file, which it has checked to be an upload: it is read as it came, not by gradio.
+            upload: gradio's data of a file, which is read as it came, not by gradio.
 
         Raises:
-            ValueError: For a file that cannot be used.
+            ValueError: For a file that is no upload, or cannot be used.
         """
-        path = Path(upload["path"])
+        # gradio checks only files that come with `meta`, and a caller may leave that out.
+        path = Path(str(upload.get("path") or "")).resolve()
+        if Path(self.source.GRADIO_CACHE).resolve() not in path.parents:
+            raise ValueError("this file is no upload: upload it first.")
         try:
             return self.open(key, path, upload.get("orig_name"))
         finally:
@@ -224,6 +227,7 @@ class Page:
         except SessionError as error:
             return self._start_again(one_line(error))
         before, message, download = session.everything, None, None
+        session.sent_bytes = 0
         try:
             download = action(session)
         except ValueError as error:
@@ -235,6 +239,7 @@ class Page:
         outputs = self._show(session, message, rows, known=known)
         if download is not None:
             data = base64.b64encode(download.content).decode()
+            session.sent_bytes = len(data)
             outputs[3]["download"] = {"name": download.name, "media_type": download.media_type, "data": data}
         return outputs
 

@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -44,6 +45,8 @@ class Session:
     def __init__(self, segmenter: Segmenter, image: Image.Image, name: str, limits: Limits):
         self.segmenter, self.image, self.limits = segmenter, image, limits
         self.name = short_name(name)
+        self.key = uuid.uuid4().hex  # names the image in the page
+        self.sent_bytes = 0  # of the last file that was downloaded, which gradio keeps as a component's value
         self.lock = threading.RLock()
         self.is_closed = False
         self.decode_ms: float | None = None
@@ -83,7 +86,8 @@ class Session:
         embedding, states = self.encoded.embedding, [*self._past, self._state]
         logits = {id(part): part.nbytes for state in states for part in state.arrays}
         width, height = self.image.size
-        return 3 * width * height + embedding.numel() * embedding.element_size() + sum(logits.values())
+        held = 3 * width * height + self.sent_bytes + embedding.numel() * embedding.element_size()
+        return held + sum(logits.values())
 
     def close(self):
         """End the session: everything mode stops at its next batch of points."""

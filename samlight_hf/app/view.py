@@ -43,7 +43,7 @@ def view(session: Session, known: frozenset[int] = frozenset(), with_image: bool
         everything = state.everything
         return {
             "image": {
-                "id": id(session), "name": session.name, "width": width, "height": height,
+                "id": session.key, "name": session.name, "width": width, "height": height,
                 "uri": image_uri(session.image) if with_image else None,
             },
             "points": [list(point) for point in state.prompt.points],

@@ -162,6 +162,16 @@ def test_no_file_or_address_is_read_as_an_upload(server, path):
     assert Path(__file__).is_file()
 
 
+@pytest.mark.parametrize("more", [{}, {"is_stream": True}, {"is_stream": True, "meta": {"_type": "gradio.FileData"}}])
+def test_a_file_that_is_no_upload_is_neither_read_nor_removed(server, tmp_path, more):
+    """gradio checks files with `meta` alone."""
+    victim = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48)).save(victim)
+    events = call(server, "open_image", [{"path": str(victim), **more}])
+    assert "event: error" in events and "complete" not in events
+    assert victim.is_file()
+
+
 def test_calls_without_a_session_share_nothing(server):
     assert "open one first" in call(server, "prompt", [[[20, 30]], [1], None])
     assert "open one first" in call(server, "undo", [])
