@@ -30,6 +30,8 @@ _TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _GEO_KEYS = 34735  # the tag of a GeoTIFF's coordinate system
 _STRIP_PIXELS = 1 << 23  # read at once where the whole file is read
 _NUM_BINS = 1 << 16
+_FINE_BINS = 1024  # between the percentiles, so that rounding to a bin does not show
+_MAX_PASSES = 4
 _TOO_LARGE = 1e30  # fill values of GIS, see `levels`
 
 
@@ -113,7 +115,8 @@ class Raster(ABC):
         return (tensor.expand(3, -1, -1) if len(tensor) == 1 else tensor), valid
 
     def find_range(self) -> LevelRange:
-        """Find the levels that become 0 and 255, in one pass through the file, or two for floats and 32 bits.
+        """Find the levels that become 0 and 255, in one pass through the file, or up to five for floats and 32
+        bits.
 
         0.5 % of the levels are clipped at each end, unless all others are equal. A constant image is scaled as 16 bits.
 
@@ -132,24 +135,40 @@ class Raster(ABC):
         return self.level_range
 
     def _range(self, low: float, high: float) -> LevelRange:
-        """Return the percentiles of the levels, which lie between `low` and `high`."""
-        counts = np.zeros(_NUM_BINS, dtype=np.int64)
-        width = (high - low) / _NUM_BINS if high > low else 1.0
-        for values in self._values():
-            bins = ((values.astype(np.float64) - low) / width).astype(np.int64).clip(0, _NUM_BINS - 1)
-            counts += np.bincount(bins, minlength=_NUM_BINS)
-        total = int(counts.sum())
-        if not total:
-            raise ImageError(f"{self.path}: holds no data at all.")
-        cumulative, tail = np.cumsum(counts), int(TAIL * total)
-        first, last = np.searchsorted(cumulative, [tail, total - 1 - tail], side="right")
+        """Return the percentiles of the levels, which lie between `low` and `high`.
+
+        Where a few extreme levels would push all others into few bins, the part between the percentiles is counted
+        again, in bins of its own.
+        """
+        outer = low, high
+        is_exact = self.dtype.kind in "ui" and self.dtype.itemsize <= 2
+        for passes_left in reversed(range(1 if is_exact else _MAX_PASSES)):
+            counts, width = self._histogram(low, high)
+            total = int(counts.sum())
+            if not total:
+                raise ImageError(f"{self.path}: holds no data at all.")
+            tail = int(TAIL * total)
+            first, last = np.searchsorted(np.cumsum(counts), [tail, total - 1 - tail], side="right")
+            if last - first >= _FINE_BINS or not passes_left or np.count_nonzero(counts) == 1:
+                break
+            low, high = low + first * width, low + (last + 1) * width
+        if first == last and (low, high) != outer:
+            return LevelRange(*outer)
         if first == last:
             first, last = np.flatnonzero(counts)[[0, -1]]
         if first == last:
             return LevelRange(0.0, 65535.0)
-        is_exact = self.dtype.kind in "ui" and self.dtype.itemsize <= 2
         shift = 0.0 if is_exact else 0.5  # the middle of a bin
         return LevelRange(low + (first + shift) * width, low + (last + shift) * width)
+
+    def _histogram(self, low: float, high: float) -> tuple[np.ndarray, float]:
+        """Return how many levels lie in each bin from `low` to `high`, others at the ends, and a bin's width."""
+        counts = np.zeros(_NUM_BINS, dtype=np.int64)
+        width = (high - low) / _NUM_BINS if high > low else 1.0
+        for values in self._values():
+            bins = ((values.astype(np.float64) - low) / width).clip(0, _NUM_BINS - 1).astype(np.int64)
+            counts += np.bincount(bins, minlength=_NUM_BINS)
+        return counts, width
 
     def _values(self) -> Iterator[np.ndarray]:
         """Yield all levels that are measurements, strip by strip."""
@@ -245,7 +264,15 @@ def _is_installed(package: str) -> bool:
 
 
 def _has_geo_keys(path: Path) -> bool:
-    """Return whether a TIFF names a coordinate system; False for a file that Pillow cannot open."""
+    """Return whether a TIFF names a coordinate system; False for a file that cannot be opened."""
+    if _is_installed("tifffile"):  # it opens more kinds of levels than Pillow
+        import tifffile
+
+        try:
+            with tifffile.TiffFile(path) as file:
+                return _GEO_KEYS in file.pages[0].tags  # type: ignore[union-attr]
+        except Exception:  # tifffile raises nearly anything on damaged files
+            return False
     from PIL import Image
 
     try:

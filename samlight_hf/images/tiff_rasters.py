@@ -42,6 +42,11 @@ class TiffRaster(Raster):
                 f"{path}: has the axes {series.axes} of {'x'.join(map(str, series.shape))}: only one plane with "
                 "channels can be read. Save the plane as a file of its own."
             )
+        photometric = series.keyframe.photometric
+        if photometric.name in ("MINISWHITE", "PALETTE", "SEPARATED"):
+            raise ImageError(
+                f"{path}: is stored as {photometric.name}: only grey and RGB are read in parts. Convert it to RGB."
+            )
         num_bands = sizes[channels[0]] if channels else 1
         super().__init__(path, (sizes["Y"], sizes["X"]), num_bands, bands, series.dtype)
         if level:  # results lie in pixels of the full size
@@ -71,7 +76,10 @@ class TiffRaster(Raster):
         """Read a window of a page, (samples, h, w), from the tiles or strips that it touches."""
         x1, y1, x2, y2 = window
         frame = page.keyframe
-        planes, _, _, _, samples = frame.shaped
+        planes, _, height, width, samples = frame.shaped
+        if page.is_memmappable:  # not compressed, and often a single strip, which is not to be read for each window
+            whole = page.asarray(out="memmap").reshape(planes, height, width, samples)
+            return np.array(whole[:, y1:y2, x1:x2]).transpose(0, 3, 1, 2).reshape(-1, y2 - y1, x2 - x1)
         levels = np.zeros((planes, y2 - y1, x2 - x1, samples), dtype=self.dtype)
         tile_height = frame.tilelength if frame.is_tiled else frame.rowsperstrip
         tile_width = frame.tilewidth if frame.is_tiled else frame.imagewidth

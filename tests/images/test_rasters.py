@@ -104,6 +104,27 @@ def test_levels_are_scaled_as_those_of_small_images(tmp_path, dtype):
     assert (difference == 0).mean() > 0.95 or dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32])
+def test_a_few_hot_levels_leave_the_others_apart(tmp_path, dtype):
+    tifffile = pytest.importorskip("tifffile")
+    levels = (random.random((300, 400)) * (1 if dtype == np.float32 else 1000)).astype(dtype)
+    levels[5, :3] = 4e9
+    tifffile.imwrite(tmp_path / "a.tif", levels)
+    low, high = open_raster(tmp_path / "a.tif").find_range()
+    expected_low, expected_high = np.percentile(levels, [0.5, 99.5])
+    assert low == pytest.approx(expected_low, abs=0.002 * expected_high)
+    assert high == pytest.approx(expected_high, rel=0.002)
+
+
+def test_kinds_of_tiff_whose_levels_are_not_brightness_are_refused(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    from samlight_hf.images.tiff_rasters import TiffRaster
+
+    tifffile.imwrite(tmp_path / "white.tif", np.zeros((64, 64), np.uint8), photometric="miniswhite")
+    with pytest.raises(ImageError, match="MINISWHITE: only grey and RGB are read in parts"):
+        TiffRaster(tmp_path / "white.tif")
+
+
 def test_palettes_alpha_and_masks(tmp_path):
     rasterio = pytest.importorskip("rasterio")
     options = {"driver": "GTiff", "width": 130, "height": 110, "dtype": "uint8", "crs": "EPSG:32633",
