@@ -95,6 +95,7 @@ def run_publish(args: argparse.Namespace) -> int:
     """
     from ..publishing.build import build_folder
     from ..publishing.checks import metadata_of
+    from ..publishing.space import check_space_folder
     from ..publishing.upload import check_target, publish, verify_folder
 
     wants_space = args.space is not None or args.space_out is not None
@@ -102,6 +103,8 @@ def run_publish(args: argparse.Namespace) -> int:
     try:
         check_target(args.repo_id, args.revision, args.tag, args.pr)
         check_target(space_id, None, None, False)
+        if args.space_out is not None:
+            check_space_folder(args.space_out)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if args.card is None:
@@ -156,6 +159,8 @@ def _publish_space(args: argparse.Namespace, space_id: str, published: "Publishe
             print(f"Dry run: the Space {space_id} was not sent.")
             return
         print(f"Space: {publish_space(folder, space_id, private=args.private)}")
+        if args.private:
+            print("The model is private: set the secret HF_TOKEN in the Space's settings, or it cannot be loaded.")
 
 
 def _tell(published: "PublishedRevision"):

@@ -18,6 +18,7 @@ from .upload import PublishError, check_target, reason_of
 GRADIO_VERSION = "6.31.0"
 PACKAGE = "samlight_hf"
 PACKAGE_FOLDER = Path(__file__).parents[1]
+_SPACE_FILES = ("app.py", "requirements.txt", "README.md")
 _CODE_SUFFIXES = (".css", ".cu", ".cuh", ".html", ".js", ".md", ".py", ".typed")
 
 # What the package and its extra "app" require; gradio comes with the Space's SDK.
@@ -134,7 +135,7 @@ def space_files(settings: SpaceSettings) -> dict[str, str]:
         title=settings.space_id.split("/")[1], model_id=settings.model_id, space_id=settings.space_id,
         gradio_version=GRADIO_VERSION,
     )  # fmt: skip
-    return {"app.py": app, "requirements.txt": REQUIREMENTS, "README.md": readme}
+    return dict(zip(_SPACE_FILES, (app, REQUIREMENTS, readme), strict=True))
 
 
 def build_space(
@@ -156,10 +157,7 @@ def build_space(
         ValueError: For a destination that holds other files, and for names that are none.
     """
     destination, texts = Path(destination), space_files(settings)
-    if destination.exists() and not (
-        destination.is_dir() and (_is_space(destination) or not any(destination.iterdir()))
-    ):
-        raise ValueError(f"{destination} is there, and is no Space. Choose another folder.")
+    check_space_folder(destination)
 
     def write(folder: Path):
         folder.mkdir(parents=True)
@@ -207,6 +205,18 @@ def publish_space(
     return f"{constants.ENDPOINT}/spaces/{space_id}"
 
 
+def check_space_folder(destination: Path):
+    """Raise ValueError for a destination that is neither new, empty, nor a Space as it was written."""
+    if destination.exists() and not (
+        destination.is_dir() and (_is_space(destination) or not any(destination.iterdir()))
+    ):
+        raise ValueError(f"{destination} is there, and is no Space as it was written. Choose another folder.")
+
+
 def _is_space(folder: Path) -> bool:
-    readme = folder / "README.md"
-    return readme.is_file() and "sdk: gradio" in readme.read_text(encoding="utf-8", errors="replace")
+    app, ours = folder / "app.py", {*_SPACE_FILES, LICENSE_NAME, PACKAGE, "images"}
+    return (
+        app.is_file()
+        and "`samlight publish --space`" in app.read_text(encoding="utf-8", errors="replace")
+        and {path.name for path in folder.iterdir()} <= ours
+    )

@@ -63,8 +63,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         build_space(tmp_path, EXAMPLE)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     build_space(tmp_path / "space", EXAMPLE)
-    (tmp_path / "space" / "old.py").touch()
-    assert tmp_path / "space" / "old.py" not in build_space(tmp_path / "space", EXAMPLE), "a Space is replaced"
+    (tmp_path / "space" / "images" / "old.jpg").parent.mkdir(exist_ok=True)
+    (tmp_path / "space" / "images" / "old.jpg").touch()
+    assert tmp_path / "space" / "images" / "old.jpg" not in build_space(tmp_path / "space", EXAMPLE), "it is replaced"
+    (tmp_path / "space" / ".git").mkdir()
+    with pytest.raises(ValueError, match="is no Space as it was written"):
+        build_space(tmp_path / "space", EXAMPLE)
+    assert (tmp_path / "space" / ".git").is_dir()
 
 
 @pytest.mark.parametrize("space", ["try it", "a/b/c", "try"])
