@@ -84,7 +84,7 @@ def run_benchmark_command(args: argparse.Namespace, available: dict | None = Non
         )
     parts, out = args.only or args.parts, args.out
     if args.report:
-        if args.only or args.append:
+        if args.only or args.append or set(args.parts) != set(available):
             raise argparse.ArgumentTypeError(
                 "--report measures its own parts in one run: give no PART and no --append."
             )

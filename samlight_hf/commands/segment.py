@@ -203,7 +203,7 @@ def _segment(
         try:
             segment = _segmenter(model, processor, args)
             if args.tile:
-                run_tiled_jobs(to_do, segment, args, summary, results, replaced)
+                run_tiled_jobs(to_do, segment, args, summary, results, replaced, streams.shown)
             else:
                 _run_jobs(to_do, prompts, segment, args, summary, results, replaced, streams)
         except KeyboardInterrupt:
@@ -282,7 +282,7 @@ def _run_jobs(
         boxes, points = job.shown_prompts()
         prompt, name = describe_prompts(boxes, points), job.name
         if args.format == "labelme" and job.path != streams.source:
-            name = path_from(job.output.parent, job.path)
+            name = path_from(Path() if streams.is_output else job.output.parent, job.path)
         has_panel = job.output in shown
         left_out, panel = write_result(job.output, args.format, image, name, prompt, result, boxes, points, has_panel)
         with telling_where(results.note, ends_the_run=True):
@@ -341,7 +341,7 @@ def _settings(args: argparse.Namespace, model_path: str, prompts: "dict[Path, Pr
     folder = Path(model_path).expanduser()
     weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
     later: dict = {  # which the notes of earlier versions lack: None stands for what these did
-        "--points": [[[*prompt.points_xy], [*prompt.labels]] for prompt in args.points],
+        "--points": [[[*map(list, prompt.points_xy)], [*prompt.labels]] for prompt in args.points],
         "--prompts": args.prompts and _digest([[os.path.abspath(image), repr(own)] for image, own in prompts.items()]),
         "--crops-n-layers": args.crops_n_layers, "--min-hole-area": args.min_hole_area,
         "--min-region-area": args.min_region_area, **tile_settings(args),

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +86,7 @@ def tile_settings(args: argparse.Namespace) -> dict:
 
 def run_tiled_jobs(
     places: Sequence[Place], segmenter: "EverythingSegmenter", args: argparse.Namespace, summary: Summary,
-    results: ResultFolder, replaced: Collection[Place],
+    results: ResultFolder, replaced: Collection[Place], shown: Callable[[Path], str] = str,
 ):  # fmt: skip
     """Segment images one after the other, add them to the summary, and note each finished result.
 
@@ -98,17 +98,18 @@ def run_tiled_jobs(
         summary: gets a row for each image.
         results: the folder of results, whose note has been begun.
         replaced: places with an earlier result.
+        shown: returns how messages name an image.
     """
     from .summary import DiskError
 
     begin = time.perf_counter()
     for place in places:
         try:
-            row = _run_image(place, segmenter, args, results.settings or {})
+            row = _run_image(place, segmenter, args, results.settings or {}, shown(place.image))
         except DiskError:
             raise
         except Exception as error:
-            report_skipped(error, place.image)
+            report_skipped(error, place.image, shown(place.image))
             summary.skipped += 1
             continue
         with telling_where(results.note, ends_the_run=True):
@@ -119,7 +120,7 @@ def run_tiled_jobs(
     summary.seconds = time.perf_counter() - begin
 
 
-def _run_image(place: Place, segmenter, args: argparse.Namespace, settings: dict) -> Row:
+def _run_image(place: Place, segmenter, args: argparse.Namespace, settings: dict, shown: str) -> Row:
     from ..images.rasters import open_raster
     from ..images.reading import ImageError
     from ..inference.tile_merging import merge_tiles
@@ -129,10 +130,10 @@ def _run_image(place: Place, segmenter, args: argparse.Namespace, settings: dict
     raster = open_raster(place.image, args.bands, args.level)
     try:
         for note in raster.notes:
-            print(f"samlight: {place.image}: {note}.", file=sys.stderr)
+            print(f"samlight: {shown}: {note}.", file=sys.stderr)
         if raster.dtype.kind != "b" and raster.dtype != np.uint8:
             low, high = raster.find_range()
-            print(f"samlight: {place.image}: levels {low:.6g} to {high:.6g} became 0 to 255.", file=sys.stderr)
+            print(f"samlight: {shown}: levels {low:.6g} to {high:.6g} became 0 to 255.", file=sys.stderr)
         grid = TileGrid(raster.height, raster.width, _tiles(args))
         identity = [settings, identity_of(place.image), grid.shape, raster.bands, raster.level_range]
         store = FolderStore(_tile_folder(place), identity, keep=args.resume)
@@ -148,7 +149,7 @@ def _run_image(place: Place, segmenter, args: argparse.Namespace, settings: dict
     finally:
         raster.close()
     tiles = f"everything, {count(len(grid), 'tile')}"
-    return Row(str(place.image), size, tiles, number, time.perf_counter() - start, place.output)
+    return Row(shown, size, tiles, number, time.perf_counter() - start, place.output)
 
 
 def _write(place: Place, file_format: str, raster: "Raster", objects: "Iterator[TiledObject]") -> int:

@@ -59,7 +59,7 @@ def quantize(
     products = [name for name in _products_with_weights(model) if name not in coordinates]
     with tempfile.TemporaryDirectory(prefix="samlight-export-") as place, _without_warnings():
         source, target = Path(place) / "float32.onnx", Path(place) / "quantized.onnx"
-        save(model, source)
+        save(_copy(model), source)  # onnx moves large weights out of the graph that it saves
         if calibration is None:
             quantize_dynamic(
                 source, target, weight_type=weight_type, per_channel=True, nodes_to_quantize=products,

@@ -280,6 +280,11 @@ def test_resuming_knows_the_prompts(segment, tmp_path):
     one_line(stderr, "--points was None and is")
 
 
+def test_clicks_are_resumed(segment):
+    assert segment("photos/a.jpg", "--points", "1,2 3,4,0")[0] == 0
+    assert "1 image done before" in segment("photos/a.jpg", "--points", "1,2 3,4,0", "--resume")[1]
+
+
 def test_parsed_clicks():
     assert parse_points(" 1,2  3.5,-4,0 ") == ObjectPrompt(((1, 2), (3.5, -4)), (1, 0))
 
