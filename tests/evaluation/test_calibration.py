@@ -88,8 +88,10 @@ def photographs():
 
 def test_everything_mode_finds_the_wanted_number_at_default_thresholds(bundled, photographs):
     model, processor = copy.deepcopy(bundled[0]), bundled[1]
-    before = MaskGenerator(*bundled)(photographs[0].image, points_per_crop=4)
-    result = calibrate(model, processor, photographs, masks_per_image=5, points_per_side=4, logit_scales=(4.0,))
+    scale_mask_logits(model, 1 / 8)
+    map_scores(model, (0.0, 0.0), (1.0, 0.7))
+    before = MaskGenerator(model, processor)(photographs[0].image, points_per_crop=4)
+    result = calibrate(model, processor, photographs, masks_per_image=5, points_per_side=4, logit_scales=(8.0,))
     generator = MaskGenerator(model, processor)
     found = [generator(sample.image, points_per_crop=4) for sample in photographs]
     assert len(before) == 0  # nothing at the default thresholds either

