@@ -42,10 +42,10 @@ class TiffRaster(Raster):
                 f"{path}: has the axes {series.axes} of {'x'.join(map(str, series.shape))}: only one plane with "
                 "channels can be read. Save the plane as a file of its own."
             )
-        photometric = series.keyframe.photometric
-        if photometric.name in ("MINISWHITE", "PALETTE", "SEPARATED"):
+        photometric = tifffile.PHOTOMETRIC(series.keyframe.photometric).name
+        if photometric in ("MINISWHITE", "PALETTE", "SEPARATED"):
             raise ImageError(
-                f"{path}: is stored as {photometric.name}: only grey and RGB are read in parts. Convert it to RGB."
+                f"{path}: is stored as {photometric}: only grey and RGB are read in parts. Convert it to RGB."
             )
         num_bands = sizes[channels[0]] if channels else 1
         super().__init__(path, (sizes["Y"], sizes["X"]), num_bands, bands, series.dtype)
