@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-import torch
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.commands import cli
@@ -12,14 +11,6 @@ from tests.conftest import tiny_config
 
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'samlight-hf[export]'")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install 'samlight-hf[export]'")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    torch.manual_seed(0)
-    SamLighteningModel(tiny_config()).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.slow

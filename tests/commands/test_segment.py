@@ -13,28 +13,17 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import samlight_hf
-from samlight_hf import SamLighteningModel
 from samlight_hf.commands import cli
 from samlight_hf.commands import options as options_module
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.inference.crops import MaskGenerationSettings
 from samlight_hf.masks import files as mask_files
-from tests.conftest import tiny_config
 
 
 QUICK = ["--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    torch.manual_seed(0)
-    SamLighteningModel(tiny_config()).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -46,18 +35,6 @@ def photos(tmp_path):
         image = Image.fromarray(random.integers(0, 255, (30, 40, 3), dtype=np.uint8))
         image.save(tmp_path / "photos" / name)
     return tmp_path / "photos"
-
-
-@pytest.fixture
-def samlight(capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()  # what loading and saving in fixtures has said
-        status = cli.main([str(argument) for argument in arguments])
-        stdout, stderr = capsys.readouterr()
-        assert "Traceback" not in stdout + stderr
-        return status, stdout, stderr
-
-    return run
 
 
 NOTE = ".samlight.json"

@@ -1,5 +1,4 @@
 """Formats of `samlight segment` for other tools, each read back as its tool does, and by the tool where it is here."""
-# ruff: noqa: F401, F811  (fixtures of test_segment)
 
 import json
 import subprocess
@@ -22,7 +21,7 @@ from samlight_hf.masks.results import GeneratedMasks
 from samlight_hf.masks.rle import RunLengthMasks
 from tests.masks.test_formats import fill_as_labelme, fill_as_ultralytics
 
-from .test_segment import QUICK, checkpoint, names, one_line, samlight
+from .test_segment import QUICK, names, one_line
 from .test_segment_results import is_b, write_images
 
 

@@ -1,5 +1,4 @@
 """Clicks for one object and prompts for a folder: what `samlight segment` makes of options and files."""
-# ruff: noqa: F401, F811  (fixtures of test_segment)
 
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from samlight_hf.commands.prompt_files import parse_points, prompts_of_images, r
 from samlight_hf.inference.prompts import ObjectPrompt
 from samlight_hf.loading import load_model
 
-from .test_segment import checkpoint, names, one_line, samlight
+from .test_segment import names, one_line
 from .test_segment_results import write_images
 
 

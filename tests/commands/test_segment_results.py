@@ -1,5 +1,5 @@
 """Results of `samlight segment`: where they lie, that no run replaces another's, and that one bad image ends no run."""
-# ruff: noqa: F401, F811  (fixtures of test_cli)
+# ruff: noqa: F401  (fixtures of test_cli)
 
 import json
 import os
@@ -19,7 +19,7 @@ from samlight_hf.inference.mask_generation import MaskGenerator
 from samlight_hf.masks import files as mask_files
 from tests.images.test_levels import gradient
 
-from .test_segment import NOTE, QUICK, checkpoint, names, one_line, samlight
+from .test_segment import NOTE, QUICK, names, one_line
 
 
 SLOW = {"labels", "labelme", "yolo"}  # which have no code of their own in choosing names

@@ -12,26 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from samlight_hf import SamLighteningModel
 from samlight_hf.commands import cli
 from samlight_hf.commands.segment_tiles import FolderStore
 from samlight_hf.images import rasters
 from samlight_hf.inference import mask_generation
 from samlight_hf.masks.rle import RunLengthMasks
-from tests.conftest import tiny_config
 from tests.inference.test_tiles import all_right, shapes
 
 
 TILES = ["--tile", "64", "--overlap", "16", "--device", "cpu", "--points-per-side", "2"]
 KEEP_ALL = ["--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    torch.manual_seed(0)
-    SamLighteningModel(tiny_config()).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """`samlight segment -` and `--out -`: an image from standard input, and its result to standard output."""
-# ruff: noqa: F401, F811  (fixtures of test_segment)
 
 import io
 import json
@@ -15,7 +14,7 @@ from PIL import Image
 
 from samlight_hf.commands import cli
 
-from .test_segment import QUICK, checkpoint, names
+from .test_segment import QUICK, names
 from .test_segment_results import write_images
 
 

@@ -24,7 +24,8 @@ from samlight_hf.inference.single_calls import segment_everything
 from samlight_hf.loading import load_model, quiet_transformers
 from samlight_hf.masks.boxes import mask_boxes
 from samlight_hf.masks.results import GeneratedMasks
-from tests.conftest import tiny_config
+
+from .conftest import random_model
 
 
 KEEP_MANY = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.65}
@@ -42,11 +43,8 @@ def exact_convolutions(monkeypatch):
 def tiny(tmp_path_factory):
     """A model with random weights: scores around 0.5, and logits like a trained model's, above 30 in some spots."""
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    model = SamLighteningModel(tiny_config())
+    model = random_model()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
         model.mask_decoder.iou_prediction_head.proj_out.bias.fill_(0.5)
         for mlp in model.mask_decoder.output_hypernetworks_mlps:
             mlp.proj_out.weight.mul_(1000)
