@@ -5,6 +5,7 @@ from .callbacks import FiniteLossCallback, MaskImageCallback, ThroughputCallback
 from .checkpoints import CheckpointChangedError
 from .demonstration import demonstrate
 from .embedding_cache import CachedExamples, CacheError, EmbeddingCache, fill_cache
+from .feature_teacher import FeatureTeacher
 from .layer_weights import DynamicLayerWeights, LayerWeightCallback, OutputOnly, UniformLayerWeights
 from .run import distill
 from .stages import EncoderStage, MaskStage, match_layers
@@ -21,6 +22,7 @@ __all__ = [
     "DynamicLayerWeights",
     "EmbeddingCache",
     "EncoderStage",
+    "FeatureTeacher",
     "FiniteLossCallback",
     "LayerWeightCallback",
     "MaskImageCallback",

@@ -45,7 +45,7 @@ class DistillationArguments(TrainingArguments):
         default=0.5, metadata={"help": "encoder: share of the steps over which dynamic layer weights rise"}
     )
     teacher_dtype: str = field(
-        default="bfloat16", metadata={"help": "encoder: dtype of the teacher: bfloat16, float16 or float32"}
+        default="bfloat16", metadata={"help": "dtype of the teachers: bfloat16, float16 or float32"}
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "encoder: folder of the teacher's targets, computed once; needs num_views"}
@@ -75,6 +75,14 @@ class DistillationArguments(TrainingArguments):
     dice_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the dice loss"})
     iou_weight: float = field(default=1.0, metadata={"help": "decoder, end_to_end: weight of the IoU head's loss"})
 
+    feature_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "end_to_end: a model of timm (a name or a folder) whose features the image encoder learns too"
+        },
+    )
+    feature_weight: float = field(default=1.0, metadata={"help": "end_to_end: weight of the loss of these features"})
+
     eval_max_instances: int = field(
         default=16, metadata={"help": "largest number of objects of an image that are evaluated"}
     )
@@ -94,7 +102,7 @@ class DistillationArguments(TrainingArguments):
         for name in (
             "num_refinements",
             "num_focus_layers",
-            *(f"{loss}_weight" for loss in ("focal", "bce", "dice", "iou")),
+            *(f"{loss}_weight" for loss in ("focal", "bce", "dice", "iou", "feature")),
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")

@@ -14,6 +14,7 @@ from ..loading import weights_fingerprint
 from ..utils.atomic_files import atomic_write
 from ..utils.json_files import read_json
 from .arguments import DistillationArguments
+from .feature_teacher import FeatureTeacher
 from .stages import TRAINABLE
 from .teacher import Teacher
 
@@ -40,7 +41,11 @@ class CheckpointChangedError(ValueError):
 
 
 def run_settings(
-    args: DistillationArguments, examples: Dataset, teacher: Teacher | None, student: PreTrainedModel
+    args: DistillationArguments,
+    examples: Dataset,
+    teacher: Teacher | None,
+    student: PreTrainedModel,
+    feature_teacher: FeatureTeacher | None = None,
 ) -> dict:
     """Return the settings that define a run, as a checkpoint stores them.
 
@@ -51,11 +56,15 @@ def run_settings(
         examples: the training data, identified by their methods `preprocessing` and `order` where they have these.
         teacher: the teacher, identified by its weights and layers.
         student: the student before training, identified by its weights and configuration.
+        feature_teacher: the teacher of features beside the masks, identified by its weights and input size.
     """
     data = [getattr(examples, name)() for name in ("preprocessing", "order") if hasattr(examples, name)]
     settings = {name: getattr(args, name) for name in (*_RUN_DEFINING, *_OF_THE_PROCESSES)}
     settings["data"] = _digest(data)
     settings["teacher"] = None if teacher is None else _digest([teacher.fingerprint, teacher.layers])
+    if feature_teacher is not None:
+        features = [feature_teacher.fingerprint, feature_teacher.image_size, args.feature_weight]
+        settings["feature_teacher"] = _digest(features)
     config = student.config.vision_config.to_dict()
     architecture = {name: value for name, value in config.items() if name not in _OF_THE_FILE}
     parts = {name: weights_fingerprint(part) for name, part in student.named_children()}
@@ -105,12 +114,13 @@ def check_same_run(
         *_RUN_DEFINING,
         "data",
         "teacher",
+        "feature_teacher",
         "student" if is_finished else "frozen",
         *(_OF_THE_PROCESSES if streams else ()),
     )
-    changed = [name for name in names if saved.get(name) != current[name]]
+    changed = [name for name in names if saved.get(name) != current.get(name)]
     if changed:
-        values = ", ".join(f"{name}={current[name]} (was {saved.get(name)})" for name in changed)
+        values = ", ".join(f"{name}={current.get(name)} (was {saved.get(name)})" for name in changed)
         raise CheckpointChangedError(
             f"{where} was made with other settings: {values}. Schedules, data or losses depend on them: resume with "
             "the old ones, or start a new output_dir."

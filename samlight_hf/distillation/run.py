@@ -28,6 +28,7 @@ from ..utils.processes import tell
 from .arguments import DistillationArguments, RunArguments
 from .callbacks import MaskImageCallback
 from .checkpoints import check_same_run, last_checkpoint, run_settings
+from .feature_teacher import FeatureTeacher
 from .open_data import make_examples, open_eval_images, open_train_sources, prompt_sampling, with_cache
 from .plots import plot_learning_curves
 from .publishing import HubPublisher, Push, has_arrived
@@ -144,6 +145,11 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
 
 
 def _check_stage(run: RunArguments, args: DistillationArguments):
+    if args.feature_teacher and args.stage != "end_to_end":
+        raise ValueError(
+            f"feature_teacher={args.feature_teacher} is not possible in the stage {args.stage}: its features are "
+            "learned beside masks, by the image encoder. Set it in the section end_to_end."
+        )
     if args.stage != "encoder":
         prompt_sampling(run, args)  # raises for values out of range
     if args.stage == "encoder" and args.cache_dir and run.stream_data:
@@ -212,17 +218,22 @@ def train_stage(
     start = time.time()
     output_dir = Path(args.output_dir)
     teacher = _make_teacher(teacher_model, student, args)
+    feature_teacher = None
+    if args.feature_teacher:
+        feature_teacher = FeatureTeacher(args.feature_teacher, find_dtype(args.teacher_dtype))
     examples = make_examples(student, args, run, sources)
     if (output_dir / RESULT_NAME).is_file():
         saved = read_json(output_dir / RESULT_NAME, dict)
-        settings = run_settings(args, examples, teacher, student)
+        settings = run_settings(args, examples, teacher, student, feature_teacher)
         check_same_run(output_dir, saved["settings"], settings, bool(run.stream_data), is_finished=True)
         tell(f"{output_dir}: finished before, and kept.")
         return saved
     callbacks = _mask_images(eval_images)
     processor = make_processor(student.config.vision_config)
     train_dataset = with_cache(examples, args, run, teacher)
-    trainer = DistillationTrainer(student, args, train_dataset, processor, teacher, eval_images, callbacks, publisher)
+    trainer = DistillationTrainer(
+        student, args, train_dataset, processor, teacher, eval_images, callbacks, publisher, feature_teacher
+    )
     checkpoint = last_checkpoint(args.output_dir) if run.resume else None
     output = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_images is not None and not trainer.is_fsdp_enabled else {}

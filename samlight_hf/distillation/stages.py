@@ -202,6 +202,9 @@ class MaskStage(Stage):
         box_share: share of the prompts that are boxes.
         num_refinements: number of clicks that are added one by one.
         point_targets: one of `POINT_TARGETS`.
+        feature_widths: channels of each map of `FeatureTeacher.targets`. Linear projections of the encoder's last layer
+            learn these maps.
+        feature_weight: weight of their mean squared error.
     """
 
     def __init__(
@@ -212,6 +215,8 @@ class MaskStage(Stage):
         box_share: float = 0.5,
         num_refinements: int = 1,
         point_targets: str = "own",
+        feature_widths: Sequence[int] = (),
+        feature_weight: float = 1.0,
     ):
         if stage not in ("decoder", "end_to_end"):
             raise ValueError(f'stage={stage!r} must be "decoder" or "end_to_end".')
@@ -222,6 +227,9 @@ class MaskStage(Stage):
         self.box_share = box_share
         self.num_refinements = num_refinements
         self.point_targets = point_targets
+        config = self.student.config.vision_config
+        self.last_layer, self.feature_weight = config.num_hidden_layers - 1, feature_weight
+        self.projections = nn.ModuleList(nn.Linear(config.hidden_size, width) for width in feature_widths)
 
     def forward(
         self,
@@ -230,6 +238,7 @@ class MaskStage(Stage):
         boxes: torch.Tensor,
         points: torch.Tensor,
         uniforms: torch.Tensor,
+        features: Sequence[torch.Tensor] = (),
     ) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
 
@@ -239,12 +248,15 @@ class MaskStage(Stage):
             boxes: (B, P, 4), XYXY in pixels of the S x S frame.
             points: (B, P, 2), XY in pixels of the S x S frame.
             uniforms: (B, P, K) in [0, 1); round k places its click by the k-th of them.
+            features: the maps of `FeatureTeacher.targets`, one for each of `feature_widths`.
 
         Returns:
-            "loss", and the mean "iou/KIND" and "iou/KIND_click_N" for boxes and points: all scalars.
+            "loss", the mean "iou/KIND" and "iou/KIND_click_N" for boxes and points, and with `features` the unweighted
+            "feature_loss": all scalars.
         """
+        layers = (self.last_layer,) if self.projections else ()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
-            _, embeddings = encode(self.student.vision_encoder, pixel_values)
+            states, embeddings = encode(self.student.vision_encoder, pixel_values, layers)
         num_prompts = masks.shape[1]
         num_boxes = round(self.box_share * num_prompts)
         logs: dict[str, torch.Tensor] = {}
@@ -256,7 +268,19 @@ class MaskStage(Stage):
             prompts = [tensor[:, start:stop].flatten(0, 1) for tensor in (masks, boxes, points, uniforms)]
             losses = self._rounds(kind, embeddings.repeat_interleave(stop - start, 0), prompts, masks, logs)
             parts.append(losses.mean() * (stop - start) / num_prompts)
+        if self.projections:
+            state = nn.functional.layer_norm(states[0], states[0].shape[-1:])
+            pairs = zip(self.projections, features, strict=True)
+            loss = torch.stack([feature_loss(projection(state), target) for projection, target in pairs]).mean()
+            parts.append(self.feature_weight * loss)
+            logs["feature_loss"] = loss.detach()
         return {"loss": torch.stack(parts).sum(), **logs}
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        return self.projections.state_dict()
+
+    def load_extra_state(self, state: dict[str, torch.Tensor]):
+        self.projections.load_state_dict(state)
 
     def _rounds(
         self,

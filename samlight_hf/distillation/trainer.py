@@ -35,6 +35,7 @@ from .checkpoints import (
     read_settings,
     run_settings,
 )
+from .feature_teacher import FeatureTeacher
 from .layer_weights import LayerWeightCallback
 from .muon import MuonWithAdamW
 from .publishing import SNAPSHOTS_NAME, HubPublisher, PushingTrainer
@@ -62,6 +63,7 @@ class DistillationTrainer(PushingTrainer):
         eval_images: images with masks.
         callbacks: further callbacks. A `LayerWeightCallback` among them replaces the one that `layer_weights` names.
         publisher: carries out the pushes of `push_to_hub`; by default one of its own.
+        feature_teacher: the teacher of features beside the masks, in the stage "end_to_end".
 
     Raises:
         ValueError: where the student, the teacher and the stage do not fit together.
@@ -81,16 +83,18 @@ class DistillationTrainer(PushingTrainer):
         eval_images: ImageDataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
         publisher: HubPublisher | None = None,
+        feature_teacher: FeatureTeacher | None = None,
     ):
         self.student, self.teacher, self.processor = student, teacher, processor
-        self.eval_images, self.publisher = eval_images, publisher
+        self.eval_images, self.publisher, self.feature_teacher = eval_images, publisher, feature_teacher
         self._sums: dict[
             str, torch.Tensor
         ] = {}  # of the values that a stage returns beside the loss, since the last log
         self._num_summed = 0
         self._staging: str | None = None
         # Computed before the training changes the student.
-        self.run_settings = run_settings(args, getattr(train_dataset, "examples", train_dataset), teacher, student)
+        examples = getattr(train_dataset, "examples", train_dataset)
+        self.run_settings = run_settings(args, examples, teacher, student, feature_teacher)
         if args.ddp_find_unused_parameters is None:  # otherwise DDP searches for unused parameters at every step
             args.ddp_find_unused_parameters = not args.trains_every_parameter
         if args.torch_compile and args.world_size > 1:
@@ -114,7 +118,12 @@ class DistillationTrainer(PushingTrainer):
     def _make_stage(self, args: DistillationArguments) -> torch.nn.Module:
         if args.stage != "encoder":
             settings = args.loss_weights(), args.box_share, args.num_refinements, args.point_targets
-            return MaskStage(self.student, args.stage, *settings)
+            if self.feature_teacher is None:
+                return MaskStage(self.student, args.stage, *settings)
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)  # of the projections
+                widths = self.feature_teacher.widths
+                return MaskStage(self.student, args.stage, *settings, widths, args.feature_weight)
         if self.teacher is None:
             raise ValueError('stage="encoder" needs a teacher.')
         pairs = focus_layers(self.student, self.teacher.config, args.num_focus_layers)
@@ -220,6 +229,10 @@ class DistillationTrainer(PushingTrainer):
             outputs = model(pixel_values=pixel_values, targets=self._targets(inputs, pixel_values))
         else:
             prompts = {name: inputs[name] for name in ("masks", "boxes", "points", "uniforms")}
+            if self.feature_teacher is not None:
+                config = self.student.config.vision_config
+                teacher = self.feature_teacher.to(pixel_values.device)
+                prompts["features"] = teacher.targets(pixel_values, config.image_size // config.patch_size)
             outputs = model(pixel_values=pixel_values, **prompts)
         for name, value in outputs.items():
             if name != "loss":
