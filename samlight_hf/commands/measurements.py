@@ -45,12 +45,13 @@ def measurements_of(
     """Return the measurements that the arguments ask for; without `settings`, instances are not evaluated."""
     from ..data.coco import CocoDataset
     from ..evaluation.fidelity import Fidelity, summarize_fidelity
-    from ..evaluation.protocols import InstanceProtocols
+    from ..evaluation.protocols import RECORDS_VERSION, InstanceProtocols
 
     measurements = []
     if settings is not None:
         instances = InstanceProtocols(settings)
-        measurements.append(Measurement("instances", instances, settings.to_dict(), settings.sentences()))
+        about = {**settings.to_dict(), "records_version": RECORDS_VERSION}
+        measurements.append(Measurement("instances", instances, about, settings.sentences()))
     if EVERYTHING in args.protocol:
         measurements.append(_everything_measurement(args))
     if args.detections:

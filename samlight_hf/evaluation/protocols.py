@@ -16,14 +16,18 @@ import torch
 from ..data import Sample
 from ..masks.boxes import xywh_to_xyxy
 from .clicks import next_clicks
-from .metrics.mask_iou.iou import boundary_iou, mask_iou
+from .metrics.mask_iou.iou import boundary_iou, mask_area, mask_iou
 from .models import Encoded, PromptableModel, PromptedMasks
+from .statistics import PLACES
 from .targets import Targets
 from .tasks import EvaluationTask
 
 
 PROMPTS = ("box", "clicks")
 MASK_CHOICES = ("single", "predicted", "oracle")
+# Raised when records get a new measure: journals of earlier records are refused.
+RECORDS_VERSION = 2
+_MEASURES = ("iou", "boundary_iou", "predicted_iou", "mask_index", "relative_area")
 
 # Float logits of one chunk of instances, three masks each, at the larger of the image's and the model's size.
 _CHUNK_BYTES = 2**29
@@ -102,7 +106,9 @@ class InstanceProtocols(EvaluationTask):
 
     It returns one record for each instance of an image, in their order: {"picture", "instance", "area", "width",
     "height", "iou": {"box/single": ..., "3 clicks/oracle": ...}, "predicted_iou": the same keys, "boundary_iou": the
-    same keys or none}.
+    same keys or none, "mask_index": {"3 clicks/oracle": ...}, which of three masks counts, from 0, and
+    "relative_area": {"1 click/first": ..., "1 click/second": ..., "1 click/third": ...}, the area of each of the three
+    masks as a multiple of the object's, for boxes and first clicks}.
     """
 
     def __init__(self, settings: ProtocolSettings):
@@ -170,9 +176,17 @@ class _Scores:
         if protocol is not None:
             self.values["iou", protocol] = select(ious, taken)
             self.values["predicted_iou", protocol] = select(prediction.predicted_iou, taken)
+            if choice != "single":
+                self.values["mask_index", protocol] = taken
             if self.with_boundary_iou:
                 self.values["boundary_iou", protocol] = boundary_iou(select(prediction.masks, taken), targets)
         return taken
+
+    def measure_areas(self, prediction: PromptedMasks, targets: torch.Tensor, prompt: str):
+        """Store the areas of the three masks of each prediction, relative to those of the targets (n, H, W)."""
+        areas = mask_area(prediction.masks) / mask_area(targets).clamp(min=1)[:, None]  # (n, 3)
+        for place, values in zip(PLACES, areas.T):
+            self.values["relative_area", f"{prompt}/{place}"] = values
 
 
 def _records(pieces: Sequence[Targets], scores: Sequence[_Scores]) -> list[list[dict]]:
@@ -185,13 +199,14 @@ def _records(pieces: Sequence[Targets], scores: Sequence[_Scores]) -> list[list[
         piece_records: list[dict[str, Any]] = [
             {
                 "picture": piece.image, "instance": instance.id, "area": instance.area, "width": piece.width,
-                "height": piece.height, "iou": {}, "boundary_iou": {}, "predicted_iou": {},
+                "height": piece.height, **{measure: {} for measure in _MEASURES},
             }
             for instance in piece.instances
         ]  # fmt: skip
         for measure, protocol in piece_scores.values:
             for record in piece_records:
-                record[measure][protocol] = next(numbers)
+                number = next(numbers)
+                record[measure][protocol] = int(number) if measure == "mask_index" else number
         records.append(piece_records)
     return records
 
@@ -216,6 +231,8 @@ def _box_protocol(
     for (_, piece), piece_scores in zip(pieces, scores, strict=True):
         targets = piece.masks(model.model.device)
         piece_predictions = {multimask: next(following) for multimask, following in predictions.items()}
+        if True in piece_predictions:
+            piece_scores.measure_areas(piece_predictions[True], targets, "box")
         for choice in settings.mask_choices:
             piece_scores.take(piece_predictions[choice != "single"], targets, choice, f"box/{choice}")
 
@@ -243,6 +260,8 @@ def _click_protocol(
                 )
                 if click == 1:
                     first[multimask] = prediction
+                    if multimask and 1 in settings.num_clicks:
+                        scores.measure_areas(prediction, targets, "1 click")
             else:
                 prediction = first[multimask]
             counts = click in settings.num_clicks

@@ -17,8 +17,9 @@ from ..utils.atomic_files import atomic_write, fit_name
 from ..utils.messages import text_table
 from .bootstrap import CONFIDENCE, NUM_RESAMPLES
 from .files import is_missing, plain, slug, write_records
+from .levels import ALL, mask_levels
 from .plots import names_of, protocols_of, require_matplotlib, write_plots
-from .statistics import NUM_BINS, SIZES, ModelResult, protocol_differences
+from .statistics import NUM_BINS, PLACES, SIZES, ModelResult, protocol_differences
 from .worst_cases import worst_cases
 
 
@@ -33,6 +34,14 @@ _PATHS = {
     "mIoU": ("iou",), **{f"mIoU of {size}": ("by_size", size) for size in SIZES}, "boundary IoU": ("boundary_iou",),
     "calibration gap": ("calibration_gap",), "calibration error": ("calibration_error",),
 }  # fmt: skip
+
+_LEVELS_NOTE = (
+    "Best: the share of the objects whose best mask, by the true IoU, is the first, second or third of the three that "
+    "a prompt gives. Predicted best: the same for the mask with the highest predicted IoU. Area: the median area of "
+    "the first, second and third mask as a multiple of the object's; missing for later clicks, which depend on the "
+    "mask that was taken before. No overlap: the share of the objects that none of the three masks touches; they have "
+    "no best mask. `report.json` has intervals and mean areas."
+)
 
 
 def write_report(
@@ -64,6 +73,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = _comparisons(results)
+    levels = [mask_levels(result.records) for result in results]
     for result in results:
         atomic_write(folder / _records_name(result), partial(write_records, records=result.records))
     plot_notes = write_plots(folder, results) if plots else {"plots": "not asked for"}
@@ -73,32 +83,43 @@ def write_report(
             "method": "percentile bootstrap over images", "confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES,
             "seed": 0,
         },
-        "models": [{"settings": r.settings, "scores": r.scores, "records": _records_name(r)} for r in results],
+        "models": [
+            {"settings": r.settings, "scores": r.scores, "levels": its_levels, "records": _records_name(r)}
+            for r, its_levels in zip(results, levels)
+        ],
         "comparisons": [
             {"baseline": results[0].name, "model": name, "protocols": c} for name, c in comparisons.items()
         ],
         "plots": plot_notes,
     }  # fmt: skip
     text = json.dumps(plain(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    page = _markdown(results, comparisons, plot_notes, [Path(sheet).name for sheet in worst_sheets])
+    page = _markdown(results, comparisons, levels, plot_notes, [Path(sheet).name for sheet in worst_sheets])
     atomic_write(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
     atomic_write(folder / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
     return folder / "report.md"
 
 
 def console_table(results: Sequence[ModelResult]) -> str:
-    """Return a plain-text table: mIoU and interval of every protocol and model, and the differences from the first.
+    """Return plain-text tables: mIoU of every protocol and model, and which of three masks is the best.
+
+    The first has the mIoU with its interval, the means by object size, and the differences from the first model. The
+    second is there where records say which mask was taken.
 
     Raises ValueError as `write_report` does.
     """
     _check_results(results)
     comparisons = _comparisons(results)
-    rows = [["prompt", "mask taken", "model", "instances", "mIoU", "minus the first"]]
+    rows = [["prompt", "mask taken", "model", "instances", "mIoU", *SIZES, "minus the first"]]
     for key, result in itertools.product(protocols_of(results), results):
         score = result.score(key)
         difference = _difference_text(comparisons[result.name][key]) if result.name in comparisons else ""
-        rows.append([*names_of(key), result.name, f"{score['n']:,}", _score_text(score), difference])
-    return "\n".join([text_table(rows, rule=True), *_missing(results, {"mIoU": ("iou",)})])
+        sizes = [_mean_text(result.score(key, "by_size", size)) for size in SIZES]
+        rows.append([*names_of(key), result.name, f"{score['n']:,}", _score_text(score), *sizes, difference])
+    blocks = [text_table(rows, rule=True), *_missing(results, {"mIoU": ("iou",)})]
+    levels = [mask_levels(result.records, num_resamples=1) for result in results]  # means alone are printed
+    if len(rows := _levels_table(results, levels, [ALL])) > 1:
+        blocks += ["", text_table(rows, rule=True)]
+    return "\n".join(blocks)
 
 
 def _check_results(results: Sequence[ModelResult]):
@@ -165,6 +186,41 @@ def _details(results: Sequence[ModelResult]) -> list[list[str]]:
     return rows
 
 
+def _levels_table(
+    results: Sequence[ModelResult], levels: Sequence[Mapping], parts: Sequence[str] = (ALL, *SIZES)
+) -> list[list[str]]:
+    """Return which of the three masks is the best and the predicted best, with a row for each prompt, part and model.
+
+    Args:
+        results: the results of the models.
+        levels: for each of them, what `mask_levels` returns.
+        parts: "all" and sizes of objects.
+    """
+    header = ["prompt", "objects", "model", "instances", "best: 1st, 2nd, 3rd", "predicted best", "area / object's"]
+    rows = [[*header, "no overlap"]]
+    for prompt, part in itertools.product(dict.fromkeys(prompt for each in levels for prompt in each), parts):
+        for result, its_levels in zip(results, levels):
+            if found := its_levels.get(prompt, {}).get(part):
+                shares = [_shares_text(found[name]) for name in ("best", "predicted_best")]
+                medians = [found["median_area"][place] for place in PLACES]
+                areas = MISSING if None in medians else ", ".join(f"{median:.2f}" for median in medians)
+                number, none = f"{found['no_overlap']['n']:,}", _shares_text({"": found["no_overlap"]})
+                rows.append([prompt, part, result.name, number, *shares, areas, none])
+    return rows
+
+
+def _shares_text(scores: Mapping[str, Mapping]) -> str:
+    """Return shares as percentages: those of the first, the second and the third mask."""
+    means = [score["mean"] for score in scores.values()]
+    return MISSING if None in means else ", ".join(f"{mean:.0%}" for mean in means)
+
+
+def _mean_text(score: Mapping) -> str:
+    if not score["n"]:
+        return "-"
+    return MISSING if score["mean"] is None else f"{score['mean']:.3f}"
+
+
 def _score_text(score: Mapping) -> str:
     if score["mean"] is None:
         return MISSING
@@ -181,7 +237,10 @@ def _difference_text(test: Mapping) -> str:
     return f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}], {p_value}"
 
 
-def _markdown(results: Sequence[ModelResult], comparisons: Mapping, plot_notes: Mapping, worst: Sequence[str]) -> str:
+def _markdown(
+    results: Sequence[ModelResult], comparisons: Mapping, levels: Sequence[Mapping], plot_notes: Mapping,
+    worst: Sequence[str],
+) -> str:  # fmt: skip
     names = [result.name for result in results]
     blocks = ["# Evaluation", "## How it was measured", *_protocol_blocks(results)]
     blocks += ["## Mean IoU", _table(_main_table(results, comparisons))]
@@ -189,6 +248,8 @@ def _markdown(results: Sequence[ModelResult], comparisons: Mapping, plot_notes: 
         reasons = dict.fromkeys(test["reason"] for test in comparison.values() if test["difference"] is None)
         blocks += [f"{name} is not comparable with {names[0]} where it says so: {reason}." for reason in reasons]
     blocks += ["## By object size, at the boundary, and how well the model knows", _table(_details(results))]
+    if len(rows := _levels_table(results, levels)) > 1:
+        blocks += ["## Which of the three masks", _LEVELS_NOTE, _table(rows)]
     lines = _missing(results, _measured(results)) or ["No score is missing."]
     blocks += ["## What is missing", "\n".join(f"- {line}" for line in lines)]
     blocks += ["## Other measures", _settings_table(results, ["extra"])]

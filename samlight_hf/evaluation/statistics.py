@@ -24,6 +24,7 @@ from .bootstrap import (
 NUM_BINS = 10  # of predicted IoUs, for the calibration error
 MEASURES = "iou", "boundary_iou", "predicted_iou"
 SIZES = "small", "medium", "large"
+PLACES = "first", "second", "third"  # of the masks of multimask_output=True
 _SMALL_BELOW, _MEDIUM_BELOW = 32**2, 96**2  # square pixels of the original image, as in COCO
 
 
@@ -36,7 +37,8 @@ class ModelResult:
             and averaging), "command", "date", "device", "dtype", "versions", "skipped" ({reason: count}),
             "num_pictures", "num_instances", "seconds" and "latency_ms" ({part: value}), "extra" ({name: value}).
         records: for each instance {"picture", "instance", "area" (square pixels), "width", "height", "iou",
-            "boundary_iou", "predicted_iou"}, the last three by protocol ("1 click/oracle": prompt/mask choice).
+            "boundary_iou", "predicted_iou"}, the last three by protocol ("1 click/oracle": prompt/mask choice), and
+            optionally "mask_index" and "relative_area"; see `InstanceProtocols`.
 
     Raises:
         ValueError: without a name; for a record without identity, area or IoU; two records of one instance; or an IoU
@@ -151,12 +153,12 @@ def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **opti
         "iou": iou, "boundary_iou": boundary, "calibration_gap": np.abs(predicted - iou),
         "calibration_error": _binned(predicted, predicted - iou),
     }  # fmt: skip
-    blocks = {name: _scores(values, records, **options) for name, values in measured.items()}
+    blocks = {name: score_columns(values, records, **options) for name, values in measured.items()}
     sizes = np.array([size_class(record["area"]) for record in records])
     by_size = {}
     for size in SIZES:
         rows = np.flatnonzero(sizes == size).tolist()
-        by_size[size] = _scores(iou[rows], [records[row] for row in rows], **options)
+        by_size[size] = score_columns(iou[rows], [records[row] for row in rows], **options)
     return {
         protocol: {
             **{name: scores[column] for name, scores in blocks.items()},
@@ -232,7 +234,7 @@ def instance_key(record: Mapping) -> tuple:
     return record["picture"], record["instance"]
 
 
-def _scores(values: np.ndarray, records: Sequence[Mapping], **options) -> list[dict]:
+def score_columns(values: np.ndarray, records: Sequence[Mapping], **options) -> list[dict]:
     """Compute a score for each column of (instances, protocols); see `protocol_scores`.
 
     Values (instances, protocols, bins), as returned by `_binned`, are scored by the sum of the magnitudes of the bins'

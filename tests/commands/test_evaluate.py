@@ -92,6 +92,13 @@ def test_two_models_side_by_side(models, tar, tmp_path, capsys):
     assert first["scores"]["box/single"]["iou"]["n"] == 6
     assert first["scores"]["box/single"]["boundary_iou"]["mean"] is not None
     assert second["settings"]["num_pictures"] == 3
+    assert list(first["levels"]) == ["box", "1 click", "2 clicks"]
+    of_click = first["levels"]["1 click"]["small"]  # all six objects are
+    assert of_click["best"]["first"]["n"] == 6 and of_click["mean_area"]["third"]["mean"] is not None
+    shares = [of_click["no_overlap"], *of_click["best"].values()]
+    assert sum(share["mean"] for share in shares) == pytest.approx(1)
+    assert sum(share["mean"] for share in of_click["predicted_best"].values()) == pytest.approx(1)
+    assert "best: 1st, 2nd, 3rd" in printed
     assert "p_value" in content["comparisons"][0]["protocols"]["box/single"]
     names = {path.name for path in out.iterdir()}
     assert {
@@ -104,6 +111,7 @@ def test_two_models_side_by_side(models, tar, tmp_path, capsys):
     assert [name for name in names if name.startswith("worst_")]
     page = (out / "report.md").read_text()
     for words in (
+        "## Which of the three masks",
         "multimask_output=False",
         "deepest inside the mask",
         "crowd instances left out",
@@ -123,6 +131,17 @@ def test_started_again_it_computes_nothing_and_says_the_same(models, tar, tmp_pa
     assert status == 0
     assert again["scores"] == first["scores"]
     assert again["settings"]["latency_ms"]["encoder"] is None
+
+
+def test_a_journal_of_an_earlier_version_without_the_newest_measures_is_refused(models, tar, tmp_path, capsys):
+    arguments = ("--model", models[0], "--dataset", tar, "--clicks", 1, "--no-plots", "--out", tmp_path / "report")
+    run(capsys, *arguments)
+    (journal,) = (tmp_path / "report/journal").glob("*.jsonl")
+    header, *lines = map(json.loads, journal.read_text().splitlines())
+    del header["records_version"]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
+    status, _, said = run(capsys, *arguments)
+    assert status == 1 and "was written with another records_version. Choose another --out" in said
 
 
 @pytest.mark.parametrize("changed", ["dataset", "detections"])

@@ -74,6 +74,20 @@ def test_which_mask_counts(dataset):
             assert record["boundary_iou"][f"{prompt}/oracle"] == 1.0
 
 
+def test_which_of_three_masks_is_recorded_with_their_areas(dataset):
+    sample = dataset[1]
+    records = InstanceProtocols(ALL)(Scripted(sample, three), Encoded(), sample)
+    for record, target in zip(records, sample.masks(), strict=True):
+        prompts = ("box", "1 click", "3 clicks", "5 clicks")
+        assert record["mask_index"] == {f"{p}/{c}": i for p in prompts for c, i in (("predicted", 2), ("oracle", 1))}
+        areas = (target.size / target.sum(), 1, 0)  # later clicks depend on the mask that was taken
+        expected = {f"{p}/{n}": a for p in prompts[:2] for n, a in zip(("first", "second", "third"), areas)}
+        assert record["relative_area"] == pytest.approx(expected)
+    alone = ProtocolSettings(mask_choices=("single",), num_clicks=(1,))
+    for record in InstanceProtocols(alone)(Scripted(sample, three), Encoded(), sample):
+        assert record["mask_index"] == record["relative_area"] == {}
+
+
 def test_a_model_that_is_wrong_scores_nothing(dataset):
     """The protocol does not compare masks with themselves: the opposite of the target has an IoU of 0."""
     sample = dataset[0]

@@ -42,6 +42,14 @@ def result_of(name="org/model", gain=0.0, num_images=25, protocols=PROTOCOLS, **
     return ModelResult(settings, records)
 
 
+def with_levels(result: ModelResult) -> ModelResult:
+    """Add which of three masks was taken: the second is the best, the third the predicted best; areas are 0.5, 1, 2."""
+    for record in result.records:
+        record["mask_index"] = {key: 1 if "oracle" in key else 2 for key in record["iou"] if "single" not in key}
+        record["relative_area"] = {"1 click/first": 0.5, "1 click/second": 1.0, "1 click/third": 2.0}
+    return result
+
+
 def read(folder):
     def no_constants(name):
         raise AssertionError(f"{name} is no JSON")
@@ -87,6 +95,25 @@ def test_page_has_one_table_with_models_side_by_side_below_the_protocols(tmp_pat
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
+
+
+def test_which_of_the_three_masks_is_told_by_prompt_size_and_model(tmp_path):
+    results = [with_levels(result_of()), with_levels(result_of("b"))]
+    text = write_report(tmp_path, results, plots=False).read_text()
+    row = "| 0%, 100%, 0% | 0%, 0%, 100% | 0.50, 1.00, 2.00 | 0% |"
+    for part, number in (("all", 100), ("small", 34), ("medium", 33), ("large", 33)):
+        for name in ("org/model", "b"):
+            assert f"| 1 click | {part} | {name} | {number} {row}" in text
+            assert f"| 3 clicks | {part} | {name} | {number} {row.replace('0.50, 1.00, 2.00', 'missing')}" in text
+    levels = read(tmp_path)["models"][1]["levels"]
+    assert list(levels) == ["box", "1 click", "3 clicks"]
+    expected = {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 33}
+    assert levels["1 click"]["large"]["best"]["second"] == expected
+    *_, header, rule, box, _, click, _, three, _ = console_table(results).splitlines()
+    assert header.startswith("prompt") and set(rule) == {"-", " "}
+    for line, prompt, areas in ((box, "box", "missing"), (click, "1 click", "0.50, 1.00, 2.00"), (three, "3", "missing")):
+        assert line.startswith(prompt) and " ".join(line.split()).endswith(f"0%, 100%, 0% 0%, 0%, 100% {areas} 0%")
+    assert "Which of the three" not in write_report(tmp_path, [result_of()], plots=False).read_text()
 
 
 def test_models_that_were_asked_differently_are_told_apart(tmp_path):
@@ -181,6 +208,9 @@ def test_console_table_is_aligned_plain_text():
     lines = console_table([result_of(), result_of("b", gain=0.1)]).splitlines()
     assert len(lines) == 2 + 2 * len(PROTOCOLS)
     assert lines[0].split("  ")[0] == "prompt" and set(lines[1]) == {"-", " "}
+    small = [f"{score['mean']:.3f}" for score in (result_of().scores["box/single"]["by_size"]["small"],)]
+    assert lines[0].split()[-6:] == ["small", "medium", "large", "minus", "the", "first"]
+    assert lines[2].split()[-3] == small[0] and len(lines[2].split()[-1]) == 5
     start = lines[0].index("mIoU")
     assert all(line[start:].startswith("0.") for line in lines[2:])
     assert "p < 0.001" in lines[3] and "p <" not in lines[2]

@@ -31,8 +31,8 @@ def mask_iou(predictions, references):
         ValueError: for masks that are not bool, of different H x W, or one numpy and the other torch.
     """
     _check(predictions, references)
-    intersection = _count(predictions & references)
-    return _ratio(intersection, _count(predictions) + _count(references) - intersection)
+    intersection = mask_area(predictions & references)
+    return _ratio(intersection, mask_area(predictions) + mask_area(references) - intersection)
 
 
 def mask_iou_matrix(predictions, references):
@@ -54,8 +54,21 @@ def mask_iou_matrix(predictions, references):
         count(predictions[:, start : start + _CHUNK_PIXELS], references[:, start : start + _CHUNK_PIXELS])
         for start in range(0, max(num_pixels, 1), _CHUNK_PIXELS)
     )
-    areas = (_count(masks[:, None]) for masks in (predictions, references))
+    areas = (mask_area(masks[:, None]) for masks in (predictions, references))
     return _ratio(intersection, next(areas)[:, None] + next(areas)[None] - intersection)
+
+
+def mask_area(masks):
+    """Count the pixels of each bool mask: (..., H, W) -> int64 (...)."""
+    if isinstance(masks, np.ndarray):
+        # Counting one mask at a time is several times faster than a sum over two axes.
+        single = masks.reshape(-1, *masks.shape[-2:]) if masks.size else np.zeros((math.prod(masks.shape[:-2]), 1, 1))
+        return np.array([np.count_nonzero(mask) for mask in single], dtype=np.int64).reshape(masks.shape[:-2])
+    if masks.device.type == "cpu":
+        import torch
+
+        return torch.from_numpy(mask_area(masks.numpy()))
+    return masks.sum((-2, -1))
 
 
 def mask_boundary(masks, dilation_ratio: float = DILATION_RATIO):
@@ -117,19 +130,6 @@ def _check(predictions, references):
             f"Predictions of {tuple(predictions.shape[-2:])} and references of {tuple(references.shape[-2:])} pixels: "
             "IoU needs the same height and width. Resize the predictions to the image's own size."
         )
-
-
-def _count(masks):
-    """Count the pixels of each mask: (..., H, W) -> int64 (...)."""
-    if isinstance(masks, np.ndarray):
-        # Counting one mask at a time is several times faster than a sum over two axes.
-        single = masks.reshape(-1, *masks.shape[-2:]) if masks.size else np.zeros((math.prod(masks.shape[:-2]), 1, 1))
-        return np.array([np.count_nonzero(mask) for mask in single], dtype=np.int64).reshape(masks.shape[:-2])
-    if masks.device.type == "cpu":
-        import torch
-
-        return torch.from_numpy(_count(masks.numpy()))
-    return masks.sum((-2, -1))
 
 
 def _ratio(intersection, union):
