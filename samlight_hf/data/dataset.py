@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..images.levels import to_rgb
 from .annotations import parse_instances
@@ -76,6 +76,10 @@ class ImageDataset(ABC):
     @abstractmethod
     def sample_id(self, index: int) -> str:
         """Return the id of a sample without reading the sample."""
+
+    def where(self, index: int) -> str:
+        """Return where a sample is, for messages: its id, behind the name of its tar where it is in one."""
+        return self.sample_id(index)
 
     def files(self) -> set:
         """Return the resolved paths of all files read. Two datasets that share a path share images."""
@@ -189,6 +193,8 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Imag
             rgb = to_rgb(image, upright=bool(size and image.size != size))
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise SampleError(SkipReason.UNKNOWN_FORMAT) from error
     except Exception as error:  # decoders raise nearly anything on damaged files: struct.error, zlib.error, IndexError
         raise SampleError(SkipReason.BROKEN_IMAGE) from error
     if size and rgb.size != size:
@@ -207,6 +213,8 @@ def open_stored_image(data: bytes, size: tuple[int, int] | None = None) -> Image
         image = Image.open(io.BytesIO(data))
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise SampleError(SkipReason.UNKNOWN_FORMAT) from error
     except Exception as error:  # as in decode_image
         raise SampleError(SkipReason.BROKEN_IMAGE) from error
     return image if size in (None, image.size) else decode_image(data, size)

@@ -52,7 +52,7 @@ class Sa1bDataset(FileDataset):
                     continue
                 seen.add(name)
                 if not images:
-                    self.index_report.add_image(SkipReason.MISSING_IMAGE, f"{path.name}/{name}")
+                    self.index_report.add_image(SkipReason.JSON_ALONE, f"{path.name}/{name}")
                 elif not jsons:
                     self.index_report.add_image(SkipReason.MISSING_JSON, f"{path.name}/{name}")
                 else:
@@ -75,6 +75,9 @@ class Sa1bDataset(FileDataset):
 
     def sample_id(self, index: int) -> str:
         return str(self._names[index])
+
+    def where(self, index: int) -> str:
+        return f"{self.paths[self._places[index, 0]].name}/{self.sample_id(index)}"
 
     def image_bytes(self, index: int) -> bytes:
         archive, offset, size = self._places[index, :3]
@@ -172,9 +175,29 @@ def _pairs(path: Path) -> Iterator[tuple[str, list[tuple[int, int]], list[tuple[
         yield sample_name, images, jsons
 
 
+def check_tar(path: Path):
+    """Raise ValueError for a file that is no tar, or a tar that has lost its end. Reads its first and last block.
+
+    A compressed tar is accepted; its end is checked by those who read it to there.
+    """
+    try:
+        tarfile.open(path, "r:*").close()
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path}: no tar, or one that is damaged. Copy or download it again.") from error
+    with open(path, "rb") as file:
+        is_plain = file.read(tarfile.BLOCKSIZE)[257:262] == b"ustar"
+        file.seek(-min(tarfile.BLOCKSIZE, path.stat().st_size), os.SEEK_END)
+        if is_plain and any(file.read()):  # a complete tar ends with blocks of zeros
+            raise _damaged(path)
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path}: the tar is damaged or cut short. Copy or download it again.")
+
+
 def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
     """Iterate over the regular files of a tar. Raises ValueError if it cannot be read to its end."""
-    damaged = ValueError(f"{path}: the tar is damaged or cut short. Copy or download it again.")
+    damaged = _damaged(path)
     num_members = 0
     try:
         with tarfile.open(path, "r:") as tar:

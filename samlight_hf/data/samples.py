@@ -23,9 +23,11 @@ class SkipReason(StrEnum):
     # of images
     MISSING_IMAGE = "image file missing"
     MISSING_JSON = "annotation JSON missing"
+    JSON_ALONE = "annotation JSON without a .jpg, .jpeg, .png or .webp file of its name"
     MALFORMED_JSON = "annotation JSON malformed"
     MALFORMED_IMAGE = "image entry malformed"
     BROKEN_IMAGE = "image damaged or truncated"
+    UNKNOWN_FORMAT = "no image, or one of a format that cannot be opened, such as HEIC"
     IMAGE_SIZE = "image size disagrees with the annotations' image entry"
     DUPLICATE_IMAGE = "duplicate image id"
     MISSING_MASK = "mask file missing"

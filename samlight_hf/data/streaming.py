@@ -22,7 +22,7 @@ from .dataset import open_stored_image
 from .examples import ExampleMaker
 from .lazy import LazySample
 from .prompts import PromptSampling
-from .sa1b import IMAGE_SUFFIXES, find_tars, parse_json
+from .sa1b import IMAGE_SUFFIXES, check_tar, find_tars, parse_json
 from .samples import MAX_SKIPPED_SHARE, SampleError, SkipReason, SkipReport
 from .skip_counter import SkipCounter
 
@@ -71,8 +71,8 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         block_size: number of samples that are shuffled together. Each worker has their files in memory.
 
     Raises:
-        ValueError: if no tar is found or an argument is invalid. Iteration raises it for a damaged tar, and if too many
-            images cannot be used.
+        ValueError: if no tar is found, if one on disk is no tar or cut short, or if an argument is invalid. Iteration
+            raises it for a damaged tar, and if too many images cannot be used.
 
     Example:
         >>> examples = StreamedExamples("sa1b/*.tar", image_size=512, prompts=PromptSampling())
@@ -243,8 +243,12 @@ def _open_stream(tars: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple
     """Return the names of the tars and a stream of their samples."""
     files: list[str] = []
     for path in [tars] if isinstance(tars, (str, os.PathLike)) else tars:
-        is_address = "://" in os.fspath(path)
-        files += [os.fspath(path)] if is_address else [str(tar.absolute()) for tar in find_tars(path)]
+        if "://" in os.fspath(path):
+            files.append(os.fspath(path))
+            continue
+        for tar in find_tars(path):
+            check_tar(tar)  # a stream that stops at the end of a member looks complete
+            files.append(str(tar.absolute()))
     if not files:
         raise ValueError("No tar file was given.")
     try:
@@ -258,7 +262,7 @@ def _opened(sample: dict) -> LazySample:
     """Open a sample of the stream. Raises SampleError if it has no image or no annotations."""
     image = next((sample[field] for field in _IMAGE_FIELDS if sample[field] is not None), None)
     if image is None:
-        raise SampleError(SkipReason.MISSING_IMAGE)
+        raise SampleError(SkipReason.JSON_ALONE)
     if sample["json"] is None:
         raise SampleError(SkipReason.MISSING_JSON)
     annotations, size = parse_json(sample["json"])

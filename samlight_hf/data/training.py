@@ -203,7 +203,7 @@ class TrainingExamples(Dataset):
         return report
 
     def _name(self, source: int, image: int) -> str:
-        return self.sources[source].sample_id(image)
+        return self.sources[source].where(image)
 
     def _check_indices(self):
         for source in self.sources:

@@ -71,14 +71,14 @@ class ThroughputCallback(TrainerCallback):
 
 
 class MaskImageCallback(TrainerCallback):
-    """Callback that draws the student's masks for the boxes of a few images at every evaluation.
+    """Callback that draws the student's masks for the boxes of a few images with objects at every evaluation.
 
     It writes `output_dir`/pictures/step-N.png, and passes the image to tensorboard, trackio and wandb where these are
     in use.
     """
 
     def __init__(self, samples: Sequence[Sample], max_instances: int = 8):
-        self.samples, self.max_instances = list(samples), max_instances
+        self.samples, self.max_instances = [sample for sample in samples if sample.instances], max_instances
         self.trainer: Any = None  # set by DistillationTrainer
 
     def on_evaluate(self, args, state, control, **kwargs):

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ..data import StreamedExamples
 
 
-# Images of the evaluation that are read before anything is trained.
-NUM_TRIED = 16
+# Images of a dataset that are read at most before anything is trained, to find one that can be used.
+NUM_TRIED = 64
 
 
 def open_sources(
@@ -74,9 +74,12 @@ def open_train_sources(run: RunArguments) -> list[ImageDataset]:
     """Open the training data, with the cache of decoded images where `image_cache_dir` is set.
 
     Raises:
-        ValueError: for a path that is not a dataset.
+        ValueError: for a path that is not a dataset, and for a dataset of which nothing can be used.
     """
     sources = open_sources(run.train_data, run.train_annotations, run.train_images, reading=run.mask_reading())
+    needs_masks = set(run.stages) != {"encoder"} and not run.cutouts
+    for path, source in zip([*run.train_data, run.train_annotations], sources):
+        check_usable(f"train_data={path}", source, needs_masks and source.has_masks)
     if run.image_cache_dir:
         cache = ImageCache(run.image_cache_dir)
         for source in sources:
@@ -117,15 +120,27 @@ def open_eval_images(run: RunArguments, train_sources: Sequence[ImageDataset]) -
                 f"{name} is trained on too: scores would say nothing. Leave its images out of what is trained on "
                 "(patterns count)."
             )
-        _check_usable(name, source)
+        check_usable(name, source, needs_masks=True)
     return sources[0] if sources else None
 
 
-def _check_usable(name: str, source: ImageDataset):
-    """Raise ValueError where none of the first images can be used: before hours of training, not after them."""
-    first = range(min(NUM_TRIED, len(source)))
-    if next(source.samples(report := SkipReport(), first), None) is None:
-        raise ValueError(f"{name}: none of the first {len(first)} images can be used. {report.summary()}")
+def check_usable(name: str, source: ImageDataset, needs_masks: bool):
+    """Raise ValueError where no image of a dataset can be used: before hours of training, not after them.
+
+    It reads images spread over the dataset, until one can be used.
+
+    Args:
+        name: the setting that names the dataset, for the message.
+        source: the dataset.
+        needs_masks: whether an image needs an object that is no crowd.
+    """
+    num_tried = min(NUM_TRIED, len(source))
+    spread = (place * len(source) // num_tried for place in range(num_tried))
+    for sample in source.samples(report := SkipReport(), spread):
+        if not needs_masks or any(not instance.is_crowd for instance in sample.instances):
+            return
+    lacking = "has a mask that can be used" if needs_masks else "can be used"
+    raise ValueError(f"{name}: none of the {num_tried} images that were tried {lacking}. {report.summary()}")
 
 
 def prompt_sampling(run: RunArguments, args: DistillationArguments) -> PromptSampling:

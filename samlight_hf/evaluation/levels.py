@@ -33,7 +33,8 @@ def mask_levels(records: Sequence[Mapping], **options) -> dict[str, dict[str, di
     named = (protocol for record in records for protocol in record.get("mask_index") or ())
     prompts = dict.fromkeys(protocol.rpartition("/")[0] for protocol in named)
     sizes = np.array([size_class(record["area"]) for record in records])
-    parts = {ALL: np.arange(len(records)), **{size: np.flatnonzero(sizes == size) for size in SIZES}}
+    parts = {ALL: list(range(len(records)))}
+    parts |= {size: np.flatnonzero(sizes == size).tolist() for size in SIZES}
     levels: dict[str, dict[str, dict]] = {prompt: {} for prompt in prompts}
     for part, rows in parts.items():
         of_part = [records[row] for row in rows]

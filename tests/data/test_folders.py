@@ -62,10 +62,11 @@ def test_what_macos_leaves_beside_masks_is_none(tmp_path):
 
 
 def test_broken_images_of_a_folder_are_counted(tmp_path):
-    write(tmp_path, {"a.jpg": jpeg()[:200], "b.jpg": jpeg(), "c.jpg": b""})
+    heic = b"\0\0\0\x18ftypheic" + bytes(2000)  # as phones and messengers name it
+    write(tmp_path, {"a.jpg": jpeg()[:600], "b.jpg": jpeg(), "c.jpg": b"", "d.jpg": heic})
     dataset, report = ImageFolderDataset(tmp_path), SkipReport()
     assert [sample.id for sample in dataset.samples(report)] == ["b.jpg"]
-    assert counts(report)[0] == {SkipReason.BROKEN_IMAGE: 2}
+    assert counts(report)[0] == {SkipReason.BROKEN_IMAGE: 1, SkipReason.UNKNOWN_FORMAT: 2}
 
 
 @pytest.mark.parametrize("make", [ImageFolderDataset, MaskFolderDataset])

@@ -1,5 +1,6 @@
 """Test that readers of SA-1B tars return every usable image, and count all others."""
 
+import io
 import multiprocessing
 import pickle
 import tarfile
@@ -125,7 +126,7 @@ def test_every_bad_image_is_counted_by_reason(tmp_path):
     }
     dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", members))
     assert counts(dataset.index_report) == (
-        {SkipReason.MISSING_JSON: 1, SkipReason.MISSING_IMAGE: 1},
+        {SkipReason.MISSING_JSON: 1, SkipReason.JSON_ALONE: 1},
         {},
     )
     assert dataset.index_report.images[SkipReason.MISSING_JSON].examples == ["a.tar/alone"]
@@ -133,7 +134,12 @@ def test_every_bad_image_is_counted_by_reason(tmp_path):
     assert [sample.id for sample in samples] == ["good"]
     assert [(instance.id, instance.is_crowd) for instance in samples[0].instances] == [(1, False), (3, True)]
     assert counts(report) == (
-        {SkipReason.BROKEN_IMAGE: 3, SkipReason.MALFORMED_JSON: 3, SkipReason.IMAGE_SIZE: 1},
+        {
+            SkipReason.BROKEN_IMAGE: 1,
+            SkipReason.UNKNOWN_FORMAT: 2,
+            SkipReason.MALFORMED_JSON: 3,
+            SkipReason.IMAGE_SIZE: 1,
+        },
         {SkipReason.DUPLICATE_ANNOTATION: 1, SkipReason.RLE_SIZE: 1, SkipReason.IMAGE_SKIPPED: 5},
     )
     total = report.merge(dataset.index_report)
@@ -159,6 +165,20 @@ def test_bad_fields_beside_a_good_mask_cost_no_instance(tmp_path):
     for mask in made[0]["masks"]:
         np.testing.assert_array_equal(mask, np.pad(box_mask(), ((0, 10), (0, 0))))
     assert {reason: skipped.count for reason, skipped in made.skip_report().parts.items()} == expected
+
+
+def test_images_of_another_format_are_no_missing_ones(tmp_path):
+    bmp = io.BytesIO()
+    Image.open(io.BytesIO(jpeg())).save(bmp, "BMP")
+    members = {"a.bmp": bmp.getvalue(), "a.json": sa1b_json(annotation()), **pair("b", annotation())}
+    dataset = Sa1bDataset(write_tar(tmp_path / "a.tar", members))
+    assert dataset.index_report.images[SkipReason.JSON_ALONE].examples == ["a.tar/a"]
+    assert len(dataset) == 1 and dataset.where(0) == "a.tar/b"
+    del members["b.jpg"]
+    with pytest.raises(ValueError, match=r"2 x annotation JSON without a \.jpg, \.jpeg, \.png or \.webp file of its"):
+        Sa1bDataset(write_tar(tmp_path / "a.tar", members))
+    renamed = write_tar(tmp_path / "b.tar", {"a.jpg": bmp.getvalue(), "a.json": sa1b_json(annotation())})
+    assert Sa1bDataset(renamed)[0].image.size == (WIDTH, HEIGHT)  # the content counts, not the name
 
 
 def test_a_bad_image_raises_when_it_is_asked_for(tmp_path):

@@ -1,6 +1,8 @@
 """Test that streamed tars give each sample once over all ranks and workers, and that both ways to resume are exact."""
 
+import gzip
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +141,7 @@ def test_bad_samples_are_counted_and_replaced(bad_tar, num_workers):
     assert len(example_ids) == 24 and len(set(example_ids)) == 20
     report = made.skip_report()
     assert set(report.images) == {
-        SkipReason.MISSING_JSON, SkipReason.MISSING_IMAGE, SkipReason.MALFORMED_JSON, SkipReason.BROKEN_IMAGE
+        SkipReason.MISSING_JSON, SkipReason.JSON_ALONE, SkipReason.MALFORMED_JSON, SkipReason.BROKEN_IMAGE
     }  # fmt: skip
     assert made.num_read == 24 + report.num_images
     assert report.images[SkipReason.MALFORMED_JSON].examples == ["bad.tar"]
@@ -152,11 +154,29 @@ def test_too_many_bad_samples_is_an_error(bad_tar):
         list(streamed(bad_tar, block_size=1))
 
 
-def test_damaged_tars_are_named(tmp_path):
-    whole = write_tar(tmp_path / "a.tar", samples("sa", 3))
-    whole.write_bytes(whole.read_bytes()[:3000])
-    with pytest.raises(ValueError, match="damaged"):
-        list(streamed(whole))
+def test_damaged_tars_are_named_before_they_are_read(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", samples("sa", 3))
+    content, cut = whole.read_bytes(), tmp_path / "cut.tar"
+    with tarfile.open(whole) as tar:
+        between_members = tar.getmembers()[2].offset
+    for size in (3000, between_members, len(content) // 1024 * 512 + 100):
+        cut.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"cut\.tar: the tar is damaged or cut short"):
+            streamed([whole, cut])
+    for text in (b"<html>not found</html>", b""):
+        cut.write_bytes(text)
+        with pytest.raises(ValueError, match=r"cut\.tar: no tar, or one that is damaged"):
+            streamed([whole, cut])
+
+
+def test_a_compressed_tar_is_read_and_its_end_is_checked(tmp_path):
+    content = write_tar(tmp_path / "whole.tar", samples("sa", 3)).read_bytes()
+    compressed = tmp_path / "compressed.tar"
+    compressed.write_bytes(gzip.compress(content))
+    assert len(list(streamed(compressed))) == 3
+    compressed.write_bytes(gzip.compress(content)[:-2000])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        list(streamed(compressed))
 
 
 def test_what_cannot_be_opened(tmp_path):

@@ -163,7 +163,12 @@ def bad_tar(path, num_good):
     return write_tar(path, members)
 
 
-BAD_IMAGES = {SkipReason.BROKEN_IMAGE: 2, SkipReason.MALFORMED_JSON: 1, SkipReason.NO_INSTANCE: 2}
+BAD_IMAGES = {
+    SkipReason.BROKEN_IMAGE: 1,
+    SkipReason.UNKNOWN_FORMAT: 1,
+    SkipReason.MALFORMED_JSON: 1,
+    SkipReason.NO_INSTANCE: 2,
+}
 BAD_INSTANCES = {SkipReason.RLE_SIZE: 1, SkipReason.OUTSIDE: 1}
 
 
@@ -181,7 +186,7 @@ def test_bad_images_are_counted_in_all_workers_and_replaced(tmp_path, num_worker
         assert all(
             reasons[reason].count >= count for reason, count in expected.items()
         )  # replacements may be unusable too
-    assert set(report.images[SkipReason.BROKEN_IMAGE].examples) <= {"broken", "text"}
+    assert set(report.images[SkipReason.BROKEN_IMAGE].examples) == {"a.tar/broken"}
     ids = {int(i) for batch in batches for i in batch["example_id"]}
     assert ids == set(range(15))  # the usable ones, which also replace the others
     repeated = examples(tar, 20, 32, max_skipped=1.0, augmentation=None)
@@ -192,7 +197,8 @@ def test_without_prompts_images_without_masks_are_used(tmp_path):
     tar = Sa1bDataset(bad_tar(tmp_path / "a.tar", 15))
     made = examples(tar, 20, 32, max_skipped=1.0, prompts=None, augmentation=None)
     assert {15 + 3, 15 + 4} <= {id_of(example) for example in made}
-    assert set(made.skip_report().images) == {SkipReason.BROKEN_IMAGE, SkipReason.MALFORMED_JSON}
+    unreadable = {SkipReason.BROKEN_IMAGE, SkipReason.UNKNOWN_FORMAT, SkipReason.MALFORMED_JSON}
+    assert set(made.skip_report().images) == unreadable
 
 
 def test_more_bad_images_than_allowed_is_an_error_that_names_them(tmp_path):

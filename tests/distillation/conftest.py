@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
@@ -102,3 +104,21 @@ def teacher() -> SamModel:
 @pytest.fixture
 def student() -> SamLighteningModel:
     return make_student()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Write a teacher's folder and a student's config.json."""
+    folder = tmp_path_factory.mktemp("models")
+    teacher = make_teacher()
+    teacher.save_pretrained(folder / "teacher")
+    make_processor(teacher.config.vision_config).save_pretrained(folder / "teacher")
+    # A prompt encoder and a mask decoder of the teacher's shape
+    config = tiny_config()
+    config.prompt_encoder_config, config.mask_decoder_config = (
+        teacher.config.prompt_encoder_config,
+        teacher.config.mask_decoder_config,
+    )
+    (folder / "student.json").write_text(config.to_json_string(use_diff=False))
+    (folder / "sam.json").write_text(teacher.config.to_json_string(use_diff=False))
+    return folder

@@ -111,7 +111,11 @@ def test_which_of_the_three_masks_is_told_by_prompt_size_and_model(tmp_path):
     assert levels["1 click"]["large"]["best"]["second"] == expected
     *_, header, rule, box, _, click, _, three, _ = console_table(results).splitlines()
     assert header.startswith("prompt") and set(rule) == {"-", " "}
-    for line, prompt, areas in ((box, "box", "missing"), (click, "1 click", "0.50, 1.00, 2.00"), (three, "3", "missing")):
+    for line, prompt, areas in (
+        (box, "box", "missing"),
+        (click, "1 click", "0.50, 1.00, 2.00"),
+        (three, "3", "missing"),
+    ):
         assert line.startswith(prompt) and " ".join(line.split()).endswith(f"0%, 100%, 0% 0%, 0%, 100% {areas} 0%")
     assert "Which of the three" not in write_report(tmp_path, [result_of()], plots=False).read_text()
 
