@@ -23,8 +23,8 @@ def main(script: str, *arguments: str):
     runpy.run_path(script, run_name="__main__")
 
 
-def torchrun(script: Path, num_ranks: int, *arguments, cuda: bool = False) -> str:
-    """Return the output of a script on `num_ranks` processes, all of which must succeed and leave their group."""
+def launch(script: Path, num_ranks: int, *arguments, cuda: bool = False) -> subprocess.Popen:
+    """Start a script on `num_ranks` processes, with its output in pipes."""
     command = [
         sys.executable,
         "-m",
@@ -42,11 +42,25 @@ def torchrun(script: Path, num_ranks: int, *arguments, cuda: bool = False) -> st
         "PYTHONPATH": path,
         **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}),
     }
-    process = subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    printed = process.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [*map(str, command), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipes)
+
+
+def output_of(process: subprocess.Popen) -> tuple[str, str]:
+    """Wait for a process of `launch` and return what it printed to stdout and stderr."""
+    try:
+        return process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
+
+def torchrun(script: Path, num_ranks: int, *arguments, cuda: bool = False) -> str:
+    """Return the output of a script on `num_ranks` processes, all of which must succeed and leave their group."""
+    process = launch(script, num_ranks, *arguments, cuda=cuda)
+    printed, complaints = output_of(process)
+    assert process.returncode == 0, complaints[-3000:]
     for rank in range(num_ranks):
         ended = _ENDED.format(rank=rank, in_group=False) + "\n"
         assert printed.count(ended) == 1, printed

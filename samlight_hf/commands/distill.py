@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 
 from ..utils.json_files import read_json
 from ..utils.messages import one_line
-from ..utils.processes import is_main_process, leave_process_group, one_voice, tell
+from ..utils.processes import is_main_process, leave_process_group, lost_process, one_voice, tell
+from ..utils.termination import explained_end
 from .options import EXAMPLE_CONFIGS
 
 
 if TYPE_CHECKING:
-    from ..distillation import DistillationArguments
+    from ..distillation import DistillationArguments, RunArguments
 
 
 # The folder with the settings of the demonstration. examples/distill.py sets it to the one beside itself.
@@ -54,7 +55,7 @@ def run_distill(args: argparse.Namespace) -> int:
 
 
 def _distill(arguments: Sequence[str]) -> int:
-    from ..distillation import distill, parse_arguments
+    from ..distillation import parse_arguments
 
     try:
         with one_voice():
@@ -63,12 +64,38 @@ def _distill(arguments: Sequence[str]) -> int:
         return 0
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    student = distill(run, stages)
+    student = _train(run, stages)
     if is_main_process():
         _print_metrics(stages)
         print(f"The student: {student}")
     leave_process_group()
     return 0
+
+
+def _train(run: "RunArguments", stages: "Sequence[DistillationArguments]") -> Path:
+    """Run the stages. An error during a training says from which checkpoint it goes on."""
+    from ..distillation import distill
+
+    def advice() -> str:
+        return _how_to_go_on(stages)
+
+    with explained_end(advice):
+        try:
+            return distill(run, stages)
+        except (RuntimeError, OSError, MemoryError) as error:
+            message = one_line(error)
+            if lost_process(error) or "checkpoint" in message or "--resume" in message:
+                raise  # with the advice, or because it gives one itself
+            raise RuntimeError(f"{message.rstrip('.')}. {advice()}") from error
+
+
+def _how_to_go_on(stages: "Sequence[DistillationArguments]") -> str:
+    from ..distillation.checkpoints import last_checkpoint
+
+    checkpoints = [checkpoint for args in stages if (checkpoint := last_checkpoint(args.output_dir))]
+    if not checkpoints:
+        return "No checkpoint had been saved."
+    return f"The last whole checkpoint is {checkpoints[-1]}: the same command with --resume goes on from it."
 
 
 def _demonstrate() -> int:

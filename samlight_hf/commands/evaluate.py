@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from ..utils.processes import process_group, tell
+from ..utils.termination import explained_end
 from .measurements import EVERYTHING, Measurement, load_promptable_model, measurements_of
 from .options import not_empty, parse_fraction
 
@@ -111,8 +112,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
         require_matplotlib()
     if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
         raise argparse.ArgumentTypeError("give --dataset for SA-1B tars, or --annotations and --images.")
-    with process_group(cpu=args.device == "cpu") as state:
-        results, drawers = _evaluate_models(names, settings, args, state)
+    with explained_end(lambda: "The same command goes on where it stopped."):
+        with process_group(cpu=args.device == "cpu") as state:
+            results, drawers = _evaluate_models(names, settings, args, state)
     if state.is_main_process:  # the others do not wait for it
         _tell_report(results, drawers, args)
     return 0

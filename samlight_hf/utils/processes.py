@@ -41,6 +41,19 @@ def tell_error(message: str):
     print(message if is_main_process() else f"process {process_index()}: {message}", file=sys.stderr)
 
 
+def lost_process(error: BaseException) -> bool:
+    """Return whether an error means that another process of the group has ended or cannot be reached."""
+    distributed = sys.modules.get("torch.distributed")
+    kinds = () if distributed is None else (getattr(distributed, "DistError", ()),)
+    cause: BaseException | None = error
+    while cause is not None:
+        # Gloo's errors are plain RuntimeErrors that begin with the path of its source.
+        if isinstance(cause, kinds) or (isinstance(cause, RuntimeError) and "/gloo/" in str(cause)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Silence all but the main process in this context: for code that prints by itself, such as argparse's --help."""

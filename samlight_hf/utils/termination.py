@@ -1,0 +1,135 @@
+"""A line from each process that ends because another one has failed.
+
+Where one process of a run fails, the others get an error from the collective call in which they wait for it, or the
+launcher ends them by SIGTERM. No signal handler of Python runs within such a call. So a thread waits for the signal,
+prints the line and ends the process.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from .messages import one_line
+from .processes import lost_process, tell_error
+
+
+# Seconds for which a process that got SIGTERM waits for an error of its own, and in which it may print it and end.
+_OWN_ERROR, _OWN_END = 0.5, 5.0
+_STOP = b"\0"  # not the number of a signal
+
+_is_watching = False
+
+
+@contextlib.contextmanager
+def explained_end(advice: Callable[[], str]) -> Iterator[None]:
+    """Say why this process ends where another one has failed, or the run is stopped by SIGTERM.
+
+    Args:
+        advice: returns what the user can do, in whole sentences.
+
+    Raises:
+        RuntimeError: with the advice, for an error by which a collective call tells of another process's end.
+    """
+    with _told_of_termination(advice):
+        try:
+            yield
+        except RuntimeError as error:
+            if not lost_process(error):
+                raise
+            raise RuntimeError(
+                f"another process of this run has failed or cannot be reached ({one_line(error, 140)}). {advice()}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _told_of_termination(advice: Callable[[], str]) -> Iterator[None]:
+    """Print one line when SIGTERM ends this process, also while it waits in a collective call.
+
+    An error that leaves the context in one of several processes stays that process's only line: SIGTERM, which often
+    follows at once, then ends the process only if it does not end by itself. Nothing is done outside of the main
+    thread, on Windows, and where SIGTERM has another handler.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if os.name == "nt" or not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    failed = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    thread = threading.Thread(target=_watch, args=(reader, advice, failed), daemon=True, name="termination")
+    thread.start()
+    _set_watching(True, writer)
+    try:
+        yield
+    except BaseException:
+        failed.set()
+        if not _is_one_of_several():
+            _stop(thread, writer)
+        raise
+    _stop(thread, writer)
+
+
+def _set_watching(is_watching: bool, writer: int = -1):
+    """Let the numbers of signals be written to a pipe instead of SIGTERM's default effect, or let them not be."""
+    global _is_watching
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _ignore if is_watching else signal.SIG_DFL)
+    _is_watching = is_watching
+
+
+def _ignore(number, frame):
+    """Do nothing: the thread ends the process."""
+
+
+def _stop(thread: threading.Thread, writer: int):
+    _set_watching(False)
+    os.write(writer, _STOP)
+    thread.join()
+    os.close(writer)
+
+
+def _watch(reader: int, advice: Callable[[], str], failed: threading.Event):
+    while (number := os.read(reader, 1)) != _STOP:
+        if number[0] == signal.SIGTERM:
+            try:
+                if _is_one_of_several() and failed.wait(_OWN_ERROR):
+                    time.sleep(_OWN_END)
+                else:
+                    _tell(advice)
+            finally:
+                os._exit(128 + signal.SIGTERM)
+    os.close(reader)
+
+
+def _tell(advice: Callable[[], str]):
+    why = "another process has failed, or the run was stopped" if _is_one_of_several() else "the run was stopped"
+    tell_error(f"samlight: error: ended by SIGTERM: {why}. {advice()}")
+    sys.stderr.flush()
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1  # set by launchers
+
+
+def _hold():
+    if _is_watching:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release():
+    if _is_watching:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _forget():
+    if _is_watching:
+        _set_watching(False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has no such thread, and would write to its parent's pipe
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)
