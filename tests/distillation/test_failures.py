@@ -68,6 +68,7 @@ def arguments_of(folder, tmp_path, batch_size: int) -> list[str]:
             "data", "samlight: error: [Errno 5] Input/output error: 'photographs.tar'", marks=pytest.mark.slow
         ),
     ],
+    ids=["error", "killed", "saving", "bug", "data"],
 )
 def test_one_of_two_fails_and_the_run_goes_on_from_the_last_checkpoint(folder, tmp_path, how, said):
     write_tar(tmp_path / "good.tar", good_samples())
