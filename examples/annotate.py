@@ -1,18 +1,24 @@
 """Annotate images with a model's masks and write a tar in SA-1B's layout, as training data for the next model.
 
     python examples/annotate.py photos/ --out photos.tar --model checkpoints/sam-lightening-tiny --dtype bfloat16
+    accelerate launch --multi_gpu examples/annotate.py photos/ --out photos.tar --model ...    # shares the images
 
 This is the fully automatic stage of Segment Anything's data engine (arXiv 2304.02643, section 4). Existing masks (of
 tars, or of `images/` with `masks/`) are kept, and further masks found by the model are added. Images and masks get new
-names and ids. The tar appears when it is complete.
+names and ids. The tar appears when it is complete, and does not depend on the number of processes.
 """
 
 import argparse
+import contextlib
+import heapq
 import io
 import sys
 import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -24,8 +30,10 @@ from samlight_hf.images.preprocessing import check_size
 from samlight_hf.loading import load_model
 from samlight_hf.masks.files import coco_document
 from samlight_hf.masks.rle import text_rle
-from samlight_hf.utils.atomic_files import atomic_write
+from samlight_hf.utils.atomic_files import atomic_write, beside
 from samlight_hf.utils.messages import make_console_safe, one_line
+from samlight_hf.utils.processes import process_group, tell, tell_error
+from samlight_hf.utils.termination import explained_end
 
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -46,16 +54,24 @@ def main():
     parser.add_argument("--min-area", type=int, default=64, help="smallest mask in pixels (%(default)s)")
     parser.add_argument("--limit", type=int, default=None, help="use only the first images")
     args = parser.parse_args()
+    with explained_end(lambda: f"{args.out} was not written."), process_group(cpu=args.device == "cpu") as state:
+        annotate(args, state)
+
+
+def annotate(args: argparse.Namespace, state: PartialState):
+    """Write the tar. Each process annotates its share of the images, and the main one joins the parts."""
     dataset = load_dataset(args.images, limit=args.limit, require_masks=False)
     settings = MaskGenerationSettings(
         args.points_per_side,
         pred_iou_thresh=args.pred_iou_thresh,
         stability_score_thresh=args.stability_score_thresh,
     )
-    generator = MaskGenerator(*load_model(args.model, device=args.device, dtype=args.dtype))
+    device = str(state.device) if args.device == "auto" and state.num_processes > 1 else args.device
+    generator = MaskGenerator(*load_model(args.model, device=device, dtype=args.dtype))
     report = SkipReport()
-    report.merge(dataset.index_report)
-    samples = tqdm(annotated(dataset, generator, settings, args.min_area, report), total=len(dataset), unit="image")
+    indices = range(state.process_index, len(dataset), state.num_processes)
+    annotated_images = annotated(dataset, indices, generator, settings, args.min_area, report)
+    samples = tqdm(annotated_images, total=len(indices), unit="image", disable=not state.is_main_process)
     num_new = 0
 
     def write(path: Path):
@@ -68,17 +84,52 @@ def main():
                 suffix, image = _image(dataset.image_bytes(index), sample.image)
                 add_sample(tar, name, suffix, image, sample.width, sample.height, annotations)
 
-    with samples:  # closes the progress bar before an error is printed
-        atomic_write(args.out, write)
-    print(f"{args.out}: {num_new} new masks. {report.summary()}")
+    parts = [beside(args.out, f".{number}.tar.part") for number in range(state.num_processes)]
+    part = parts[state.process_index] if len(parts) > 1 else args.out
+    try:
+        with samples:  # closes the progress bar before an error is printed
+            atomic_write(part, write)
+        state.wait_for_everyone()
+        if state.is_main_process and len(parts) > 1:
+            atomic_write(args.out, lambda path: join(parts, path))
+        num_new = sum(gather_object([num_new]))  # waits until the parts have been read
+    finally:
+        if len(parts) > 1:
+            part.unlink(missing_ok=True)
+    total = SkipReport().merge(dataset.index_report)
+    for skipped in gather_object([report.to_dict()]):
+        total.merge(SkipReport.from_dict(skipped))
+    tell(f"{args.out}: {num_new} new masks. {total.summary()}")
 
 
-def annotated(dataset: ImageDataset, generator: MaskGenerator, settings, min_area: int, report: SkipReport):
+def join(parts: Sequence[Path], path: Path):
+    """Write the images of several tars to one, in the order of their numbers."""
+    with contextlib.ExitStack() as stack:
+        tars = [stack.enter_context(tarfile.open(part)) for part in parts]
+        joined = stack.enter_context(tarfile.open(path, "w"))
+        for _, tar, member in heapq.merge(*map(_numbered, tars), key=lambda entry: entry[0]):
+            joined.addfile(member, tar.extractfile(member))
+
+
+def _numbered(tar: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the number of the image, the tar and the member, for each member."""
+    for member in tar:
+        yield int(Path(member.name).stem.rpartition("_")[2]), tar, member
+
+
+def annotated(
+    dataset: ImageDataset,
+    indices: Sequence[int],
+    generator: MaskGenerator,
+    settings: MaskGenerationSettings,
+    min_area: int,
+    report: SkipReport,
+):
     """Yield index, sample, existing annotations and new annotations of each image.
 
     Skipped images and masks are added to `report`. New masks have at least `min_area` pixels.
     """
-    for index in range(len(dataset)):
+    for index in indices:
         sample, skipped = dataset.load(index)
         report.merge(skipped)
         if sample is None:
@@ -125,5 +176,6 @@ def _new_masks(candidates: list[dict], existing_rles: list[dict]) -> list[dict]:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    except (ValueError, OSError, RuntimeError) as error:
+        tell_error(f"error: {one_line(error)}")
+        sys.exit(1)

@@ -7,11 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 
 ROOT = Path(__file__).parents[1]
+TWO_GPUS = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.device_count() < 2, reason=f"needs two CUDA devices, and torch sees {torch.cuda.device_count()}"
+    ),
+)
 _ENDED = "process {rank} ended, in a group: {in_group}"
+
+
+def backends(*marks_of_gloo):
+    """Return the values of a test's parameter `backend`: gloo on two CPU processes, and nccl on two GPUs."""
+    return [pytest.param("gloo", marks=marks_of_gloo), pytest.param("nccl", marks=TWO_GPUS)]
 
 
 def main(script: str, *arguments: str):

@@ -9,7 +9,7 @@ from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
 from samlight_hf.evaluation.tasks import EvaluationTask
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
-from tests.launcher import ROOT, torchrun
+from tests.launcher import ROOT, backends, torchrun
 
 
 SETTINGS = ProtocolSettings(num_clicks=(1, 2), with_crowd=True)
@@ -109,15 +109,18 @@ def test_nothing_to_evaluate_is_an_error(promptable, tmp_path):
         run(promptable, load_dataset(tar), tmp_path / "journal")
 
 
-def test_two_processes_equal_one(promptable, tar, tmp_path):
-    """Run torchrun with two gloo ranks, as `accelerate launch` would; the reports have the same records."""
+@pytest.mark.parametrize("backend", backends())
+def test_two_processes_equal_one(promptable, tar, tmp_path, backend):
+    """Run torchrun with two ranks, as `accelerate launch` would; the reports have the same scores."""
+    is_cuda = backend == "nccl"
     arguments = [
         "--model", promptable.model.name_or_path, "--dataset", tar, "--clicks", "1", "--batch-size", "2", "--no-plots",
-        "--device", "cpu", "--include-crowd", "--num-workers", "1",
+        "--device", "auto" if is_cuda else "cpu", "--include-crowd", "--num-workers", "1",
     ]  # fmt: skip
     for count in (1, 2):
-        printed = torchrun(EXAMPLE, count, *arguments, "--out", tmp_path / str(count))
+        printed = torchrun(EXAMPLE, count, *arguments, "--out", tmp_path / str(count), cuda=is_cuda)
         assert printed.count("Report:") == 1
     one, two = (json.loads((tmp_path / count / "report.json").read_text())["models"][0] for count in "12")
-    assert two["scores"] == one["scores"]
+    assert two["scores"] == one["scores"] and two["levels"] == one["levels"]
+    assert (" x 2" in two["settings"]["device"]) and (" x 2" not in one["settings"]["device"])
     assert len(list((tmp_path / "2" / "journal").glob("*.jsonl"))) == 2

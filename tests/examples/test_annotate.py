@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.data import Sa1bDataset
 from tests.data.files import rle
+from tests.launcher import ROOT, backends, torchrun
 
 from .in_process import run_example
 
@@ -18,9 +19,12 @@ from .in_process import run_example
 COFFEE = EXAMPLE_IMAGES / "coffee.jpg"
 
 
+OPTIONS = ["--points-per-side", "4", "--pred-iou-thresh", "0.4", "--stability-score-thresh", "0.65"]
+
+
 def annotate(images, out):
-    options = "--device cpu --points-per-side 4 --pred-iou-thresh 0.4 --stability-score-thresh 0.65"
-    run = run_example("annotate.py", images, "--out", out, "--model", BUNDLED_CHECKPOINT, *options.split())
+    options = ("--device", "cpu", *OPTIONS)
+    run = run_example("annotate.py", images, "--out", out, "--model", BUNDLED_CHECKPOINT, *options)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -51,6 +55,34 @@ def test_a_folder_becomes_a_tar_to_train_on(annotated):
     rles = [instance.rle for instance in masks]
     overlaps = coco_mask.iou(rles, rles, [0] * len(rles))
     assert (overlaps - np.eye(len(masks))).max() < 0.8
+
+
+@pytest.mark.parametrize("backend", backends(pytest.mark.slow))
+def test_two_processes_write_the_tar_that_one_does(tmp_path, backend):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number in range(5):
+        Image.open(COFFEE).resize((300 - number, 200)).save(folder / f"{number}.{'bmp' if number == 3 else 'jpg'}")
+    (folder / "1.jpg").write_bytes(COFFEE.read_bytes()[:3000])
+    printed = []
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        options = ("--out", tmp_path / str(count) / "out.tar", "--model", BUNDLED_CHECKPOINT, *OPTIONS)
+        device = "auto" if backend == "nccl" else "cpu"
+        arguments = (folder, *options, "--device", device)
+        printed.append(torchrun(ROOT / "examples/annotate.py", count, *arguments, cuda=backend == "nccl"))
+        assert [path.name for path in (tmp_path / str(count)).iterdir()] == ["out.tar"]
+    assert printed[0].replace("/1/out", "/2/out") == printed[1] and "1 images: " in printed[1]
+    one, two = (tmp_path / count / "out.tar" for count in "12")
+    with tarfile.open(one) as first, tarfile.open(two) as second:
+        assert first.getnames() == second.getnames() and len(first.getnames()) == 8
+    if backend == "gloo":
+        assert one.read_bytes() == two.read_bytes()
+    for mine, theirs in zip(Sa1bDataset(one), Sa1bDataset(two), strict=True):
+        overlaps = coco_mask.iou(
+            *([i.rle for i in sample.instances] for sample in (mine, theirs)), [0] * len(theirs.instances)
+        )
+        assert len(mine.instances) == len(theirs.instances) > 0 and overlaps.max(axis=1).min() > 0.95
 
 
 def test_masks_that_are_there_already_stay_and_are_not_found_again(annotated, tmp_path):
