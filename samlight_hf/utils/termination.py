@@ -57,15 +57,18 @@ def _told_of_termination(advice: Callable[[], str]) -> Iterator[None]:
     if os.name == "nt" or not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    failed = threading.Event()
+    failed, received = threading.Event(), threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    thread = threading.Thread(target=_watch, args=(reader, advice, failed), daemon=True, name="termination")
+    thread = threading.Thread(target=_watch, args=(reader, advice, failed, received), daemon=True, name="termination")
     thread.start()
     _set_watching(True, writer)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        # The launcher ends the processes that load data as well, and torch tells of that first.
+        if _is_one_of_several() and "killed by signal: Terminated" in str(error) and received.wait(_OWN_END):
+            thread.join()  # until it has ended the process
         failed.set()
         if not _is_one_of_several():
             _stop(thread, writer)
@@ -92,9 +95,10 @@ def _stop(thread: threading.Thread, writer: int):
     os.close(writer)
 
 
-def _watch(reader: int, advice: Callable[[], str], failed: threading.Event):
+def _watch(reader: int, advice: Callable[[], str], failed: threading.Event, received: threading.Event):
     while (number := os.read(reader, 1)) != _STOP:
         if number[0] == signal.SIGTERM:
+            received.set()
             try:
                 if _is_one_of_several() and failed.wait(_OWN_ERROR):
                     time.sleep(_OWN_END)

@@ -9,7 +9,7 @@ from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
 from samlight_hf.evaluation.tasks import EvaluationTask
 from tests.data.files import annotation, jpeg, sa1b_json, write_tar
-from tests.launcher import ROOT, backends, torchrun
+from tests.launcher import ROOT, backends, launch, output_of, torchrun
 
 
 SETTINGS = ProtocolSettings(num_clicks=(1, 2), with_crowd=True)
@@ -124,3 +124,40 @@ def test_two_processes_equal_one(promptable, tar, tmp_path, backend):
     assert two["scores"] == one["scores"] and two["levels"] == one["levels"]
     assert (" x 2" in two["settings"]["device"]) and (" x 2" not in one["settings"]["device"])
     assert len(list((tmp_path / "2" / "journal").glob("*.jsonl"))) == 2
+
+
+_KILLED = """
+import os, runpy, signal, sys
+from samlight_hf.evaluation.protocols import InstanceProtocols
+
+batch, calls = InstanceProtocols.batch, []
+
+def killed(self, *arguments):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(self, *arguments)
+
+InstanceProtocols.batch = killed
+sys.argv = ["evaluate.py", *sys.argv[1:]]
+runpy.run_path("examples/evaluate.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_killed_the_same_command_goes_on(promptable, tar, tmp_path):
+    (tmp_path / "killed.py").write_text(_KILLED)
+    arguments = [
+        "--model", promptable.model.name_or_path, "--dataset", tar, "--clicks", "1", "--batch-size", "1", "--no-plots",
+        "--device", "cpu", "--num-workers", "1", "--out", tmp_path / "report",
+    ]  # fmt: skip
+    process = launch(tmp_path / "killed.py", 2, *arguments)
+    _, complaints = output_of(process)
+    assert process.returncode != 0
+    (line,) = (line for line in complaints.splitlines() if "samlight: error" in line)
+    assert "another process" in line and line.endswith("The same command goes on where it stopped.")
+    lines = [path.read_text().splitlines() for path in sorted((tmp_path / "report/journal").glob("*.jsonl"))]
+    assert [len(each) for each in lines] in ([1 + n, 1 + 1] for n in (1, 2, 3))  # a header, and what was done
+    assert "Report:" in torchrun(EXAMPLE, 1, *arguments)
+    content = json.loads((tmp_path / "report/report.json").read_text())
+    assert content["models"][0]["settings"]["num_pictures"] == 5

@@ -1,0 +1,107 @@
+"""Two processes train as one does: DDP and FSDP, compiled and not, on two CPU processes and on two GPUs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from samlight_hf.loading import load_model
+from tests.launcher import backends, torchrun
+
+from .conftest import make_student
+
+
+_RANK = """
+import json, os, sys
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from samlight_hf.utils.processes import leave_process_group
+from tests.distillation.conftest import count_steps, make_arguments, make_trainer
+
+folder, settings = sys.argv[1], json.loads(sys.argv[2])
+checkpoint, is_fsdp = settings.pop("checkpoint"), "fsdp" in settings
+if is_fsdp and settings["use_cpu"]:
+    PartialState(cpu=True)
+    # accelerate shards weights on GPUs alone, and asks this name; torch shards those of a CPU as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+world = int(os.environ["WORLD_SIZE"])
+args = make_arguments(folder, max_steps=6, per_device_train_batch_size=4 // world, optim="sgd", learning_rate=0.05,
+    save_strategy="steps", save_steps=3, save_total_limit=None, **settings)
+trainer = make_trainer(args)
+steps = count_steps(trainer)
+trainer.train(resume_from_checkpoint=checkpoint)
+assert trainer.is_fsdp_enabled == is_fsdp and args.world_size == world
+assert trainer.student.device.type == ("cpu" if args.use_cpu else "cuda")
+trainer.export(folder + "/student")
+if trainer.is_world_process_zero():
+    print(json.dumps({"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "steps": len(steps), "devices": world}))
+del trainer
+leave_process_group()
+"""
+_FSDP = {
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {
+        "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["SamLighteningVisionLayer"],
+        "state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "cpu_ram_efficient_loading": False,
+    },
+}  # fmt: skip
+
+
+def train(folder: Path, num_processes: int, backend: str, strategy: str, checkpoint: Path | None = None, **settings):
+    """Train six steps of four images in so many processes; return what the script prints, and the student's weights."""
+    is_cuda = backend == "nccl"
+    settings = {"checkpoint": checkpoint and str(checkpoint), "use_cpu": not is_cuda, **settings}
+    if strategy == "fsdp":
+        settings |= _FSDP
+    if settings.get("torch_compile") and not is_cuda:  # without minutes in a C++ compiler
+        settings["torch_compile_backend"] = "aot_eager"
+    script = folder.parent / "rank.py"
+    script.write_text(_RANK)
+    printed = torchrun(script, num_processes, folder, json.dumps(settings), cuda=is_cuda)
+    (line,) = (line for line in printed.splitlines() if line.startswith('{"losses"'))
+    found = json.loads(line)
+    assert found["devices"] == num_processes and found["steps"] == (3 if checkpoint else 6)
+    return found["losses"], load_model(folder / "student", "cpu")[0].state_dict()
+
+
+def assert_alike(first, second, backend: str):
+    """The order of sums differs, and GPUs round products of compiled float32 to TF32."""
+    tolerance = 1e-4 if backend == "gloo" else 1e-2
+    assert first[0] == pytest.approx(second[0], rel=tolerance)
+    assert first[1].keys() == second[1].keys()
+    for name, weights in first[1].items():
+        torch.testing.assert_close(weights, second[1][name], atol=tolerance / 10, rtol=tolerance, msg=name)
+
+
+VARIANTS = {
+    "ddp": ("ddp", {"stage": "end_to_end"}),
+    "ddp, compiled": ("ddp", {"stage": "end_to_end", "torch_compile": True}),
+    "ddp, encoder, compiled": ("ddp", {"stage": "encoder", "torch_compile": True}),
+    "fsdp": ("fsdp", {"stage": "end_to_end"}),
+    "fsdp, encoder": ("fsdp", {"stage": "encoder"}),
+    "fsdp, compiled": ("fsdp", {"stage": "end_to_end", "torch_compile": True}),
+}
+
+
+@pytest.mark.parametrize("backend", backends(pytest.mark.slow))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_train_as_one_does(tmp_path, backend, variant):
+    strategy, settings = VARIANTS[variant]
+    one, two = (train(tmp_path / str(count), count, backend, strategy, **settings) for count in (1, 2))
+    assert_alike(one, two, backend)
+    before = make_student().vision_encoder.neck.conv1.weight
+    assert (one[1]["vision_encoder.neck.conv1.weight"] - before).abs().max() > 1e-3  # more than the tolerance
+
+
+@pytest.mark.parametrize("backend", backends(pytest.mark.slow))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_is_resumed_on_another_number_of_processes(tmp_path, backend, strategy, before, after):
+    losses, whole = train(tmp_path / "whole", before, backend, strategy)
+    checkpoint = tmp_path / "whole/checkpoint-3"
+    resumed = train(tmp_path / "resumed", after, backend, strategy, checkpoint)
+    assert_alike((losses, whole), resumed, backend)  # a resumed run keeps the log of its steps before
