@@ -22,13 +22,12 @@ from tests.distillation.conftest import count_steps, make_arguments, make_traine
 
 folder, settings = sys.argv[1], json.loads(sys.argv[2])
 checkpoint, is_fsdp = settings.pop("checkpoint"), "fsdp" in settings
-if is_fsdp and settings["use_cpu"]:
-    PartialState(cpu=True)
-    # accelerate shards weights on GPUs alone, and asks this name; torch shards those of a CPU as well.
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 world = int(os.environ["WORLD_SIZE"])
 args = make_arguments(folder, max_steps=6, per_device_train_batch_size=4 // world, optim="sgd", learning_rate=0.05,
     save_strategy="steps", save_steps=3, save_total_limit=None, **settings)
+if is_fsdp and args.use_cpu:
+    # accelerate shards weights on GPUs alone, and asks this name; torch shards those of a CPU as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 trainer = make_trainer(args)
 steps = count_steps(trainer)
 trainer.train(resume_from_checkpoint=checkpoint)
@@ -57,8 +56,8 @@ def train(folder: Path, num_processes: int, backend: str, strategy: str, checkpo
     settings = {"checkpoint": checkpoint and str(checkpoint), "use_cpu": not is_cuda, **settings}
     if strategy == "fsdp":
         settings |= _FSDP
-    if settings.get("torch_compile") and not is_cuda:  # without minutes in a C++ compiler
-        settings["torch_compile_backend"] = "aot_eager"
+    if settings.get("torch_compile") and not is_cuda:  # traced only: compiling for a CPU takes minutes
+        settings["torch_compile_backend"] = "eager"
     script = folder.parent / "rank.py"
     script.write_text(_RANK)
     printed = torchrun(script, num_processes, folder, json.dumps(settings), cuda=is_cuda)
@@ -69,12 +68,17 @@ def train(folder: Path, num_processes: int, backend: str, strategy: str, checkpo
 
 
 def assert_alike(first, second, backend: str):
-    """The order of sums differs, and GPUs round products of compiled float32 to TF32."""
-    tolerance = 1e-4 if backend == "gloo" else 1e-2
-    assert first[0] == pytest.approx(second[0], rel=tolerance)
-    assert first[1].keys() == second[1].keys()
-    for name, weights in first[1].items():
-        torch.testing.assert_close(weights, second[1][name], atol=tolerance / 10, rtol=tolerance, msg=name)
+    """Compare two runs: their losses, and how far apart the students are, relative to how far they were trained.
+
+    The order of sums differs, and GPUs round products to TF32 in convolutions, and all of them where compiled.
+    """
+    assert first[0] == pytest.approx(second[0], rel=1e-4 if backend == "gloo" else 1e-2)
+    before = make_student().state_dict()
+    assert before.keys() == first[1].keys() == second[1].keys()
+    trained, apart = (
+        torch.cat([(first[1][name] - other[name]).flatten() for name in before]).norm() for other in (before, second[1])
+    )
+    assert trained > 0 and apart < (1e-3 if backend == "gloo" else 5e-2) * trained, (apart, trained)
 
 
 VARIANTS = {
@@ -93,8 +97,6 @@ def test_two_processes_train_as_one_does(tmp_path, backend, variant):
     strategy, settings = VARIANTS[variant]
     one, two = (train(tmp_path / str(count), count, backend, strategy, **settings) for count in (1, 2))
     assert_alike(one, two, backend)
-    before = make_student().vision_encoder.neck.conv1.weight
-    assert (one[1]["vision_encoder.neck.conv1.weight"] - before).abs().max() > 1e-3  # more than the tolerance
 
 
 @pytest.mark.parametrize("backend", backends(pytest.mark.slow))
