@@ -45,7 +45,8 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("where", ["inside", pytest.param("behind", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["inside", "behind"])
 def test_a_process_alone_that_is_stopped_says_what_to_do(where):
     command = [sys.executable, "-c", _ALONE, where]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -75,6 +76,7 @@ with explained_end(lambda: "Start it again."):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_another_one_says_what_to_do(tmp_path):
     """No handler of Python runs within a collective call."""
     (tmp_path / "waiting.py").write_text(_WAITING)
