@@ -69,15 +69,19 @@ def train(folder: Path, num_processes: int, backend: str, strategy: str, checkpo
 
 
 def assert_alike(first, second, backend: str):
-    """Compare two runs: their losses, and how far apart the students are, relative to how far they were trained.
+    """Compare the losses and the students of two runs."""
+    assert first[0] == pytest.approx(second[0], rel=1e-4 if backend == "gloo" else 1e-2)
+    assert_trained_alike(make_student().state_dict(), first[1], second[1], backend)
+
+
+def assert_trained_alike(before: dict, first: dict, second: dict, backend: str):
+    """Compare how far apart two students are with how far they were trained.
 
     The order of sums differs, and GPUs round products to TF32 in convolutions, and all of them where compiled.
     """
-    assert first[0] == pytest.approx(second[0], rel=1e-4 if backend == "gloo" else 1e-2)
-    before = make_student().state_dict()
-    assert before.keys() == first[1].keys() == second[1].keys()
+    assert before.keys() == first.keys() == second.keys()
     trained, apart = (
-        torch.cat([(first[1][name] - other[name]).flatten() for name in before]).norm() for other in (before, second[1])
+        torch.cat([(first[name] - other[name]).flatten() for name in before]).norm() for other in (before, second)
     )
     assert trained > 0 and apart < (1e-3 if backend == "gloo" else 5e-2) * trained, (apart, trained)
 
