@@ -23,9 +23,10 @@ from tests.distillation.conftest import count_steps, make_arguments, make_traine
 folder, settings = sys.argv[1], json.loads(sys.argv[2])
 checkpoint, is_fsdp = settings.pop("checkpoint"), "fsdp" in settings
 world = int(os.environ["WORLD_SIZE"])
-# Without refinements: rounding on a GPU changes which pixel of an error region is clicked.
-args = make_arguments(folder, max_steps=6, num_refinements=0, per_device_train_batch_size=4 // world, optim="sgd",
-    learning_rate=0.05, save_strategy="steps", save_steps=3, save_total_limit=None, **settings)
+# Rounding changes which pixel of an error region is clicked, and the sign of a gradient near 0, which Adam turns into a
+# whole step where epsilon is small.
+args = make_arguments(folder, max_steps=6, num_refinements=0, adam_epsilon=1e-4, save_strategy="steps", save_steps=3,
+    save_total_limit=None, per_device_train_batch_size=4 // world, **settings)
 if is_fsdp and args.use_cpu:
     # accelerate shards weights on GPUs alone, and asks this name; torch shards those of a CPU as well.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -108,7 +109,9 @@ def test_two_processes_train_as_one_does(tmp_path, backend, variant):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_is_resumed_on_another_number_of_processes(tmp_path, backend, strategy, before, after):
-    losses, whole = train(tmp_path / "whole", before, backend, strategy)
+    # Without refinements nothing trains the part that reads masks, and torch resumes no such parameter with FSDP.
+    stage = "encoder" if strategy == "fsdp" else "end_to_end"
+    losses, whole = train(tmp_path / "whole", before, backend, strategy, stage=stage)
     checkpoint = tmp_path / "whole/checkpoint-3"
-    resumed = train(tmp_path / "resumed", after, backend, strategy, checkpoint)
+    resumed = train(tmp_path / "resumed", after, backend, strategy, checkpoint, stage=stage)
     assert_alike((losses, whole), resumed, backend)  # a resumed run keeps the log of its steps before
