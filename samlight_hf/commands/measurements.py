@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .options import tiles_from_options
 
 
 if TYPE_CHECKING:
@@ -54,6 +56,10 @@ def measurements_of(
         measurements.append(Measurement("instances", instances, about, settings.sentences()))
     if EVERYTHING in args.protocol:
         measurements.append(_everything_measurement(args))
+    elif args.crops_n_layers or args.tile or args.overlap:
+        raise argparse.ArgumentTypeError(
+            "--crops-n-layers, --tile and --overlap are of everything mode: add --protocol everything."
+        )
     if args.detections:
         if not isinstance(dataset, CocoDataset):
             raise argparse.ArgumentTypeError("--detections needs --annotations of COCO's shape, a JSON file.")
@@ -70,21 +76,26 @@ def measurements_of(
 def _everything_measurement(args: argparse.Namespace) -> Measurement:
     from ..evaluation.average_precision import EverythingTask, summarize_everything
 
-    settings = {
+    tiles = tiles_from_options(args)
+    settings: dict[str, Any] = {
         "points_per_side": args.points_per_side, "pred_iou_thresh": args.pred_iou_thresh,
-        "stability_score_thresh": args.stability_score_thresh,
+        "stability_score_thresh": args.stability_score_thresh, "crops_n_layers": args.crops_n_layers,
     }  # fmt: skip
+    where = f", crops_n_layers={args.crops_n_layers}" if args.crops_n_layers else ""
+    where += f", in tiles of {tiles.size} px with an overlap of {tiles.overlap}" if tiles else ""
     filters = (
         f"predicted IoU above {args.pred_iou_thresh} and stability above {args.stability_score_thresh}"
         if args.pred_iou_thresh or args.stability_score_thresh
         else "no thresholds but NMS"
     )
     sentences = [
-        f"AR@1000: everything mode, {args.points_per_side}x{args.points_per_side} points, {filters}",
+        f"AR@1000: everything mode, {args.points_per_side}x{args.points_per_side} points{where}, {filters}",
         "masks right@0.5: share of its masks whose IoU with an annotated region is at least 0.5; ranking AUC: how "
         "often a right mask has a higher score than a wrong one of the same image",
     ]
-    return Measurement(EVERYTHING, EverythingTask(**settings), settings, sentences, summarize_everything)
+    task = EverythingTask(**settings, tiles=tiles)
+    settings["tiles"] = tiles and asdict(tiles)
+    return Measurement(EVERYTHING, task, settings, sentences, summarize_everything)
 
 
 def _detection_measurement(dataset: "CocoDataset", args: argparse.Namespace) -> Measurement:

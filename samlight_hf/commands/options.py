@@ -100,3 +100,20 @@ def parse_not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0.")
     return int(text)
+
+
+def tiles_from_options(args: argparse.Namespace):
+    """Return the `TileSettings` of `--tile` and `--overlap`, a quarter of the tile by default; None without `--tile`.
+
+    Raises ArgumentTypeError for values that do not go together.
+    """
+    from ..inference.tiles import TileSettings
+
+    if args.tile is None:
+        if args.overlap is not None:
+            raise argparse.ArgumentTypeError("--overlap is for tiles: give --tile too, such as --tile 1024.")
+        return None
+    try:
+        return TileSettings(args.tile, args.tile // 4 if args.overlap is None else args.overlap)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"--tile and --overlap: {error}") from error

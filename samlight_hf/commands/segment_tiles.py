@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .options import parse_not_negative, parse_positive
+from .options import parse_not_negative, parse_positive, tiles_from_options
 from .result_folder import Place, ResultFolder, identity_of
 from .summary import Row, Summary, count, report_skipped, telling_where
 
@@ -45,8 +45,9 @@ def add_tile_arguments(parser: argparse.ArgumentParser):
 
 def check_tile_options(args: argparse.Namespace):
     """Raise ArgumentTypeError for options that do not go together."""
+    tiles_from_options(args)
     if args.tile is None:
-        for option, value in (("--overlap", args.overlap), ("--bands", args.bands), ("--level", args.level or None)):
+        for option, value in (("--bands", args.bands), ("--level", args.level or None)):
             if value is not None:
                 raise argparse.ArgumentTypeError(f"{option} is for tiles: give --tile too, such as --tile 1024.")
         if args.format in OBJECT_FORMATS:
@@ -67,18 +68,14 @@ def check_tile_options(args: argparse.Namespace):
         from ..masks.object_files import check_geopackage
 
         check_geopackage()
-    try:
-        _tiles(args)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"--tile and --overlap: {error}") from error
 
 
 def tile_settings(args: argparse.Namespace) -> dict:
     """Return the options that results depend on, for the note of a folder of results."""
-    overlap = _tiles(args).overlap if args.tile else None
+    tiles = tiles_from_options(args)
     return {
         "--tile": args.tile,
-        "--overlap": overlap,
+        "--overlap": tiles and tiles.overlap,
         "--bands": args.bands and list(args.bands),
         "--level": args.level,
     }
@@ -134,7 +131,7 @@ def _run_image(place: Place, segmenter, args: argparse.Namespace, settings: dict
         if raster.dtype.kind != "b" and raster.dtype != np.uint8:
             low, high = raster.find_range()
             print(f"samlight: {shown}: levels {low:.6g} to {high:.6g} became 0 to 255.", file=sys.stderr)
-        grid = TileGrid(raster.height, raster.width, _tiles(args))
+        grid = TileGrid(raster.height, raster.width, tiles_from_options(args))
         identity = [settings, identity_of(place.image), grid.shape, raster.bands, raster.level_range]
         store = FolderStore(_tile_folder(place), identity, keep=args.resume)
         with _progress(grid, store, place.image.name) as bar:
@@ -196,12 +193,6 @@ def _thinned_pixels(raster: "Raster", step: int) -> np.ndarray:
 
 def _has_data(raster: "Raster", grid: "TileGrid") -> bool:
     return any(raster.read_levels(tile.box_xyxy)[1].any() for tile in grid)
-
-
-def _tiles(args: argparse.Namespace):
-    from ..inference.tiles import TileSettings
-
-    return TileSettings(args.tile, args.tile // 4 if args.overlap is None else args.overlap)
 
 
 def _tile_folder(place: Place) -> Path:

@@ -10,6 +10,9 @@ from pycocotools import mask as coco_mask
 
 from ..data import Sample, SampleError
 from ..data.annotations import annotation_id, as_integer, matching_id, usable_polygons
+from ..inference.crops import MaskGenerationSettings
+from ..inference.mask_generation import MaskGenerator
+from ..inference.tiles import TileSettings
 from ..masks.rle import encode_rle, text_rle
 from ..utils.json_files import read_json
 from .models import Encoded, PromptableModel
@@ -76,28 +79,45 @@ class EverythingTask(EvaluationTask):
     [{"segmentation", "area", "iscrowd"}]}. Thresholds of 0 keep every mask that is not suppressed.
 
     Args:
-        points_per_side: side of the grid of points.
+        points_per_side: side of the grid of points, on the image and on each crop and tile.
         pred_iou_thresh: lowest predicted IoU of a mask.
         stability_score_thresh: lowest stability score of a mask.
+        crops_n_layers: layers of crops, see `MaskGenerationSettings`.
+        tiles: overlapping tiles that each image is segmented in; None for the image in one pass.
+
+    Raises:
+        ValueError: for a setting outside its range.
     """
 
     needs_embeddings = False
 
-    def __init__(self, points_per_side: int = 32, pred_iou_thresh: float = 0.0, stability_score_thresh: float = 0.0):
-        self.arguments = (points_per_side, pred_iou_thresh, stability_score_thresh)
+    def __init__(
+        self,
+        points_per_side: int = 32,
+        pred_iou_thresh: float = 0.0,
+        stability_score_thresh: float = 0.0,
+        crops_n_layers: int = 0,
+        tiles: TileSettings | None = None,
+    ):
+        self.settings = MaskGenerationSettings(
+            points_per_side, crops_n_layers, pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+        )  # fmt: skip
+        self.tiles = tiles
+        self._generator: MaskGenerator | None = None
 
     def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
-        from ..inference.single_calls import segment_everything
-
         if not model.keeps_aspect:
             raise ValueError(
                 f"everything mode takes SAM's frame of an image, and model_type={model.model.config.model_type!r} has "
                 "another: evaluate it without."
             )
-        result = segment_everything(model.model, model.processor, sample.image, *self.arguments)
+        if self._generator is None or self._generator.model is not model.model:
+            self._generator = MaskGenerator(model.model, model.processor, tiles=self.tiles)
+        result = self._generator(sample.image, self.settings)
         predictions = [
-            {"segmentation": encode_rle(mask), "score": float(score)}
-            for mask, score in zip(result.masks, result.scores, strict=True)
+            {"segmentation": rle, "score": float(score)}
+            for rle, score in zip(result.masks.to_coco(), result.scores, strict=True)
         ]
         targets = [
             {"segmentation": text_rle(i.rle), "area": i.area, "iscrowd": int(i.is_crowd)} for i in sample.instances

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,6 +340,28 @@ def test_everything_alone(models, tar, tmp_path, capsys):
     )  # fmt: skip
     assert status == 0
     assert "AR@1000 all" in printed and "masks per image" in printed
+
+
+def test_everything_in_crops_and_tiles(models, tar, tmp_path, capsys):
+    everything = ["--protocol", "everything", "--points-per-side", 1, "--limit", 1, "--no-plots"]
+    base = ["--model", models[0], "--dataset", tar, *everything]
+    options = ["--crops-n-layers", 1, "--tile", 20, "--overlap", 4]
+    status, printed, _ = run(capsys, *base, *options, "--out", tmp_path / "report")
+    assert status == 0
+    found = float(re.search(r"masks per image (\S+)", printed)[1])
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "1x1 points, crops_n_layers=1, in tiles of 20 px with an overlap of 4" in page
+    assert float(re.search(r"masks per image (\S+)", run(capsys, *base, "--out", tmp_path / "plain")[1])[1]) < found
+    status, _, errors = run(capsys, *base, "--tile", 20, "--overlap", 8, "--out", tmp_path / "report")
+    assert status == 1 and "crops_n_layers, tiles" in errors  # another measurement is not mixed with this one
+    for wrong, said in (
+        (["--tile", 20, "--overlap", 20], "overlap=20 of tiles must be smaller than their size=20"),
+        (["--overlap", 4], "--overlap is for tiles"),
+        (["--points-per-side", 0], "'0' is not a positive integer"),
+        (["--tile", 20, "--protocol", "box"], "add --protocol everything"),
+    ):
+        status, _, errors = run(capsys, *base, *wrong, "--out", tmp_path / "wrong")
+        assert status == 2 and said in errors
 
 
 def test_what_was_skipped_is_told(models, tmp_path, capsys):

@@ -1,10 +1,13 @@
+import copy
 import json
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from samlight_hf import MaskGenerator, TileSettings
 from samlight_hf.data import load_dataset
 from samlight_hf.evaluation.average_precision import (
     DetectorBoxes,
@@ -281,6 +284,31 @@ def test_everything(promptable, dataset):
     assert len(record["targets"]) == len(sample.instances)
     assert record["predictions"]
     assert 0 <= average_recall([record])["AR@1000 all"] <= 1
+
+
+def test_everything_in_crops_and_tiles(promptable, dataset):
+    """The masks are those of a `MaskGenerator` with these settings, and another model gets a generator of its own."""
+    sample, tiles = dataset[0], TileSettings(20, 8)
+    task = EverythingTask(points_per_side=2, crops_n_layers=1, tiles=tiles)
+    (record,) = task(promptable, None, sample)
+    generator = MaskGenerator(promptable.model, promptable.processor, tiles=tiles)
+    options = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
+    expected = generator(sample.image, points_per_crop=2, crops_n_layers=1, **options)
+    found = [prediction["segmentation"] for prediction in record["predictions"]]
+    assert found == expected.masks.to_coco()
+    assert len(found) > len(generator(sample.image, points_per_crop=2, **options))
+    (plain,) = EverythingTask(points_per_side=2)(promptable, None, sample)
+    assert len(plain["predictions"]) < len(found)
+    other = copy.deepcopy(promptable)
+    with torch.no_grad():
+        other.model.mask_decoder.mask_tokens.weight.mul_(-1)
+    assert task(other, None, sample) != [record]
+
+
+@pytest.mark.parametrize("setting", ["points_per_side", "crops_n_layers"])
+def test_a_setting_that_cannot_be_is_refused_at_once(setting):
+    with pytest.raises(ValueError, match="-1 must be"):
+        EverythingTask(**{setting: -1})
 
 
 def test_everything_mode_of_a_stretched_frame_is_refused(promptable, dataset):
