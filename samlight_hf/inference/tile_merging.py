@@ -110,16 +110,34 @@ class _TileMask:
 
 
 @dataclass(frozen=True, eq=False)
+class _Parts:
+    """The part of each mask of a tile within a box: areas int64 (n,), and boxes int64 (n, 4) as pixel edges."""
+
+    masks: list[SpanMask]
+    areas: np.ndarray
+    boxes_xyxy: np.ndarray
+
+    def iou_bounds(self, area: int, box_xyxy: np.ndarray) -> np.ndarray:
+        """Return how large the IoU of each part with another mask can be, by their areas and boxes: float64 (n,)."""
+        width, height = (
+            np.minimum(self.boxes_xyxy[:, 2:], box_xyxy[2:]).T - np.maximum(self.boxes_xyxy[:, :2], box_xyxy[:2]).T
+        )
+        both = np.minimum(np.minimum(self.areas, area), width.clip(min=0) * height.clip(min=0))
+        return both / (self.areas + area - both)
+
+
+@dataclass(frozen=True, eq=False)
 class _TileMasks:
     tile: Tile
     masks: list[_TileMask]
-    clipped: dict[Window, list[tuple[SpanMask, int]]] = field(default_factory=dict)
+    clipped: dict[Window, _Parts] = field(default_factory=dict)
 
-    def within(self, box: Window) -> list[tuple[SpanMask, int]]:
-        """Return the part of each mask within a box, with its area."""
+    def within(self, box: Window) -> _Parts:
         if box not in self.clipped:
             parts = [mask.mask.clip(box) for mask in self.masks]
-            self.clipped[box] = [(part, part.area) for part in parts]
+            areas = np.array([part.area for part in parts], dtype=np.int64)
+            boxes = np.array([part.box_xyxy for part in parts], dtype=np.int64).reshape(-1, 4)
+            self.clipped[box] = _Parts(parts, areas, boxes)
         return self.clipped[box]
 
 
@@ -185,17 +203,14 @@ class _Groups:
         box = _overlap(first.tile.box_xyxy, second.tile.box_xyxy)
         if box is None:
             return
+        parts, others = first.within(box), second.within(box)
         pairs = []
-        seconds = [(j, *part) for j, part in enumerate(second.within(box)) if part[1]]
-        for i, (part, area) in enumerate(first.within(box)):
-            for j, other, other_area in seconds:
-                # Areas bound the IoU from above, and most pairs are apart.
-                if min(area, other_area) < self.match_iou * max(area, other_area) or not area:
-                    continue
-                if _overlap(part.box_xyxy, other.box_xyxy) is None:
-                    continue
-                both = part.intersection(other)
-                iou = both / (area + other_area - both)
+        for i in np.flatnonzero(parts.areas).tolist():
+            area = int(parts.areas[i])
+            possible = others.iou_bounds(area, parts.boxes_xyxy[i]) >= self.match_iou  # most pairs are apart
+            for j in np.flatnonzero(possible).tolist():
+                both = parts.masks[i].intersection(others.masks[j])
+                iou = both / (area + int(others.areas[j]) - both)
                 if iou >= self.match_iou:
                     pairs.append((iou, first.masks[i].score + second.masks[j].score, i, j))
         taken: tuple[set[int], set[int]] = set(), set()
