@@ -4,9 +4,9 @@ Masks of neighbouring tiles are compared where the tiles overlap: two of them wi
 its masks, one that is complete (that does not end at a border where the image goes on) stands for the object; where
 each of them is cut, as with an object larger than the overlap, their union does. A mask that is cut, has no partner,
 and lies mostly where a neighbouring tile sees more, is a fragment and is left out. Last, of objects whose boxes overlap
-the best are kept, as in crops.
+the best are kept, as in crops, and of those whose masks do: a few stray pixels make another box.
 
-At any time only the masks of about two rows of tiles are decoded.
+At any time only the masks of about two rows of tiles, or of a few dozen tiles, are decoded.
 """
 
 import math
@@ -24,6 +24,7 @@ from .tiles import Tile, TileGrid, TileStore
 
 
 _CUT_TOLERANCE = 1 / 256  # of the tile's side: a mask's edge is as exact as the logits, a quarter of the tile's tokens
+_LEAST_KEPT = 48  # decoded tiles, as many as two rows of an image of 18,000 pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,8 @@ def merge_tiles(grid: TileGrid, store: TileStore, nms_iou: float = 0.7) -> Itera
     Args:
         grid: the tiles, all of which are in the store.
         store: holds their masks.
-        nms_iou: of objects whose boxes have an IoU above it only the best one is kept.
+        nms_iou: of objects whose boxes have an IoU above it only the best one is kept; where there are several tiles,
+            also of those whose masks do.
 
     Yields:
         The objects, in the order of their first tiles.
@@ -68,17 +70,9 @@ def merge_tiles(grid: TileGrid, store: TileStore, nms_iou: float = 0.7) -> Itera
             neighbour = grid.at(tile.row + down, tile.column + across)
             if neighbour is not None:
                 groups.match(tiles.of(neighbour), tiles.of(tile))
-    boxes, scores, members = [], [], []
-    for group in groups.objects():
-        merged = _merged(tiles.of_group(group), grid)
-        if merged is not None:
-            boxes.append(merged.mask.box_xyxy)
-            scores.append(merged.score)
-            members.append(group)
-    for index in _without_duplicates(boxes, scores, nms_iou):  # merged once more: all masks at once may be too many
-        merged = _merged(tiles.of_group(members[index]), grid)
-        assert merged is not None
-        yield merged
+    objects = _Objects(groups.objects(), tiles, grid)
+    for index in objects.without_duplicates(nms_iou):
+        yield objects[index]
 
 
 def generated_masks(objects: list[TiledObject], height: int, width: int) -> GeneratedMasks:
@@ -110,44 +104,45 @@ class _TileMask:
 
 
 @dataclass(frozen=True, eq=False)
-class _Parts:
-    """The part of each mask of a tile within a box: areas int64 (n,), and boxes int64 (n, 4) as pixel edges."""
+class _Extents:
+    """Areas int64 (n,) of masks, and their boxes int64 (n, 4) as pixel edges."""
 
-    masks: list[SpanMask]
     areas: np.ndarray
     boxes_xyxy: np.ndarray
 
+    @classmethod
+    def of(cls, areas: list[int], boxes_xyxy: list[Window]) -> "_Extents":
+        return cls(np.array(areas, dtype=np.int64), np.array(boxes_xyxy, dtype=np.int64).reshape(-1, 4))
+
     def iou_bounds(self, area: int, box_xyxy: np.ndarray) -> np.ndarray:
-        """Return how large the IoU of each part with another mask can be, by their areas and boxes: float64 (n,)."""
-        width, height = (
-            np.minimum(self.boxes_xyxy[:, 2:], box_xyxy[2:]).T - np.maximum(self.boxes_xyxy[:, :2], box_xyxy[:2]).T
-        )
-        both = np.minimum(np.minimum(self.areas, area), width.clip(min=0) * height.clip(min=0))
-        return both / (self.areas + area - both)
+        """Return how large the IoU of each mask with another one can be, by their areas and boxes: float64 (n,)."""
+        first = np.maximum(self.boxes_xyxy[:, :2], box_xyxy[:2])
+        last = np.minimum(self.boxes_xyxy[:, 2:], box_xyxy[2:])
+        both = np.minimum(np.minimum(self.areas, area), (last - first).clip(min=0).prod(axis=1))
+        return both / np.maximum(self.areas + area - both, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class _TileMasks:
     tile: Tile
     masks: list[_TileMask]
-    clipped: dict[Window, _Parts] = field(default_factory=dict)
+    clipped: dict[Window, tuple[list[SpanMask], _Extents]] = field(default_factory=dict)
 
-    def within(self, box: Window) -> _Parts:
+    def within(self, box: Window) -> tuple[list[SpanMask], _Extents]:
+        """Return the part of each mask within a box."""
         if box not in self.clipped:
             parts = [mask.mask.clip(box) for mask in self.masks]
-            areas = np.array([part.area for part in parts], dtype=np.int64)
-            boxes = np.array([part.box_xyxy for part in parts], dtype=np.int64).reshape(-1, 4)
-            self.clipped[box] = _Parts(parts, areas, boxes)
+            self.clipped[box] = parts, _Extents.of([part.area for part in parts], [part.box_xyxy for part in parts])
         return self.clipped[box]
 
 
 class _Decoded:
-    """The masks of tiles as spans; only those of about two rows of tiles are kept."""
+    """The masks of tiles as spans; only those of about two rows of tiles, or of a few dozen tiles, are kept."""
 
     def __init__(self, grid: TileGrid, store: TileStore):
         self.grid, self.store = grid, store
         self._kept: OrderedDict[tuple[int, int], _TileMasks] = OrderedDict()
-        self._most = 2 * grid.shape[1] + 2
+        self._most = max(2 * grid.shape[1] + 2, _LEAST_KEPT)
 
     def of(self, tile: Tile) -> _TileMasks:
         if tile[:2] not in self._kept:
@@ -203,14 +198,12 @@ class _Groups:
         box = _overlap(first.tile.box_xyxy, second.tile.box_xyxy)
         if box is None:
             return
-        parts, others = first.within(box), second.within(box)
+        (parts, own), (others, theirs) = first.within(box), second.within(box)
         pairs = []
-        for i in np.flatnonzero(parts.areas).tolist():
-            area = int(parts.areas[i])
-            possible = others.iou_bounds(area, parts.boxes_xyxy[i]) >= self.match_iou  # most pairs are apart
+        for i in np.flatnonzero(own.areas).tolist():
+            possible = theirs.iou_bounds(own.areas[i], own.boxes_xyxy[i]) >= self.match_iou  # most pairs are apart
             for j in np.flatnonzero(possible).tolist():
-                both = parts.masks[i].intersection(others.masks[j])
-                iou = both / (area + int(others.areas[j]) - both)
+                iou = parts[i].iou(others[j])
                 if iou >= self.match_iou:
                     pairs.append((iou, first.masks[i].score + second.masks[j].score, i, j))
         taken: tuple[set[int], set[int]] = set(), set()
@@ -238,6 +231,57 @@ class _Groups:
     def objects(self) -> list[list[_Key]]:
         """Return the groups, in the order of their first tiles."""
         return sorted(sorted(members) for members in self._members.values())
+
+
+class _Objects:
+    """The objects that groups of masks show. Their masks are merged when they are needed: all may be too many."""
+
+    def __init__(self, groups: list[list[_Key]], tiles: _Decoded, grid: TileGrid):
+        self._tiles, self._grid = tiles, grid
+        self._groups: list[list[_Key]] = []
+        scores, areas, boxes = [], [], []
+        for group in groups:
+            one = _merged(tiles.of_group(group), grid)
+            if one is not None:
+                self._groups.append(group)
+                scores.append(one.score)
+                areas.append(one.mask.area)
+                boxes.append(one.mask.box_xyxy)
+        self._scores, self._extents = scores, _Extents.of(areas, boxes)
+
+    def __getitem__(self, index: int) -> TiledObject:
+        one = _merged(self._tiles.of_group(self._groups[index]), self._grid)
+        assert one is not None
+        return one
+
+    def without_duplicates(self, nms_iou: float) -> list[int]:
+        """Return the indices of the objects that stay, in order."""
+        from torchvision.ops import nms
+
+        boxes = torch.from_numpy(self._extents.boxes_xyxy).float()
+        kept = nms(boxes, torch.tensor(self._scores, dtype=torch.float32), nms_iou).tolist()
+        if len(self._grid) == 1:  # the image in one pass, whose masks stay as they are
+            return sorted(kept)
+        worse = self._same_masks(sorted(kept), nms_iou)
+        left_out: set[int] = set()
+        for index in kept:  # the best first
+            if index not in left_out:
+                left_out |= worse[index]
+        return sorted(set(kept) - left_out)
+
+    def _same_masks(self, indices: list[int], iou: float) -> dict[int, set[int]]:
+        """Return for each of the objects the worse ones whose masks have an IoU with its mask above `iou`."""
+        extents = _Extents(self._extents.areas[indices], self._extents.boxes_xyxy[indices])
+        worse: dict[int, set[int]] = {index: set() for index in indices}
+        for place, index in enumerate(indices):
+            bounds = extents.iou_bounds(extents.areas[place], extents.boxes_xyxy[place])
+            others = [indices[other] for other in np.flatnonzero(bounds > iou).tolist() if other > place]
+            mask = self[index].mask if others else None
+            for other in others:
+                if mask is not None and mask.iou(self[other].mask) > iou:
+                    better, rest = sorted((index, other), key=lambda each: (-self._scores[each], each))
+                    worse[better].add(rest)
+        return worse
 
 
 def _merged(masks: list[_TileMask], grid: TileGrid) -> TiledObject | None:
@@ -290,13 +334,3 @@ def _overlap(box: Window, other: Window) -> Window | None:
     x1, y1 = max(box[0], other[0]), max(box[1], other[1])
     x2, y2 = min(box[2], other[2]), min(box[3], other[3])
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-
-
-def _without_duplicates(boxes: list[Window], scores: list[float], nms_iou: float) -> list[int]:
-    """Return the indices of the objects that stay, in order."""
-    from torchvision.ops import nms
-
-    if not boxes:
-        return []
-    kept = nms(torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32), nms_iou)
-    return sorted(kept.tolist())

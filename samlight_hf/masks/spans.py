@@ -87,6 +87,11 @@ class SpanMask:
         """Return the number of pixels that are in both masks."""
         return self.area + other.area - SpanMask.union([self, other]).area
 
+    def iou(self, other: "SpanMask") -> float:
+        """Return the intersection over the union with another mask; one of the two has pixels."""
+        union = SpanMask.union([self, other]).area
+        return (self.area + other.area - union) / union
+
     def runs(self, width: int) -> np.ndarray:
         """Return COCO's run lengths of the mask in its image of `width` columns, int64, as in `RunLengthMasks`."""
         columns, tops = np.divmod(self.spans[:, 0], self.height + 1)

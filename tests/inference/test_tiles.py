@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from samlight_hf import MaskGenerationSettings, MaskGenerator, TileSettings
-from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf import MaskGenerator, TileSettings
 from samlight_hf.images.rasters import ArrayRaster
 from samlight_hf.images.reading import ImageError
 from samlight_hf.inference.tile_merging import generated_masks, merge_tiles
@@ -135,6 +134,25 @@ def test_duplicates_go_by_their_boxes():
     assert len(objects_of(image, segment=twice, nms_iou=1.0)) == 2 * len(objects_of(image))
 
 
+@pytest.mark.parametrize("width", [64, 112])
+def test_a_stray_pixel_makes_no_second_object(width):
+    """The worse of two masks has a pixel far off, so that their boxes differ. One tile keeps both, as one pass does."""
+    image = np.zeros((64, width, 3), dtype=np.uint8)
+    image[10:30, 4:24] = 200
+
+    def segment(tile):
+        if not tile.any():
+            return all_right(tile)
+        masks = np.repeat((tile[0] > 0).numpy()[None], 2, axis=0)
+        masks[0, 60, 40] = True
+        scores, points = np.array([0.7, 0.8], dtype=np.float32), np.zeros((2, 2), dtype=np.float32)
+        boxes = mask_edges(masks)
+        return GeneratedMasks(RunLengthMasks.from_masks(masks), scores, boxes, scores, points, boxes)
+
+    objects = objects_of(image, segment=segment)
+    assert [one.mask.area for one in objects] == ([401, 400] if width == 64 else [400])
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 112, 113, 1000, 12_345])
 def test_tiles_cover_the_image_with_the_overlap(length):
     tiles = [tile.box_xyxy for tile in TileGrid(8, length, SETTINGS)]
@@ -193,22 +211,3 @@ def test_objects_as_masks_of_one_image():
     result = generated_masks(objects_of(image), 112, 160)
     assert {mask.tobytes() for mask in result.masks} == {mask.tobytes() for mask in truth}
     assert len(generated_masks([], 112, 160)) == 0
-
-
-@pytest.mark.slow
-def test_a_photograph_in_tiles_has_no_mask_twice():
-    """The bundled checkpoint: masks of six tiles become objects of which no two are the same."""
-    if not BUNDLED_CHECKPOINT.is_dir():
-        pytest.skip("the bundled checkpoint is part of a clone of the repository")
-    model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
-    image = np.asarray(Image.open(EXAMPLE_IMAGES / "coffee.jpg").convert("RGB"))
-    generator = MaskGenerator(model, processor)
-    settings = MaskGenerationSettings(6, pred_iou_thresh=0.4, stability_score_thresh=0.5)
-    objects = objects_of(image, TileSettings(256, 96), lambda tile: generator.generate(tile, settings))
-    masks = [one.mask for one in objects]
-    assert len(masks) > 5
-    assert any(one.num_tiles > 1 for one in objects)
-    for index, mask in enumerate(masks):
-        for other in masks[:index]:
-            both = mask.intersection(other)
-            assert both / (mask.area + other.area - both) < 0.9
