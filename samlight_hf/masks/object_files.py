@@ -208,10 +208,19 @@ def _write_geopackage(path: Path, layer: str, place: Place, objects: Iterable, w
                 break
         os.replace(aside, path)
     except RuntimeError as error:  # of GDAL, which does not tell the number of an error of the disk
+        _write_probe(path.with_name(f"{aside.name}.probe"))
         raise OSError(f"GDAL cannot write it ({one_line(error, 200)})") from error
     finally:
         for file in path.parent.glob(f"{glob.escape(aside.name)}*"):
             file.unlink()
+
+
+def _write_probe(path: Path):
+    """Write a megabyte, so that a full or broken disk raises the system's own OSError. The caller removes the file."""
+    with path.open("wb") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 _TYPES = {

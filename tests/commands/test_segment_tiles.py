@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,49 @@ def test_a_disk_that_is_full(checkpoint, image, tmp_path):
     assert "cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "shapes.json").exists()
+
+
+@contextmanager
+def files_up_to(num_bytes: int):
+    """Let no file of this process grow beyond a size: the system's own error, as of a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("file_format", ["coco", "geojson", "gpkg"])
+def test_a_disk_that_fills_up_with_the_result_alone(samlight, exact, image, tmp_path, file_format):
+    """The tiles fit, the result does not: nothing is left of it, and the tiles are not segmented again."""
+    if file_format == "gpkg":
+        pytest.importorskip("pyogrio")
+    path, truth = image
+    options = [path, "--out", tmp_path / "out", "--format", file_format, *TILES]
+    with files_up_to(4000):
+        status, _, err = samlight(*options)
+    assert status == 1
+    (place,) = [line for line in err.splitlines() if "cannot be written" in line]
+    assert f"shapes.{file_format.replace('coco', 'json')} cannot be written: File too large" in place
+    assert len(exact) == 6
+    left = {name for name in os.listdir(tmp_path / "out") if not name.endswith(".tiles")}
+    assert left <= {".samlight.json"}
+    exact.clear()
+    assert samlight(*options, "--resume")[0] == 0
+    assert not exact
+    if file_format == "coco":
+        assert as_set(masks_of_coco(tmp_path / "out" / "shapes.json")) == as_set(truth)
+
+
+def test_a_tile_larger_than_the_image(samlight, exact, image, tmp_path):
+    path, truth = image
+    options = [path, "--out", tmp_path / "out", "--format", "coco", "--device", "cpu"]
+    status, out, _ = samlight(*options, "--tile", "100000")
+    assert status == 0
+    assert "everything, 1 tile" in out
+    assert len(exact) == 1
+    assert as_set(masks_of_coco(tmp_path / "out" / "shapes.json")) == as_set(truth)
 
 
 def test_pyramids_and_levels(samlight, exact, tmp_path):
