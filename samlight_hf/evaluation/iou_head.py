@@ -110,10 +110,8 @@ def _record(
     anywhere = generator.random((NUM_POINTS, 2)) * image.size[::-1]
     points = np.concatenate([np.array(deepest)[drawn], np.array(inside)[drawn], anywhere])[:, None]
     inputs.clear()
-    predictions = [
-        predictor.predict(**prompts, image=image, full_size=False)
-        for prompts in ({"points_xy": points}, {"boxes_xyxy": np.array(boxes)[drawn]})
-    ]
+    prompts = {"points_xy": points}, {"boxes_xyxy": np.array(boxes)[drawn]}
+    predictions: Any = [predictor.predict(**prompt, image=image, full_size=False) for prompt in prompts]  # of one image
     masks = torch.cat([prediction.logits[..., :height, :width] > 0 for prediction in predictions]).flatten(2).float()
     ious = _iou(masks, torch.from_numpy(np.stack(targets)).to(masks.device).flatten(1).float())
     objects = torch.from_numpy(np.concatenate([drawn, drawn, np.full(NUM_POINTS, -1), drawn]))
@@ -131,8 +129,8 @@ def fit_iou_head(
     model: PreTrainedModel,
     sets: Sequence[HeadExamples],
     are_complete: Sequence[bool],
-    own_share: float = 1.0,
-    anywhere_weight: float = 0.5,
+    own_share: float = 0.8,
+    anywhere_weight: float = 1.0,
     num_steps: int = 600,
     learning_rate: float = 3e-4,
     seed: int = 0,
