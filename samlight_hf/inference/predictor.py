@@ -20,7 +20,7 @@ from ..kernels import upscaled_masks
 from ..utils.turns import turn
 from .encoded_image import EncodedImage
 from .mask_prompts import logits_of_prompt, tensor_of
-from .prompts import Prompt, check_lists, parse_prompts, prompt_batches
+from .prompts import Prompt, PromptArrays, check_lists, parse_prompts, prompt_batches, regular_prompts
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,15 @@ class Predictor:
             "points_xy": points_xy, "labels": labels, "boxes_xyxy": boxes_xyxy, "logits": logits, "masks": masks,
         }  # fmt: skip
         if not is_list:
-            prompts = self._parse(images[0], 0, **arguments)
-            return self._result(images[0], *self._decode(images, prompts, multimask_output), full_size)
+            image = images[0]
+            regular = None
+            if logits is None and masks is None:
+                regular = regular_prompts(image.size, points_xy, labels, boxes_xyxy)
+            if regular is None:
+                decoded = self._decode(images, self._parse(image, 0, **arguments), multimask_output)
+            else:
+                decoded = self._decode_arrays(image, regular, multimask_output)
+            return self._result(image, *decoded, full_size)
         prompts_of_images, failed = self._parse_lists(images, arguments, errors)
         prompts = [prompt for part in prompts_of_images for prompt in part]
         scores, all_logits = self._decode(images, prompts, multimask_output)
@@ -340,8 +347,7 @@ class Predictor:
         self, images: list[EncodedImage], prompts: list[Prompt], multimask_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode prompts in any order, float32: scores (n, m) and logits (n, m, h, w)."""
-        if isinstance(self.decoder, PlainMaskDecoder):  # the model's own weights must still fit to the embeddings
-            self.encoder.check_weights()
+        self._check_weights()
         batches = list(prompt_batches(prompts, self.budget.points_per_batch))
         parts = [self._decode_batch(images, [prompts[place] for place in batch], multimask_output) for batch in batches]
         if not parts:
@@ -355,11 +361,27 @@ class Predictor:
             scores, logits = scores[back], logits[back]
         return scores, logits
 
+    def _decode_arrays(
+        self, image: EncodedImage, prompts: PromptArrays, multimask_output: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode prompts of one kind on one image, see `_decode`."""
+        self._check_weights()
+        embedding, scale, step = image.read(), image.scale, self.budget.points_per_batch
+        parts = [
+            self._decode_part(embedding, scale, prompts.part(start, start + step), multimask_output)
+            for start in range(0, len(prompts), step)
+        ]
+        scores, logits = map(_cat, zip(*parts))
+        return scores, logits
+
+    def _check_weights(self):
+        if isinstance(self.decoder, PlainMaskDecoder):  # the model's own weights must still fit to the embeddings
+            self.encoder.check_weights()
+
     def _decode_batch(
         self, images: list[EncodedImage], prompts: list[Prompt], multimask_output: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode prompts of one kind, see `_decode`."""
-        first = prompts[0]
         encoded = [images[prompt.image] for prompt in prompts]
         if all(image is encoded[0] for image in encoded):
             embedding, scales = encoded[0].read(), encoded[0].scale
@@ -367,19 +389,23 @@ class Predictor:
             scales = np.array([image.scale for image in encoded])
             with turn(self.model.device):  # after the encoder, on whatever stream it ran
                 embedding = torch.cat([image.read() for image in encoded])
+        return self._decode_part(embedding, scales, PromptArrays.of(prompts), multimask_output)
+
+    def _decode_part(
+        self, embedding: torch.Tensor, scales: np.ndarray, prompts: PromptArrays, multimask_output: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode prompts of one kind with their image embedding, or with one for each; `scales` are (4,) or (n, 4)."""
         # Prompts stay on the CPU: the decoder copies them to the device without waiting.
         arguments = {}
-        if first.points is not None:
-            points = np.array([prompt.points for prompt in prompts], dtype=np.float32) * scales[..., None, :2]
-            labels = np.array([prompt.labels for prompt in prompts], dtype=np.int64)
-            arguments = {"points": torch.from_numpy(points), "labels": torch.from_numpy(labels)}
-        if first.box is not None:
-            boxes = np.array([prompt.box for prompt in prompts], dtype=np.float32) * scales
-            arguments["boxes"] = torch.from_numpy(boxes)
+        if prompts.points is not None:
+            arguments["points"] = torch.from_numpy(prompts.points * scales[..., None, :2])
+            arguments["labels"] = torch.from_numpy(prompts.labels)
+        if prompts.boxes is not None:
+            arguments["boxes"] = torch.from_numpy(prompts.boxes * scales)
         decoded = self.decoder.decode(
             embedding,
             **arguments,
-            mask_logits=_stack([prompt.logits for prompt in prompts]),
+            mask_logits=prompts.logits,
             multimask_output=multimask_output,
             prompts_per_upscaling=self.budget.points_per_upscaling,
             repeated=len(prompts) == 1,
@@ -393,12 +419,6 @@ class Predictor:
         if self.output == "torch":
             return Prediction(masks, scores, logits)
         return Prediction(None if masks is None else masks.cpu().numpy(), scores.cpu().numpy(), logits.cpu().numpy())
-
-
-def _stack(logits: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Stack the logits of prompts of one kind: all of them have logits, or none."""
-    present = [tensor for tensor in logits if tensor is not None]
-    return torch.stack(present) if present else None
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

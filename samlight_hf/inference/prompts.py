@@ -4,12 +4,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
 # An image with this many prompts of one kind is decoded alone, which saves a part of the decoder's work.
 _PROMPTS_ALONE = 8
+_NUMPY_TYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32)
 
 
 @dataclass
@@ -149,6 +152,92 @@ def parse_prompts(
         raise ValueError(f"all prompts need the same parts, but {counts}.")
     columns, missing = (points, _labels(labels, points), boxes, logits), [None] * max(lengths, default=0)
     return [Prompt(image, *parts) for parts in zip(*[missing if column is None else column for column in columns])]
+
+
+class PromptArrays(NamedTuple):
+    """n prompts of one kind on one image, in pixels of the image.
+
+    Attributes:
+        points: float32 (n, k, 2), or None.
+        labels: int64 (n, k), or None without points.
+        boxes: float32 (n, 4), or None.
+        logits: float32 (n, h, w), or None.
+    """
+
+    points: np.ndarray | None
+    labels: np.ndarray | None
+    boxes: np.ndarray | None
+    logits: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return next(len(part) for part in (self.points, self.boxes, self.logits) if part is not None)
+
+    def part(self, start: int, stop: int) -> "PromptArrays":
+        """Return the prompts from `start` to before `stop`."""
+        return PromptArrays(*(None if column is None else column[start:stop] for column in self))
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt]) -> "PromptArrays":
+        """Stack prompts of one kind."""
+        first = prompts[0]
+        points = labels = boxes = None
+        if first.points is not None:
+            points = np.array([prompt.points for prompt in prompts], dtype=np.float32)
+            labels = np.array([prompt.labels for prompt in prompts], dtype=np.int64)
+        if first.box is not None:
+            boxes = np.array([prompt.box for prompt in prompts], dtype=np.float32)
+        logits = [prompt.logits for prompt in prompts if prompt.logits is not None]  # of all of them, or of none
+        return cls(points, labels, boxes, torch.stack(logits) if logits else None)
+
+
+def regular_prompts(size: tuple[int, int], points_xy=None, labels=None, boxes_xyxy=None) -> PromptArrays | None:
+    """Check prompts that are arrays, all at once: the same as `parse_prompts`, without a loop over prompts.
+
+    Args:
+        size: (height, width) of the image.
+        points_xy: As in `parse_prompts`, like labels and boxes_xyxy.
+        labels: See `points_xy`.
+        boxes_xyxy: See `points_xy`.
+
+    Returns:
+        The prompts, or None if they are no arrays of numbers, differ in the number of points, or are wrong:
+        `parse_prompts` then accepts them, or says what is wrong.
+    """
+    height, width = size
+    points = boxes = None
+    if points_xy is not None:
+        points = _array(points_xy, 3, 2)
+        if points is None or not ((points > -1) & (points < (width + 1, height + 1))).all():
+            return None
+        lengths = np.array([width, height], dtype=np.float64)
+        points = np.where(points < lengths, np.maximum(points, 0.0), lengths - 1).astype(np.float32)
+        labels = np.ones(points.shape[:2], dtype=np.int64) if labels is None else _array(labels, 2, points.shape[1])
+        if labels is None or len(labels) != len(points) or not np.isin(labels, (0, 1)).all():
+            return None
+        labels = labels.astype(np.int64)
+    elif labels is not None:
+        return None
+    if boxes_xyxy is not None:
+        boxes = _array(boxes_xyxy, 2, 4)
+        if boxes is None or not np.isfinite(boxes).all():
+            return None
+        first, last = boxes[:, :2], boxes[:, 2:]
+        if not ((first < last) & (first < (width, height)) & (last > 0)).all():
+            return None
+        boxes = np.hstack([np.maximum(first, 0.0), np.minimum(last, (width, height))]).astype(np.float32)
+        if points is not None and len(points) != len(boxes):
+            return None
+    return None if points is None and boxes is None else PromptArrays(points, labels, boxes)
+
+
+def _array(values, num_dimensions: int, last: int) -> np.ndarray | None:
+    """Return numbers as float64 of this many dimensions, none of them 0 and the last one `last`; None for others."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy() if values.dtype in _NUMPY_TYPES else None
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        return None
+    is_regular = values.ndim == num_dimensions and values.size and values.shape[-1] == last
+    return values.astype(np.float64) if is_regular else None
 
 
 def check_lists(arguments: dict, num_images: int):

@@ -15,7 +15,14 @@ from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel,
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
-from samlight_hf.inference.prompts import ObjectPrompt, clip_prompts, parse_prompts, prompt_batches
+from samlight_hf.inference.prompts import (
+    ObjectPrompt,
+    PromptArrays,
+    clip_prompts,
+    parse_prompts,
+    prompt_batches,
+    regular_prompts,
+)
 from samlight_hf.inference.single_calls import predict_objects, predict_prompts, segment_prompts
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.loading import load_model
@@ -514,6 +521,67 @@ def test_prompts_that_stick_out_are_those_at_the_border(tiny, image):
         assert np.array_equal(predictor.predict(**actual).logits, predictor.predict(**expected).logits)
     result = predict_prompts(predictor, [(-3, 2, 50.4, 31)], [(50, 3)])
     assert np.array_equal(result.masks, predict_prompts(predictor, [(0, 2, 50, 30)], [(49, 3)]).masks)
+
+
+def regular_cases():
+    """Prompts as arrays: right ones, some of which stick out, and wrong ones, of every kind."""
+    generator = np.random.default_rng(0)
+    corners = generator.uniform(-20, 80, (40, 2, 2))
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    boxes = boxes[(boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < (50, 30)).all(axis=1)]
+    points = generator.uniform(-0.99, (50.99, 30.99), (9, 3, 2))
+    labels = generator.integers(0, 2, (9, 3))
+    for kind in (boxes, boxes.astype(np.float32), torch.tensor(boxes), torch.tensor(boxes).half()):
+        yield {"boxes_xyxy": kind}, True
+    for dtype in (np.int64, np.int16, np.uint8):
+        yield {"boxes_xyxy": np.array([[0, 0, 50, 30], [1, 2, 99, 99]]).astype(dtype)}, True
+    yield {"points_xy": points}, True
+    yield {"points_xy": points, "labels": labels}, True
+    yield {"points_xy": torch.tensor(points).float(), "labels": torch.tensor(labels), "boxes_xyxy": boxes[:9]}, True
+    yield {"points_xy": np.array([[[49.5, 29.2]], [[50.0, 30.0]]])}, True
+    # Left to `parse_prompts`, which accepts them or says what is wrong.
+    yield {"boxes_xyxy": boxes.tolist()}, False
+    yield {"boxes_xyxy": torch.tensor([[0, 0, 9, 9]]).bfloat16()}, False
+    yield {"points_xy": points, "labels": labels > 0}, False
+    yield {"points_xy": [[(1, 1)], [(1, 1), (2, 2)]]}, False
+    for bad in ((3, 3, 3, 9), (9, 0, 3, 9), (60, 0, 70, 9), (-9, 0, 0, 9), (0, 0, np.inf, 9), (np.nan, 0, 9, 9)):
+        yield {"boxes_xyxy": np.array([(0, 0, 9, 9), bad])}, False
+    for bad in ((51, 3), (-1, 3), (3, 31), (3, np.nan), (np.inf, 3)):
+        yield {"points_xy": np.array([[(1, 1)], [bad]])}, False
+    yield {"points_xy": points, "labels": labels + 1}, False
+    yield {"points_xy": points, "labels": labels[:, :2]}, False
+    yield {"points_xy": points, "labels": labels[:4]}, False
+    yield {"points_xy": points, "boxes_xyxy": boxes[:4]}, False
+    yield {"boxes_xyxy": boxes[:4], "labels": labels[:4]}, False
+    yield {"boxes_xyxy": boxes[:0]}, False
+    yield {"boxes_xyxy": boxes[0]}, False
+    yield {"points_xy": boxes}, False
+
+
+@pytest.mark.parametrize(("prompts", "is_regular"), list(regular_cases()))
+def test_prompts_that_are_arrays_are_those_of_the_loop(prompts, is_regular):
+    fast = regular_prompts((30, 50), **prompts)
+    assert (fast is not None) is is_regular
+    if is_regular:
+        slow = PromptArrays.of(parse_prompts(0, (30, 50), **prompts))
+        for one, other in zip(fast, slow, strict=True):
+            assert (one is None) is (other is None)
+            assert one is None or (one.dtype == other.dtype and np.array_equal(one, other))
+
+
+def test_arrays_are_predicted_without_a_loop_and_as_lists_are(tiny, image, monkeypatch):
+    predictor = Predictor(*tiny, output="torch").set_image(image)
+    predictor.budget.points_per_batch = 4  # several batches, the last one not full
+    boxes = np.random.default_rng(0).uniform(0, 15, (9, 4)) + np.array([0, 0, 15, 15])
+    points, labels = boxes.reshape(9, 2, 2), np.arange(18).reshape(9, 2) % 2
+    for names in (("boxes_xyxy",), ("points_xy", "labels"), ("points_xy", "labels", "boxes_xyxy")):
+        arrays = {"boxes_xyxy": boxes, "points_xy": points, "labels": labels}
+        listed = predictor.predict(**{name: arrays[name].tolist() for name in names})
+        with monkeypatch.context() as patch:
+            patch.setattr(predictor, "_parse", None)
+            regular = predictor.predict(**{name: arrays[name] for name in names})
+        for part in ("masks", "scores", "logits"):
+            assert torch.equal(getattr(regular, part), getattr(listed, part))
 
 
 def test_batches_are_of_one_kind_and_lose_no_prompt():
