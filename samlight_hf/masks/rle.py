@@ -182,26 +182,28 @@ def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
     Returns:
         The counts of each mask.
     """
-    position = np.arange(len(runs)) - np.repeat(offsets[:-1], np.diff(offsets))
     values = runs.astype(np.int64)
-    later = np.flatnonzero(position > 2)
-    values[later] -= runs[later - 2]
+    values[2:] -= runs[:-2]
+    first = (offsets[:-1, None] + np.arange(3))[np.arange(3) < np.diff(offsets)[:, None]]
+    values[first] = runs[first]
 
-    groups = []
-    rest, unfinished = values, np.ones(len(values), dtype=bool)
-    while unfinished.any():
-        group = rest & 31
-        rest = rest >> 5  # an arithmetic shift: a negative number ends as -1
-        more = unfinished & (rest != np.where(group & 16, -1, 0))
-        groups.append(np.where(unfinished, 48 + group + 32 * more, 0))
-        unfinished = more
-    if not groups:
-        return [""] * (len(offsets) - 1)
-    characters = np.stack(groups, axis=1).astype(np.uint8)  # (runs, groups), 0 behind the last group of a run
-    written = characters > 0
-    ends = np.concatenate(([0], np.cumsum(written.sum(axis=1))))[offsets].tolist()
-    text = characters[written].tobytes().decode("ascii")
-    return [text[start:end] for start, end in pairwise(ends)]
+    # Groups of 5 bits: a number from -16 to 15 has one, from -512 to 511 two. `sizes` are the numbers, or for negative
+    # ones their complements.
+    sizes = values ^ (values >> 63)
+    lengths, limit, largest = np.ones(len(values), dtype=np.int64), 16, sizes.max(initial=0)
+    while largest >= limit:
+        lengths += sizes >= limit
+        limit <<= 5
+    ends = np.cumsum(lengths)
+    places, characters = ends - lengths, np.empty(ends[-1] if len(ends) else 0, dtype=np.uint8)
+    bounds = np.concatenate((places, [len(characters)]))[offsets].tolist()
+    while len(values):
+        more = sizes >= 16
+        characters[places] = 48 + (values & 31) + 32 * more
+        # An arithmetic shift: a negative number ends as -1.
+        values, sizes, places = values[more] >> 5, sizes[more] >> 5, places[more] + 1
+    text = characters.tobytes().decode("ascii")
+    return [text[start:end] for start, end in pairwise(bounds)]
 
 
 @lru_cache(maxsize=1)  # a mask is checked, and then decoded
