@@ -41,12 +41,30 @@ class FeatureTeacher:
         stride = max(self.model.feature_info.reduction())
         self.dtype, self.image_size = dtype, max(1, round(image_size / stride)) * stride
         self.widths: tuple[int, ...] = tuple(self.model.feature_info.channels())
+        self._check_maps(name)
         self.fingerprint = weights_fingerprint(self.model)
         # From the student's normalization to that of this network.
         own, students = self.model.pretrained_cfg, (PIXEL_MEAN, PIXEL_STD)
         mean, std = (255 * torch.tensor(own[key]) for key in ("mean", "std"))
         self._scale = (torch.tensor(students[1]) / std).view(3, 1, 1)
         self._shift = ((torch.tensor(students[0]) - mean) / std).view(3, 1, 1)
+
+    def _check_maps(self, name: str):
+        """Raise ValueError for a network that cannot take the image size, or whose maps are not (B, C, h, w)."""
+        image = torch.zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                shapes = [tuple(features.shape) for features in self.model(image)]
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"feature_teacher={name} does not take images of {self.image_size} px ({one_line(error, 150)}). Use a "
+                "convolutional network, or a ViT."
+            ) from error
+        if any(len(shape) != 4 or shape[1] != width for shape, width in zip(shapes, self.widths, strict=True)):
+            raise ValueError(
+                f"feature_teacher={name} has maps of shapes {shapes}, not (B, C, h, w) with C of {self.widths}. Use a "
+                "convolutional network, or a ViT."
+            )
 
     def to(self, device: torch.device) -> "FeatureTeacher":
         self.model.to(device)
@@ -82,18 +100,36 @@ def _load(name: str) -> Any:
         raise ImportError(f'feature_teacher={name} needs timm: pip install "samlight-hf[timm]"') from error
     source = f"local-dir:{name}" if Path(name).is_dir() else name
     options = {"pretrained": True, "features_only": True, "out_indices": tuple(range(-NUM_MAPS, 0))}
+    missing = _MissingWeights()
     log = logging.getLogger("timm")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of the classifier's weights, which no feature needs
+    level, propagates = log.level, log.propagate
+    log.addHandler(missing)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # it also warns of the classifier's weights, which no feature needs
     try:
         try:
-            return timm.create_model(source, dynamic_img_size=True, **options)  # a ViT, for images of any size
+            model = timm.create_model(source, dynamic_img_size=True, **options)  # a ViT, for images of any size
         except TypeError:
-            return timm.create_model(source, **options)
+            model = timm.create_model(source, **options)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"feature_teacher={name} cannot be loaded ({one_line(error, 200)}). Use a name of timm.list_models() or "
             "a folder of timm.models.save_for_hf."
         ) from error
     finally:
+        log.removeHandler(missing)
         log.setLevel(level)
+        log.propagate = propagates
+    if missing.message:
+        raise ValueError(f"feature_teacher={name} lacks weights, which would stay random: {missing.message}")
+    return model
+
+
+class _MissingWeights(logging.Handler):
+    """Keeps what timm says of weights that a file lacks: it goes on with random ones."""
+
+    message = ""
+
+    def emit(self, record: logging.LogRecord):
+        if record.getMessage().startswith("Missing keys"):
+            self.message = one_line(record.getMessage(), 200)

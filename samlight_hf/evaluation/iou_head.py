@@ -74,8 +74,10 @@ def record_examples(
             warnings.simplefilter("ignore", UserWarning)  # it says that a decoder with a hook runs in the model
             predictor = Predictor(model, processor, output="torch")
         for index in generator.permutation(len(dataset)):
+            if len(recorded) == num_images:
+                break
             sample, _ = dataset.load(int(index))
-            if len(recorded) < num_images and sample is not None:
+            if sample is not None:
                 recorded += _record(predictor, sample, generator, inputs)
     finally:
         hook.remove()
@@ -183,7 +185,7 @@ def fit_iou_head(
 def measure_order(head: nn.Module, examples: HeadExamples) -> tuple[float, float]:
     """Return the mean IoU with the prompted object of the mask of the highest score, and of the best of the three."""
     with torch.no_grad():
-        chosen = head(examples.tokens)[:, 1:].argmax(dim=1, keepdim=True)
+        chosen = copy.deepcopy(head).float().cpu()(examples.tokens)[:, 1:].argmax(dim=1, keepdim=True)
     own = examples.own[~examples.own.isnan().any(dim=1)]
     taken = examples.own.gather(1, chosen)[~examples.own.isnan().any(dim=1)]
     return taken.mean().item(), own.amax(dim=1).mean().item()

@@ -1,7 +1,10 @@
 """Features of a network of timm as a second source of training."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from samlight_hf.distillation import FeatureTeacher, MaskStage
@@ -9,7 +12,7 @@ from samlight_hf.distillation.checkpoints import CheckpointChangedError
 from samlight_hf.distillation.teacher import normalize_pixels
 
 from .conftest import logged, make_arguments, make_examples, make_student, make_trainer
-from .test_run import folder, run  # noqa: F401  # a fixture
+from .test_run import run
 from .test_stages import LOSS_WEIGHTS
 
 
@@ -98,7 +101,7 @@ def test_a_training_learns_the_features_and_keeps_its_projections(network, tmp_p
         without.train(str(tmp_path / "checkpoint-10"))
 
 
-def test_a_run_names_it_in_its_settings(network, folder, tmp_path):  # noqa: F811
+def test_a_run_names_it_in_its_settings(network, folder, tmp_path):
     run(folder, tmp_path, "--feature_teacher", network, stages=("end_to_end",))
     state = (tmp_path / "end_to_end/trainer_state.json").read_text()
     assert "feature_loss" in state
@@ -112,6 +115,21 @@ def test_a_name_that_timm_cannot_load_is_refused(name, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"feature_teacher={name} cannot be loaded"):
         FeatureTeacher(name)
+
+
+@pytest.mark.parametrize(("name", "message"), [("swin_tiny_patch4_window7_224", "shapes"), ("hiera_tiny_224", "64 px")])
+def test_an_architecture_that_gives_no_maps_of_such_an_image_is_refused(tmp_path, name, message):
+    timm.models.save_for_hf(timm.create_model(name), str(tmp_path), safe_serialization=True)
+    with pytest.raises(ValueError, match=f"feature_teacher=.*{message}"):
+        make_teacher(str(tmp_path))
+
+
+def test_weights_that_a_file_lacks_are_not_made_up(network, tmp_path):
+    shutil.copytree(network, tmp_path / "cut")
+    path = tmp_path / "cut/model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "blocks.2" not in name}, path)
+    with pytest.raises(ValueError, match="lacks weights, which would stay random: Missing keys .*blocks"):
+        make_teacher(str(tmp_path / "cut"))
 
 
 def test_missing_timm_names_the_extra(monkeypatch):

@@ -61,6 +61,23 @@ def test_a_fitted_head_takes_better_masks_and_changes_no_mask(model):
         assert ("iou_prediction_head" in name) != torch.equal(tensor, fitted.state_dict()[name]), name
 
 
+def test_a_head_in_half_precision_is_measured_and_fitted(model):
+    examples = record(model)
+    expected = measure_order(model.mask_decoder.iou_prediction_head, examples)
+    model.bfloat16()
+    assert measure_order(model.mask_decoder.iou_prediction_head, examples) == pytest.approx(expected, abs=0.05)
+    fit_iou_head(model, [examples], [True], num_steps=2)
+    assert model.mask_decoder.iou_prediction_head.proj_in.weight.dtype == torch.bfloat16
+
+
+def test_no_more_images_are_loaded_than_are_used(model, monkeypatch):
+    loaded = []
+    load = SyntheticScenes.load
+    monkeypatch.setattr(SyntheticScenes, "load", lambda self, index: loaded.append(index) or load(self, index))
+    record(model, 2)
+    assert len(loaded) == 2
+
+
 def test_the_score_of_the_single_mask_stays_near_its_value(model):
     examples, fitted = record(model, 5), copy.deepcopy(model)
     fit_iou_head(fitted, [examples], [True], num_steps=200, learning_rate=3e-3)

@@ -600,7 +600,7 @@ def test_the_bundled_checkpoint_finds_the_eye_of_the_cat():
     model, processor = load_model(BUNDLED_CHECKPOINT, "cpu")
     image = Image.open(EXAMPLE_IMAGES / "cat.jpg")
     result = segment_prompts(model, processor, image, [(125, 80, 208, 147)], [(165, 115)])
-    assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.8
+    assert (result.masks[0] & result.masks[1]).sum() / (result.masks[0] | result.masks[1]).sum() > 0.7
     assert result.masks[:, 115, 165].all()
     assert not result.masks[:, 240, 250].any()
 
