@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +121,25 @@ def _load(name: str) -> Any:
         log.removeHandler(missing)
         log.setLevel(level)
         log.propagate = propagates
-    if missing.message:
-        raise ValueError(f"feature_teacher={name} lacks weights, which would stay random: {missing.message}")
+    own = {_flat(key.removeprefix("model.")) for key in model.state_dict()}
+    if lacking := [key for key in missing.names if _flat(key) in own]:  # not those of the classifier
+        raise ValueError(
+            f"feature_teacher={name} lacks {len(lacking)} weights, which would stay random, such as {lacking[0]}. Use "
+            "the whole checkpoint."
+        )
     return model
 
 
-class _MissingWeights(logging.Handler):
-    """Keeps what timm says of weights that a file lacks: it goes on with random ones."""
+def _flat(key: str) -> str:
+    """Return the name of a weight without levels, which differ between a network and its maps."""
+    return key.replace(".", "_")
 
-    message = ""
+
+class _MissingWeights(logging.Handler):
+    """Keeps the names of weights that a file lacks: timm says them in its log, and goes on with random ones."""
+
+    names: tuple[str, ...] = ()
 
     def emit(self, record: logging.LogRecord):
-        if record.getMessage().startswith("Missing keys"):
-            self.message = one_line(record.getMessage(), 200)
+        if found := re.match(r"Missing keys \((.*?)\)", record.getMessage()):
+            self.names = tuple(found[1].split(", "))

@@ -174,7 +174,8 @@ class PromptArrays(NamedTuple):
 
     def part(self, start: int, stop: int) -> "PromptArrays":
         """Return the prompts from `start` to before `stop`."""
-        return PromptArrays(*(None if column is None else column[start:stop] for column in self))
+        points, labels, boxes = (None if part is None else part[start:stop] for part in self[:3])
+        return PromptArrays(points, labels, boxes, None if self.logits is None else self.logits[start:stop])
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> "PromptArrays":

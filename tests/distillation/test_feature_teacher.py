@@ -128,7 +128,7 @@ def test_weights_that_a_file_lacks_are_not_made_up(network, tmp_path):
     shutil.copytree(network, tmp_path / "cut")
     path = tmp_path / "cut/model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if "blocks.2" not in name}, path)
-    with pytest.raises(ValueError, match="lacks weights, which would stay random: Missing keys .*blocks"):
+    with pytest.raises(ValueError, match=r"lacks \d+ weights, which would stay random, such as blocks.2"):
         make_teacher(str(tmp_path / "cut"))
 
 
