@@ -74,7 +74,7 @@ def _distill(arguments: Sequence[str]) -> int:
 
 def _train(run: "RunArguments", stages: "Sequence[DistillationArguments]") -> Path:
     """Run the stages. An error during a training says from which checkpoint it goes on."""
-    from ..distillation import distill
+    from ..distillation import CheckpointNotSavedError, TrainingDivergedError, distill
 
     def advice() -> str:
         return _how_to_go_on(stages)
@@ -82,9 +82,11 @@ def _train(run: "RunArguments", stages: "Sequence[DistillationArguments]") -> Pa
     with explained_end(advice):
         try:
             return distill(run, stages)
+        except (CheckpointNotSavedError, TrainingDivergedError):
+            raise  # they say themselves how to go on
         except (RuntimeError, OSError, MemoryError) as error:
             message = one_line(error)
-            if lost_process(error) or "checkpoint" in message or "--resume" in message:
+            if lost_process(error) or "--resume" in message:
                 raise  # with the advice, or because it gives one itself
             raise RuntimeError(f"{message.rstrip('.')}. {advice()}") from error
 

@@ -2,7 +2,7 @@
 
 from .arguments import DistillationArguments, RunArguments, parse_arguments
 from .callbacks import FiniteLossCallback, MaskImageCallback, ThroughputCallback, TrainingDivergedError
-from .checkpoints import CheckpointChangedError
+from .checkpoints import CheckpointChangedError, CheckpointNotSavedError
 from .demonstration import demonstrate
 from .embedding_cache import CachedExamples, CacheError, EmbeddingCache, fill_cache
 from .feature_teacher import FeatureTeacher
@@ -17,6 +17,7 @@ __all__ = [
     "CacheError",
     "CachedExamples",
     "CheckpointChangedError",
+    "CheckpointNotSavedError",
     "DistillationArguments",
     "DistillationTrainer",
     "DynamicLayerWeights",

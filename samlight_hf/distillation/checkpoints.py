@@ -36,6 +36,10 @@ _OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version
 _OF_THE_PROCESSES = ("world_size", "per_device_train_batch_size", "dataloader_num_workers")
 
 
+class CheckpointNotSavedError(RuntimeError):
+    """A checkpoint could not be written. The message names the last whole one."""
+
+
 class CheckpointChangedError(ValueError):
     """A run cannot resume from a checkpoint, because that was made with other settings."""
 

@@ -28,6 +28,7 @@ from .checkpoints import (
     SETTINGS_NAME,
     STAGING_NAME,
     CheckpointChangedError,
+    CheckpointNotSavedError,
     check_same_run,
     checkpoint_step,
     find_best_again,
@@ -400,7 +401,7 @@ class DistillationTrainer(PushingTrainer):
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
                 move_folder(staging / name, output_dir / name, fsync=True)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise RuntimeError(
+            raise CheckpointNotSavedError(
                 f"the checkpoint of step {self.state.global_step} could not be saved in {output_dir} "
                 f"({one_line(error)}). The last whole one is {last_checkpoint(output_dir)}: make room, and resume from "
                 "it."

@@ -126,6 +126,33 @@ def test_ctrl_c_says_how_to_go_on(options, monkeypatch, capsys):
     assert capsys.readouterr()[1] == "samlight: stopped: --resume goes on from the last checkpoint.\n"
 
 
+ADVICE = "No checkpoint had been saved."
+NOT_SAVED = "the checkpoint of step 4 could not be saved"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left", "out/checkpoint-10/model.safetensors"), f"model.safetensors'. {ADVICE}"),
+        (RuntimeError("CUDA error: the checkpoint is lost."), f"the checkpoint is lost. {ADVICE}"),
+        (distillation.CheckpointNotSavedError(NOT_SAVED), NOT_SAVED),
+        (distillation.TrainingDivergedError("loss=nan"), "loss=nan"),
+        (RuntimeError("not in org/a. Try again with --resume."), "not in org/a. Try again with --resume."),
+    ],
+    ids=str,
+)
+def test_an_error_says_from_which_checkpoint_the_run_goes_on(options, monkeypatch, capsys, error, said):
+    """Whatever paths it names, unless it says so itself."""
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(distillation, "distill", fail)
+    assert cli.main(["distill", *options]) == 1
+    (line,) = capsys.readouterr()[1].splitlines()
+    assert line.startswith("samlight: error: ") and line.endswith(said) and (ADVICE in line) == (ADVICE in said)
+
+
 def test_other_commands_do_not_import_the_trainer():
     script = (
         "import sys\nfrom samlight_hf.commands.cli import main\nassert main(['--help']) == 0\n"

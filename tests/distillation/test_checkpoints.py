@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up_names_the_last_whole_checkpoint(tmp_path):
         [sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 1
-    assert f"the checkpoint of step 4 could not be saved in {tmp_path}" in process.stderr
+    assert f"CheckpointNotSavedError: the checkpoint of step 4 could not be saved in {tmp_path}" in process.stderr
     assert f"one is {tmp_path}/checkpoint-2: make room, and resume from it" in process.stderr
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
