@@ -22,7 +22,12 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
         limit: the largest number of characters; a longer message ends with "...".
     """
     message = " ".join(_strip_worker_traceback(str(error)).split()) or type(error).__name__
-    return message if limit is None or len(message) <= limit else message[: limit - 3] + "..."
+    return message if limit is None else shortened(message, limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters; a longer one is cut and ends with "..."."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _strip_worker_traceback(message: str) -> str:

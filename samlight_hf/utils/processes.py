@@ -11,9 +11,16 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .messages import one_line
+
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+# What NCCL says of errors that another process has no part in, and the words before its detailed reason.
+_OWN_NCCL_ERRORS = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError")
+_NCCL_DETAIL = "Last error:"
 
 
 def process_index() -> int:
@@ -41,17 +48,25 @@ def tell_error(message: str):
     print(message if is_main_process() else f"process {process_index()}: {message}", file=sys.stderr)
 
 
-def lost_process(error: BaseException) -> bool:
-    """Return whether an error means that another process of the group has ended or cannot be reached."""
+def lost_process(error: BaseException) -> str | None:
+    """Return how an error tells that another process of the group has ended or cannot be reached.
+
+    Returns:
+        The reason, on one line, or None for errors of this process. Among these are a wrong use of NCCL and a failed
+        call of CUDA, which NCCL raises by the same type.
+    """
     distributed = sys.modules.get("torch.distributed")
     kinds = () if distributed is None else (getattr(distributed, "DistError", ()),)
     cause: BaseException | None = error
     while cause is not None:
+        message = one_line(cause)
         # Gloo's errors are plain RuntimeErrors that begin with the path of its source.
-        if isinstance(cause, kinds) or (isinstance(cause, RuntimeError) and "/gloo/" in str(cause)):
-            return True
+        if isinstance(cause, RuntimeError) and "/gloo/" in message:
+            return message
+        if isinstance(cause, kinds) and not any(own in message for own in _OWN_NCCL_ERRORS):
+            return message.partition(_NCCL_DETAIL)[2].strip() or message
         cause = cause.__cause__
-    return False
+    return None
 
 
 @contextlib.contextmanager

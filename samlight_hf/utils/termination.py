@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from .messages import one_line
+from .messages import shortened
 from .processes import lost_process, tell_error
 
 
@@ -38,10 +38,10 @@ def explained_end(advice: Callable[[], str]) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if not lost_process(error):
+            if not (reason := lost_process(error)):
                 raise
             raise RuntimeError(
-                f"another process of this run has failed or cannot be reached ({one_line(error, 140)}). {advice()}"
+                f"another process of this run has failed or cannot be reached ({shortened(reason, 140)}). {advice()}"
             ) from error
 
 

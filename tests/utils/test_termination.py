@@ -91,6 +91,30 @@ def test_a_process_that_waits_for_another_one_says_what_to_do(tmp_path):
     assert sorted(lines) == [f"process 1: {line}", line]
 
 
+_NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, {0} (run with NCCL_DEBUG=WARN for details), "
+    "NCCL version 2.28.9\n{1}\nLast error:\n{2}"
+)
+
+
+def test_the_reason_that_nccl_gives_is_told():
+    """Of another process's end without the text before it; a process's own errors pass as they are."""
+    remote = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+    reason = "socketPollConnect: connect to 10.0.0.2<41937> returned Connection refused"
+    for detail, told in ((reason, reason), ("", "NCCL error in: /pytorch/")):
+        with pytest.raises(RuntimeError, match=rf"cannot be reached \({told}.*\)\. Start it again\.$"):
+            with explained_end(lambda: "Start it again."):
+                raise torch.distributed.DistBackendError(_NCCL.format("remote process exited", remote, detail))
+    for what, kind, detail in (
+        ("invalid usage", "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", "Duplicate GPU"),
+        ("unhandled cuda error", "ncclUnhandledCudaError: Call to CUDA function failed.", "Cuda failure 'ECC'"),
+    ):
+        own = torch.distributed.DistBackendError(_NCCL.format(what, kind, detail))
+        with pytest.raises(torch.distributed.DistBackendError) as caught, explained_end(lambda: "Start it again."):
+            raise own
+        assert caught.value is own and str(own).endswith(detail)
+
+
 def test_errors_pass_and_those_of_a_lost_process_are_explained(monkeypatch):
     gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer")
     nccl = torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error")
