@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -178,16 +179,19 @@ def _pairs(path: Path) -> Iterator[tuple[str, list[tuple[int, int]], list[tuple[
 def check_tar(path: Path):
     """Raise ValueError for a file that is no tar, or a tar that has lost its end. Reads its first and last block.
 
-    A compressed tar is accepted; its end is checked by those who read it to there.
+    A tar is accepted that is compressed, or cut within zeros at a multiple of 512 bytes: those who read it to its end
+    find that it is damaged.
     """
     try:
         tarfile.open(path, "r:*").close()
-    except tarfile.ReadError as error:
+    except (tarfile.ReadError, EOFError, zlib.error) as error:  # the last two: a gzip file without its end, or damaged
         raise ValueError(f"{path}: no tar, or one that is damaged. Copy or download it again.") from error
     with open(path, "rb") as file:
         is_plain = file.read(tarfile.BLOCKSIZE)[257:262] == b"ustar"
-        file.seek(-min(tarfile.BLOCKSIZE, path.stat().st_size), os.SEEK_END)
-        if is_plain and any(file.read()):  # a complete tar ends with blocks of zeros
+        size = file.seek(0, os.SEEK_END)
+        file.seek(-min(tarfile.BLOCKSIZE, size), os.SEEK_END)
+        # A tar is a sequence of blocks, of which the last ones are zeros: two of them, but some tools write only one.
+        if is_plain and (size % tarfile.BLOCKSIZE or any(file.read())):
             raise _damaged(path)
 
 

@@ -1,7 +1,10 @@
 """Test that streamed tars give each sample once over all ranks and workers, and that both ways to resume are exact."""
 
 import gzip
+import os
 import pickle
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -163,10 +166,47 @@ def test_damaged_tars_are_named_before_they_are_read(tmp_path):
         cut.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"cut\.tar: the tar is damaged or cut short"):
             streamed([whole, cut])
-    for text in (b"<html>not found</html>", b""):
+    zipped = gzip.compress(content)
+    for text in (b"<html>not found</html>", b"", zipped[:100], zipped[:10] + bytes([255]) * 500):
         cut.write_bytes(text)
         with pytest.raises(ValueError, match=r"cut\.tar: no tar, or one that is damaged"):
             streamed([whole, cut])
+
+
+def test_a_tar_cut_within_zeros_is_named(tmp_path):
+    """At a block's boundary when it is read, as its end looks like that of a whole tar; elsewhere before that."""
+    files = samples("sa", 3)
+    files["sa_2.jpg"] = files["sa_2.jpg"][:-2] + bytes(4096)
+    content, cut = write_tar(tmp_path / "whole.tar", files).read_bytes(), tmp_path / "cut.tar"
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        member = tar.getmember("sa_2.jpg")
+    end = (member.offset_data + member.size) // 512 * 512 - 512
+    assert not any(content[end - 1024 : end + 100])
+    cut.write_bytes(content[: end + 100])
+    with pytest.raises(ValueError, match=r"cut\.tar: the tar is damaged or cut short"):
+        streamed(cut)
+    cut.write_bytes(content[:end])
+    stream = streamed(cut)
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        list(stream)
+
+
+@pytest.mark.parametrize("tool", ["python", "gnu", "one zero block"])
+def test_tars_of_other_tools_are_whole(tmp_path, tool):
+    path = write_tar(tmp_path / "a.tar", samples("sa", 3))
+    if tool == "gnu":
+        if not shutil.which("tar"):
+            pytest.skip("needs the program tar")
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "files", filter="data")
+        subprocess.run(
+            ["tar", "-cf", path, "-C", tmp_path / "files", *sorted(os.listdir(tmp_path / "files"))], check=True
+        )
+    elif tool == "one zero block":
+        with tarfile.open(path) as tar:
+            end = tar.getmembers()[-1]
+        path.write_bytes(path.read_bytes()[: end.offset_data + (end.size + 511) // 512 * 512 + 512])
+    assert len(list(streamed(path))) == 3
 
 
 def test_a_compressed_tar_is_read_and_its_end_is_checked(tmp_path):
