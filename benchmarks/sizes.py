@@ -75,7 +75,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file of the rows (sizes.json in --out)")
     parser.add_argument(
         "--from", dest="merged", type=Path, nargs="+", metavar="JSON",
-        help="measure nothing, and join the rows of earlier runs: what a row lacks is taken from the later files",
+        help="measure nothing, and join the rows of earlier runs that were given the same paths of checkpoints: what a "
+        "row lacks is taken from the later files",
     )  # fmt: skip
     args = parser.parse_args()
     if args.merged and args.dataset:
@@ -87,9 +88,9 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def convert(args: argparse.Namespace) -> list[tuple[Path, str]] | None:
-    """Return the folder of each model and the rule for its bands; None after an error that was told."""
-    models = [(args.model, AS_TRAINED)]
+def convert(args: argparse.Namespace) -> list[tuple[Path, str, Path]] | None:
+    """Return folder, rule for its bands and checkpoint of each model; None after an error that was told."""
+    models = [(args.model, AS_TRAINED, args.model)]
     size_of_model = load_model(args.model, "cpu")[0].config.vision_config.image_size
     for size in args.sizes:
         for bands in args.bands if size != size_of_model else ():
@@ -98,14 +99,14 @@ def convert(args: argparse.Namespace) -> list[tuple[Path, str]] | None:
             shutil.rmtree(folder, ignore_errors=True)  # the checkpoint may be another one today
             if samlight(["convert", *options]):
                 return None
-            models.append((folder, bands))
-    return models + [(folder, ALSO) for folder in args.also]
+            models.append((folder, bands, args.model))
+    return models + [(folder, ALSO, folder) for folder in args.also]
 
 
-def evaluate(models: list[tuple[Path, str]], args: argparse.Namespace) -> list[dict] | None:
+def evaluate(models: list[tuple[Path, str, Path]], args: argparse.Namespace) -> list[dict] | None:
     """Return the scores of each model, [mean, low, high] of its interval by protocol; None after an error."""
     on_cpu = find_device(args.device).type == "cpu"
-    options = [option for folder, _ in models for option in ("--model", str(folder))]
+    options = [option for folder, *_ in models for option in ("--model", str(folder))]
     options += ["--dataset", args.dataset, "--clicks", "1", "--no-plots", "--device", args.device]
     options += ["--batch-size", "1" if on_cpu else "4", "--num-workers", "0" if on_cpu else "4"]
     options += ["--limit", str(args.limit)] if args.limit else []
@@ -123,12 +124,19 @@ def evaluate(models: list[tuple[Path, str]], args: argparse.Namespace) -> list[d
     return rows
 
 
-def row_of(folder: Path, bands: str, time_on: str) -> dict:
+def row_of(folder: Path, bands: str, checkpoint: Path, time_on: str) -> dict:
+    """Return the row of a model, under the path of its checkpoint as it was given: folders often share a name."""
     config = load_model(folder, "cpu")[0].config.vision_config
     lengths = config.segment_length if isinstance(config.segment_length, tuple | list) else [config.segment_length]
     segments = ", ".join(str(length or "all") for length in dict.fromkeys(lengths))
-    row = {"size": config.image_size, "bands": bands, "model": folder.name, "segments": segments}
+    row = {"size": config.image_size, "bands": bands, "model": _path_of(checkpoint), "segments": segments}
     return row if time_on == "none" else row | {"encoder_ms": encoder_ms(folder, time_on)}
+
+
+def _path_of(checkpoint: Path) -> str:
+    """Return the path as it was given; of the bundled checkpoint within the clone, which may be elsewhere tomorrow."""
+    is_bundled = checkpoint == BUNDLED_CHECKPOINT
+    return "/".join(checkpoint.parts[-2:]) if is_bundled else checkpoint.as_posix()
 
 
 @torch.inference_mode()
@@ -152,7 +160,7 @@ def encoder_ms(folder: Path, device: str, num_calls: int = 3) -> float:
 
 
 def merge(tables: list[list[dict]]) -> list[dict]:
-    """Join the rows of the same model in several tables; of a value that several have, the first counts."""
+    """Join the rows of the same size, bands and checkpoint; of a value that several have, the first counts."""
     rows: dict[tuple, dict] = {}
     for row in (row for own in tables for row in own):
         key = row["size"], row["bands"], row["model"]

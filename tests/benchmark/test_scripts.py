@@ -99,6 +99,25 @@ def test_sizes_of_two_runs_in_one_table(run, checkpoint, tar, tmp_path):
     assert [source["time_on"] for source in sources] == ["none", "cpu"]
 
 
+def test_checkpoints_in_folders_of_one_name_have_rows_of_their_own(run, tmp_path):
+    """As the students of several distillations are."""
+    students = [tmp_path / name / "student" for name in "abc"]
+    for student in students:
+        random_model().save_pretrained(student)
+    a, b, c = students
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    common = ["--sizes", 48, "--bands", "image", "--time-on", "cpu", "--out", tmp_path / "out"]
+    assert run("sizes.py", *common, "--model", a, "--also", b, "--json", files[0])[0] == 0
+    assert run("sizes.py", *common, "--model", c, "--also", b, "--json", files[1])[0] == 0
+    status, printed = run("sizes.py", "--from", *files, "--json", tmp_path / "both.json")
+    assert status == 0
+    rows = json.loads((tmp_path / "both.json").read_text())["rows"]
+    expected = [(32, "as trained", a), (32, "as trained", c), (32, "trained at this size", b)]
+    expected += [(48, "image", a), (48, "image", c)]
+    assert [(row["size"], row["bands"], Path(row["model"])) for row in rows] == expected
+    assert [printed.count(f" {student.as_posix()} ") for student in students] == [2, 1, 2]
+
+
 def test_padding(run, checkpoint, tar, tmp_path):
     status, printed = run(
         "padding.py", "--model", checkpoint, "--dataset", tar, "--device", "cpu", "--json", tmp_path / "padding.json"
