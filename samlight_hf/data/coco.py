@@ -117,6 +117,9 @@ class CocoDataset(FileDataset):
                     return file
         return None
 
+    def annotated_indices(self) -> list[int]:
+        return [index for index, annotations in enumerate(self._json) if annotations != "[]"]
+
     def files(self) -> set:
         return {(self.image_folder / file).resolve() for file in self._files}
 

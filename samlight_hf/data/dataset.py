@@ -2,7 +2,7 @@
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
@@ -80,6 +80,10 @@ class ImageDataset(ABC):
     def where(self, index: int) -> str:
         """Return where a sample is, for messages: its id, behind the name of its tar where it is in one."""
         return self.sample_id(index)
+
+    def annotated_indices(self) -> Sequence[int]:
+        """Return the indices of the images that may have instances, as far as it is known without reading them."""
+        return range(len(self))
 
     def files(self) -> set:
         """Return the resolved paths of all files read. Two datasets that share a path share images."""

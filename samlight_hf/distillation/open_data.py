@@ -1,5 +1,6 @@
 """The data of a run: its training sources, its evaluation images, and the examples of a stage."""
 
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,20 +128,21 @@ def open_eval_images(run: RunArguments, train_sources: Sequence[ImageDataset]) -
 def check_usable(name: str, source: ImageDataset, needs_masks: bool):
     """Raise ValueError where no image of a dataset can be used: before hours of training, not after them.
 
-    It reads images spread over the dataset, until one can be used.
+    It reads images in random order, which no period of the dataset can hide from, until one can be used. If masks are
+    needed, images that have none according to the index are left out.
 
     Args:
         name: the setting that names the dataset, for the message.
         source: the dataset.
         needs_masks: whether an image needs an object that is no crowd.
     """
-    num_tried = min(NUM_TRIED, len(source))
-    spread = (place * len(source) // num_tried for place in range(num_tried))
-    for sample in source.samples(report := SkipReport(), spread):
+    candidates = (source.annotated_indices() if needs_masks else []) or range(len(source))
+    tried = random.Random(0).sample(candidates, min(NUM_TRIED, len(candidates)))
+    for sample in source.samples(report := SkipReport(), tried):
         if not needs_masks or any(not instance.is_crowd for instance in sample.instances):
             return
     lacking = "has a mask that can be used" if needs_masks else "can be used"
-    raise ValueError(f"{name}: none of the {num_tried} images that were tried {lacking}. {report.summary()}")
+    raise ValueError(f"{name}: none of the {len(tried)} images that were tried {lacking}. {report.summary()}")
 
 
 def prompt_sampling(run: RunArguments, args: DistillationArguments) -> PromptSampling:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.files import HEIGHT, WIDTH, annotation, box_mask, jpeg, sa1b_json, write_tar
+from samlight_hf.data import CocoDataset, Sa1bDataset
+from samlight_hf.distillation.open_data import check_usable
+from tests.data.files import HEIGHT, WIDTH, annotation, box_mask, jpeg, sa1b_json, write_coco, write_tar
 
 from .test_run import run
 
@@ -81,3 +83,23 @@ def test_a_set_with_few_usable_images_is_found_wherever_they_are(folder, tmp_pat
     metrics = json.loads((tmp_path / "out/end_to_end/result.json").read_text())["metrics"]
     assert 0 <= metrics["eval_box_miou"] <= 1  # and no sheet of the first images, which have no masks, is drawn
     assert not (tmp_path / "out/end_to_end/pictures").exists()
+
+
+def test_usable_images_at_a_period_are_found(tmp_path):
+    """Of 640 images, 192 have masks; every tenth, as 64 images at even distances would be, has none."""
+    image, masked, bare = jpeg(), sa1b_json(annotation(1)), sa1b_json()
+    members = {f"{n:03}.jpg": image for n in range(640)}
+    members |= {f"{n:03}.json": masked if n % 10 in (1, 2, 3) else bare for n in range(640)}
+    check_usable("train_data", Sa1bDataset(write_tar(tmp_path / "a.tar", members)), needs_masks=True)
+
+
+@pytest.mark.parametrize("number", [0, 333, 639])
+def test_the_only_annotated_image_of_a_coco_file_is_found(tmp_path, number):
+    entries = [{"id": n, "file_name": f"{n}.jpg", "width": WIDTH, "height": HEIGHT} for n in range(640)]
+    images = dict.fromkeys((f"{n}.jpg" for n in range(640)), jpeg())
+    usable = CocoDataset(*write_coco(tmp_path, entries, [annotation(1, image_id=number)], images))
+    check_usable("train_data", usable, needs_masks=True)
+    bare = CocoDataset(*write_coco(tmp_path / "bare", entries[:3], [], {f"{n}.jpg": jpeg() for n in range(3)}))
+    check_usable("train_data", bare, needs_masks=False)
+    with pytest.raises(ValueError, match="none of the 3 images that were tried has a mask"):
+        check_usable("train_data", bare, needs_masks=True)
