@@ -161,6 +161,8 @@ def test_tiles_cover_the_image_with_the_overlap(length):
     assert all(16 <= before[2] - after[0] < 64 for before, after in pairwise(tiles))
     needed = 1 if length <= 64 else -(-(length - 16) // 48)
     assert len(tiles) == needed
+    ends = [(start, min(start + 16, length)) for start in range(max(1, length - 15))]  # of objects like the overlap
+    assert all(any(box[0] <= start and end <= box[2] for box in tiles) for start, end in ends)
 
 
 @pytest.mark.parametrize(
