@@ -5,13 +5,16 @@
 
 This is the fully automatic stage of Segment Anything's data engine (arXiv 2304.02643, section 4). Existing masks (of
 tars, or of `images/` with `masks/`) are kept, and further masks found by the model are added. Images and masks get new
-names and ids. The tar appears when it is complete, and does not depend on the number of processes.
+names and ids. The tar appears when it is complete, and does not depend on the number of processes. Until then each
+process writes a part in a hidden folder beside it. Finished parts stay there if the run fails.
 """
 
 import argparse
 import contextlib
 import heapq
 import io
+import os
+import shutil
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -54,7 +57,7 @@ def main():
     parser.add_argument("--min-area", type=int, default=64, help="smallest mask in pixels (%(default)s)")
     parser.add_argument("--limit", type=int, default=None, help="use only the first images")
     args = parser.parse_args()
-    with explained_end(lambda: f"{args.out} was not written."), process_group(cpu=args.device == "cpu") as state:
+    with explained_end(lambda: not_written(args.out)), process_group(cpu=args.device == "cpu") as state:
         annotate(args, state)
 
 
@@ -84,22 +87,51 @@ def annotate(args: argparse.Namespace, state: PartialState):
                 suffix, image = _image(dataset.image_bytes(index), sample.image)
                 add_sample(tar, name, suffix, image, sample.width, sample.height, annotations)
 
-    parts = [beside(args.out, f".{number}.tar.part") for number in range(state.num_processes)]
-    part = parts[state.process_index] if len(parts) > 1 else args.out
+    folder = parts_folder(args.out)
+    if state.is_main_process:
+        folder.mkdir(exist_ok=True)
+        for unfinished in folder.glob(".*.part"):  # of a run that was killed
+            unfinished.unlink()
+    state.wait_for_everyone()
+    parts = [folder / f"{number}.tar" for number in range(state.num_processes)]
     try:
         with samples:  # closes the progress bar before an error is printed
-            atomic_write(part, write)
+            atomic_write(parts[state.process_index], write)
         state.wait_for_everyone()
-        if state.is_main_process and len(parts) > 1:
-            atomic_write(args.out, lambda path: join(parts, path))
-        num_new = sum(gather_object([num_new]))  # waits until the parts have been read
+        if state.is_main_process:
+            finish(parts, args.out)
     finally:
-        if len(parts) > 1:
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not if a part is in it
+            folder.rmdir()
+    num_new = sum(gather_object([num_new]))
     total = SkipReport().merge(dataset.index_report)
     for skipped in gather_object([report.to_dict()]):
         total.merge(SkipReport.from_dict(skipped))
     tell(f"{args.out}: {num_new} new masks. {total.summary()}")
+
+
+def parts_folder(out: Path) -> Path:
+    """Return the folder of the parts of a tar, which has the same name in each run."""
+    return beside(out, ".parts")
+
+
+def not_written(out: Path) -> str:
+    """Say that the tar was not written, and which parts of it are finished."""
+    finished = sorted(map(str, parts_folder(out).glob("[0-9]*.tar")))
+    kept = f" Finished parts of it, tars of the same layout, are kept until it is: {', '.join(finished)}."
+    return f"{out} was not written.{kept if finished else ''}"
+
+
+def finish(parts: Sequence[Path], out: Path):
+    """Write the tar from its parts, and remove these. Raises OSError, with the parts kept, if it cannot be written."""
+    try:
+        whole = parts[0] if len(parts) == 1 else parts[0].with_name(".whole.part")
+        if len(parts) > 1:
+            atomic_write(whole, lambda path: join(parts, path))
+        os.replace(whole, out)
+    except OSError as error:
+        raise OSError(f"{one_line(error)}. {not_written(out)}") from error
+    shutil.rmtree(parts[0].parent, ignore_errors=True)  # another process may just remove the empty folder
 
 
 def join(parts: Sequence[Path], path: Path):

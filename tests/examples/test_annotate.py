@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.data import Sa1bDataset
 from tests.data.files import rle
-from tests.launcher import ROOT, backends, torchrun
+from tests.launcher import ROOT, backends, launch, output_of, torchrun
 
 from .in_process import run_example
 
@@ -66,7 +66,9 @@ def test_two_processes_write_the_tar_that_one_does(tmp_path, backend):
     (folder / "1.jpg").write_bytes(COFFEE.read_bytes()[:3000])
     printed = []
     for count in (1, 2):
-        (tmp_path / str(count)).mkdir()
+        (tmp_path / str(count) / ".out.tar.parts").mkdir(parents=True)
+        for left in (".0.tar.123.part", "9.tar"):  # of a run that was killed
+            (tmp_path / str(count) / ".out.tar.parts" / left).write_bytes(b"left")
         options = ("--out", tmp_path / str(count) / "out.tar", "--model", BUNDLED_CHECKPOINT, *OPTIONS)
         device = "auto" if backend == "nccl" else "cpu"
         arguments = (folder, *options, "--device", device)
@@ -99,3 +101,54 @@ def test_masks_that_are_there_already_stay_and_are_not_found_again(annotated, tm
     sample = Sa1bDataset(tmp_path / "out.tar")[0]
     assert len(sample.instances) == len(first.instances)
     np.testing.assert_array_equal(coco_mask.decode(sample.instances[0].rle), existing)
+
+
+def test_a_finished_tar_that_cannot_be_moved_is_kept(tmp_path):
+    (tmp_path / "photographs").mkdir()
+    Image.open(COFFEE).resize((300, 200)).save(tmp_path / "photographs/a.jpg")
+    out = tmp_path / "there" / "out.tar"
+    out.mkdir(parents=True)  # a folder
+    arguments = ("--out", out, "--model", BUNDLED_CHECKPOINT, "--device", "cpu", *OPTIONS)
+    run = run_example("annotate.py", tmp_path / "photographs", *arguments)
+    part = out.parent / ".out.tar.parts/0.tar"
+    assert run.returncode == 1
+    assert f"{out} was not written." in run.stderr and run.stderr.endswith(f" are kept until it is: {part}.\n")
+    assert len(Sa1bDataset(part)) == 1
+
+
+_FAILING = """
+import os, runpy, sys, time
+from pathlib import Path
+from samlight_hf.data import sa1b
+
+def failing(*arguments):
+    if os.environ["RANK"] == "1":
+        while not Path(sys.argv[3]).parent.joinpath(".out.tar.parts/0.tar").exists():
+            time.sleep(0.1)
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    return add(*arguments)
+
+add, sa1b.add_sample = sa1b.add_sample, failing
+runpy.run_path("examples/annotate.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_fails_and_leaves_nothing_for_good(tmp_path):
+    """The finished part of the other one is kept and named; the next run, on one process, removes what is left."""
+    (tmp_path / "failing.py").write_text(_FAILING)
+    (tmp_path / "photographs").mkdir()
+    for number in range(2):
+        Image.open(COFFEE).resize((300 - number, 200)).save(tmp_path / f"photographs/{number}.jpg")
+    out = tmp_path / "there" / "out.tar"
+    out.parent.mkdir()
+    options = ("--out", out, "--model", BUNDLED_CHECKPOINT, *OPTIONS, "--device", "cpu")
+    process = launch(tmp_path / "failing.py", 2, tmp_path / "photographs", *options)
+    _, complaints = output_of(process)
+    part = out.parent / ".out.tar.parts/0.tar"
+    assert process.returncode != 0 and "process 1: error: CUDA error: uncorrectable ECC" in complaints
+    assert "another process" in complaints and f" are kept until it is: {part}." in complaints
+    assert len(Sa1bDataset(part)) == 1
+    annotate(tmp_path / "photographs", out)
+    assert [path.name for path in out.parent.iterdir()] == ["out.tar"]
+    assert len(Sa1bDataset(out)) == 2
