@@ -7,7 +7,7 @@ A setting is the side of the grid of points, on the image and on each crop or ti
 `tile=` and `overlap=` in pixels of the image (a quarter of the tile). The scores are those of `samlight evaluate
 --protocol everything`: average recall at 1000 masks an image, of all annotated objects and of those below 32x32 pixels
 (small), below 96x96 (medium) and above (large). Seconds are the mean of all images, from the decoded image to run
-lengths, after one image that warms up.
+lengths; on a GPU after one image that warms up.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Setting:
             crops, tile, overlap = (values.pop(name, None) for name in ("crops", "tile", "overlap"))
             if values or (tile is None and overlap is not None):
                 raise ValueError(f"{', '.join(values) or 'overlap'} is not possible here")
-            tiles = None if tile is None else TileSettings(tile, tile // 4 if overlap is None else overlap)
+            tiles = None if tile is None else TileSettings.of(tile, overlap)
             setting = cls(text, int(points), crops or 0, tiles)
             setting.task()
         except ValueError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from ..utils.processes import process_group, tell
 from ..utils.termination import explained_end
 from .measurements import EVERYTHING, Measurement, load_promptable_model, measurements_of
-from .options import not_empty, parse_fraction, parse_not_negative, parse_positive
+from .options import add_grid_options, add_tile_options, not_empty, parse_fraction
 
 
 if TYPE_CHECKING:
@@ -64,17 +64,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     )
     protocol.add_argument("--no-feedback", action="store_true", help="do not feed logits back with the next click")
     protocol.add_argument("--boundary-iou", action="store_true", help="boundary IoU too")
-    protocol.add_argument(
-        "--points-per-side", type=parse_positive, default=32, metavar="N", help="of everything mode (%(default)s)"
-    )
-    protocol.add_argument(
-        "--crops-n-layers", type=parse_not_negative, default=0, metavar="N",
-        help="layers of crops of everything mode (%(default)s)",
-    )  # fmt: skip
-    protocol.add_argument(
-        "--tile", type=parse_positive, metavar="PX", help="everything mode in tiles, as `samlight segment --tile`"
-    )
-    protocol.add_argument("--overlap", type=parse_not_negative, metavar="PX", help="of tiles (a quarter of --tile)")
+    add_grid_options(protocol)
+    add_tile_options(protocol)
     for option, what in (("--pred-iou-thresh", "predicted IoU"), ("--stability-score-thresh", "stability")):
         protocol.add_argument(
             option, type=parse_fraction, default=0.0, metavar="T",

@@ -102,6 +102,26 @@ def parse_not_negative(text: str) -> int:
     return int(text)
 
 
+def add_grid_options(group):
+    """Add the options of the points of everything mode to a parser or a group."""
+    group.add_argument(
+        "--points-per-side", type=parse_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
+    )
+    group.add_argument(
+        "--crops-n-layers", type=parse_not_negative, default=0, metavar="N",
+        help="segment crops too, 4 in the first layer, 16 in the second, ...: finds smaller objects (%(default)s)",
+    )  # fmt: skip
+
+
+def add_tile_options(group):
+    """Add the options that `tiles_from_options` reads to a parser or a group."""
+    group.add_argument(
+        "--tile", type=parse_positive, metavar="PX",
+        help="everything mode in tiles: side of a tile in pixels of the image, such as 1024",
+    )  # fmt: skip
+    group.add_argument("--overlap", type=parse_not_negative, metavar="PX", help="of tiles (a quarter of --tile)")
+
+
 def tiles_from_options(args: argparse.Namespace):
     """Return the `TileSettings` of `--tile` and `--overlap`, a quarter of the tile by default; None without `--tile`.
 
@@ -114,6 +134,6 @@ def tiles_from_options(args: argparse.Namespace):
             raise argparse.ArgumentTypeError("--overlap is for tiles: give --tile too, such as --tile 1024.")
         return None
     try:
-        return TileSettings(args.tile, args.tile // 4 if args.overlap is None else args.overlap)
+        return TileSettings.of(args.tile, args.overlap)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"--tile and --overlap: {error}") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import (
+    add_grid_options,
     add_model_arguments,
     load_from_options,
     make_folder,
@@ -24,7 +25,6 @@ from .options import (
     not_empty,
     parse_box,
     parse_fraction,
-    parse_not_negative,
     parse_point,
     parse_positive,
 )
@@ -111,13 +111,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
 
 def _add_everything_arguments(parser: argparse.ArgumentParser):
     everything = parser.add_argument_group("everything mode, without prompts")
-    everything.add_argument(
-        "--points-per-side", type=parse_positive, default=32, metavar="N", help="N x N points are tried (%(default)s)"
-    )
-    everything.add_argument(
-        "--crops-n-layers", type=parse_not_negative, default=0, metavar="N",
-        help="segment crops too, 4 in the first layer, 16 in the second, ...: finds smaller objects (%(default)s)",
-    )  # fmt: skip
+    add_grid_options(everything)
     everything.add_argument(
         "--points-per-batch", type=parse_positive, metavar="N", help="points at once (what suits the device)"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .options import parse_not_negative, parse_positive, tiles_from_options
+from .options import add_tile_options, parse_not_negative, tiles_from_options
 from .result_folder import Place, ResultFolder, identity_of
 from .summary import Row, Summary, count, report_skipped, telling_where
 
@@ -32,10 +32,7 @@ _MAX_PREVIEWED = 1000
 
 def add_tile_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("large images and small objects: everything mode in tiles (docs/sizes.md)")
-    group.add_argument(
-        "--tile", type=parse_positive, metavar="PX", help="side of a tile in pixels of the image, such as 1024"
-    )
-    group.add_argument("--overlap", type=parse_not_negative, metavar="PX", help="of tiles (a quarter of --tile)")
+    add_tile_options(group)
     group.add_argument(
         "--bands", type=_parse_bands, metavar="R,G,B",
         help="numbers of three bands, or of one, from 1 (the first three)",

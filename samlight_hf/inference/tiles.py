@@ -55,6 +55,11 @@ class TileSettings:
         if not 0 < self.match_iou <= 1:
             raise ValueError(f"match_iou={self.match_iou!r} must be above 0 and at most 1.")
 
+    @classmethod
+    def of(cls, size: int, overlap: int | None) -> "TileSettings":
+        """Return tiles of a size, which overlap by a quarter of it where no overlap is given."""
+        return cls(size, size // 4 if overlap is None else overlap)
+
 
 class Tile(NamedTuple):
     """A tile of the grid: its place (row, column), and its box in pixels of the image."""
