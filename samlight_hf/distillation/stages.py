@@ -43,13 +43,14 @@ class Stage(nn.Module):
             part.requires_grad_(name in self.trainable)
         # Random features that encode coordinates. The prompt encoder shares them: a constant in SAM, a parameter here.
         student.shared_image_embedding.requires_grad_(False)
+        self.projections = nn.ModuleList()  # of the student's layers to a teacher's; a stage may have some
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Return trained tensors that are not part of the student: saved to resume, and never exported."""
-        return {}
+        return self.projections.state_dict()
 
     def load_extra_state(self, state: dict[str, torch.Tensor]):
-        assert not state, sorted(state)
+        self.projections.load_state_dict(state)
 
     # Trainer calls one or the other, depending on its release.
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
@@ -101,12 +102,6 @@ class EncoderStage(Stage):
         with torch.no_grad():
             cosine = nn.functional.cosine_similarity(embeddings.float(), targets[-1].float(), dim=1).mean()
         return {"loss": (self.layer_weights * losses).sum(), **logs, "embedding_cosine": cosine}
-
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        return self.projections.state_dict()
-
-    def load_extra_state(self, state: dict[str, torch.Tensor]):
-        self.projections.load_state_dict(state)
 
 
 def match_layers(num_student_layers: int, num_teacher_layers: int, num_focus_layers: int) -> list[tuple[int, int]]:
@@ -275,12 +270,6 @@ class MaskStage(Stage):
             parts.append(self.feature_weight * loss)
             logs["feature_loss"] = loss.detach()
         return {"loss": torch.stack(parts).sum(), **logs}
-
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        return self.projections.state_dict()
-
-    def load_extra_state(self, state: dict[str, torch.Tensor]):
-        self.projections.load_state_dict(state)
 
     def _rounds(
         self,
