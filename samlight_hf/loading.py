@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,6 +108,13 @@ def find_dtype(name: str | torch.dtype) -> torch.dtype:
     if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"dtype={name!r} is not known. Use one of {', '.join(DTYPES)}.")
     return dtype
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], owner: str):
+    """Raise ValueError for NaN or infinite values, with the weight's name; `owner` begins the message."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{owner} has NaN or infinite values in {name}. Use another checkpoint.")
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

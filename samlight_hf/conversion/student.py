@@ -6,13 +6,12 @@ Every weight is accounted for: a missing, unexpected or misshapen weight raises 
 import copy
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..loading import find_device, find_dtype, load_model
+from ..loading import check_finite, find_device, find_dtype, load_model
 from ..modeling.configuration_sam_lightening import (
     PRESETS,
     SamLighteningConfig,
@@ -69,7 +68,7 @@ def create_student(
             shape.
     """
     decoder = teacher if isinstance(teacher, SamDecoder) else SamDecoder.from_model(teacher)
-    _check_finite(teacher.state_dict if isinstance(teacher, SamDecoder) else teacher.state_dict())
+    check_finite(teacher.state_dict if isinstance(teacher, SamDecoder) else teacher.state_dict(), "the teacher")
     if config is None:
         config = student_config(teacher, "tiny" if preset is None else preset)
     elif preset is not None:
@@ -205,12 +204,6 @@ def load_teacher(
     torch_device, torch_dtype = find_device(device), find_dtype(dtype)
     model = convert_original_checkpoint(path)
     return model.to(torch_device, torch_dtype), make_processor(model.config.vision_config)
-
-
-def _check_finite(state_dict: Mapping[str, torch.Tensor]):
-    for name, tensor in state_dict.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"the teacher has NaN or infinite values in {name}. Use another checkpoint.")
 
 
 def _check_fit(config: SamLighteningConfig, decoder: SamDecoder):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..loading import weights_fingerprint
+from ..loading import check_finite, weights_fingerprint
 from ..utils.autocast import without_autocast
 from ..utils.messages import one_line
 from .teacher import PIXEL_MEAN, PIXEL_STD
@@ -36,9 +36,7 @@ class FeatureTeacher:
 
     def __init__(self, name: str, dtype: torch.dtype = torch.bfloat16, image_size: int = 512):
         self.model = _load(name).to(dtype).eval().requires_grad_(False)
-        for key, tensor in self.model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"feature_teacher={name} has NaN or infinite values in {key}. Use another one.")
+        check_finite(self.model.state_dict(), f"feature_teacher={name}")
         stride = max(self.model.feature_info.reduction())
         self.dtype, self.image_size = dtype, max(1, round(image_size / stride)) * stride
         self.widths: tuple[int, ...] = tuple(self.model.feature_info.channels())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..loading import weights_fingerprint
+from ..loading import check_finite, weights_fingerprint
 from ..utils.autocast import without_autocast
 from .stages import encode
 
@@ -73,11 +73,7 @@ class Teacher:
                 "SAM-Lightening."
             )
         assert encoder is not None  # it has the parts
-        for name, tensor in encoder.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"the teacher has NaN or infinite values in vision_encoder.{name}. Use another checkpoint."
-                )
+        check_finite(encoder.state_dict(prefix="vision_encoder."), "the teacher")
         self.config = parts.config.vision_config
         self.fingerprint = weights_fingerprint(model)
         self.layers, self.dtype = tuple(layers), dtype
