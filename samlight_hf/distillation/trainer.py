@@ -115,6 +115,8 @@ class DistillationTrainer(PushingTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MaskImageCallback):
                 callback.trainer = self
+        if feature_teacher is not None:
+            feature_teacher.to(self.args.device)
 
     def _make_stage(self, args: DistillationArguments) -> torch.nn.Module:
         if args.stage != "encoder":
@@ -232,8 +234,8 @@ class DistillationTrainer(PushingTrainer):
             prompts = {name: inputs[name] for name in ("masks", "boxes", "points", "uniforms")}
             if self.feature_teacher is not None:
                 config = self.student.config.vision_config
-                teacher = self.feature_teacher.to(pixel_values.device)
-                prompts["features"] = teacher.targets(pixel_values, config.image_size // config.patch_size)
+                grid = config.image_size // config.patch_size
+                prompts["features"] = self.feature_teacher.targets(pixel_values, grid)
             outputs = model(pixel_values=pixel_values, **prompts)
         for name, value in outputs.items():
             if name != "loss":
