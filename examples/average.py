@@ -10,6 +10,7 @@ from pathlib import Path
 
 from samlight_hf.conversion import average_models
 from samlight_hf.loading import find_dtype, load_model
+from samlight_hf.utils.atomic_files import check_new_folder
 from samlight_hf.utils.messages import make_console_safe
 
 
@@ -24,8 +25,7 @@ def main():
     args = parser.parse_args()
     try:
         dtype = find_dtype(args.dtype)
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
+        check_new_folder("--out", args.out)
         loaded = [load_model(name, device="cpu") for name in args.models]
         average = average_models([model for model, _ in loaded], args.shares)
         average.to(dtype).save_pretrained(args.out, max_shard_size=args.max_shard_size)

@@ -15,6 +15,7 @@ from pathlib import Path
 from samlight_hf.data import load_dataset
 from samlight_hf.evaluation.calibration import LOGIT_SCALES, calibrate
 from samlight_hf.loading import find_dtype, load_model
+from samlight_hf.utils.atomic_files import check_new_folder
 from samlight_hf.utils.messages import make_console_safe
 
 
@@ -37,8 +38,7 @@ def main():
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (%(default)s)")
     args = parser.parse_args()
     try:
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
+        check_new_folder("--out", args.out)
         dtype = find_dtype(args.dtype)
         dataset = load_dataset(args.data, limit=args.limit)
         model, processor = load_model(args.model, device=args.device)

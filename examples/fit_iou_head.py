@@ -13,6 +13,7 @@ from pathlib import Path
 from samlight_hf.data import load_dataset
 from samlight_hf.evaluation.iou_head import fit_iou_head, measure_order, record_examples
 from samlight_hf.loading import load_model
+from samlight_hf.utils.atomic_files import check_new_folder
 from samlight_hf.utils.messages import make_console_safe
 
 
@@ -34,8 +35,7 @@ def main():
             raise ValueError(f"--images {args.images} must be one number from 1 on, or one for each of --data.")
         if unknown := set(args.complete) - set(args.data):
             raise ValueError(f"--complete {', '.join(sorted(unknown))} is not among --data.")
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f"--out {args.out} is not empty. Choose another folder.")
+        check_new_folder("--out", args.out)
         datasets = [load_dataset(path) for path in args.data]
         model, processor = load_model(args.model, device=args.device)
         sets = []

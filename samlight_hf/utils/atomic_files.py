@@ -29,6 +29,12 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def check_new_folder(option: str, folder: Path) -> None:
+    """Raise ValueError for an option's value that is neither a new nor an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{option} {folder} is not empty. Choose another folder.")
+
+
 def replace_folder(path: Path, write: Callable[[Path], object], *, fsync: bool = False) -> None:
     """Write a folder under a temporary name and move it to `path`; an error leaves the earlier folder as it was.
 
