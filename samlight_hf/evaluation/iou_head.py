@@ -2,7 +2,7 @@
 
 The IoU head orders masks: the three of a click, and those of everything mode. While a whole model is trained, it learns
 from masks that still change, and of objects that the masks of a click fit best. Here it learns which of the finished
-masks a user who clicks on an annotated object wants. Its inputs are recorded once, so a training takes seconds.
+masks a user who clicks on an annotated object wants. Its inputs are recorded once, so its steps are small.
 """
 
 import copy
