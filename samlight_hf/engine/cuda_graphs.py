@@ -117,6 +117,11 @@ class GraphedFunction:
         return graph, inputs, outputs
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on the device's current stream goes into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _kinds(tensors: Sequence[torch.Tensor]) -> tuple:
     return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 

@@ -36,9 +36,14 @@ from ..kernels.prompt_embedding import PromptEmbedding
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
-from .cuda_graphs import GraphedFunction
+from .cuda_graphs import GraphedFunction, is_capturing
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
 from .two_way import run_two_way
+
+
+# Numbers of prompts that have graphs: batches are filled up to the next one.
+_PROMPT_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, token_kernels.MOST_PROMPTS)
+_MOST_GRAPHS = 16  # of one kind; they share the memory for all but their image tokens
 
 
 class Decoded(NamedTuple):
@@ -111,11 +116,13 @@ class FastMaskDecoder:
         self.transform = GraphedFunction(self._transform, cuda_graphs, max_graphs=2, pool=self.pool)
         self.all_masks = {
             (multimask, with_mask): GraphedFunction(
-                partial(self._all_masks, multimask, with_mask), cuda_graphs, pool=self.pool
+                partial(self._graphed_masks, multimask, with_mask), cuda_graphs, _MOST_GRAPHS, pool=self.pool
             )
             for multimask in (False, True)
             for with_mask in (False, True)
         }
+        self._logits_of_graphs: torch.Tensor | None = None  # see `_graphed_masks`
+        self._seen_batches: set[tuple] = set()
         decoder = self.decoder
         with torch.no_grad():
             self.positions = _image_positions(model).to(self.dtype)  # (N, C)
@@ -215,10 +222,8 @@ class FastMaskDecoder:
             iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
             return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
         device = image_tokens.device
-        if not repeated and min_iou is None and self.use_head_kernel and self._have_token_kernels_for(prompts):
-            inputs = [tensor.to(device, non_blocking=True) for tensor in inputs]
-            iou, logits = self._all_masks(multimask_output, with_mask, *inputs)
-            return Decoded(iou, None, logits)
+        if not repeated and min_iou is None and self._decodes_in_few_kernels(prompts):
+            return self._decode_few(multimask_output, with_mask, inputs)
         prompts = [prompt.to(device, non_blocking=True) for prompt in prompts]
         transform = self.transform if repeated else self._transform
         tokens, image_tokens, iou = transform(image_tokens + self._dense(mask_logits), *prompts)
@@ -229,6 +234,33 @@ class FastMaskDecoder:
         logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, at_once, visible)
         return Decoded(iou, kept, logits)
 
+    def _decodes_in_few_kernels(self, prompts: Sequence[torch.Tensor]) -> bool:
+        return self.use_head_kernel and self._have_token_kernels_for(prompts)
+
+    def _decode_few(self, multimask_output: bool, with_mask: bool, inputs: list[torch.Tensor]) -> Decoded:
+        """Decode few prompts: launching their kernels takes longer than running them.
+
+        Batches on one image are filled up to a size of `_PROMPT_COUNTS`. From the second batch of a size and kind on,
+        they are replayed from a CUDA graph. The first one runs the same kernels for the same shapes, so that the
+        results do not depend on which it is.
+        """
+        image_tokens, num_prompts = inputs[0], len(inputs[-1])
+        replays = self.cuda_graphs and len(image_tokens) == 1 and not is_capturing(self.device)
+        if replays:
+            count = next(count for count in _PROMPT_COUNTS if count >= num_prompts)
+            inputs = [image_tokens, *(_filled_up(tensor, count) for tensor in inputs[1:])]
+            batch = multimask_output, with_mask, *((tensor.shape, tensor.dtype) for tensor in inputs)
+            replays = batch in self._seen_batches
+            self._seen_batches.add(batch)
+        if replays:
+            iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
+            iou, logits = iou[:num_prompts].clone(), logits[: num_prompts * iou.shape[1]].to(torch.float32, copy=True)
+        else:
+            inputs = [tensor.to(image_tokens.device, non_blocking=True) for tensor in inputs]
+            iou, logits = self._all_masks(multimask_output, with_mask, *inputs)
+            iou, logits = iou[:num_prompts], logits[: num_prompts * iou.shape[1]]
+        return Decoded(iou, None, logits)
+
     def _dense(self, mask_logits: torch.Tensor | None) -> torch.Tensor:
         """Embed earlier masks (P, h, w), or their absence: (P, N, C) or (1, C), to be added to the image tokens."""
         if mask_logits is None:
@@ -236,10 +268,34 @@ class FastMaskDecoder:
         dense = self.prompt_encoder.mask_embed(mask_logits[:, None].to(self.no_mask.dtype))
         return dense.flatten(2).transpose(1, 2)
 
-    def _all_masks(self, multimask_output: bool, with_mask: bool, image_tokens: torch.Tensor, *prompts: torch.Tensor):
+    def _graphed_masks(self, multimask_output: bool, with_mask: bool, *inputs: torch.Tensor):
+        """Compute `_all_masks`; in graphs with the logits in memory that all of them share.
+
+        Logits are the largest result, and are read before the next graph is replayed.
+        """
+        out = None
+        if is_capturing(self.device):
+            # Allocated before any of the graph's own memory, whose blocks it would split.
+            num_masks = self.output_tokens[1:][_mask_slice(multimask_output)].shape[0] * len(inputs[-1])
+            (height, width), memory = self.grid_size, self._logits_of_graphs
+            if memory is None or len(memory) < num_masks:
+                shape = num_masks, 4 * height, 4 * width
+                memory = self._logits_of_graphs = torch.empty(shape, dtype=torch.float32, device=self.device)
+            out = memory[:num_masks]
+        return self._all_masks(multimask_output, with_mask, *inputs, out=out)
+
+    def _all_masks(
+        self,
+        multimask_output: bool,
+        with_mask: bool,
+        image_tokens: torch.Tensor,
+        *prompts: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ):
         """Compute the predicted IoU (P, M) and the logits (P * M, 4h, 4w) of all masks, without waiting for the device.
 
         `prompts` are the mask logits first, if `with_mask`, then points, labels and boxes, as far as there are any.
+        With kernels the logits are written to `out`, if it is given.
         """
         masks = _mask_slice(multimask_output)
         image_tokens, prompts = image_tokens + self._dense(prompts[0] if with_mask else None), prompts[with_mask:]
@@ -252,7 +308,7 @@ class FastMaskDecoder:
             hyper = self._hyper(tokens[:, 1:][:, masks], masks)
         if self.use_head_kernel:
             slots = torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
-            logits = mask_head.masks_of(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
+            logits = mask_head.masks_of(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head, out)
         else:
             logits = self._upscale(image_tokens, hyper).flatten(0, 1)
         return iou, logits
@@ -339,6 +395,12 @@ class FastMaskDecoder:
             chosen = range(len(hyper)) if prompts is None else prompts
             return cpu_blocks.run_head(image_tokens, chosen, hyper, self.grid_size, self.head, visible)
         return mask_head.run_head(image_tokens, hyper, self.grid_size, self.head)
+
+
+def _filled_up(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Repeat the last row of a tensor until it has `count` rows."""
+    missing = count - len(tensor)
+    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
 
 
 def _mask_slice(multimask_output: bool) -> slice:

@@ -17,6 +17,7 @@ from ..images.errors import check_errors, error_of_image
 from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
 from ..images.reading import ImageError
 from ..kernels import upscaled_masks
+from ..kernels.tokens import MOST_PROMPTS
 from ..utils.turns import turn
 from .encoded_image import EncodedImage
 from .mask_prompts import logits_of_prompt, tensor_of
@@ -109,6 +110,10 @@ class Predictor:
         self.decoder: Decoder = make_decoder(model, cuda_graphs)
         self.encoder = ImageEncoder(model, self.image_processor, self.decoder, skip_padding)
         self.budget = MemoryBudget(model, max_memory_mb)
+        self._short_at_once = self.budget.points_per_batch  # short prompts decoded at once
+        if self.decoder.is_lean:
+            lean = MemoryBudget(model, max_memory_mb, decoder=self.decoder, use_triton=True)
+            self._short_at_once = min(lean.points_per_batch, MOST_PROMPTS)
         side = 4 * model.config.prompt_encoder_config.image_embedding_size
         self.logits_size = (side, side)
         self.reset()
@@ -348,7 +353,8 @@ class Predictor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode prompts in any order, float32: scores (n, m) and logits (n, m, h, w)."""
         self._check_weights()
-        batches = list(prompt_batches(prompts, self.budget.points_per_batch))
+        most = self._at_once(all(prompt.is_short for prompt in prompts))
+        batches = list(prompt_batches(prompts, most))
         parts = [self._decode_batch(images, [prompts[place] for place in batch], multimask_output) for batch in batches]
         if not parts:
             num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if multimask_output else 1
@@ -366,13 +372,17 @@ class Predictor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode prompts of one kind on one image, see `_decode`."""
         self._check_weights()
-        embedding, scale, step = image.read(), image.scale, self.budget.points_per_batch
+        embedding, scale, step = image.read(), image.scale, self._at_once(prompts.is_short)
         parts = [
             self._decode_part(embedding, scale, prompts.part(start, start + step), multimask_output)
             for start in range(0, len(prompts), step)
         ]
         scores, logits = map(_cat, zip(*parts))
         return scores, logits
+
+    def _at_once(self, are_short: bool) -> int:
+        """Return how many prompts are decoded at once."""
+        return self._short_at_once if are_short else self.budget.points_per_batch
 
     def _check_weights(self):
         if isinstance(self.decoder, PlainMaskDecoder):  # the model's own weights must still fit to the embeddings

@@ -37,6 +37,15 @@ class Prompt:
         """Return a key that prompts of one batch share: there is no padding, which attention would see."""
         return None if self.points is None else len(self.points), self.box is None, self.logits is None
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it is a point, two points, a box, or a box with a point."""
+        return _is_short(None if self.points is None else len(self.points), self.box, self.logits)
+
+
+def _is_short(num_points: int | None, box, logits) -> bool:
+    return logits is None and (num_points or 0) + (1 if box is None else 2) <= 3
+
 
 @dataclass(frozen=True)
 class ObjectPrompt:
@@ -171,6 +180,11 @@ class PromptArrays(NamedTuple):
 
     def __len__(self) -> int:
         return next(len(part) for part in (self.points, self.boxes, self.logits) if part is not None)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether each prompt is a point, two points, a box, or a box with a point."""
+        return _is_short(None if self.points is None else self.points.shape[1], self.boxes, self.logits)
 
     def part(self, start: int, stop: int) -> "PromptArrays":
         """Return the prompts from `start` to before `stop`."""

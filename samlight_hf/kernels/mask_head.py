@@ -109,11 +109,15 @@ def masks_of(
     num_kept: int,
     grid: tuple[int, int],
     weights: HeadWeights,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute `launch_head`, or its reference if Triton cannot compile the kernel for so many masks per prompt."""
+    """Compute `launch_head`, or its reference if Triton cannot compile the kernel for so many masks per prompt.
+
+    The reference does not write to `out`.
+    """
     return launched(
         _NAME, image_tokens.device, (*hyper.shape[1:], image_tokens.dtype, "masks"),
-        lambda: launch_head(image_tokens, hyper, slots, num_kept, grid, weights),
+        lambda: launch_head(image_tokens, hyper, slots, num_kept, grid, weights, out),
         lambda: masks_reference(image_tokens, hyper, slots, num_kept, grid, weights),
     )  # fmt: skip
 
@@ -139,6 +143,7 @@ def launch_head(
     num_kept: int,
     grid: tuple[int, int],
     weights: HeadWeights,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the logits of selected masks in the kernel.
 
@@ -149,12 +154,15 @@ def launch_head(
         num_kept: number of masks in the result.
         grid: (h, w).
         weights: the weights.
+        out: contiguous float32 memory for the result. Default: new memory.
 
     Returns:
         Float32 (num_kept, 4h, 4w).
     """
     (num_prompts, num_tokens, channels), (height, width) = image_tokens.shape, grid
-    logits = torch.empty(num_kept, 4 * height, 4 * width, dtype=torch.float32, device=image_tokens.device)
+    logits = out
+    if logits is None:
+        logits = torch.empty(num_kept, 4 * height, 4 * width, dtype=torch.float32, device=image_tokens.device)
     image_tokens, hyper, slots = image_tokens.contiguous(), hyper.contiguous(), slots.contiguous()
     blocks = triton.cdiv(num_tokens, _BLOCK)
     # A thread block makes all four parts of its image tokens, or with few prompts one of them.

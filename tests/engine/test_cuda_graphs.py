@@ -104,6 +104,54 @@ def test_each_call_of_a_user_finds_the_graph_that_was_announced(paths, model):
                 assert all_masks[multimask_output, False].last_ran == expected
 
 
+@pytest.mark.parametrize("names", [("boxes",), ("points", "labels"), ("points", "labels", "boxes")], ids="+".join)
+def test_few_prompts_on_an_image_are_filled_up_and_replayed_from_their_second_batch_on(model, names, monkeypatch):
+    """The kernels that this is for run on CUDA alone: here with the decoder's other operations, which they equal."""
+    decoder = make_decoder(model)
+    image, sizes = torch.randn(1, len(decoder.positions), decoder.positions.shape[1]), []
+    generator = torch.Generator().manual_seed(0)
+    corners = 32 * torch.rand(64, 4, generator=generator).sort(dim=1).values
+    prompts = {"boxes": corners, "points": corners[:, None, :2], "labels": (corners[:, :1] > 9).int()}
+    compute = decoder._all_masks
+
+    def run(count: int, images: torch.Tensor = image, **options):
+        return decoder.decode(images, **{name: prompts[name][:count] for name in names}, **options)
+
+    expected = {count: run(count) for count in (3, 4, 5, 6, 64)}
+    monkeypatch.setattr(decoder, "cuda_graphs", True)
+    monkeypatch.setattr(decoder, "_decodes_in_few_kernels", lambda prompts: True)
+    monkeypatch.setattr(
+        decoder, "_all_masks", lambda *args, **out: (sizes.append(len(args[-1])), compute(*args, **out))[1]
+    )
+    monkeypatch.setattr(
+        decoder,
+        "all_masks",
+        {
+            key: Recorded(function.function, max_graphs=function.max_graphs)
+            for key, function in decoder.all_masks.items()
+        },
+    )
+    graphs = decoder.all_masks[True, False]
+    ran = []
+    for count in (3, 4, 3, 6, 64, 5, 64):
+        graphs.last_ran = None
+        decoded = run(count)
+        ran.append(graphs.last_ran)
+        assert decoded.iou.shape == expected[count].iou.shape and decoded.kept.tolist() == list(range(3 * count))
+        assert torch.allclose(decoded.iou, expected[count].iou, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(decoded.logits, expected[count].logits, rtol=1e-3, atol=1e-4)
+    assert ran == [None, "graph", "graph", None, None, "graph", "graph"]
+    assert set(sizes) == {4, 8, 64} and len(graphs) == 3
+    before = decoded.logits.clone()
+    run(64, image + 1)
+    assert torch.equal(decoded.logits, before)  # outputs belong to the caller
+    sizes.clear()
+    run(3, image.expand(3, -1, -1))  # an image for each prompt
+    assert sizes == [3] and len(graphs) == 3
+    run(4, multimask_output=False)
+    assert decoder.all_masks[False, False].last_ran is None  # the first batch of this kind
+
+
 def test_a_progress_bar_names_each_graph(capsys):
     graphs = [PlannedGraph(name, GraphedFunction(nn.Identity()), lambda device: []) for name in ("1 images", "4 boxes")]
     assert list(shown(graphs, False)) == graphs and capsys.readouterr().err == ""

@@ -571,7 +571,7 @@ def test_prompts_that_are_arrays_are_those_of_the_loop(prompts, is_regular):
 
 def test_arrays_are_predicted_without_a_loop_and_as_lists_are(tiny, image, monkeypatch):
     predictor = Predictor(*tiny, output="torch").set_image(image)
-    predictor.budget.points_per_batch = 4  # several batches, the last one not full
+    predictor._short_at_once = predictor.budget.points_per_batch = 4  # several batches, the last one not full
     boxes = np.random.default_rng(0).uniform(0, 15, (9, 4)) + np.array([0, 0, 15, 15])
     points, labels = boxes.reshape(9, 2, 2), np.arange(18).reshape(9, 2) % 2
     for names in (("boxes_xyxy",), ("points_xy", "labels"), ("points_xy", "labels", "boxes_xyxy")):
@@ -616,6 +616,53 @@ def test_a_single_prompt_is_replayed_from_a_graph(folder, image):
             assert graphed.decoder.all_masks[multimask_output, False].last_ran == "graph"
     assert graphed.encoder.encode.last_ran == "graph"
     assert eager.encoder.encode.last_ran == "eager"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["points", "boxes", "points and boxes", "boxes and logits"])
+def test_batches_of_prompts_are_replayed_from_graphs_from_the_second_one_on(kind):
+    """The first batch of a size is not; results are the same to the bit, and those of each prompt alone nearly so."""
+    model, processor = load_model(BUNDLED_CHECKPOINT, "cuda", torch.bfloat16)
+    predictor, eager = (Predictor(model, processor, "torch", cuda_graphs=on) for on in (True, False))
+    graphs = predictor.decoder.all_masks
+    corners = np.random.default_rng(0).uniform(0, 300, (130, 2, 2))
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1) + 1], axis=1)
+    encoded = predictor.encode(random_image(320, 310))
+    for count in (3, 5, 64, 70, 130, 3, 7, 5):  # the first 5 is filled up to 8, and so is 7
+        prompts = {}
+        if "boxes" in kind:
+            prompts["boxes_xyxy"] = boxes[:count]
+        if "points" in kind:
+            prompts["points_xy"] = corners[:count, :1]
+        if "logits" in kind:
+            prompts["logits"] = predictor.predict(boxes_xyxy=boxes[:count], image=encoded).logits[:, 0]
+        for multimask_output in (True, False):
+            options = {"multimask_output": multimask_output, "image": encoded}
+            first, second = (predictor.predict(**prompts, **options) for _ in range(2))
+            assert graphs[multimask_output, "logits" in kind].last_ran == "graph"
+            expected = eager.predict(**prompts, **options)
+            assert len(first.masks) == count
+            for part in ("masks", "scores", "logits"):
+                assert torch.equal(getattr(first, part), getattr(second, part))
+            assert torch.allclose(second.scores, expected.scores, atol=2e-2)
+            assert (second.masks != expected.masks).float().mean() < 2e-2
+    assert {function.last_ran for function in eager.decoder.all_masks.values()} == {None}
+
+
+@pytest.mark.gpu
+def test_prompts_on_one_image_do_not_change_an_earlier_prediction_of_more():
+    """All graphs write their logits to the same memory, and a prediction belongs to the caller."""
+    predictor = Predictor(*load_model(BUNDLED_CHECKPOINT, "cuda", torch.bfloat16), output="torch")
+    predictor.set_image(random_image(64, 48))
+    boxes = np.array([[1, 2, 40, 30]]) + np.arange(20)[:, None]
+    for _ in range(2):
+        first = predictor.predict(boxes_xyxy=boxes[:4])
+        many = predictor.predict(boxes_xyxy=boxes)
+    before = first.logits.clone(), many.logits.clone()
+    predictor.predict(points_xy=boxes.reshape(20, 2, 2)[:8, :1])
+    predictor.predict(boxes_xyxy=boxes[::-1].copy())
+    assert torch.equal(first.logits, before[0])
+    assert torch.equal(many.logits, before[1])
 
 
 def events_on_device(run) -> list[str]:
