@@ -226,9 +226,16 @@ class FastMaskDecoder:
             return self._decode_few(multimask_output, with_mask, inputs)
         prompts = [prompt.to(device, non_blocking=True) for prompt in prompts]
         transform = self.transform if repeated else self._transform
-        tokens, image_tokens, iou = transform(image_tokens + self._dense(mask_logits), *prompts)
+        tokens, image_tokens, iou, hyper = transform(image_tokens + self._dense(mask_logits), *prompts)
         masks = _mask_slice(multimask_output)
         iou = iou[:, masks].float().clone()  # the next replay overwrites what a graph returned
+        if hyper is not None:
+            # All but the kernel itself is launched before the device is waited for.
+            slots, hyper = _slots(iou, min_iou), hyper[:, masks].contiguous()
+            kept = places_above(iou, min_iou)
+            return Decoded(
+                iou, kept, mask_head.masks_of(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
+            )
         kept = places_above(iou, min_iou)
         at_once = prompts_per_upscaling
         logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, at_once, visible)
@@ -303,11 +310,11 @@ class FastMaskDecoder:
             assert self.token_kernels is not None
             iou, hyper, image_tokens = self.token_kernels(image_tokens, prompts, masks)
         else:
-            tokens, image_tokens, iou = self._transform(image_tokens, *prompts)
+            tokens, image_tokens, iou, hyper = self._transform(image_tokens, *prompts)
             iou = iou[:, masks].float()
-            hyper = self._hyper(tokens[:, 1:][:, masks], masks)
+            hyper = self._hyper(tokens[:, 1:][:, masks], masks) if hyper is None else hyper[:, masks]
         if self.use_head_kernel:
-            slots = torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
+            slots = _slots(iou, None)
             logits = mask_head.masks_of(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head, out)
         else:
             logits = self._upscale(image_tokens, hyper).flatten(0, 1)
@@ -334,7 +341,8 @@ class FastMaskDecoder:
 
         Returns:
             Output tokens (P, 1 + masks, C), image tokens (P, N, C) and predicted IoU (P, masks), of all the decoder's
-            masks.
+            masks; and for the kernel of the decoder's end the outputs of their hypernetworks (P, masks, C / 8), else
+            None.
         """
         output_tokens = self.output_tokens.expand(len(prompts[0] if prompts else image_tokens), -1, -1)
         prompt_tokens = self.embed(*prompts) if prompts else []
@@ -343,19 +351,16 @@ class FastMaskDecoder:
             self.decoder.transformer, embedded, image_tokens, self.positions, self.use_attention_kernels
         )
         iou = _run_mlps(self.iou_head, tokens[None, :, 0].float())[0]
-        return tokens[:, : len(self.output_tokens)], image_tokens, iou
+        tokens = tokens[:, : len(self.output_tokens)]
+        hyper = self._hyper(tokens[:, 1:], slice(None)) if self.use_head_kernel else None
+        return tokens, image_tokens, iou, hyper
 
     def _masks(
         self, tokens, image_tokens, shape, kept, masks: slice, prompts_at_once: int | None, visible=None
     ) -> torch.Tensor:
-        """Compute the logits (K, 4h, 4w) of the masks `kept` (K,), flat indices into `shape` (P, M)."""
+        """Compute the logits (K, 4h, 4w) of the masks `kept` (K,), flat indices into `shape` (P, M), in steps."""
         height, width = (4 * size for size in self.grid_size)
         num_masks = shape[1]
-        if self.use_head_kernel:
-            slots = torch.full(shape, -1, dtype=torch.int32, device=kept.device)
-            slots.view(-1)[kept] = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
-            hyper = self._hyper(tokens, masks)
-            return mask_head.masks_of(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
         if len(kept) == shape.numel():
             prompts, tokens_kept = None, tokens
         else:
@@ -412,6 +417,15 @@ def places_above(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
     if min_iou is None:
         return torch.arange(iou.numel(), device=iou.device)
     return (iou.flatten() > min_iou).nonzero().squeeze(1)
+
+
+def _slots(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
+    """Return the index of each mask among those of `places_above`, or -1: int32, of the shape of `iou`."""
+    if min_iou is None:
+        return torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
+    above = iou > min_iou
+    numbers = above.flatten().cumsum(0, dtype=torch.int32).view(iou.shape) - 1
+    return numbers.masked_fill_(~above, -1)
 
 
 def _image_positions(model: PreTrainedModel) -> torch.Tensor:

@@ -10,7 +10,7 @@ from samlight_hf import SamLighteningModel
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
 from samlight_hf.engine.image_encoder import ImageEncoder
-from samlight_hf.engine.mask_decoder import FastMaskDecoder, why_not_fast
+from samlight_hf.engine.mask_decoder import FastMaskDecoder, _slots, places_above, why_not_fast
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from tests.conftest import tiny_config
 
@@ -226,6 +226,15 @@ def test_half_precision_is_as_near_as_the_plain_decoder(loud, device, dtype):
         for decoded in (fast.decode(fast.prepare(image.to(dtype)), **prompts), plain.decode(image.to(dtype), **prompts))
     ]
     assert errors[0] < 4 * errors[1]
+
+
+@pytest.mark.parametrize("min_iou", [None, -9.0, 0.5, 9.0])
+def test_slots_are_the_inverse_of_places(min_iou):
+    iou = torch.rand(7, 3, generator=torch.Generator().manual_seed(0))
+    slots, places = _slots(iou, min_iou), places_above(iou, min_iou)
+    assert (slots.shape, slots.dtype) == (iou.shape, torch.int32)
+    assert slots.flatten()[places].tolist() == list(range(len(places)))
+    assert int((slots >= 0).sum()) == len(places)
 
 
 def test_a_function_on_the_cpu_is_called():
