@@ -1,6 +1,7 @@
 """Candidate masks, stored as logits, their smallest form, until the suppression of duplicates has chosen among them."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from ..kernels.upscaled_masks import Frame, changes
 from ..masks.rle import RunLengthMasks, select_changes
+from .packed_logits import PackedLogits, pack_logits, unpack_logits
 
 
 class Table(NamedTuple):
@@ -33,16 +35,18 @@ class Table(NamedTuple):
 
 class _Part(NamedTuple):
     columns: torch.Tensor  # float32 (n, 8), see `Table`
+    kept: torch.Tensor  # bool (n,), the masks that are candidates
     frame: Frame
-    logits: torch.Tensor | None  # (n, h, w), or None once they were converted to outlines
-    outlines: tuple[torch.Tensor, torch.Tensor] | None  # the masks as `changes`, instead of logits
+    logits: PackedLogits | None  # of the kept masks, or None once they were converted to outlines
+    outlines: tuple[torch.Tensor, torch.Tensor] | None  # all masks as `changes`, empty if not kept, instead of logits
 
 
 class Candidates:
     """Masks of one image that have passed all filters but the suppression of duplicates, on the device.
 
     Logits become outlines (the positions where a mask changes) for the chosen masks only. If logits of more than
-    `max_bytes` wait, all of them do.
+    `max_bytes` wait, all of them do. Masks that a filter has left out keep their number, so that nothing waits to learn
+    how many are left.
 
     Args:
         size: (height, width) of the image.
@@ -65,18 +69,20 @@ class Candidates:
         """Return whether no score is NaN. Waits for the device."""
         return not self._scores or not bool(torch.cat(self._scores).isnan().any())
 
-    def add(self, table: Table, frame: Frame, logits: torch.Tensor, step: int):
-        """Add masks.
+    def add(self, table: Table, kept: torch.Tensor, frame: Frame, logits: torch.Tensor, step: int):
+        """Add masks; waits for the device once.
 
         Args:
-            table: Scores and places of the n masks.
+            table: Scores and places of n masks.
+            kept: bool (n,), the masks that are candidates.
             frame: The place of the logits in the image.
             logits: (n, h, w), as the decoder gives them.
             step: The number of masks that may be at the image's size at once.
         """
         columns = torch.cat([table.scores[:, None], table.stability[:, None], table.boxes, table.points], dim=1)
-        self._parts.append(_Part(columns, frame, logits, None))
-        self._waiting_bytes += logits.numel() * logits.element_size()
+        packed = pack_logits(logits, table.boxes, frame, kept)
+        self._parts.append(_Part(columns, kept, frame, packed, None))
+        self._waiting_bytes += packed.nbytes
         if self._waiting_bytes > self.max_bytes:
             self._parts = [self._outlined(part, step) for part in self._parts]
             self._waiting_bytes = 0
@@ -84,43 +90,72 @@ class Candidates:
     def _outlined(self, part: _Part, step: int) -> _Part:
         if part.logits is None:
             return part
-        outlines = changes(part.logits, part.frame, self.threshold, step, self.use_triton)
-        return part._replace(logits=None, outlines=outlines)
+        numbers = part.kept.nonzero().squeeze(1)
+        at_once = self._unpacked_at_once(step)
+        outlines = [
+            changes(unpack_logits([(part.logits, some)]), part.frame, self.threshold, step, self.use_triton)
+            for some in numbers.split(at_once)
+        ]
+        positions, counts = (torch.cat(tensors) for tensors in zip(*outlines))
+        counts = torch.zeros(len(part.kept), dtype=counts.dtype, device=counts.device).index_copy_(0, numbers, counts)
+        return part._replace(logits=None, outlines=(positions, counts))
 
-    def columns(self) -> torch.Tensor | None:
-        """Return float32 (n, 8) of all masks, see `Table`, or None if there is no mask."""
-        return torch.cat([part.columns for part in self._parts]) if self._parts else None
+    def _unpacked_at_once(self, step: int) -> int:
+        return 256 if self.use_triton else max(16, step)
+
+    def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the candidates as float32 (n, 8), see `Table`, and their numbers (n,). Waits for the device."""
+        if not self._parts:
+            return torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)
+        numbers = torch.cat([part.kept for part in self._parts]).nonzero().squeeze(1)
+        return torch.cat([part.columns for part in self._parts])[numbers], numbers
 
     def frames(self) -> tuple[list[Frame], np.ndarray]:
         """Return the frame and the number of masks of each part."""
         return [part.frame for part in self._parts], np.array([len(part.columns) for part in self._parts], dtype=int)
 
-    def outlines(self, kept: np.ndarray, step: int) -> RunLengthMasks:
-        """Return the masks with the indices `kept` (k,), in that order; see `add` for `step`."""
-        order: list[int] = []  # the place in `kept` of each mask of `outlines`
+    def outlines(self, chosen: np.ndarray, step: int) -> RunLengthMasks:
+        """Return the masks with the numbers `chosen` (k,), in that order; see `add` for `step`."""
+        order: list[int] = []  # the place in `chosen` of each mask of `outlines`
         outlines: list[tuple[torch.Tensor, torch.Tensor]] = []
-        waiting: dict[Frame, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        waiting: dict[Frame, list[tuple[PackedLogits, np.ndarray, np.ndarray]]] = defaultdict(list)
         start = 0
         for part in self._parts:
-            places = np.flatnonzero((kept >= start) & (kept < start + len(part.columns)))
-            own = kept[places] - start
+            places = np.flatnonzero((chosen >= start) & (chosen < start + len(part.columns)))
+            own = chosen[places] - start
             start += len(part.columns)
+            if not len(places):
+                continue
             if part.logits is not None:
-                waiting[part.frame] += [(place, part.logits[i]) for place, i in zip(places.tolist(), own.tolist())]
-            elif len(places):
+                waiting[part.frame].append((part.logits, own, places))
+            else:
                 assert part.outlines is not None
                 positions, counts = part.outlines
                 outlines.append(select_changes(positions, counts, torch.from_numpy(own).to(part.columns.device)))
                 order += places.tolist()
-        at_once = 256 if self.use_triton else step
-        for frame, masks in waiting.items():
-            for first in range(0, len(masks), at_once):
-                batch = masks[first : first + at_once]
-                logits = torch.stack([logits for _, logits in batch])
-                outlines.append(changes(logits, frame, self.threshold, step, self.use_triton))
-                order += [place for place, _ in batch]
+        for frame, parts in waiting.items():
+            for batch in _batches(parts, self._unpacked_at_once(step)):
+                unpacked = [(packed, torch.from_numpy(masks).to(packed.masks.device)) for packed, masks, _ in batch]
+                outlines.append(changes(unpack_logits(unpacked), frame, self.threshold, step, self.use_triton))
+                order += [place for _, _, places in batch for place in places.tolist()]
         if not outlines:
             nothing = np.zeros(0, dtype=np.int32)
             return RunLengthMasks.from_changes(*self.size, nothing, nothing)
         all_positions, all_counts = (torch.cat(tensors).cpu().numpy() for tensors in zip(*outlines))
         return RunLengthMasks.from_changes(*self.size, all_positions, all_counts)[np.argsort(order)]
+
+
+def _batches(
+    parts: list[tuple[PackedLogits, np.ndarray, np.ndarray]], most: int
+) -> Iterator[list[tuple[PackedLogits, np.ndarray, np.ndarray]]]:
+    """Yield batches of at most `most` masks, in order; parts are (logits, numbers of masks, their places)."""
+    batch, free = [], most
+    for packed, own, places in parts:
+        while len(own):
+            batch.append((packed, own[:free], places[:free]))
+            own, places, free = own[free:], places[free:], free - len(batch[-1][1])
+            if not free:
+                yield batch
+                batch, free = [], most
+    if batch:
+        yield batch

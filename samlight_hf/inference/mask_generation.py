@@ -342,18 +342,14 @@ class MaskGenerator:
         thresholds = threshold, threshold + offset, threshold - offset
         measures = measure(logits, frame, thresholds, step, self.use_triton)
         stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:]
-        conditions = []
+        kept = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         if settings.stability_score_thresh > 0:
-            conditions.append(stability > settings.stability_score_thresh)
+            kept = stability > settings.stability_score_thresh
         if frame.crop != frame.image:
             boxes = boxes + edges[0, :2].repeat(2)
-            conditions.append(~_ends_at_crop(boxes, *edges))
-        table = Table(scores, stability, boxes.float(), points)
-        if conditions:
-            kept = torch.stack(conditions).all(dim=0).nonzero().squeeze(1)
-            table, logits = Table(*(column[kept] for column in table)), logits[kept]
+            kept = kept & ~_ends_at_crop(boxes, *edges)
         if len(logits):
-            candidates.add(table, frame, logits, step)
+            candidates.add(Table(scores, stability, boxes.float(), points), kept, frame, logits, step)
 
     def _select(
         self, candidates: Candidates, size: tuple[int, int], settings: MaskGenerationSettings
@@ -367,13 +363,11 @@ class MaskGenerator:
             if dtype != self.model.dtype:
                 advice += f", or decoder_dtype={self.model.dtype}"
             raise ValueError(f"the model's scores are NaN, with a mask decoder in {dtype}{advice}.")
-        table = candidates.columns()
-        if table is None:
-            table = torch.zeros(0, 8, device=self.device)
+        table, numbers = candidates.columns()
         scores, _, boxes, _ = Table.of(table)
         # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.
         chosen = batched_nms(boxes, scores, torch.zeros_like(scores), settings.crops_nms_thresh)
-        columns, kept = table[chosen].cpu().numpy(), chosen.cpu().numpy()
+        columns, kept = table[chosen].cpu().numpy(), numbers[chosen].cpu().numpy()
         masks = candidates.outlines(kept, self.budget.masks_per_step(size, size))
         boxes_xyxy = columns[:, 2:6].copy()
         boxes_xyxy[:, 2:] += (masks.areas > 0)[:, None]  # pixel edges instead of the last pixel

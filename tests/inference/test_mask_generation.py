@@ -19,6 +19,7 @@ from samlight_hf.engine.mask_decoder import FastMaskDecoder
 from samlight_hf.engine.memory_budget import MemoryBudget
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.images.preprocessing import image_tensor
+from samlight_hf.inference.candidates import Candidates
 from samlight_hf.inference.crops import crop_boxes, point_grid
 from samlight_hf.inference.single_calls import segment_everything
 from samlight_hf.loading import load_model, quiet_transformers
@@ -531,6 +532,25 @@ def test_on_a_gpu_the_memory_stays_below_the_budget_and_the_result_the_same(phot
         assert len(result) == len(expected)
     near = [max(intersection_over_union(mask, other) for other in result.masks) for mask in expected.masks]
     assert np.mean(np.array(near) >= 0.95) >= (1.0 if dtype == "float32" else 0.95)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_logits_of_all_masks_wait_and_give_the_masks_of_their_outlines(photograph, monkeypatch):
+    """The filters leave almost no mask out. Without memory to wait in, outlines are made at once."""
+    settings = {"points_per_crop": 32, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.65}
+    generator = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", "bfloat16"))
+    assert generator.decoder.is_lean
+    outlined, outline = [], Candidates._outlined
+    monkeypatch.setattr(Candidates, "_outlined", lambda *arguments: (outlined.append(1), outline(*arguments))[1])
+    image = photograph.resize((1024, 683))
+    waited = generator(image, **settings)
+    assert not outlined
+    generator.budget.waiting_bytes = 0
+    expected = generator(image, **settings)
+    assert outlined and len(waited) >= 50
+    assert waited.masks.to_coco() == expected.masks.to_coco()
+    np.testing.assert_array_equal(waited.scores, expected.scores)
+    np.testing.assert_array_equal(waited.boxes_xyxy, expected.boxes_xyxy)
 
 
 @pytest.mark.gpu

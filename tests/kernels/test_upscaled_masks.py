@@ -174,13 +174,15 @@ def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
     for seed, frame in enumerate((image, image, crop, image, crop)):
         logits = logits_of((8, 8), count=seed)
         count = len(logits)
-        table = Table(torch.rand(count), torch.rand(count), torch.rand(count, 4), torch.rand(count, 2))
-        found.add(table, frame, logits, step=2)
+        top, left = frame.corner
+        boxes = measure_reference(logits, frame, THRESHOLDS)[:, 2:] + torch.tensor([left, top, left, top])
+        table = Table(torch.rand(count), torch.rand(count), boxes.float(), torch.rand(count, 2))
+        found.add(table, torch.ones(count, dtype=torch.bool), frame, logits, step=2)
         masks.append(
             RunLengthMasks.from_changes(*crop.image, *map(torch.Tensor.numpy, changes_reference(logits, frame, 0.0)))
         )
     expected = [mask for part in masks for mask in part]
-    assert len(found.columns()) == len(expected) == 25
+    assert len(found.columns()[0]) == len(expected) == 25
     kept = torch.randperm(25, generator=torch.Generator().manual_seed(0))[:13].numpy()
     for mask, number in zip(found.outlines(kept, step=3), kept, strict=True):
         assert (mask == expected[number]).all()
