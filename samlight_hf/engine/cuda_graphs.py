@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import torch
 
+from ..kernels.support import compile_ahead
 from ..utils.autocast import without_autocast
 
 
@@ -30,19 +31,24 @@ class GraphedFunction:
         function: The function, of tensors alone, to a tensor or a tuple of tensors.
         enabled: Without it the function is always called directly.
         max_graphs: The graph that was not used for the longest time is dropped to make room for one more.
+        has_kernels: The function launches kernels of this package: before a graph is captured they are compiled, all at
+            the same time.
         pool: A memory pool of `torch.cuda.graph_pool_handle`, which several functions may share.
 
     Attributes:
         last_ran: How the last call ran: "graph", "eager", or None before the first one.
     """
 
-    def __init__(self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None):
+    def __init__(
+        self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None, has_kernels: bool = False
+    ):
         self.function = without_autocast(function)
-        self.enabled, self.max_graphs, self.pool = enabled, max_graphs, pool
+        self.enabled, self.max_graphs, self.pool, self.has_kernels = enabled, max_graphs, pool, has_kernels
         self.last_ran: str | None = None
         self._graphs: OrderedDict = OrderedDict()
         self._frozen = False
         self._wanted: set[tuple] = set()  # shapes and dtypes that get a graph although frozen
+        self._compiled: set[tuple] = set()  # likewise, those whose kernels are compiled
         self._lent: torch.Tensor | None = None  # returned by `empty`, to become the input of a new graph
 
     def __len__(self) -> int:
@@ -55,6 +61,13 @@ class GraphedFunction:
     def capture_when_called(self, *examples: torch.Tensor):
         """Capture a graph at the first call with inputs of these shapes and dtypes, also after `freeze`."""
         self._wanted.add(_kinds(examples))
+
+    @torch.inference_mode()
+    def compile(self, *examples: torch.Tensor):
+        """Compile the kernels that a call with inputs of these shapes and dtypes launches, see `compile_ahead`."""
+        if self.has_kernels and (kinds := _kinds(examples)) not in self._compiled:
+            self._compiled.add(kinds)
+            compile_ahead(lambda: self.function(*examples))
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return an uninitialised tensor for the next call, which has no other: the graph reads it without a copy.
@@ -101,6 +114,7 @@ class GraphedFunction:
         with _one_capture, torch.cuda.device(tensors[0].device):
             inputs = StaticInputs(tensors, lent)
             inputs.fill(tensors)
+            self.compile(*inputs.tensors)
             stream = _warm_up_stream(tensors[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -175,7 +175,13 @@ def make_encoder(
     copied = copy_encoder(model)
     # Other encoders may copy from the CPU while they run, and hooks and adapters run Python: no graph can record that.
     is_own = model.config.model_type == "sam_lightening" and why_not_plain_encoder(model) is None
-    return GraphedFunction(copied or _plain_encoder(model), cuda_graphs and is_own, pool=pool), copied
+    graphed = GraphedFunction(
+        copied or _plain_encoder(model),
+        cuda_graphs and is_own,
+        pool=pool,
+        has_kernels=isinstance(copied, FastVisionEncoder),
+    )
+    return graphed, copied
 
 
 def _skipping_encoder(model: PreTrainedModel, pool) -> tuple[GraphedFunction, SkippingEncoder | None]:

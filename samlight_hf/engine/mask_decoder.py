@@ -113,10 +113,14 @@ class FastMaskDecoder:
         self.cuda_graphs = cuda_graphs
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # memory that the graphs share
         # The image tokens that a graph returns stay in memory, some hundred MB for each graph: so no more than two.
-        self.transform = GraphedFunction(self._transform, cuda_graphs, max_graphs=2, pool=self.pool)
+        self.transform = GraphedFunction(self._transform, cuda_graphs, 2, self.pool, has_kernels=True)
         self.all_masks = {
             (multimask, with_mask): GraphedFunction(
-                partial(self._graphed_masks, multimask, with_mask), cuda_graphs, _MOST_GRAPHS, pool=self.pool
+                partial(self._graphed_masks, multimask, with_mask),
+                cuda_graphs,
+                _MOST_GRAPHS,
+                self.pool,
+                has_kernels=True,
             )
             for multimask in (False, True)
             for with_mask in (False, True)

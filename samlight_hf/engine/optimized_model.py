@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
+from ..kernels.support import compiling_ahead
 from ..utils.turns import turn
 from .cuda_graphs import GraphedFunction
 from .image_encoder import make_encoder, why_not_fast_encoder
@@ -64,12 +65,12 @@ class PlannedGraph(NamedTuple):
     make_inputs: Callable[[torch.device], list[torch.Tensor]]
 
 
-def shown(graphs: Sequence[PlannedGraph], progress: bool) -> Iterator[PlannedGraph]:
-    """Yield the graphs, with a progress bar that names the one in work."""
-    with tqdm(total=len(graphs), desc="optimize", unit="graph", disable=not progress) as bar:
-        for graph in graphs:
-            bar.set_postfix_str(f"compiling and capturing {graph.name}")
-            yield graph
+def shown(steps: Sequence[str], progress: bool) -> Iterator[str]:
+    """Yield the names of steps, with a progress bar that shows the one in work."""
+    with tqdm(total=len(steps), desc="optimize", unit="step", disable=not progress) as bar:
+        for step in steps:
+            bar.set_postfix_str(step)
+            yield step
             bar.update()
 
 
@@ -159,7 +160,12 @@ class FastPaths:
     def _capture(self, graphs: Sequence["PlannedGraph"], progress: bool):
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
-        for graph in shown(graphs, progress):
+        steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in graphs)], progress)
+        next(steps)
+        with compiling_ahead():
+            for graph in graphs:
+                graph.function.compile(*graph.make_inputs(self.device))
+        for graph, _ in zip(graphs, steps, strict=True):
             graph.function(*graph.make_inputs(self.device))
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()

@@ -6,11 +6,23 @@ are float32. In both directions the projections of the image tokens are already 
 therefore have the C channels of the image tokens; `engine/mask_decoder.py` explains this.
 """
 
+import copy
+
 import torch
 from torch import nn
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .support import launched, normal_numbers, overlap_options, tl, triton, why_not_decoder, why_not_tried
+from .support import (
+    compile_ahead,
+    launch,
+    launched,
+    normal_numbers,
+    overlap_options,
+    tl,
+    triton,
+    why_not_decoder,
+    why_not_tried,
+)
 
 
 _NAME = "the attention of the mask decoder"
@@ -37,18 +49,18 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype, num_
         image_tokens, positions = numbers(64, 1000, channels).to(dtype), numbers(1000, channels).to(dtype)
         queries, keys, values = (0.1 * numbers(3, 64, 7 * num_heads, channels)).to(dtype).unbind()
         biases = numbers(64, 7 * num_heads).to(dtype)
-        attended = launch_seen(queries, image_tokens, positions)
-        updated = launch_update(image_tokens, positions, keys, biases, values, norm, num_heads)
-        queries, image_tokens, positions = queries.float(), image_tokens.float(), positions.float()
-        keys, biases, values, norm = keys.float(), biases.float(), values.float(), norm.float()
+
+        def run():
+            attended = launch_seen(queries, image_tokens, positions)
+            return attended, launch_update(image_tokens, positions, keys, biases, values, norm, num_heads)
+
+        compile_ahead(run)
+        attended, updated = run()
+        image, places = image_tokens.float(), positions.float()
+        sides = keys.float(), biases.float(), values.float(), copy.deepcopy(norm).float()
         pairs = [
-            (attended, seen_reference(queries, image_tokens, positions)),
-            (
-                updated,
-                update_reference(
-                    image_tokens, positions, keys, biases, values, norm, num_heads, add_layer_norm_reference
-                ),
-            ),
+            (attended, seen_reference(queries.float(), image, places)),
+            (updated, update_reference(image, places, *sides, num_heads, add_layer_norm_reference)),
         ]
         return all(bool((result - expected).norm() < 0.01 * expected.norm()) for result, expected in pairs)
 
@@ -155,12 +167,14 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
     if not seen.numel():
         return seen
     with torch.cuda.device_of(image_tokens):  # where Triton launches
-        _seen_kernel[(num_prompts, num_parts)](  # only the first may be more than 65,535
+        launch(
+            _seen_kernel, (num_prompts, num_parts),  # only the first may be more than 65,535
             queries.contiguous(), image_tokens, positions, sums, *statistics,
             num_rows, num_tokens, _stride(image_tokens), blocks_of_part,
             CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2, **overlap_options(image_tokens),
         )  # fmt: skip
-        _sum_kernel[(num_prompts, num_rows)](
+        launch(
+            _sum_kernel, (num_prompts, num_rows),
             sums, *statistics, seen, num_parts,
             CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts), **overlap_options(image_tokens),
         )  # fmt: skip
@@ -185,7 +199,8 @@ def launch_update(
     if not updated.numel():
         return updated
     with torch.cuda.device_of(image_tokens):  # where Triton launches
-        _update_kernel[(num_prompts, triton.cdiv(blocks, blocks_of_part))](
+        launch(
+            _update_kernel, (num_prompts, triton.cdiv(blocks, blocks_of_part)),
             image_tokens, positions, keys.contiguous(), biases.contiguous(), values.contiguous(),
             norm.weight, norm.bias, updated,
             rows, num_tokens, _stride(image_tokens), blocks_of_part, norm.eps,

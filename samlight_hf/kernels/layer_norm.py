@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .support import normal_numbers, tl, triton, why_not_tried
+from .support import launch, normal_numbers, tl, triton, why_not_tried
 
 
 _TILE = 4096  # elements of a thread block
@@ -98,7 +98,8 @@ def launch_layer_norm(
     rows = max(1, _TILE // width)
     with torch.cuda.device_of(values):  # where Triton launches
         if num_rows:
-            _kernel[(triton.cdiv(num_rows, rows),)](
+            launch(
+                _kernel, (triton.cdiv(num_rows, rows),),
                 values, values if residual is None else residual, norm.weight, norm.bias,
                 num_rows, 1 if residual is None else residual.numel() // width, norm.eps,
                 WIDTH=width, ROWS=rows, ADD=residual is not None, GELU=gelu,

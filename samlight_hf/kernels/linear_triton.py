@@ -6,7 +6,7 @@ The functions here take plain tensors. Choosing a kernel, allocating its output 
 
 import torch
 
-from .support import overlap_options, tl, triton
+from .support import launch, overlap_options, tl, triton
 
 
 def triton_tile(num_rows: int, out_features: int, in_features: int) -> dict[str, int]:
@@ -63,7 +63,8 @@ def launch_linear_kernel(
     block = [tile["BLOCK_M"], tile["BLOCK_N"]]
     thread_blocks = num_rows // block[0] * (out_features // block[1])
     with torch.cuda.device_of(x):  # where Triton launches
-        _linear_kernel[(thread_blocks,)](
+        launch(
+            _linear_kernel, (thread_blocks,),
             _descriptor(x, [block[0], tile["BLOCK_K"]]),
             _descriptor(weight, [block[1], tile["BLOCK_K"]]),
             bias, row_sums, x_statistics if normalizes else None,
@@ -103,7 +104,8 @@ def launch_patch_kernel(
     block = [tile["BLOCK_M"], tile["BLOCK_N"]]
     thread_blocks = num_rows // block[0] * (out_features // block[1])
     with torch.cuda.device_of(pixel_values):
-        _patch_kernel[(thread_blocks,)](
+        launch(
+            _patch_kernel, (thread_blocks,),
             pixel_values, _descriptor(weight, [block[1], tile["BLOCK_K"]]), bias,
             None if positions is None else _descriptor(positions, block),
             _descriptor(output, block), statistics, num_rows,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layer_norm import add_layer_norm, add_layer_norm_reference
-from .support import launched, normal_numbers, overlap_options, tl, triton, why_not_decoder, why_not_tried
+from .support import launch, launched, normal_numbers, overlap_options, tl, triton, why_not_decoder, why_not_tried
 
 
 _NAME = "the end of the mask decoder"
@@ -169,7 +169,8 @@ def launch_head(
     splits = 1 if num_prompts * blocks >= _THREAD_BLOCKS else 4
     if num_kept:
         with torch.cuda.device_of(image_tokens):  # where Triton launches
-            _kernel[(num_prompts, blocks, splits)](  # only the first may be more than 65,535
+            launch(
+                _kernel, (num_prompts, blocks, splits),  # only the first may be more than 65,535
                 image_tokens, weights.weight1, weights.bias1, weights.norm.weight, weights.norm.bias,
                 weights.weight2, weights.bias2, hyper, slots, logits, num_tokens, width, weights.norm.eps, 4 // splits,
                 CHANNELS=channels, MASKS=hyper.shape[1], BLOCK=_BLOCK, num_warps=4, num_stages=1,

@@ -1,11 +1,14 @@
 """Probes that find out whether a kernel runs, by running it; a reason why it does not is warned of once."""
 
 import contextlib
+import os
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +21,11 @@ try:
     import triton.language as tl
 except ImportError:  # a platform without Triton
     triton = tl = None
+
+_COMPILERS = 16  # threads that compile at the same time, at most
+
+_only_compiles: ContextVar[bool] = ContextVar("only_compiles", default=False)
+_compile_threads: ContextVar["_CompileThreads | None"] = ContextVar("compile_threads", default=None)
 
 Result = TypeVar("Result")
 
@@ -59,6 +67,78 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
+    """Launch a Triton kernel; within `compile_ahead` have it compiled instead."""
+    if only_compiles():
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+def only_compiles() -> bool:
+    """Return whether kernels are compiled now and not launched, see `compile_ahead`."""
+    return _only_compiles.get()
+
+
+class _CompileThreads(ThreadPoolExecutor):
+    """The threads of `compiling_ahead`, and the sources that `in_compile_thread` gave them."""
+
+    def __init__(self) -> None:
+        super().__init__(min(_COMPILERS, os.cpu_count() or 1), thread_name_prefix="compile")
+        self.sources: set[str] = set()
+
+
+def in_compile_thread(compiler: Callable[[str], object], source: str):
+    """Compile a source, once, in one of the threads of `compiling_ahead`; errors are ignored."""
+    threads = _compile_threads.get()
+    if threads is not None and source not in threads.sources:
+        threads.sources.add(source)
+        threads.submit(compiler, source)
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Compile the kernels of all `compile_ahead` inside at the same time; they are ready at the end.
+
+    Triton compiles a kernel when it is first launched, one after another, in a second or so each. Where it cannot
+    compile in threads (before 3.4), nothing is compiled ahead.
+    """
+    if _compile_threads.get() is not None or not hasattr(triton, "AsyncCompileMode"):
+        yield
+        return
+    with _CompileThreads() as threads:
+        # An error comes up again when the kernel is launched.
+        with triton.AsyncCompileMode(threads, ignore_errors=True):
+            before = _compile_threads.set(threads)
+            try:
+                yield
+            finally:
+                _compile_threads.reset(before)
+
+
+def compile_ahead(function: Callable[[], object]):
+    """Compile the kernels that a function launches, all at the same time.
+
+    The function is called once without these kernels. So it must not depend on their results, and nothing that it
+    changes may be used later. Triton kernels that have not been tried on this device are tried first; of those in CUDA
+    it is assumed that they run.
+    """
+    with compiling_ahead():
+        if _compile_threads.get() is None:
+            return
+        with _switched(_only_compiles, True), contextlib.suppress(Exception):
+            function()  # without results it may fail; the real call is what counts
+
+
+@contextlib.contextmanager
+def _switched(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+    before = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(before)
+
+
 def why_not_tried(
     name: str,
     device: torch.device,
@@ -87,9 +167,12 @@ def why_not_tried(
     if key not in _reasons:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return f"the {language} kernel for {name} has not been tried, and cannot be while a CUDA graph is captured."
+        if only_compiles() and language == "CUDA":
+            return None  # tried when it is compiled
         with _trying:  # one thread at a time
             if key not in _reasons:
-                with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+                with current, _switched(_only_compiles, False):  # an attempt needs its results
                     reason = failure(name, attempt, language)
                 if reason is not None:
                     _warn_once(reason, fallback)
@@ -118,6 +201,8 @@ def launched(
     Raises:
         torch.OutOfMemoryError: if memory does not suffice for the kernel.
     """
+    if only_compiles():
+        return launch()
     key = name, "Triton", _numbered(device), variant
     if _reasons.get(key) is None:
         try:

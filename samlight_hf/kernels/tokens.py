@@ -28,7 +28,7 @@ from transformers.models.sam.modeling_sam import (
 
 from . import image_attention
 from .prompt_embedding import PromptEmbedding
-from .support import normal_numbers, overlap_options, triton, why_not_decoder, why_not_tried
+from .support import compile_ahead, launch, normal_numbers, overlap_options, triton, why_not_decoder, why_not_tried
 
 
 if triton is not None:
@@ -107,6 +107,7 @@ def _why_not_tried(device: torch.device, dtype: torch.dtype, shape: tuple[tuple[
         boxes = 100 + 50 * torch.stack([-numbers(2, 2).abs(), numbers(2, 2).abs()], dim=1).flatten(1)
         kinds = points, (boxes,), (*points, boxes)
         kernels = TokenKernels(decoder, PromptEmbedding(encoder), positions)
+        compile_ahead(lambda: [kernels(image_tokens, prompts, masks) for prompts in kinds])
         results = [kernels(image_tokens, prompts, masks) for prompts in kinds]
         decoder, encoder = decoder.float(), encoder.float()
         expected = [reference(decoder, encoder, positions, image_tokens, prompts, masks) for prompts in kinds]
@@ -293,7 +294,7 @@ class TokenKernels:
     def _launch(self, kernel: Any, num_parts: int, *arguments, **options):
         """Launch a kernel with `num_parts` thread blocks per prompt; the first argument has a row for each prompt."""
         with torch.cuda.device_of(self.positions):  # where Triton launches
-            kernel[(num_parts, len(arguments[0]))](*arguments, **overlap_options(self.positions), **options)
+            launch(kernel, (num_parts, len(arguments[0])), *arguments, **overlap_options(self.positions), **options)
 
 
 def _by_name(prompts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:

@@ -1,5 +1,9 @@
 """Inputs in a graph's own memory, and which calls get a graph and when."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from samlight_hf.engine import optimized_model
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
-from samlight_hf.engine.optimized_model import FastPaths, PlannedGraph, shown
+from samlight_hf.engine.optimized_model import FastPaths, shown
 
 
 class Recorded(GraphedFunction):
@@ -152,15 +156,52 @@ def test_few_prompts_on_an_image_are_filled_up_and_replayed_from_their_second_ba
     assert decoder.all_masks[False, False].last_ran is None  # the first batch of this kind
 
 
-def test_a_progress_bar_names_each_graph(capsys):
-    graphs = [PlannedGraph(name, GraphedFunction(nn.Identity()), lambda device: []) for name in ("1 images", "4 boxes")]
-    assert list(shown(graphs, False)) == graphs and capsys.readouterr().err == ""
-    seen = []
-    for graph in shown(graphs, True):
-        seen.append(graph.name)
+def test_a_progress_bar_names_each_step(capsys):
+    steps = ["compiling kernels", "capturing 4 boxes"]
+    assert list(shown(steps, False)) == steps and capsys.readouterr().err == ""
+    assert list(shown(steps, True)) == steps
     printed = capsys.readouterr().err
-    assert seen == ["1 images", "4 boxes"] and "2/2" in printed
-    assert all(f"compiling and capturing {name}" in printed for name in seen)
+    assert "2/2" in printed and all(step in printed for step in steps)
+
+
+COLD_START = """
+import torch, triton
+from samlight_hf import SamLighteningConfig, SamLighteningModel, optimize
+from samlight_hf.engine.cuda_graphs import GraphedFunction
+from samlight_hf.kernels.hopper import runtime
+
+late, compile_source, do_compile = [], runtime.compile_source, triton.runtime.jit.JITFunction._do_compile
+capture, compiled, capturing = GraphedFunction._capture, [], []
+
+def in_triton(self, *arguments, **options):
+    (late if capturing else compiled).append(self.__name__)
+    return do_compile(self, *arguments, **options)
+
+def in_nvrtc(source):
+    late.append("CUDA")
+    return compile_source(source)
+
+def counted(self, *arguments):
+    capturing.append(1)
+    return capture(self, *arguments)
+
+triton.runtime.jit.JITFunction._do_compile = in_triton
+runtime.compile_source, GraphedFunction._capture = in_nvrtc, counted
+model = SamLighteningModel(SamLighteningConfig()).cuda().eval()
+optimized = optimize(model, image_batch_sizes=(1, 2), prompt_counts=(1, 16))
+assert optimized.report.num_graphs == 10, optimized.report
+print(len(set(compiled)), late)
+"""
+
+
+@pytest.mark.gpu
+def test_with_an_empty_cache_kernels_are_compiled_before_graphs_are_captured(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    child = subprocess.run([sys.executable, "-c", COLD_START], capture_output=True, text=True, env=environment)
+    assert child.returncode == 0, child.stderr
+    number, late = child.stdout.strip().splitlines()[-1].split(" ", 1)
+    print(child.stdout)
+    assert int(number) >= 10 and late == "[]"
 
 
 def test_graphs_are_captured_now_or_announced(model, monkeypatch):

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from samlight_hf.kernels import support as triton_support
-from samlight_hf.kernels.support import failure, is_out_of_memory, launched, why_not_tried
+from samlight_hf.kernels.support import (
+    compile_ahead,
+    compiling_ahead,
+    failure,
+    in_compile_thread,
+    is_out_of_memory,
+    launch,
+    launched,
+    only_compiles,
+    why_not_tried,
+)
 
 
 CPU = torch.device("cpu")
@@ -155,3 +165,89 @@ def test_an_attempt_runs_on_its_own_device():
         device = torch.device("cuda", index)
         assert why_not_tried("tests", device, 1, lambda s=seen: s.append(torch.cuda.current_device()) or True) is None
         assert seen == [index] and torch.cuda.current_device() == 0
+
+
+class Kernel:
+    """Stands for a Triton kernel, which needs a GPU; it is "compiled" as Triton does it, by whatever mode is active."""
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def warmup(self, *arguments, grid, **options):
+        self.compiled.append((grid, arguments, options))
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launched.append((grid, arguments, options))
+
+
+needs_threads = pytest.mark.skipif(
+    not hasattr(triton_support.triton, "AsyncCompileMode"), reason="this Triton cannot compile in threads"
+)
+
+
+@needs_threads
+def test_ahead_kernels_are_compiled_and_not_launched():
+    kernel, call = Kernel(), ((2, 3), (1, "x"), {"ROWS": 4})
+
+    def run():
+        launch(kernel, call[0], *call[1], **call[2])
+        assert only_compiles() == (len(kernel.launched) == 0)
+        raise ValueError("a result that is not there")
+
+    compile_ahead(run)
+    assert (kernel.compiled, kernel.launched) == ([call], []) and not only_compiles()
+    with pytest.raises(ValueError, match="not there"):
+        run()
+    assert (kernel.compiled, kernel.launched) == ([call], [call])
+
+
+@needs_threads
+def test_ahead_a_triton_kernel_is_tried_and_a_cuda_kernel_is_taken_to_run():
+    kernel, reasons = Kernel(), []
+
+    def attempt() -> bool:
+        compile_ahead(lambda: launch(kernel, (1,)))
+        launch(kernel, (1,))
+        return bool(kernel.launched)
+
+    def run():
+        reasons.append(why_not_tried("tests", CPU, 1, attempt))
+        reasons.append(why_not_tried("tests", CPU, 2, broken, "CUDA", "others"))
+        launch(kernel, (2,))
+
+    compile_ahead(run)
+    assert reasons == [None, None]
+    assert [grid for grid, _, _ in kernel.compiled] == [(1,), (2,)] and len(kernel.launched) == 1
+    with pytest.warns(UserWarning, match="no C compiler"):
+        run()
+    assert reasons[2] is None and "no C compiler" in reasons[3]
+
+
+@needs_threads
+def test_ahead_nothing_is_concluded_from_an_error():
+    compile_ahead(lambda: launched("tests", CPU, 1, broken, lambda: "slow"))
+    assert launched("tests", CPU, 1, lambda: "fast", lambda: "slow") == "fast"
+
+
+@needs_threads
+def test_sources_are_compiled_once_and_ready_at_the_end():
+    done = []
+
+    def compiler(source: str):
+        done.append((source, threading.current_thread() is threading.main_thread()))
+        raise RuntimeError("the kernel's launch will say so")
+
+    with compiling_ahead():
+        for source in ("a", "b", "a"):
+            compile_ahead(lambda source=source: in_compile_thread(compiler, source))
+    assert sorted(done) == [("a", False), ("b", False)]
+    in_compile_thread(compiler, "c")  # not ahead: nothing waits for it
+    assert len(done) == 2
+
+
+def test_where_triton_cannot_compile_in_threads_nothing_is_compiled_ahead(monkeypatch):
+    monkeypatch.setattr(triton_support, "triton", None)
+    calls = []
+    with compiling_ahead():
+        compile_ahead(lambda: calls.append(1))
+    assert calls == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ...modeling.dilated_attention import check_pattern
-from ..support import normal_numbers, why_not_tried
+from ..support import in_compile_thread, normal_numbers, only_compiles, why_not_tried
 from . import runtime as hopper
 
 
@@ -107,11 +107,14 @@ def launch_attention(
     constants = _constants(qkv, segment_length, dilation_rate, dilation_offsets, warpgroups)
     num_groups, warpgroups = _num_groups(constants, num_segments), constants["WARPGROUPS"]
     queries = warpgroups * _WARPGROUP_QUERIES
+    output = qkv.new_empty(batch_size * num_tokens, num_heads * head_dim)
+    if only_compiles():
+        in_compile_thread(hopper.compile_in_process, source_of(**constants))
+        return output
     kernel, shared_bytes = _kernel(qkv.device, **constants)
     row = 3 * num_heads * head_dim
     sizes = head_dim, group, dilation_rate, 3 * num_heads, num_segments
     strides = dilation_rate * row, row, head_dim, segment_length * row
-    output = qkv.new_empty(batch_size * num_tokens, num_heads * head_dim)
     hopper.launch_kernel(
         kernel, qkv.device, num_groups * math.ceil(group / queries), 128 * warpgroups, shared_bytes,
         hopper.tensor_map(qkv, sizes, strides, (head_dim, queries, 1, 1, 1)),

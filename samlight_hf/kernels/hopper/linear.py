@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..support import in_compile_thread, only_compiles
 from . import runtime as hopper
 
 
@@ -172,6 +173,9 @@ def launch_linear(
     out_features, in_features = weight.shape
     parts = len(x_statistics) if x_statistics is not None and normalizes else 1
     constants = constants_of(layer, x, parts, residual is not None, statistics is not None)
+    if only_compiles():
+        in_compile_thread(hopper.compile_in_process, source_of(tile, **constants))
+        return
     kernel, shared_bytes = _kernel(weight.device, tile, **constants)
     # Rows in the order that `load_weight` of linear.cu expects.
     sizes, strides = (in_features, 2, 4, 4, out_features // 32), tuple(in_features * n for n in (1, 8, 2, 32))

@@ -8,6 +8,10 @@ first use.
 import contextlib
 import ctypes
 import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +19,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import nvrtc
+from .nvrtc import compile_source
+
 
 if TYPE_CHECKING:
     from cuda.bindings.driver import CUfunction, CUtensorMap
 
 _HEADER = Path(__file__).with_name("common.cuh")
 _CUBIN, _ELF = "kernel.cubin", b"\x7fELF"  # file name in the cache, and first bytes of its content
-_OPTIONS = [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-v"]
 
 
 @lru_cache
@@ -90,55 +96,51 @@ def source_of(path: Path, constants: dict[str, int | str], functions: str = "") 
     return defined + functions + path.read_text().replace(f'#include "{_HEADER.name}"', _HEADER.read_text())
 
 
-def compile_source(source: str) -> tuple[bytes, str]:
-    """Compile a CUDA source; this needs no GPU.
-
-    Returns:
-        Machine code (a cubin), and the compiler's log about registers and memory.
-
-    Raises:
-        RuntimeError: with the compiler's messages, if it rejects the source.
-    """
-    from cuda.bindings import nvrtc
-
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
-        buffer = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))  # mutable: NVRTC writes into it
-        _checked(nvrtc.nvrtcGetProgramLog(program, buffer))
-        log = buffer.decode(errors="replace").strip("\0 ")
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(log)
-        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc.nvrtcGetCUBIN(program, code))
-        return bytes(code), log
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
 def compiled(source: str) -> bytes:
     """Return machine code, from Triton's cache or newly compiled.
 
     Other processes may clear the cache at any time, and it may be full or not writable; the code is compiled again
     then. The cache is trusted: its content is run without a check.
     """
-    from cuda.bindings import nvrtc
+    code, keep = _cached(source)
+    if code is None:
+        code = compile_source(source)[0]
+        keep(code)
+    return code
+
+
+def compile_in_process(source: str):
+    """Compile a source for the cache in another process. Where this fails, `compiled` compiles it, or says why not."""
+    code, keep = _cached(source)
+    if code is not None or not sys.executable:
+        return
+    library = nvrtc.library()
+    command = [sys.executable, nvrtc.__file__, library]
+    paths = filter(None, (os.path.dirname(library), os.environ.get("LD_LIBRARY_PATH")))  # NVRTC opens another beside it
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LD_LIBRARY_PATH": os.pathsep.join(paths)}
+    child = subprocess.run(command, input=source.encode(), capture_output=True, env=environment)
+    version, _, code = child.stdout.partition(b"\n")
+    if child.returncode == 0 and version == repr(nvrtc.version()).encode() and code.startswith(_ELF):
+        keep(code)
+
+
+def _cached(source: str) -> tuple[bytes | None, Callable[[bytes], None]]:
+    """Return the machine code that is in the cache, or None, and a function that puts it there."""
     from triton.runtime.cache import get_cache_manager
 
-    version = _checked(nvrtc.nvrtcVersion())
-    key = hashlib.sha256(repr((version, _OPTIONS, source)).encode()).hexdigest()
+    key = hashlib.sha256(repr((nvrtc.version(), nvrtc.OPTIONS, source)).encode()).hexdigest()
     cache = None
-    try:
+
+    def keep(code: bytes):
+        with contextlib.suppress(OSError):
+            if cache is not None:
+                cache.put(code, _CUBIN)  # atomic: written to a temporary file and moved
+
+    with contextlib.suppress(OSError, RuntimeError):  # removed in the meantime, or no directory for it
         cache = get_cache_manager(key)  # makes a directory
         if (path := cache.get_file(_CUBIN)) and (code := Path(path).read_bytes()).startswith(_ELF):
-            return code
-    except (OSError, RuntimeError):  # removed in the meantime, or no directory for it
-        pass
-    code = compile_source(source)[0]
-    with contextlib.suppress(OSError):
-        if cache is not None:
-            cache.put(code, _CUBIN)  # atomic: written to a temporary file and moved
-    return code
+            return code, keep
+    return None, keep
 
 
 def load_kernel(device: torch.device, code: bytes, name: str, shared_bytes: int) -> "CUfunction":

@@ -42,6 +42,24 @@ def test_code_is_kept_for_the_next_process(cache_directory, compilations):
 
 
 @needs_compiler
+def test_another_process_compiles_for_this_one(cache_directory, compilations):
+    hopper.compile_in_process(source(1))
+    assert [path.name for path in cache_directory.rglob("*") if path.is_file()] == ["kernel.cubin"]
+    code = hopper.compiled(source(1))
+    assert compilations == [] and code == hopper.compile_source(source(1))[0]
+    hopper.compile_in_process(SOURCE.replace("NUMBER", "nothing"))  # an error is told where the kernel is needed
+    with pytest.raises(RuntimeError, match="nothing"):
+        hopper.compiled(SOURCE.replace("NUMBER", "nothing"))
+
+
+@needs_compiler
+def test_what_another_process_compiled_differently_is_not_kept(cache_directory, compilations, monkeypatch):
+    monkeypatch.setattr(hopper.nvrtc, "version", lambda: (1, 2))
+    hopper.compile_in_process(source(1))
+    assert not [path for path in cache_directory.rglob("*") if path.is_file()] and compilations == []
+
+
+@needs_compiler
 @pytest.mark.parametrize("left", [None, b"", b"\0" * 1000], ids=["removed", "empty", "zeros"])
 def test_code_that_is_gone_when_it_is_read_is_compiled_again(cache_directory, compilations, monkeypatch, left):
     from triton.runtime.cache import FileCacheManager
