@@ -17,6 +17,24 @@ from ..utils.autocast import without_autocast
 _one_capture = threading.Lock()  # torch allows one capture at a time in a process
 
 
+class GraphMemory:
+    """Memory that the graphs of several functions share, since they are never replayed at the same time.
+
+    Intermediate results are in a pool of torch. Inputs are in one buffer, as large as those of the largest graph: each
+    call writes them before the replay.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self._inputs: torch.Tensor | None = None
+
+    def inputs(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return the first bytes of the buffer, uint8 (num_bytes,). Older graphs keep a buffer that was too small."""
+        if self._inputs is None or len(self._inputs) < num_bytes:
+            self._inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return self._inputs[:num_bytes]
+
+
 class GraphedFunction:
     """A function of tensors that is replayed from CUDA graphs, and called directly where there can be no graph.
 
@@ -24,8 +42,8 @@ class GraphedFunction:
     tensors may be on the CPU, from where they are copied together, without waiting. Autocast has no effect inside the
     function.
 
-    Outputs are overwritten by the next call of any function that shares the `pool`. Threads that share a function call
-    it, and read its outputs, within one `utils.turns.turn`.
+    Outputs are overwritten by the next call of any function that shares the `memory`. Threads that share a function
+    call it, and read its outputs, within one `utils.turns.turn`.
 
     Args:
         function: The function, of tensors alone, to a tensor or a tuple of tensors.
@@ -33,17 +51,22 @@ class GraphedFunction:
         max_graphs: The graph that was not used for the longest time is dropped to make room for one more.
         has_kernels: The function launches kernels of this package: before a graph is captured they are compiled, all at
             the same time.
-        pool: A memory pool of `torch.cuda.graph_pool_handle`, which several functions may share.
+        memory: The memory of the graphs, which several functions may share. Default: each graph has its own.
 
     Attributes:
         last_ran: How the last call ran: "graph", "eager", or None before the first one.
     """
 
     def __init__(
-        self, function: Callable, enabled: bool = True, max_graphs: int = 4, pool=None, has_kernels: bool = False
+        self,
+        function: Callable,
+        enabled: bool = True,
+        max_graphs: int = 4,
+        memory: GraphMemory | None = None,
+        has_kernels: bool = False,
     ):
         self.function = without_autocast(function)
-        self.enabled, self.max_graphs, self.pool, self.has_kernels = enabled, max_graphs, pool, has_kernels
+        self.enabled, self.max_graphs, self.memory, self.has_kernels = enabled, max_graphs, memory, has_kernels
         self.last_ran: str | None = None
         self._graphs: OrderedDict = OrderedDict()
         self._frozen = False
@@ -112,7 +135,7 @@ class GraphedFunction:
 
     def _capture(self, tensors: tuple[torch.Tensor, ...], lent: torch.Tensor | None):
         with _one_capture, torch.cuda.device(tensors[0].device):
-            inputs = StaticInputs(tensors, lent)
+            inputs = StaticInputs(tensors, lent, self.memory)
             inputs.fill(tensors)
             self.compile(*inputs.tensors)
             stream = _warm_up_stream(tensors[0].device)
@@ -125,7 +148,8 @@ class GraphedFunction:
             torch.cuda.empty_cache()  # the graph allocates the memory of the warm-up once more
             graph = torch.cuda.CUDAGraph()
             # Other threads may use CUDA meanwhile, and must not invalidate this capture.
-            with collects_no_garbage(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            pool = None if self.memory is None else self.memory.pool
+            with collects_no_garbage(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 outputs = self.function(*inputs.tensors)
             _forget_workspaces()  # the graph's workspace stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
@@ -143,27 +167,35 @@ def _kinds(tensors: Sequence[torch.Tensor]) -> tuple:
 class StaticInputs:
     """Input tensors of a graph: their memory stays where it is, and `fill` copies values into it.
 
-    Inputs whose examples are on the CPU share one buffer there and one on the device, since each copy between the two
-    takes as long as several kernels of a short graph. Later values may be on either, wherever the examples were.
+    Inputs whose examples are on the CPU are copied from one buffer there, since each copy between the two takes as long
+    as several kernels of a short graph. Later values may be on either, wherever the examples were.
 
     Args:
         examples: Tensors of the shapes and dtypes; all inputs are on the device of the first.
         lent: An example that becomes an input itself, so that it need not be copied.
+        memory: Where the other inputs are. Default: in memory of their own.
     """
 
-    def __init__(self, examples: Sequence[torch.Tensor], lent: torch.Tensor | None = None):
+    def __init__(
+        self,
+        examples: Sequence[torch.Tensor],
+        lent: torch.Tensor | None = None,
+        memory: GraphMemory | None = None,
+    ):
+        device = examples[0].device
         from_cpu = [example for example in examples if example.is_cpu]
+        others = [example for example in examples if not (example.is_cpu or example is lent)]
         # Not pinned: a copy from pageable memory has read it when it returns, so it may be filled again.
-        self._buffer = torch.empty(sum(_aligned(example.nbytes) for example in from_cpu), dtype=torch.uint8)
-        self._device_buffer = torch.empty_like(self._buffer, device=examples[0].device)
+        self._buffer = torch.empty(_num_bytes(from_cpu), dtype=torch.uint8)
+        num_bytes = len(self._buffer) + _num_bytes(others)
+        if memory is None:
+            inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        else:
+            inputs = memory.inputs(num_bytes, device)
+        self._device_buffer = inputs[: len(self._buffer)]
         sources, copies = (iter(_views(buffer, from_cpu)) for buffer in (self._buffer, self._device_buffer))
-
-        def make_input(example: torch.Tensor) -> torch.Tensor:
-            if example.is_cpu:
-                return next(copies)
-            return example if example is lent else torch.empty_like(example, device=examples[0].device)
-
-        self.tensors = [make_input(example) for example in examples]
+        own = iter(_views(inputs[len(self._buffer) :], others))
+        self.tensors = [next(copies) if e.is_cpu else e if e is lent else next(own) for e in examples]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
 
     def fill(self, tensors: Sequence[torch.Tensor]):
@@ -184,8 +216,12 @@ def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch
     ]
 
 
+def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(_aligned(tensor.nbytes) for tensor in tensors)
+
+
 def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 16) * 16  # bytes that kernels read at once
+    return -(-num_bytes // 256) * 256  # as torch aligns tensors at least
 
 
 @contextlib.contextmanager

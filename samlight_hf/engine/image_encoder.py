@@ -23,7 +23,7 @@ from ..modeling.dilated_attention import dilated_attention
 from ..modeling.modeling_sam_lightening import SamLighteningVisionEncoder, SamLighteningVisionLayer
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
-from .cuda_graphs import GraphedFunction
+from .cuda_graphs import GraphedFunction, GraphMemory
 from .padding import SkippingEncoder, why_not_skip_padding
 from .plain_decoder import Decoder, PlainMaskDecoder
 from .plain_modules import same_bits, warn_of_plain_part, weights_of, why_not_plain_encoder
@@ -154,14 +154,14 @@ def copy_encoder(model: PreTrainedModel) -> FastVisionEncoder | CopiedEncoder | 
 
 
 def make_encoder(
-    model: PreTrainedModel, cuda_graphs: bool, pool=None, skip_padding: bool = False
+    model: PreTrainedModel, cuda_graphs: bool, memory: GraphMemory | None = None, skip_padding: bool = False
 ) -> tuple[GraphedFunction, FastVisionEncoder | CopiedEncoder | SkippingEncoder | None]:
     """Make the fastest image encoder that can run this model.
 
     Args:
         model: Any model with `get_image_embeddings`.
         cuda_graphs: Replay it from CUDA graphs, if it is SAM-Lightening's own encoder.
-        pool: The memory pool of the graphs.
+        memory: The memory of the graphs.
         skip_padding: Compute only the rows of patches that hold image, see `engine.padding`.
 
     Returns:
@@ -171,30 +171,30 @@ def make_encoder(
         ValueError: For `skip_padding` where it is not possible.
     """
     if skip_padding:
-        return _skipping_encoder(model, pool)
+        return _skipping_encoder(model)
     copied = copy_encoder(model)
     # Other encoders may copy from the CPU while they run, and hooks and adapters run Python: no graph can record that.
     is_own = model.config.model_type == "sam_lightening" and why_not_plain_encoder(model) is None
     graphed = GraphedFunction(
         copied or _plain_encoder(model),
         cuda_graphs and is_own,
-        pool=pool,
+        memory=memory,
         has_kernels=isinstance(copied, FastVisionEncoder),
     )
     return graphed, copied
 
 
-def _skipping_encoder(model: PreTrainedModel, pool) -> tuple[GraphedFunction, SkippingEncoder | None]:
+def _skipping_encoder(model: PreTrainedModel) -> tuple[GraphedFunction, SkippingEncoder | None]:
     reason = why_not_skip_padding(model)
     if reason is None and why_not_fast_encoder(model) is None:
         reason = "the fused encoder, which runs this model on a CUDA device, computes all rows, and is faster."
     if reason:
         raise ValueError(f"skip_padding=True is not possible: {reason}")
     if hasattr(model.vision_encoder, "plain_embeddings"):  # of an optimized model, which never changes
-        return GraphedFunction(SkippingEncoder(model.vision_encoder, _plain_encoder(model)), False, pool=pool), None
+        return GraphedFunction(SkippingEncoder(model.vision_encoder, _plain_encoder(model)), False), None
     copied = CopiedEncoder(model)
     skipping = SkippingEncoder(copied.encoder, copied)
-    return GraphedFunction(skipping, False, pool=pool), skipping  # no graph: the number of rows depends on the image
+    return GraphedFunction(skipping, False), skipping  # no graph: the number of rows depends on the image
 
 
 def _plain_encoder(model: PreTrainedModel) -> Callable:
@@ -221,7 +221,7 @@ class ImageEncoder:
     ):
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.image_processor, self.decoder = image_processor, decoder
-        self.encode, self.copied = make_encoder(model, decoder.cuda_graphs, decoder.pool, skip_padding)
+        self.encode, self.copied = make_encoder(model, decoder.cuda_graphs, decoder.graph_memory, skip_padding)
 
     @without_autocast
     def check_weights(self):

@@ -36,7 +36,7 @@ from ..kernels.prompt_embedding import PromptEmbedding
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
-from .cuda_graphs import GraphedFunction, is_capturing
+from .cuda_graphs import GraphedFunction, GraphMemory, is_capturing
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
 from .two_way import run_two_way
 
@@ -111,15 +111,15 @@ class FastMaskDecoder:
             for part in (model.shared_image_embedding, model.prompt_encoder, model.mask_decoder)
         )
         self.cuda_graphs = cuda_graphs
-        self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None  # memory that the graphs share
+        self.graph_memory = GraphMemory() if cuda_graphs else None
         # The image tokens that a graph returns stay in memory, some hundred MB for each graph: so no more than two.
-        self.transform = GraphedFunction(self._transform, cuda_graphs, 2, self.pool, has_kernels=True)
+        self.transform = GraphedFunction(self._transform, cuda_graphs, 2, self.graph_memory, has_kernels=True)
         self.all_masks = {
             (multimask, with_mask): GraphedFunction(
                 partial(self._graphed_masks, multimask, with_mask),
                 cuda_graphs,
                 _MOST_GRAPHS,
-                self.pool,
+                self.graph_memory,
                 has_kernels=True,
             )
             for multimask in (False, True)

@@ -58,11 +58,13 @@ class PlannedGraph(NamedTuple):
         name: What it computes, for the progress bar.
         function: The function that captures it.
         make_inputs: Makes inputs of its shapes and dtypes on a device.
+        num_bytes: About how much memory its intermediate results take.
     """
 
     name: str
     function: GraphedFunction
     make_inputs: Callable[[torch.device], list[torch.Tensor]]
+    num_bytes: int
 
 
 def shown(steps: Sequence[str], progress: bool) -> Iterator[str]:
@@ -103,9 +105,11 @@ class FastPaths:
         self._warned: set[str] = set()
         config = model.config.vision_config
         self.image_shape = config.num_channels, config.image_size, config.image_size
+        self.features = (config.image_size // config.patch_size) ** 2 * (config.mlp_dim + 3 * config.hidden_size)
         self.decoder = decoder
         on_cuda = self.device.type == "cuda"
-        self.encode, self.copied = make_encoder(model, on_cuda, decoder.pool if decoder else None, skip_padding)
+        memory = decoder.graph_memory if decoder else None
+        self.encode, self.copied = make_encoder(model, on_cuda, memory, skip_padding)
         self._weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._weights]
         self.encode.max_graphs = len(image_batch_sizes) or 1
@@ -135,7 +139,9 @@ class FastPaths:
             def images(device: torch.device, batch_size=batch_size) -> list[torch.Tensor]:
                 return [torch.zeros(batch_size, *self.image_shape, device=device, dtype=self.dtype)]
 
-            planned.append(PlannedGraph(f"{batch_size} images", self.encode, images))
+            # The hidden features of an MLP, and three times the features between layers.
+            features = self.features * batch_size
+            planned.append(PlannedGraph(f"{batch_size} images", self.encode, images, features * self.dtype.itemsize))
         for count in prompt_counts if decoder else ():
             assert decoder is not None
             tokens = decoder.positions
@@ -149,15 +155,18 @@ class FastPaths:
                 labels = torch.ones(count, 1, dtype=torch.int32, device=device)
                 return [image, corners[:, None, 2:].contiguous(), labels]
 
+            num_bytes = 2 * count * tokens.nbytes  # the image tokens before and after a layer
             for multimask_output in (True, False):
                 function = decoder.all_masks[multimask_output, False]
                 masks = "three masks" if multimask_output else "one mask"
-                planned.append(PlannedGraph(f"{count} points, {masks}", function, points))
-                planned.append(PlannedGraph(f"{count} boxes, {masks}", function, boxes))
+                planned.append(PlannedGraph(f"{count} points, {masks}", function, points, num_bytes))
+                planned.append(PlannedGraph(f"{count} boxes, {masks}", function, boxes, num_bytes))
         return planned
 
     @torch.inference_mode()
     def _capture(self, graphs: Sequence["PlannedGraph"], progress: bool):
+        # The largest first: the others then find room in its memory, which none of them would leave to it.
+        graphs = sorted(graphs, key=lambda graph: graph.num_bytes, reverse=True)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in graphs)], progress)

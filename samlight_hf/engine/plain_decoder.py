@@ -16,7 +16,7 @@ class PlainMaskDecoder:
     adapters. The weights are the model's: a later change of the model changes the results, see `is_copy_of`.
     """
 
-    cuda_graphs, is_lean, pool = False, False, None
+    cuda_graphs, is_lean, graph_memory = False, False, None
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.dtype, self.device = model, model.dtype, model.device

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from samlight_hf.engine import optimized_model
 from samlight_hf.engine.build import make_decoder
-from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
+from samlight_hf.engine.cuda_graphs import GraphedFunction, GraphMemory, StaticInputs
 from samlight_hf.engine.optimized_model import FastPaths, shown
 
 
@@ -23,7 +23,7 @@ class Recorded(GraphedFunction):
         return super()._may_capture(torch.device("cuda"), kinds)
 
     def _capture(self, tensors, lent):
-        inputs = StaticInputs(tensors, lent)
+        inputs = StaticInputs(tensors, lent, self.memory)
         inputs.fill(tensors)
         outputs = self.function(*inputs.tensors)
 
@@ -221,6 +221,34 @@ def test_graphs_are_captured_now_or_announced(model, monkeypatch):
         assert paths.report.num_graphs_when_needed == (2 if when_needed else 0)
         assert (captured, len(announced)) == (([], 2) if when_needed else ([(2, True)], 0))
         assert ("2 more when needed" in str(paths.report)) == when_needed
+
+
+def test_inputs_of_graphs_that_share_memory_are_in_one_buffer():
+    memory, cpu = GraphMemory(), torch.device("cpu")
+    large = memory.inputs(4096, cpu)
+    values = [
+        torch.rand(2, 3, device="meta"),
+        torch.randint(9, (4,), device="meta"),
+        torch.tensor([True], device="meta"),
+    ]
+    first, later = memory.inputs(100, cpu), memory.inputs(5000, cpu)
+    assert first.data_ptr() == large.data_ptr() != later.data_ptr()
+    assert memory.inputs(4096, cpu).data_ptr() == later.data_ptr()
+    inputs = [StaticInputs(some, memory=GraphMemory()) for some in (values, values[:1])]
+    starts = [tensor.storage_offset() * tensor.itemsize for tensor in inputs[0].tensors]
+    assert starts == [0, 256, 512]  # aligned, and none in the memory of another
+    for own, examples in zip(inputs, (values, values[:1])):
+        assert [(t.shape, t.dtype) for t in own.tensors] == [(t.shape, t.dtype) for t in examples]
+
+
+def test_functions_that_share_memory_overwrite_each_others_inputs_and_not_their_results():
+    memory = GraphMemory()
+    double, add = Recorded(lambda x: 2 * x, memory=memory), Recorded(lambda x, y: x + y, memory=memory)
+    for number in range(3):
+        for length in (5, 3):
+            x, y = torch.full((length,), 1.0 + number), torch.arange(length).double()
+            assert torch.equal(double(x), 2 * x) and torch.equal(add(x, y), x + y)
+    assert len(double) == len(add) == 2 and double.last_ran == add.last_ran == "graph"
 
 
 def test_without_a_graph_there_is_a_new_tensor_each_time():

@@ -340,6 +340,28 @@ def test_on_a_gpu_graphs_that_are_captured_when_needed_are_those_captured_at_onc
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_graphs_share_their_memory_and_do_not_disturb_each_other(on_gpu):
+    """Inputs, results and what lies between are in memory that the next graph overwrites."""
+    optimized = optimize(on_gpu, image_batch_sizes=(1, 8, 32), prompt_counts=(1, 16, 64))
+    print(optimized.report)
+    assert optimized.report.num_graphs == 3 + 12 and optimized.report.graph_memory_mb < 1000
+    alone = {
+        (8, 16): optimize(on_gpu, image_batch_sizes=(8,), prompt_counts=(16,)),
+        (1, 64): optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(64,)),
+        (32, 1): optimize(on_gpu, image_batch_sizes=(32,), prompt_counts=(1,)),
+    }
+    kept = []
+    for batch_size, num_prompts in (*alone, *alone):
+        inputs = make_inputs(on_gpu, batch_size, num_prompts)
+        inputs = {"pixel_values": inputs["pixel_values"], "input_boxes": inputs["input_boxes"]}
+        actual, expected = (model(**inputs) for model in (optimized, alone[batch_size, num_prompts]))
+        assert optimized._paths.encode.last_ran == optimized._paths.decoder.all_masks[True, False].last_ran == "graph"
+        kept.append((actual.pred_masks, expected.pred_masks, actual.iou_scores, expected.iou_scores))
+    for masks, expected_masks, scores, expected_scores in kept:
+        assert torch.equal(masks, expected_masks) and torch.equal(scores, expected_scores)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["a box", "a point", "points of several objects"])
 def test_on_a_gpu_the_model_cards_call_is_replayed(on_gpu, name):
     optimized = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1, 2))
