@@ -96,6 +96,7 @@ class FastVisionEncoder:
         rows = embed_patches(self.patch_embedding, pixel_values, self.positions)
         for layer in self.layers:
             rows = layer(rows, batch_size, memory)
+        del memory  # the neck has room in it
         tokens = add_layer_norm(self.reduce(rows).values.unflatten(0, (batch_size, -1)), self.norms[0])
         tokens = add_layer_norm(convolve(self.convolution, tokens, grid), self.norms[1])
         return tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, h, w), channels last
@@ -118,7 +119,11 @@ class _Layer:
     def __call__(self, rows: RowsWithStatistics, batch_size: int, memory: torch.Tensor) -> RowsWithStatistics:
         qkv = self.qkv(rows, memory=memory).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
         if hopper_attention.why_not(qkv, *self.pattern) is None:
-            attended = hopper_attention.launch_attention(qkv, *self.pattern, self.scaling)
+            # Behind queries, keys and values there is room, since an MLP has more features than these.
+            room = memory[qkv.numel() :][: qkv.numel() // 3]
+            attended = hopper_attention.launch_attention(
+                qkv, *self.pattern, self.scaling, out=room if 3 * room.numel() == qkv.numel() else None
+            )
         else:
             attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
         rows = self.proj(RowsWithStatistics(attended.reshape(rows.values.shape)), rows.values, statistics=True)

@@ -87,6 +87,7 @@ def launch_attention(
     dilation_offsets: str,
     scaling: float,
     warpgroups: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute `dilated_attention` in the kernel.
 
@@ -97,6 +98,7 @@ def launch_attention(
         dilation_offsets: "all" or "per_head".
         scaling: factor of the scores.
         warpgroups: warpgroups per thread block, 1 to 3; by default the choice of `warpgroups_of`.
+        out: contiguous memory for the result, which none of the inputs is in; by default it is new.
 
     Returns:
         (B * N, H * 64).
@@ -107,7 +109,8 @@ def launch_attention(
     constants = _constants(qkv, segment_length, dilation_rate, dilation_offsets, warpgroups)
     num_groups, warpgroups = _num_groups(constants, num_segments), constants["WARPGROUPS"]
     queries = warpgroups * _WARPGROUP_QUERIES
-    output = qkv.new_empty(batch_size * num_tokens, num_heads * head_dim)
+    shape = batch_size * num_tokens, num_heads * head_dim
+    output = qkv.new_empty(*shape) if out is None else out.view(shape)
     if only_compiles():
         in_compile_thread(hopper.compile_in_process, source_of(**constants))
         return output

@@ -101,6 +101,18 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
 @pytest.mark.gpu
 @needs_hopper
 @torch.no_grad()
+def test_the_result_may_lie_behind_queries_keys_and_values():
+    memory = torch.randn(2 * 2048 * 3 * 4 * 64, device="cuda").bfloat16()
+    qkv, room = memory[: len(memory) // 4 * 3].view(2, 2048, 3, 3, 64), memory[len(memory) // 4 * 3 :]
+    for pattern in ((512, 1, "all"), (None, 2, "all")):
+        expected = launch_attention(qkv, *pattern, 0.125)
+        actual = launch_attention(qkv, *pattern, 0.125, out=room)
+        assert actual.data_ptr() == room.data_ptr() and torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
 def test_each_variant_is_tried_by_itself(monkeypatch):
     """The variant with three warpgroups cannot be compiled; those with one and two run."""
     monkeypatch.setattr(triton_support, "_reasons", {})
