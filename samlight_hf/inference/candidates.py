@@ -1,7 +1,7 @@
 """Candidate masks, stored as logits, their smallest form, until the suppression of duplicates has chosen among them."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.upscaled_masks import Frame, changes
 from ..masks.rle import RunLengthMasks, select_changes
-from .packed_logits import PackedLogits, pack_logits, unpack_logits
+from .packed_logits import PackedLogits, columns_of, pack_logits, unpack_logits
 
 
 class Table(NamedTuple):
@@ -91,17 +91,28 @@ class Candidates:
         if part.logits is None:
             return part
         numbers = part.kept.nonzero().squeeze(1)
-        at_once = self._unpacked_at_once(step)
-        outlines = [
-            changes(unpack_logits([(part.logits, some)]), part.frame, self.threshold, step, self.use_triton)
-            for some in numbers.split(at_once)
-        ]
-        positions, counts = (torch.cat(tensors) for tensors in zip(*outlines))
-        counts = torch.zeros(len(part.kept), dtype=counts.dtype, device=counts.device).index_copy_(0, numbers, counts)
-        return part._replace(logits=None, outlines=(positions, counts))
+        counts, positions = torch.zeros(len(part.kept), dtype=torch.int32, device=numbers.device), []
+        for some in numbers.split(self._unpacked_at_once(step)):
+            some_positions, counts[some] = self._outlines_of([part], some, step)
+            positions.append(some_positions)
+        return part._replace(logits=None, outlines=(torch.cat(positions), counts))
 
     def _unpacked_at_once(self, step: int) -> int:
-        return 256 if self.use_triton else max(16, step)
+        return 160 if self.use_triton else max(16, step)  # those of 1024 x 683 pixels are one launch of `changes`
+
+    def _outlines_of(
+        self, parts: Sequence[_Part], numbers: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the masks with these numbers among those of `parts`, which have one frame, as `changes`."""
+        frame, count = parts[0].frame, len(numbers)
+        places = torch.full((sum(len(part.columns) for part in parts),), count, device=numbers.device)
+        places[numbers] = torch.arange(count, device=numbers.device)
+        places_of_parts = places.split([len(part.columns) for part in parts])
+        packed = [(part.logits, own) for part, own in zip(parts, places_of_parts) if part.logits is not None]
+        logits = unpack_logits(packed, count)
+        boxes = torch.cat([part.columns for part in parts])[numbers, 2:6]
+        columns = columns_of(boxes, frame, logits.shape[2])
+        return changes(logits, frame, self.threshold, step, self.use_triton, columns)
 
     def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the candidates as float32 (n, 8), see `Table`, and their numbers (n,). Waits for the device."""
@@ -118,7 +129,7 @@ class Candidates:
         """Return the masks with the numbers `chosen` (k,), in that order; see `add` for `step`."""
         order: list[int] = []  # the place in `chosen` of each mask of `outlines`
         outlines: list[tuple[torch.Tensor, torch.Tensor]] = []
-        waiting: dict[Frame, list[tuple[PackedLogits, np.ndarray, np.ndarray]]] = defaultdict(list)
+        waiting: dict[Frame, list[tuple[_Part, np.ndarray, np.ndarray]]] = defaultdict(list)
         start = 0
         for part in self._parts:
             places = np.flatnonzero((chosen >= start) & (chosen < start + len(part.columns)))
@@ -127,16 +138,18 @@ class Candidates:
             if not len(places):
                 continue
             if part.logits is not None:
-                waiting[part.frame].append((part.logits, own, places))
+                waiting[part.frame].append((part, own, places))
             else:
                 assert part.outlines is not None
                 positions, counts = part.outlines
                 outlines.append(select_changes(positions, counts, torch.from_numpy(own).to(part.columns.device)))
                 order += places.tolist()
-        for frame, parts in waiting.items():
+        for parts in waiting.values():
             for batch in _batches(parts, self._unpacked_at_once(step)):
-                unpacked = [(packed, torch.from_numpy(masks).to(packed.masks.device)) for packed, masks, _ in batch]
-                outlines.append(changes(unpack_logits(unpacked), frame, self.threshold, step, self.use_triton))
+                starts = np.cumsum([0, *(len(part.columns) for part, _, _ in batch)])
+                numbers = np.concatenate([own + first for (_, own, _), first in zip(batch, starts)])
+                on_device = torch.from_numpy(numbers).to(batch[0][0].columns.device)
+                outlines.append(self._outlines_of([part for part, _, _ in batch], on_device, step))
                 order += [place for _, _, places in batch for place in places.tolist()]
         if not outlines:
             nothing = np.zeros(0, dtype=np.int32)
@@ -146,13 +159,13 @@ class Candidates:
 
 
 def _batches(
-    parts: list[tuple[PackedLogits, np.ndarray, np.ndarray]], most: int
-) -> Iterator[list[tuple[PackedLogits, np.ndarray, np.ndarray]]]:
-    """Yield batches of at most `most` masks, in order; parts are (logits, numbers of masks, their places)."""
+    parts: list[tuple[_Part, np.ndarray, np.ndarray]], most: int
+) -> Iterator[list[tuple[_Part, np.ndarray, np.ndarray]]]:
+    """Yield batches of at most `most` masks, in order; each part has numbers of masks and their places."""
     batch, free = [], most
-    for packed, own, places in parts:
+    for part, own, places in parts:
         while len(own):
-            batch.append((packed, own[:free], places[:free]))
+            batch.append((part, own[:free], places[:free]))
             own, places, free = own[free:], places[free:], free - len(batch[-1][1])
             if not free:
                 yield batch

@@ -39,26 +39,24 @@ class PackedLogits(NamedTuple):
         return self.tiles.nbytes
 
 
-def unpack_logits(parts: Sequence[tuple[PackedLogits, torch.Tensor]]) -> torch.Tensor:
+def unpack_logits(parts: Sequence[tuple[PackedLogits, torch.Tensor]], count: int) -> torch.Tensor:
     """Return logits of chosen masks, without waiting for the device.
 
     Args:
-        parts: Packed logits of one size, and of each int64 (k,), the different masks to return, which must be kept.
+        parts: Packed logits of one size, and of each int64 (n,), the place of each mask in the result, or `count` for
+            those that are not chosen. Chosen masks must be kept.
+        count: The number of chosen masks.
 
     Returns:
-        (sum of k, h, w), with the lowest number of the dtype where no tile was kept.
+        (count, h, w), with the lowest number of the dtype where no tile was kept.
     """
-    first, count = parts[0][0], sum(len(masks) for _, masks in parts)
+    first = parts[0][0]
     (_, height, width), (tile_height, tile_width) = first.shape, first.tiles.shape[1:]
-    # The other masks of a part are written to one more place, which is cut off.
+    # The other masks are written to one more place, which is cut off.
     logits = first.tiles.new_full((count + 1, height, width), torch.finfo(first.tiles.dtype).min)
     tiled = logits.view(count + 1, height // tile_height, tile_height, width // tile_width, tile_width)
-    start = 0
-    for packed, masks in parts:
-        places = torch.full((packed.shape[0],), count, device=masks.device)
-        places[masks] = torch.arange(start, start + len(masks), device=masks.device)
+    for packed, places in parts:
         tiled[places[packed.masks], packed.rows, :, packed.columns] = packed.tiles
-        start += len(masks)
     return logits[:count]
 
 
@@ -86,6 +84,18 @@ def pack_logits(logits: torch.Tensor, boxes: torch.Tensor, frame: Frame, kept: t
     masks, rows, columns = chosen.unbind(1)
     tiled = logits.view(len(logits), height // tile_height, tile_height, width // tile_width, tile_width)
     return PackedLogits(tiled[masks, rows, :, columns], masks, rows, columns, (len(logits), height, width))
+
+
+def columns_of(boxes: torch.Tensor, frame: Frame, width: int) -> torch.Tensor:
+    """Return the first and the last column of logits, of `width`, that each mask can depend on: int32 (n, 2).
+
+    Args:
+        boxes: As in `pack_logits`.
+        frame: Likewise.
+        width: The number of columns.
+    """
+    first, last = _reach(boxes[:, 0], boxes[:, 2], 0, width, frame)
+    return torch.stack([first.floor(), last.ceil()], dim=1).int()
 
 
 def _reach(first: torch.Tensor, last: torch.Tensor, axis: int, length: int, frame: Frame):

@@ -95,7 +95,12 @@ def measure(
 
 
 def changes(
-    logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_triton: bool
+    logits: torch.Tensor,
+    frame: Frame,
+    threshold: float,
+    step: int,
+    use_triton: bool,
+    columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find where masks change at the image's size; pixels outside their crop are background.
 
@@ -105,16 +110,24 @@ def changes(
         threshold: of the mask.
         step: how many masks are upscaled at once without the kernel.
         use_triton: whether the kernel may be used.
+        columns: int32 (n, 2), the first and the last column of logits that a mask can depend on, if they are known. The
+            kernel looks for the mask between them alone.
 
     Returns:
         Positions and counts, as `mask_changes` returns them.
     """
     use_triton = use_triton and why_not_triton(logits, frame) is None
-    launch = launch_changes if use_triton else changes_reference
     if use_triton:  # memory for the bits, the transposed logits, and the thresholded logits
         bytes_of_mask = frame.image[0] * frame.image[1] // 8 + 5 * logits.shape[1] * logits.shape[2]
         step = max(1, _OUTLINE_BYTES // bytes_of_mask)
-    parts = [launch(part, frame, threshold) for part in logits.split(step)] if len(logits) else []
+    parts = []
+    for start in range(0, len(logits), step):
+        part = logits[start : start + step]
+        if use_triton:
+            own_columns = None if columns is None else columns[start : start + step]
+            parts.append(launch_changes(part, frame, threshold, own_columns))
+        else:
+            parts.append(changes_reference(part, frame, threshold))
     if not parts:
         empty = torch.zeros(0, dtype=torch.int32, device=logits.device)
         return empty, empty
@@ -191,19 +204,23 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
     return torch.cat([areas.int(), torch.cat([first, last]).masked_fill(empty, 0)]).T.contiguous()
 
 
-def launch_changes(logits: torch.Tensor, frame: Frame, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_changes(
+    logits: torch.Tensor, frame: Frame, threshold: float, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_positions = frame.image[0] * frame.image[1]
     blocks = triton.cdiv(num_positions, _POSITIONS)
     counts = torch.empty(len(logits), blocks, dtype=torch.int32, device=logits.device)
     if not len(logits):
         return counts.view(-1), counts.view(-1)
     bits = torch.zeros(len(logits), blocks * _POSITIONS // 32, dtype=torch.int32, device=logits.device)
-    # A pixel can only be in the mask if one of the logits around it is above the threshold.
-    spans = mask_boxes(logits.float() > threshold)[:, 0::2].int().contiguous()  # first and last such column
-    columns = logits.transpose(1, 2).contiguous()  # column-major, like the positions
+    spans = columns
+    if spans is None:  # a pixel can only be in the mask if one of the logits around it is above the threshold
+        spans = mask_boxes(logits.float() > threshold)[:, 0::2].int()  # first and last such column
+    spans = spans.contiguous()
+    transposed = logits.transpose(1, 2).contiguous()  # column-major, like the positions
     with torch.cuda.device_of(logits):
         _bits_kernel[(len(logits) * blocks,)](
-            columns, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.image[0], float(threshold),
+            transposed, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.image[0], float(threshold),
             POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
         )  # fmt: skip
 

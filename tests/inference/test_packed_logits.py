@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samlight_hf.inference.packed_logits import pack_logits, unpack_logits
+from samlight_hf.inference.packed_logits import columns_of, pack_logits, unpack_logits
 from samlight_hf.kernels.upscaled_masks import Frame, changes_reference, masks_reference, measure_reference
 
 
@@ -44,9 +44,16 @@ def test_masks_are_the_same(frame, threshold, size):
         assert packed.masks.unique().tolist() == kept.nonzero().squeeze(1).tolist()
         if size == (64, 64):
             assert packed.nbytes < 0.5 * logits.nbytes
-        parts.append((packed, torch.tensor(chosen, dtype=torch.int64)))
+        places = torch.full((40,), 7)
+        places[chosen] = torch.arange(len(chosen)) + sum(map(len, expected))
+        parts.append((packed, places))
         expected.append(logits[chosen])
-    actual, expected = unpack_logits(parts), torch.cat(expected)
+        columns = columns_of(boxes, frame, size[1])
+        for mask, (first, last) in zip(logits, columns.tolist()):  # others do not matter
+            changed = mask.clone()
+            changed[:, :first], changed[:, last + 1 :] = -9.0, -9.0
+            assert torch.equal(*(masks_reference(each[None], frame, threshold) for each in (mask, changed)))
+    actual, expected = unpack_logits(parts, 7), torch.cat(expected)
     assert actual.shape == expected.shape
     assert torch.equal(masks_reference(actual, frame, threshold), masks_reference(expected, frame, threshold))
     assert all(
@@ -60,4 +67,4 @@ def test_no_mask():
     frame = FRAMES["landscape"]
     packed = pack_logits(spots(4, (64, 64), 0), torch.zeros(4, 4), frame, torch.zeros(4, dtype=torch.bool))
     assert packed.nbytes == 0
-    assert unpack_logits([(packed, torch.zeros(0, dtype=torch.int64))]).shape == (0, 64, 64)
+    assert unpack_logits([(packed, torch.zeros(4, dtype=torch.int64))], 0).shape == (0, 64, 64)

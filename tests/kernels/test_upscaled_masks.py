@@ -136,7 +136,7 @@ def test_why_the_kernels_do_not_run_on_a_cpu_and_what_runs_there():
 def test_outlines_of_large_images_are_made_of_fewer_masks_at_once(monkeypatch, pixels, at_once):
     parts = []
 
-    def launch(part, frame, threshold):
+    def launch(part, frame, threshold, columns):
         parts.append(len(part))
         return torch.zeros(0, dtype=torch.int32), torch.zeros(len(part), dtype=torch.int32)
 
