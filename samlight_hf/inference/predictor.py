@@ -69,8 +69,8 @@ class Predictor:
         output: "numpy" for arrays, or "torch" for tensors on the model's device.
         max_memory_mb: The memory that a CUDA device may allocate, the model's weights included, in MB of 2**20 bytes.
             It bounds how many images and prompts are computed at once.
-        cuda_graphs: Replay the image encoder, and the mask decoder for single prompts, from CUDA graphs. Default: on
-            CUDA devices.
+        cuda_graphs: Replay the image encoder, and the mask decoder for up to 64 prompts on an image, from CUDA graphs.
+            Default: on CUDA devices.
         skip_padding: Compute only the rows of patches that hold image: a landscape image takes less time, and its masks
             are close to those of all rows, but not equal; see `engine.padding`. Not for the fused encoder on CUDA.
 
