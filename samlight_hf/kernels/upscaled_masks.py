@@ -18,6 +18,7 @@ from .support import normal_numbers, tl, triton, why_not_tried
 
 
 _ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of a thread block
+_NEAR_ROWS, _NEAR_COLUMNS = 16, 256  # of logits that a strip of _ROWS rows is computed from, at most
 _NUM_MEASURES = 6
 _OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are found in one launch
 
@@ -196,12 +197,20 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
         return partial.new_zeros(0, _NUM_MEASURES)
     with torch.cuda.device_of(logits):  # where Triton launches
         _measure_kernel[(len(logits) * strips,)](
-            logits, partial, strips, *_geometry(logits, frame), *map(float, thresholds),
-            ROWS=_ROWS, COLUMNS=_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
+            logits, partial, strips, *_geometry(logits, frame), *map(float, thresholds), float(min(thresholds)),
+            int(_sees_strips(logits, frame)), ROWS=_ROWS, COLUMNS=_COLUMNS,
+            NEAR_ROWS=_NEAR_ROWS, NEAR_COLUMNS=_NEAR_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
         )  # fmt: skip
     areas, first, last = partial[:2].sum(dim=2), partial[2:4].amin(dim=2), partial[4:].amax(dim=2)
     empty = last[0] < 0
     return torch.cat([areas.int(), torch.cat([first, last]).masked_fill(empty, 0)]).T.contiguous()
+
+
+def _sees_strips(logits: torch.Tensor, frame: Frame) -> bool:
+    """Return whether the logits that a strip of rows is computed from fit into a block of the kernel that measures."""
+    _, low_width, low_scale, _, _, _, scale, *_ = _geometry(logits, frame)
+    rows = low_scale * scale * (_ROWS - 1) + 2 * (low_scale + 1) + 2
+    return rows <= _NEAR_ROWS and low_width <= _NEAR_COLUMNS
 
 
 def launch_changes(
@@ -317,22 +326,38 @@ if triton is not None:
         place = masks + (mask * crop_height + y) * crop_width + x
         tl.store(place, value > threshold, mask=(y < crop_height) & (x < crop_width))
 
-    @triton.jit(do_not_specialize=["strips", *_SIZES])
+    @triton.jit(do_not_specialize=["strips", "sees_strips", *_SIZES])
     def _measure_kernel(
         logits, partial, strips,
         low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
-        middle, high, low,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
+        middle, high, low, lowest, sees_strips,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR_ROWS: tl.constexpr, NEAR_COLUMNS: tl.constexpr,
+        TWICE: tl.constexpr,
     ):  # fmt: skip
-        """Measure a strip of rows of one mask."""
+        """Measure a strip of rows of one mask, between the columns that logits above the lowest threshold reach."""
         mask = (tl.program_id(0) // strips).to(tl.int64)
         logits += mask * low_height * low_width
-        y = tl.program_id(0) % strips * ROWS + tl.arange(0, ROWS)[:, None]
+        top = tl.program_id(0) % strips * ROWS
+        y = top + tl.arange(0, ROWS)[:, None]
+        # The second resize reads less than a pixel of the first beyond its place, and the first less than a logit.
+        near = low_scale_y * scale_y * (top.to(tl.float32) + 0.5) - 0.5 - (low_scale_y + 1.0)
+        near_y = tl.minimum(tl.maximum(near, 0.0).to(tl.int32) + tl.arange(0, NEAR_ROWS), low_height - 1)[:, None]
+        near_x = tl.arange(0, NEAR_COLUMNS)[None, :]
+        near_logits = tl.load(logits + near_y * low_width + near_x, mask=near_x < low_width, other=float("-inf"))
+        above = near_logits.to(tl.float32) > lowest
+        left = tl.min(tl.min(tl.where(above, near_x, NEAR_COLUMNS), axis=1), axis=0)
+        right = tl.max(tl.max(tl.where(above, near_x, -1), axis=1), axis=0)
+        scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
+        first = tl.maximum((left.to(tl.float32) - reach + 0.5) / scale - 1.5, 0.0).to(tl.int32)
+        last = tl.minimum((right.to(tl.float32) + reach + 0.5) / scale + 1.5, crop_width.to(tl.float32)).to(tl.int32)
+        last = tl.where(right < 0, 0, last)
+        first = tl.where(sees_strips != 0, first, 0) // COLUMNS * COLUMNS
+        last = tl.where(sees_strips != 0, last, crop_width)
         area_high = tl.zeros((ROWS, COLUMNS), tl.int32)
         area_low = tl.zeros((ROWS, COLUMNS), tl.int32)
         first_x = tl.full((ROWS, COLUMNS), 2147483647, tl.int32)
         last_x = tl.full((ROWS, COLUMNS), -1, tl.int32)
-        for start in range(0, crop_width, COLUMNS):
+        for start in range(first, last, COLUMNS):
             x = start + tl.arange(0, COLUMNS)[None, :]
             value = _pixel(
                 logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),

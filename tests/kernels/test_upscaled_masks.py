@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from samlight_hf.inference.candidates import Candidates, Table
+from samlight_hf.inference.packed_logits import columns_of
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.kernels.support import triton
 from samlight_hf.kernels.upscaled_masks import (
@@ -31,6 +32,7 @@ CASES = {  # logits' size, frame
     "a crop": ((8, 8), Frame((32, 32), (20, 32), (25, 40), (5, 11), (50, 60))),
     "wider than a block": ((16, 16), Frame((64, 64), (11, 64), (23, 133), (0, 0), (23, 133))),
     "no multiple": ((6, 6), Frame((20, 20), (15, 20), (15, 20), (0, 0), (15, 20))),
+    "wider than two blocks": ((40, 40), Frame((160, 160), (40, 160), (40, 160), (0, 0), (40, 160))),
     "one pixel": ((8, 8), Frame((32, 32), (32, 32), (1, 1), (0, 0), (1, 1))),
 }
 
@@ -54,6 +56,9 @@ def check(name: str, device="cpu", dtype=torch.float32):
     written, expected = launch_masks(logits, frame, 0.0), masks_reference(logits, frame, 0.0)
     assert (written.dtype, written.shape) == (torch.bool, expected.shape), name
     assert (written != expected).flatten(1).sum(dim=1).max() <= 1, name
+    (top, left), boxes = frame.corner, measure_reference(logits, frame, THRESHOLDS)[:, 2:]
+    columns = columns_of(boxes + boxes.new_tensor([left, top, left, top]), frame, size[1])
+    assert all(map(torch.equal, launch_changes(logits, frame, 0.0, columns), launch_changes(logits, frame, 0.0))), name
     masks = [
         RunLengthMasks.from_changes(*frame.image, *(tensor.cpu().numpy() for tensor in result)).to_masks()
         for result in (launch_changes(logits, frame, 0.0), changes_reference(logits, frame, 0.0))
@@ -64,6 +69,11 @@ def check(name: str, device="cpu", dtype=torch.float32):
     assert launch_masks(logits[:0], frame, 0.0).shape == (0, *frame.crop)
     assert [len(tensor) for tensor in launch_changes(logits[:0], frame, 0.0)] == [0, 0]
     assert [len(tensor) for tensor in launch_changes(logits[-2:-1], frame, 0.0)] == [0, 1]
+
+
+def test_some_cases_have_strips_that_fit_into_a_block_of_logits_and_some_do_not():
+    seen = {name: upscaled_masks._sees_strips(torch.empty(1, *size), frame) for name, (size, frame) in CASES.items()}
+    assert set(seen.values()) == {False, True}, seen
 
 
 @pytest.mark.slow
