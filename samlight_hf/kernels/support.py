@@ -69,10 +69,23 @@ def _can_overlap(device: torch.device) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
     """Launch a Triton kernel; within `compile_ahead` have it compiled instead."""
-    if only_compiles():
-        kernel.warmup(*arguments, grid=grid, **options)
-    else:
+    if not only_compiles():
         kernel[grid](*arguments, **options)
+        return
+    threads = _compile_threads.get()
+    variant = kernel, *map(_specialization, arguments), *options.items()
+    if threads is not None and variant not in threads.variants:  # asking Triton whether it is compiled takes long
+        threads.variants.add(variant)
+        kernel.warmup(*arguments, grid=grid, **options)
+
+
+def _specialization(argument) -> tuple:
+    """Return what Triton may compile for: dtype and alignment, or if an integer is 1, a multiple of 16, and large."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return type(argument), argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    return (type(argument),)
 
 
 def only_compiles() -> bool:
@@ -81,10 +94,11 @@ def only_compiles() -> bool:
 
 
 class _CompileThreads(ThreadPoolExecutor):
-    """The threads of `compiling_ahead`, and the sources that `in_compile_thread` gave them."""
+    """The threads of `compiling_ahead`, and what was given to them: variants of Triton's kernels, and sources."""
 
     def __init__(self) -> None:
         super().__init__(min(_COMPILERS, os.cpu_count() or 1), thread_name_prefix="compile")
+        self.variants: set[tuple] = set()
         self.sources: set[str] = set()
 
 

@@ -202,6 +202,22 @@ def test_ahead_kernels_are_compiled_and_not_launched():
 
 
 @needs_threads
+def test_ahead_each_variant_is_asked_for_once():
+    kernel, tensor = Kernel(), torch.zeros(64)
+    calls = [
+        ((tensor, 3, 0.5), {"ROWS": 4}), ((tensor[16:], 5, 7.5), {"ROWS": 4}),  # the same variant
+        ((tensor[1:], 3, 0.5), {"ROWS": 4}), ((tensor.half(), 3, 0.5), {"ROWS": 4}), ((tensor, 3, None), {"ROWS": 4}),
+        *(((tensor, number, 0.5), {"ROWS": 4}) for number in (1, 16, 2**31)), ((tensor, 3, 0.5), {"ROWS": 8}),
+    ]  # fmt: skip
+    with compiling_ahead():
+        for arguments, options in calls * 2:
+            compile_ahead(lambda a=arguments, o=options: launch(kernel, (1,), *a, **o))
+    assert len(kernel.compiled) == len(calls) - 1
+    compile_ahead(lambda: launch(kernel, (1,), tensor, 3, 0.5, ROWS=4))
+    assert len(kernel.compiled) == len(calls)
+
+
+@needs_threads
 def test_ahead_a_triton_kernel_is_tried_and_a_cuda_kernel_is_taken_to_run():
     kernel, reasons = Kernel(), []
 
@@ -213,7 +229,7 @@ def test_ahead_a_triton_kernel_is_tried_and_a_cuda_kernel_is_taken_to_run():
     def run():
         reasons.append(why_not_tried("tests", CPU, 1, attempt))
         reasons.append(why_not_tried("tests", CPU, 2, broken, "CUDA", "others"))
-        launch(kernel, (2,))
+        launch(kernel, (2,), None)
 
     compile_ahead(run)
     assert reasons == [None, None]
