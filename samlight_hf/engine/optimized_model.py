@@ -155,7 +155,7 @@ class FastPaths:
                 labels = torch.ones(count, 1, dtype=torch.int32, device=device)
                 return [image, corners[:, None, 2:].contiguous(), labels]
 
-            num_bytes = 2 * count * tokens.nbytes  # the image tokens before and after a layer
+            num_bytes = count * tokens.nbytes  # the image tokens of each prompt
             for multimask_output in (True, False):
                 function = decoder.all_masks[multimask_output, False]
                 masks = "three masks" if multimask_output else "one mask"

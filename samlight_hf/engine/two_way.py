@@ -1,6 +1,7 @@
 """The two-way transformer of SAM's mask decoder with less work on the image side; see `mask_decoder` for the idea."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
@@ -29,7 +30,7 @@ def run_two_way(
         The prompt tokens (P, T, C) and the image tokens (P, N, C) after the last layer.
     """
     tokens = embedded
-    for layer in transformer.layers:
+    for place, layer in enumerate(transformer.layers):
         if layer.skip_first_layer_pe:
             tokens = _attend(layer.self_attn, tokens, tokens)
         else:
@@ -39,7 +40,10 @@ def run_two_way(
         tokens = tokens + _tokens_to_image(attention, tokens + embedded, image_tokens, positions, use_kernels)
         tokens = layer.layer_norm2(tokens)
         tokens = layer.layer_norm3(tokens + layer.mlp(tokens))
-        image_tokens = _image_to_tokens(layer, image_tokens, tokens + embedded, tokens, positions, use_kernels)
+        # Those of a layer before are needed no more, and the largest tensor.
+        image_tokens = _image_to_tokens(
+            layer, image_tokens, tokens + embedded, tokens, positions, use_kernels, in_place=place > 0
+        )
     attention = transformer.final_attn_token_to_image
     attended = _tokens_to_image(attention, tokens + embedded, image_tokens, positions, use_kernels)
     return transformer.layer_norm_final_attn(tokens + attended), image_tokens
@@ -80,8 +84,12 @@ def _image_to_tokens(
     values: torch.Tensor,
     positions: torch.Tensor,
     use_kernels: bool,
+    in_place: bool,
 ) -> torch.Tensor:
-    """Attend from image tokens (1 or P, N, C) to prompt tokens, add the residual, apply the layer norm: (P, N, C)."""
+    """Attend from image tokens (1 or P, N, C) to prompt tokens, add the residual, apply the layer norm: (P, N, C).
+
+    With `in_place` the kernel overwrites the image tokens.
+    """
     attention, norm = layer.cross_attn_image_to_token, layer.layer_norm4
     heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, keys.shape
     use_kernels = use_kernels and image_attention.fits(heads, num_tokens)
@@ -100,7 +108,8 @@ def _image_to_tokens(
     # The query's bias, in contrast, adds a different number to each token's score: its product with the token's key.
     bias = (key * attention.q_proj.bias.view(heads, -1)).sum(dim=-1).transpose(1, 2).flatten(1)  # (P, H * T)
     key = _to_image_side(key, attention.q_proj.weight)
-    kernels = image_attention.update, cpu_blocks.update, image_attention.update_reference
+    kernel = partial(image_attention.update, in_place=in_place)
+    kernels = kernel, cpu_blocks.update, image_attention.update_reference
     update = _choose(*kernels, image_tokens, use_kernels)
     return update(image_tokens, positions, key, bias, value, norm, heads)
 

@@ -88,12 +88,16 @@ def update(
     values: torch.Tensor,
     norm: nn.LayerNorm,
     num_heads: int,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """Compute `launch_update`, or `update_reference` if Triton cannot compile the kernel for these shapes."""
+    """Compute `launch_update`, or `update_reference` if Triton cannot compile the kernel for these shapes.
+
+    With `in_place` the kernel overwrites the image tokens, which then are (P, N, C).
+    """
     arguments = image_tokens, positions, keys, biases, values, norm, num_heads
     return launched(
         _NAME, image_tokens.device, ("update", image_tokens.dtype, num_heads, *keys.shape, *image_tokens.shape),
-        lambda: launch_update(*arguments), lambda: update_reference(*arguments),
+        lambda: launch_update(*arguments, in_place), lambda: update_reference(*arguments),
     )  # fmt: skip
 
 
@@ -189,13 +193,19 @@ def launch_update(
     values: torch.Tensor,
     norm: nn.LayerNorm,
     num_heads: int,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """Compute `update_reference` with the kernel."""
+    """Compute `update_reference` with the kernel; with `in_place` in the memory of the image tokens, (P, N, C).
+
+    A thread block reads the image tokens that it updates, and no others.
+    """
     (num_prompts, num_rows, channels), num_tokens = keys.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
     rows, blocks = num_rows // num_heads, triton.cdiv(num_tokens, _BLOCK)
     blocks_of_part = max(1, min(_MOST_BLOCKS, num_prompts * blocks // _THREAD_BLOCKS))
-    updated = torch.empty(num_prompts, num_tokens, channels, dtype=image_tokens.dtype, device=image_tokens.device)
+    shape = num_prompts, num_tokens, channels
+    assert not in_place or image_tokens.shape == shape, "image tokens that prompts share cannot be overwritten"
+    updated = image_tokens if in_place else torch.empty(shape, dtype=image_tokens.dtype, device=image_tokens.device)
     if not updated.numel():
         return updated
     with torch.cuda.device_of(image_tokens):  # where Triton launches

@@ -209,7 +209,7 @@ def launched(
         name: the kernel's purpose, for messages.
         device: the device that it runs on.
         variant: all properties that the kernel is compiled for.
-        launch: function that runs the kernel. It must not write anything that `reference` reads.
+        launch: function that runs the kernel. If it fails it has not written anything that `reference` reads.
         reference: function that computes the same without the kernel.
 
     Raises:

@@ -170,13 +170,13 @@ class TokenKernels:
         """
         tokens = embedded = self.embed(prompts)
         norm = None
-        for layer in self.transformer.layers:
+        for place, layer in enumerate(self.transformer.layers):
             attended = self._attend(layer.self_attn, tokens, norm, None if norm is None else embedded)
             tokens = self._add(layer.self_attn.out_proj, attended, None if norm is None else tokens, norm)
             tokens = self._see(layer.cross_attn_token_to_image, tokens, layer.layer_norm1, embedded, image_tokens)
             hidden = self._hidden(layer.mlp.lin1, tokens, layer.layer_norm2)
             tokens, norm = self._add(layer.mlp.lin2, hidden, tokens, layer.layer_norm2), layer.layer_norm3
-            image_tokens = self._update(layer, tokens, norm, embedded, image_tokens)
+            image_tokens = self._update(layer, tokens, norm, embedded, image_tokens, in_place=place > 0)
         tokens = self._see(self.transformer.final_attn_token_to_image, tokens, norm, embedded, image_tokens)
         return *self._run_heads(tokens, self.transformer.layer_norm_final_attn, masks), image_tokens
 
@@ -238,12 +238,15 @@ class TokenKernels:
         )  # fmt: skip
         return output
 
-    def _update(self, layer: SamTwoWayAttentionBlock, tokens, norm, embedded, image_tokens) -> torch.Tensor:
+    def _update(
+        self, layer: SamTwoWayAttentionBlock, tokens, norm, embedded, image_tokens, in_place: bool
+    ) -> torch.Tensor:
         """Return the image tokens (P, N, C) after their attention to the tokens and its layer norm."""
         attention = layer.cross_attn_image_to_token
         sides = self._to_image(attention.k_proj, attention.q_proj, attention, tokens, norm, embedded, with_values=True)
         keys, biases, values = sides
-        return image_attention.update(image_tokens, self.positions, keys, biases, values, layer.layer_norm4, self.heads)
+        norm, heads = layer.layer_norm4, self.heads
+        return image_attention.update(image_tokens, self.positions, keys, biases, values, norm, heads, in_place)
 
     def _to_image(self, own: nn.Linear, other: nn.Linear, attention, tokens, norm, embedded, with_values=False):
         """Project tokens into the channels of the image tokens, so that these need no projection of their own.

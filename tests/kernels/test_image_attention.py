@@ -64,6 +64,10 @@ def relative_errors(case, dtype, device="cpu") -> list[float]:
             ),
         ]  # fmt: skip
     assert all(a.shape == b.shape and a.dtype == dtype for a, b in zip(found, expected))
+    own = image.to(dtype).expand_as(found[1]).clone()
+    sides = keys.to(dtype), biases.to(dtype), values.to(dtype), norm.to(dtype)
+    again = launch_update(own, positions.to(dtype), *sides, heads, in_place=True)
+    assert again.data_ptr() == own.data_ptr() and torch.equal(again, found[1])
     return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected)]
 
 
