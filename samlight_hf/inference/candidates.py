@@ -44,8 +44,8 @@ class _Part(NamedTuple):
 class Candidates:
     """Masks of one image that have passed all filters but the suppression of duplicates, on the device.
 
-    Logits become outlines (the positions where a mask changes) for the chosen masks only. If logits of more than
-    `max_bytes` wait, all of them do. Masks that a filter has left out keep their number, so that nothing waits to learn
+    Logits become outlines (the positions where a mask changes) for the chosen masks only. Those that do not fit into
+    `max_bytes` do at once. Masks that a filter has left out keep their number, so that nothing waits to learn
     how many are left.
 
     Args:
@@ -81,15 +81,15 @@ class Candidates:
         """
         columns = torch.cat([table.scores[:, None], table.stability[:, None], table.boxes, table.points], dim=1)
         packed = pack_logits(logits, table.boxes, frame, kept)
-        self._parts.append(_Part(columns, kept, frame, packed, None))
-        self._waiting_bytes += packed.nbytes
-        if self._waiting_bytes > self.max_bytes:
-            self._parts = [self._outlined(part, step) for part in self._parts]
-            self._waiting_bytes = 0
+        part = _Part(columns, kept, frame, packed, None)
+        if self._waiting_bytes + packed.nbytes > self.max_bytes:
+            part = self._outlined(part, step)
+        else:
+            self._waiting_bytes += packed.nbytes
+        self._parts.append(part)
 
     def _outlined(self, part: _Part, step: int) -> _Part:
-        if part.logits is None:
-            return part
+        """Convert the logits of a part to outlines."""
         numbers = part.kept.nonzero().squeeze(1)
         counts, positions = torch.zeros(len(part.kept), dtype=torch.int32, device=numbers.device), []
         for some in numbers.split(self._unpacked_at_once(step)):
