@@ -114,7 +114,9 @@ class Predictor:
         if self.decoder.is_lean:
             lean = MemoryBudget(model, max_memory_mb, decoder=self.decoder, use_triton=True)
             self._short_at_once = min(lean.points_per_batch, MOST_PROMPTS)
-        side = 4 * model.config.prompt_encoder_config.image_embedding_size
+        self.device, config = model.device, model.config.prompt_encoder_config
+        self._numbers_of_image = config.image_embedding_size**2 * config.hidden_size
+        side = 4 * config.image_embedding_size
         self.logits_size = (side, side)
         self.reset()
 
@@ -306,15 +308,13 @@ class Predictor:
         images: list[Any] = kept if image is None else list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise ValueError("image is an empty list: give what encode returned.")
-        config = self.model.config.prompt_encoder_config
-        num_numbers = config.image_embedding_size**2 * config.hidden_size
         for encoded in images:
             if not isinstance(encoded, EncodedImage):
                 raise ValueError(f"image is a {type(encoded).__name__}, and must be what encode returned.")
-            if encoded.embedding.device != self.model.device or encoded.embedding.numel() != num_numbers:
+            if encoded.embedding.device != self.device or encoded.embedding.numel() != self._numbers_of_image:
                 raise ValueError(
                     f"the image was encoded by another model, on {encoded.embedding.device}: encode it with this "
-                    f"predictor, on {self.model.device}."
+                    f"predictor, on {self.device}."
                 )
         return images, is_list
 
@@ -326,7 +326,7 @@ class Predictor:
         name, values = ("logits", logits) if masks is None else ("masks", masks)
         prompt_logits = None
         if values is not None:
-            prompt_logits = logits_of_prompt(values, image, self.logits_size, self.model.device, name)
+            prompt_logits = logits_of_prompt(values, image, self.logits_size, self.device, name)
         return parse_prompts(place, image.size, points_xy, labels, boxes_xyxy, prompt_logits, name)
 
     def _parse_lists(
@@ -358,7 +358,7 @@ class Predictor:
         parts = [self._decode_batch(images, [prompts[place] for place in batch], multimask_output) for batch in batches]
         if not parts:
             num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if multimask_output else 1
-            empty = torch.zeros(0, num_masks, *self.logits_size, device=self.model.device)
+            empty = torch.zeros(0, num_masks, *self.logits_size, device=self.device)
             return empty[..., 0, 0], empty
         scores, logits = map(_cat, zip(*parts))
         order = [place for batch in batches for place in batch]
@@ -397,7 +397,7 @@ class Predictor:
             embedding, scales = encoded[0].read(), encoded[0].scale
         else:
             scales = np.array([image.scale for image in encoded])
-            with turn(self.model.device):  # after the encoder, on whatever stream it ran
+            with turn(self.device):  # after the encoder, on whatever stream it ran
                 embedding = torch.cat([image.read() for image in encoded])
         return self._decode_part(embedding, scales, PromptArrays.of(prompts), multimask_output)
 
