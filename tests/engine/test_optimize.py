@@ -344,7 +344,7 @@ def test_on_a_gpu_graphs_share_their_memory_and_do_not_disturb_each_other(on_gpu
     """Inputs, results and what lies between are in memory that the next graph overwrites."""
     optimized = optimize(on_gpu, image_batch_sizes=(1, 8, 32), prompt_counts=(1, 16, 64))
     print(optimized.report)
-    assert optimized.report.num_graphs == 3 + 12 and optimized.report.graph_memory_mb < 1000
+    assert optimized.report.num_graphs == 3 + 12 and optimized.report.graph_memory_mb < 1150
     alone = {
         (8, 16): optimize(on_gpu, image_batch_sizes=(8,), prompt_counts=(16,)),
         (1, 64): optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(64,)),
