@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 DEFAULT_MEMORY_MB = 1500
 
 _MAX_POINTS_PER_BATCH = 192
-_CPU_POINTS_PER_BATCH = 8  # with more, intermediate results do not fit into the caches
+_CPU_POINTS_PER_BATCH = 4  # with more, image tokens do not fit into the caches, and are in new memory each time
 _WORKSPACES = 128 * 2**20  # bytes of cuBLAS, cuBLASLt and cuDNN
 
 

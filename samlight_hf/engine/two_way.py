@@ -88,7 +88,7 @@ def _image_to_tokens(
 ) -> torch.Tensor:
     """Attend from image tokens (1 or P, N, C) to prompt tokens, add the residual, apply the layer norm: (P, N, C).
 
-    With `in_place` the kernel overwrites the image tokens.
+    With `in_place` kernel and blocks overwrite the image tokens.
     """
     attention, norm = layer.cross_attn_image_to_token, layer.layer_norm4
     heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, keys.shape
@@ -108,9 +108,8 @@ def _image_to_tokens(
     # The query's bias, in contrast, adds a different number to each token's score: its product with the token's key.
     bias = (key * attention.q_proj.bias.view(heads, -1)).sum(dim=-1).transpose(1, 2).flatten(1)  # (P, H * T)
     key = _to_image_side(key, attention.q_proj.weight)
-    kernel = partial(image_attention.update, in_place=in_place)
-    kernels = kernel, cpu_blocks.update, image_attention.update_reference
-    update = _choose(*kernels, image_tokens, use_kernels)
+    kernel, blocks = (partial(module.update, in_place=in_place) for module in (image_attention, cpu_blocks))
+    update = _choose(kernel, blocks, image_attention.update_reference, image_tokens, use_kernels)
     return update(image_tokens, positions, key, bias, value, norm, heads)
 
 

@@ -1,13 +1,14 @@
-"""The image side of the mask decoder on a CPU, in blocks that stay in the caches.
+"""The image side of the mask decoder and masks at the image's size on a CPU, in blocks that stay in the caches.
 
 Batched operations write and read all image tokens of all prompts, many megabytes, once for each step. Here a prompt
 comes after another, and all steps but attention's sums over the image are done for a block of its image tokens before
 the next block begins. In this way half the time of everything mode on a CPU is saved. Sums are in another order, so
 results are equal up to rounding; the slow siblings are `image_attention.seen_reference`,
-`image_attention.update_reference` and `mask_head.run_head`.
+`image_attention.update_reference`, `mask_head.run_head` and `masks.upscaling.upscale_logits`.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1024  # image tokens: 1 MB in float32
 _HEAD_BLOCK = 512  # image tokens of the head, where each becomes 16 pixels of 32 channels
+_LINES = 64  # rows or columns of an image that are interpolated by one product
 
 
 def why_not(image_tokens: torch.Tensor) -> str | None:
@@ -33,9 +35,9 @@ def why_not(image_tokens: torch.Tensor) -> str | None:
 
 def seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Compute `image_attention.seen_reference`, which describes the arguments."""
-    output = torch.empty_like(queries)
+    output, keys = torch.empty_like(queries), torch.empty_like(positions)
     for query, own, result in zip(queries, _of_prompts(image_tokens, len(queries)), output):
-        probabilities = torch.mm(query, (own + positions).T).softmax(dim=-1)
+        probabilities = torch.mm(query, torch.add(own, positions, out=keys).T).softmax(dim=-1)
         torch.mm(probabilities, own, out=result)
     return output
 
@@ -48,9 +50,13 @@ def update(
     values: torch.Tensor,
     norm: nn.LayerNorm,
     num_heads: int,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """Compute `image_attention.update_reference`, which describes the arguments."""
-    output = values.new_empty(len(keys), *image_tokens.shape[1:])
+    """Compute `image_attention.update_reference`, which describes the arguments.
+
+    With `in_place` the image tokens of each prompt are overwritten. New memory would cost as much time as a product.
+    """
+    output = image_tokens if in_place else values.new_empty(len(keys), *image_tokens.shape[1:])
     for key, bias, value, own, result in zip(keys, biases, values, _of_prompts(image_tokens, len(keys)), output):
         for part in _blocks(len(own), _BLOCK):
             scores = torch.addmm(bias[:, None], key, (own[part] + positions[part]).T)  # (H * T, n)
@@ -118,6 +124,46 @@ def run_head(
             logits = torch.mm(masks, hidden.T).view(num_masks, -1, columns, 2, 2, 2, 2)
             result[:, part][..., :columns, :, :] = logits.permute(0, 1, 3, 5, 2, 4, 6)  # as in `mask_head.run_head`
     return output.view(len(prompts), num_masks, 4 * height, 4 * width)
+
+
+def upscale(
+    logits: torch.Tensor, padded_size: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]
+) -> torch.Tensor:
+    """Compute `upscale_logits`, which describes the arguments: both resizes at once, first of columns, then of rows."""
+    logits, (height, width) = logits.float(), original
+    vertical, horizontal = (_interpolation(*sizes) for sizes in zip(logits.shape[1:], padded_size, resized, original))
+    stretched = logits.new_empty(*logits.shape[:2], width)
+    for lines, places, weights in horizontal:
+        torch.matmul(logits[..., places], weights.T, out=stretched[..., lines])
+    output = logits.new_empty(len(logits), height, width)
+    for image, result in zip(stretched, output):
+        for lines, places, weights in vertical:
+            torch.mm(weights, image[places], out=result[lines])
+    return output
+
+
+@lru_cache(maxsize=16)
+def _interpolation(low: int, padded: int, resized: int, original: int) -> tuple[tuple[slice, slice, torch.Tensor], ...]:
+    """Return for each block of an axis its lines, the places of the logits that they depend on, and their weights.
+
+    Args:
+        low, padded, resized, original: sizes of the logits, the model's input, the image in it, and the image.
+
+    Returns:
+        Slices of the image's axis and of the logits', and weights (lines, places), float32.
+    """
+    with torch.inference_mode(False):
+        weights = torch.eye(low)[None]  # (1, logits, lines)
+        for size, cut in ((padded, resized), (original, original)):
+            if weights.shape[2] != size:
+                weights = F.interpolate(weights, size, mode="linear", align_corners=False)
+            weights = weights[..., :cut]
+        blocks = []
+        for lines in _blocks(original, _LINES):
+            used = weights[0, :, lines].any(dim=1).nonzero().flatten()
+            places = slice(int(used[0]), int(used[-1]) + 1)
+            blocks.append((lines, places, weights[0, places, lines].T.contiguous()))
+    return tuple(blocks)
 
 
 def _add_seen(

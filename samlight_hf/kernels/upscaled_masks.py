@@ -14,6 +14,7 @@ import torch
 from ..masks.boxes import mask_boxes
 from ..masks.rle import mask_changes
 from ..masks.upscaling import upscale_logits
+from . import cpu_blocks
 from .support import normal_numbers, tl, triton, why_not_tried
 
 
@@ -158,11 +159,11 @@ def masks(logits: torch.Tensor, frame: Frame, threshold: float, step: int, use_t
 
 
 def masks_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.Tensor:
-    return upscale_logits(logits, frame.padded, frame.resized, frame.crop) > threshold
+    return _upscaled(logits, frame) > threshold
 
 
 def measure_reference(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
-    logits = upscale_logits(logits, frame.padded, frame.resized, frame.crop)
+    logits = _upscaled(logits, frame)
     middle, high, low = thresholds
     areas = [(logits > threshold).flatten(1).sum(dim=1, dtype=torch.int32) for threshold in (high, low)]
     return torch.cat([torch.stack(areas, dim=1), mask_boxes(logits > middle).int()], dim=1)
@@ -175,6 +176,11 @@ def changes_reference(logits: torch.Tensor, frame: Frame, threshold: float) -> t
         right, bottom = width - left - frame.crop[1], height - top - frame.crop[0]
         masks = torch.nn.functional.pad(masks, (left, right, top, bottom))
     return mask_changes(masks)
+
+
+def _upscaled(logits: torch.Tensor, frame: Frame) -> torch.Tensor:
+    upscale = upscale_logits if cpu_blocks.why_not(logits) else cpu_blocks.upscale
+    return upscale(logits, frame.padded, frame.resized, frame.crop)
 
 
 def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.Tensor:

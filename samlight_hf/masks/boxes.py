@@ -46,12 +46,13 @@ def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
     """
     if not masks.numel():
         return torch.zeros(len(masks), 4, dtype=torch.int64, device=masks.device)
-    bounds = []
-    for inside in (masks.any(dim=1), masks.any(dim=2)):  # columns, rows
-        inside = inside.byte()  # argmax takes the first of equal values
-        bounds.append((inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)))
-    (x1, x2), (y1, y2) = bounds
-    return torch.stack([x1, y1, x2, y2], dim=1) * masks.flatten(1).any(dim=1)[:, None]
+    pixels = masks.contiguous().view(torch.uint8)  # on a CPU the largest of bytes is found much faster than `any`
+    columns, rows = pixels.amax(dim=1), pixels.amax(dim=2)
+    # argmax takes the first of equal values
+    (x1, x2), (y1, y2) = (
+        (inside.argmax(dim=1), inside.shape[1] - 1 - inside.flip(1).argmax(dim=1)) for inside in (columns, rows)
+    )
+    return torch.stack([x1, y1, x2, y2], dim=1) * columns.amax(dim=1)[:, None]
 
 
 def xywh_to_xyxy(box_xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

@@ -8,12 +8,13 @@ from torch import nn
 
 from samlight_hf import MaskGenerator, Predictor, SamLighteningConfig, SamLighteningModel
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
-from samlight_hf.kernels import cpu_blocks, image_attention, mask_head
+from samlight_hf.kernels import cpu_blocks, image_attention, mask_head, upscaled_masks
 from samlight_hf.kernels.layer_norm import add_layer_norm_reference
 from samlight_hf.masks.upscaling import upscale_logits, visible_part
 from tests.conftest import tiny_config
 
 
+BLOCKS = ("seen", "update", "update_shared", "run_head", "upscale")
 PROMPTS, HEADS, TOKENS, CHANNELS, GRID = 3, 4, 7, 32, (40, 50)  # 2,000 image tokens: two blocks, one not full
 
 
@@ -42,8 +43,11 @@ def test_attention_is_that_of_the_plain_operations(images):
     found = cpu_blocks.seen(rows, image_tokens, positions)
     assert error(found, image_attention.seen_reference(rows, image_tokens, positions)) < 1e-5
     arguments = image_tokens, positions, rows, numbers(PROMPTS, HEADS * TOKENS), 0.1 * rows, norm_of(CHANNELS), HEADS
-    found = cpu_blocks.update(*arguments)
-    assert error(found, image_attention.update_reference(*arguments, add_layer_norm_reference)) < 1e-5
+    expected = image_attention.update_reference(*arguments, add_layer_norm_reference)
+    assert error(cpu_blocks.update(*arguments), expected) < 1e-5
+    if images > 1:
+        assert cpu_blocks.update(*arguments, in_place=True) is image_tokens
+        assert error(image_tokens, expected) < 1e-5
 
 
 @torch.no_grad()
@@ -85,6 +89,14 @@ def test_what_is_not_visible_does_not_change_a_mask(resized):
     assert visible_part((100, 100), (1024, 1024), resized) == (100, 100)  # no whole number of pixels: all is needed
 
 
+@pytest.mark.parametrize("original", [(683, 1024), (1024, 683), (40, 60), (300, 1), (1, 2000), (1500, 900)], ids=str)
+@pytest.mark.parametrize("low", [(256, 256), (60, 100)], ids=str)
+def test_both_resizes_at_once_give_the_logits_of_one_after_the_other(low, original):
+    logits, frame = numbers(2, *low), ((1024, 1024), (683, 1024), original)
+    torch.testing.assert_close(cpu_blocks.upscale(logits, *frame), upscale_logits(logits, *frame), atol=2e-6, rtol=0)
+    assert cpu_blocks.upscale(logits[:0], *frame).shape == (0, *original)
+
+
 def test_reasons_against_the_blocks():
     with torch.no_grad():
         assert "cuda" in cpu_blocks.why_not(type("OnCuda", (), {"is_cpu": False, "device": "cuda:0"})())
@@ -95,8 +107,9 @@ def test_reasons_against_the_blocks():
 def counted(monkeypatch) -> dict[str, int]:
     """The number of calls of each function, of the blocks and of the plain operations."""
     counts: dict[str, int] = {}
-    plain = ((image_attention, "seen_reference"), (image_attention, "update_reference"), (mask_head, "run_head"))
-    blocks = [(cpu_blocks, name) for name in ("seen", "update", "update_shared", "run_head")]
+    attention = ((image_attention, name) for name in ("seen_reference", "update_reference"))
+    plain = (*attention, (mask_head, "run_head"), (upscaled_masks, "upscale_logits"))
+    blocks = [(cpu_blocks, name) for name in BLOCKS]
     for module, name in (*plain, *blocks):
         key, function = f"{module.__name__.rpartition('.')[2]}.{name}", getattr(module, name)
 
@@ -127,8 +140,9 @@ def test_everything_mode_and_prompts_take_the_blocks(model, counted, monkeypatch
         prediction = Predictor(model, processor).set_image(image).predict(points_xy=[[(5, 6)], [(20, 9)]])
         results.append((everything, prediction))
         used.append({name for name, count in counted.items() if count})
-    assert used[0] == {f"cpu_blocks.{name}" for name in ("seen", "update", "update_shared", "run_head")}
-    assert used[1] == {"image_attention.seen_reference", "image_attention.update_reference", "mask_head.run_head"}
+    assert used[0] == {f"cpu_blocks.{name}" for name in BLOCKS}
+    attention = {"image_attention.seen_reference", "image_attention.update_reference"}
+    assert used[1] == {*attention, "mask_head.run_head", "upscaled_masks.upscale_logits"}
     (everything, prediction), (plain, plain_prediction) = results
     assert len(everything.masks) == len(plain.masks) > 10
     assert np.abs(everything.scores - plain.scores).max() < 1e-5
