@@ -195,7 +195,9 @@ def plot(rows: list[dict], path: Path):
             label = name if line == "-" else None  # the markers are explained beside the times
             draw(quality, through, lambda row, name=name: row[name][0] if name in row else None, colour, line)
             draw(quality, own, lambda row, name=name: row[name][0] if name in row else None, colour, marker, label)
-        draw(times, own, lambda row: row.get("encoder_ms"), "black", marker, bands, fillstyle="none")
+        draw(times, own, lambda row: row.get("encoder_ms"), "black", marker, fillstyle="none")
+        if own:
+            times.plot([], [], marker, color="black", fillstyle="none", label=bands)
     quality.set(xlabel="image size, px", ylabel="mIoU")
     times.set(xlabel="image size, px", ylabel="encoder, ms an image", yscale="log")
     sizes = sorted({row["size"] for row in rows})
