@@ -463,7 +463,7 @@ def test_half_precision_finds_the_same_masks_before_one_is_chosen(device, dtype,
             best += [max(intersection_over_union(mask, other) for other in others) for mask in masks]
     shares = [np.mean(np.array(best) >= 0.95) for best in (chosen, near)]
     print(f"{dtype}: of {len(near)} masks in float32 {shares[0]:.3f} are chosen too, {shares[1]:.3f} are there before")
-    assert len(near) >= 24 and shares[0] >= 0.75 and shares[1] >= 0.99
+    assert len(near) >= 12 and shares[0] >= 0.75 and shares[1] >= 0.99
 
 
 @pytest.mark.gpu
