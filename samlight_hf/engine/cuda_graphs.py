@@ -21,18 +21,36 @@ class GraphMemory:
     """Memory that the graphs of several functions share, since they are never replayed at the same time.
 
     Intermediate results are in a pool of torch. Inputs are in one buffer, as large as those of the largest graph: each
-    call writes them before the replay.
+    call writes them before the replay. So may be a large result, which is read before the next replay.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self._inputs: torch.Tensor | None = None
+        self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._captures = False
 
     def inputs(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """Return the first bytes of the buffer, uint8 (num_bytes,). Older graphs keep a buffer that was too small."""
-        if self._inputs is None or len(self._inputs) < num_bytes:
-            self._inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        return self._inputs[:num_bytes]
+        """Return the first bytes of the buffer of inputs, uint8 (num_bytes,)."""
+        return self._first("inputs", num_bytes, device)
+
+    def result(self, num_bytes: int, device: torch.device) -> torch.Tensor | None:
+        """Return the first bytes of the buffer of results; None outside of `capturing`, where nobody would share it."""
+        return self._first("result", num_bytes, device) if self._captures else None
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Mark the capture of a graph and its warm-up, which allocates the result: never in the pool of a graph."""
+        self._captures = True
+        try:
+            yield
+        finally:
+            self._captures = False
+
+    def _first(self, name: str, num_bytes: int, device: torch.device) -> torch.Tensor:
+        buffer = self._buffers.get((name, device))
+        if buffer is None or len(buffer) < num_bytes:  # older graphs keep the one that was too small
+            buffer = self._buffers[name, device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return buffer[:num_bytes]
 
 
 class GraphedFunction:
@@ -49,9 +67,9 @@ class GraphedFunction:
         function: The function, of tensors alone, to a tensor or a tuple of tensors.
         enabled: Without it the function is always called directly.
         max_graphs: The graph that was not used for the longest time is dropped to make room for one more.
+        memory: The memory of the graphs, which several functions may share. Default: each graph has its own.
         has_kernels: The function launches kernels of this package: before a graph is captured they are compiled, all at
             the same time.
-        memory: The memory of the graphs, which several functions may share. Default: each graph has its own.
 
     Attributes:
         last_ran: How the last call ran: "graph", "eager", or None before the first one.
@@ -82,12 +100,12 @@ class GraphedFunction:
         self._frozen = True
 
     def capture_when_called(self, *examples: torch.Tensor):
-        """Capture a graph at the first call with inputs of these shapes and dtypes, also after `freeze`."""
+        """Capture a graph at the first call with inputs like these examples, also after `freeze`."""
         self._wanted.add(_kinds(examples))
 
     @torch.inference_mode()
     def compile(self, *examples: torch.Tensor):
-        """Compile the kernels that a call with inputs of these shapes and dtypes launches, see `compile_ahead`."""
+        """Compile the kernels that a call with inputs like these examples launches, see `compile_ahead`."""
         if self.has_kernels and (kinds := _kinds(examples)) not in self._compiled:
             self._compiled.add(kinds)
             compile_ahead(lambda: self.function(*examples))
@@ -96,7 +114,7 @@ class GraphedFunction:
         """Return an uninitialised tensor for the next call, which has no other: the graph reads it without a copy.
 
         It is always the same tensor, and the next call with another tensor of this kind overwrites it. From here to the
-        end of the call no other thread may call the function: do both within one `turn`.
+        end of the call no other thread may call a function that shares the memory: do both within one `turn`.
         """
         captured = self._graphs.get((device, (torch.Size(shape), dtype)))
         if captured is not None:
@@ -130,11 +148,16 @@ class GraphedFunction:
         self.last_ran = "graph"
         return outputs
 
+    def has_room_for(self, *tensors: torch.Tensor) -> bool:
+        """Return whether there is a graph for inputs like these, or there can be one without dropping another."""
+        return (tensors[0].device, *_kinds(tensors)) in self._graphs or len(self._graphs) < self.max_graphs
+
     def _may_capture(self, device: torch.device, kinds: tuple) -> bool:
         return self.enabled and device.type == "cuda" and (not self._frozen or kinds in self._wanted)
 
     def _capture(self, tensors: tuple[torch.Tensor, ...], lent: torch.Tensor | None):
-        with _one_capture, torch.cuda.device(tensors[0].device):
+        sharing = contextlib.nullcontext() if self.memory is None else self.memory.capturing()
+        with _one_capture, torch.cuda.device(tensors[0].device), sharing:
             inputs = StaticInputs(tensors, lent, self.memory)
             inputs.fill(tensors)
             self.compile(*inputs.tensors)
@@ -157,7 +180,10 @@ class GraphedFunction:
 
 def is_capturing(device: torch.device) -> bool:
     """Return whether work on the device's current stream goes into a CUDA graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> tuple:

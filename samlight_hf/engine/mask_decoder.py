@@ -21,6 +21,7 @@ hypernetworks.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncode
 from ..kernels import cpu_blocks, image_attention, mask_head
 from ..kernels import tokens as token_kernels
 from ..kernels.prompt_embedding import PromptEmbedding
+from ..kernels.support import is_out_of_memory
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
@@ -43,7 +45,7 @@ from .two_way import run_two_way
 
 # Numbers of prompts that have graphs: batches are filled up to the next one.
 _PROMPT_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, token_kernels.MOST_PROMPTS)
-_MOST_GRAPHS = 16  # of one kind; they share the memory for all but their image tokens
+_MOST_GRAPHS = 32  # of one kind; they share the memory for inputs, logits and what lies between
 
 
 class Decoded(NamedTuple):
@@ -125,8 +127,8 @@ class FastMaskDecoder:
             for multimask in (False, True)
             for with_mask in (False, True)
         }
-        self._logits_of_graphs: torch.Tensor | None = None  # see `_graphed_masks`
         self._seen_batches: set[tuple] = set()
+        self._too_large: set[tuple] = set()  # batches for whose graph there was no memory
         decoder = self.decoder
         with torch.no_grad():
             self.positions = _image_positions(model).to(self.dtype)  # (N, C)
@@ -219,6 +221,10 @@ class FastMaskDecoder:
         num_prompts = len(prompts[0] if mask_logits is None else mask_logits)
         if len(embedding) not in (1, num_prompts):
             raise ValueError(f"{len(embedding)} images for {num_prompts} prompts: give one image, or one for each.")
+        if not num_prompts:
+            num_masks, sides = len(self.output_tokens[1:][_mask_slice(multimask_output)]), self.grid_size
+            nothing = torch.zeros(0, num_masks, device=self.device)
+            return Decoded(nothing, None, nothing.new_zeros(0, *(4 * side for side in sides)))
         image_tokens = embedding.to(self.dtype)  # another decoder may have prepared it
         with_mask = mask_logits is not None
         inputs = [image_tokens, *prompts] if mask_logits is None else [image_tokens, mask_logits, *prompts]
@@ -252,25 +258,38 @@ class FastMaskDecoder:
         """Decode few prompts: launching their kernels takes longer than running them.
 
         Batches on one image are filled up to a size of `_PROMPT_COUNTS`. From the second batch of a size and kind on,
-        they are replayed from a CUDA graph. The first one runs the same kernels for the same shapes, so that the
-        results do not depend on which it is.
+        they are replayed from a CUDA graph, if there is room and memory for one. Others run the same kernels for the
+        same shapes, so that the results do not depend on it.
         """
         image_tokens, num_prompts = inputs[0], len(inputs[-1])
-        replays = self.cuda_graphs and len(image_tokens) == 1 and not is_capturing(self.device)
-        if replays:
-            count = next(count for count in _PROMPT_COUNTS if count >= num_prompts)
-            inputs = [image_tokens, *(_filled_up(tensor, count) for tensor in inputs[1:])]
-            batch = multimask_output, with_mask, *((tensor.shape, tensor.dtype) for tensor in inputs)
-            replays = batch in self._seen_batches
-            self._seen_batches.add(batch)
-        if replays:
-            iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
-            iou, logits = iou[:num_prompts].clone(), logits[: num_prompts * iou.shape[1]].to(torch.float32, copy=True)
-        else:
-            inputs = [tensor.to(image_tokens.device, non_blocking=True) for tensor in inputs]
-            iou, logits = self._all_masks(multimask_output, with_mask, *inputs)
-            iou, logits = iou[:num_prompts], logits[: num_prompts * iou.shape[1]]
+        if self.cuda_graphs and len(image_tokens) == 1 and not is_capturing(self.device):
+            inputs = [image_tokens, *(_filled_up(tensor, graph_size(num_prompts)) for tensor in inputs[1:])]
+            replayed = self._replay_few(multimask_output, with_mask, inputs)
+            if replayed is not None:
+                iou, logits = replayed
+                logits = logits[: num_prompts * iou.shape[1]].to(torch.float32, copy=True)
+                return Decoded(iou[:num_prompts].clone(), None, logits)
+        is_filled_up = len(inputs[-1]) > num_prompts
+        inputs = [tensor.to(image_tokens.device, non_blocking=True) for tensor in inputs]
+        iou, logits = self._all_masks(multimask_output, with_mask, *inputs)
+        if is_filled_up:  # without the memory of the rest
+            iou, logits = iou[:num_prompts].clone(), logits[: num_prompts * iou.shape[1]].clone()
         return Decoded(iou, None, logits)
+
+    def _replay_few(self, multimask_output: bool, with_mask: bool, inputs: list[torch.Tensor]):
+        """Return the outputs of the graph for a batch; None where there is none, as for the first batch of a kind."""
+        batch = multimask_output, with_mask, *((tensor.shape, tensor.dtype) for tensor in inputs)
+        function, is_first = self.all_masks[multimask_output, with_mask], batch not in self._seen_batches
+        self._seen_batches.add(batch)
+        if is_first or batch in self._too_large or not function.has_room_for(*inputs):
+            return None
+        try:
+            return function(*inputs)
+        except Exception as error:  # while a graph was captured; the end of a capture may hide why it failed
+            if not any(is_out_of_memory(cause) for cause in (error, error.__context__) if cause is not None):
+                raise
+            self._too_large.add(batch)
+            return None
 
     def _dense(self, mask_logits: torch.Tensor | None) -> torch.Tensor:
         """Embed earlier masks (P, h, w), or their absence: (P, N, C) or (1, C), to be added to the image tokens."""
@@ -280,19 +299,16 @@ class FastMaskDecoder:
         return dense.flatten(2).transpose(1, 2)
 
     def _graphed_masks(self, multimask_output: bool, with_mask: bool, *inputs: torch.Tensor):
-        """Compute `_all_masks`; in graphs with the logits in memory that all of them share.
-
-        Logits are the largest result, and are read before the next graph is replayed.
-        """
+        """Compute `_all_masks`; in graphs with the logits, their largest result, in memory that all of them share."""
         out = None
-        if is_capturing(self.device):
-            # Allocated before any of the graph's own memory, whose blocks it would split.
-            num_masks = self.output_tokens[1:][_mask_slice(multimask_output)].shape[0] * len(inputs[-1])
-            (height, width), memory = self.grid_size, self._logits_of_graphs
-            if memory is None or len(memory) < num_masks:
-                shape = num_masks, 4 * height, 4 * width
-                memory = self._logits_of_graphs = torch.empty(shape, dtype=torch.float32, device=self.device)
-            out = memory[:num_masks]
+        if self.graph_memory is not None and self.use_head_kernel:
+            num_masks = len(self.output_tokens[1:][_mask_slice(multimask_output)])
+            shape = num_masks * len(inputs[-1]), *(4 * side for side in self.grid_size)
+            # For more than one prompt at once as large as for the most, so that graphs of other sizes share it.
+            most = 1 if len(inputs[-1]) == 1 else max(len(inputs[-1]), token_kernels.MOST_PROMPTS)
+            num_bytes = 4 * math.prod(shape)
+            memory = self.graph_memory.result(num_bytes // len(inputs[-1]) * most, inputs[0].device)
+            out = None if memory is None else memory[:num_bytes].view(torch.float32).view(shape)
         return self._all_masks(multimask_output, with_mask, *inputs, out=out)
 
     def _all_masks(
@@ -404,6 +420,16 @@ class FastMaskDecoder:
             chosen = range(len(hyper)) if prompts is None else prompts
             return cpu_blocks.run_head(image_tokens, chosen, hyper, self.grid_size, self.head, visible)
         return mask_head.run_head(image_tokens, hyper, self.grid_size, self.head)
+
+
+def graph_size(num_prompts: int) -> int:
+    """Return the number of prompts that a batch of at most `MOST_PROMPTS` is filled up to, to find a graph."""
+    return next(count for count in _PROMPT_COUNTS if count >= num_prompts)
+
+
+def largest_batch(most: int) -> int:
+    """Return the largest number of prompts that is filled up to no more than `most`."""
+    return most if most >= token_kernels.MOST_PROMPTS else max(count for count in _PROMPT_COUNTS if count <= most)
 
 
 def _filled_up(tensor: torch.Tensor, count: int) -> torch.Tensor:

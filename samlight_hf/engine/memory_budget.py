@@ -54,7 +54,7 @@ class MemoryBudget:
         scores = 7 * decoder_config.num_attention_heads * num_tokens * item_size
         masks = 3 * 16 * num_tokens * 4  # bytes of the logits of one point's masks, float32
         # Bytes for each point, and shares of the free memory for points, upscaling and waiting logits, which are in use
-        # at the same time. The rest is for run lengths: at most 64 MB with kernels, `masks_per_step` without.
+        # at the same time. The rest is for run lengths: some 100 MB with kernels, `masks_per_step` without.
         if decoder is not None and decoder.is_lean:  # upscaling allocates nothing
             # At low thresholds the logits of 3072 masks wait: of each the tiles around it, a third to a half.
             per_point, shares = 1.25 * tokens + 3 * masks, (0.6, 0.0, 0.35)

@@ -132,7 +132,7 @@ class FastPaths:
         self.report.warm_up_seconds = time.perf_counter() - start
 
     def graphs(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]) -> list["PlannedGraph"]:
-        """List the graphs for these numbers of images and prompts, the most used first."""
+        """List the graphs for these numbers of images and prompts."""
         planned, size, decoder = [], self.image_shape[-1], self.decoder
         for batch_size in image_batch_sizes if self.encode.enabled else ():
 

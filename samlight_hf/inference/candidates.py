@@ -70,7 +70,7 @@ class Candidates:
         return not self._scores or not bool(torch.cat(self._scores).isnan().any())
 
     def add(self, table: Table, kept: torch.Tensor, frame: Frame, logits: torch.Tensor, step: int):
-        """Add masks; waits for the device once.
+        """Add masks; waits for the device once, and again where logits become outlines.
 
         Args:
             table: Scores and places of n masks.

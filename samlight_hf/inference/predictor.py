@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
 from ..engine.build import make_decoder
 from ..engine.image_encoder import ImageEncoder
+from ..engine.mask_decoder import largest_batch
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import check_errors, error_of_image
@@ -381,8 +382,9 @@ class Predictor:
         return scores, logits
 
     def _at_once(self, are_short: bool) -> int:
-        """Return how many prompts are decoded at once."""
-        return self._short_at_once if are_short else self.budget.points_per_batch
+        """Return how many prompts are decoded at once; with CUDA graphs batches are filled up, within the budget."""
+        most = self._short_at_once if are_short else self.budget.points_per_batch
+        return largest_batch(most) if self.decoder.cuda_graphs else most
 
     def _check_weights(self):
         if isinstance(self.decoder, PlainMaskDecoder):  # the model's own weights must still fit to the embeddings

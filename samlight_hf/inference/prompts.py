@@ -44,6 +44,7 @@ class Prompt:
 
 
 def _is_short(num_points: int | None, box, logits) -> bool:
+    """Return whether points and box are at most three tokens: without a box, points have a padding token more."""
     return logits is None and (num_points or 0) + (1 if box is None else 2) <= 3
 
 

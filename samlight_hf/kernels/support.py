@@ -97,7 +97,8 @@ class _CompileThreads(ThreadPoolExecutor):
     """The threads of `compiling_ahead`, and what was given to them: variants of Triton's kernels, and sources."""
 
     def __init__(self) -> None:
-        super().__init__(min(_COMPILERS, os.cpu_count() or 1), thread_name_prefix="compile")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        super().__init__(min(_COMPILERS, cores), thread_name_prefix="compile")
         self.variants: set[tuple] = set()
         self.sources: set[str] = set()
 
@@ -115,19 +116,26 @@ def compiling_ahead() -> Iterator[None]:
     """Compile the kernels of all `compile_ahead` inside at the same time; they are ready at the end.
 
     Triton compiles a kernel when it is first launched, one after another, in a second or so each. Where it cannot
-    compile in threads (before 3.4), nothing is compiled ahead.
+    compile in threads, as within the caller's own `triton.AsyncCompileMode`, nothing is compiled ahead.
     """
-    if _compile_threads.get() is not None or not hasattr(triton, "AsyncCompileMode"):
+    with contextlib.ExitStack() as stack:
+        if _compile_threads.get() is None and hasattr(triton, "AsyncCompileMode"):
+            with contextlib.suppress(RuntimeError):  # the caller's own mode is active
+                threads = _CompileThreads()
+                stack.callback(_forget_failed, threads)
+                stack.enter_context(triton.AsyncCompileMode(threads, ignore_errors=True))
+                stack.enter_context(threads)
+                stack.enter_context(_switched(_compile_threads, threads))
         yield
-        return
-    with _CompileThreads() as threads:
-        # An error comes up again when the kernel is launched.
-        with triton.AsyncCompileMode(threads, ignore_errors=True):
-            before = _compile_threads.set(threads)
-            try:
-                yield
-            finally:
-                _compile_threads.reset(before)
+
+
+def _forget_failed(threads: _CompileThreads):
+    """Let Triton compile again, when they are launched, the kernels that failed: it would keep the error for ever."""
+    for kernel in {variant[0] for variant in threads.variants}:
+        for compiled, *_ in getattr(kernel, "device_caches", {}).values():
+            for key, future in list(compiled.items()):
+                if type(future).__name__ == "FutureKernel" and future.kernel is None:
+                    del compiled[key]
 
 
 def compile_ahead(function: Callable[[], object]):
@@ -145,7 +153,7 @@ def compile_ahead(function: Callable[[], object]):
 
 
 @contextlib.contextmanager
-def _switched(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+def _switched(variable: ContextVar[Result], value: Result) -> Iterator[None]:
     before = variable.set(value)
     try:
         yield
@@ -164,6 +172,7 @@ def why_not_tried(
     """Return why a variant of a kernel does not run on a device, as a sentence, or None if it runs.
 
     The first call for a variant and a device tries it; later calls return the same answer. A reason is warned of once.
+    Within `compile_ahead` kernels in CUDA are taken to run, and tried later.
 
     Args:
         name: the kernel's purpose, for messages.

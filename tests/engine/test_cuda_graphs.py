@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from samlight_hf.engine import optimized_model
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, GraphMemory, StaticInputs
+from samlight_hf.engine.mask_decoder import graph_size, largest_batch
 from samlight_hf.engine.optimized_model import FastPaths, shown
 
 
@@ -156,6 +157,74 @@ def test_few_prompts_on_an_image_are_filled_up_and_replayed_from_their_second_ba
     assert decoder.all_masks[False, False].last_ran is None  # the first batch of this kind
 
 
+@pytest.fixture
+def few(model, monkeypatch):
+    """A decoder that takes few prompts to graphs that are recorded on a CPU."""
+    decoder = make_decoder(model)
+    monkeypatch.setattr(decoder, "cuda_graphs", True)
+    monkeypatch.setattr(decoder, "_decodes_in_few_kernels", lambda prompts: True)
+    recorded = {key: Recorded(function.function, max_graphs=3) for key, function in decoder.all_masks.items()}
+    monkeypatch.setattr(decoder, "all_masks", recorded)
+    image = torch.randn(1, len(decoder.positions), decoder.positions.shape[1])
+    boxes = torch.tensor([[2.0, 3.0, 20.0, 30.0]]).expand(64, -1)
+    return decoder, lambda count, **options: decoder.decode(image, boxes=boxes[:count], **options)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_batch_without_memory_for_its_graph_runs_without_one(few, monkeypatch, hidden):
+    decoder, run = few
+    expected, tries = run(4), []
+
+    def fail(self, tensors, lent):
+        tries.append(len(tensors[-1]))
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            if hidden:
+                raise RuntimeError("capture ended")  # what the end of a capture says after an error in it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorded, "_capture", fail)
+        for _ in range(3):
+            assert torch.equal(run(4).logits, expected.logits)
+        assert tries == [4]
+    run(2)
+    run(2)  # others still get theirs
+    assert decoder.all_masks[True, False].last_ran == "graph" and len(decoder.all_masks[True, False]) == 1
+
+    def broken(self, tensors, lent):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Recorded, "_capture", broken)
+    run(8)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(8)
+
+
+def test_batches_beyond_the_most_graphs_run_without_one_and_drop_none(few, monkeypatch):
+    decoder, run = few
+    captured, capture = [], Recorded._capture
+    monkeypatch.setattr(Recorded, "_capture", lambda self, *args: (captured.append(1), capture(self, *args))[1])
+    for _ in range(4):
+        for count in (1, 2, 4, 8, 12):
+            run(count)
+    assert len(captured) == len(decoder.all_masks[True, False]) == 3
+
+
+def test_no_prompts_and_filled_up_ones(few):
+    _, run = few
+    none = run(0)
+    assert none.iou.shape == (0, 3) and len(none.logits) == 0
+    decoded = run(5)  # the first batch: not from a graph
+    assert decoded.logits.untyped_storage().nbytes() == decoded.logits.nbytes  # not those of 8
+
+
+@pytest.mark.parametrize("most", [1, 3, 16, 35, 51, 63, 64, 100])
+def test_filled_up_batches_stay_within_the_budget(most):
+    size = largest_batch(most)
+    assert 1 <= size <= most and (size >= 64 or graph_size(size) == size)
+
+
 def test_a_progress_bar_names_each_step(capsys):
     steps = ["compiling kernels", "capturing 4 boxes"]
     assert list(shown(steps, False)) == steps and capsys.readouterr().err == ""
@@ -234,11 +303,23 @@ def test_inputs_of_graphs_that_share_memory_are_in_one_buffer():
     first, later = memory.inputs(100, cpu), memory.inputs(5000, cpu)
     assert first.data_ptr() == large.data_ptr() != later.data_ptr()
     assert memory.inputs(4096, cpu).data_ptr() == later.data_ptr()
+    assert memory.inputs(4096, torch.device("meta")).is_meta  # not the buffer of another device
     inputs = [StaticInputs(some, memory=GraphMemory()) for some in (values, values[:1])]
     starts = [tensor.storage_offset() * tensor.itemsize for tensor in inputs[0].tensors]
     assert starts == [0, 256, 512]  # aligned, and none in the memory of another
     for own, examples in zip(inputs, (values, values[:1])):
         assert [(t.shape, t.dtype) for t in own.tensors] == [(t.shape, t.dtype) for t in examples]
+
+
+def test_results_share_a_buffer_that_is_made_before_a_capture():
+    memory, cpu = GraphMemory(), torch.device("cpu")
+    assert memory.result(10, cpu) is None  # nobody would share it
+    with memory.capturing():
+        large, small = memory.result(4096, cpu), memory.result(100, cpu)
+    assert small.data_ptr() == large.data_ptr() != memory.inputs(10, cpu).data_ptr()
+    with pytest.raises(ValueError), memory.capturing():
+        raise ValueError
+    assert memory.result(10, cpu) is None
 
 
 def test_functions_that_share_memory_overwrite_each_others_inputs_and_not_their_results():

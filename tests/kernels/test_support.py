@@ -2,6 +2,8 @@
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -259,6 +261,48 @@ def test_sources_are_compiled_once_and_ready_at_the_end():
     assert sorted(done) == [("a", False), ("b", False)]
     in_compile_thread(compiler, "c")  # not ahead: nothing waits for it
     assert len(done) == 2
+
+
+@needs_threads
+def test_ahead_a_kernel_that_failed_is_compiled_again_when_it_is_launched():
+    """Triton keeps the future of a compilation in the kernel's cache, with its error."""
+    from triton.runtime import _async_compile
+
+    results = [MemoryError("no memory"), "code"]
+
+    class Jitted(Kernel):
+        def __init__(self):
+            super().__init__()
+            self.device_caches = {0: ({}, "target")}
+
+        def warmup(self, *arguments, grid, **options):
+            def compiled():
+                result = results[len(compiling)]
+                compiling.append(arguments)
+                if isinstance(result, Exception):
+                    raise result
+                return result
+
+            cache, mode = self.device_caches[0][0], _async_compile.active_mode.get()
+            finish = partial(cache.__setitem__, arguments)
+            cache[arguments] = mode.submit(arguments, compiled, finish)
+
+    compiling: list[tuple] = []
+    kernel = Jitted()
+    compile_ahead(lambda: launch(kernel, (1,), 1))
+    assert compiling == [(1,)] and kernel.device_caches[0][0] == {}
+    compile_ahead(lambda: launch(kernel, (1,), 1))
+    assert kernel.device_caches[0][0] == {(1,): "code"}
+
+
+@needs_threads
+def test_within_the_callers_own_asynchronous_compilation_nothing_is_compiled_ahead():
+    calls = []
+    with ThreadPoolExecutor(1) as executor, triton_support.triton.AsyncCompileMode(executor), compiling_ahead():
+        compile_ahead(lambda: calls.append(1))
+    assert calls == []
+    compile_ahead(lambda: calls.append(1))
+    assert calls == [1]
 
 
 def test_where_triton_cannot_compile_in_threads_nothing_is_compiled_ahead(monkeypatch):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cuda.bindings.driver import CUfunction, CUtensorMap
 
 _HEADER = Path(__file__).with_name("common.cuh")
+_TIMEOUT_SECONDS = 120  # of a process that compiles a kernel, which takes some seconds
 _CUBIN, _ELF = "kernel.cubin", b"\x7fELF"  # file name in the cache, and first bytes of its content
 
 
@@ -105,39 +106,50 @@ def compiled(source: str) -> bytes:
     code, keep = _cached(source)
     if code is None:
         code = compile_source(source)[0]
-        keep(code)
+        if keep is not None:
+            keep(code)
     return code
 
 
 def compile_in_process(source: str):
     """Compile a source for the cache in another process. Where this fails, `compiled` compiles it, or says why not."""
     code, keep = _cached(source)
-    if code is not None or not sys.executable:
+    if code is not None or keep is None or not _is_python(sys.executable):
         return
     library = nvrtc.library()
     command = [sys.executable, nvrtc.__file__, library]
     paths = filter(None, (os.path.dirname(library), os.environ.get("LD_LIBRARY_PATH")))  # NVRTC opens another beside it
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LD_LIBRARY_PATH": os.pathsep.join(paths)}
-    child = subprocess.run(command, input=source.encode(), capture_output=True, env=environment)
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        child = subprocess.run(
+            command, input=source.encode(), capture_output=True, env=environment, timeout=_TIMEOUT_SECONDS
+        )
+        _keep_output(child, keep)
+
+
+def _is_python(executable: str | None) -> bool:
+    """Return whether scripts can be run by it: not where Python is embedded, or frozen into an application."""
+    return bool(executable) and not getattr(sys, "frozen", False) and "python" in Path(executable or "").name.lower()
+
+
+def _keep_output(child: subprocess.CompletedProcess, keep: Callable[[bytes], None]):
     version, _, code = child.stdout.partition(b"\n")
     if child.returncode == 0 and version == repr(nvrtc.version()).encode() and code.startswith(_ELF):
         keep(code)
 
 
-def _cached(source: str) -> tuple[bytes | None, Callable[[bytes], None]]:
-    """Return the machine code that is in the cache, or None, and a function that puts it there."""
+def _cached(source: str) -> tuple[bytes | None, Callable[[bytes], None] | None]:
+    """Return the machine code that is in the cache, or None, and a function that puts it there, if there is a cache."""
     from triton.runtime.cache import get_cache_manager
 
-    key = hashlib.sha256(repr((nvrtc.version(), nvrtc.OPTIONS, source)).encode()).hexdigest()
-    cache = None
-
-    def keep(code: bytes):
-        with contextlib.suppress(OSError):
-            if cache is not None:
-                cache.put(code, _CUBIN)  # atomic: written to a temporary file and moved
-
+    key, keep = hashlib.sha256(repr((nvrtc.version(), nvrtc.OPTIONS, source)).encode()).hexdigest(), None
     with contextlib.suppress(OSError, RuntimeError):  # removed in the meantime, or no directory for it
         cache = get_cache_manager(key)  # makes a directory
+
+        def keep(code: bytes):
+            with contextlib.suppress(OSError):
+                cache.put(code, _CUBIN)  # atomic: written to a temporary file and moved
+
         if (path := cache.get_file(_CUBIN)) and (code := Path(path).read_bytes()).startswith(_ELF):
             return code, keep
     return None, keep

@@ -1,5 +1,6 @@
 """Tests that CUDA kernels are compiled, cached, and compiled again if the cache has lost them."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,32 @@ def test_another_process_compiles_for_this_one(cache_directory, compilations):
     hopper.compile_in_process(SOURCE.replace("NUMBER", "nothing"))  # an error is told where the kernel is needed
     with pytest.raises(RuntimeError, match="nothing"):
         hopper.compiled(SOURCE.replace("NUMBER", "nothing"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("why", ["frozen", "embedded", "no cache", "hangs", "cannot start"])
+def test_where_no_other_process_can_compile_this_one_does(cache_directory, compilations, monkeypatch, why):
+    from triton.runtime import cache
+
+    started = []
+
+    def run(*arguments, **options):
+        started.append(options["timeout"])
+        raise subprocess.TimeoutExpired("python", 1) if why == "hangs" else OSError("no more processes")
+
+    def no_directory(key):
+        raise RuntimeError("no directory")
+
+    monkeypatch.setattr(hopper.subprocess, "run", run)
+    if why == "frozen":
+        monkeypatch.setattr(hopper.sys, "frozen", True, raising=False)
+    elif why == "embedded":
+        monkeypatch.setattr(hopper.sys, "executable", "/usr/bin/uwsgi")
+    elif why == "no cache":
+        monkeypatch.setattr(cache, "get_cache_manager", no_directory)
+    hopper.compile_in_process(source(1))
+    assert bool(started) == (why in ("hangs", "cannot start")) and all(seconds > 0 for seconds in started)
+    assert hopper.compiled(source(1)).startswith(b"\x7fELF") and compilations == [source(1)]
 
 
 @needs_compiler
