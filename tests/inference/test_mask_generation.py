@@ -535,20 +535,24 @@ def test_on_a_gpu_the_memory_stays_below_the_budget_and_the_result_the_same(phot
     assert np.mean(np.array(near) >= 0.95) >= (1.0 if dtype == "float32" else 0.95)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_the_logits_of_all_masks_wait_and_give_the_masks_of_their_outlines(photograph, monkeypatch):
-    """The filters leave almost no mask out. Without memory to wait in, outlines are made at once."""
-    settings = {"points_per_crop": 32, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.65}
-    generator = MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", "bfloat16"))
-    assert generator.decoder.is_lean
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("crops", [0, 1])
+def test_logits_wait_and_give_the_masks_of_outlines_made_at_once(tiny, photograph, monkeypatch, device, crops):
+    """Without memory to wait in, outlines are made at once."""
+    if device == "cpu":
+        settings, image = {**KEEP_ALL, "points_per_crop": 6, "crops_nms_thresh": 0.99}, random_image(70, 41)
+        generator = MaskGenerator(*tiny)
+    else:  # the filters leave almost no mask out
+        settings = {"points_per_crop": 32 // (crops + 1), "pred_iou_thresh": 0.3, "stability_score_thresh": 0.65}
+        image, generator = photograph, MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", "bfloat16"))
+        assert generator.decoder.is_lean
     outlined, outline = [], Candidates._outlined
     monkeypatch.setattr(Candidates, "_outlined", lambda *arguments: (outlined.append(1), outline(*arguments))[1])
-    image = photograph.resize((1024, 683))
-    waited = generator(image, **settings)
+    waited = generator(image, crops_n_layers=crops, **settings)
     assert not outlined
-    generator.budget.waiting_bytes = 0
-    expected = generator(image, **settings)
-    assert outlined and len(waited) >= 50
+    monkeypatch.setattr(generator.budget, "waiting_bytes", 0)
+    expected = generator(image, crops_n_layers=crops, **settings)
+    assert outlined and len(waited) >= (50 if device == "cuda" else 10)
     assert waited.masks.to_coco() == expected.masks.to_coco()
     np.testing.assert_array_equal(waited.scores, expected.scores)
     np.testing.assert_array_equal(waited.boxes_xyxy, expected.boxes_xyxy)
