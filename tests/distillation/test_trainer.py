@@ -258,7 +258,8 @@ def run_ranks(folder: Path, num_ranks: int, stage: str, *more: str) -> dict:
     return {**result, "stdout": printed}
 
 
-@pytest.mark.parametrize("stage", [pytest.param("encoder", marks=pytest.mark.slow), "end_to_end"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["encoder", "end_to_end"])
 def test_two_ranks_are_one_at_the_same_global_batch(tmp_path, stage):
     one, two = (run_ranks(tmp_path / str(number), number, stage) for number in (1, 2))
     for name in one["weights"]:
