@@ -114,15 +114,18 @@ class EverythingTask(EvaluationTask):
             )
         if self._generator is None or self._generator.model is not model.model:
             self._generator = MaskGenerator(model.model, model.processor, tiles=self.tiles)
-        result = self._generator(sample.image, self.settings)
-        predictions = [
-            {"segmentation": rle, "score": float(score)}
-            for rle, score in zip(result.masks.to_coco(), result.scores, strict=True)
-        ]
-        targets = [
-            {"segmentation": text_rle(i.rle), "area": i.area, "iscrowd": int(i.is_crowd)} for i in sample.instances
-        ]
-        return [{"picture": sample.id, "predictions": predictions, "targets": targets}]
+        return [record_everything(self._generator, sample, self.settings)]
+
+
+def record_everything(generator: MaskGenerator, sample: Sample, settings: MaskGenerationSettings) -> dict:
+    """Run everything mode on an image and return the record that `EverythingTask` describes."""
+    result = generator(sample.image, settings)
+    predictions = [
+        {"segmentation": rle, "score": float(score)}
+        for rle, score in zip(result.masks.to_coco(), result.scores, strict=True)
+    ]
+    targets = [{"segmentation": text_rle(i.rle), "area": i.area, "iscrowd": int(i.is_crowd)} for i in sample.instances]
+    return {"picture": sample.id, "predictions": predictions, "targets": targets}
 
 
 def summarize_everything(records: list[dict]) -> dict[str, float]:

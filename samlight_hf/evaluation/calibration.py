@@ -6,7 +6,7 @@ good its masks are. `calibrate` finds the thresholds at which such a model finds
 them to the defaults.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data import ImageDataset, Sample
+from ..data import ImageDataset
 from ..inference.crops import DEFAULT_PRED_IOU_THRESH, DEFAULT_STABILITY_SCORE_THRESH, MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
-from ..masks.results import GeneratedMasks
-from .average_precision import precision
+from .average_precision import precision, record_everything
 
 
 LOGIT_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -127,7 +126,7 @@ def calibrate(
             stability_score_thresh=DEFAULT_STABILITY_SCORE_THRESH,
             stability_score_offset=1 / scale,
         )
-        records = [_record(generator, sample, settings) for sample in _samples(dataset)]
+        records = [record_everything(generator, dataset[index], settings) for index in range(len(dataset))]
         scores = np.sort([prediction["score"] for record in records for prediction in record["predictions"]])[::-1]
         number = round(masks_per_image * len(records))
         if len(scores) <= number:
@@ -149,21 +148,7 @@ def calibrate(
     return best
 
 
-def _samples(dataset: ImageDataset) -> Iterator[Sample]:
-    return (dataset[index] for index in range(len(dataset)))
-
-
 def _above(record: dict, threshold: float) -> dict:
     """Return a record without the masks of lower scores."""
     predictions = [prediction for prediction in record["predictions"] if prediction["score"] > threshold]
     return {**record, "predictions": predictions}
-
-
-def _record(generator: MaskGenerator, sample: Sample, settings: MaskGenerationSettings) -> dict:
-    result = generator(sample.image, settings)
-    assert isinstance(result, GeneratedMasks)  # of one image
-    predictions = [
-        {"segmentation": rle, "score": float(score)} for rle, score in zip(result.masks.to_coco(), result.scores)
-    ]
-    targets = [{"segmentation": instance.rle} for instance in sample.instances]
-    return {"picture": sample.id, "predictions": predictions, "targets": targets}
