@@ -152,8 +152,8 @@ def test_files_and_levels_that_cannot_be(tmp_path):
     Image.fromarray(pixels_of((10, 10, 3), np.uint8)).save(tmp_path / "a.png")
     for path, level, message in (
         ("none.tif", 0, "no such file"), ("empty.tif", 0, "the file is empty"), (".", 0, "is a folder"),
-        ("damaged.tif", 0, "cannot be opened|not an image"), ("a.png", 1, "has no level 1 that can be read: use level 0"),
-        ("a.png", -1, "level=-1 must be 0"),
+        ("damaged.tif", 0, "cannot be opened|not an image"), ("a.png", -1, "level=-1 must be 0"),
+        ("a.png", 1, "has no level 1 that can be read: use level 0"),
     ):  # fmt: skip
         with pytest.raises(ImageError, match=message):
             open_raster(tmp_path / path, level=level)
