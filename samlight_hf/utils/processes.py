@@ -45,7 +45,9 @@ def tell(*values, **options):
 
 def tell_error(message: str):
     """Print an error to stderr on every process, since it may concern only one; all but the main one add their rank."""
-    print(message if is_main_process() else f"process {process_index()}: {message}", file=sys.stderr)
+    line = message if is_main_process() else f"process {process_index()}: {message}"
+    sys.stderr.write(f"{line}\n")  # at once: print writes the end of the line by itself, and others write, too
+    sys.stderr.flush()
 
 
 def lost_process(error: BaseException) -> str | None:
