@@ -213,7 +213,7 @@ class MaskGenerator:
         read = _read if self.tiles is None else _unread
         for place, (image, tensor, error) in enumerate(read_ahead(read, images)):
             result: GeneratedMasks | ImageError
-            if tensor is not None:
+            if error is None:
                 try:
                     result = self._generate(tensor, settings)
                 except IMAGE_ERRORS as raised:

@@ -206,6 +206,8 @@ def test_the_generator_in_tiles(generators, tmp_path):
     again, failed = pickle.loads(pickle.dumps(tiled))([tmp_path / "large.png", tmp_path / "empty.png"], **KEEP_ALL)
     assert again.masks.to_coco() == result.masks.to_coco()
     assert isinstance(failed, ImageError)
+    nothing, again = tiled([None, large], **KEEP_ALL)  # not the image before
+    assert isinstance(nothing, ImageError) and again.masks.to_coco() == result.masks.to_coco()
 
 
 def test_objects_as_masks_of_one_image():
