@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
 
 from ..images.reading import NOTE_NAME
 from ..utils.atomic_files import atomic_write, fit_name
@@ -222,9 +223,23 @@ def _resolved(root: Path | None) -> str:
 
 
 def identity_of(path: Path) -> list | None:
-    """Return path, size in bytes and time of change in ns, which change with the file; None if there is no file."""
+    """Return path, size in bytes and time of change in ns, which change with the file; None if there is no file.
+
+    Of a mosaic (VRT) they are the sums over the file and its sources.
+    """
     try:
-        stat = path.stat()
+        stats = [path.stat(), *(source.stat() for source in _sources(path) if source.is_file())]
     except OSError:
         return None
-    return [str(_real(path)), stat.st_size, stat.st_mtime_ns]
+    return [str(_real(path)), sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)]
+
+
+def _sources(path: Path) -> list[Path]:
+    """Return the files that a mosaic is made of; none for other files."""
+    if path.suffix.lower() != ".vrt":
+        return []
+    try:
+        elements = ElementTree.parse(path).iter("SourceFilename")
+        return [path.parent / (element.text or "") for element in elements]  # an absolute name stays as it is
+    except ElementTree.ParseError:
+        return []

@@ -35,7 +35,7 @@ def add_tile_arguments(parser: argparse.ArgumentParser):
     add_tile_options(group)
     group.add_argument(
         "--bands", type=_parse_bands, metavar="R,G,B",
-        help="numbers of three bands, or of one, from 1 (the first three)",
+        help="numbers of three bands, or of one, from 1 (red, green and blue as the file names them, else the first)",
     )  # fmt: skip
     group.add_argument("--level", type=parse_not_negative, default=0, metavar="N", help="of a pyramid (0, full size)")
 
@@ -105,6 +105,8 @@ def run_tiled_jobs(
         except Exception as error:
             report_skipped(error, place.image, shown(place.image))
             summary.skipped += 1
+            if not any(_tile_folder(place).glob("*.npz")):  # nothing to go on from
+                shutil.rmtree(_tile_folder(place), ignore_errors=True)
             continue
         with telling_where(results.note, ends_the_run=True):
             results.finish(place)
@@ -135,6 +137,7 @@ def _run_image(place: Place, segmenter, args: argparse.Namespace, settings: dict
             generate = lambda pixels: segmenter.generator.generate(pixels, segmenter.settings)  # noqa: E731
             segment_tiles(generate, raster, grid, store, bar)
         if all(store.is_empty(tile) for tile in grid) and not _has_data(raster, grid):
+            shutil.rmtree(store.folder, ignore_errors=True)
             raise ImageError(f"{place.image}: holds no data at all.")
         objects = merge_tiles(grid, store, segmenter.settings.crops_nms_thresh)
         large = (one for one in objects if one.mask.area >= args.min_area)
@@ -184,7 +187,7 @@ def _thinned_pixels(raster: "Raster", step: int) -> np.ndarray:
     strips = []
     for top in range(0, raster.height, rows):
         pixels, _ = raster.read((0, top, raster.width, min(top + rows, raster.height)))
-        strips.append(pixels[:, step // 2 :: step, step // 2 :: step].permute(1, 2, 0).numpy())
+        strips.append(pixels[:, ::step, ::step].permute(1, 2, 0).numpy())
     return np.concatenate(strips)
 
 

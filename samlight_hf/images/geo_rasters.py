@@ -37,13 +37,14 @@ class GeoRaster(Raster):
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in `notes`
                 self._file = rasterio.open(path)
                 overviews = self._file.overviews(1) if self._file.count else []
+                # Of the full size: a smaller level of a file without a transform has an arbitrary one.
+                transform, has_gcps, full = self._file.transform, bool(self._file.gcps[0]), self._file.shape
                 if level:
                     self._file.close()
                     if level > len(overviews):
                         raise ImageError(f"{path}: has no level {level}: its last level is {len(overviews)}.")
                     self._file = rasterio.open(path, overview_level=level - 1)
-                # Outside of this block rasterio would warn again at the first use of the transform.
-                transform, has_gcps = self._file.transform, bool(self._file.gcps[0])
+                    _ = self._file.transform  # rasterio warns at its first use
         except RasterioError as error:
             raise ImageError(
                 f"{path}: cannot be opened ({one_line(error, 200)}). Copy or download it again."
@@ -55,16 +56,22 @@ class GeoRaster(Raster):
             bands = [1 + colours.index(c) for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
         elif bands is None and ColorInterp.alpha in colours[:3]:
             bands = (1,)  # grey with alpha
-        dtype = np.dtype(file.dtypes[(bands or (1,))[0] - 1]) if 1 <= (bands or (1,))[0] <= file.count else np.uint8
-        super().__init__(path, (file.height, file.width), file.count, bands, np.dtype(dtype))
+        chosen = bands or ((1, 2, 3) if file.count >= 3 else (1,))
+        # One dtype that holds the levels of all bands.
+        dtypes = [file.dtypes[band - 1] for band in chosen if 1 <= band <= file.count]
+        dtype = np.result_type(*dtypes) if dtypes else np.dtype(np.uint8)
+        super().__init__(path, (file.height, file.width), file.count, bands, dtype)
         self._has_masks = any(MaskFlags.all_valid not in flags for flags in file.mask_flag_enums)
         if file.crs:
             self.crs, self.epsg = file.crs.to_wkt(), file.crs.to_epsg()
-        if not transform.is_identity:
-            self.transform = tuple(transform)[:6]
+        has_transform = not transform.is_identity
+        if has_transform or level:
+            a, b, c, d, e, f = tuple(transform)[:6]
+            x, y = full[1] / self.width, full[0] / self.height  # pixels of the full size for one of this level
+            self.transform = a * x, b * y, c, d * x, e * y, f
         if has_gcps:
             self.notes.append("its ground control points are not applied, and results are in pixels: use gdalwarp")
-        elif self.transform is None:
+        elif not has_transform:
             self.notes.append("it has no place on the earth, and results are in pixels")
         elif self.crs is None:
             self.notes.append("it names no coordinate system (CRS), and results are in the units of its transform")
@@ -74,8 +81,9 @@ class GeoRaster(Raster):
         part = RasterioWindow(x1, y1, x2 - x1, y2 - y1)
         try:
             with _small_cache():
-                levels = self._file.read(list(self.bands), window=part)
-                valid = self._file.dataset_mask(window=part) > 0 if self._has_masks else None
+                # One by one, because rasterio refuses bands of several dtypes.
+                levels = np.stack([self._file.read(band, window=part).astype(self.dtype) for band in self.bands])
+                valid = self._file.read_masks(list(self.bands), window=part) > 0 if self._has_masks else None
         except RasterioError as error:
             raise ImageError(
                 f"{self.path}: truncated or damaged at {x1},{y1} to {x2},{y2} ({_reason(error)}). Copy or download it "
@@ -83,7 +91,7 @@ class GeoRaster(Raster):
             ) from error
         if self._palette is not None:
             levels = self._palette[levels[0]].transpose(2, 0, 1)
-        return levels, self._valid_floats(levels, valid)
+        return levels, self._measured(levels, valid)
 
     def close(self) -> None:
         self._file.close()

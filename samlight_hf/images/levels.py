@@ -17,7 +17,7 @@ TAIL = 0.005
 
 GDAL_NODATA_TAG = 42113
 # Signed levels that mean "no data" by convention, if no level of the image is lower.
-_SENTINELS = (-2147483648.0, -99999.0, -32768.0, -9999.0)
+SENTINELS = (-2147483648.0, -99999.0, -32768.0, -9999.0)
 _TOO_LARGE = 1e30  # not a measurement: -3.4e38 and 9.97e36 are the fill values of GIS and netCDF
 _IGNORED = "its alpha hides the whole image and is ignored"
 _BLOCK = 1 << 22  # levels scaled at once, in float64
@@ -144,7 +144,7 @@ def _valid_levels(levels: np.ndarray) -> np.ndarray:
         valid = np.abs(levels) < min(_TOO_LARGE, float(largest))  # false for NaN
     else:
         valid = np.ones(levels.shape, dtype=bool)
-    for sentinel in _SENTINELS if levels.dtype.kind != "u" else ():
+    for sentinel in SENTINELS if levels.dtype.kind != "u" else ():
         if float(levels.min(where=valid, initial=largest)) == sentinel:
             valid &= levels != sentinel
     return valid

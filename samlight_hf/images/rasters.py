@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .levels import TAIL
+from .levels import SENTINELS, TAIL
 from .preprocessing import image_tensor
 from .reading import ImageError, check_file, open_image
 
@@ -76,6 +76,7 @@ class Raster(ABC):
         self.path, (self.height, self.width), self.dtype = path, size, np.dtype(dtype)
         self.notes: list[str] = []
         self.level_range: LevelRange | None = None
+        self._sentinels: list[float] = []  # levels that mean "no data" by convention, see `find_range`
         if min(size) < 1:
             raise ImageError(f"{path}: has no pixels.")
         if self.dtype.kind not in "uifb":
@@ -91,7 +92,7 @@ class Raster(ABC):
 
     @abstractmethod
     def read_levels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """Return the levels (bands, h, w) of a window, and where they are measurements, bool (h, w).
+        """Return the levels (bands, h, w) of a window, and where they are measurements, bool (1 or bands, h, w).
 
         Raises:
             ImageError: for a part of the file that cannot be read.
@@ -101,13 +102,20 @@ class Raster(ABC):
         """Close the file."""
 
     def read(self, window: Window) -> tuple[torch.Tensor, np.ndarray]:
-        """Return a window as uint8 (3, h, w), black where there is no data, and where there is data, bool (h, w)."""
-        levels, valid = self.read_levels(window)
+        """Return a window as uint8 (3, h, w), and where there is data in any band, bool (h, w).
+
+        Black is where there is no data; of more than 8 bits also the single bands without data.
+        """
+        if self.level_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
+            self.find_range()
+        levels, measured = self.read_levels(window)
+        valid: np.ndarray = np.logical_or.reduce(measured)  # over the bands
         if self.dtype.kind == "b":
             levels = levels.astype(np.uint8) * 255
         elif self.dtype != np.uint8:
-            low, high = self.level_range or self.find_range()
-            levels = np.where(valid, levels, low).astype(np.float32)
+            assert self.level_range is not None
+            low, high = self.level_range
+            levels = np.where(measured, levels, low).astype(np.float32)
             levels = np.rint(((levels - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
         if not valid.all():
             levels = np.where(valid, levels, np.uint8(0))
@@ -115,24 +123,30 @@ class Raster(ABC):
         return (tensor.expand(3, -1, -1) if len(tensor) == 1 else tensor), valid
 
     def find_range(self) -> LevelRange:
-        """Find the levels that become 0 and 255, in one pass through the file, or up to five for floats and 32
-        bits.
+        """Find the levels that become 0 and 255, in one pass through the file, two for signed levels, or up to six
+        for floats and 32 bits.
 
         0.5 % of the levels are clipped at each end, unless all others are equal. A constant image is scaled as 16 bits.
+        -9999, -32768 and similar levels are no data if no level is lower, as in `levels.stretch`.
 
         Raises:
             ImageError: for a file without any data.
         """
         if self.level_range is None:
+            edges = self._extremes() if self.dtype.kind in "if" or self.dtype.itemsize > 2 else (0.0, 0.0)
+            while edges[0] in SENTINELS and self.dtype.kind != "u":
+                self._sentinels.append(edges[0])
+                edges = self._extremes()
             if self.dtype.kind in "ui" and self.dtype.itemsize <= 2:
                 edges = (float(np.iinfo(self.dtype).min), float(np.iinfo(self.dtype).max) + 1)
-            else:
-                low, high = np.inf, -np.inf
-                for values in self._values():
-                    low, high = min(low, float(values.min())), max(high, float(values.max()))
-                edges = (low, high)
             self.level_range = self._range(*edges)
         return self.level_range
+
+    def _extremes(self) -> tuple[float, float]:
+        low, high = np.inf, -np.inf
+        for values in self._values():
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+        return low, high
 
     def _range(self, low: float, high: float) -> LevelRange:
         """Return the percentiles of the levels, which lie between `low` and `high`.
@@ -174,15 +188,19 @@ class Raster(ABC):
         """Yield all levels that are measurements, strip by strip."""
         rows = max(1, _STRIP_PIXELS // self.width)
         for top in range(0, self.height, rows):
-            levels, valid = self.read_levels((0, top, self.width, min(top + rows, self.height)))
-            values = levels[:, valid]
+            levels, measured = self.read_levels((0, top, self.width, min(top + rows, self.height)))
+            values = levels[np.broadcast_to(measured, levels.shape)]
             if values.size:
-                yield values.ravel()
+                yield values
 
-    def _valid_floats(self, levels: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-        """Return where all bands hold measurements, given where the file says so."""
-        valid = np.ones(levels.shape[1:], dtype=bool) if valid is None else valid
-        return valid & (np.abs(levels) < _TOO_LARGE).all(axis=0) if self.dtype.kind == "f" else valid
+    def _measured(self, levels: np.ndarray, measured: np.ndarray | None = None) -> np.ndarray:
+        """Return where bands hold measurements, bool (1 or bands, h, w), given where the file says so."""
+        measured = np.ones((1, *levels.shape[1:]), dtype=bool) if measured is None else measured
+        if self.dtype.kind == "f":  # NaN or a fill value in one band says that nothing was measured there
+            measured = measured & (np.abs(levels) < _TOO_LARGE).all(axis=0)
+        for sentinel in self._sentinels:
+            measured = measured & (levels != self.dtype.type(sentinel))
+        return measured
 
 
 class ArrayRaster(Raster):
@@ -202,7 +220,7 @@ class ArrayRaster(Raster):
     def read_levels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         x1, y1, x2, y2 = window
         levels = self.pixels[[band - 1 for band in self.bands], y1:y2, x1:x2].cpu().numpy()
-        return levels, np.ones(levels.shape[1:], dtype=bool)
+        return levels, np.ones((1, *levels.shape[1:]), dtype=bool)
 
 
 def open_raster(path: str | os.PathLike, bands: Sequence[int] | None = None, level: int = 0) -> Raster:

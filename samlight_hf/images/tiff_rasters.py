@@ -70,7 +70,7 @@ class TiffRaster(Raster):
             levels = self._read_page(self._pages[0], window)[[band - 1 for band in self.bands]]
         else:
             levels = np.concatenate([self._read_page(self._pages[band - 1], window) for band in self.bands])
-        return levels, self._valid_floats(levels)
+        return levels, self._measured(levels)
 
     def _read_page(self, page, window: Window) -> np.ndarray:
         """Read a window of a page, (samples, h, w), from the tiles or strips that it touches."""

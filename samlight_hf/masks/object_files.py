@@ -84,7 +84,9 @@ def write_objects(path: Path, file_format: str, image_name: str, place: Place, o
     counted = _Counted(objects)
     if file_format == "gpkg":
         write_raw = _geopackage_writer()
-        atomic_write(path, lambda aside: _write_geopackage(aside, path.stem, place, counted, write_raw))
+        # Names of layers that begin like this are GeoPackage's own.
+        layer = f"layer_{path.stem}" if path.stem.lower().startswith(("gpkg", "sqlite_")) else path.stem
+        atomic_write(path, lambda aside: _write_geopackage(aside, layer, place, counted, write_raw))
     elif file_format == "geojson":
         head = _geojson_head(place)
         atomic_write(path, lambda aside: _write_json(aside, head, "features", _features(place, counted), ""))

@@ -105,13 +105,11 @@ class SpanMask:
         return runs[:-1] if runs[-1] == 0 else runs
 
     def thinned(self, step: int) -> "SpanMask":
-        """Return the mask in an image of every `step`-th row and column, from `step // 2` on."""
-        first = step // 2
+        """Return the mask in an image of every `step`-th row and column."""
         columns, tops = np.divmod(self.spans[:, 0], self.height + 1)
-        ends = -((first - tops - self.spans[:, 1] + self.spans[:, 0]) // step)
-        starts = -((first - tops) // step)
-        kept = (columns % step == first) & (starts < ends)
-        height = len(range(first, self.height, step))
+        starts, ends = (-(-edges // step) for edges in (tops, tops + self.spans[:, 1] - self.spans[:, 0]))
+        kept = (columns % step == 0) & (starts < ends)
+        height = -(-self.height // step)
         offset = columns[kept] // step * (height + 1)
         return SpanMask(np.stack([offset + starts[kept], offset + ends[kept]], axis=1), height)
 

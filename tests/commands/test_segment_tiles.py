@@ -354,6 +354,50 @@ def test_pyramids_and_levels(samlight, exact, tmp_path):
     assert "has no level 2: its last level is 1" in err
 
 
+def test_an_overlay_of_a_line(samlight, exact, tmp_path, monkeypatch):
+    from samlight_hf.commands import segment_tiles
+
+    monkeypatch.setattr(segment_tiles, "_PREVIEW_SIDE", 80)
+    Image.fromarray(shapes(400, 112)[0][:1]).save(tmp_path / "a.png")
+    status, _, err = samlight(tmp_path / "a.png", "--out", tmp_path / "out", *TILES)
+    assert status == 0, err
+    assert Image.open(tmp_path / "out" / "a_masks.png").size == (80, 1)
+
+
+@pytest.mark.parametrize("name", ["gpkg_scene", "sqlite_a", "GPKG", "rtree_x", "a b'\""])
+def test_a_geopackage_of_any_name(samlight, exact, image, tmp_path, name):
+    pyogrio = pytest.importorskip("pyogrio")
+    path = image[0].rename(tmp_path / f"{name}.png")
+    status, _, err = samlight(path, "--out", tmp_path / "out", "--format", "gpkg", *TILES)
+    assert status == 0, err
+    assert pyogrio.read_info(tmp_path / "out" / f"{name}.gpkg")["features"] == len(image[1])
+
+
+def test_a_mosaic_whose_source_has_changed_begins_anew(samlight, exact, tmp_path):
+    pixels, _ = shapes(160, 112)
+    source = raster_file(tmp_path / "source.tif", pixels.transpose(2, 0, 1))
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}"><SimpleSource><SourceFilename relativeToVRT="1">source.tif'
+        f"</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource></VRTRasterBand>"
+        for band in (1, 2, 3)
+    )
+    path = tmp_path / "mosaic.vrt"
+    path.write_text(f'<VRTDataset rasterXSize="160" rasterYSize="112">{bands}</VRTDataset>')
+    command = [path, "--out", tmp_path / "out", "--format", "coco", "--resume", *TILES]
+    assert samlight(*command)[0] == 0 and len(exact) == 6
+    assert samlight(*command)[0] == 0 and len(exact) == 6
+    raster_file(source, pixels.transpose(2, 0, 1)[:, ::-1])
+    assert samlight(*command)[0] == 0 and len(exact) == 12
+
+
+def test_an_image_that_cannot_be_leaves_no_tiles(samlight, exact, tmp_path):
+    empty = raster_file(tmp_path / "empty.tif", np.zeros((1, 70, 70), dtype=np.uint16), nodata=0)
+    (tmp_path / "damaged.tif").write_bytes(empty.read_bytes()[:400])
+    status, _, _ = samlight(empty, tmp_path / "damaged.tif", "--out", tmp_path / "out", "--format", "coco", *TILES)
+    assert status == 1
+    assert not list((tmp_path / "out").glob(".*.tiles"))
+
+
 def test_overlay_is_small(samlight, exact, tmp_path, monkeypatch):
     from samlight_hf.commands import segment_tiles
 

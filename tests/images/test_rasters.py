@@ -142,8 +142,95 @@ def test_palettes_alpha_and_masks(tmp_path):
     raster = open_raster(tmp_path / "alpha.tif")
     read, valid = raster.read_levels(BOX)
     np.testing.assert_array_equal(read, window(levels[:3]))
-    np.testing.assert_array_equal(valid, window(levels[3]) > 0)
-    assert raster.read(BOX)[0].numpy()[:, ~valid].max() == 0
+    np.testing.assert_array_equal(valid, np.broadcast_to(window(levels[3]) > 0, valid.shape))
+    assert raster.read(BOX)[0].numpy()[:, ~valid[0]].max() == 0
+
+
+OPTIONS = {"driver": "GTiff", "width": 130, "height": 110, "crs": "EPSG:32633"}
+
+
+def geotiff(path, levels: np.ndarray, **options):
+    rasterio = pytest.importorskip("rasterio")
+    transform = rasterio.Affine(1, 0, 5, 0, -1, 9)
+    options = {**OPTIONS, "count": len(levels), "dtype": levels.dtype, "transform": transform, **options}
+    with rasterio.open(path, "w", **options) as file:
+        file.write(levels)
+    return path
+
+
+def test_a_band_without_data_does_not_count_for_the_levels(tmp_path):
+    """Band 1 has none in the upper rows, and no band in the first columns."""
+    levels = pixels_of((3, 110, 130), np.int16) + 1000
+    levels[0, :50] = levels[:, :, :9] = -9999
+    path = geotiff(tmp_path / "a.tif", levels, nodata=-9999)
+    for bands in ((1, 2, 3), (1,), (3, 2, 1)):
+        raster = open_raster(path, bands)
+        low, high = raster.find_range()
+        assert 1000 <= low < high < 1200
+        read, valid = raster.read((0, 0, 130, 110))
+        assert not read[:, :, :9].any() and not valid[:, :9].any()
+        assert valid[:50, 9:].all() == (len(bands) == 3) and valid[50:, 9:].all()
+        assert not read[bands.index(1), :50].any() and read[bands.index(1), 50:, 9:].float().mean() > 50
+
+
+def test_8_bit_colours_with_a_band_at_the_nodata_value_stay(tmp_path):
+    levels = pixels_of((3, 110, 130), np.uint8) + 1
+    levels[1:, :50], levels[:, 50:60] = 0, 0
+    read, valid = open_raster(geotiff(tmp_path / "a.tif", levels, nodata=0)).read((0, 0, 130, 110))
+    np.testing.assert_array_equal(read, levels)  # pure red is a colour
+    assert valid[:50].all() and not valid[50:60].any() and valid[60:].all()
+
+
+@pytest.mark.parametrize(("dtype", "sentinel"), [(np.int16, -32768), (np.int16, -9999), (np.float32, -9999)])
+def test_levels_that_mean_no_data_by_convention_are_those_of_small_images(tmp_path, dtype, sentinel):
+    levels = (random.normal(3000, 500, (1, 110, 130))).astype(dtype)
+    levels[0, :40] = sentinel
+    expected, note = stretch(levels[0])
+    assert "5,200 pixels without data became black" in note
+    tensor, valid = open_raster(geotiff(tmp_path / "a.tif", levels)).read(BOX)
+    assert np.abs(tensor[0].numpy().astype(int) - window(expected)).max() <= 1
+    levels[0, 50, 50] = sentinel - 1 if sentinel > -32768 else sentinel  # a lower level: then it is one, too
+    if sentinel == -9999:
+        assert open_raster(geotiff(tmp_path / "b.tif", levels)).read(BOX)[1].all()
+    np.testing.assert_array_equal(valid, window(np.broadcast_to(np.arange(110)[:, None] >= 40, (110, 130))))
+
+
+def test_bands_of_several_dtypes(tmp_path):
+    levels = pixels_of((3, 110, 130), np.uint16) + 300
+    geotiff(tmp_path / "deep.tif", levels)
+    geotiff(tmp_path / "flat.tif", levels[:1].astype(np.uint8))
+    bands = "".join(
+        f'<VRTRasterBand dataType="{kind}" band="{number}"><SimpleSource><SourceFilename relativeToVRT="1">{name}'
+        f"</SourceFilename><SourceBand>{source}</SourceBand></SimpleSource></VRTRasterBand>"
+        for number, (kind, name, source) in enumerate(
+            [("Byte", "flat.tif", 1), ("UInt16", "deep.tif", 2), ("Int16", "deep.tif", 3)], 1
+        )
+    )
+    path = tmp_path / "mixed.vrt"
+    path.write_text(f'<VRTDataset rasterXSize="130" rasterYSize="110">{bands}</VRTDataset>')
+    raster = open_raster(path)
+    assert raster.dtype == np.int32
+    read, _ = raster.read_levels(BOX)
+    expected = np.stack([levels[0].astype(np.uint8), *levels[1:]])
+    np.testing.assert_array_equal(read, window(expected.astype(np.int32)))
+
+
+@pytest.mark.parametrize("has_place", [True, False])
+def test_the_place_of_a_smaller_level(tmp_path, has_place):
+    rasterio = pytest.importorskip("rasterio")
+    options = {} if has_place else {"transform": None, "crs": None}
+    path = geotiff(tmp_path / "a.tif", pixels_of((1, 110, 130), np.uint8), **options)
+    with rasterio.open(path, "r+") as file:
+        file.build_overviews([2, 4])
+    whole, small = open_raster(path), open_raster(path, level=2)
+    assert (small.height, small.width) == (28, 33) and small.notes == whole.notes
+    corners = []
+    for raster in (small, whole):
+        a, b, c, d, e, f = raster.transform or (1, 0, 0, 0, 1, 0)
+        x, y = raster.width, raster.height
+        corners.append((a * x + b * y + c, d * x + e * y + f))
+    np.testing.assert_allclose(*corners)
+    assert (whole.transform is None) == (not has_place)
 
 
 def test_files_and_levels_that_cannot_be(tmp_path):

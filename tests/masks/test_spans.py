@@ -34,7 +34,7 @@ def test_operations_are_those_on_pixels():
         assert spans.clip((x1, y1, x2, y2)).area == mask[y1:y2, x1:x2].sum()
         np.testing.assert_array_equal(spans.pixels((x1, y1, x2, y2)), mask[y1:y2, x1:x2])
         for step in (1, 2, 3):
-            small = mask[step // 2 :: step, step // 2 :: step]
+            small = mask[::step, ::step]
             if small.size:
                 np.testing.assert_array_equal(spans.thinned(step).pixels((0, 0, small.shape[1], small.shape[0])), small)
         if mask.any():
