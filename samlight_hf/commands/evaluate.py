@@ -217,7 +217,7 @@ def _evaluate_model(
         **_about_run(args, model.model.device, state.num_processes),
         "skipped": _skip_counts(skipped),
         "num_pictures": dataset.num_images - skipped.num_images,
-        "num_instances": len(instances),
+        "num_instances": None if all(measurement.summarize for measurement in measurements) else len(instances),
         "seconds": {"model": sum(model.seconds.values()), "total": total_seconds},
         "latency_ms": model.latency_ms(),
         "extra": extra,

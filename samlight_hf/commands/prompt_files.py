@@ -247,8 +247,16 @@ def _parse_row(columns: Sequence[str], line: str) -> tuple[str, Prompts]:
     if not cells["image"]:
         raise ValueError("it names no image.")
     boxes, points = ([text for text in cells.get(key, "").split(";") if text.strip()] for key in _COLUMNS[1:])
-    prompts = [_object(box_xyxy=_numbers(box.split(","), 4)) for box in boxes]
+    prompts = [_object(box_xyxy=_box_of_cell(box)) for box in boxes]
     return cells["image"], _some(prompts + [_object_of_clicks(clicks) for clicks in points])
+
+
+def _box_of_cell(text: str) -> tuple[float, ...]:
+    from ..inference.prompts import check_order  # which imports torch
+
+    box = _numbers(text.split(","), 4)
+    check_order(box)  # here, where only this line is left out, and not all prompts of its image
+    return box
 
 
 def _cells(line: str) -> list[str]:

@@ -28,7 +28,7 @@ class SkipReason(StrEnum):
     MALFORMED_IMAGE = "image entry malformed"
     BROKEN_IMAGE = "image damaged or truncated"
     UNKNOWN_FORMAT = "no image, or one of a format that cannot be opened, such as HEIC"
-    IMAGE_SIZE = "image size disagrees with the annotations' image entry"
+    IMAGE_SIZE = "image of another size than its mask file or its entry in the annotations"
     DUPLICATE_IMAGE = "duplicate image id"
     MISSING_MASK = "mask file missing"
     MALFORMED_MASK = "mask file damaged, or of numbers that are no labels"

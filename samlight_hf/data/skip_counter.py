@@ -11,7 +11,7 @@ from .samples import MAX_SKIPPED_SHARE, SkipReason, SkipReport
 
 REASONS = tuple(SkipReason)
 
-# The share of unusable images is judged only after this many.
+# The share of unusable images is judged only after this many, or after all of a smaller set.
 MIN_READ = 100
 
 # One row for the main process and each of its workers.
@@ -79,7 +79,7 @@ class SkipCounter:
     def check(self, name: Callable[[int, int], str]):
         """Raise ValueError if too many of the images read so far were skipped. `name`: as in `report`."""
         num_read = self.num_read
-        if num_read < MIN_READ:
+        if num_read < min(MIN_READ, self.num_images):
             return
         blamed = self._skipped[:, 0, :, 0].sum(0)
         blamed[REASONS.index(SkipReason.NOTHING_IN_VIEW)] = 0

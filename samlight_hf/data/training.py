@@ -71,7 +71,8 @@ class TrainingExamples(Dataset):
         num_views: number of augmented versions of each image, which the epochs of its source repeat in turn. None gives
             a new version in each epoch.
         seed: an integer of at least 0.
-        max_skipped: share of unusable images, from 0 to 1, above which an error is raised, after the first 100 images.
+        max_skipped: share of unusable images, from 0 to 1, above which an error is raised, after 100
+            images or all of a smaller set.
 
     Raises:
         ValueError: if an argument is invalid, or if indexing left out more than `max_skipped` of a source.

@@ -115,7 +115,8 @@ def console_table(results: Sequence[ModelResult]) -> str:
         difference = _difference_text(comparisons[result.name][key]) if result.name in comparisons else ""
         sizes = [_mean_text(result.score(key, "by_size", size)) for size in SIZES]
         rows.append([*names_of(key), result.name, f"{score['n']:,}", _score_text(score), *sizes, difference])
-    blocks = [text_table(rows, rule=True), *_missing(results, {"mIoU": ("iou",)})]
+    blocks = [text_table(rows, rule=True)] if len(rows) > 1 else []
+    blocks += _missing(results, {"mIoU": ("iou",)})
     levels = [mask_levels(result.records, num_resamples=1) for result in results]  # means alone are printed
     if len(rows := _levels_table(results, levels, [ALL])) > 1:
         blocks += ["", text_table(rows, rule=True)]
@@ -141,7 +142,9 @@ def _comparisons(results: Sequence[ModelResult]) -> dict[str, dict]:
 def _missing(results: Sequence[ModelResult], paths: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Return a line for each reason why a model has no score (of `paths`, by title), with the protocols concerned."""
     lines: dict[str, list[str]] = {
-        f"{result.name}: no instance was evaluated": ["all protocols"] for result in results if not result.records
+        f"{result.name}: no instance was evaluated": ["all protocols"]
+        for result in results
+        if not result.records and result.settings.get("num_instances", 0) is not None  # none was asked for
     }
     for result in results:
         if (expected := result.settings.get("num_instances")) not in (None, len(result.records)):

@@ -83,7 +83,7 @@ class ModelResult:
         """Return one score; {"mean": None, "reason": ...} where this model was not evaluated with the protocol."""
         score = self.scores.get(protocol)
         for name in path or ("iou",):
-            score = score and score[name]
+            score = score and score.get(name)
         return score or {"mean": None, "low": None, "high": None, "n": 0, "reason": "not evaluated"}
 
 
@@ -144,15 +144,18 @@ def protocol_scores(records: Sequence[Mapping], protocols: Sequence[str], **opti
 
     Returns:
         For each protocol {"iou": score, "boundary_iou": score, "calibration_gap": score, "calibration_error": score,
-        "by_size": {"small": score, ...}}, where a score is {"mean", "low", "high", "n"}. A mean is taken over all
-        instances or not at all: where a value is missing or NaN, the three are None, and "reason" says how many values
-        are missing and which is the first. For a single image, low and high are None and "reason" says so.
+        "by_size": {"small": score, ...}}, without "boundary_iou" where no record has it. A score is {"mean", "low",
+        "high", "n"}. A mean is taken over all instances or not at all: where a value is missing or NaN, the three are
+        None, and "reason" says how many values are missing and which is the first. For a single image, low and high are
+        None and "reason" says so.
     """
     iou, boundary, predicted = (values_of(records, measure, protocols) for measure in MEASURES)
     measured = {
         "iou": iou, "boundary_iou": boundary, "calibration_gap": np.abs(predicted - iou),
         "calibration_error": _binned(predicted, predicted - iou),
     }  # fmt: skip
+    if not any(record.get("boundary_iou") for record in records):  # not requested
+        del measured["boundary_iou"]
     blocks = {name: score_columns(values, records, **options) for name, values in measured.items()}
     sizes = np.array([size_class(record["area"]) for record in records])
     by_size = {}

@@ -103,15 +103,21 @@ def _clip_box(box: Sequence[float], width: int, height: int) -> list[float]:
     if len(box) != 4 or not all(map(math.isfinite, box)):
         raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
     x1, y1, x2, y2 = box
-    if x1 >= x2 or y1 >= y2:
-        kind = "has no area" if x1 == x2 or y1 == y2 else "is reversed"
-        raise ValueError(f"box {_text(box)} {kind}: it must be X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2.")
+    check_order(box)
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         raise ValueError(
             f"box {_text(box)} lies outside the image of {width}x{height} pixels: keep X from 0 to {width} and Y from "
             f"0 to {height}."
         )
     return [max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)]
+
+
+def check_order(box_xyxy: Sequence[float]):
+    """Raise ValueError for a box that is reversed or has no area."""
+    x1, y1, x2, y2 = box_xyxy
+    if x1 >= x2 or y1 >= y2:
+        kind = "has no area" if x1 == x2 or y1 == y2 else "is reversed"
+        raise ValueError(f"box {_text(box_xyxy)} {kind}: it must be X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2.")
 
 
 def _clip_point(point: Sequence[float], width: int, height: int) -> list[float]:

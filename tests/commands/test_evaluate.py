@@ -340,6 +340,8 @@ def test_everything_alone(models, tar, tmp_path, capsys):
     )  # fmt: skip
     assert status == 0
     assert "AR@1000 all" in printed and "masks per image" in printed
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "no instance was evaluated" not in printed + page and "No score is missing." in page
 
 
 def test_everything_in_crops_and_tiles(models, tar, tmp_path, capsys):

@@ -165,6 +165,7 @@ def test_malformed_lines_and_unknown_images_are_left_out_counted_and_named(segme
         'c.jpg,,"8,8"',
         'c.jpg,"',
         "b.jpg,,",
+        'a.jpg,"10,10,5,5",',
     ]
     (tmp_path / "p.csv").write_text("\n".join(lines))
     status, stdout, stderr = segment("photos", "--prompts", "p.csv")
@@ -174,9 +175,11 @@ def test_malformed_lines_and_unknown_images_are_left_out_counted_and_named(segme
         "samlight: p.csv, line 4 is left out: it has 5 columns, and the first line 3: quote what has commas.",
         "samlight: p.csv, line 7 is left out: it is no CSV (unexpected end of data).",
         "samlight: p.csv, line 8 is left out: it has no prompt.",
+        "samlight: p.csv, line 9 is left out: box 10,10,5,5 is reversed: it must be X1,Y1,X2,Y2 with X1 < X2 and Y1 < "
+        "Y2.",
         "samlight: p.csv, line 5 is left out: x.jpg is no image here.",
         "samlight: left out 1 image without prompts in p.csv.",
-        "samlight: 5 skipped, 2 done.",
+        "samlight: 6 skipped, 2 done.",
     ]
 
 
