@@ -68,6 +68,12 @@ def make_console_safe():
             stream.reconfigure(errors="backslashreplace")
 
 
+def write_error_line(line: str):
+    """Write a line to stderr at once: print writes its end by itself, and other processes may write between the two."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 @contextmanager
 def log_to_stderr(prefix: str) -> Iterator[None]:
     """Print the package's warnings to stderr, one line each.
@@ -97,9 +103,9 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord):
         self.counts[record.name, record.msg] += 1
         if self.counts[record.name, record.msg] <= _MAX_LINES:
-            print(f"{self.prefix}{' '.join(record.getMessage().split())}", file=sys.stderr)
+            write_error_line(f"{self.prefix}{' '.join(record.getMessage().split())}")
 
     def finish(self):
         for number in self.counts.values():
             if number > _MAX_LINES:
-                print(f"{self.prefix}{number - _MAX_LINES:,} further lines like these.", file=sys.stderr)
+                write_error_line(f"{self.prefix}{number - _MAX_LINES:,} further lines like these.")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .messages import one_line
+from .messages import one_line, write_error_line
 
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def tell(*values, **options):
 
 def tell_error(message: str):
     """Print an error to stderr on every process, since it may concern only one; all but the main one add their rank."""
-    line = message if is_main_process() else f"process {process_index()}: {message}"
-    sys.stderr.write(f"{line}\n")  # at once: print writes the end of the line by itself, and others write, too
-    sys.stderr.flush()
+    write_error_line(message if is_main_process() else f"process {process_index()}: {message}")
 
 
 def lost_process(error: BaseException) -> str | None:
