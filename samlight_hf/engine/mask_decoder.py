@@ -144,6 +144,7 @@ class FastMaskDecoder:
                 for mlps in (decoder.output_hypernetworks_mlps, [decoder.iou_prediction_head])
             )
         self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
+        self.logits_size = tuple(4 * side for side in self.grid_size)
         heads = model.config.mask_decoder_config.num_attention_heads
         self.why_not_triton = {
             "attention": image_attention.why_not_triton(model.device, self.dtype, self.positions.shape[1], heads),
@@ -222,9 +223,8 @@ class FastMaskDecoder:
         if len(embedding) not in (1, num_prompts):
             raise ValueError(f"{len(embedding)} images for {num_prompts} prompts: give one image, or one for each.")
         if not num_prompts:
-            num_masks, sides = len(self.output_tokens[1:][_mask_slice(multimask_output)]), self.grid_size
-            nothing = torch.zeros(0, num_masks, device=self.device)
-            return Decoded(nothing, None, nothing.new_zeros(0, *(4 * side for side in sides)))
+            nothing = torch.zeros(0, self._num_masks(multimask_output), device=self.device)
+            return Decoded(nothing, None, nothing.new_zeros(0, *self.logits_size))
         image_tokens = embedding.to(self.dtype)  # another decoder may have prepared it
         with_mask = mask_logits is not None
         inputs = [image_tokens, *prompts] if mask_logits is None else [image_tokens, mask_logits, *prompts]
@@ -291,6 +291,9 @@ class FastMaskDecoder:
             self._too_large.add(batch)
             return None
 
+    def _num_masks(self, multimask_output: bool) -> int:
+        return len(self.output_tokens[1:][_mask_slice(multimask_output)])
+
     def _dense(self, mask_logits: torch.Tensor | None) -> torch.Tensor:
         """Embed earlier masks (P, h, w), or their absence: (P, N, C) or (1, C), to be added to the image tokens."""
         if mask_logits is None:
@@ -302,8 +305,7 @@ class FastMaskDecoder:
         """Compute `_all_masks`; in graphs with the logits, their largest result, in memory that all of them share."""
         out = None
         if self.graph_memory is not None and self.use_head_kernel:
-            num_masks = len(self.output_tokens[1:][_mask_slice(multimask_output)])
-            shape = num_masks * len(inputs[-1]), *(4 * side for side in self.grid_size)
+            shape = self._num_masks(multimask_output) * len(inputs[-1]), *self.logits_size
             # For more than one prompt at once as large as for the most, so that graphs of other sizes share it.
             most = 1 if len(inputs[-1]) == 1 else max(len(inputs[-1]), token_kernels.MOST_PROMPTS)
             num_bytes = 4 * math.prod(shape)
@@ -379,7 +381,6 @@ class FastMaskDecoder:
         self, tokens, image_tokens, shape, kept, masks: slice, prompts_at_once: int | None, visible=None
     ) -> torch.Tensor:
         """Compute the logits (K, 4h, 4w) of the masks `kept` (K,), flat indices into `shape` (P, M), in steps."""
-        height, width = (4 * size for size in self.grid_size)
         num_masks = shape[1]
         if len(kept) == shape.numel():
             prompts, tokens_kept = None, tokens
@@ -392,7 +393,7 @@ class FastMaskDecoder:
             chosen = range(len(hyper)) if prompts is None else prompts.tolist()
             logits = self._upscale(image_tokens, hyper, chosen, visible).flatten(0, 1)
             return logits if prompts is None else logits[kept]
-        logits = tokens.new_empty(len(tokens_kept), num_masks, height, width)
+        logits = tokens.new_empty(len(tokens_kept), num_masks, *self.logits_size)
         for start in range(0, len(hyper), prompts_at_once or len(hyper) or 1):
             part = slice(start, start + (prompts_at_once or len(hyper)))
             image_part = image_tokens[part] if prompts is None else image_tokens[prompts[part]]

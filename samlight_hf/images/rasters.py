@@ -106,15 +106,13 @@ class Raster(ABC):
 
         Black is where there is no data; of more than 8 bits also the single bands without data.
         """
-        if self.level_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
-            self.find_range()
+        is_scaled = self.dtype.kind != "b" and self.dtype != np.uint8
+        low, high = self.find_range() if is_scaled else (0, 255)  # first, since it finds what is no data
         levels, measured = self.read_levels(window)
         valid: np.ndarray = np.logical_or.reduce(measured)  # over the bands
         if self.dtype.kind == "b":
             levels = levels.astype(np.uint8) * 255
-        elif self.dtype != np.uint8:
-            assert self.level_range is not None
-            low, high = self.level_range
+        elif is_scaled:
             levels = np.where(measured, levels, low).astype(np.float32)
             levels = np.rint(((levels - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
         if not valid.all():
@@ -133,16 +131,17 @@ class Raster(ABC):
             ImageError: for a file without any data.
         """
         if self.level_range is None:
-            edges = self._extremes() if self.dtype.kind in "if" or self.dtype.itemsize > 2 else (0.0, 0.0)
-            while edges[0] in SENTINELS and self.dtype.kind != "u":
+            edges = self._extremes()
+            while edges[0] in SENTINELS:
                 self._sentinels.append(edges[0])
                 edges = self._extremes()
-            if self.dtype.kind in "ui" and self.dtype.itemsize <= 2:
-                edges = (float(np.iinfo(self.dtype).min), float(np.iinfo(self.dtype).max) + 1)
             self.level_range = self._range(*edges)
         return self.level_range
 
     def _extremes(self) -> tuple[float, float]:
+        """Return the lowest and the highest level; of unsigned ones of up to 16 bits those of the dtype, unread."""
+        if self.dtype.kind == "u" and self.dtype.itemsize <= 2:
+            return 0.0, float(np.iinfo(self.dtype).max)
         low, high = np.inf, -np.inf
         for values in self._values():
             low, high = min(low, float(values.min())), max(high, float(values.max()))
@@ -154,8 +153,10 @@ class Raster(ABC):
         Where a few extreme levels would push all others into few bins, the part between the percentiles is counted
         again, in bins of its own.
         """
-        outer = low, high
         is_exact = self.dtype.kind in "ui" and self.dtype.itemsize <= 2
+        if is_exact:  # a bin for each level
+            low, high = float(np.iinfo(self.dtype).min), float(np.iinfo(self.dtype).max) + 1
+        outer = low, high
         for passes_left in reversed(range(1 if is_exact else _MAX_PASSES)):
             counts, width = self._histogram(low, high)
             total = int(counts.sum())

@@ -11,7 +11,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +24,7 @@ from .nvrtc import compile_source
 
 if TYPE_CHECKING:
     from cuda.bindings.driver import CUfunction, CUtensorMap
+    from triton.runtime.cache import CacheManager
 
 _HEADER = Path(__file__).with_name("common.cuh")
 _TIMEOUT_SECONDS = 120  # of a process that compiles a kernel, which takes some seconds
@@ -103,56 +103,55 @@ def compiled(source: str) -> bytes:
     Other processes may clear the cache at any time, and it may be full or not writable; the code is compiled again
     then. The cache is trusted: its content is run without a check.
     """
-    code, keep = _cached(source)
+    code, cache = _cached(source)
     if code is None:
         code = compile_source(source)[0]
-        if keep is not None:
-            keep(code)
+        _keep(cache, code)
     return code
 
 
 def compile_in_process(source: str):
     """Compile a source for the cache in another process. Where this fails, `compiled` compiles it, or says why not."""
-    code, keep = _cached(source)
-    if code is not None or keep is None or not _is_python(sys.executable):
+    code, cache = _cached(source)
+    if code is not None or cache is None or not _can_start_python():
         return
     library = nvrtc.library()
     command = [sys.executable, nvrtc.__file__, library]
     paths = filter(None, (os.path.dirname(library), os.environ.get("LD_LIBRARY_PATH")))  # NVRTC opens another beside it
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LD_LIBRARY_PATH": os.pathsep.join(paths)}
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+    try:
         child = subprocess.run(
             command, input=source.encode(), capture_output=True, env=environment, timeout=_TIMEOUT_SECONDS
         )
-        _keep_output(child, keep)
-
-
-def _is_python(executable: str | None) -> bool:
-    """Return whether scripts can be run by it: not where Python is embedded, or frozen into an application."""
-    return bool(executable) and not getattr(sys, "frozen", False) and "python" in Path(executable or "").name.lower()
-
-
-def _keep_output(child: subprocess.CompletedProcess, keep: Callable[[bytes], None]):
+    except (OSError, subprocess.TimeoutExpired):
+        return
     version, _, code = child.stdout.partition(b"\n")
     if child.returncode == 0 and version == repr(nvrtc.version()).encode() and code.startswith(_ELF):
-        keep(code)
+        _keep(cache, code)
 
 
-def _cached(source: str) -> tuple[bytes | None, Callable[[bytes], None] | None]:
-    """Return the machine code that is in the cache, or None, and a function that puts it there, if there is a cache."""
+def _can_start_python() -> bool:
+    """Return whether `sys.executable` runs scripts: not where Python is embedded, or frozen into an application."""
+    return "python" in Path(sys.executable or "").name.lower() and not getattr(sys, "frozen", False)
+
+
+def _cached(source: str) -> tuple[bytes | None, "CacheManager | None"]:
+    """Return the machine code that is in the cache, and the place in the cache for it; None for what there is not."""
     from triton.runtime.cache import get_cache_manager
 
-    key, keep = hashlib.sha256(repr((nvrtc.version(), nvrtc.OPTIONS, source)).encode()).hexdigest(), None
+    key = hashlib.sha256(repr((nvrtc.version(), nvrtc.OPTIONS, source)).encode()).hexdigest()
+    cache = None
     with contextlib.suppress(OSError, RuntimeError):  # removed in the meantime, or no directory for it
         cache = get_cache_manager(key)  # makes a directory
-
-        def keep(code: bytes):
-            with contextlib.suppress(OSError):
-                cache.put(code, _CUBIN)  # atomic: written to a temporary file and moved
-
         if (path := cache.get_file(_CUBIN)) and (code := Path(path).read_bytes()).startswith(_ELF):
-            return code, keep
-    return None, keep
+            return code, cache
+    return None, cache
+
+
+def _keep(cache: "CacheManager | None", code: bytes):
+    with contextlib.suppress(OSError):
+        if cache is not None:
+            cache.put(code, _CUBIN)  # atomic: written to a temporary file and moved
 
 
 def load_kernel(device: torch.device, code: bytes, name: str, shared_bytes: int) -> "CUfunction":
