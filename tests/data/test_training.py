@@ -207,7 +207,7 @@ def test_more_bad_images_than_allowed_is_an_error_that_names_them(tmp_path):
     with pytest.raises(ValueError, match="(?s)max_skipped=5%.*image damaged.*(broken|text)"):
         for n in range(1000):
             made[n]
-    assert len(tar) <= made.num_read < 130
+    assert len(tar) <= made.num_read < 2 * len(tar)
     with pytest.raises(ValueError, match="max_skipped=5%"):
         list(DataLoader(examples(tar, 1000, 32, augmentation=None), batch_size=4, num_workers=2))
 

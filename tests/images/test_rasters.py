@@ -1,5 +1,7 @@
 """Windows of files are what the whole file holds, whatever its layout; levels are those of the whole file."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -234,12 +236,13 @@ def test_the_place_of_a_smaller_level(tmp_path, has_place):
 
 
 def test_files_and_levels_that_cannot_be(tmp_path):
+    reads_tiff = any(map(find_spec, ("rasterio", "tifffile")))  # an extra, which Pillow stands in for
     (tmp_path / "empty.tif").touch()
     (tmp_path / "damaged.tif").write_bytes(b"II*\0" + bytes(50))
     Image.fromarray(pixels_of((10, 10, 3), np.uint8)).save(tmp_path / "a.png")
     for path, level, message in (
         ("none.tif", 0, "no such file"), ("empty.tif", 0, "the file is empty"), (".", 0, "is a folder"),
-        ("damaged.tif", 0, "cannot be opened|not an image"), ("a.png", -1, "level=-1 must be 0"),
+        ("damaged.tif", 0, "cannot be opened" if reads_tiff else "not an image"), ("a.png", -1, "level=-1 must be 0"),
         ("a.png", 1, "has no level 1 that can be read: use level 0"),
     ):  # fmt: skip
         with pytest.raises(ImageError, match=message):

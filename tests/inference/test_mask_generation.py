@@ -436,14 +436,14 @@ def test_on_a_gpu_half_precision_finds_the_same_masks(photograph, dtype):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "points_per_crop"),
+    ("device", "dtype", "points_per_crop", "least_chosen"),
     [
-        pytest.param("cpu", "bfloat16", 8, marks=pytest.mark.slow),
-        pytest.param("cuda", "bfloat16", 16, marks=pytest.mark.gpu),
-        pytest.param("cuda", "float16", 16, marks=pytest.mark.gpu),
+        pytest.param("cpu", "bfloat16", 8, 0.9, marks=pytest.mark.slow),
+        pytest.param("cuda", "bfloat16", 16, 0.75, marks=pytest.mark.gpu),
+        pytest.param("cuda", "float16", 16, 0.9, marks=pytest.mark.gpu),
     ],
 )
-def test_half_precision_finds_the_same_masks_before_one_is_chosen(device, dtype, points_per_crop):
+def test_half_precision_finds_the_same_masks_before_one_is_chosen(device, dtype, points_per_crop, least_chosen):
     """Rounding decides only which of near duplicates stays and which scores are just above a threshold.
 
     It uses all bundled photographs, and the default thresholds, 0.88 and 0.95: below them are masks that are uncertain
@@ -463,7 +463,7 @@ def test_half_precision_finds_the_same_masks_before_one_is_chosen(device, dtype,
             best += [max(intersection_over_union(mask, other) for other in others) for mask in masks]
     shares = [np.mean(np.array(best) >= 0.95) for best in (chosen, near)]
     print(f"{dtype}: of {len(near)} masks in float32 {shares[0]:.3f} are chosen too, {shares[1]:.3f} are there before")
-    assert len(near) >= 12 and shares[0] >= 0.75 and shares[1] >= 0.99
+    assert len(near) >= 12 and shares[0] >= least_chosen and shares[1] >= 0.99
 
 
 @pytest.mark.gpu
