@@ -1,9 +1,9 @@
-"""The end of SAM's mask decoder in one Triton kernel: from image tokens to the logits of the selected masks.
+"""The end of SAM's mask decoder in one kernel: from image tokens to the logits of the selected masks.
 
 Two transposed convolutions, a layer norm, two GELUs and the product with a prompt's hypernetworks make 16 pixels of
-each image token. Step by step they write and read 16 times as many numbers as the masks have. The kernel keeps
-everything in
-registers: it reads each image token once and writes finished logits, in float32, computed from sums in float32.
+each image token. Step by step they write and read 16 times as many numbers as the masks have. The kernels keep
+everything in registers: they read each image token once and write finished logits, in float32, computed from sums in
+float32. There is one in Triton, and for Hopper GPUs one in CUDA (`hopper/head.cu`).
 """
 
 import copy
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .hopper import head as hopper_head
 from .layer_norm import add_layer_norm, add_layer_norm_reference
 from .support import launch, launched, normal_numbers, overlap_options, tl, triton, why_not_decoder, why_not_tried
 
@@ -49,20 +50,41 @@ def why_not_triton(weights: HeadWeights) -> str | None:
 
 def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype) -> str | None:
     def attempt() -> bool:
-        numbers = normal_numbers(device)
-        norm = nn.LayerNorm(channels // 4, eps=1e-6, device=device, dtype=dtype)
-        weights = HeadWeights(
-            0.1 * numbers(channels, channels).to(dtype), numbers(channels).to(dtype), norm,
-            0.1 * numbers(channels // 2, channels // 4).to(dtype), numbers(channels // 2).to(dtype),
-        )  # fmt: skip
-        image_tokens, hyper = numbers(2, 64, channels).to(dtype), numbers(2, 3, channels // 8)
-        slots = torch.tensor([[0, 2, -1], [-1, 1, -1]], dtype=torch.int32, device=device)
-        logits = launch_head(image_tokens, hyper, slots, 3, (8, 8), weights)
-        expected = run_head(image_tokens.float(), hyper, (8, 8), _in_float32(weights), add_layer_norm_reference)
-        expected = expected.flatten(0, 1)[[0, 4, 1]]
-        return bool((logits - expected).norm() < 0.02 * expected.norm())
+        return _is_right(device, channels, dtype, (8, 8), 3, launch_head)
 
     return why_not_tried(_NAME, device, (channels, dtype), attempt)
+
+
+def _is_right(device, channels: int, dtype: torch.dtype, grid: tuple[int, int], masks: int, launch) -> bool:
+    """Return whether a kernel computes the right logits of three prompts, the first of which has no selected mask."""
+    numbers = normal_numbers(device)
+    norm = nn.LayerNorm(channels // 4, eps=1e-6, device=device, dtype=dtype)
+    weights = HeadWeights(
+        0.1 * numbers(channels, channels).to(dtype), numbers(channels).to(dtype), norm,
+        0.1 * numbers(channels // 2, channels // 4).to(dtype), numbers(channels // 2).to(dtype),
+    )  # fmt: skip
+    image_tokens, hyper = numbers(3, grid[0] * grid[1], channels).to(dtype), numbers(3, masks, channels // 8)
+    slots = torch.full((3 * masks,), -1, dtype=torch.int32, device=device)
+    kept = torch.tensor([3 * masks - 1, masks], device=device)
+    slots[kept] = torch.arange(len(kept), dtype=torch.int32, device=device)
+    logits = launch(image_tokens, hyper, slots.view(3, masks), len(kept), grid, weights)
+    expected = run_head(image_tokens.float(), hyper, grid, _in_float32(weights), add_layer_norm_reference)
+    expected = expected.flatten(0, 1)[kept]
+    return bool((logits - expected).norm() < 0.02 * expected.norm())
+
+
+def why_not_hopper(
+    image_tokens: torch.Tensor, hyper: torch.Tensor, grid: tuple[int, int], weights: HeadWeights
+) -> str | None:
+    """Return why the kernel in CUDA cannot run with these arguments of `launch_head`, as a sentence, or None."""
+    if reason := hopper_head.why_not(image_tokens, hyper, grid, weights):
+        return reason
+    channels, dtype, masks = weights.weight1.shape[1], weights.weight1.dtype, hyper.shape[1]
+
+    def attempt() -> bool:
+        return _is_right(weights.weight1.device, channels, dtype, (8, 16), masks, launch_hopper)
+
+    return why_not_tried(_NAME, weights.weight1.device, (dtype, masks), attempt, "CUDA", "Triton's kernel")
 
 
 def _in_float32(weights: HeadWeights) -> HeadWeights:
@@ -111,10 +133,12 @@ def masks_of(
     weights: HeadWeights,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute `launch_head`, or its reference if Triton cannot compile the kernel for so many masks per prompt.
+    """Compute `launch_head` in the fastest kernel; step by step if Triton cannot compile its one for so many masks.
 
-    The reference does not write to `out`.
+    Only kernels write to `out`.
     """
+    if why_not_hopper(image_tokens, hyper, grid, weights) is None:
+        return launch_hopper(image_tokens, hyper, slots, num_kept, grid, weights, out)
     return launched(
         _NAME, image_tokens.device, (*hyper.shape[1:], image_tokens.dtype, "masks"),
         lambda: launch_head(image_tokens, hyper, slots, num_kept, grid, weights, out),
@@ -159,10 +183,8 @@ def launch_head(
     Returns:
         Float32 (num_kept, 4h, 4w).
     """
-    (num_prompts, num_tokens, channels), (height, width) = image_tokens.shape, grid
-    logits = out
-    if logits is None:
-        logits = torch.empty(num_kept, 4 * height, 4 * width, dtype=torch.float32, device=image_tokens.device)
+    (num_prompts, num_tokens, channels), (_, width) = image_tokens.shape, grid
+    logits = _memory_of(num_kept, grid, image_tokens.device) if out is None else out
     image_tokens, hyper, slots = image_tokens.contiguous(), hyper.contiguous(), slots.contiguous()
     blocks = triton.cdiv(num_tokens, _BLOCK)
     # A thread block makes all four parts of its image tokens, or with few prompts one of them.
@@ -177,6 +199,26 @@ def launch_head(
                 **overlap_options(image_tokens),
             )  # fmt: skip
     return logits
+
+
+def launch_hopper(
+    image_tokens: torch.Tensor,
+    hyper: torch.Tensor,
+    slots: torch.Tensor,
+    num_kept: int,
+    grid: tuple[int, int],
+    weights: HeadWeights,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute `launch_head` in the kernel for Hopper GPUs."""
+    logits = _memory_of(num_kept, grid, image_tokens.device) if out is None else out
+    if num_kept:
+        hopper_head.launch_head(image_tokens, hyper.contiguous(), slots.contiguous(), logits, grid, weights)
+    return logits
+
+
+def _memory_of(num_masks: int, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    return torch.empty(num_masks, 4 * grid[0], 4 * grid[1], dtype=torch.float32, device=device)
 
 
 if triton is not None:

@@ -38,6 +38,10 @@ __device__ __forceinline__ void wait_for_the_last_kernel() { asm volatile("gridd
 
 __device__ __forceinline__ void let_the_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+__device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(WARPGROUP) : "memory");
+}
+
 // ---- the tensor memory accelerator ------------------------------------------------------------------------------------------------
 
 struct alignas(64) TensorMap { char bytes[128]; };
@@ -107,6 +111,31 @@ __device__ __forceinline__ float2 unpack(u32 both) {
 #else
     return unpack_float16(both);
 #endif
+}
+
+// tanh(f(x)) of two numbers in float16, which is as exact as the instruction, where GELU(x) = (1 + tanh(f(x))) x / 2: as in
+// `_fitted_gelu` of kernels/linear_triton.py. The constants are pairs of float16 numbers, for x or for half of it.
+template <u32 largest_square, u32 fifth, u32 third, u32 first>
+__device__ __forceinline__ float2 fitted_tanh(float low, float high) {
+    u32 tanh;
+    asm("{.reg .b32 x, square, inner;\n"
+        "cvt.rn.f16x2.f32 x, %2, %1;\n"
+        "mul.f16x2 square, x, x;\n"
+        "min.f16x2 square, square, %3;\n"
+        "fma.rn.f16x2 inner, square, %4, %5;\n"
+        "fma.rn.f16x2 inner, inner, square, %6;\n"
+        "mul.f16x2 inner, inner, x;\n"
+        "tanh.approx.f16x2 %0, inner;}"
+        : "=r"(tanh)
+        : "f"(low), "f"(high), "r"(largest_square), "r"(fifth), "r"(third), "r"(first));
+    return unpack_float16(tanh);
+}
+
+// GELU of two numbers, given half of each.
+__device__ __forceinline__ void fitted_gelu(float& low, float& high) {
+    // 6.25, 32 * -3.522957060e-04, 8 * 3.701044177e-02, 2 * 7.975026134e-01
+    float2 tanh = fitted_tanh<0x46404640, 0xA1C6A1C6, 0x34BD34BD, 0x3E613E61>(low, high);
+    low = fmaf(low, tanh.x, low), high = fmaf(high, tanh.y, high);
 }
 
 // Reductions over the four threads that share a row.

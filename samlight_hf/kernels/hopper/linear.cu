@@ -72,31 +72,6 @@ __device__ __forceinline__ void load_blocks(
     }
 }
 
-// ---- numbers ----------------------------------------------------------------------------------------------------------------------
-
-// GELU of two numbers, given half of each, as `_fitted_gelu` of kernels/linear_triton.py. The argument of tanh is computed for both at
-// once in float16, which is as exact as the instruction for tanh.
-__device__ __forceinline__ void fitted_gelu(float& low, float& high) {
-    u32 tanh;
-    asm("{.reg .b32 x, square, inner;\n"
-        "cvt.rn.f16x2.f32 x, %2, %1;\n"
-        "mul.f16x2 square, x, x;\n"
-        "min.f16x2 square, square, %3;\n"
-        "fma.rn.f16x2 inner, square, %4, %5;\n"
-        "fma.rn.f16x2 inner, inner, square, %6;\n"
-        "mul.f16x2 inner, inner, x;\n"
-        "tanh.approx.f16x2 %0, inner;}"
-        : "=r"(tanh)
-        : "f"(low), "f"(high), "r"(0x46404640), "r"(0xA1C6A1C6),  // 6.25, 32 * -3.522957060e-04,
-          "r"(0x34BD34BD), "r"(0x3E613E61));  // 8 * 3.701044177e-02, 2 * 7.975026134e-01
-    float2 both = unpack_float16(tanh);
-    low = fmaf(low, both.x, low), high = fmaf(high, both.y, high);
-}
-
-__device__ __forceinline__ void synchronize_warpgroup(int consumer) {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + consumer), "n"(WARPGROUP) : "memory");
-}
-
 // ---- a tile -----------------------------------------------------------------------------------------------------------------------
 
 // A warpgroup's tile of 128 rows, from two products of 64 rows. A thread has eight of every 32 columns of four rows.

@@ -60,15 +60,15 @@ def are_aligned(*tensors: torch.Tensor | None) -> bool:
     return all(tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0) for tensor in tensors)
 
 
-def product(name: str, columns: int, dtype: str, from_registers: bool = False) -> str:
+def product(name: str, columns: int, dtype: str, from_registers: bool = False, transposed: bool | None = None) -> str:
     """Write a CUDA function that adds a product of a 64 x 16 and a 16 x `columns` matrix to a warpgroup's registers.
 
     Args:
         name: of the function.
         columns: of the second matrix.
         dtype: "f16" or "bf16".
-        from_registers: whether the first matrix is in registers and the second in shared memory. Otherwise both are in
-            shared memory, the second transposed.
+        from_registers: whether the first matrix is in registers. The second, and otherwise both, are in shared memory.
+        transposed: whether the second is stored transposed. Default: if the first is in shared memory.
 
     Returns:
         Its source.
@@ -80,10 +80,10 @@ def product(name: str, columns: int, dtype: str, from_registers: bool = False) -
         parameters = "".join(f"unsigned x{i}, " for i in range(4))
         first = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
         inputs = "".join(f'"r"(x{i}), ' for i in range(4))
-        second, options = f"%{count + 4}", "1, 1, 1, 1"
+        second, options = f"%{count + 4}", f"1, 1, 1, {int(not transposed)}"
     else:
         parameters, first, inputs = "unsigned long long x, ", f"%{count}", '"l"(x), '
-        second, options = f"%{count + 1}", "1, 1, 1, 0, 0"
+        second, options = f"%{count + 1}", f"1, 1, 1, 0, {int(transposed is False)}"
     return (
         f"__device__ __forceinline__ void {name}(float (&sums)[{count}], {parameters}unsigned long long y) {{\n"
         f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} {{{sums}}}, '
