@@ -143,7 +143,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 1) NAME(
     int num_tiles, int tiles_per_prompt, int grid_width, float eps) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
-    int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
+    // The shuffle tells the compiler that the warp agrees: what follows from it is then in uniform registers, as products need it.
+    int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0), thread = threadIdx.x % WARPGROUP, lane = thread % 32;
     if (threadIdx.x == 0) {
         prefetch(&token_map), prefetch(&weight1_map), prefetch(&weight2_map);
         make_barrier(&shared.weights_loaded, 1);
@@ -201,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 1) NAME(
         wait(&shared.tokens_loaded[warpgroup], number);
         multiply_tokens(shared, sums, warpgroup, 0);
         int following = next_tile(slots, tile + step, step, num_tiles, tiles_per_prompt);
-#pragma unroll
+#pragma unroll 1
         for (int row = 0; row < 2; row++) {  // of parts
             wait_for_products<0>();
             compiler_fence(sums);
@@ -211,6 +212,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 1) NAME(
             wait_for_products<1>();
             compiler_fence(features);
             add_features<0>(partial, features, factors);
+            wait(&shared.weights_loaded, 0);  // or the compiler would move the next wait to before the features
             wait_for_products<0>();
             compiler_fence(sums);
             if (row == 1) {  // the last product with these tokens is complete
@@ -219,10 +221,16 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 1) NAME(
             }
             normalize(shared, hidden, sums, eps);
             multiply_hidden(shared, features, hidden);
-            if (row == 0) multiply_tokens(shared, sums, warpgroup, 2), wait_for_products<1>();
-            else wait_for_products<0>();
-            compiler_fence(features);
-            add_features<1>(partial, features, factors);
+            if (row == 0) {
+                multiply_tokens(shared, sums, warpgroup, 2);
+                wait_for_products<1>();
+                compiler_fence(features);
+                add_features<1>(partial, features, factors);
+            } else {
+                wait_for_products<0>();
+                compiler_fence(features);
+                add_features<1>(partial, features, factors);
+            }
             write_masks(partial, masks, row * 4 * grid_width, corners);
         }
         tile = following;

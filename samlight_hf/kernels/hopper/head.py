@@ -1,7 +1,7 @@
 """The end of SAM's mask decoder on Hopper GPUs, by a CUDA kernel (head.cu).
 
-It computes the same as the Triton kernel of mask_head.py, which reads the weights anew for each block of image tokens and
-whose tensor cores wait while GELUs are computed.
+It computes the same as the Triton kernel of mask_head.py, which reads the weights anew for each block of image tokens,
+and whose tensor cores wait while GELUs are computed.
 """
 
 from functools import cache
