@@ -46,6 +46,11 @@ class GraphMemory:
         finally:
             self._captures = False
 
+    def num_bytes(self) -> int:
+        """Return the size of the memory that torch keeps for the graphs: segments of the pool, and buffers."""
+        segments = (part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == tuple(self.pool))
+        return sum(part["total_size"] for part in segments) + sum(buffer.nbytes for buffer in self._buffers.values())
+
     def _first(self, name: str, num_bytes: int, device: torch.device) -> torch.Tensor:
         buffer = self._buffers.get((name, device))
         if buffer is None or len(buffer) < num_bytes:  # older graphs keep the one that was too small

@@ -14,7 +14,7 @@ from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, Sam
 
 from ..kernels.support import compiling_ahead
 from ..utils.turns import turn
-from .cuda_graphs import GraphedFunction
+from .cuda_graphs import GraphedFunction, GraphMemory
 from .image_encoder import make_encoder, why_not_fast_encoder
 from .mask_decoder import FastMaskDecoder
 
@@ -32,7 +32,7 @@ class OptimizationReport:
         decoder: The same for the mask decoder.
         num_graphs: The number of graphs captured by `optimize`.
         warm_up_seconds: The time that capturing them took.
-        graph_memory_mb: The memory that torch keeps for them, in MB of 2**20 bytes.
+        graph_memory_mb: The memory that torch keeps for them alone, in MB of 2**20 bytes.
         num_graphs_when_needed: The number of graphs that are captured at the first call that needs them.
     """
 
@@ -108,8 +108,8 @@ class FastPaths:
         self.features = (config.image_size // config.patch_size) ** 2 * (config.mlp_dim + 3 * config.hidden_size)
         self.decoder = decoder
         on_cuda = self.device.type == "cuda"
-        memory = decoder.graph_memory if decoder else None
-        self.encode, self.copied = make_encoder(model, on_cuda, memory, skip_padding)
+        self.memory = decoder.graph_memory if decoder else GraphMemory() if on_cuda else None
+        self.encode, self.copied = make_encoder(model, on_cuda, self.memory, skip_padding)
         self._weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._weights]
         self.encode.max_graphs = len(image_batch_sizes) or 1
@@ -167,8 +167,7 @@ class FastPaths:
     def _capture(self, graphs: Sequence["PlannedGraph"], progress: bool):
         # The largest first: the others then find room in its memory, which none of them would leave to it.
         graphs = sorted(graphs, key=lambda graph: graph.num_bytes, reverse=True)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
+        assert self.memory is not None
         steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in graphs)], progress)
         next(steps)
         with compiling_ahead():
@@ -178,7 +177,7 @@ class FastPaths:
             graph.function(*graph.make_inputs(self.device))
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
-        self.report.graph_memory_mb = (torch.cuda.memory_reserved(self.device) - before) / 2**20
+        self.report.graph_memory_mb = self.memory.num_bytes() / 2**20
 
     def check_weights(self):
         """Raise RuntimeError if the model's own weights are no longer those that were copied."""

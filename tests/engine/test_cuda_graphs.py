@@ -322,6 +322,17 @@ def test_results_share_a_buffer_that_is_made_before_a_capture():
     assert memory.result(10, cpu) is None
 
 
+def test_the_memory_of_graphs_is_that_of_their_pool_and_buffers(monkeypatch):
+    """The snapshot is torch's of a device, which the CPU has not; what else is in it belongs to others."""
+    memory, cpu = GraphMemory(), torch.device("cpu")
+    pools = [(0, 0), list(memory.pool), tuple(memory.pool), tuple(GraphMemory().pool)]
+    segments = [{"segment_pool_id": pool, "total_size": 10**place} for place, pool in enumerate(pools)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert memory.num_bytes() == 110
+    memory.inputs(5000, cpu)
+    assert memory.num_bytes() == 5110
+
+
 def test_functions_that_share_memory_overwrite_each_others_inputs_and_not_their_results():
     memory = GraphMemory()
     double, add = Recorded(lambda x: 2 * x, memory=memory), Recorded(lambda x, y: x + y, memory=memory)

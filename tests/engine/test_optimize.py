@@ -13,6 +13,7 @@ from transformers import SamConfig, SamModel, pipeline
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.benchmark.masks import image_to_mask
+from samlight_hf.engine.cuda_graphs import GraphedFunction
 from samlight_hf.engine.optimize import optimize
 from samlight_hf.images.preprocessing import image_tensor, preprocess
 from samlight_hf.inference.predictor import Predictor
@@ -337,6 +338,28 @@ def test_on_a_gpu_graphs_that_are_captured_when_needed_are_those_captured_at_onc
         assert torch.equal(actual.iou_scores, expected.iou_scores)
         assert paths.encode.last_ran == paths.decoder.all_masks[True, False].last_ran == ran
     assert len(paths.encode) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_the_report_counts_no_memory_of_others(on_gpu, monkeypatch, dtype):
+    """Memory that something else gives back, or takes, while graphs are captured."""
+    shapes = {"dtype": dtype, "image_batch_sizes": (1, 2), "prompt_counts": (1,)}
+    alone, others = optimize(on_gpu, **shapes), [torch.empty(2**29, dtype=torch.uint8, device="cuda")]
+    capture = GraphedFunction._capture
+
+    def with_others(self, *arguments):
+        others.clear()
+        captured = capture(self, *arguments)
+        kept.append(torch.empty(2**20 * 30, dtype=torch.uint8, device="cuda"))
+        return captured
+
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(GraphedFunction, "_capture", with_others)
+    optimized = optimize(on_gpu, **shapes)
+    assert len(kept) == optimized.report.num_graphs == alone.report.num_graphs > 0
+    assert alone.report.graph_memory_mb > 10
+    assert optimized.report.graph_memory_mb == pytest.approx(alone.report.graph_memory_mb, abs=4)
 
 
 @pytest.mark.gpu
