@@ -20,22 +20,35 @@ _one_capture = threading.Lock()  # torch allows one capture at a time in a proce
 class GraphMemory:
     """Memory that the graphs of several functions share, since they are never replayed at the same time.
 
-    Intermediate results are in a pool of torch. Inputs are in one buffer, as large as those of the largest graph: each
-    call writes them before the replay. So may be a large result, which is read before the next replay.
+    Intermediate results are in a pool of torch. Inputs are at the beginning of one buffer, as large as the largest
+    graph needs it: each call writes them before the replay. Behind them may be a large result, which is read before the
+    next call.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._buffers: dict[torch.device, torch.Tensor] = {}
         self._captures = False
+        self._result_start = 0  # behind the inputs of the graph that is captured
+
+    def reserve(self, num_bytes: int, device: torch.device):
+        """Make the buffer large enough for inputs and result of that many bytes together."""
+        self._first(num_bytes, device)
 
     def inputs(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """Return the first bytes of the buffer of inputs, uint8 (num_bytes,)."""
-        return self._first("inputs", num_bytes, device)
+        """Return the first bytes of the buffer, uint8 (num_bytes,), for the inputs of a new graph."""
+        self._result_start = _aligned(num_bytes)
+        return self._first(num_bytes, device)[:num_bytes]
 
-    def result(self, num_bytes: int, device: torch.device) -> torch.Tensor | None:
-        """Return the first bytes of the buffer of results; None outside of `capturing`, where nobody would share it."""
-        return self._first("result", num_bytes, device) if self._captures else None
+    def result(self, num_bytes: int, device: torch.device, most: int = 0) -> torch.Tensor | None:
+        """Return bytes behind the new graph's inputs, or None outside of `capturing`, where nobody would share them.
+
+        If there is no room for them, room for `most` bytes is made, so that results of other graphs find it, too.
+        """
+        if not self._captures:
+            return None
+        end = self._result_start + num_bytes
+        return self._first(end, device, self._result_start + max(num_bytes, most))[self._result_start : end]
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
@@ -47,15 +60,17 @@ class GraphMemory:
             self._captures = False
 
     def num_bytes(self) -> int:
-        """Return the size of the memory that torch keeps for the graphs: segments of the pool, and buffers."""
+        """Return the size of the memory that torch keeps for the graphs: segments of the pool, and the buffer."""
         segments = (part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == tuple(self.pool))
         return sum(part["total_size"] for part in segments) + sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def _first(self, name: str, num_bytes: int, device: torch.device) -> torch.Tensor:
-        buffer = self._buffers.get((name, device))
+    def _first(self, num_bytes: int, device: torch.device, wanted: int = 0) -> torch.Tensor:
+        """Return the buffer if it has `num_bytes`, or else a new one of as many, or of `wanted`."""
+        buffer = self._buffers.get(device)
         if buffer is None or len(buffer) < num_bytes:  # older graphs keep the one that was too small
-            buffer = self._buffers[name, device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        return buffer[:num_bytes]
+            buffer = torch.empty(max(num_bytes, wanted), dtype=torch.uint8, device=device)
+            self._buffers[device] = buffer
+        return buffer
 
 
 class GraphedFunction:
@@ -157,6 +172,11 @@ class GraphedFunction:
         """Return whether there is a graph for inputs like these, or there can be one without dropping another."""
         return (tensors[0].device, *_kinds(tensors)) in self._graphs or len(self._graphs) < self.max_graphs
 
+    def replays(self, *examples: torch.Tensor) -> bool:
+        """Return whether a call with inputs like these examples runs from a graph."""
+        device, kinds = examples[0].device, _kinds(examples)
+        return (device, *kinds) in self._graphs or self._may_capture(device, kinds)
+
     def _may_capture(self, device: torch.device, kinds: tuple) -> bool:
         return self.enabled and device.type == "cuda" and (not self._frozen or kinds in self._wanted)
 
@@ -181,6 +201,18 @@ class GraphedFunction:
                 outputs = self.function(*inputs.tensors)
             _forget_workspaces()  # the graph's workspace stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
+
+
+def part_size(count: int, most: int) -> int:
+    """Return the size of the fewest parts of equal size, at most `most`, that cover `count` rows."""
+    return -(-count // max(1, -(-count // most)))
+
+
+def parts_of(count: int, most: int) -> list[slice]:
+    """Divide `count` rows into parts of `part_size`; the last one may begin within the one before."""
+    size = part_size(count, most)
+    starts = (min(number * size, count - size) for number in range(max(1, -(-count // most))))
+    return [slice(start, start + size) for start in starts]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -217,8 +249,8 @@ class StaticInputs:
         from_cpu = [example for example in examples if example.is_cpu]
         others = [example for example in examples if not (example.is_cpu or example is lent)]
         # Not pinned: a copy from pageable memory has read it when it returns, so it may be filled again.
-        self._buffer = torch.empty(_num_bytes(from_cpu), dtype=torch.uint8)
-        num_bytes = len(self._buffer) + _num_bytes(others)
+        self._buffer = torch.empty(num_input_bytes(from_cpu), dtype=torch.uint8)
+        num_bytes = len(self._buffer) + num_input_bytes(others)
         if memory is None:
             inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         else:
@@ -247,7 +279,8 @@ def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch
     ]
 
 
-def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
+def num_input_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Return how many bytes the inputs of a graph take."""
     return sum(_aligned(tensor.nbytes) for tensor in tensors)
 
 

@@ -23,10 +23,15 @@ from ..modeling.dilated_attention import dilated_attention
 from ..modeling.modeling_sam_lightening import SamLighteningVisionEncoder, SamLighteningVisionLayer
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
-from .cuda_graphs import GraphedFunction, GraphMemory
+from .cuda_graphs import GraphedFunction, GraphMemory, parts_of
 from .padding import SkippingEncoder, why_not_skip_padding
 from .plain_decoder import Decoder, PlainMaskDecoder
 from .plain_modules import same_bits, warn_of_plain_part, weights_of, why_not_plain_encoder
+
+
+# Images of a graph. Larger batches are replayed in parts: a graph keeps the memory of all its images, and more at once
+# are hardly faster.
+MOST_IMAGES = 16
 
 
 def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
@@ -98,6 +103,7 @@ class FastVisionEncoder:
             rows = layer(rows, batch_size, memory)
         del memory  # the neck has room in it
         tokens = add_layer_norm(self.reduce(rows).values.unflatten(0, (batch_size, -1)), self.norms[0])
+        del rows  # the result, which a graph keeps, has room in it, and leaves the larger memory whole to other graphs
         tokens = add_layer_norm(convolve(self.convolution, tokens, grid), self.norms[1])
         return tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, h, w), channels last
 
@@ -243,6 +249,12 @@ class ImageEncoder:
     def __call__(self, images: Sequence[torch.Tensor]) -> list[Any]:
         """Encode images, each uint8 (3, H, W): return what `decoder.prepare` makes of each one's embedding."""
         self.check_weights()
+        prepared: list[Any] = [None] * len(images)
+        for part in parts_of(len(images), MOST_IMAGES if self.encode.enabled else max(1, len(images))):
+            prepared[part] = self._encode(images[part])
+        return prepared
+
+    def _encode(self, images: Sequence[torch.Tensor]) -> list[Any]:
         pixel_values = preprocess(self.image_processor, images, self.device, self.dtype, self.encode.empty)
         embeddings = self.encode(pixel_values)
         if isinstance(embeddings, tuple):  # SAM-HQ

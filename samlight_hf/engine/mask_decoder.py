@@ -223,7 +223,7 @@ class FastMaskDecoder:
         if len(embedding) not in (1, num_prompts):
             raise ValueError(f"{len(embedding)} images for {num_prompts} prompts: give one image, or one for each.")
         if not num_prompts:
-            nothing = torch.zeros(0, self._num_masks(multimask_output), device=self.device)
+            nothing = torch.zeros(0, self.num_masks(multimask_output), device=self.device)
             return Decoded(nothing, None, nothing.new_zeros(0, *self.logits_size))
         image_tokens = embedding.to(self.dtype)  # another decoder may have prepared it
         with_mask = mask_logits is not None
@@ -291,7 +291,7 @@ class FastMaskDecoder:
             self._too_large.add(batch)
             return None
 
-    def _num_masks(self, multimask_output: bool) -> int:
+    def num_masks(self, multimask_output: bool) -> int:
         return len(self.output_tokens[1:][_mask_slice(multimask_output)])
 
     def _dense(self, mask_logits: torch.Tensor | None) -> torch.Tensor:
@@ -301,16 +301,20 @@ class FastMaskDecoder:
         dense = self.prompt_encoder.mask_embed(mask_logits[:, None].to(self.no_mask.dtype))
         return dense.flatten(2).transpose(1, 2)
 
+    def logits_bytes(self, multimask_output: bool, num_prompts: int) -> int:
+        """Return the size of the logits that a graph computes."""
+        return 4 * num_prompts * self.num_masks(multimask_output) * math.prod(self.logits_size)
+
     def _graphed_masks(self, multimask_output: bool, with_mask: bool, *inputs: torch.Tensor):
         """Compute `_all_masks`; in graphs with the logits, their largest result, in memory that all of them share."""
         out = None
         if self.graph_memory is not None and self.use_head_kernel:
-            shape = self._num_masks(multimask_output) * len(inputs[-1]), *self.logits_size
+            num_prompts, num_masks = len(inputs[-1]), self.num_masks(multimask_output)
             # For more than one prompt at once as large as for the most, so that graphs of other sizes share it.
-            most = 1 if len(inputs[-1]) == 1 else max(len(inputs[-1]), token_kernels.MOST_PROMPTS)
-            num_bytes = 4 * math.prod(shape)
-            memory = self.graph_memory.result(num_bytes // len(inputs[-1]) * most, inputs[0].device)
-            out = None if memory is None else memory[:num_bytes].view(torch.float32).view(shape)
+            most = self.logits_bytes(True, token_kernels.MOST_PROMPTS) if num_prompts > 1 else 0
+            memory = self.graph_memory.result(self.logits_bytes(multimask_output, num_prompts), inputs[0].device, most)
+            if memory is not None:
+                out = memory.view(torch.float32).view(num_prompts * num_masks, *self.logits_size)
         return self._all_masks(multimask_output, with_mask, *inputs, out=out)
 
     def _all_masks(

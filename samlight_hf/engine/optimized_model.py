@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
 from ..kernels.support import compiling_ahead
+from ..kernels.tokens import MOST_PROMPTS
 from ..utils.turns import turn
-from .cuda_graphs import GraphedFunction, GraphMemory
-from .image_encoder import make_encoder, why_not_fast_encoder
+from .cuda_graphs import GraphedFunction, GraphMemory, num_input_bytes, part_size, parts_of
+from .image_encoder import MOST_IMAGES, make_encoder, why_not_fast_encoder
 from .mask_decoder import FastMaskDecoder
 
 
@@ -58,13 +59,15 @@ class PlannedGraph(NamedTuple):
         name: What it computes, for the progress bar.
         function: The function that captures it.
         make_inputs: Makes inputs of its shapes and dtypes on a device.
-        num_bytes: About how much memory its intermediate results take.
+        num_bytes: About how large its largest intermediate result is.
+        result_bytes: The size of the result that shares memory with those of other graphs.
     """
 
     name: str
     function: GraphedFunction
     make_inputs: Callable[[torch.device], list[torch.Tensor]]
     num_bytes: int
+    result_bytes: int = 0
 
 
 def shown(steps: Sequence[str], progress: bool) -> Iterator[str]:
@@ -105,7 +108,7 @@ class FastPaths:
         self._warned: set[str] = set()
         config = model.config.vision_config
         self.image_shape = config.num_channels, config.image_size, config.image_size
-        self.features = (config.image_size // config.patch_size) ** 2 * (config.mlp_dim + 3 * config.hidden_size)
+        self.features = (config.image_size // config.patch_size) ** 2 * max(config.mlp_dim, 3 * config.hidden_size)
         self.decoder = decoder
         on_cuda = self.device.type == "cuda"
         self.memory = decoder.graph_memory if decoder else GraphMemory() if on_cuda else None
@@ -132,17 +135,18 @@ class FastPaths:
         self.report.warm_up_seconds = time.perf_counter() - start
 
     def graphs(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]) -> list["PlannedGraph"]:
-        """List the graphs for these numbers of images and prompts."""
+        """List the graphs for these numbers of images and prompts, or for the parts of larger ones."""
         planned, size, decoder = [], self.image_shape[-1], self.decoder
-        for batch_size in image_batch_sizes if self.encode.enabled else ():
+        batch_sizes = dict.fromkeys(part_size(batch_size, MOST_IMAGES) for batch_size in image_batch_sizes)
+        counts = dict.fromkeys(part_size(count, MOST_PROMPTS) for count in prompt_counts)
+        for batch_size in batch_sizes if self.encode.enabled else ():
 
             def images(device: torch.device, batch_size=batch_size) -> list[torch.Tensor]:
                 return [torch.zeros(batch_size, *self.image_shape, device=device, dtype=self.dtype)]
 
-            # The hidden features of an MLP, and three times the features between layers.
-            features = self.features * batch_size
-            planned.append(PlannedGraph(f"{batch_size} images", self.encode, images, features * self.dtype.itemsize))
-        for count in prompt_counts if decoder else ():
+            num_bytes = batch_size * self.features * self.dtype.itemsize
+            planned.append(PlannedGraph(f"{batch_size} images", self.encode, images, num_bytes))
+        for count in counts if decoder else ():
             assert decoder is not None
             tokens = decoder.positions
 
@@ -159,8 +163,9 @@ class FastPaths:
             for multimask_output in (True, False):
                 function = decoder.all_masks[multimask_output, False]
                 masks = "three masks" if multimask_output else "one mask"
-                planned.append(PlannedGraph(f"{count} points, {masks}", function, points, num_bytes))
-                planned.append(PlannedGraph(f"{count} boxes, {masks}", function, boxes, num_bytes))
+                logits = decoder.logits_bytes(multimask_output, count)
+                planned.append(PlannedGraph(f"{count} points, {masks}", function, points, num_bytes, logits))
+                planned.append(PlannedGraph(f"{count} boxes, {masks}", function, boxes, num_bytes, logits))
         return planned
 
     @torch.inference_mode()
@@ -168,6 +173,9 @@ class FastPaths:
         # The largest first: the others then find room in its memory, which none of them would leave to it.
         graphs = sorted(graphs, key=lambda graph: graph.num_bytes, reverse=True)
         assert self.memory is not None
+        meta = torch.device("meta")
+        needed = (num_input_bytes(graph.make_inputs(meta)) + graph.result_bytes for graph in graphs)
+        self.memory.reserve(max(needed, default=0), self.device)
         steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in graphs)], progress)
         next(steps)
         with compiling_ahead():
@@ -197,8 +205,26 @@ class FastPaths:
         """Encode pixel values (B, 3, S, S) to embeddings (B, C, h, w), which belong to the caller."""
         if self.copied is None:
             self.check_weights()
+        parts = self._parts(self.encode, MOST_IMAGES, [], [pixel_values])
         with turn(self.device):
-            return self.encode(pixel_values).clone()
+            first = self.encode(pixel_values[parts[0]])
+            if len(parts) == 1:
+                return first.clone()
+            embeddings = first.new_empty_strided((len(pixel_values), *first.shape[1:]), first.stride())
+            embeddings[parts[0]] = first
+            for part in parts[1:]:
+                embeddings[part] = self.encode(pixel_values[part])
+        return embeddings
+
+    @staticmethod
+    def _parts(
+        function: GraphedFunction, most: int, common: list[torch.Tensor], divided: list[torch.Tensor]
+    ) -> list[slice]:
+        """Divide rows into parts for which there is a graph; if there is none they are computed all at once."""
+        count = len(divided[0])
+        parts = parts_of(count, most)
+        has_graph = len(parts) > 1 and function.replays(*common, *(tensor[parts[0]] for tensor in divided))
+        return parts if has_graph else [slice(0, count)]
 
     def masks(
         self, embeddings: torch.Tensor, prompts: list[torch.Tensor], masks: torch.Tensor | None, multimask_output: bool
@@ -217,18 +243,20 @@ class FastPaths:
         assert self.decoder is not None
         decode = self.decoder.all_masks[multimask_output, masks is not None]
         images = embeddings.to(self.decoder.dtype).flatten(2).transpose(1, 2)  # (B, N, C)
-        all_scores, all_logits = [], []
-        for index in range(len(images)):
-            inputs = [images[index : index + 1], *(prompt[index] for prompt in prompts)]
+        num_images, num_prompts = prompts[0].shape[:2]
+        shape = num_images, num_prompts, self.decoder.num_masks(multimask_output)
+        scores = torch.empty(shape, dtype=self.dtype, device=self.device)
+        logits = torch.empty(*shape, *self.decoder.logits_size, dtype=self.dtype, device=self.device)
+        for index in range(num_images):
+            image, divided = images[index : index + 1], [prompt[index] for prompt in prompts]
             if masks is not None:
-                inputs.insert(1, masks[index].expand(len(inputs[-1]), -1, -1))
-            with turn(self.device):
-                scores, logits = decode(*inputs)
-                all_scores.append(scores.to(self.dtype, copy=True))
-                all_logits.append(logits.unflatten(0, scores.shape).to(self.dtype, copy=True))
-        if len(images) == 1:
-            return all_scores[0][None], all_logits[0][None]
-        return torch.stack(all_scores), torch.stack(all_logits)
+                divided.insert(0, masks[index].expand(num_prompts, -1, -1))
+            for part in self._parts(decode, MOST_PROMPTS, [image], divided):
+                with turn(self.device):
+                    iou, computed = decode(image, *(tensor[part] for tensor in divided))
+                    scores[index, part] = iou
+                    logits[index, part] = computed.unflatten(0, iou.shape)
+        return scores, logits
 
 
 class _Optimized(_Module):

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from samlight_hf.engine import optimized_model
+from samlight_hf.engine import image_encoder, optimized_model
 from samlight_hf.engine.build import make_decoder
-from samlight_hf.engine.cuda_graphs import GraphedFunction, GraphMemory, StaticInputs
+from samlight_hf.engine.cuda_graphs import GraphedFunction, GraphMemory, StaticInputs, part_size, parts_of
+from samlight_hf.engine.image_encoder import ImageEncoder
 from samlight_hf.engine.mask_decoder import graph_size, largest_batch
 from samlight_hf.engine.optimized_model import FastPaths, shown
 
@@ -107,6 +109,90 @@ def test_each_call_of_a_user_finds_the_graph_that_was_announced(paths, model):
                 with torch.inference_mode():
                     paths.masks(image, many, None, multimask_output)
                 assert all_masks[multimask_output, False].last_ran == expected
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(optimized_model, "MOST_IMAGES", 4)
+    monkeypatch.setattr(optimized_model, "MOST_PROMPTS", 4)
+
+
+def test_large_batches_get_graphs_of_their_parts(model, small_parts):
+    paths = FastPaths(model, make_decoder(model), (), ())
+    paths.encode.enabled = True  # as on CUDA
+    names = [graph.name for graph in paths.graphs((1, 3, 8, 7, 9), (2, 4, 16, 5))]
+    assert [name for name in names if "images" in name] == ["1 images", "3 images", "4 images"]
+    assert [name for name in names if "points, one" in name] == [f"{count} points, one mask" for count in (2, 4, 3)]
+
+
+def recorded(function: GraphedFunction, *shapes: tuple[torch.Tensor, ...]) -> tuple[Recorded, list[int]]:
+    """Return a function that is replayed for these examples alone, and the numbers of rows of its calls."""
+    rows: list[int] = []
+    own = Recorded(lambda *tensors: (rows.append(len(tensors[-1])), function.function(*tensors))[1])
+    for examples in shapes:
+        own.capture_when_called(*examples)
+    own.freeze()
+    return own, rows
+
+
+@pytest.mark.parametrize(("count", "ran"), [(4, [4]), (8, [4, 4]), (7, [4, 4]), (9, [9]), (2, [2])])
+def test_batches_of_images_run_in_parts_where_these_have_a_graph(model, small_parts, count, ran):
+    paths = FastPaths(model, make_decoder(model), (), ())
+    images = torch.randn(count, *paths.image_shape)
+    expected = model.get_image_embeddings(images)
+    paths.encode, rows = recorded(paths.encode, (images[:0].new_empty(4, *paths.image_shape),))
+    embeddings = paths.embeddings(images)
+    replayed = 1 if ran[0] == 4 else 0  # the first replay is also recorded when it is "captured"
+    assert rows == [*ran[:replayed], *ran] and not embeddings.is_inference()
+    assert paths.encode.last_ran == ("graph" if replayed else "eager")
+    assert torch.allclose(embeddings, expected, atol=1e-5)
+    kept = embeddings.clone()
+    paths.embeddings(images + 1)
+    assert torch.equal(embeddings, kept)  # it belongs to the caller
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize(("count", "ran"), [(4, [4]), (8, [4, 4]), (7, [4, 4]), (9, [9]), (2, [2])])
+def test_prompts_run_in_parts_where_these_have_a_graph(paths, model, small_parts, count, ran, with_mask):
+    assert paths.decoder is not None
+    generator = torch.Generator().manual_seed(0)
+    side, channels = paths.decoder.grid_size[0], model.config.vision_config.output_channels
+    images, boxes = (
+        torch.randn(2, channels, side, side),
+        32 * torch.rand(2, count, 4, generator=generator).sort().values,
+    )
+    masks = torch.randn(2, 1, 4 * side, 4 * side) if with_mask else None
+    with torch.inference_mode():
+        expected = paths.masks(images, [boxes], masks, True)
+        image_tokens = torch.zeros(1, side * side, channels)
+        examples = [
+            image_tokens,
+            *([torch.zeros(4, 4 * side, 4 * side)] if with_mask else []),
+            boxes[0, :1].expand(4, 4),
+        ]
+        own, rows = recorded(paths.decoder.all_masks[True, with_mask], tuple(examples))
+        paths.decoder.all_masks[True, with_mask] = own
+        actual = paths.masks(images, [boxes], masks, True)
+    replayed = 1 if ran[0] == 4 else 0
+    assert rows == [*ran[:replayed], *ran, *ran]
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_an_image_encoder_runs_large_batches_in_parts(model, monkeypatch):
+    monkeypatch.setattr(image_encoder, "MOST_IMAGES", 2)
+    processor = make_processor(model.config.vision_config).image_processor
+    images = [torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8) for _ in range(5)]
+    encoder = ImageEncoder(model, processor, make_decoder(model))
+    expected = encoder(images)
+    encoder.encode, rows = recorded(encoder.encode)
+    encoder.encode.enabled = False
+    assert len(encoder(images)) == 5 and rows == [5]  # without graphs all at once
+    encoder.encode = Recorded(encoder.encode.function)
+    rows.clear()
+    actual = encoder(images)
+    assert set(rows) == {2} and len(encoder.encode) == 1
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("names", [("boxes",), ("points", "labels"), ("points", "labels", "boxes")], ids="+".join)
@@ -311,15 +397,39 @@ def test_inputs_of_graphs_that_share_memory_are_in_one_buffer():
         assert [(t.shape, t.dtype) for t in own.tensors] == [(t.shape, t.dtype) for t in examples]
 
 
-def test_results_share_a_buffer_that_is_made_before_a_capture():
+def test_results_are_behind_the_inputs_of_their_graph_in_memory_that_is_made_before_a_capture():
     memory, cpu = GraphMemory(), torch.device("cpu")
     assert memory.result(10, cpu) is None  # nobody would share it
     with memory.capturing():
-        large, small = memory.result(4096, cpu), memory.result(100, cpu)
-    assert small.data_ptr() == large.data_ptr() != memory.inputs(10, cpu).data_ptr()
+        inputs = memory.inputs(300, cpu)
+        grown = memory.result(4096, cpu, most=9000)
+        again, inputs = memory.result(100, cpu), memory.inputs(300, cpu)
+        other = (memory.inputs(600, cpu), memory.result(8000, cpu))
+        assert grown.data_ptr() == again.data_ptr() == inputs.data_ptr() + 512  # aligned
+        assert other[0].data_ptr() == inputs.data_ptr() and other[1].data_ptr() == inputs.data_ptr() + 768
+        assert (len(inputs), len(grown), len(again), len(other[1])) == (300, 4096, 100, 8000)
+    assert memory.num_bytes() == 512 + 9000
     with pytest.raises(ValueError), memory.capturing():
         raise ValueError
     assert memory.result(10, cpu) is None
+
+
+def test_what_was_reserved_is_the_one_buffer_of_all():
+    memory, cpu = GraphMemory(), torch.device("cpu")
+    memory.reserve(5000, cpu)
+    with memory.capturing():
+        starts = {memory.inputs(number, cpu).data_ptr() for number in (5000, 100, 2560)}
+        memory.result(2440, cpu, most=2**30)
+    assert len(starts) == 1 and memory.num_bytes() == 5000
+
+
+@pytest.mark.parametrize("count", range(70))
+@pytest.mark.parametrize("most", [1, 2, 16, 64])
+def test_parts_are_few_equal_and_cover_every_row(count, most):
+    parts = parts_of(count, most)
+    assert {part.stop - part.start for part in parts} == {part_size(count, most)}
+    assert len(parts) == max(1, -(-count // most)) and part_size(count, most) <= most
+    assert [row for row in range(count) if any(part.start <= row < part.stop for part in parts)] == list(range(count))
 
 
 def test_the_memory_of_graphs_is_that_of_their_pool_and_buffers(monkeypatch):
