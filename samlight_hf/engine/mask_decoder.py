@@ -23,7 +23,7 @@ hypernetworks.
 import copy
 import math
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncode
 from ..kernels import cpu_blocks, image_attention, mask_head
 from ..kernels import tokens as token_kernels
 from ..kernels.prompt_embedding import PromptEmbedding
-from ..kernels.support import is_out_of_memory
+from ..kernels.support import compile_ahead, is_out_of_memory, only_compiles, settled
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
@@ -145,19 +145,42 @@ class FastMaskDecoder:
             )
         self.grid_size = tuple(self.prompt_encoder.image_embedding_size)
         self.logits_size = tuple(4 * side for side in self.grid_size)
-        heads = model.config.mask_decoder_config.num_attention_heads
-        self.why_not_triton = {
-            "attention": image_attention.why_not_triton(model.device, self.dtype, self.positions.shape[1], heads),
+        self.num_heads = model.config.mask_decoder_config.num_attention_heads
+        self.triton_kernels = triton_kernels
+        if not only_compiles():
+            self.try_kernels()
+
+    def try_kernels(self):
+        """Find out which kernels run, all of them compiled at the same time; see `__init__` for what is raised.
+
+        This is the end of `__init__`, but not within `only_compiling`.
+        """
+        compile_ahead(lambda: self.why_not_triton)
+        reasons = [reason for reason in self.why_not_triton.values() if reason]
+        if self.triton_kernels and reasons and self.dtype != torch.float32:
+            raise ValueError(f"triton_kernels=True is not possible: {reasons[0]}")
+
+    @settled
+    def why_not_triton(self) -> dict[str, str | None]:
+        return {
+            "attention": image_attention.why_not_triton(
+                self.device, self.dtype, self.positions.shape[1], self.num_heads
+            ),
             "head": mask_head.why_not_triton(self.head),
         }
-        reasons = [reason for reason in self.why_not_triton.values() if reason]
-        if triton_kernels and reasons and self.dtype != torch.float32:
-            raise ValueError(f"triton_kernels=True is not possible: {reasons[0]}")
-        self.use_attention_kernels, self.use_head_kernel = (
-            reason is None and triton_kernels is not False for reason in self.why_not_triton.values()
-        )
-        fits = image_attention.fits(heads, len(self.output_tokens) + 2)
-        self.is_lean = self.use_head_kernel and self.use_attention_kernels and fits
+
+    @settled
+    def use_attention_kernels(self) -> bool:
+        return self.why_not_triton["attention"] is None and self.triton_kernels is not False
+
+    @settled
+    def use_head_kernel(self) -> bool:
+        return self.why_not_triton["head"] is None and self.triton_kernels is not False
+
+    @settled
+    def is_lean(self) -> bool:
+        fits = image_attention.fits(self.num_heads, len(self.output_tokens) + 2)
+        return self.use_head_kernel and self.use_attention_kernels and fits
 
     def is_copy_of(self, model: PreTrainedModel) -> bool:
         """Return whether a copy of the model made now would compute the same."""
@@ -346,7 +369,7 @@ class FastMaskDecoder:
             logits = self._upscale(image_tokens, hyper).flatten(0, 1)
         return iou, logits
 
-    @cached_property
+    @settled
     def token_kernels(self) -> TokenKernels | None:
         """The kernels for the tokens of few prompts, or None where they do not run; made when first needed."""
         if not self.use_attention_kernels:

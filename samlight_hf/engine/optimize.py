@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..kernels.support import only_compiling
 from .build import check_floating_point, decoder_dtype_of, make_decoder
 from .mask_decoder import FastMaskDecoder, why_not_fast
 from .optimized_model import FastPaths, OptimizationReport, OptimizedEncoder, OptimizedModel, optimized_class
@@ -89,7 +90,8 @@ def optimize(
     if reason:
         warn_of_plain_part("mask decoder", reason, model)
     else:
-        made = make_decoder(optimized if decoder_dtype == dtype else model, dtype=decoder_dtype)
+        with only_compiling():  # its kernels are tried later, when those of the encoder are compiled, too
+            made = make_decoder(optimized if decoder_dtype == dtype else model, dtype=decoder_dtype)
         assert isinstance(made, FastMaskDecoder)
         decoder = made
     paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts, graphs_when_needed, progress, skip_padding)

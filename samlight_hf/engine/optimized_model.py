@@ -1,10 +1,11 @@
 """The classes of an optimized model and of its image encoder, which run fast paths where they support a call."""
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,11 +13,11 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
-from ..kernels.support import compiling_ahead
+from ..kernels.support import compiling_ahead, only_compiling
 from ..kernels.tokens import MOST_PROMPTS
 from ..utils.turns import turn
 from .cuda_graphs import GraphedFunction, GraphMemory, num_input_bytes, part_size, parts_of
-from .image_encoder import MOST_IMAGES, make_encoder, why_not_fast_encoder
+from .image_encoder import MOST_IMAGES, FastVisionEncoder, make_encoder, why_not_fast_encoder
 from .mask_decoder import FastMaskDecoder
 
 
@@ -79,6 +80,18 @@ def shown(steps: Sequence[str], progress: bool) -> Iterator[str]:
             bar.update()
 
 
+def in_order(graphs: Sequence[PlannedGraph]) -> list[PlannedGraph]:
+    """Sort graphs, the largest first: the others then find room in its memory, which none of them would leave to it."""
+    return sorted(graphs, key=lambda graph: graph.num_bytes, reverse=True)
+
+
+@contextlib.contextmanager
+def _compiled_at_the_same_time() -> Iterator[None]:
+    """Compile the kernels of all that is made inside, and of all probes, in one round, which ends with the block."""
+    with compiling_ahead(), only_compiling():
+        yield
+
+
 class FastPaths:
     """The fast encoder and decoder of an optimized model.
 
@@ -112,19 +125,32 @@ class FastPaths:
         self.decoder = decoder
         on_cuda = self.device.type == "cuda"
         self.memory = decoder.graph_memory if decoder else GraphMemory() if on_cuda else None
-        self.encode, self.copied = make_encoder(model, on_cuda, self.memory, skip_padding)
+        start = time.perf_counter()
+        make = partial(make_encoder, model, on_cuda, self.memory, skip_padding)
+        captures, sizes = on_cuda and not when_needed, (image_batch_sizes, prompt_counts)
+        with _compiled_at_the_same_time() if captures else contextlib.nullcontext():
+            self.encode, self.copied = make()
+            graphs = self.graphs(*sizes)
+            steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in in_order(graphs))], progress)
+            if captures:
+                next(steps)
+                for graph in graphs:
+                    graph.function.compile(*graph.make_inputs(self.device))
+        reason = why_not_fast_encoder(model)
+        if reason and isinstance(self.copied, FastVisionEncoder):  # its kernels do not run after all
+            self.encode, self.copied = make()
+            graphs = self.graphs(*sizes)
+        if decoder is not None:
+            decoder.try_kernels()
         self._weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._weights]
         self.encode.max_graphs = len(image_batch_sizes) or 1
         all_masks = list(decoder.all_masks.values()) if decoder else []
         for function in all_masks:
             function.max_graphs = 2 * len(prompt_counts) or 1  # points and boxes
-        reason = why_not_fast_encoder(model)
         self.report = OptimizationReport(encoder=f"plain: {reason}" if reason else "fused")
-        start = time.perf_counter()
-        graphs = self.graphs(image_batch_sizes, prompt_counts)
-        if on_cuda and not when_needed:
-            self._capture(graphs, progress)
+        if captures:
+            self._capture(in_order(graphs), steps)
         for function in (self.encode, *all_masks):
             function.freeze()
             self.report.num_graphs += len(function)
@@ -169,18 +195,11 @@ class FastPaths:
         return planned
 
     @torch.inference_mode()
-    def _capture(self, graphs: Sequence["PlannedGraph"], progress: bool):
-        # The largest first: the others then find room in its memory, which none of them would leave to it.
-        graphs = sorted(graphs, key=lambda graph: graph.num_bytes, reverse=True)
+    def _capture(self, graphs: Sequence["PlannedGraph"], steps: Iterator[str]):
         assert self.memory is not None
         meta = torch.device("meta")
         needed = (num_input_bytes(graph.make_inputs(meta)) + graph.result_bytes for graph in graphs)
         self.memory.reserve(max(needed, default=0), self.device)
-        steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in graphs)], progress)
-        next(steps)
-        with compiling_ahead():
-            for graph in graphs:
-                graph.function.compile(*graph.make_inputs(self.device))
         for graph, _ in zip(graphs, steps, strict=True):
             graph.function(*graph.make_inputs(self.device))
         torch.cuda.synchronize(self.device)

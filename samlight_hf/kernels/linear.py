@@ -26,7 +26,7 @@ from .hopper import linear as hopper_linear
 from .hopper import runtime as hopper
 from .hopper.linear import Input, neighbours_of, rows_of
 from .linear_triton import launch_linear_kernel, launch_patch_kernel, patch_tile, triton_tile
-from .support import normal_numbers, triton, why_not_tried
+from .support import normal_numbers, tried, triton, why_not_tried
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ def _why_not_patches_variant(
         pixel_values = numbers(128 // math.gcd(128, num_patches), channels, height, width).to(dtype)
         positions = numbers(num_patches, variant.out_features).to(variant.dtype) if variant.adds else None
         patches = RowsWithStatistics(_split_patches(pixel_values.to(variant.dtype), size))
-        expected = fused_linear_reference(layer, patches, positions).values
-        return _agree(launch_patches(layer, pixel_values, positions), expected)
+        result = tried(lambda: launch_patches(layer, pixel_values, positions))
+        return _agree(result, fused_linear_reference(layer, patches, positions).values)
 
     return why_not_tried("patches", device, (variant, dtype, channels, height, width), attempt)
 
@@ -300,12 +300,14 @@ def why_not_hopper(
         # One multiprocessor for each tile's columns, so that a thread block takes several tiles.
         processors = out_features // tile.columns
         if x.kind == "ROWS":
-            result = launch_hopper(
-                small, rows_of(rows.values), rows.statistics, added, statistics, tile, None, processors
+            result = tried(
+                lambda: launch_hopper(
+                    small, rows_of(rows.values), rows.statistics, added, statistics, tile, None, processors
+                )
             )
             return _agree(result, fused_linear_reference(small, rows, added).values)
         images = normal_numbers(layer.weight.device)(1, *x.grid, in_features // 9).to(variant.dtype)
-        result = launch_hopper(small, neighbours_of(images), tile=tile, num_processors=processors)
+        result = tried(lambda: launch_hopper(small, neighbours_of(images), tile=tile, num_processors=processors))
         expected = F.conv2d(images.float().movedim(3, 1), _kernel_of(small).float(), small.bias, padding=1)
         return _agree(result, expected.movedim(1, 3).flatten(0, 2))
 
@@ -317,7 +319,7 @@ def why_not_hopper(
 def _why_not_variant(device: torch.device, variant: _Variant, tile: dict[str, int]) -> str | None:
     def attempt() -> bool:
         layer, rows, residual = _example(device, variant, 256)
-        result = launch_triton(layer, rows, residual, variant.statistics, tile)
+        result = tried(lambda: launch_triton(layer, rows, residual, variant.statistics, tile))
         return _agree(result, fused_linear_reference(layer, rows, residual).values)
 
     return why_not_tried("linear layers", device, (variant, *tile.values()), attempt)

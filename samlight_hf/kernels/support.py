@@ -5,9 +5,9 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +68,7 @@ def _can_overlap(device: torch.device) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
-    """Launch a Triton kernel; within `compile_ahead` have it compiled instead."""
+    """Launch a Triton kernel; within `compile_ahead` have it compiled and loaded instead."""
     if not only_compiles():
         kernel[grid](*arguments, **options)
         return
@@ -76,7 +76,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
     variant = kernel, *map(_specialization, arguments), *options.items()
     if threads is not None and variant not in threads.variants:  # asking Triton whether it is compiled takes long
         threads.variants.add(variant)
-        kernel.warmup(*arguments, grid=grid, **options)
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        if isinstance(future := getattr(compiled, "future", None), Future):
+            future.add_done_callback(partial(_load, _current_device()))
+
+
+def _load(device: int | None, compiled: Future):
+    """Load a kernel that has been compiled, in the thread that compiled it: older Tritons compile a launcher in C."""
+    with contextlib.suppress(Exception), contextlib.nullcontext() if device is None else torch.cuda.device(device):
+        compiled.result()[(1, 1, 1)]  # a function that would launch it
+
+
+def _current_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 def _specialization(argument) -> tuple:
@@ -94,21 +106,30 @@ def only_compiles() -> bool:
 
 
 class _CompileThreads(ThreadPoolExecutor):
-    """The threads of `compiling_ahead`, and what was given to them: variants of Triton's kernels, and sources."""
+    """The threads of `compiling_ahead`, and what was given to them.
+
+    Attributes:
+        variants: Variants of Triton's kernels.
+        sources: Sources in CUDA.
+        attempts: Keys of attempts, see `why_not_tried`.
+        waiting: Threads that wait for processes which compile sources.
+    """
 
     def __init__(self) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         super().__init__(min(_COMPILERS, cores), thread_name_prefix="compile")
+        self.waiting = ThreadPoolExecutor(min(_COMPILERS, cores), thread_name_prefix="wait")
         self.variants: set[tuple] = set()
         self.sources: set[str] = set()
+        self.attempts: set[tuple] = set()
 
 
 def in_compile_thread(compiler: Callable[[str], object], source: str):
-    """Compile a source, once, in one of the threads of `compiling_ahead`; errors are ignored."""
+    """Compile a source, once, in another process that a thread of `compiling_ahead` waits for; errors are ignored."""
     threads = _compile_threads.get()
     if threads is not None and source not in threads.sources:
         threads.sources.add(source)
-        threads.submit(compiler, source)
+        threads.waiting.submit(compiler, source)
 
 
 @contextlib.contextmanager
@@ -125,6 +146,7 @@ def compiling_ahead() -> Iterator[None]:
                 stack.callback(_forget_failed, threads)
                 stack.enter_context(triton.AsyncCompileMode(threads, ignore_errors=True))
                 stack.enter_context(threads)
+                stack.enter_context(threads.waiting)
                 stack.enter_context(_switched(_compile_threads, threads))
         yield
 
@@ -141,15 +163,33 @@ def _forget_failed(threads: _CompileThreads):
 def compile_ahead(function: Callable[[], object]):
     """Compile the kernels that a function launches, all at the same time.
 
-    The function is called once without these kernels. So it must not depend on their results, and nothing that it
-    changes may be used later. Triton kernels that have not been tried on this device are tried first; of those in CUDA
-    it is assumed that they run.
+    The function is called once within `only_compiling`, and may fail there.
     """
     with compiling_ahead():
         if _compile_threads.get() is None:
             return
-        with _switched(_only_compiles, True), contextlib.suppress(Exception):
+        with only_compiling(), contextlib.suppress(Exception):
             function()  # without results it may fail; the real call is what counts
+
+
+@contextlib.contextmanager
+def only_compiling() -> Iterator[None]:
+    """Launch no kernels inside, but have them compiled, and those of attempts: kernels are taken to run.
+
+    So code inside must not depend on their results, and nothing that they change may be used later. Outside of
+    `compiling_ahead` nothing is compiled.
+    """
+    with _switched(_only_compiles, True):
+        yield
+
+
+class settled(cached_property[Result]):
+    """A cached property that depends on which kernels run: within `only_compiling` it is computed, and not kept."""
+
+    def __get__(self, instance, owner=None):
+        if instance is None or not only_compiles():
+            return super().__get__(instance, owner)
+        return self.func(instance)
 
 
 @contextlib.contextmanager
@@ -172,14 +212,14 @@ def why_not_tried(
     """Return why a variant of a kernel does not run on a device, as a sentence, or None if it runs.
 
     The first call for a variant and a device tries it; later calls return the same answer. A reason is warned of once.
-    Within `compile_ahead` kernels in CUDA are taken to run, and tried later.
+    Within `only_compiling` a kernel is taken to run, and the kernels of its attempt are compiled.
 
     Args:
         name: the kernel's purpose, for messages.
         device: the device to try it on.
         variant: all properties that the kernel is compiled for.
-        attempt: function that runs this variant on a small input on the device and returns whether the result is right.
-            The device is the current one during the call.
+        attempt: function that runs this variant, within `tried`, on a small input on the device and returns whether the
+            result is right. The device is the current one during the call.
         language: the kernel's language, for messages.
         fallback: what runs instead of the kernel, for the warning.
 
@@ -190,17 +230,48 @@ def why_not_tried(
     if key not in _reasons:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return f"the {language} kernel for {name} has not been tried, and cannot be while a CUDA graph is captured."
-        if only_compiles() and language == "CUDA":
-            return None  # tried when it is compiled
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        if only_compiles():
+            threads = _compile_threads.get()
+            if threads is not None and key not in threads.attempts:
+                threads.attempts.add(key)
+                with current:
+                    _compile_attempt(attempt)
+            return None
         with _trying:  # one thread at a time
             if key not in _reasons:
-                current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-                with current, _switched(_only_compiles, False):  # an attempt needs its results
+                with current:
                     reason = failure(name, attempt, language)
                 if reason is not None:
                     _warn_once(reason, fallback)
                 _reasons[key] = reason
     return _reasons[key]
+
+
+def tried(run: Callable[[], Result], several: bool = False) -> Result:
+    """Return the result of an attempt's kernels; within `only_compiling` they are compiled, and the attempt ends here.
+
+    Args:
+        run: function that launches the kernels.
+        several: whether there are several, which are then compiled at the same time.
+    """
+    if only_compiles():
+        run()
+        raise _OnlyCompiled
+    if several:
+        compile_ahead(run)
+    return run()
+
+
+class _OnlyCompiled(Exception):
+    """The end of an attempt that is there for its kernels to be compiled."""
+
+
+@without_autocast
+@torch.inference_mode()
+def _compile_attempt(attempt: Callable[[], bool]):
+    with contextlib.suppress(Exception):  # the real attempt is what counts
+        attempt()
 
 
 def launched(

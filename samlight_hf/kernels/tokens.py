@@ -28,7 +28,7 @@ from transformers.models.sam.modeling_sam import (
 
 from . import image_attention
 from .prompt_embedding import PromptEmbedding
-from .support import compile_ahead, launch, normal_numbers, overlap_options, triton, why_not_decoder, why_not_tried
+from .support import launch, normal_numbers, overlap_options, tried, triton, why_not_decoder, why_not_tried
 
 
 if triton is not None:
@@ -107,8 +107,7 @@ def _why_not_tried(device: torch.device, dtype: torch.dtype, shape: tuple[tuple[
         boxes = 100 + 50 * torch.stack([-numbers(2, 2).abs(), numbers(2, 2).abs()], dim=1).flatten(1)
         kinds = points, (boxes,), (*points, boxes)
         kernels = TokenKernels(decoder, PromptEmbedding(encoder), positions)
-        compile_ahead(lambda: [kernels(image_tokens, prompts, masks) for prompts in kinds])
-        results = [kernels(image_tokens, prompts, masks) for prompts in kinds]
+        results = tried(lambda: [kernels(image_tokens, prompts, masks) for prompts in kinds], several=True)
         decoder, encoder = decoder.float(), encoder.float()
         expected = [reference(decoder, encoder, positions, image_tokens, prompts, masks) for prompts in kinds]
         pairs = zip(sum(results, ()), sum(expected, ()))

@@ -16,6 +16,7 @@ from samlight_hf.engine.cuda_graphs import GraphedFunction, GraphMemory, StaticI
 from samlight_hf.engine.image_encoder import ImageEncoder
 from samlight_hf.engine.mask_decoder import graph_size, largest_batch
 from samlight_hf.engine.optimized_model import FastPaths, shown
+from samlight_hf.kernels.support import only_compiles
 
 
 class Recorded(GraphedFunction):
@@ -363,18 +364,27 @@ def test_graphs_are_captured_now_or_announced(model, monkeypatch):
     """`optimize` on CUDA captures every planned graph, or with `when_needed` announces it: here with a CPU that says it
     is CUDA to this class alone.
     """
-    captured, announced = [], []
-    monkeypatch.setattr(FastPaths, "_capture", lambda self, graphs, progress: captured.append((len(graphs), progress)))
+    captured, announced, compiled = [], [], []
+    monkeypatch.setattr(FastPaths, "_capture", lambda self, graphs, steps: captured.append((len(graphs), *steps)))
+    monkeypatch.setattr(GraphedFunction, "compile", lambda self, *examples: compiled.append(only_compiles()))
     monkeypatch.setattr(GraphedFunction, "capture_when_called", lambda self, *examples: announced.append(examples))
+    plan = FastPaths.graphs
+
+    def on_meta(self, *sizes):
+        return [graph._replace(make_inputs=lambda _: [torch.zeros(1, device="meta")]) for graph in plan(self, *sizes)]
+
+    monkeypatch.setattr(FastPaths, "graphs", on_meta)
     on_cuda = type("Device", (), {"type": "cuda"})()
     monkeypatch.setattr(optimized_model, "make_encoder", lambda *_: (GraphedFunction(nn.Identity()), None))
     monkeypatch.setattr(type(model), "device", on_cuda, raising=False)
     for when_needed, progress in ((False, True), (True, False)):
-        captured.clear()
-        announced.clear()
+        for calls in (captured, announced, compiled):
+            calls.clear()
         paths = FastPaths(model, None, (1, 3), (1, 4), when_needed, progress)
         assert paths.report.num_graphs_when_needed == (2 if when_needed else 0)
-        assert (captured, len(announced)) == (([], 2) if when_needed else ([(2, True)], 0))
+        assert len(announced) == (2 if when_needed else 0)
+        steps = "capturing 3 images", "capturing 1 images"  # "compiling kernels" is done
+        assert (captured, compiled) == (([], []) if when_needed else ([(2, *steps)], [True, True]))
         assert ("2 more when needed" in str(paths.report)) == when_needed
 
 

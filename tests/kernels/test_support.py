@@ -18,6 +18,9 @@ from samlight_hf.kernels.support import (
     launch,
     launched,
     only_compiles,
+    only_compiling,
+    settled,
+    tried,
     why_not_tried,
 )
 
@@ -220,12 +223,13 @@ def test_ahead_each_variant_is_asked_for_once():
 
 
 @needs_threads
-def test_ahead_a_triton_kernel_is_tried_and_a_cuda_kernel_is_taken_to_run():
-    kernel, reasons = Kernel(), []
+@pytest.mark.parametrize("several", [False, True])
+def test_ahead_a_kernel_is_taken_to_run_and_the_kernels_of_its_attempt_are_compiled(several):
+    kernel, reasons, ended = Kernel(), [], []
 
     def attempt() -> bool:
-        compile_ahead(lambda: launch(kernel, (1,)))
-        launch(kernel, (1,))
+        tried(lambda: launch(kernel, (1,)), several)
+        ended.append(torch.is_inference_mode_enabled())
         return bool(kernel.launched)
 
     def run():
@@ -233,12 +237,67 @@ def test_ahead_a_triton_kernel_is_tried_and_a_cuda_kernel_is_taken_to_run():
         reasons.append(why_not_tried("tests", CPU, 2, broken, "CUDA", "others"))
         launch(kernel, (2,), None)
 
-    compile_ahead(run)
-    assert reasons == [None, None]
-    assert [grid for grid, _, _ in kernel.compiled] == [(1,), (2,)] and len(kernel.launched) == 1
+    with compiling_ahead():
+        for _ in range(2):
+            compile_ahead(run)
+    assert reasons == 4 * [None] and ended == [] == kernel.launched
+    assert [grid for grid, _, _ in kernel.compiled] == [(1,), (2,)]
+    reasons.clear()
     with pytest.warns(UserWarning, match="no C compiler"):
         run()
-    assert reasons[2] is None and "no C compiler" in reasons[3]
+    assert reasons[0] is None and "no C compiler" in reasons[1]
+    assert len(ended) == 1 and [grid for grid, _, _ in kernel.launched] == [(1,), (2,)]
+    assert len(kernel.compiled) == 2 + several
+
+
+def test_without_threads_no_attempt_is_made_for_compiling():
+    with only_compiling():
+        assert why_not_tried("tests", CPU, 1, lambda: pytest.fail("an attempt")) is None
+
+
+@needs_threads
+def test_ahead_a_kernel_is_loaded_in_the_thread_that_compiled_it():
+    """Loading may take as long as compiling, and a failure shows when the kernel is launched."""
+    from triton.runtime import _async_compile
+
+    class Compiled:
+        def __init__(self, fails: bool):
+            self.fails, self.loaded = fails, []
+
+        def __getitem__(self, grid):
+            self.loaded.append(threading.current_thread().name)
+            if self.fails:
+                raise RuntimeError("out of resources")
+
+    class Jitted(Kernel):
+        def warmup(self, *arguments, grid, **options):
+            kernel = Compiled(fails=arguments[0])
+            kernels.append(kernel)
+            return _async_compile.active_mode.get().submit(arguments, lambda: kernel, lambda kernel: None)
+
+    kernels: list[Compiled] = []
+    jitted = Jitted()
+    with compiling_ahead():
+        for fails in (False, True):
+            compile_ahead(lambda fails=fails: launch(jitted, (1,), fails))
+    assert [len(kernel.loaded) for kernel in kernels] == [1, 1]
+
+
+def test_a_settled_property_is_kept_only_where_kernels_are_tried():
+    class Uses:
+        @settled
+        def kernels(self) -> int:
+            calls.append(only_compiles())
+            return len(calls)
+
+    calls: list[bool] = []
+    uses = Uses()
+    with only_compiling():
+        assert (uses.kernels, uses.kernels) == (1, 2)
+    assert (uses.kernels, uses.kernels) == (3, 3)
+    with only_compiling():
+        assert uses.kernels == 3
+    assert calls == [True, True, False] and isinstance(Uses.kernels, settled)
 
 
 @needs_threads

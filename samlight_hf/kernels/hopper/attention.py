@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ...modeling.dilated_attention import check_pattern
-from ..support import in_compile_thread, normal_numbers, only_compiles, why_not_tried
+from ..support import in_compile_thread, normal_numbers, only_compiles, tried, why_not_tried
 from . import runtime as hopper
 
 
@@ -47,9 +47,8 @@ def _why_not_tried(device: torch.device, **constants: int) -> str | None:
         qkv = normal_numbers(device)(2, num_tokens, heads, 3, _DIM).to(dtype)
         some = torch.linspace(0, num_tokens - 1, 64, device=qkv.device).long()  # all tokens would take much memory
         per_head = bool(constants["PER_HEAD"])
-        output = launch_attention(
-            qkv, None, rate, "per_head" if per_head else "all", _DIM**-0.5, constants["WARPGROUPS"]
-        )
+        offsets = "per_head" if per_head else "all"
+        output = tried(lambda: launch_attention(qkv, None, rate, offsets, _DIM**-0.5, constants["WARPGROUPS"]))
         output, expected = output.view(*qkv.shape[:3], _DIM), attention_of_tokens(qkv[-1], some, rate, per_head)
         return bool(output.isfinite().all() and (output[-1, some] - expected).norm() < 0.01 * expected.norm())
 
