@@ -189,8 +189,7 @@ class GraphedFunction:
             stream = _warm_up_stream(tensors[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):  # libraries choose kernels and allocate workspaces before the capture
-                    self.function(*inputs.tensors)
+                self.function(*inputs.tensors)  # libraries choose kernels and allocate workspaces before the capture
             torch.cuda.current_stream().wait_stream(stream)
             _forget_workspaces()
             torch.cuda.empty_cache()  # the graph allocates the memory of the warm-up once more

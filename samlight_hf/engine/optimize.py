@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..kernels.support import only_compiling
+from ..kernels.support import only_compiling, prepare_compiler
 from .build import check_floating_point, decoder_dtype_of, make_decoder
 from .mask_decoder import FastMaskDecoder, why_not_fast
 from .optimized_model import FastPaths, OptimizationReport, OptimizedEncoder, OptimizedModel, optimized_class
@@ -79,6 +79,8 @@ def optimize(
     _check_sizes("prompt_counts", prompt_counts)
     check_floating_point("dtype", dtype)
     on_cuda = model.device.type == "cuda"
+    if on_cuda:
+        prepare_compiler()
     dtype = dtype if on_cuda else model.dtype
     decoder_dtype = decoder_dtype_of(model, dtype, decoder_dtype)
     optimized = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)

@@ -14,6 +14,7 @@ import torch
 
 from ..utils.autocast import without_autocast
 from ..utils.messages import one_line
+from . import records
 
 
 try:
@@ -76,9 +77,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
     variant = kernel, *map(_specialization, arguments), *options.items()
     if threads is not None and variant not in threads.variants:  # asking Triton whether it is compiled takes long
         threads.variants.add(variant)
+        prepare_compiler().join()
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if isinstance(future := getattr(compiled, "future", None), Future):
             future.add_done_callback(partial(_load, _current_device()))
+
+
+@lru_cache
+def prepare_compiler() -> threading.Thread:
+    """Start a thread that does what Triton does once in a process before it compiles: it reads all of its own files.
+
+    That takes a third of a second, and another half to compile a part of it where the cache is empty.
+    """
+    thread = threading.Thread(target=_prepare_compiler, name="prepare compiler", daemon=True)
+    thread.start()
+    return thread
+
+
+def _prepare_compiler():
+    with contextlib.suppress(Exception):  # it is done again, or fails again, when a kernel is compiled
+        from triton.runtime.cache import triton_key
+
+        triton.runtime.driver.active.get_current_target()
+        triton_key()
 
 
 def _load(device: int | None, compiled: Future):
@@ -212,6 +233,7 @@ def why_not_tried(
     """Return why a variant of a kernel does not run on a device, as a sentence, or None if it runs.
 
     The first call for a variant and a device tries it; later calls return the same answer. A reason is warned of once.
+    That a kernel runs is recorded for other processes, too, see `records`.
     Within `only_compiling` a kernel is taken to run, and the kernels of its attempt are compiled.
 
     Args:
@@ -230,6 +252,9 @@ def why_not_tried(
     if key not in _reasons:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return f"the {language} kernel for {name} has not been tried, and cannot be while a CUDA graph is captured."
+        if records.has_run(device, (name, language, variant)):
+            _reasons[key] = None
+            return None
         current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         if only_compiles():
             threads = _compile_threads.get()
@@ -242,7 +267,9 @@ def why_not_tried(
             if key not in _reasons:
                 with current:
                     reason = failure(name, attempt, language)
-                if reason is not None:
+                if reason is None:
+                    records.record(device, (name, language, variant))
+                else:
                     _warn_once(reason, fallback)
                 _reasons[key] = reason
     return _reasons[key]

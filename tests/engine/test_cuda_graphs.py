@@ -350,6 +350,29 @@ print(len(set(compiled)), late)
 """
 
 
+ATTEMPTS = """
+from samlight_hf import SamLighteningConfig, SamLighteningModel, optimize
+from samlight_hf.kernels import support
+
+attempts, failure = [], support.failure
+support.failure = lambda name, *arguments: (attempts.append(name), failure(name, *arguments))[1]
+model = SamLighteningModel(SamLighteningConfig()).cuda().eval()
+optimized = optimize(model, image_batch_sizes=(1, 8), prompt_counts=(1, 16))
+assert optimized.report.encoder == optimized.report.decoder == "fused", optimized.report
+print(len(attempts))
+"""
+
+
+@pytest.mark.gpu
+def test_a_second_process_tries_no_kernel_again(tmp_path):
+    environment, attempts = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}, []
+    for _ in range(2):
+        child = subprocess.run([sys.executable, "-c", ATTEMPTS], capture_output=True, text=True, env=environment)
+        assert child.returncode == 0, child.stderr
+        attempts.append(int(child.stdout.strip().splitlines()[-1]))
+    assert attempts[0] >= 5 and attempts[1] == 0
+
+
 @pytest.mark.gpu
 def test_with_an_empty_cache_kernels_are_compiled_before_graphs_are_captured(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

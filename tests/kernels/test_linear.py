@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from samlight_hf.kernels import linear as fused_linear
+from samlight_hf.kernels import records
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.linear import (
     FusedLinear,
@@ -254,6 +255,7 @@ def test_patches_wait_for_positions_that_the_previous_kernel_writes():
 def test_a_variant_that_cannot_run_falls_back_and_the_others_run(monkeypatch):
     """Only the layer that cannot run falls back; the other one still runs in Triton."""
     monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(records, "machine_of", lambda device: None)  # nor are there records of other processes
     monkeypatch.setattr(triton_support, "_warned", set())
     launched = []
 

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from samlight_hf.kernels import records
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.support import (
     compile_ahead,
@@ -30,6 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch):
+    monkeypatch.setattr(records, "machine_of", lambda device: None)  # also not by other processes
     monkeypatch.setattr(triton_support, "_reasons", {})
     monkeypatch.setattr(triton_support, "_warned", set())
 

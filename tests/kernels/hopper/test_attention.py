@@ -4,6 +4,7 @@ import pytest
 import torch
 from samlight_hf.modeling.dilated_attention import dilated_attention_reference
 
+from samlight_hf.kernels import records
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.hopper import attention as hopper_attention
 from samlight_hf.kernels.hopper import runtime as hopper
@@ -116,6 +117,7 @@ def test_the_result_may_lie_behind_queries_keys_and_values():
 def test_each_variant_is_tried_by_itself(monkeypatch):
     """The variant with three warpgroups cannot be compiled; those with one and two run."""
     monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(records, "machine_of", lambda device: None)  # nor are there records of other processes
     monkeypatch.setattr(triton_support, "_warned", set())
     compiled = hopper.compiled
 
@@ -140,6 +142,7 @@ def test_each_variant_is_tried_by_itself(monkeypatch):
 @torch.no_grad()
 def test_the_kernel_is_tried_again_after_memory_ran_out(monkeypatch):
     monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(records, "machine_of", lambda device: None)  # nor are there records of other processes
     qkv = torch.randn(1, 512, 2, 3, 64, device="cuda", dtype=torch.bfloat16)
 
     def fails(*arguments):

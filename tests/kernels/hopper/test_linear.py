@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from samlight_hf.kernels import records
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.hopper import linear as hopper_linear
 from samlight_hf.kernels.hopper import runtime as hopper
@@ -180,6 +181,7 @@ def test_the_neck_is_its_convolution(grid, monkeypatch):
 def test_each_variant_is_tried_by_itself(monkeypatch):
     """The variant with a residual cannot be compiled and falls back to Triton; the others run in CUDA."""
     monkeypatch.setattr(triton_support, "_reasons", {})
+    monkeypatch.setattr(records, "machine_of", lambda device: None)  # nor are there records of other processes
     monkeypatch.setattr(triton_support, "_warned", set())
     compiled = hopper.compiled
 
