@@ -23,7 +23,7 @@ hypernetworks.
 import copy
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -376,7 +376,11 @@ class FastMaskDecoder:
             return None
         reason = token_kernels.why_not_triton(self.decoder, self.positions.device, self.dtype)
         self.why_not_triton["tokens"] = reason
-        return None if reason else TokenKernels(self.decoder, self.embed, self.positions)
+        return None if reason else self._token_kernels
+
+    @cached_property
+    def _token_kernels(self) -> TokenKernels:
+        return TokenKernels(self.decoder, self.embed, self.positions)
 
     def _have_token_kernels_for(self, prompts: Sequence[torch.Tensor]) -> bool:
         return bool(prompts) and token_kernels.fits(self.decoder, prompts) and self.token_kernels is not None
