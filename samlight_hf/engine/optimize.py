@@ -47,8 +47,10 @@ def optimize(
     Args:
         model: A SAM of transformers or a `SamLighteningModel`.
         dtype: The floating point type of the image encoder and of the outputs.
-        image_batch_sizes: Numbers of images in a batch for which the encoder gets a graph.
-        prompt_counts: Numbers of prompts on an image for which the decoder gets graphs.
+        image_batch_sizes: Numbers of images in a batch for which the encoder gets a graph. More than 16 images are
+            replayed in parts.
+        prompt_counts: Numbers of prompts on an image for which the decoder gets graphs. More than 64 prompts are
+            replayed in parts.
         decoder_dtype: The floating point type that the mask decoder computes in, with weights converted directly from
             those of `model`. Default: `dtype`, but float16 for bfloat16 if the weights are in its range: its three more
             bits give the masks of float32 much more often.
