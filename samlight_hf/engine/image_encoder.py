@@ -52,6 +52,11 @@ def why_not_fast_encoder(model: PreTrainedModel) -> str | None:
             f"{tokens} tokens, {patch}, {width}, {config.mlp_dim} and {config.output_channels} features are no "
             "multiples of 128 and 64."
         )
+    return why_not_kernels(model)
+
+
+def why_not_kernels(model: PreTrainedModel) -> str | None:
+    """Return why the kernels of `FastVisionEncoder` do not run, for a model that passes all other checks of it."""
     return fused_linear.why_not_at_all(model.device, model.dtype)
 
 
@@ -185,7 +190,9 @@ def make_encoder(
         return _skipping_encoder(model)
     copied = copy_encoder(model)
     # Other encoders may copy from the CPU while they run, and hooks and adapters run Python: no graph can record that.
-    is_own = model.config.model_type == "sam_lightening" and why_not_plain_encoder(model) is None
+    is_own = copied is not None or (
+        model.config.model_type == "sam_lightening" and why_not_plain_encoder(model) is None
+    )
     graphed = GraphedFunction(
         copied or _plain_encoder(model),
         cuda_graphs and is_own,

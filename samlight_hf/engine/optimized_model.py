@@ -17,7 +17,7 @@ from ..kernels.support import compiling_ahead, only_compiling
 from ..kernels.tokens import MOST_PROMPTS
 from ..utils.turns import turn
 from .cuda_graphs import GraphedFunction, GraphMemory, num_input_bytes, part_size, parts_of
-from .image_encoder import MOST_IMAGES, FastVisionEncoder, make_encoder, why_not_fast_encoder
+from .image_encoder import MOST_IMAGES, FastVisionEncoder, make_encoder, why_not_fast_encoder, why_not_kernels
 from .mask_decoder import FastMaskDecoder
 
 
@@ -128,16 +128,18 @@ class FastPaths:
         start = time.perf_counter()
         make = partial(make_encoder, model, on_cuda, self.memory, skip_padding)
         captures, sizes = on_cuda and not when_needed, (image_batch_sizes, prompt_counts)
+        made = make() if skip_padding else None  # that depends on whether the fused encoder really runs
         with _compiled_at_the_same_time() if captures else contextlib.nullcontext():
-            self.encode, self.copied = make()
+            self.encode, self.copied = made or make()
             graphs = self.graphs(*sizes)
             steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in in_order(graphs))], progress)
             if captures:
                 next(steps)
                 for graph in graphs:
                     graph.function.compile(*graph.make_inputs(self.device))
-        reason = why_not_fast_encoder(model)
-        if reason and isinstance(self.copied, FastVisionEncoder):  # its kernels do not run after all
+        is_fused = isinstance(self.copied, FastVisionEncoder)
+        reason = why_not_kernels(model) if is_fused else why_not_fast_encoder(model)
+        if is_fused and reason:  # its kernels do not run after all
             self.encode, self.copied = make()
             graphs = self.graphs(*sizes)
         if decoder is not None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from samlight_hf.engine import image_encoder, optimized_model
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, GraphMemory, StaticInputs, part_size, parts_of
-from samlight_hf.engine.image_encoder import ImageEncoder
+from samlight_hf.engine.image_encoder import FastVisionEncoder, ImageEncoder
 from samlight_hf.engine.mask_decoder import graph_size, largest_batch
 from samlight_hf.engine.optimized_model import FastPaths, shown
 from samlight_hf.kernels.support import only_compiles
@@ -383,14 +383,16 @@ def test_with_an_empty_cache_kernels_are_compiled_before_graphs_are_captured(tmp
     assert int(number) >= 10 and late == "[]"
 
 
-def test_graphs_are_captured_now_or_announced(model, monkeypatch):
-    """`optimize` on CUDA captures every planned graph, or with `when_needed` announces it: here with a CPU that says it
-    is CUDA to this class alone.
-    """
-    captured, announced, compiled = [], [], []
-    monkeypatch.setattr(FastPaths, "_capture", lambda self, graphs, steps: captured.append((len(graphs), *steps)))
-    monkeypatch.setattr(GraphedFunction, "compile", lambda self, *examples: compiled.append(only_compiles()))
-    monkeypatch.setattr(GraphedFunction, "capture_when_called", lambda self, *examples: announced.append(examples))
+@pytest.fixture
+def captured(model, monkeypatch) -> dict[str, list]:
+    """A model whose CPU says to `FastPaths` alone that it is CUDA, and what is captured, compiled and announced."""
+    calls: dict[str, list] = {"captured": [], "compiled": [], "announced": []}
+    for owner, name, called in (
+        (FastPaths, "_capture", lambda self, graphs, steps: calls["captured"].append((len(graphs), *steps))),
+        (GraphedFunction, "compile", lambda self, *_: calls["compiled"].append(only_compiles())),
+        (GraphedFunction, "capture_when_called", lambda self, *examples: calls["announced"].append(examples)),
+    ):
+        monkeypatch.setattr(owner, name, called)
     plan = FastPaths.graphs
 
     def on_meta(self, *sizes):
@@ -400,15 +402,39 @@ def test_graphs_are_captured_now_or_announced(model, monkeypatch):
     on_cuda = type("Device", (), {"type": "cuda"})()
     monkeypatch.setattr(optimized_model, "make_encoder", lambda *_: (GraphedFunction(nn.Identity()), None))
     monkeypatch.setattr(type(model), "device", on_cuda, raising=False)
-    for when_needed, progress in ((False, True), (True, False)):
-        for calls in (captured, announced, compiled):
-            calls.clear()
-        paths = FastPaths(model, None, (1, 3), (1, 4), when_needed, progress)
-        assert paths.report.num_graphs_when_needed == (2 if when_needed else 0)
-        assert len(announced) == (2 if when_needed else 0)
-        steps = "capturing 3 images", "capturing 1 images"  # "compiling kernels" is done
-        assert (captured, compiled) == (([], []) if when_needed else ([(2, *steps)], [True, True]))
-        assert ("2 more when needed" in str(paths.report)) == when_needed
+    return calls
+
+
+@pytest.mark.parametrize("when_needed", [False, True])
+def test_graphs_are_captured_now_or_announced(model, captured, when_needed):
+    paths = FastPaths(model, None, (1, 3), (1, 4), when_needed, progress=not when_needed)
+    assert paths.report.num_graphs_when_needed == (2 if when_needed else 0)
+    assert ("2 more when needed" in str(paths.report)) == when_needed
+    assert len(captured["announced"]) == (2 if when_needed else 0)
+    steps = "capturing 3 images", "capturing 1 images"  # "compiling kernels" is done
+    assert captured["captured"] == ([] if when_needed else [(2, *steps)])
+    assert captured["compiled"] == ([] if when_needed else [True, True])
+
+
+def test_an_encoder_whose_kernels_were_taken_to_run_and_do_not_is_made_again(model, captured, monkeypatch):
+    class Fused(FastVisionEncoder):
+        def __init__(self):
+            pass
+
+    makings = []
+
+    def make(*_):
+        makings.append(only_compiles())
+        return GraphedFunction(nn.Identity()), Fused() if makings[-1] else None
+
+    monkeypatch.setattr(optimized_model, "make_encoder", make)
+    for reason, expected in ((None, "fused"), ("too many registers.", "plain: too many registers.")):
+        makings.clear()
+        monkeypatch.setattr(optimized_model, "why_not_kernels", lambda model, reason=reason: reason)
+        paths = FastPaths(model, None, (1, 3), (1, 4))
+        assert paths.report.encoder == expected and isinstance(paths.copied, Fused) == (reason is None)
+        assert makings == ([True] if reason is None else [True, False])
+    assert [number for number, *_ in captured["captured"]] == [2, 2]
 
 
 def test_inputs_of_graphs_that_share_memory_are_in_one_buffer():
