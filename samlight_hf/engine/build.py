@@ -44,11 +44,14 @@ def make_decoder(
     if reason:
         warn_of_plain_part("mask decoder", reason, model)
         return PlainMaskDecoder(model)
-    return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels, dtype)
+    return FastMaskDecoder(model, on_cuda if cuda_graphs is None else cuda_graphs, triton_kernels, dtype, checked=True)
 
 
 def decoder_dtype_of(
-    model: PreTrainedModel, dtype: torch.dtype, decoder_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    decoder_dtype: torch.dtype | None = None,
+    checked: bool = False,
 ) -> torch.dtype:
     """Choose the floating point type of the mask decoder.
 
@@ -59,6 +62,7 @@ def decoder_dtype_of(
         model: The model.
         dtype: The type that the model is to run in.
         decoder_dtype: The user's choice, which wins.
+        checked: The caller knows that `why_not_fast` returns None for the model.
 
     Raises:
         ValueError: If `decoder_dtype` is not a floating point type.
@@ -66,7 +70,7 @@ def decoder_dtype_of(
     if decoder_dtype is not None:
         check_floating_point("decoder_dtype", decoder_dtype)
         return decoder_dtype
-    if dtype != torch.bfloat16 or model.device.type != "cuda" or why_not_fast(model):
+    if dtype != torch.bfloat16 or model.device.type != "cuda" or (not checked and why_not_fast(model)):
         return dtype
     weights = [weight for part in (model.prompt_encoder, model.mask_decoder) for weight in part.parameters()]
     largest = torch.stack([weight.detach().abs().max() for weight in weights]).max()

@@ -105,7 +105,9 @@ class FastVisionEncoder:
         memory = self.convolution.weight.new_empty(self.largest_width * batch_size * grid[0] * grid[1])
         rows = embed_patches(self.patch_embedding, pixel_values, self.positions)
         for layer in self.layers:
-            rows = layer(rows, batch_size, memory)
+            # Two steps, so that the rows before the first are freed, and the second has room in their memory.
+            rows = layer.attend(rows, batch_size, memory)
+            rows = layer.feed_forward(rows, memory)
         del memory  # the neck has room in it
         tokens = add_layer_norm(self.reduce(rows).values.unflatten(0, (batch_size, -1)), self.norms[0])
         del rows  # the result, which a graph keeps, has room in it, and leaves the larger memory whole to other graphs
@@ -127,7 +129,7 @@ class _Layer:
         self.lin1 = FusedLinear(mlp.lin1.weight, mlp.lin1.bias, layer.layer_norm2, gelu=True)
         self.lin2 = FusedLinear(mlp.lin2.weight, mlp.lin2.bias)
 
-    def __call__(self, rows: RowsWithStatistics, batch_size: int, memory: torch.Tensor) -> RowsWithStatistics:
+    def attend(self, rows: RowsWithStatistics, batch_size: int, memory: torch.Tensor) -> RowsWithStatistics:
         qkv = self.qkv(rows, memory=memory).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
         if hopper_attention.why_not(qkv, *self.pattern) is None:
             # Behind queries, keys and values there is room, since an MLP has more features than these.
@@ -137,7 +139,9 @@ class _Layer:
             )
         else:
             attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
-        rows = self.proj(RowsWithStatistics(attended.reshape(rows.values.shape)), rows.values, statistics=True)
+        return self.proj(RowsWithStatistics(attended.reshape(rows.values.shape)), rows.values, statistics=True)
+
+    def feed_forward(self, rows: RowsWithStatistics, memory: torch.Tensor) -> RowsWithStatistics:
         return self.lin2(self.lin1(rows, memory=memory), rows.values, statistics=True)
 
 

@@ -87,6 +87,7 @@ class FastMaskDecoder:
         triton_kernels: Use Triton kernels. Default: where they run. The kernels for the tokens of few prompts are tried
             when such prompts come, and are never an error.
         dtype: The floating point type that the decoder computes in. Default: the model's.
+        checked: The caller knows that `why_not_fast` returns None for the model.
 
     Attributes:
         is_lean: For a prompt with one point nothing but tokens and masks is ever in memory; see `MemoryBudget`.
@@ -104,8 +105,9 @@ class FastMaskDecoder:
         cuda_graphs: bool = False,
         triton_kernels: bool | None = None,
         dtype: torch.dtype | None = None,
+        checked: bool = False,
     ):
-        if reason := why_not_fast(model):
+        if not checked and (reason := why_not_fast(model)):
             raise ValueError(reason)
         self.dtype, self.device = dtype or model.dtype, model.device
         self.image_embedding, self.prompt_encoder, self.decoder = (
@@ -131,7 +133,7 @@ class FastMaskDecoder:
         self._too_large: set[tuple] = set()  # batches for whose graph there was no memory
         decoder = self.decoder
         with torch.no_grad():
-            self.positions = _image_positions(model).to(self.dtype)  # (N, C)
+            self.positions = _image_positions(model).to(self.device, self.dtype)  # (N, C)
             self.no_mask = self.prompt_encoder.no_mask_embed.weight  # (1, C)
             self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
             self.embed = PromptEmbedding(
@@ -491,11 +493,14 @@ def _slots(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
 
 
 def _image_positions(model: PreTrainedModel) -> torch.Tensor:
-    """Compute the positional encoding of the image tokens, float32 (N, C)."""
+    """Compute the positional encoding of the image tokens, float32 (N, C).
+
+    It is computed on the CPU: a product on a GPU would have to load cuBLAS, which nothing else in `optimize` may need.
+    """
     embedding, size = model.shared_image_embedding, model.config.prompt_encoder_config.image_embedding_size
-    line = (torch.arange(size, device=model.device) + 0.5) / size
+    line = (torch.arange(size) + 0.5) / size
     y, x = torch.meshgrid(line, line, indexing="ij")
-    positions = copy.deepcopy(embedding).float()(torch.stack([x, y], dim=-1)[None])
+    positions = copy.deepcopy(embedding).float().cpu()(torch.stack([x, y], dim=-1)[None])
     return positions.flatten(0, 2)
 
 

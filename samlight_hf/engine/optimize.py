@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..kernels.support import only_compiling, prepare_compiler
-from .build import check_floating_point, decoder_dtype_of, make_decoder
+from .build import check_floating_point, decoder_dtype_of
 from .mask_decoder import FastMaskDecoder, why_not_fast
 from .optimized_model import FastPaths, OptimizationReport, OptimizedEncoder, OptimizedModel, optimized_class
 from .plain_modules import SAM_TYPES, warn_of_plain_part
@@ -84,7 +84,7 @@ def optimize(
     if on_cuda:
         prepare_compiler()
     dtype = dtype if on_cuda else model.dtype
-    decoder_dtype = decoder_dtype_of(model, dtype, decoder_dtype)
+    decoder_dtype = decoder_dtype_of(model, dtype, decoder_dtype, checked=not reason)
     optimized = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     for module in optimized.modules():
         module.register_load_state_dict_pre_hook(_refuse_weights)
@@ -95,9 +95,8 @@ def optimize(
         warn_of_plain_part("mask decoder", reason, model)
     else:
         with only_compiling():  # its kernels are tried later, when those of the encoder are compiled, too
-            made = make_decoder(optimized if decoder_dtype == dtype else model, dtype=decoder_dtype)
-        assert isinstance(made, FastMaskDecoder)
-        decoder = made
+            source = optimized if decoder_dtype == dtype else model
+            decoder = FastMaskDecoder(source, on_cuda, dtype=decoder_dtype, checked=True)
     paths = FastPaths(optimized, decoder, image_batch_sizes, prompt_counts, graphs_when_needed, progress, skip_padding)
     paths.report.decoder = f"plain: {reason}" if reason else "fused"
     optimized._paths = optimized.vision_encoder._paths = paths

@@ -1,6 +1,7 @@
 """The classes of an optimized model and of its image encoder, which run fast paths where they support a call."""
 
 import contextlib
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, SamVisionEncoderOutput
 
+from ..kernels.linear import load_convolution
 from ..kernels.support import compiling_ahead, only_compiling
 from ..kernels.tokens import MOST_PROMPTS
 from ..utils.turns import turn
@@ -85,13 +87,6 @@ def in_order(graphs: Sequence[PlannedGraph]) -> list[PlannedGraph]:
     return sorted(graphs, key=lambda graph: graph.num_bytes, reverse=True)
 
 
-@contextlib.contextmanager
-def _compiled_at_the_same_time() -> Iterator[None]:
-    """Compile the kernels of all that is made inside, and of all probes, in one round, which ends with the block."""
-    with compiling_ahead(), only_compiling():
-        yield
-
-
 class FastPaths:
     """The fast encoder and decoder of an optimized model.
 
@@ -126,10 +121,10 @@ class FastPaths:
         on_cuda = self.device.type == "cuda"
         self.memory = decoder.graph_memory if decoder else GraphMemory() if on_cuda else None
         start = time.perf_counter()
-        make = partial(make_encoder, model, on_cuda, self.memory, skip_padding)
         captures, sizes = on_cuda and not when_needed, (image_batch_sizes, prompt_counts)
+        make = partial(make_encoder, model, on_cuda, self.memory, skip_padding)
         made = make() if skip_padding else None  # that depends on whether the fused encoder really runs
-        with _compiled_at_the_same_time() if captures else contextlib.nullcontext():
+        with self._compiled_at_the_same_time(config) if captures else contextlib.nullcontext():
             self.encode, self.copied = made or make()
             graphs = self.graphs(*sizes)
             steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in in_order(graphs))], progress)
@@ -161,6 +156,16 @@ class FastPaths:
                 graph.function.capture_when_called(*graph.make_inputs(torch.device("meta")))
             self.report.num_graphs_when_needed = len(graphs)
         self.report.warm_up_seconds = time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _compiled_at_the_same_time(self, config: PreTrainedConfig) -> Iterator[None]:
+        """Compile the kernels of all that is made inside, and of all probes, in a round that ends with the block."""
+        sides = config.output_channels, config.image_size // config.patch_size
+        loading = threading.Thread(target=load_convolution, args=(self.device, self.dtype, *sides), daemon=True)
+        loading.start()
+        with compiling_ahead(), only_compiling():
+            yield
+        loading.join()
 
     def graphs(self, image_batch_sizes: Sequence[int], prompt_counts: Sequence[int]) -> list["PlannedGraph"]:
         """List the graphs for these numbers of images and prompts, or for the parts of larger ones."""

@@ -1,6 +1,7 @@
 """Probes that find out whether a kernel runs, by running it; a reason why it does not is warned of once."""
 
 import contextlib
+import importlib
 import os
 import threading
 import warnings
@@ -77,18 +78,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
     variant = kernel, *map(_specialization, arguments), *options.items()
     if threads is not None and variant not in threads.variants:  # asking Triton whether it is compiled takes long
         threads.variants.add(variant)
-        prepare_compiler().join()
+        threads.waiting_kernels.append(partial(_compile, _current_device(), kernel, grid, arguments, options))
+        if not prepare_compiler().is_alive():  # else they wait for it, and this thread goes on
+            threads.compile_waiting()
+
+
+def _compile(device: int | None, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict):
+    with contextlib.suppress(Exception), _on(device):  # the real launch says what is wrong
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if isinstance(future := getattr(compiled, "future", None), Future):
-            future.add_done_callback(partial(_load, _current_device()))
+            future.add_done_callback(partial(_load, device))
 
 
 @lru_cache
 def prepare_compiler() -> threading.Thread:
     """Start a thread that does what Triton does once in a process before it compiles: it reads all of its own files.
 
-    That takes a third of a second, and another half to compile a part of it where the cache is empty.
+    That takes a third of a second, and another half to compile a part of it where the cache is empty. Another thread
+    imports what is imported when a kernel is first asked for.
     """
+    threading.Thread(target=_import_tools, name="import tools", daemon=True).start()
     thread = threading.Thread(target=_prepare_compiler, name="prepare compiler", daemon=True)
     thread.start()
     return thread
@@ -102,14 +111,25 @@ def _prepare_compiler():
         triton_key()
 
 
+def _import_tools():
+    names = "triton.tools.tensor_descriptor", "triton.experimental.gluon.nvidia.hopper", "cuda.bindings.nvrtc"
+    for name in names:
+        with contextlib.suppress(Exception):  # not in this version, or not installed
+            importlib.import_module(name)
+
+
 def _load(device: int | None, compiled: Future):
     """Load a kernel that has been compiled, in the thread that compiled it: older Tritons compile a launcher in C."""
-    with contextlib.suppress(Exception), contextlib.nullcontext() if device is None else torch.cuda.device(device):
+    with contextlib.suppress(Exception), _on(device):
         compiled.result()[(1, 1, 1)]  # a function that would launch it
 
 
 def _current_device() -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _on(device: int | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if device is None else torch.cuda.device(device)
 
 
 def _specialization(argument) -> tuple:
@@ -134,6 +154,7 @@ class _CompileThreads(ThreadPoolExecutor):
         sources: Sources in CUDA.
         attempts: Keys of attempts, see `why_not_tried`.
         waiting: Threads that wait for processes which compile sources.
+        waiting_kernels: Triton's kernels that wait for `prepare_compiler`.
     """
 
     def __init__(self) -> None:
@@ -143,6 +164,13 @@ class _CompileThreads(ThreadPoolExecutor):
         self.variants: set[tuple] = set()
         self.sources: set[str] = set()
         self.attempts: set[tuple] = set()
+        self.waiting_kernels: list[Callable[[], None]] = []
+
+    def compile_waiting(self):
+        """Have the kernels compiled that wait for `prepare_compiler`."""
+        while self.waiting_kernels:
+            prepare_compiler().join()
+            self.waiting_kernels.pop(0)()
 
 
 def in_compile_thread(compiler: Callable[[str], object], source: str):
@@ -169,6 +197,7 @@ def compiling_ahead() -> Iterator[None]:
                 stack.enter_context(threads)
                 stack.enter_context(threads.waiting)
                 stack.enter_context(_switched(_compile_threads, threads))
+                stack.callback(threads.compile_waiting)
         yield
 
 
