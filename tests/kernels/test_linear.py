@@ -117,6 +117,16 @@ def patches_error(dtype, device, tile=None) -> float:
     return error(found.values, expected)
 
 
+def test_a_convolution_that_loads_cudnn_is_none_of_few_images(monkeypatch):
+    images = []
+    monkeypatch.setattr(fused_linear.F, "conv2d", lambda x, weight, padding: images.append((x.shape, weight.shape)))
+    fused_linear.load_convolution(torch.device("cpu"), torch.float32, 8, 64)
+    ((shape, _),) = images
+    assert shape[0] * shape[2] * shape[3] > fused_linear.hopper_linear.FEW_ROWS
+    fused_linear.load_convolution(torch.device("cuda", 100), torch.float32, 8, 64)  # fails, and says nothing
+    assert len(images) == 1
+
+
 def check_attempts():
     """Check that attempts accept each variant, and reject one whose statistics are wrong."""
     cpu, half = torch.device("cpu"), torch.float16

@@ -225,6 +225,31 @@ def test_ahead_each_variant_is_asked_for_once():
 
 
 @needs_threads
+def test_ahead_kernels_wait_for_the_compiler_and_the_caller_does_not(monkeypatch):
+    def prepare() -> threading.Event:
+        ready = threading.Event()
+        thread = threading.Thread(target=ready.wait, daemon=True)
+        thread.start()
+        monkeypatch.setattr(triton_support, "prepare_compiler", lambda: thread)
+        return ready
+
+    kernel, ready = Kernel(), prepare()
+    with compiling_ahead():
+        for number in (1, 2):
+            compile_ahead(lambda number=number: launch(kernel, (number,), ROWS=number))
+        assert kernel.compiled == []
+        ready.set()
+        triton_support.prepare_compiler().join()
+        compile_ahead(lambda: launch(kernel, (3,), ROWS=3))
+        assert [grid for grid, _, _ in kernel.compiled] == [(1,), (2,), (3,)]
+    ready = prepare()
+    with compiling_ahead():
+        compile_ahead(lambda: launch(kernel, (4,), ROWS=4))
+        threading.Timer(0.1, ready.set).start()
+    assert len(kernel.compiled) == 4 and ready.is_set()  # the end of the block waits
+
+
+@needs_threads
 @pytest.mark.parametrize("several", [False, True])
 def test_ahead_a_kernel_is_taken_to_run_and_the_kernels_of_its_attempt_are_compiled(several):
     kernel, reasons, ended = Kernel(), [], []
