@@ -1,5 +1,7 @@
 """The choice of a model's mask decoder, the fastest one that can run it, and of the type that it computes in."""
 
+import math
+
 import torch
 from transformers import PreTrainedModel
 
@@ -72,8 +74,8 @@ def decoder_dtype_of(
         return decoder_dtype
     if dtype != torch.bfloat16 or model.device.type != "cuda" or (not checked and why_not_fast(model)):
         return dtype
-    weights = [weight for part in (model.prompt_encoder, model.mask_decoder) for weight in part.parameters()]
-    largest = torch.stack([weight.detach().abs().max() for weight in weights]).max()
+    weights = [weight.detach() for part in (model.prompt_encoder, model.mask_decoder) for weight in part.parameters()]
+    largest = torch.nn.utils.get_total_norm(weights, norm_type=math.inf)  # of all of them, in few launches
     return torch.float16 if largest < torch.finfo(torch.float16).max else dtype
 
 

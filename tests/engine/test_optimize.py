@@ -13,6 +13,7 @@ from transformers import SamConfig, SamModel, pipeline
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.benchmark.masks import image_to_mask
+from samlight_hf.engine.build import decoder_dtype_of
 from samlight_hf.engine.cuda_graphs import GraphedFunction
 from samlight_hf.engine.optimize import optimize
 from samlight_hf.images.preprocessing import image_tensor, preprocess
@@ -274,6 +275,19 @@ def test_a_decoder_in_another_dtype(model):
         actual, expected = optimized(**inputs), model(**inputs)
     assert_equal(actual, expected, 1e-2)
     assert not torch.equal(actual.pred_masks, expected.pred_masks)
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype"),
+    [(-6e4, torch.float16), (7e4, torch.bfloat16), (-7e4, torch.bfloat16), (float("nan"), torch.bfloat16)],
+)
+def test_the_decoder_of_bfloat16_computes_in_float16_if_its_weights_are_in_range(model, monkeypatch, weight, dtype):
+    with torch.no_grad():
+        model.mask_decoder.iou_token.weight[0, 0] = weight
+    assert decoder_dtype_of(model, torch.bfloat16) == torch.bfloat16  # on a CPU
+    monkeypatch.setattr(type(model), "device", type("Device", (), {"type": "cuda"})(), raising=False)
+    assert decoder_dtype_of(model, torch.bfloat16) == decoder_dtype_of(model, torch.bfloat16, checked=True) == dtype
+    assert decoder_dtype_of(model, torch.float32) == torch.float32
 
 
 def test_the_stock_pipeline_takes_it():
