@@ -18,8 +18,9 @@ from . import cpu_blocks
 from .support import normal_numbers, tl, triton, why_not_tried
 
 
-_ROWS, _COLUMNS, _POSITIONS = 16, 64, 1024  # of a thread block
-_NEAR_ROWS, _NEAR_COLUMNS = 16, 256  # of logits that a strip of _ROWS rows is computed from, at most
+_POSITIONS = 1024  # of a thread block
+_MASK_BLOCK = {"ROWS": 32, "COLUMNS": 512, "num_warps": 4}
+_MEASURE_BLOCK = {"ROWS": 32, "COLUMNS": 128, "NEAR_ROWS": 8, "NEAR_COLUMNS": 256, "num_warps": 4}  # at most 32 rows
 _NUM_MEASURES = 6
 _OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are found in one launch
 
@@ -59,15 +60,16 @@ def why_not_triton(logits: torch.Tensor, frame: Frame | None = None) -> str | No
 def _why_not_tried(device: torch.device, dtype: torch.dtype, twice: bool) -> str | None:
     def attempt() -> bool:
         logits = (9 * normal_numbers(device)(2, 8, 8)).to(dtype)
-        crop = (40, 30) if twice else (32, 24)
-        frame = Frame((32, 32), (32, 24), crop, (2, 3), (50, 40))
+        frame, other = (  # masks with aligned rows, and without
+            Frame((32, 32), (32, 24) if twice else crop, crop, (2, 3), (50, 40)) for crop in ((31, 24), (30, 23))
+        )
         thresholds = (0.0, 1.0, -1.0)
         measures = launch_measure(logits, frame, thresholds) - measure_reference(logits, frame, thresholds)
         positions, counts = launch_changes(logits, frame, 0.0)
         _, expected_counts = changes_reference(logits, frame, 0.0)
-        different = launch_masks(logits, frame, 0.0) != masks_reference(logits, frame, 0.0)
+        different = [(launch_masks(logits, f, 0.0) != masks_reference(logits, f, 0.0)).sum() for f in (frame, other)]
         # A pixel at the threshold may fall on either side.
-        differences = measures.abs().max(), (counts - expected_counts).abs().max(), different.sum()
+        differences = measures.abs().max(), (counts - expected_counts).abs().max(), *different
         return max(differences).item() <= 2 and len(positions) == counts.sum()
 
     return why_not_tried("masks at the image's size", device, (dtype, twice), attempt)
@@ -187,16 +189,17 @@ def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.
     logits, (height, width) = logits.contiguous(), frame.crop
     masks = torch.empty(len(logits), height, width, dtype=torch.bool, device=logits.device)
     if len(logits):
+        grid = len(logits), -(-width // _MASK_BLOCK["COLUMNS"]), -(-height // _MASK_BLOCK["ROWS"])
         with torch.cuda.device_of(logits):
-            _masks_kernel[(len(logits), -(-width // _COLUMNS), -(-height // _ROWS))](
-                logits, masks, *_geometry(logits, frame), float(threshold),
-                ROWS=_ROWS, COLUMNS=_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
+            _masks_kernel[grid](
+                logits, masks, *_geometry(logits, frame), float(threshold), TWICE=frame.resized != frame.crop,
+                ALIGNED=width % 4 == 0, **_MASK_BLOCK,
             )  # fmt: skip
     return masks
 
 
 def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
-    logits, strips = logits.contiguous(), triton.cdiv(frame.crop[0], _ROWS)
+    logits, strips = logits.contiguous(), triton.cdiv(frame.crop[0], _MEASURE_BLOCK["ROWS"])
     # Each strip of rows has its own partial results, so no atomic operations are needed.
     partial = torch.empty(_NUM_MEASURES, len(logits), strips, dtype=torch.int32, device=logits.device)
     if not len(logits):
@@ -204,19 +207,11 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
     with torch.cuda.device_of(logits):  # where Triton launches
         _measure_kernel[(len(logits) * strips,)](
             logits, partial, strips, *_geometry(logits, frame), *map(float, thresholds), float(min(thresholds)),
-            int(_sees_strips(logits, frame)), ROWS=_ROWS, COLUMNS=_COLUMNS,
-            NEAR_ROWS=_NEAR_ROWS, NEAR_COLUMNS=_NEAR_COLUMNS, TWICE=frame.resized != frame.crop, num_warps=8,
+            TWICE=frame.resized != frame.crop, **_MEASURE_BLOCK,
         )  # fmt: skip
     areas, first, last = partial[:2].sum(dim=2), partial[2:4].amin(dim=2), partial[4:].amax(dim=2)
     empty = last[0] < 0
     return torch.cat([areas.int(), torch.cat([first, last]).masked_fill(empty, 0)]).T.contiguous()
-
-
-def _sees_strips(logits: torch.Tensor, frame: Frame) -> bool:
-    """Return whether the logits that a strip of rows is computed from fit into a block of the kernel that measures."""
-    _, low_width, low_scale, _, _, _, scale, *_ = _geometry(logits, frame)
-    rows = low_scale * scale * (_ROWS - 1) + 2 * (low_scale + 1) + 2
-    return rows <= _NEAR_ROWS and low_width <= _NEAR_COLUMNS
 
 
 def launch_changes(
@@ -313,79 +308,169 @@ if triton is not None:
             value = _resize_once(logits, y, x, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
         return value
 
+    # Pixels of a row are interpolated between two lines, which have the pixels' columns and the rows of what the row is
+    # resized from. Rows are computed one after another: most need the lines of the row before.
+
+    @triton.jit
+    def _columns(x, low_width, low_scale_x, width, scale_x, TWICE: tl.constexpr):
+        """Return the neighbours of the columns x among the logits, twice if there are two resizes, and the weights."""
+        if TWICE:
+            left, right, weight_x = _neighbours(x, scale_x, width)
+            left_1, left_2, left_weight = _neighbours(left, low_scale_x, low_width)
+            right_1, right_2, right_weight = _neighbours(right, low_scale_x, low_width)
+            columns = (left_1, left_2, left_weight, right_1, right_2, right_weight, weight_x)
+        else:
+            columns = _neighbours(x, low_scale_x, low_width)
+        return columns
+
+    @triton.jit
+    def _between(row, x1, x2, weight_x):
+        """Interpolate a row of logits."""
+        return (1.0 - weight_x) * tl.load(row + x1).to(tl.float32) + weight_x * tl.load(row + x2).to(tl.float32)
+
+    @triton.jit
+    def _line(logits, y, columns, low_height, low_width, low_scale_y, TWICE: tl.constexpr):
+        """Interpolate row y of the logits at the columns, or with two resizes that of the first one's result."""
+        if TWICE:
+            y1, y2, weight_y = _neighbours(y, low_scale_y, low_height)
+            upper, lower = logits + y1 * low_width, logits + y2 * low_width
+            left_1, left_2, left_weight, right_1, right_2, right_weight, weight_x = columns
+            upper_left = _between(upper, left_1, left_2, left_weight)
+            lower_left = _between(lower, left_1, left_2, left_weight)
+            upper_right = _between(upper, right_1, right_2, right_weight)
+            lower_right = _between(lower, right_1, right_2, right_weight)
+            left = (1.0 - weight_y) * upper_left + weight_y * lower_left
+            right = (1.0 - weight_y) * upper_right + weight_y * lower_right
+            line = (1.0 - weight_x) * left + weight_x * right
+        else:
+            x1, x2, weight_x = columns
+            line = _between(logits + y * low_width, x1, x2, weight_x)
+        return line
+
+    @triton.jit
+    def _lines(
+        logits, y, columns, upper, lower, upper_y, lower_y,
+        low_height, low_width, low_scale_y, height, scale_y, TWICE: tl.constexpr,
+    ):  # fmt: skip
+        """Return the lines that row y is between, their rows, and the weight of the second line.
+
+        The lines of the row before are given, with their rows, and used again.
+        """
+        if TWICE:
+            y1, y2, weight_y = _neighbours(y, scale_y, height)
+        else:
+            y1, y2, weight_y = _neighbours(y, low_scale_y, low_height)
+        if y1 != upper_y:
+            if y1 == lower_y:
+                upper = lower
+            else:
+                upper = _line(logits, y1, columns, low_height, low_width, low_scale_y, TWICE)
+            lower = _line(logits, y2, columns, low_height, low_width, low_scale_y, TWICE)
+        return upper, lower, y1, y2, weight_y
+
     @triton.jit(do_not_specialize=_SIZES)
     def _masks_kernel(
         logits, masks,
         low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
         threshold,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWICE: tl.constexpr, ALIGNED: tl.constexpr,
     ):  # fmt: skip
-        """Compute a block of one mask's pixels."""
-        mask = tl.program_id(0).to(tl.int64)
+        """Compute a block of one mask's pixels; with ALIGNED the width is a multiple of 4."""
+        if ALIGNED:
+            crop_width = crop_width // 4 * 4
+        mask, top = tl.program_id(0).to(tl.int64), tl.program_id(2) * ROWS
         logits += mask * low_height * low_width
-        y = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
-        x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        value = _pixel(
-            logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),
-            low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, TWICE, BY_COLUMN=False,
-        )  # fmt: skip
-        place = masks + (mask * crop_height + y) * crop_width + x
-        tl.store(place, value > threshold, mask=(y < crop_height) & (x < crop_width))
+        masks += (mask * crop_height + top) * crop_width
+        x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        columns = _columns(tl.minimum(x, crop_width - 1), low_width, low_scale_x, width, scale_x, TWICE)
+        upper, lower = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+        upper_y, lower_y = -1, -1
+        for row in range(tl.minimum(crop_height - top, ROWS)):
+            upper, lower, upper_y, lower_y, weight_y = _lines(
+                logits, top + row, columns, upper, lower, upper_y, lower_y,
+                low_height, low_width, low_scale_y, height, scale_y, TWICE,
+            )  # fmt: skip
+            value = (1.0 - weight_y) * upper + weight_y * lower
+            tl.store(masks + row * crop_width + x, value > threshold, mask=x < crop_width)
 
-    @triton.jit(do_not_specialize=["strips", "sees_strips", *_SIZES])
-    def _measure_kernel(
-        logits, partial, strips,
-        low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
-        middle, high, low, lowest, sees_strips,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR_ROWS: tl.constexpr, NEAR_COLUMNS: tl.constexpr,
-        TWICE: tl.constexpr,
+    @triton.jit
+    def _reached_columns(
+        logits, top, bottom, lowest, low_height, low_width, low_scale_y, low_scale_x, scale_y, scale_x, crop_width,
+        NEAR_ROWS: tl.constexpr, NEAR_COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """Measure a strip of rows of one mask, between the columns that logits above the lowest threshold reach."""
-        mask = (tl.program_id(0) // strips).to(tl.int64)
-        logits += mask * low_height * low_width
-        top = tl.program_id(0) % strips * ROWS
-        y = top + tl.arange(0, ROWS)[:, None]
+        """Return the first column, and that after the last, that logits above `lowest` reach in the rows `top` to
+        before `bottom` of the crop; 0 and 0 if there are none.
+        """
         # The second resize reads less than a pixel of the first beyond its place, and the first less than a logit.
-        near = low_scale_y * scale_y * (top.to(tl.float32) + 0.5) - 0.5 - (low_scale_y + 1.0)
-        near_y = tl.minimum(tl.maximum(near, 0.0).to(tl.int32) + tl.arange(0, NEAR_ROWS), low_height - 1)[:, None]
-        near_x = tl.arange(0, NEAR_COLUMNS)[None, :]
-        near_logits = tl.load(logits + near_y * low_width + near_x, mask=near_x < low_width, other=float("-inf"))
-        above = near_logits.to(tl.float32) > lowest
-        left = tl.min(tl.min(tl.where(above, near_x, NEAR_COLUMNS), axis=1), axis=0)
-        right = tl.max(tl.max(tl.where(above, near_x, -1), axis=1), axis=0)
+        scale, reach = low_scale_y * scale_y, low_scale_y + 1.0
+        first_y = tl.maximum(scale * (top.to(tl.float32) + 0.5) - 0.5 - reach, 0.0).to(tl.int32)
+        last_y = tl.minimum((scale * (bottom.to(tl.float32) - 0.5) - 0.5 + reach).to(tl.int32) + 1, low_height - 1)
+        left, right = low_width, -1
+        for near_left in range(0, low_width, NEAR_COLUMNS):
+            near_x = near_left + tl.arange(0, NEAR_COLUMNS)[None, :]
+            above = tl.zeros((NEAR_ROWS, NEAR_COLUMNS), tl.int1)
+            for near_top in range(first_y, last_y + 1, NEAR_ROWS):
+                near_y = tl.minimum(near_top + tl.arange(0, NEAR_ROWS), last_y)[:, None]
+                near = tl.load(logits + near_y * low_width + near_x, mask=near_x < low_width, other=float("-inf"))
+                above |= near.to(tl.float32) > lowest
+            left = tl.minimum(left, tl.min(tl.min(tl.where(above, near_x, low_width), axis=0), axis=0))
+            right = tl.maximum(right, tl.max(tl.max(tl.where(above, near_x, -1), axis=0), axis=0))
         scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
         first = tl.maximum((left.to(tl.float32) - reach + 0.5) / scale - 1.5, 0.0).to(tl.int32)
         last = tl.minimum((right.to(tl.float32) + reach + 0.5) / scale + 1.5, crop_width.to(tl.float32)).to(tl.int32)
-        last = tl.where(right < 0, 0, last)
-        first = tl.where(sees_strips != 0, first, 0) // COLUMNS * COLUMNS
-        last = tl.where(sees_strips != 0, last, crop_width)
-        area_high = tl.zeros((ROWS, COLUMNS), tl.int32)
-        area_low = tl.zeros((ROWS, COLUMNS), tl.int32)
-        first_x = tl.full((ROWS, COLUMNS), 2147483647, tl.int32)
-        last_x = tl.full((ROWS, COLUMNS), -1, tl.int32)
+        return tl.where(right < 0, 0, first), tl.where(right < 0, 0, last)
+
+    @triton.jit(do_not_specialize=["strips", *_SIZES])
+    def _measure_kernel(
+        logits, partial, strips,
+        low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x, crop_height, crop_width,
+        middle, high, low, lowest,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR_ROWS: tl.constexpr, NEAR_COLUMNS: tl.constexpr,
+        TWICE: tl.constexpr,
+    ):  # fmt: skip
+        """Measure a strip of at most 32 rows of one mask, between the columns that logits above `lowest` reach."""
+        mask, top = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips * ROWS
+        logits += mask * low_height * low_width
+        bottom = tl.minimum(top + ROWS, crop_height)
+        first, last = _reached_columns(
+            logits, top, bottom, lowest, low_height, low_width, low_scale_y, low_scale_x, scale_y, scale_x, crop_width,
+            NEAR_ROWS, NEAR_COLUMNS,
+        )  # fmt: skip
+        area_high, area_low = tl.zeros((COLUMNS,), tl.int32), tl.zeros((COLUMNS,), tl.int32)
+        first_x, last_x = tl.full((COLUMNS,), 2147483647, tl.int32), tl.full((COLUMNS,), -1, tl.int32)
+        rows_inside = tl.zeros((COLUMNS,), tl.int32)  # a bit for each row of the strip
         for start in range(first, last, COLUMNS):
-            x = start + tl.arange(0, COLUMNS)[None, :]
-            value = _pixel(
-                logits, tl.minimum(y, crop_height - 1), tl.minimum(x, crop_width - 1),
-                low_height, low_width, low_scale_y, low_scale_x, height, width, scale_y, scale_x,
-                TWICE, BY_COLUMN=False,
-            )  # fmt: skip
-            real = (y < crop_height) & (x < crop_width)
-            area_high += (real & (value > high)).to(tl.int32)
-            area_low += (real & (value > low)).to(tl.int32)
-            inside = real & (value > middle)
-            first_x = tl.minimum(first_x, tl.where(inside, x, 2147483647))
-            last_x = tl.maximum(last_x, tl.where(inside, x, -1))
-        rows = tl.broadcast_to(y, (ROWS, COLUMNS))
-        first_y = tl.where(last_x >= 0, rows, 2147483647)
-        last_y = tl.where(last_x >= 0, rows, -1)
+            x = start + tl.arange(0, COLUMNS)
+            columns = _columns(tl.minimum(x, crop_width - 1), low_width, low_scale_x, width, scale_x, TWICE)
+            upper, lower = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+            upper_y, lower_y = -1, -1
+            num_high, num_low = tl.zeros((COLUMNS,), tl.int32), tl.zeros((COLUMNS,), tl.int32)
+            inside = tl.zeros((COLUMNS,), tl.int32)
+            for row in range(bottom - top):
+                upper, lower, upper_y, lower_y, weight_y = _lines(
+                    logits, top + row, columns, upper, lower, upper_y, lower_y,
+                    low_height, low_width, low_scale_y, height, scale_y, TWICE,
+                )  # fmt: skip
+                value = (1.0 - weight_y) * upper + weight_y * lower
+                num_high += (value > high).to(tl.int32)
+                num_low += (value > low).to(tl.int32)
+                inside |= (value > middle).to(tl.int32) << row
+            real = x < crop_width
+            area_high += tl.where(real, num_high, 0)
+            area_low += tl.where(real, num_low, 0)
+            inside = tl.where(real, inside, 0)
+            first_x = tl.minimum(first_x, tl.where(inside != 0, x, 2147483647))
+            last_x = tl.maximum(last_x, tl.where(inside != 0, x, -1))
+            rows_inside |= inside
+        bits, rows = tl.reduce_or(rows_inside, axis=0), tl.arange(0, 32)
+        is_inside = ((bits >> rows) & 1) != 0
         place, num_partial = partial + tl.program_id(0), tl.num_programs(0).to(tl.int64)
-        tl.store(place, tl.sum(tl.sum(area_high, axis=1), axis=0))
-        tl.store(place + num_partial, tl.sum(tl.sum(area_low, axis=1), axis=0))
-        tl.store(place + 2 * num_partial, tl.min(tl.min(first_x, axis=1), axis=0))
-        tl.store(place + 3 * num_partial, tl.min(tl.min(first_y, axis=1), axis=0))
-        tl.store(place + 4 * num_partial, tl.max(tl.max(last_x, axis=1), axis=0))
-        tl.store(place + 5 * num_partial, tl.max(tl.max(last_y, axis=1), axis=0))
+        tl.store(place, tl.sum(area_high, axis=0))
+        tl.store(place + num_partial, tl.sum(area_low, axis=0))
+        tl.store(place + 2 * num_partial, tl.min(first_x, axis=0))
+        tl.store(place + 3 * num_partial, tl.min(tl.where(is_inside, top + rows, 2147483647), axis=0))
+        tl.store(place + 4 * num_partial, tl.max(last_x, axis=0))
+        tl.store(place + 5 * num_partial, tl.max(tl.where(is_inside, top + rows, -1), axis=0))
 
     @triton.jit(do_not_specialize=["blocks", *_SIZES, *_PLACES])
     def _bits_kernel(

@@ -33,6 +33,7 @@ CASES = {  # logits' size, frame
     "wider than a block": ((16, 16), Frame((64, 64), (11, 64), (23, 133), (0, 0), (23, 133))),
     "no multiple": ((6, 6), Frame((20, 20), (15, 20), (15, 20), (0, 0), (15, 20))),
     "wider than two blocks": ((40, 40), Frame((160, 160), (40, 160), (40, 160), (0, 0), (40, 160))),
+    "wider than a block of logits": ((4, 300), Frame((16, 1200), (11, 1200), (11, 1200), (0, 0), (11, 1200))),
     "one pixel": ((8, 8), Frame((32, 32), (32, 32), (1, 1), (0, 0), (1, 1))),
 }
 
@@ -71,9 +72,14 @@ def check(name: str, device="cpu", dtype=torch.float32):
     assert [len(tensor) for tensor in launch_changes(logits[-2:-1], frame, 0.0)] == [0, 1]
 
 
-def test_some_cases_have_strips_that_fit_into_a_block_of_logits_and_some_do_not():
-    seen = {name: upscaled_masks._sees_strips(torch.empty(1, *size), frame) for name, (size, frame) in CASES.items()}
-    assert set(seen.values()) == {False, True}, seen
+def test_some_cases_are_larger_than_a_block():
+    masks, strips = upscaled_masks._MASK_BLOCK, upscaled_masks._MEASURE_BLOCK
+    sizes, frames = zip(*CASES.values())
+    heights, widths = zip(*(frame.crop for frame in frames))
+    assert max(heights) > max(masks["ROWS"], strips["ROWS"])
+    assert max(widths) > max(masks["COLUMNS"], strips["COLUMNS"])
+    assert max(width for _, width in sizes) > strips["NEAR_COLUMNS"]
+    assert {width % 4 == 0 for width in widths} == {False, True}, "both kinds of stores"
 
 
 @pytest.mark.slow
