@@ -22,6 +22,7 @@ hypernetworks.
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -244,8 +245,8 @@ class FastMaskDecoder:
         prompts = [tensor for tensor in (points, labels, boxes) if tensor is not None]
         if not prompts and mask_logits is None:
             raise ValueError("there is no prompt: give points, boxes or mask_logits.")
-        num_prompts = len(prompts[0] if mask_logits is None else mask_logits)
-        if len(embedding) not in (1, num_prompts):
+        num_prompts = (prompts[0] if mask_logits is None else mask_logits).shape[0]
+        if embedding.shape[0] not in (1, num_prompts):
             raise ValueError(f"{len(embedding)} images for {num_prompts} prompts: give one image, or one for each.")
         if not num_prompts:
             nothing = torch.zeros(0, self.num_masks(multimask_output), device=self.device)
@@ -286,9 +287,11 @@ class FastMaskDecoder:
         they are replayed from a CUDA graph, if there is room and memory for one. Others run the same kernels for the
         same shapes, so that the results do not depend on it.
         """
-        image_tokens, num_prompts = inputs[0], len(inputs[-1])
-        if self.cuda_graphs and len(image_tokens) == 1 and not is_capturing(self.device):
-            inputs = [image_tokens, *(_filled_up(tensor, graph_size(num_prompts)) for tensor in inputs[1:])]
+        image_tokens, num_prompts = inputs[0], inputs[-1].shape[0]
+        if self.cuda_graphs and image_tokens.shape[0] == 1 and not is_capturing(self.device):
+            size = graph_size(num_prompts)
+            if size > num_prompts:
+                inputs = [image_tokens, *(_filled_up(tensor, size) for tensor in inputs[1:])]
             replayed = self._replay_few(multimask_output, with_mask, inputs)
             if replayed is not None:
                 iou, logits = replayed
@@ -385,7 +388,11 @@ class FastMaskDecoder:
         return TokenKernels(self.decoder, self.embed, self.positions)
 
     def _have_token_kernels_for(self, prompts: Sequence[torch.Tensor]) -> bool:
-        return bool(prompts) and token_kernels.fits(self.decoder, prompts) and self.token_kernels is not None
+        return (
+            bool(prompts)
+            and token_kernels.fits(self.num_heads, self.output_tokens.shape[0], prompts)
+            and self.token_kernels is not None
+        )
 
     def _transform(self, image_tokens: torch.Tensor, *prompts: torch.Tensor):
         """Embed the prompts and run the two-way transformer.
@@ -458,7 +465,7 @@ class FastMaskDecoder:
 
 def graph_size(num_prompts: int) -> int:
     """Return the number of prompts that a batch of at most `MOST_PROMPTS` is filled up to, to find a graph."""
-    return next(count for count in _PROMPT_COUNTS if count >= num_prompts)
+    return _PROMPT_COUNTS[bisect_left(_PROMPT_COUNTS, num_prompts)]
 
 
 def largest_batch(most: int) -> int:
@@ -468,8 +475,7 @@ def largest_batch(most: int) -> int:
 
 def _filled_up(tensor: torch.Tensor, count: int) -> torch.Tensor:
     """Repeat the last row of a tensor until it has `count` rows."""
-    missing = count - len(tensor)
-    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
+    return torch.cat([tensor, tensor[-1:].expand(count - len(tensor), *tensor.shape[1:])])
 
 
 def _mask_slice(multimask_output: bool) -> slice:

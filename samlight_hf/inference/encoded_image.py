@@ -1,6 +1,7 @@
 """An image after the image encoder, as a value: encoded once, prompted any number of times, from any thread."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,13 +35,13 @@ class EncodedImage:
     resized: tuple[int, int]
     padded: tuple[int, int]
 
-    @property
+    @cached_property
     def scale(self) -> np.ndarray:
         """The factors from pixels of the image to pixels of the model's input, float32 (4,), for x, y, x, y."""
         (height, width), (new_height, new_width) = self.size, self.resized
         return np.array([new_width / width, new_height / height] * 2, dtype=np.float32)
 
-    @property
+    @cached_property
     def frame(self) -> Frame:
         """The place of the decoder's logits in the image."""
         return Frame(self.padded, self.resized, self.size, (0, 0), self.size)

@@ -373,11 +373,14 @@ class Predictor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode prompts of one kind on one image, see `_decode`."""
         self._check_weights()
-        embedding, scale, step = image.read(), image.scale, self._at_once(prompts.is_short)
-        parts = [
-            self._decode_part(embedding, scale, prompts.part(start, start + step), multimask_output)
-            for start in range(0, len(prompts), step)
-        ]
+        step = self._at_once(prompts.is_short)
+        try:
+            parts = [
+                self._decode_part(image.embedding, image.scale, prompts.part(start, start + step), multimask_output)
+                for start in range(0, len(prompts), step)
+            ]
+        finally:
+            image.read()  # the device need not wait for it: the caller holds the image
         scores, logits = map(_cat, zip(*parts))
         return scores, logits
 

@@ -234,7 +234,7 @@ def regular_prompts(size: tuple[int, int], points_xy=None, labels=None, boxes_xy
         lengths = np.array([width, height], dtype=np.float64)
         points = np.where(points < lengths, np.maximum(points, 0.0), lengths - 1).astype(np.float32)
         labels = np.ones(points.shape[:2], dtype=np.int64) if labels is None else _array(labels, 2, points.shape[1])
-        if labels is None or len(labels) != len(points) or not np.isin(labels, (0, 1)).all():
+        if labels is None or len(labels) != len(points) or not ((labels == 0) | (labels == 1)).all():
             return None
         labels = labels.astype(np.int64)
     elif labels is not None:
@@ -243,10 +243,10 @@ def regular_prompts(size: tuple[int, int], points_xy=None, labels=None, boxes_xy
         boxes = _array(boxes_xyxy, 2, 4)
         if boxes is None or not np.isfinite(boxes).all():
             return None
-        first, last = boxes[:, :2], boxes[:, 2:]
-        if not ((first < last) & (first < (width, height)) & (last > 0)).all():
+        boxes = np.minimum(np.maximum(boxes, 0.0), np.array((width, height, width, height), dtype=np.float64))
+        if not (boxes[:, :2] < boxes[:, 2:]).all():  # reversed, empty, or outside altogether
             return None
-        boxes = np.hstack([np.maximum(first, 0.0), np.minimum(last, (width, height))]).astype(np.float32)
+        boxes = boxes.astype(np.float32)
         if points is not None and len(points) != len(boxes):
             return None
     return None if points is None and boxes is None else PromptArrays(points, labels, boxes)

@@ -69,7 +69,7 @@ def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype, num_
 
 def fits(num_heads: int, num_tokens: int) -> bool:
     """Return whether a prompt of `num_tokens` tokens is small enough: with one or two points, a box, or both, it is."""
-    return num_heads * triton.next_power_of_2(num_tokens) <= _MOST_ROWS
+    return num_heads * 2 ** (num_tokens - 1).bit_length() <= _MOST_ROWS  # tokens are filled up to a power of 2
 
 
 def seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

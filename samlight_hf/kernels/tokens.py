@@ -51,11 +51,11 @@ _FEW_FEATURES = 16  # the same for a layer with many input features
 _INPUTS = 256  # input features that are read at once
 
 
-def fits(decoder: SamMaskDecoder, prompts: Sequence[torch.Tensor]) -> bool:
+def fits(num_heads: int, num_output_tokens: int, prompts: Sequence[torch.Tensor]) -> bool:
     """Return whether the prompts are few enough, and each has few enough tokens, for these kernels."""
-    num_tokens = 1 + decoder.num_mask_tokens + _num_tokens(prompts)
-    few_tokens = num_tokens <= _ROWS and image_attention.fits(decoder.config.num_attention_heads, num_tokens)
-    return len(prompts[0]) <= MOST_PROMPTS and few_tokens
+    num_tokens = num_output_tokens + _num_tokens(prompts)
+    few_tokens = num_tokens <= _ROWS and image_attention.fits(num_heads, num_tokens)
+    return prompts[0].shape[0] <= MOST_PROMPTS and few_tokens
 
 
 def why_not_triton(decoder: SamMaskDecoder, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -416,8 +416,9 @@ if triton is not None:
             left = tl.minimum(left, tl.min(tl.min(tl.where(above, near_x, low_width), axis=0), axis=0))
             right = tl.maximum(right, tl.max(tl.max(tl.where(above, near_x, -1), axis=0), axis=0))
         scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
-        first = tl.maximum((left.to(tl.float32) - reach + 0.5) / scale - 1.5, 0.0).to(tl.int32)
-        last = tl.minimum((right.to(tl.float32) + reach + 0.5) / scale + 1.5, crop_width.to(tl.float32)).to(tl.int32)
+        first = (tl.cast(left, tl.float32) - reach + 0.5) / scale - 1.5
+        last = (tl.cast(right, tl.float32) + reach + 0.5) / scale + 1.5
+        first, last = tl.maximum(first, 0.0).to(tl.int32), tl.minimum(last, crop_width.to(tl.float32)).to(tl.int32)
         return tl.where(right < 0, 0, first), tl.where(right < 0, 0, last)
 
     @triton.jit(do_not_specialize=["strips", *_SIZES])

@@ -38,7 +38,7 @@ def turn(device: torch.device) -> Iterator[None]:
         if torch.cuda.is_current_stream_capturing():  # by the caller: a graph cannot wait for events outside of it
             yield
             return
-        stream = torch.cuda.current_stream(device)
+        stream = torch.cuda.current_stream(device.index)  # torch finds the index of a device in microseconds
         if turns.last is not None and turns.last[0] != stream:
             stream.wait_event(turns.last[1])
         try:
@@ -66,5 +66,5 @@ def read_here(tensor: torch.Tensor) -> torch.Tensor:
     Its memory is not reused before the current stream has read it.
     """
     if tensor.is_cuda:
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        tensor.record_stream(torch.cuda.current_stream(tensor.device.index))
     return tensor

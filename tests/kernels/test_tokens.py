@@ -148,12 +148,14 @@ def test_kernels_that_overlap_give_the_same_to_the_bit(monkeypatch):
 
 
 def test_which_prompts_fit():
-    decoder = sam().mask_decoder
-    assert fits(decoder, prompts_of(MOST_PROMPTS, 2, False, 64)) and fits(decoder, prompts_of(1, 1, True, 64))
-    assert not fits(decoder, prompts_of(MOST_PROMPTS + 1, 1, False, 64))
-    assert not fits(decoder, prompts_of(1, 3, False, 64))  # nine tokens with output tokens and padding
-    decoder = sam(num_attention_heads=1).mask_decoder  # the image tokens' kernels allow 64 tokens, these 16
-    assert fits(decoder, prompts_of(1, 10, False, 64)) and not fits(decoder, prompts_of(1, 11, False, 64))
+    heads, output_tokens = 8, 5
+    for count, points, boxes in ((MOST_PROMPTS, 2, False), (1, 1, True)):
+        assert fits(heads, output_tokens, prompts_of(count, points, boxes, 64))
+    assert not fits(heads, output_tokens, prompts_of(MOST_PROMPTS + 1, 1, False, 64))
+    assert not fits(heads, output_tokens, prompts_of(1, 3, False, 64))  # nine tokens with output tokens and padding
+    # With one head the image tokens' kernels allow 64 tokens, these 16.
+    assert fits(1, output_tokens, prompts_of(1, 10, False, 64))
+    assert not fits(1, output_tokens, prompts_of(1, 11, False, 64))
 
 
 def test_where_they_cannot_run():
