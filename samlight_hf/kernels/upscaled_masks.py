@@ -19,8 +19,8 @@ from .support import normal_numbers, tl, triton, why_not_tried
 
 
 _POSITIONS = 1024  # of a thread block
-_MASK_BLOCK = {"ROWS": 32, "COLUMNS": 512, "num_warps": 4}
-_MEASURE_BLOCK = {"ROWS": 32, "COLUMNS": 128, "NEAR_ROWS": 8, "NEAR_COLUMNS": 256, "num_warps": 4}  # at most 32 rows
+_MASK_BLOCK = {"ROWS": 32, "COLUMNS": 256, "num_warps": 1}
+_MEASURE_BLOCK = {"ROWS": 32, "COLUMNS": 256, "NEAR_ROWS": 8, "NEAR_COLUMNS": 256, "num_warps": 4}  # at most 32 rows
 _NUM_MEASURES = 6
 _OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are found in one launch
 
@@ -270,6 +270,11 @@ if triton is not None:
         return first, tl.minimum(first + 1, length - 1), source - first.to(tl.float32)
 
     @triton.jit
+    def _mix(first, second, weight):
+        """Interpolate linearly. Compilers may round the sum of two products in two ways: here all kernels agree."""
+        return tl.fma(1.0 - weight, first, weight * second)
+
+    @triton.jit
     def _resize_once(
         logits, y, x, low_height, low_width, scale_y, scale_x, BY_COLUMN: tl.constexpr
     ):  # fmt: skip
@@ -284,9 +289,7 @@ if triton is not None:
         upper_right = tl.load(logits + y1 + x2).to(tl.float32)
         lower_left = tl.load(logits + y2 + x1).to(tl.float32)
         lower_right = tl.load(logits + y2 + x2).to(tl.float32)
-        upper = (1.0 - weight_x) * upper_left + weight_x * upper_right
-        lower = (1.0 - weight_x) * lower_left + weight_x * lower_right
-        return (1.0 - weight_y) * upper + weight_y * lower
+        return _mix(_mix(upper_left, upper_right, weight_x), _mix(lower_left, lower_right, weight_x), weight_y)
 
     @triton.jit
     def _pixel(
@@ -301,9 +304,8 @@ if triton is not None:
             upper_right = _resize_once(logits, y1, x2, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
             lower_left = _resize_once(logits, y2, x1, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
             lower_right = _resize_once(logits, y2, x2, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
-            upper = (1.0 - weight_x) * upper_left + weight_x * upper_right
-            lower = (1.0 - weight_x) * lower_left + weight_x * lower_right
-            value = (1.0 - weight_y) * upper + weight_y * lower
+            upper, lower = _mix(upper_left, upper_right, weight_x), _mix(lower_left, lower_right, weight_x)
+            value = _mix(upper, lower, weight_y)
         else:
             value = _resize_once(logits, y, x, low_height, low_width, low_scale_y, low_scale_x, BY_COLUMN)
         return value
@@ -326,7 +328,7 @@ if triton is not None:
     @triton.jit
     def _between(row, x1, x2, weight_x):
         """Interpolate a row of logits."""
-        return (1.0 - weight_x) * tl.load(row + x1).to(tl.float32) + weight_x * tl.load(row + x2).to(tl.float32)
+        return _mix(tl.load(row + x1).to(tl.float32), tl.load(row + x2).to(tl.float32), weight_x)
 
     @triton.jit
     def _line(logits, y, columns, low_height, low_width, low_scale_y, TWICE: tl.constexpr):
@@ -339,9 +341,8 @@ if triton is not None:
             lower_left = _between(lower, left_1, left_2, left_weight)
             upper_right = _between(upper, right_1, right_2, right_weight)
             lower_right = _between(lower, right_1, right_2, right_weight)
-            left = (1.0 - weight_y) * upper_left + weight_y * lower_left
-            right = (1.0 - weight_y) * upper_right + weight_y * lower_right
-            line = (1.0 - weight_x) * left + weight_x * right
+            left, right = _mix(upper_left, lower_left, weight_y), _mix(upper_right, lower_right, weight_y)
+            line = _mix(left, right, weight_x)
         else:
             x1, x2, weight_x = columns
             line = _between(logits + y * low_width, x1, x2, weight_x)
@@ -390,7 +391,7 @@ if triton is not None:
                 logits, top + row, columns, upper, lower, upper_y, lower_y,
                 low_height, low_width, low_scale_y, height, scale_y, TWICE,
             )  # fmt: skip
-            value = (1.0 - weight_y) * upper + weight_y * lower
+            value = _mix(upper, lower, weight_y)
             tl.store(masks + row * crop_width + x, value > threshold, mask=x < crop_width)
 
     @triton.jit
@@ -407,14 +408,15 @@ if triton is not None:
         last_y = tl.minimum((scale * (bottom.to(tl.float32) - 0.5) - 0.5 + reach).to(tl.int32) + 1, low_height - 1)
         left, right = low_width, -1
         for near_left in range(0, low_width, NEAR_COLUMNS):
-            near_x = near_left + tl.arange(0, NEAR_COLUMNS)[None, :]
-            above = tl.zeros((NEAR_ROWS, NEAR_COLUMNS), tl.int1)
+            near_x = near_left + tl.arange(0, NEAR_COLUMNS)
+            above = tl.zeros((NEAR_COLUMNS,), tl.int1)
             for near_top in range(first_y, last_y + 1, NEAR_ROWS):
-                near_y = tl.minimum(near_top + tl.arange(0, NEAR_ROWS), last_y)[:, None]
-                near = tl.load(logits + near_y * low_width + near_x, mask=near_x < low_width, other=float("-inf"))
-                above |= near.to(tl.float32) > lowest
-            left = tl.minimum(left, tl.min(tl.min(tl.where(above, near_x, low_width), axis=0), axis=0))
-            right = tl.maximum(right, tl.max(tl.max(tl.where(above, near_x, -1), axis=0), axis=0))
+                for near_row in tl.static_range(NEAR_ROWS):  # loads that do not wait for each other
+                    near_y = tl.minimum(near_top + near_row, last_y)
+                    near = tl.load(logits + near_y * low_width + near_x, mask=near_x < low_width, other=float("-inf"))
+                    above |= near.to(tl.float32) > lowest
+            left = tl.minimum(left, tl.min(tl.where(above, near_x, low_width), axis=0))
+            right = tl.maximum(right, tl.max(tl.where(above, near_x, -1), axis=0))
         scale, reach = low_scale_x * scale_x, low_scale_x + 1.0
         first = (tl.cast(left, tl.float32) - reach + 0.5) / scale - 1.5
         last = (tl.cast(right, tl.float32) + reach + 0.5) / scale + 1.5
@@ -437,41 +439,49 @@ if triton is not None:
             logits, top, bottom, lowest, low_height, low_width, low_scale_y, low_scale_x, scale_y, scale_x, crop_width,
             NEAR_ROWS, NEAR_COLUMNS,
         )  # fmt: skip
-        area_high, area_low = tl.zeros((COLUMNS,), tl.int32), tl.zeros((COLUMNS,), tl.int32)
-        first_x, last_x = tl.full((COLUMNS,), 2147483647, tl.int32), tl.full((COLUMNS,), -1, tl.int32)
-        rows_inside = tl.zeros((COLUMNS,), tl.int32)  # a bit for each row of the strip
-        for start in range(first, last, COLUMNS):
-            x = start + tl.arange(0, COLUMNS)
-            columns = _columns(tl.minimum(x, crop_width - 1), low_width, low_scale_x, width, scale_x, TWICE)
-            upper, lower = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
-            upper_y, lower_y = -1, -1
-            num_high, num_low = tl.zeros((COLUMNS,), tl.int32), tl.zeros((COLUMNS,), tl.int32)
-            inside = tl.zeros((COLUMNS,), tl.int32)
-            for row in range(bottom - top):
-                upper, lower, upper_y, lower_y, weight_y = _lines(
-                    logits, top + row, columns, upper, lower, upper_y, lower_y,
-                    low_height, low_width, low_scale_y, height, scale_y, TWICE,
-                )  # fmt: skip
-                value = (1.0 - weight_y) * upper + weight_y * lower
-                num_high += (value > high).to(tl.int32)
-                num_low += (value > low).to(tl.int32)
-                inside |= (value > middle).to(tl.int32) << row
-            real = x < crop_width
-            area_high += tl.where(real, num_high, 0)
-            area_low += tl.where(real, num_low, 0)
-            inside = tl.where(real, inside, 0)
-            first_x = tl.minimum(first_x, tl.where(inside != 0, x, 2147483647))
-            last_x = tl.maximum(last_x, tl.where(inside != 0, x, -1))
-            rows_inside |= inside
-        bits, rows = tl.reduce_or(rows_inside, axis=0), tl.arange(0, 32)
-        is_inside = ((bits >> rows) & 1) != 0
         place, num_partial = partial + tl.program_id(0), tl.num_programs(0).to(tl.int64)
-        tl.store(place, tl.sum(area_high, axis=0))
-        tl.store(place + num_partial, tl.sum(area_low, axis=0))
-        tl.store(place + 2 * num_partial, tl.min(first_x, axis=0))
-        tl.store(place + 3 * num_partial, tl.min(tl.where(is_inside, top + rows, 2147483647), axis=0))
-        tl.store(place + 4 * num_partial, tl.max(last_x, axis=0))
-        tl.store(place + 5 * num_partial, tl.max(tl.where(is_inside, top + rows, -1), axis=0))
+        if first < last:
+            area_high, area_low = tl.zeros((COLUMNS,), tl.int32), tl.zeros((COLUMNS,), tl.int32)
+            first_x, last_x = tl.full((COLUMNS,), 2147483647, tl.int32), tl.full((COLUMNS,), -1, tl.int32)
+            rows_inside = tl.zeros((COLUMNS,), tl.int32)  # a bit for each row of the strip
+            for start in range(first, last, COLUMNS):
+                x = start + tl.arange(0, COLUMNS)
+                columns = _columns(tl.minimum(x, crop_width - 1), low_width, low_scale_x, width, scale_x, TWICE)
+                upper, lower = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+                upper_y, lower_y = -1, -1
+                num_high, num_low = tl.zeros((COLUMNS,), tl.int32), tl.zeros((COLUMNS,), tl.int32)
+                inside = tl.zeros((COLUMNS,), tl.int32)
+                for row in range(bottom - top):
+                    upper, lower, upper_y, lower_y, weight_y = _lines(
+                        logits, top + row, columns, upper, lower, upper_y, lower_y,
+                        low_height, low_width, low_scale_y, height, scale_y, TWICE,
+                    )  # fmt: skip
+                    value = _mix(upper, lower, weight_y)
+                    num_high += (value > high).to(tl.int32)
+                    num_low += (value > low).to(tl.int32)
+                    inside |= (value > middle).to(tl.int32) << row
+                real = x < crop_width
+                area_high += tl.where(real, num_high, 0)
+                area_low += tl.where(real, num_low, 0)
+                inside = tl.where(real, inside, 0)
+                first_x = tl.minimum(first_x, tl.where(inside != 0, x, 2147483647))
+                last_x = tl.maximum(last_x, tl.where(inside != 0, x, -1))
+                rows_inside |= inside
+            bits, rows = tl.reduce_or(rows_inside, axis=0), tl.arange(0, 32)
+            is_inside = ((bits >> rows) & 1) != 0
+            tl.store(place, tl.sum(area_high, axis=0))
+            tl.store(place + num_partial, tl.sum(area_low, axis=0))
+            tl.store(place + 2 * num_partial, tl.min(first_x, axis=0))
+            tl.store(place + 3 * num_partial, tl.min(tl.where(is_inside, top + rows, 2147483647), axis=0))
+            tl.store(place + 4 * num_partial, tl.max(last_x, axis=0))
+            tl.store(place + 5 * num_partial, tl.max(tl.where(is_inside, top + rows, -1), axis=0))
+        else:  # most strips of small masks
+            tl.store(place, 0)
+            tl.store(place + num_partial, 0)
+            tl.store(place + 2 * num_partial, 2147483647)
+            tl.store(place + 3 * num_partial, 2147483647)
+            tl.store(place + 4 * num_partial, -1)
+            tl.store(place + 5 * num_partial, -1)
 
     @triton.jit(do_not_specialize=["blocks", *_SIZES, *_PLACES])
     def _bits_kernel(

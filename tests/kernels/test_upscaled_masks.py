@@ -19,6 +19,7 @@ from samlight_hf.kernels.upscaled_masks import (
     measure_reference,
     why_not_triton,
 )
+from samlight_hf.masks.boxes import mask_boxes
 from samlight_hf.masks.rle import RunLengthMasks
 
 from .interpreter import run_in_tritons_interpreter
@@ -66,6 +67,12 @@ def check(name: str, device="cpu", dtype=torch.float32):
     ]
     for mask, other in zip(*masks, strict=True):
         assert (mask != other).sum() <= 1, name
+    # All kernels compute the same pixels, to the bit.
+    rows, columns = slice(top, top + frame.crop[0]), slice(left, left + frame.crop[1])
+    assert torch.equal(torch.from_numpy(masks[0])[:, rows, columns], written.cpu()), name
+    measured = launch_measure(logits, frame, (0.0, 0.0, -1.0))
+    assert torch.equal(measured[:, 0], written.flatten(1).sum(dim=1, dtype=torch.int32)), name
+    assert torch.equal(measured[:, 2:], mask_boxes(written).int()), name
     assert not launch_measure(logits[:0], frame, THRESHOLDS).numel()
     assert launch_masks(logits[:0], frame, 0.0).shape == (0, *frame.crop)
     assert [len(tensor) for tensor in launch_changes(logits[:0], frame, 0.0)] == [0, 0]
