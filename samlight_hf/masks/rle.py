@@ -6,7 +6,7 @@ GPU and written as runs, and decoded to pixels only where they are used as such.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import overload
 
@@ -84,17 +84,15 @@ class RunLengthMasks(Sequence):
             positions: int (total,), the pixels at which runs begin, mask after mask.
             counts: int (n,), the number of positions of each mask.
         """
-        # The bounds of each mask are 0, its positions and height * width; runs are the differences of neighbours.
-        offsets = np.concatenate(([0], np.cumsum(counts + 2, dtype=np.int64)))
-        bounds = np.zeros(offsets[-1], dtype=np.int64)
-        is_change = np.ones(len(bounds), dtype=bool)
-        is_change[offsets[:-1]] = is_change[offsets[1:] - 1] = False
-        bounds[offsets[1:] - 1] = height * width
-        bounds[is_change] = positions
-        runs = np.diff(bounds, prepend=0)
-        is_run = np.ones(len(bounds), dtype=bool)
-        is_run[offsets[:-1]] = False
-        return cls(height, width, runs[is_run], offsets - np.arange(len(offsets)))
+        # Each run ends where the next one begins, and the last one of a mask at its last pixel.
+        num_pixels, offsets = height * width, np.concatenate(([0], np.cumsum(counts + 1, dtype=np.int64)))
+        ends = np.full(offsets[-1], num_pixels, dtype=np.int64)
+        is_change = np.ones(len(ends), dtype=bool)
+        is_change[offsets[1:] - 1] = False
+        ends[is_change] = positions
+        runs = np.diff(ends, prepend=0)
+        runs[offsets[1:-1]] += num_pixels  # the first run of a mask begins at its own first pixel
+        return cls(height, width, runs, offsets)
 
     @classmethod
     def from_masks(cls, masks: np.ndarray | torch.Tensor) -> "RunLengthMasks":
@@ -136,12 +134,15 @@ class RunLengthMasks(Sequence):
         """Return the run lengths of one mask, int64 (runs,)."""
         return self.runs[self.offsets[index] : self.offsets[index + 1]]
 
-    @property
+    @cached_property
     def areas(self) -> np.ndarray:
         """The number of pixels inside each mask, int64 (n,)."""
-        position = np.arange(len(self.runs)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
-        totals = np.concatenate(([0], np.cumsum(self.runs * (position % 2))))
-        return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
+        # Every second run lies inside: of all runs those with odd numbers, or with even ones where a mask has an odd
+        # first one.
+        even, odd = (np.concatenate(([0], np.cumsum(self.runs[first::2], dtype=np.int64))) for first in (0, 1))
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        from_even, from_odd = odd[ends // 2] - odd[starts // 2], even[(ends + 1) // 2] - even[(starts + 1) // 2]
+        return np.where(starts % 2, from_odd, from_even)
 
     def to_masks(self) -> np.ndarray:
         """Return the masks as pixels, bool (n, H, W)."""
@@ -185,26 +186,31 @@ def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
     Returns:
         The counts of each mask.
     """
-    values = runs.astype(np.int64)
-    values[2:] -= runs[:-2]
-    first = (offsets[:-1, None] + np.arange(3))[np.arange(3) < np.diff(offsets)[:, None]]
+    # Half of the memory is read and written with 32 bits, which a difference of two runs fits into, too.
+    values = runs.astype(np.int32 if runs.max(initial=0) < 2**31 else np.int64)
+    values[2:] -= runs[:-2].astype(values.dtype)
+    # The first three runs of a mask. Where one has fewer, they are the first of the next mask, or the last of all.
+    first = np.minimum(offsets[:-1, None] + np.arange(3), len(runs) - 1)
     values[first] = runs[first]
 
     # Groups of 5 bits: a number from -16 to 15 has one, from -512 to 511 two. `sizes` are the numbers, or for negative
-    # ones their complements.
-    sizes = values ^ (values >> 63)
-    lengths, limit, largest = np.ones(len(values), dtype=np.int64), 16, sizes.max(initial=0)
-    while largest >= limit:
-        lengths += sizes >= limit
+    # ones their complements. Most numbers have one group, so that fewer are looked at for each further one.
+    sizes = values ^ (values >> 8 * values.itemsize - 1)
+    more = sizes >= 16
+    lengths = more.view(np.uint8) + np.uint8(1)
+    longer, limit = np.flatnonzero(more), 512
+    while len(longer := longer[sizes[longer] >= limit]):
+        lengths[longer] += 1
         limit <<= 5
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64)
     places, characters = ends - lengths, np.empty(ends[-1] if len(ends) else 0, dtype=np.uint8)
     bounds = np.concatenate((places, [len(characters)]))[offsets].tolist()
     while len(values):
         more = sizes >= 16
-        characters[places] = 48 + (values & 31) + 32 * more
+        characters[places] = 48 + (values.astype(np.uint8) & 31) + 32 * more.view(np.uint8)
         # An arithmetic shift: a negative number ends as -1.
-        values, sizes, places = values[more] >> 5, sizes[more] >> 5, places[more] + 1
+        left = np.flatnonzero(more)
+        values, sizes, places = values[left] >> 5, sizes[left] >> 5, places[left] + 1
     text = characters.tobytes().decode("ascii")
     return [text[start:end] for start, end in pairwise(bounds)]
 
