@@ -58,6 +58,9 @@ def select_changes(
     return positions[shift + torch.arange(total, device=positions.device)], counts[selected]
 
 
+_RUNS_AT_ONCE = 2**16
+
+
 @dataclass(frozen=True, eq=False)
 class RunLengthMasks(Sequence):
     """A sequence of n masks of one size, stored as run lengths.
@@ -186,6 +189,16 @@ def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
     Returns:
         The counts of each mask.
     """
+    # Some masks at a time, so that what lies between stays in the cache, in memory that was used before.
+    cuts = np.searchsorted(offsets, np.arange(0, len(runs), _RUNS_AT_ONCE)).tolist()
+    counts: list[str] = []
+    for first, last in pairwise([*dict.fromkeys(cuts), len(offsets) - 1]):
+        start, end = offsets[first], offsets[last]
+        counts += _compress_runs(runs[start:end], offsets[first : last + 1] - start)
+    return counts
+
+
+def _compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
     # Half of the memory is read and written with 32 bits, which a difference of two runs fits into, too.
     values = runs.astype(np.int32 if runs.max(initial=0) < 2**31 else np.int64)
     values[2:] -= runs[:-2].astype(values.dtype)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from samlight_hf.masks import rle
 from samlight_hf.masks.rle import (
     RunLengthMasks,
     compress_runs,
@@ -108,3 +109,12 @@ def test_changes_on_a_gpu_are_those_on_the_cpu():
     masks = torch.from_numpy(random_masks(300, 401))
     for there, here in zip(mask_changes(masks.cuda()), mask_changes(masks), strict=True):
         assert torch.equal(there.cpu(), here)
+
+
+def test_many_masks_are_compressed_as_each_alone(monkeypatch):
+    """They are taken in parts, which must not show."""
+    masks = np.concatenate([random_masks(30, 41), random_masks(30, 41)[:, ::-1]])
+    encoded, alone = RunLengthMasks.from_masks(masks), [encode_rle(mask) for mask in masks]
+    for runs_at_once in (1, 7, 500, 2**16):
+        monkeypatch.setattr(rle, "_RUNS_AT_ONCE", runs_at_once)
+        assert encoded.to_coco() == alone
