@@ -23,7 +23,7 @@ hypernetworks.
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from ..kernels.prompt_embedding import PromptEmbedding
 from ..kernels.support import compile_ahead, is_out_of_memory, only_compiles, settled
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
+from ..utils.host_copies import HostCopy
 from ..utils.turns import takes_turns
 from .cuda_graphs import GraphedFunction, GraphMemory, is_capturing
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
@@ -217,6 +218,7 @@ class FastMaskDecoder:
         prompts_per_upscaling: int | None = None,
         repeated: bool = False,
         visible: tuple[int, int] | None = None,
+        num_used: int | None = None,
     ) -> Decoded:
         """Decode P prompts, which are in pixels of the resized image, as `SamProcessor` makes them.
 
@@ -235,6 +237,7 @@ class FastMaskDecoder:
                 memory.
             repeated: Batches of this shape come again and again, so that capturing a CUDA graph pays off.
             visible: The number of rows and columns of the logits that will be read; others need not be computed.
+            num_used: The number of `repeated` prompts whose masks are returned; those behind them only fill a batch up.
 
         Returns:
             The masks; logits are (4 * h, 4 * w) for embeddings of h x w.
@@ -263,11 +266,12 @@ class FastMaskDecoder:
         prompts = [prompt.to(device, non_blocking=True) for prompt in prompts]
         transform = self.transform if repeated else self._transform
         tokens, image_tokens, iou, hyper = transform(image_tokens + self._dense(mask_logits), *prompts)
+        tokens, image_tokens, iou = tokens[:num_used], image_tokens[:num_used], iou[:num_used]
         masks = _mask_slice(multimask_output)
         iou = iou[:, masks].float().clone()  # the next replay overwrites what a graph returned
         if hyper is not None:
             # All but the kernel itself is launched before the device is waited for.
-            slots, hyper = _slots(iou, min_iou), hyper[:, masks].contiguous()
+            slots, hyper = _slots(iou, min_iou), hyper[:num_used, masks].contiguous()
             kept = places_above(iou, min_iou)
             return Decoded(
                 iou, kept, mask_head.masks_of(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
@@ -276,6 +280,56 @@ class FastMaskDecoder:
         at_once = prompts_per_upscaling
         logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, at_once, visible)
         return Decoded(iou, kept, logits)
+
+    @takes_turns
+    @without_autocast
+    @torch.inference_mode()
+    def decode_ahead(
+        self,
+        embedding: torch.Tensor,
+        points: torch.Tensor,
+        labels: torch.Tensor,
+        num_used: int,
+        min_iou: float | None = None,
+        **options,
+    ) -> Callable[[], Decoded]:
+        """Launch `decode` for one image, with three masks for each prompt, in batches that come again and again.
+
+        With the kernel of the decoder's end nothing waits for the device: the logits get room for the masks of all
+        prompts. Else the masks are computed here.
+
+        Args:
+            embedding: As in `decode`.
+            points: Likewise, on the embedding's device.
+            labels: Likewise.
+            num_used: The number of prompts whose masks are wanted; those behind them only fill the batch up.
+            min_iou: As in `decode`.
+            **options: Likewise.
+
+        Returns:
+            A function that waits until it is known which masks are computed, and returns them. They may not be finished
+            then, but what is launched afterwards on the same stream can read them.
+        """
+        if min_iou is None or not self.use_head_kernel:
+            decoded = self.decode(
+                embedding, points, labels, min_iou=min_iou, repeated=True, num_used=num_used, **options
+            )
+            return lambda: decoded
+        image_tokens, masks = embedding.to(self.dtype) + self._dense(None), _mask_slice(True)
+        _, image_tokens, iou, hyper = (tensor[:num_used] for tensor in self.transform(image_tokens, points, labels))
+        iou = iou[:, masks].float().clone()  # the next replay overwrites what a graph returned
+        above = (iou > min_iou).flatten()
+        numbers = above.cumsum(0, dtype=torch.int32)
+        count = HostCopy(numbers[-1:])
+        slots, hyper = (numbers * above).sub_(1).view(iou.shape), hyper[:, masks].contiguous()
+        logits = mask_head.masks_of(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
+
+        def wait() -> Decoded:
+            num_kept = int(count.wait()[0])
+            places = above.nonzero_static(size=num_kept).squeeze(1) if num_kept else above.new_zeros(0).long()
+            return Decoded(iou, places, logits[:num_kept])
+
+        return wait
 
     def _decodes_in_few_kernels(self, prompts: Sequence[torch.Tensor]) -> bool:
         return self.use_head_kernel and self._have_token_kernels_for(prompts)

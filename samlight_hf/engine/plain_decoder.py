@@ -1,5 +1,7 @@
 """The mask decoder as in the model: the reference for the fast one, and the decoder of models that have no fast one."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -45,6 +47,7 @@ class PlainMaskDecoder:
         prompts_per_upscaling: int | None = None,
         repeated: bool = False,
         visible: tuple[int, int] | None = None,
+        num_used: int | None = None,
     ) -> Decoded:
         """Decode P prompts, see `FastMaskDecoder.decode`; `embedding` is (1 or P, C, h, w), or SAM-HQ's pair."""
         prompts = {"input_points": points, "input_labels": labels, "input_boxes": boxes}
@@ -59,9 +62,16 @@ class PlainMaskDecoder:
                 inputs = {k: v if k == "input_masks" else v.transpose(0, 1) for k, v in inputs.items()}
             embeddings = {"image_embeddings": embedding}
         outputs = self.model(**embeddings, **inputs, multimask_output=multimask_output)
-        iou, logits = outputs.iou_scores.flatten(0, 1).float(), outputs.pred_masks.flatten(0, 2)
+        iou, logits = outputs.iou_scores.flatten(0, 1).float()[:num_used], outputs.pred_masks.flatten(0, 2)
         kept = places_above(iou, min_iou)
         return Decoded(iou, kept, logits[kept])
+
+    def decode_ahead(
+        self, embedding, points: torch.Tensor, labels: torch.Tensor, num_used: int, **options
+    ) -> Callable[[], Decoded]:
+        """Decode the masks of the first `num_used` prompts, see `FastMaskDecoder.decode_ahead`."""
+        decoded = self.decode(embedding, points, labels, num_used=num_used, **options)
+        return lambda: decoded
 
 
 Decoder = FastMaskDecoder | PlainMaskDecoder

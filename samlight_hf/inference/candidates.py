@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ..kernels.upscaled_masks import Frame, changes
-from ..masks.rle import RunLengthMasks, select_changes
-from .packed_logits import PackedLogits, columns_of, pack_logits, unpack_logits
+from ..masks.rle import select_changes
+from .packed_logits import NeededTiles, PackedLogits, columns_of, unpack_logits
 
 
 class Table(NamedTuple):
@@ -31,6 +31,13 @@ class Table(NamedTuple):
     def of(cls, columns: torch.Tensor) -> "Table":
         """Split float32 (n, 8) into the columns of a table."""
         return cls(columns[:, 0], columns[:, 1], columns[:, 2:6], columns[:, 6:])
+
+
+class Place(NamedTuple):
+    """Where the masks of a crop lie: the frame of their logits, and `reach_of` it on the device."""
+
+    frame: Frame
+    reach: torch.Tensor
 
 
 class _Part(NamedTuple):
@@ -60,28 +67,48 @@ class Candidates:
         self._parts: list[_Part] = []
         self._scores: list[torch.Tensor] = []
         self._waiting_bytes = 0
+        self._unsettled: tuple[_Part, NeededTiles, int] | None = None
 
     def note_scores(self, scores: torch.Tensor):
         """Store the predicted IoU (P, M) of all masks of a batch, for `have_numbers`."""
         self._scores.append(scores)
 
-    def have_numbers(self) -> bool:
-        """Return whether no score is NaN. Waits for the device."""
-        return not self._scores or not bool(torch.cat(self._scores).isnan().any())
+    @property
+    def device(self) -> torch.device:
+        """The device of the masks, after the first batch."""
+        return self._scores[0].device
 
-    def add(self, table: Table, kept: torch.Tensor, frame: Frame, logits: torch.Tensor, step: int):
-        """Add masks; waits for the device once, and again where logits become outlines.
+    def have_numbers(self) -> torch.Tensor:
+        """Return whether no score is NaN: bool (), on the device."""
+        return ~torch.cat(self._scores).isnan().any()
+
+    def add(self, table: Table, kept: torch.Tensor, place: Place, logits: torch.Tensor, step: int):
+        """Add masks, without waiting for the device. Their logits are kept as they are until `settle` or the next call.
 
         Args:
             table: Scores and places of n masks.
             kept: bool (n,), the masks that are candidates.
-            frame: The place of the logits in the image.
+            place: The place of the logits in the image.
             logits: (n, h, w), as the decoder gives them.
             step: The number of masks that may be at the image's size at once.
         """
-        columns = torch.cat([table.scores[:, None], table.stability[:, None], table.boxes, table.points], dim=1)
-        packed = pack_logits(logits, table.boxes, frame, kept)
-        part = _Part(columns, kept, frame, packed, None)
+        self.settle()
+        scores, stability, boxes, points = table
+        columns = torch.cat([scores[:, None], stability[:, None], boxes, points], dim=1)
+        part = _Part(columns, kept, place.frame, None, None)
+        self._unsettled = part, NeededTiles(logits, boxes, kept, place.reach), step
+
+    def settle(self):
+        """Reduce the logits of the masks that were added last; waits for the device until these were measured.
+
+        It waits again where logits become outlines.
+        """
+        if self._unsettled is None:
+            return
+        (part, needed, step), self._unsettled = self._unsettled, None
+        packed = needed.pack()
+        del needed  # and the logits that it holds
+        part = part._replace(logits=packed)
         if self._waiting_bytes + packed.nbytes > self.max_bytes:
             part = self._outlined(part, step)
         else:
@@ -117,7 +144,7 @@ class Candidates:
     def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the candidates as float32 (n, 8), see `Table`, and their numbers (n,). Waits for the device."""
         if not self._parts:
-            return torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, 8, device=self.device), torch.zeros(0, dtype=torch.int64, device=self.device)
         numbers = torch.cat([part.kept for part in self._parts]).nonzero().squeeze(1)
         return torch.cat([part.columns for part in self._parts])[numbers], numbers
 
@@ -125,12 +152,29 @@ class Candidates:
         """Return the frame and the number of masks of each part."""
         return [part.frame for part in self._parts], np.array([len(part.columns) for part in self._parts], dtype=int)
 
-    def outlines(self, chosen: np.ndarray, step: int) -> RunLengthMasks:
-        """Return the masks with the numbers `chosen` (k,), in that order; see `add` for `step`."""
+    def outlines(self, chosen: torch.Tensor, step: int, at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the chosen masks as `changes`.
+
+        Args:
+            chosen: int64 (k,), their numbers, in the order of the result.
+            step: See `add`.
+            at_once: With Triton kernels, a number of masks whose logits fit into the memory that is free now.
+        """
+        if not len(chosen):
+            nothing = torch.zeros(0, dtype=torch.int32, device=chosen.device)
+            return nothing, nothing
+        at_once = max(self._unpacked_at_once(step), at_once if self.use_triton else 0)
+        all_wait = all(part.logits is not None for part in self._parts)
+        if len(chosen) <= at_once and all_wait and len({part.frame for part in self._parts}) == 1:
+            return self._outlines_of(self._parts, chosen, step)
+        return self._outlines_in_parts(chosen.cpu().numpy(), step)
+
+    def _outlines_in_parts(self, chosen: np.ndarray, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute `outlines` of masks that are stored in several ways or are too many for one step."""
         order: list[int] = []  # the place in `chosen` of each mask of `outlines`
         outlines: list[tuple[torch.Tensor, torch.Tensor]] = []
         waiting: dict[Frame, list[tuple[_Part, np.ndarray, np.ndarray]]] = defaultdict(list)
-        start = 0
+        start, device = 0, self._parts[0].columns.device
         for part in self._parts:
             places = np.flatnonzero((chosen >= start) & (chosen < start + len(part.columns)))
             own = chosen[places] - start
@@ -142,20 +186,17 @@ class Candidates:
             else:
                 assert part.outlines is not None
                 positions, counts = part.outlines
-                outlines.append(select_changes(positions, counts, torch.from_numpy(own).to(part.columns.device)))
+                outlines.append(select_changes(positions, counts, torch.from_numpy(own).to(device)))
                 order += places.tolist()
         for parts in waiting.values():
             for batch in _batches(parts, self._unpacked_at_once(step)):
                 starts = np.cumsum([0, *(len(part.columns) for part, _, _ in batch)])
                 numbers = np.concatenate([own + first for (_, own, _), first in zip(batch, starts)])
-                on_device = torch.from_numpy(numbers).to(batch[0][0].columns.device)
+                on_device = torch.from_numpy(numbers).to(device)
                 outlines.append(self._outlines_of([part for part, _, _ in batch], on_device, step))
                 order += [place for _, _, places in batch for place in places.tolist()]
-        if not outlines:
-            nothing = np.zeros(0, dtype=np.int32)
-            return RunLengthMasks.from_changes(*self.size, nothing, nothing)
-        all_positions, all_counts = (torch.cat(tensors).cpu().numpy() for tensors in zip(*outlines))
-        return RunLengthMasks.from_changes(*self.size, all_positions, all_counts)[np.argsort(order)]
+        all_positions, all_counts = (torch.cat(tensors) for tensors in zip(*outlines))
+        return select_changes(all_positions, all_counts, torch.from_numpy(np.argsort(order)).to(device))
 
 
 def _batches(

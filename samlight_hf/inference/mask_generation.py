@@ -11,8 +11,11 @@ masks alone, and all steps before them run on the device.
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, overload
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -27,17 +30,23 @@ from ..images.preprocessing import ImageInput, check_size, image_tensor, resized
 from ..images.rasters import ArrayRaster, open_raster
 from ..images.reading import ImageError, read_ahead
 from ..kernels.upscaled_masks import Frame, measure, why_not_triton
+from ..masks.device_rle import encode_changes
 from ..masks.results import GeneratedMasks
+from ..masks.rle import RunLengthMasks
 from ..masks.upscaling import visible_part
 from ..utils.autocast import without_autocast
-from .candidates import Candidates, Table
+from ..utils.host_copies import HostCopy
+from .candidates import Candidates, Place, Table
 from .crops import Crop, MaskGenerationSettings, crop_boxes, point_grid
 from .encoded_image import EncodedImage
+from .packed_logits import reach_of
 from .tile_merging import generated_masks, merge_tiles
 from .tiles import MemoryStore, TileGrid, TileSettings, segment_tiles
 
 
 _CROP_EDGE_TOLERANCE = 20  # pixels of the image
+
+Result = TypeVar("Result")
 
 
 class MaskGenerator:
@@ -105,6 +114,8 @@ class MaskGenerator:
         self.model = model.eval()
         self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self.device = model.device
+        self._overlaps = self.device.type == "cuda"  # see `_overlapped`
+        self._stream: torch.cuda.Stream | None = None
         reason = why_not_triton(torch.empty(0, device=self.device))
         if triton_kernels and reason:
             raise ValueError(f"triton_kernels=True is not possible: {reason}")
@@ -210,22 +221,86 @@ class MaskGenerator:
         """
         check_errors(errors)
         settings = _settings(settings, changes)
-        read = _read if self.tiles is None else _unread
-        for place, (image, tensor, error) in enumerate(read_ahead(read, images)):
-            result: GeneratedMasks | ImageError
-            if error is None:
-                try:
-                    result = self._generate(tensor, settings)
-                except IMAGE_ERRORS as raised:
-                    error = raised
-            if error is not None:
-                result = error_of_image(place, error, image)
+        for place, (image, result) in enumerate(self._results(images, settings)):
+            if isinstance(result, Exception):
+                error, result = result, error_of_image(place, result, image)
                 if errors == "raise":
                     raise result from error
                 if isinstance(error, torch.OutOfMemoryError):
                     torch.cuda.empty_cache()
                 warnings.warn(str(result), stacklevel=2)
             yield result
+
+    def _results(
+        self, images: Iterable[ImageInput], settings: MaskGenerationSettings
+    ) -> Iterator[tuple[ImageInput, GeneratedMasks | Exception]]:
+        """Yield each image with its masks, or with the error that is in their place."""
+        if self.tiles is not None:  # they are read piece by piece
+            for image, _, _ in read_ahead(_unread, images):
+                yield image, _attempt(lambda image=image: self._generate(image, settings))
+            return
+        given: deque[ImageInput] = deque()
+
+        def starts() -> Iterator[Callable[[], _Running]]:
+            for image, tensor, error in read_ahead(_read, images):
+                given.append(image)
+                yield partial(self._start_read, tensor, error, settings)
+
+        for result in self._overlapped(starts()):
+            yield given.popleft(), result
+
+    def _start_read(
+        self, image: torch.Tensor | None, error: Exception | None, settings: MaskGenerationSettings
+    ) -> "_Running":
+        if image is None:
+            assert error is not None
+            raise error
+        return self._start(image, settings)
+
+    def generate_each(
+        self, images: Iterable[tuple[torch.Tensor, Any]], settings: MaskGenerationSettings, progress=None
+    ) -> Iterator[GeneratedMasks]:
+        """Segment everything in images that are tensors; on a CUDA device the next one begins before one ends.
+
+        Args:
+            images: Of each image the `image` and `encoded` of `generate`.
+            settings: The settings.
+            progress: See `generate`.
+
+        Yields:
+            The masks of each image.
+
+        Raises:
+            ValueError: In the place of an image's masks, see `generate`. The images behind it are not segmented.
+        """
+        starts = (partial(self._start, image, settings, progress, encoded) for image, encoded in images)
+        for result in self._overlapped(starts):
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    def _overlapped(self, starts: Iterable[Callable[[], "_Running"]]) -> Iterator[GeneratedMasks | Exception]:
+        """Yield the result of each image, or its error.
+
+        The end of an image is many short steps, between which the device waits for the CPU. So on a CUDA device its
+        first points are launched for the next image before, and the end runs beside them on a stream of its own.
+        """
+        waiting: list[_Running | Exception] = []  # at most one image, whose masks take memory
+        for start in starts:
+            now = _attempt(start)
+            if waiting:
+                yield self._end(waiting.pop())
+                if isinstance(now, torch.OutOfMemoryError):  # there is more memory now
+                    now = _attempt(start)
+            waiting.append(now if isinstance(now, Exception) else _attempt(now.finish) or now)
+            del now
+            if not self._overlaps:
+                yield self._end(waiting.pop())
+        if waiting:
+            yield self._end(waiting.pop())
+
+    def _end(self, image: "_Running | Exception") -> GeneratedMasks | Exception:
+        return image if isinstance(image, Exception) else _attempt(partial(self._select_beside, image))
 
     @without_autocast
     @torch.inference_mode()
@@ -246,6 +321,14 @@ class MaskGenerator:
         Raises:
             ValueError: If the image or a crop is too thin for the model, or if scores are NaN.
         """
+        running = self._start(image, settings, progress, encoded)
+        running.finish()
+        return self._select(running)
+
+    @without_autocast
+    @torch.inference_mode()
+    def _start(self, image: torch.Tensor, settings: MaskGenerationSettings, progress=None, encoded=None) -> "_Running":
+        """Encode an image and launch its first points; see `generate`."""
         size = (image.shape[-2], image.shape[-1])
         crops = crop_boxes(*size, settings)
         for crop in crops:
@@ -255,9 +338,13 @@ class MaskGenerator:
                 )
             check_size(self.image_processor, *crop.size)
         candidates = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
-        for crop, embedding in self._encode(image, crops, encoded):
-            self._decode_crop(embedding, crop, size, settings, candidates, progress)
-        return self._select(candidates, size, settings)
+        batches = self._decode(self._encode(image, crops, encoded), size, settings, candidates, progress)
+        next(batches)
+        return _Running(size, settings, candidates, batches)
+
+    def _decode(self, encoded_crops, size, settings, candidates, progress) -> Iterator[None]:
+        for crop, embedding in encoded_crops:
+            yield from self._decode_crop(embedding, crop, size, settings, candidates, progress)
 
     def _encode(self, image: torch.Tensor, crops: list[Crop], encoded) -> Iterator[tuple[Crop, Any]]:
         """Yield each crop with its embedding; `encoded` is that of the first crop, the image itself, if it is known."""
@@ -277,52 +364,64 @@ class MaskGenerator:
         settings: MaskGenerationSettings,
         candidates: Candidates,
         progress,
-    ):
-        """Decode the points on a crop, batch after batch, and add the masks that pass the filters to the candidates."""
+    ) -> Iterator[None]:
+        """Decode the points on a crop, batch after batch, and add the masks that pass the filters to the candidates.
+
+        Yields:
+            When a batch is launched. The device has work then, also while the masks of the batch before are packed.
+        """
+        min_iou = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
+        at_once = self.budget.points_per_upscaling
+        prompts = self._prompts(crop, size, settings.points_per_side(crop.layer))
+        for start in range(0, prompts.num_points, prompts.batch_size):
+            if not self.decoder.is_lean:  # there is no room for the logits of two batches
+                candidates.settle()
+            batch = slice(start, start + prompts.batch_size)
+            num_points = min(prompts.batch_size, prompts.num_points - start)
+            wait = self.decoder.decode_ahead(
+                embedding, prompts.resized[batch], prompts.labels, num_points, min_iou=min_iou,
+                prompts_per_upscaling=at_once, visible=prompts.visible,
+            )  # fmt: skip
+            yield
+            decoded = wait()
+            candidates.note_scores(decoded.iou)
+            kept = decoded.kept
+            scores = decoded.iou.flatten()[kept]
+            points = prompts.points[batch][kept // decoded.iou.shape[1]]
+            self._filter(decoded.logits, scores, points, prompts, settings, candidates)
+            if progress is not None:
+                progress.update(num_points)
+
+    def _prompts(self, crop: Crop, size: tuple[int, int], points_per_side: int) -> "_Prompts":
+        """Make the points of a crop, and what is computed with their masks; nothing here waits for the device."""
         resized = resized_size(*crop.size, self.image_processor.size["longest_edge"])
         padded = self.image_processor.pad_size["height"], self.image_processor.pad_size["width"]
         frame = Frame(padded, resized, crop.size, (crop.box_xyxy[1], crop.box_xyxy[0]), size)
         side = 4 * self.model.config.prompt_encoder_config.image_embedding_size
-        visible = visible_part((side, side), padded, resized)
-        grid = point_grid(settings.points_per_side(crop.layer))
         # Products in the stock pipeline's order: coordinates must be equal to the last bit.
-        points = grid * torch.tensor([crop.size[1], crop.size[0]])
+        points = point_grid(points_per_side) * torch.tensor([crop.size[1], crop.size[0]])
         factors = resized[1] / crop.size[1], resized[0] / crop.size[0]
-        prompts = torch.stack([points[:, 0] * factors[0], points[:, 1] * factors[1]], dim=1)[:, None].to(self.device)
-        points = (points + torch.tensor(crop.box_xyxy[:2])).to(self.device)
-        min_iou = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
+        in_input = torch.stack([points[:, 0] * factors[0], points[:, 1] * factors[1]], dim=1)
         # All batches have one size, so that one CUDA graph serves: the last batch is filled up with its last point.
-        batch_size = _even_batch(len(prompts), self.budget.points_per_batch)
+        batch_size = _even_batch(len(points), self.budget.points_per_batch)
+        in_input = torch.cat([in_input, in_input[-1:].expand(-len(points) % batch_size, -1)])
+        points = points + torch.tensor(crop.box_xyxy[:2])
+        edges = torch.tensor([crop.box_xyxy, (0, 0, size[1], size[0])], dtype=torch.float32)
+        parts = in_input, points, reach_of(frame, side, side), edges
+        # One copy: each takes as long as a kernel. It is not from pinned memory, and has been read when it returns.
+        on_device = torch.cat([part.flatten() for part in parts]).to(self.device, non_blocking=True)
+        own = on_device.split([part.numel() for part in parts])
+        in_input, points, reach, edges = (tensor.view(part.shape) for tensor, part in zip(own, parts))
         labels = torch.ones(batch_size, 1, dtype=torch.int64, device=self.device)
-        # Made once: making a tensor from numbers waits for the device.
-        edges = torch.tensor([crop.box_xyxy, (0, 0, size[1], size[0])], dtype=torch.int32, device=self.device)
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            num_points = len(batch)
-            if num_points < batch_size:
-                batch = torch.cat([batch, batch[-1:].expand(batch_size - num_points, -1, -1)])
-            at_once = self.budget.points_per_upscaling
-            decoded = self.decoder.decode(
-                embedding, batch, labels, min_iou=min_iou, prompts_per_upscaling=at_once, repeated=True, visible=visible
-            )
-            candidates.note_scores(decoded.iou)
-            num_masks = decoded.iou.shape[1]
-            kept, logits = decoded.kept, decoded.logits
-            if num_points < batch_size:  # drop the masks of the points that filled up the batch
-                num_kept = int((kept < num_points * num_masks).sum())
-                kept, logits = kept[:num_kept], logits[:num_kept]
-            scores, points_kept = decoded.iou.flatten()[kept], points[start + kept // num_masks]
-            self._filter(logits, scores, points_kept, edges, frame, settings, candidates)
-            if progress is not None:
-                progress.update(num_points)
+        visible = visible_part((side, side), padded, resized)
+        return _Prompts(in_input[:, None], labels, points, batch_size, visible, Place(frame, reach), edges)
 
     def _filter(
         self,
         logits: torch.Tensor,
         scores: torch.Tensor,
         points: torch.Tensor,
-        edges: torch.Tensor,
-        frame: Frame,
+        prompts: "_Prompts",
         settings: MaskGenerationSettings,
         candidates: Candidates,
     ):
@@ -332,51 +431,138 @@ class MaskGenerator:
             logits: (k, h, w), as the decoder gives them.
             scores: float32 (k,), predicted IoU.
             points: float32 (k, 2), the prompts, in pixels of the image.
-            edges: int32 (2, 4), the boxes of the crop and of the image, on the device.
-            frame: The place of the logits in the image.
+            prompts: Of the crop.
             settings: The settings.
             candidates: The masks kept so far.
         """
-        threshold, offset = settings.mask_threshold, settings.stability_score_offset
+        if not len(logits):
+            return
+        threshold, offset, frame = settings.mask_threshold, settings.stability_score_offset, prompts.place.frame
         step = self.budget.masks_per_step(frame.image, frame.crop)
         thresholds = threshold, threshold + offset, threshold - offset
         measures = measure(logits, frame, thresholds, step, self.use_triton)
-        stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:]
-        kept = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:].float()
         if settings.stability_score_thresh > 0:
             kept = stability > settings.stability_score_thresh
+        else:
+            kept = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         if frame.crop != frame.image:
-            boxes = boxes + edges[0, :2].repeat(2)
-            kept = kept & ~_ends_at_crop(boxes, *edges)
-        if len(logits):
-            candidates.add(Table(scores, stability, boxes.float(), points), kept, frame, logits, step)
+            boxes = boxes + prompts.edges[0, :2].repeat(2)
+            kept = kept & ~_ends_at_crop(boxes, *prompts.edges)
+        candidates.add(Table(scores, stability, boxes, points), kept, prompts.place, logits, step)
 
-    def _select(
-        self, candidates: Candidates, size: tuple[int, int], settings: MaskGenerationSettings
-    ) -> GeneratedMasks:
+    @without_autocast
+    @torch.inference_mode()
+    def _select_beside(self, running: "_Running") -> GeneratedMasks:
+        """Compute `_select` on a stream of its own, beside what has been launched since the image's last points."""
+        if running.end is None:
+            return self._select(running)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device, priority=-1)  # short steps before long ones
+        self._stream.wait_event(running.end)
+        with torch.cuda.stream(self._stream):
+            return self._select(running)
+
+    def _select(self, running: "_Running") -> GeneratedMasks:
         """Suppress duplicates: of masks whose boxes overlap keep the best, and copy the result to the CPU."""
         from torchvision.ops import batched_nms
 
-        if not candidates.have_numbers():
-            dtype = self.decoder.dtype
-            advice = "" if dtype == torch.float32 else ": its numbers may not fit into it. Use a model in float32"
-            if dtype != self.model.dtype:
-                advice += f", or decoder_dtype={self.model.dtype}"
-            raise ValueError(f"the model's scores are NaN, with a mask decoder in {dtype}{advice}.")
+        size, settings, candidates = running.size, running.settings, running.candidates
         table, numbers = candidates.columns()
         scores, _, boxes, _ = Table.of(table)
         # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.
         chosen = batched_nms(boxes, scores, torch.zeros_like(scores), settings.crops_nms_thresh)
-        columns, kept = table[chosen].cpu().numpy(), numbers[chosen].cpu().numpy()
-        masks = candidates.outlines(kept, self.budget.masks_per_step(size, size))
+        on_cpu = HostCopy(table[chosen], numbers[chosen], candidates.have_numbers())
+        step = self.budget.masks_per_step(size, size)
+        # The logits of a batch of points are gone by now, and leave room for as many.
+        positions, counts = candidates.outlines(numbers[chosen], step, 3 * self.budget.points_per_batch)
+        if self.use_triton:
+            masks = encode_changes(*size, positions, counts)
+        else:
+            masks = RunLengthMasks.from_changes(*size, positions.cpu().numpy(), counts.cpu().numpy())
+        columns, kept, have_numbers = on_cpu.arrays()
+        if not have_numbers:
+            raise ValueError(self._not_numbers())
         boxes_xyxy = columns[:, 2:6].copy()
-        boxes_xyxy[:, 2:] += (masks.areas > 0)[:, None]  # pixel edges instead of the last pixel
-        frames, counts = candidates.frames()
+        boxes_xyxy[:, 2:] += (np.diff(masks.offsets) > 1)[:, None]  # pixel edges instead of the last pixel
+        frames, num_masks = candidates.frames()
         crops = np.array([_crop_box(frame) for frame in frames], dtype=np.float32).reshape(-1, 4)
-        crops = crops.repeat(counts, axis=0)[kept]
+        crops = crops.repeat(num_masks, axis=0)[kept]
         return GeneratedMasks(
             masks, columns[:, 0].copy(), boxes_xyxy, columns[:, 1].copy(), columns[:, 6:].copy(), crops
         )
+
+    def _not_numbers(self) -> str:
+        dtype = self.decoder.dtype
+        advice = "" if dtype == torch.float32 else ": its numbers may not fit into it. Use a model in float32"
+        if dtype != self.model.dtype:
+            advice += f", or decoder_dtype={self.model.dtype}"
+        return f"the model's scores are NaN, with a mask decoder in {dtype}{advice}."
+
+
+class _Prompts(NamedTuple):
+    """The points of a crop, in batches of one size, on the device.
+
+    Attributes:
+        resized: float32 (batches * batch_size, 1, 2), in pixels of the model's input; filled up behind the last point.
+        labels: int64 (batch_size, 1).
+        points: float32 (num_points, 2), in pixels of the image.
+        batch_size: The number of points decoded at once.
+        visible: See `FastMaskDecoder.decode`.
+        place: Of their masks.
+        edges: float32 (2, 4), the boxes of the crop and of the image, XYXY.
+    """
+
+    resized: torch.Tensor
+    labels: torch.Tensor
+    points: torch.Tensor
+    batch_size: int
+    visible: tuple[int, int]
+    place: Place
+    edges: torch.Tensor
+
+    @property
+    def num_points(self) -> int:
+        return len(self.points)
+
+
+@dataclass
+class _Running:
+    """An image whose points are being decoded.
+
+    Attributes:
+        size: (height, width).
+        settings: Of the image.
+        candidates: The masks that have passed the filters so far.
+        batches: What is left to be decoded, see `MaskGenerator._decode_crop`.
+        end: On a CUDA device, where on the stream all candidates are ready.
+    """
+
+    size: tuple[int, int]
+    settings: MaskGenerationSettings
+    candidates: Candidates
+    batches: Iterator[None]
+    end: torch.cuda.Event | None = None
+
+    @without_autocast
+    @torch.inference_mode()
+    def finish(self):
+        """Decode the other points."""
+        for _ in self.batches:
+            pass
+        self.candidates.settle()
+        if self.candidates.device.type == "cuda":
+            self.end = torch.cuda.Event()
+            self.end.record(torch.cuda.current_stream(self.candidates.device))
+
+
+def _attempt(work: Callable[[], Result]) -> Result | Exception:
+    """Return the result of `work`, or its error if it concerns one image alone."""
+    try:
+        return work()
+    except IMAGE_ERRORS as error:
+        # The frames of the traceback hold tensors.
+        return error.with_traceback(None) if isinstance(error, torch.OutOfMemoryError) else error
 
 
 def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception | None]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.upscaled_masks import Frame
+from ..utils.host_copies import HostCopy
 
 
 _TILE = 16
@@ -60,50 +61,87 @@ def unpack_logits(parts: Sequence[tuple[PackedLogits, torch.Tensor]], count: int
     return logits[:count]
 
 
-def pack_logits(logits: torch.Tensor, boxes: torch.Tensor, frame: Frame, kept: torch.Tensor) -> PackedLogits:
-    """Keep the tiles of logits that the masks of the image's size depend on; waits for the device once.
+class NeededTiles:
+    """The tiles of logits that masks of the image's size depend on; nothing here waits for the device but `pack`.
 
     Args:
         logits: (n, h, w).
-        boxes: (n, 4), the first and the last pixel of each mask, XYXY, in pixels of the image.
-        frame: The place of the logits in the image.
+        boxes: float32 (n, 4), the first and the last pixel of each mask, XYXY, in pixels of the image.
         kept: bool (n,), the masks to pack.
+        reach: float32 (2, 4), `reach_of` the frame and the logits' size, on the device.
+    """
+
+    def __init__(self, logits: torch.Tensor, boxes: torch.Tensor, kept: torch.Tensor, reach: torch.Tensor):
+        self._logits, (height, width) = logits, logits.shape[1:]
+        self._tile_size = tile_height, tile_width = _tile_size(height, width)
+        num_rows, num_columns = height // tile_height, width // tile_width
+        first, last = torch.addcmul(reach[1], boxes, reach[0])[:, :, None].split(2, dim=1)  # in tiles, (n, 2, 1) each
+        tiles = torch.arange(max(num_rows, num_columns), device=logits.device)
+        needed = (last >= tiles) & (first < tiles + 1) & kept[:, None, None]
+        self._needed = needed[:, 1, :num_rows, None] & needed[:, 0, None, :num_columns]
+        self._count = HostCopy(self._needed.sum())
+
+    def pack(self) -> PackedLogits:
+        """Return the logits of the masks that are kept; waits for the device until their number is known."""
+        count, logits, (tile_height, tile_width) = int(self._count.wait()[0]), self._logits, self._tile_size
+        if count:
+            masks, rows, columns = self._needed.nonzero_static(size=count).unbind(1)
+        else:
+            masks, rows, columns = torch.zeros(3, 0, dtype=torch.int64, device=logits.device)
+        length, num_rows, num_columns = self._needed.shape
+        tiled = logits.view(length, num_rows, tile_height, num_columns, tile_width)
+        return PackedLogits(tiled[masks, rows, :, columns], masks, rows, columns, tuple(logits.shape))
+
+
+def reach_of(frame: Frame, height: int, width: int) -> torch.Tensor:
+    """Return factors and summands that lead from a mask's box to the tiles of its logits.
+
+    Args:
+        frame: The place of the logits in the image.
+        height: Of the logits.
+        width: Likewise.
 
     Returns:
-        The logits of the masks that are kept.
+        float32 (2, 4): a box as in `NeededTiles`, times the first, plus the second, is the first place and the last one
+        that its pixels are computed from, XYXY, in tiles.
     """
-    height, width = logits.shape[1:]
-    tile_height, tile_width = (_TILE if length % _TILE == 0 else length for length in (height, width))
-    needed = []
-    for axis, (length, tile) in enumerate(((width, tile_width), (height, tile_height))):
-        first, last = _reach(boxes[:, axis], boxes[:, axis + 2], axis, length, frame)
-        starts = torch.arange(0, length, tile, device=logits.device)
-        needed.append((last[:, None] >= starts) & (first[:, None] < starts + tile))
-    columns, rows = needed
-    chosen = (rows[:, :, None] & columns[:, None, :] & kept[:, None, None]).nonzero()
-    masks, rows, columns = chosen.unbind(1)
-    tiled = logits.view(len(logits), height // tile_height, tile_height, width // tile_width, tile_width)
-    return PackedLogits(tiled[masks, rows, :, columns], masks, rows, columns, (len(logits), height, width))
+    factors, summands = [], []
+    for axis, (length, tile) in enumerate(zip((width, height), reversed(_tile_size(height, width)))):
+        factor, summand, reach = _places(axis, length, frame)
+        factors.append(factor / tile)
+        summands.append([(summand - reach) / tile, (summand + reach) / tile])
+    (left, right), (top, bottom) = summands
+    return torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32)
 
 
 def columns_of(boxes: torch.Tensor, frame: Frame, width: int) -> torch.Tensor:
     """Return the first and the last column of logits, of `width`, that each mask can depend on: int32 (n, 2).
 
     Args:
-        boxes: As in `pack_logits`.
-        frame: Likewise.
+        boxes: As in `NeededTiles`.
+        frame: The place of the logits in the image.
         width: The number of columns.
     """
-    first, last = _reach(boxes[:, 0], boxes[:, 2], 0, width, frame)
-    return torch.stack([first.floor(), last.ceil()], dim=1).int()
+    factor, summand, reach = _places(0, width, frame)
+    places = boxes[:, 0::2] * factor
+    first, last = places[:, 0] + (summand - reach), places[:, 1] + (summand + reach)
+    return torch.stack([first.floor_(), last.ceil_()], dim=1).clamp_(0, width - 1).int()
 
 
-def _reach(first: torch.Tensor, last: torch.Tensor, axis: int, length: int, frame: Frame):
-    """Return the first and the last logit on an axis (0 is x) that pixels from `first` to `last` are computed from."""
+def _tile_size(height: int, width: int) -> tuple[int, int]:
+    tile_height, tile_width = (_TILE if length % _TILE == 0 else length for length in (height, width))
+    return tile_height, tile_width
+
+
+def _places(axis: int, length: int, frame: Frame) -> tuple[float, float, float]:
+    """Return a factor, a summand and a distance for the logits on an axis (0 is x).
+
+    A pixel times the factor, plus the summand, is its place among the logits. It is computed from logits that are no
+    farther than the distance from there.
+    """
     sizes = frame.padded, frame.resized, frame.crop, frame.corner
     padded, resized, crop, corner = (size[1 - axis] for size in sizes)
     scale = length / padded  # of the first resize; the second one reads less than a pixel beyond its place
+    factor = scale * resized / crop
     # One more than that, since places are rounded.
-    reach = scale + 2.0
-    first, last = ((place.float() - corner + 0.5) * (scale * resized / crop) - 0.5 for place in (first, last))
-    return (first - reach).clamp(0, length - 1), (last + reach).clamp(0, length - 1)
+    return factor, (0.5 - corner) * factor - 0.5, scale + 2.0

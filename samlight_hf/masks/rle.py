@@ -5,7 +5,7 @@ GPU and written as runs, and decoded to pixels only where they are used as such.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import overload
@@ -71,12 +71,15 @@ class RunLengthMasks(Sequence):
         height, width: of the masks, in pixels.
         runs: int64 (total,), the run lengths of all masks. The first run of a mask lies outside of it, and may be 0.
         offsets: int64 (n + 1,): the runs of mask i are `runs[offsets[i]:offsets[i + 1]]`. They sum to height * width.
+        compressed: COCO's compressed counts of all masks, and int64 (n + 1,), where each mask's begin and end; or None
+            if they are computed when they are asked for.
     """
 
     height: int
     width: int
     runs: np.ndarray
     offsets: np.ndarray
+    compressed: tuple[bytes, np.ndarray] | None = field(default=None, repr=False)
 
     @classmethod
     def from_changes(cls, height: int, width: int, positions: np.ndarray, counts: np.ndarray) -> "RunLengthMasks":
@@ -128,7 +131,12 @@ class RunLengthMasks(Sequence):
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         # The k-th run of a selected mask lies k behind its first.
         source = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return RunLengthMasks(self.height, self.width, self.runs[source], offsets)
+        compressed = None
+        if self.compressed is not None:
+            counts = _cut(*self.compressed)
+            chosen = [counts[place] for place in index.tolist()]
+            compressed = "".join(chosen).encode("ascii"), np.cumsum([0, *map(len, chosen)])
+        return RunLengthMasks(self.height, self.width, self.runs[source], offsets, compressed)
 
     def __iter__(self):
         return map(self._decode, range(len(self)))
@@ -165,7 +173,9 @@ class RunLengthMasks(Sequence):
         """
         size = [self.height, self.width]
         if compressed:
-            return [{"size": size.copy(), "counts": counts} for counts in compress_runs(self.runs, self.offsets)]
+            known = None if self.compressed is None else _cut(*self.compressed)
+            all_counts = compress_runs(self.runs, self.offsets) if known is None else known
+            return [{"size": size.copy(), "counts": counts} for counts in all_counts]
         return [{"size": size.copy(), "counts": self.runs_of(index).tolist()} for index in range(len(self))]
 
     def _decode(self, index: int) -> np.ndarray:
@@ -217,15 +227,19 @@ def _compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
         limit <<= 5
     ends = np.cumsum(lengths, dtype=np.int64)
     places, characters = ends - lengths, np.empty(ends[-1] if len(ends) else 0, dtype=np.uint8)
-    bounds = np.concatenate((places, [len(characters)]))[offsets].tolist()
+    bounds = np.concatenate((places, [len(characters)]))[offsets]
     while len(values):
         more = sizes >= 16
         characters[places] = 48 + (values.astype(np.uint8) & 31) + 32 * more.view(np.uint8)
         # An arithmetic shift: a negative number ends as -1.
         left = np.flatnonzero(more)
         values, sizes, places = values[left] >> 5, sizes[left] >> 5, places[left] + 1
-    text = characters.tobytes().decode("ascii")
-    return [text[start:end] for start, end in pairwise(bounds)]
+    return _cut(characters.tobytes(), bounds)
+
+
+def _cut(characters: bytes, bounds: np.ndarray) -> list[str]:
+    text = characters.decode("ascii")
+    return [text[start:end] for start, end in pairwise(bounds.tolist())]
 
 
 @lru_cache(maxsize=1)  # a mask is checked, and then decoded

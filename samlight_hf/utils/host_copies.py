@@ -1,0 +1,35 @@
+"""Copies of tensors from a CUDA device to the CPU that other work does not wait for."""
+
+import numpy as np
+import torch
+
+
+class HostCopy:
+    """Copies of tensors, which arrive on the CPU while the device and the caller go on.
+
+    `wait` waits for these copies and for what comes before them on their stream, and not for what comes after.
+
+    Args:
+        *tensors: Of one device. What is on the CPU is not copied.
+    """
+
+    def __init__(self, *tensors: torch.Tensor):
+        self._tensors, self._event = tensors, None
+        if tensors[0].is_cuda:
+            # Only from pinned memory on does a copy run beside other work.
+            self._tensors = tuple(
+                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+                for tensor in tensors
+            )
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """Return the tensors on the CPU. They may be in pinned memory, of which there is little: do not keep them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
+
+    def arrays(self) -> list[np.ndarray]:
+        """Return the tensors as arrays that may be kept."""
+        return [tensor.numpy().copy() if self._event is not None else tensor.numpy() for tensor in self.wait()]
