@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -89,15 +89,18 @@ class EverythingSegmenter:
         return image_tensor(image)
 
     def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[GeneratedMasks]:
-        """Yield the masks of each image."""
+        """Yield the masks of each image, which `finish` has still to see."""
         step = self.generator.budget.images_per_encoding
         for start in range(0, len(tensors), step):
             part = tensors[start : start + step]
-            for tensor, encoded in zip(part, self.generator.encoder(part)):
-                result = self.generator.generate(tensor, self.settings, progress, encoded)
-                if any(self.min_areas):
-                    result = _without_duplicates(clean_masks(result, *self.min_areas), self.settings.crops_nms_thresh)
-                yield result[np.flatnonzero(result.masks.areas >= self.min_area)[: self.max_masks]]
+            yield from self.generator.generate_each(zip(part, self.generator.encoder(part)), self.settings, progress)
+
+    def finish(self, result: GeneratedMasks) -> GeneratedMasks:
+        """Clean masks and leave out small ones; the writing threads do it while the next image is segmented."""
+        if any(self.min_areas):
+            result = _without_duplicates(clean_masks(result, *self.min_areas), self.settings.crops_nms_thresh)
+        chosen = np.flatnonzero(result.masks.areas >= self.min_area)[: self.max_masks]
+        return result if len(chosen) == len(result) else result[chosen]
 
 
 class PromptSegmenter:
@@ -122,10 +125,13 @@ class PromptSegmenter:
         return image_tensor(image), job.prompts
 
     def __call__(self, batch: Sequence[tuple[torch.Tensor, tuple[ObjectPrompt, ...]]], progress=None):
-        """Yield the masks of each image, a `MaskResult`."""
+        """Yield the masks of each image, a `MaskResult`, which `finish` has still to see."""
         for encoded, (_, prompts) in zip(self.predictor.encode([tensor for tensor, _ in batch]), batch):
-            result = predict_objects(self.predictor, prompts, encoded)
-            yield clean_masks(result, *self.min_areas) if any(self.min_areas) else result
+            yield predict_objects(self.predictor, prompts, encoded)
+
+    def finish(self, result: MaskResult) -> MaskResult:
+        """Clean masks; the writing threads do it while the next image is segmented."""
+        return clean_masks(result, *self.min_areas) if any(self.min_areas) else result
 
 
 def _without_duplicates(result: GeneratedMasks, iou_thresh: float) -> GeneratedMasks:
@@ -191,7 +197,7 @@ class Run:
 
     def _write(self, segmented: Segmented) -> list:
         try:
-            return [self.write(segmented)]
+            return [self.write(replace(segmented, result=self.segment.finish(segmented.result)))]
         except DiskError:
             raise
         except Exception as error:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import IO, Any, cast
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,12 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -
         image = image.convert("RGB")
     log_changes(name, notes)
     return image
+
+
+def is_upright_rgb(image: Image.Image) -> bool:
+    """Return whether `to_rgb` would only copy an image, turned upright."""
+    is_rgb = image.mode == "RGB" and "transparency" not in image.info and _deep_rawmode(image) is None
+    return is_rgb and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 def has_more_than_8_bits(image: Image.Image) -> bool:

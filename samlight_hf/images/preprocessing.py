@@ -11,7 +11,7 @@ from transformers import SamImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from ..kernels.resize import resize_into
-from .levels import log_changes, stretch, to_rgb
+from .levels import is_upright_rgb, log_changes, stretch, to_rgb
 from .reading import open_image
 
 
@@ -35,7 +35,9 @@ def image_tensor(image: ImageInput) -> torch.Tensor:
     if isinstance(image, str | os.PathLike):
         image = open_image(image)
     if isinstance(image, Image.Image):
-        image = np.asarray(to_rgb(image, "the image", upright=True))
+        image = image if is_upright_rgb(image) else to_rgb(image, "the image", upright=True)
+        image.load()
+        image = np.asarray(image)
     if not isinstance(image, np.ndarray | torch.Tensor):
         raise ValueError(
             f"an image is a {type(image).__name__}, and must be a path, a PIL image, an array or a tensor."

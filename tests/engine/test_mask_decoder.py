@@ -7,11 +7,13 @@ import torch
 from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
 from samlight_hf.engine.image_encoder import ImageEncoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder, _slots, places_above, why_not_fast
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
+from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
 
 
@@ -64,7 +66,8 @@ def assert_same(fast, plain):
     assert torch.equal(fast.kept, plain.kept)
     assert torch.allclose(fast.iou, plain.iou, rtol=1e-4, atol=1e-5)
     assert fast.logits.shape == plain.logits.shape
-    assert torch.allclose(fast.logits, plain.logits, rtol=1e-3, atol=1e-4 * plain.logits.abs().max().item())
+    largest = plain.logits.abs().max().item() if len(plain.logits) else 0.0
+    assert torch.allclose(fast.logits, plain.logits, rtol=1e-3, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("multimask_output", [True, False])
@@ -339,3 +342,39 @@ def test_the_encoder_is_replayed_from_a_graph_too():
     for image, encoded in zip(images, kept):
         assert torch.allclose(encoded, eager([image])[0], atol=1e-5)
     assert (graphed.encode.last_ran, eager.encode.last_ran) == ("graph", "eager")
+
+
+@pytest.mark.parametrize("min_iou", [None, -1e9, 0.0, 1e9])
+def test_masks_are_decoded_ahead_and_without_those_of_prompts_that_fill_up(loud, device, min_iou):
+    prompts = prompts_of(7, device)
+    points, labels = prompts[POINTS], prompts[LABELS]
+    decoder = FastMaskDecoder(loud)
+    plain, image = PlainMaskDecoder(loud), embeddings(loud)
+    with torch.no_grad():
+        wait = decoder.decode_ahead(decoder.prepare(image), points, labels, 5, min_iou=min_iou, prompts_per_upscaling=2)
+        expected = plain.decode(plain.prepare(image), points[:5], labels[:5], min_iou=min_iou)
+        assert_same(wait(), expected)
+        assert_same(plain.decode_ahead(image, points, labels, 5, min_iou=min_iou)(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("min_iou", [None, 0.0, 0.4, 1e9])
+def test_on_a_gpu_decoding_ahead_waits_for_nothing(min_iou):
+    model, _ = load_model(BUNDLED_CHECKPOINT, "cuda", torch.bfloat16)
+    decoder = make_decoder(model, cuda_graphs=True)
+    assert decoder.use_head_kernel
+    pixel_values = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        image = decoder.prepare(model.get_image_embeddings(pixel_values))
+        points, labels = 1000 * torch.rand(40, 1, 2, device="cuda"), torch.ones(40, 1, dtype=torch.int64, device="cuda")
+        expected = decoder.decode(image, points, labels, min_iou=min_iou, repeated=True, num_used=33)
+        decoder.decode_ahead(image, points, labels, 33, min_iou=min_iou)()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            actual = decoder.decode_ahead(image, points, labels, 33, min_iou=min_iou)()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert decoder.transform.last_ran == "graph" and len(actual.iou) == 33
+    assert all(
+        map(torch.equal, (actual.iou, actual.kept, actual.logits), (expected.iou, expected.kept, expected.logits))
+    )

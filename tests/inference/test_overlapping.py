@@ -1,0 +1,170 @@
+"""Images whose ends and beginnings overlap get the masks that each gets alone, in order, and errors in their place."""
+
+import gc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samlight_hf import ImageError, MaskGenerator
+from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
+from samlight_hf.images.preprocessing import image_tensor
+from samlight_hf.inference.candidates import Candidates
+from samlight_hf.inference.crops import MaskGenerationSettings
+from samlight_hf.loading import load_model
+
+
+SETTINGS = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_crop": 4}
+MANY = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.65, "points_per_crop": 32}
+
+
+@pytest.fixture
+def generator(folder):
+    """On a CPU one image is decoded after another, unless it is told otherwise, as here."""
+    generator = MaskGenerator(*load_model(folder, "cpu"))
+    assert not generator._overlaps
+    generator._overlaps = True
+    return generator
+
+
+def image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST)
+
+
+def steps_of(generator, monkeypatch) -> list[str]:
+    """Return a list that gets a letter for each step: s for the start of an image, e for its end."""
+    steps: list[str] = []
+    for letter, name in (("s", "_start"), ("e", "_select")):
+        method = getattr(generator, name)
+        monkeypatch.setattr(generator, name, lambda *a, m=method, c=letter, **k: (steps.append(c), m(*a, **k))[1])
+    return steps
+
+
+def test_the_next_image_begins_before_one_ends(generator, monkeypatch):
+    images = [image(seed) for seed in range(4)]
+    alone = [generator(each, **SETTINGS) for each in images]
+    assert len({str(result.masks.to_coco()) for result in alone}) == 4
+    steps = steps_of(generator, monkeypatch)
+    for result, expected in zip(generator.generate_many(images, **SETTINGS), alone, strict=True):
+        assert result.masks.to_coco() == expected.masks.to_coco()
+        assert np.array_equal(result.scores, expected.scores)
+    assert "".join(steps) == "ssesesee"
+    steps.clear()
+    settings, tensors = MaskGenerationSettings(**SETTINGS), [image_tensor(each) for each in images]
+    encoded = zip(tensors, generator.encoder(tensors))
+    for result, expected in zip(generator.generate_each(encoded, settings), alone, strict=True):
+        assert result.masks.to_coco() == expected.masks.to_coco()
+    assert "".join(steps) == "ssesesee"
+    steps.clear()
+    generator._overlaps = False
+    assert len(list(generator.generate_many(images, **SETTINGS))) == 4
+    assert "".join(steps) == "sesesese"
+
+
+def test_masks_of_no_more_than_one_image_wait(generator, monkeypatch):
+    made, alive, begin = [], [], Candidates.__init__
+
+    def init(self, *arguments):
+        begin(self, *arguments)
+        made.append(1)
+        gc.collect()
+        alive.append(sum(isinstance(each, Candidates) for each in gc.get_objects()))
+
+    monkeypatch.setattr(Candidates, "__init__", init)
+    results = generator.generate_many((image(seed) for seed in range(5)), **SETTINGS)
+    assert sum(len(result) > 0 for result in results) == len(made) == 5
+    assert max(alive) == 2
+
+
+def test_errors_are_in_their_place(generator):
+    thin, good = Image.new("RGB", (20_000, 100)), [image(seed) for seed in range(3)]
+    images = [thin, good[0], "gone.jpg", good[1], good[2], thin]
+    alone = [generator(each, **SETTINGS) for each in good]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = list(generator.generate_many(images, **SETTINGS))
+    assert [place for place, result in enumerate(results) if isinstance(result, ImageError)] == [0, 2, 5]
+    assert [str(results[place]) for place in (0, 2, 5)] == [str(warning.message) for warning in caught]
+    for place, expected in zip((1, 3, 4), alone):
+        assert results[place].masks.to_coco() == expected.masks.to_coco()
+    before = generator.generate_many(images[1:], errors="raise", **SETTINGS)
+    assert next(before).masks.to_coco() == alone[0].masks.to_coco()
+    with pytest.raises(ImageError, match="image 1: gone.jpg"):
+        next(before)
+
+
+def test_an_image_without_memory_begins_again_when_the_one_before_is_gone(generator, monkeypatch):
+    start, calls = generator._start, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) in (2, 4, 5):  # the second image at first, and the third twice
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return start(*arguments, **options)
+
+    images = [image(seed) for seed in range(4)]
+    alone = [generator(each, **SETTINGS) for each in images]
+    monkeypatch.setattr(generator, "_start", full)
+    with pytest.warns(UserWarning, match="image 2: OutOfMemoryError: CUDA out of memory"):
+        results = list(generator.generate_many(images, **SETTINGS))
+    assert [isinstance(result, ImageError) for result in results] == [False, False, True, False]
+    for place in (0, 1, 3):
+        assert results[place].masks.to_coco() == alone[place].masks.to_coco()
+
+
+def test_an_interrupt_ends_it_at_once(generator, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    results = generator.generate_many((image(seed) for seed in range(9)), **SETTINGS)
+    next(results)
+    monkeypatch.setattr(generator, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert list(results) == []
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    return MaskGenerator(*load_model(BUNDLED_CHECKPOINT, "cuda", torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_overlapping_images_have_their_own_masks(on_gpu):
+    """Of all sizes and in several batches, so that memory is used again while another stream may still read it."""
+    images = [Image.open(path) for path in sorted(EXAMPLE_IMAGES.glob("*.jpg"))]
+    images = [each.resize(size) for size in ((1024, 683), (500, 700), (1300, 900)) for each in images]
+    assert on_gpu._overlaps and on_gpu.decoder.is_lean
+    alone = [on_gpu(each, **MANY) for each in images]
+    for _ in range(2):
+        for result, expected in zip(on_gpu.generate_many(images, **MANY), alone, strict=True):
+            assert result.masks.to_coco() == expected.masks.to_coco()
+            for name in ("scores", "boxes_xyxy", "stability_scores", "points_xy", "crop_boxes_xyxy"):
+                assert np.array_equal(getattr(result, name), getattr(expected, name))
+    assert all(result.masks.compressed is not None and len(result) > 20 for result in alone)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_batch_waits_once_and_launches_little(on_gpu):
+    """Waiting for an event leaves the device its work: what waits for all of it happens only at an image's end."""
+    photograph = image_tensor(Image.open(EXAMPLE_IMAGES / "coffee.jpg").resize((1024, 683)))
+    settings = MaskGenerationSettings(**MANY)
+    on_gpu.generate(photograph, settings)
+    running = on_gpu._start(photograph, settings)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        running.finish()
+        encoded = on_gpu.encoder([photograph])[0]
+        again = on_gpu._start(photograph, settings, encoded=encoded)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(on_gpu._select(running)) > 20
+    with torch.profiler.profile() as profile:
+        again.finish()
+    launches = [event for event in profile.events() if "Launch" in event.name and event.name.startswith("cu")]
+    num_batches = -(-32 * 32 // on_gpu.budget.points_per_batch)
+    print(f"{len(launches) / num_batches:.0f} launches a batch")
+    assert len(launches) < 60 * num_batches

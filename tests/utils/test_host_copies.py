@@ -1,0 +1,33 @@
+"""Copies to the CPU arrive whole, and wait for nothing that was launched after them."""
+
+import numpy as np
+import pytest
+import torch
+
+from samlight_hf.utils.host_copies import HostCopy
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_copies_are_the_tensors(device):
+    tensors = torch.arange(6.0).view(2, 3).to(device), torch.tensor(True, device=device), torch.zeros(0, device=device)
+    copied = HostCopy(*tensors)
+    for tensor, there, array in zip(tensors, copied.wait(), copied.arrays(), strict=True):
+        assert there.is_cpu and torch.equal(there, tensor.cpu()) and np.array_equal(array, tensor.cpu().numpy())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_later_work_is_not_waited_for():
+    numbers = torch.arange(1000, device="cuda")
+    HostCopy(numbers)  # pinned memory is there from now on
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copied = HostCopy(numbers)
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        end = torch.cuda.Event()
+        end.record()
+        (array,) = copied.arrays()
+        assert not end.query(), "the copy waited for what was launched behind it"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.array_equal(array, np.arange(1000))
