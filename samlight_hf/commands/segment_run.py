@@ -95,7 +95,7 @@ class EverythingSegmenter:
             part = tensors[start : start + step]
             yield from self.generator.generate_each(zip(part, self.generator.encoder(part)), self.settings, progress)
 
-    def finish(self, result: GeneratedMasks) -> GeneratedMasks:
+    def finish(self, result):
         """Clean masks and leave out small ones; the writing threads do it while the next image is segmented."""
         if any(self.min_areas):
             result = _without_duplicates(clean_masks(result, *self.min_areas), self.settings.crops_nms_thresh)
@@ -129,7 +129,7 @@ class PromptSegmenter:
         for encoded, (_, prompts) in zip(self.predictor.encode([tensor for tensor, _ in batch]), batch):
             yield predict_objects(self.predictor, prompts, encoded)
 
-    def finish(self, result: MaskResult) -> MaskResult:
+    def finish(self, result):
         """Clean masks; the writing threads do it while the next image is segmented."""
         return clean_masks(result, *self.min_areas) if any(self.min_areas) else result
 

@@ -8,14 +8,12 @@ computed, stability and boxes are computed directly from the decoder's logits, r
 masks alone, and all steps before them run on the device.
 """
 
-import math
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -26,27 +24,25 @@ from ..engine.image_encoder import ImageEncoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
-from ..images.preprocessing import ImageInput, check_size, image_tensor, resized_size
+from ..images.preprocessing import ImageInput, check_size, image_tensor
 from ..images.rasters import ArrayRaster, open_raster
 from ..images.reading import ImageError, read_ahead
 from ..kernels.upscaled_masks import Frame, measure, why_not_triton
 from ..masks.device_rle import encode_changes
 from ..masks.results import GeneratedMasks
 from ..masks.rle import RunLengthMasks
-from ..masks.upscaling import visible_part
 from ..utils.autocast import without_autocast
 from ..utils.host_copies import HostCopy
-from .candidates import Candidates, Place, Table
-from .crops import Crop, MaskGenerationSettings, crop_boxes, point_grid
+from .candidates import Candidates, Table
+from .crop_prompts import CropPrompts
+from .crops import Crop, MaskGenerationSettings, crop_boxes
 from .encoded_image import EncodedImage
-from .packed_logits import reach_of
+from .overlapping import Running, attempt, overlapped
 from .tile_merging import generated_masks, merge_tiles
 from .tiles import MemoryStore, TileGrid, TileSettings, segment_tiles
 
 
 _CROP_EDGE_TOLERANCE = 20  # pixels of the image
-
-Result = TypeVar("Result")
 
 
 class MaskGenerator:
@@ -114,7 +110,7 @@ class MaskGenerator:
         self.model = model.eval()
         self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self.device = model.device
-        self._overlaps = self.device.type == "cuda"  # see `_overlapped`
+        self._overlaps = self.device.type == "cuda"  # see `overlapped`
         self._stream: torch.cuda.Stream | None = None
         reason = why_not_triton(torch.empty(0, device=self.device))
         if triton_kernels and reason:
@@ -237,21 +233,21 @@ class MaskGenerator:
         """Yield each image with its masks, or with the error that is in their place."""
         if self.tiles is not None:  # they are read piece by piece
             for image, _, _ in read_ahead(_unread, images):
-                yield image, _attempt(lambda image=image: self._generate(image, settings))
+                yield image, attempt(partial(self._generate, image, settings))
             return
         given: deque[ImageInput] = deque()
 
-        def starts() -> Iterator[Callable[[], _Running]]:
+        def starts() -> Iterator[Callable[[], Running]]:
             for image, tensor, error in read_ahead(_read, images):
                 given.append(image)
                 yield partial(self._start_read, tensor, error, settings)
 
-        for result in self._overlapped(starts()):
+        for result in overlapped(starts(), self._select_beside, self._overlaps):
             yield given.popleft(), result
 
     def _start_read(
         self, image: torch.Tensor | None, error: Exception | None, settings: MaskGenerationSettings
-    ) -> "_Running":
+    ) -> Running:
         if image is None:
             assert error is not None
             raise error
@@ -274,33 +270,10 @@ class MaskGenerator:
             ValueError: In the place of an image's masks, see `generate`. The images behind it are not segmented.
         """
         starts = (partial(self._start, image, settings, progress, encoded) for image, encoded in images)
-        for result in self._overlapped(starts):
+        for result in overlapped(starts, self._select_beside, self._overlaps):
             if isinstance(result, Exception):
                 raise result
             yield result
-
-    def _overlapped(self, starts: Iterable[Callable[[], "_Running"]]) -> Iterator[GeneratedMasks | Exception]:
-        """Yield the result of each image, or its error.
-
-        The end of an image is many short steps, between which the device waits for the CPU. So on a CUDA device its
-        first points are launched for the next image before, and the end runs beside them on a stream of its own.
-        """
-        waiting: list[_Running | Exception] = []  # at most one image, whose masks take memory
-        for start in starts:
-            now = _attempt(start)
-            if waiting:
-                yield self._end(waiting.pop())
-                if isinstance(now, torch.OutOfMemoryError):  # there is more memory now
-                    now = _attempt(start)
-            waiting.append(now if isinstance(now, Exception) else _attempt(now.finish) or now)
-            del now
-            if not self._overlaps:
-                yield self._end(waiting.pop())
-        if waiting:
-            yield self._end(waiting.pop())
-
-    def _end(self, image: "_Running | Exception") -> GeneratedMasks | Exception:
-        return image if isinstance(image, Exception) else _attempt(partial(self._select_beside, image))
 
     @without_autocast
     @torch.inference_mode()
@@ -327,7 +300,7 @@ class MaskGenerator:
 
     @without_autocast
     @torch.inference_mode()
-    def _start(self, image: torch.Tensor, settings: MaskGenerationSettings, progress=None, encoded=None) -> "_Running":
+    def _start(self, image: torch.Tensor, settings: MaskGenerationSettings, progress=None, encoded=None) -> Running:
         """Encode an image and launch its first points; see `generate`."""
         size = (image.shape[-2], image.shape[-1])
         crops = crop_boxes(*size, settings)
@@ -340,7 +313,7 @@ class MaskGenerator:
         candidates = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
         batches = self._decode(self._encode(image, crops, encoded), size, settings, candidates, progress)
         next(batches)
-        return _Running(size, settings, candidates, batches)
+        return Running(size, settings, candidates, batches)
 
     def _decode(self, encoded_crops, size, settings, candidates, progress) -> Iterator[None]:
         for crop, embedding in encoded_crops:
@@ -372,7 +345,10 @@ class MaskGenerator:
         """
         min_iou = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
         at_once = self.budget.points_per_upscaling
-        prompts = self._prompts(crop, size, settings.points_per_side(crop.layer))
+        prompts = CropPrompts.make(
+            crop, size, settings.points_per_side(crop.layer), self.budget.points_per_batch,
+            4 * self.model.config.prompt_encoder_config.image_embedding_size, self.image_processor, self.device,
+        )  # fmt: skip
         for start in range(0, prompts.num_points, prompts.batch_size):
             if not self.decoder.is_lean:  # there is no room for the logits of two batches
                 candidates.settle()
@@ -392,36 +368,12 @@ class MaskGenerator:
             if progress is not None:
                 progress.update(num_points)
 
-    def _prompts(self, crop: Crop, size: tuple[int, int], points_per_side: int) -> "_Prompts":
-        """Make the points of a crop, and what is computed with their masks; nothing here waits for the device."""
-        resized = resized_size(*crop.size, self.image_processor.size["longest_edge"])
-        padded = self.image_processor.pad_size["height"], self.image_processor.pad_size["width"]
-        frame = Frame(padded, resized, crop.size, (crop.box_xyxy[1], crop.box_xyxy[0]), size)
-        side = 4 * self.model.config.prompt_encoder_config.image_embedding_size
-        # Products in the stock pipeline's order: coordinates must be equal to the last bit.
-        points = point_grid(points_per_side) * torch.tensor([crop.size[1], crop.size[0]])
-        factors = resized[1] / crop.size[1], resized[0] / crop.size[0]
-        in_input = torch.stack([points[:, 0] * factors[0], points[:, 1] * factors[1]], dim=1)
-        # All batches have one size, so that one CUDA graph serves: the last batch is filled up with its last point.
-        batch_size = _even_batch(len(points), self.budget.points_per_batch)
-        in_input = torch.cat([in_input, in_input[-1:].expand(-len(points) % batch_size, -1)])
-        points = points + torch.tensor(crop.box_xyxy[:2])
-        edges = torch.tensor([crop.box_xyxy, (0, 0, size[1], size[0])], dtype=torch.float32)
-        parts = in_input, points, reach_of(frame, side, side), edges
-        # One copy: each takes as long as a kernel. It is not from pinned memory, and has been read when it returns.
-        on_device = torch.cat([part.flatten() for part in parts]).to(self.device, non_blocking=True)
-        own = on_device.split([part.numel() for part in parts])
-        in_input, points, reach, edges = (tensor.view(part.shape) for tensor, part in zip(own, parts))
-        labels = torch.ones(batch_size, 1, dtype=torch.int64, device=self.device)
-        visible = visible_part((side, side), padded, resized)
-        return _Prompts(in_input[:, None], labels, points, batch_size, visible, Place(frame, reach), edges)
-
     def _filter(
         self,
         logits: torch.Tensor,
         scores: torch.Tensor,
         points: torch.Tensor,
-        prompts: "_Prompts",
+        prompts: CropPrompts,
         settings: MaskGenerationSettings,
         candidates: Candidates,
     ):
@@ -453,7 +405,7 @@ class MaskGenerator:
 
     @without_autocast
     @torch.inference_mode()
-    def _select_beside(self, running: "_Running") -> GeneratedMasks:
+    def _select_beside(self, running: Running) -> GeneratedMasks:
         """Compute `_select` on a stream of its own, beside what has been launched since the image's last points."""
         if running.end is None:
             return self._select(running)
@@ -463,7 +415,7 @@ class MaskGenerator:
         with torch.cuda.stream(self._stream):
             return self._select(running)
 
-    def _select(self, running: "_Running") -> GeneratedMasks:
+    def _select(self, running: Running) -> GeneratedMasks:
         """Suppress duplicates: of masks whose boxes overlap keep the best, and copy the result to the CPU."""
         from torchvision.ops import batched_nms
 
@@ -500,71 +452,6 @@ class MaskGenerator:
         return f"the model's scores are NaN, with a mask decoder in {dtype}{advice}."
 
 
-class _Prompts(NamedTuple):
-    """The points of a crop, in batches of one size, on the device.
-
-    Attributes:
-        resized: float32 (batches * batch_size, 1, 2), in pixels of the model's input; filled up behind the last point.
-        labels: int64 (batch_size, 1).
-        points: float32 (num_points, 2), in pixels of the image.
-        batch_size: The number of points decoded at once.
-        visible: See `FastMaskDecoder.decode`.
-        place: Of their masks.
-        edges: float32 (2, 4), the boxes of the crop and of the image, XYXY.
-    """
-
-    resized: torch.Tensor
-    labels: torch.Tensor
-    points: torch.Tensor
-    batch_size: int
-    visible: tuple[int, int]
-    place: Place
-    edges: torch.Tensor
-
-    @property
-    def num_points(self) -> int:
-        return len(self.points)
-
-
-@dataclass
-class _Running:
-    """An image whose points are being decoded.
-
-    Attributes:
-        size: (height, width).
-        settings: Of the image.
-        candidates: The masks that have passed the filters so far.
-        batches: What is left to be decoded, see `MaskGenerator._decode_crop`.
-        end: On a CUDA device, where on the stream all candidates are ready.
-    """
-
-    size: tuple[int, int]
-    settings: MaskGenerationSettings
-    candidates: Candidates
-    batches: Iterator[None]
-    end: torch.cuda.Event | None = None
-
-    @without_autocast
-    @torch.inference_mode()
-    def finish(self):
-        """Decode the other points."""
-        for _ in self.batches:
-            pass
-        self.candidates.settle()
-        if self.candidates.device.type == "cuda":
-            self.end = torch.cuda.Event()
-            self.end.record(torch.cuda.current_stream(self.candidates.device))
-
-
-def _attempt(work: Callable[[], Result]) -> Result | Exception:
-    """Return the result of `work`, or its error if it concerns one image alone."""
-    try:
-        return work()
-    except IMAGE_ERRORS as error:
-        # The frames of the traceback hold tensors.
-        return error.with_traceback(None) if isinstance(error, torch.OutOfMemoryError) else error
-
-
 def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception | None]:
     """Return the image, its pixels or None, and the error that reading it raised or None: other images go on."""
     try:
@@ -595,8 +482,3 @@ def _ends_at_crop(boxes: torch.Tensor, crop_box: torch.Tensor, image_box: torch.
 def _crop_box(frame: Frame) -> tuple[int, int, int, int]:
     (top, left), (height, width) = frame.corner, frame.crop
     return left, top, left + width, top + height
-
-
-def _even_batch(total: int, most: int) -> int:
-    """Return the size of nearly equal batches, of at most `most`, that split `total` into as few as possible."""
-    return math.ceil(total / math.ceil(total / most))

@@ -88,9 +88,10 @@ class NeededTiles:
             masks, rows, columns = self._needed.nonzero_static(size=count).unbind(1)
         else:
             masks, rows, columns = torch.zeros(3, 0, dtype=torch.int64, device=logits.device)
-        length, num_rows, num_columns = self._needed.shape
-        tiled = logits.view(length, num_rows, tile_height, num_columns, tile_width)
-        return PackedLogits(tiled[masks, rows, :, columns], masks, rows, columns, tuple(logits.shape))
+        num_masks, num_rows, num_columns = self._needed.shape
+        tiled = logits.view(num_masks, num_rows, tile_height, num_columns, tile_width)
+        shape = num_masks, num_rows * tile_height, num_columns * tile_width
+        return PackedLogits(tiled[masks, rows, :, columns], masks, rows, columns, shape)
 
 
 def reach_of(frame: Frame, height: int, width: int) -> torch.Tensor:

@@ -210,7 +210,7 @@ def compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
 
 def _compress_runs(runs: np.ndarray, offsets: np.ndarray) -> list[str]:
     # Half of the memory is read and written with 32 bits, which a difference of two runs fits into, too.
-    values = runs.astype(np.int32 if runs.max(initial=0) < 2**31 else np.int64)
+    values: np.ndarray = runs.astype(np.int32 if runs.max(initial=0) < 2**31 else np.int64)
     values[2:] -= runs[:-2].astype(values.dtype)
     # The first three runs of a mask. Where one has fewer, they are the first of the next mask, or the last of all.
     first = np.minimum(offsets[:-1, None] + np.arange(3), len(runs) - 1)

@@ -1,0 +1,88 @@
+"""Images that overlap on a CUDA device: the next one begins before the last steps of one."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from ..images.errors import IMAGE_ERRORS
+from ..masks.results import GeneratedMasks
+from ..utils.autocast import without_autocast
+from .candidates import Candidates
+from .crops import MaskGenerationSettings
+
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Running:
+    """An image whose points are being decoded.
+
+    Attributes:
+        size: (height, width).
+        settings: Of the image.
+        candidates: The masks that have passed the filters so far.
+        batches: What is left to be decoded, see `MaskGenerator._decode_crop`.
+        end: On a CUDA device, where on the stream all candidates are ready.
+    """
+
+    size: tuple[int, int]
+    settings: MaskGenerationSettings
+    candidates: Candidates
+    batches: Iterator[None]
+    end: torch.cuda.Event | None = None
+
+    @without_autocast
+    @torch.inference_mode()
+    def finish(self):
+        """Decode the other points."""
+        for _ in self.batches:
+            pass
+        self.candidates.settle()
+        if self.candidates.device.type == "cuda":
+            self.end = torch.cuda.Event()
+            self.end.record(torch.cuda.current_stream(self.candidates.device))
+
+
+def overlapped(
+    starts: Iterable[Callable[[], Running]], end: Callable[[Running], GeneratedMasks], overlaps: bool
+) -> Iterator[GeneratedMasks | Exception]:
+    """Yield the masks of each image, or its error.
+
+    The end of an image is many short steps, between which the device waits for the CPU. So the first points of the next
+    image are launched before, and the end runs beside them on a stream of its own.
+
+    Args:
+        starts: Each encodes an image, and launches its first points.
+        end: Chooses among the masks of an image.
+        overlaps: Otherwise an image begins when the one before has ended.
+    """
+    waiting: list[Running | Exception] = []  # at most one image, whose masks take memory
+    for start in starts:
+        now = attempt(start)
+        if waiting:
+            yield _ended(waiting.pop(), end)
+            if isinstance(now, torch.OutOfMemoryError):  # there is more memory now
+                now = attempt(start)
+        waiting.append(now if isinstance(now, Exception) else attempt(now.finish) or now)
+        del now
+        if not overlaps:
+            yield _ended(waiting.pop(), end)
+    if waiting:
+        yield _ended(waiting.pop(), end)
+
+
+def _ended(image: Running | Exception, end: Callable[[Running], GeneratedMasks]) -> GeneratedMasks | Exception:
+    return image if isinstance(image, Exception) else attempt(partial(end, image))
+
+
+def attempt(work: Callable[[], Result]) -> Result | Exception:
+    """Return the result of `work`, or its error if it concerns one image alone."""
+    try:
+        return work()
+    except IMAGE_ERRORS as error:
+        # The frames of the traceback hold tensors.
+        return error.with_traceback(None) if isinstance(error, torch.OutOfMemoryError) else error
