@@ -208,7 +208,8 @@ class MaskGenerator:
             **changes: See a call.
 
         Yields:
-            One result for each image, in order.
+            One result for each image, in order. On a CUDA device it comes when the next image has been read, so that
+            the device never waits.
 
         Example:
             >>> for path, result in zip(paths, generator.generate_many(paths)):
