@@ -232,9 +232,9 @@ class MaskGenerator:
         self, images: Iterable[ImageInput], settings: MaskGenerationSettings
     ) -> Iterator[tuple[ImageInput, GeneratedMasks | Exception]]:
         """Yield each image with its masks, or with the error that is in their place."""
-        if self.tiles is not None:  # they are read piece by piece
-            for image, _, _ in read_ahead(_unread, images):
-                yield image, attempt(partial(self._generate, image, settings))
+        if self.tiles is not None or not self._overlaps:
+            for image, tensor, error in read_ahead(_read if self.tiles is None else _unread, images):
+                yield image, error or attempt(partial(self._generate, tensor, settings))
             return
         given: deque[ImageInput] = deque()
 
@@ -243,7 +243,7 @@ class MaskGenerator:
                 given.append(image)
                 yield partial(self._start_read, tensor, error, settings)
 
-        for result in overlapped(starts(), self._select_beside, self._overlaps):
+        for result in overlapped(starts(), self._select_beside):
             yield given.popleft(), result
 
     def _start_read(
@@ -270,8 +270,11 @@ class MaskGenerator:
         Raises:
             ValueError: In the place of an image's masks, see `generate`. The images behind it are not segmented.
         """
+        if not self._overlaps:
+            yield from (self.generate(image, settings, progress, encoded) for image, encoded in images)
+            return
         starts = (partial(self._start, image, settings, progress, encoded) for image, encoded in images)
-        for result in overlapped(starts, self._select_beside, self._overlaps):
+        for result in overlapped(starts, self._select_beside):
             if isinstance(result, Exception):
                 raise result
             yield result

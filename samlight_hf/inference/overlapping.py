@@ -48,7 +48,7 @@ class Running:
 
 
 def overlapped(
-    starts: Iterable[Callable[[], Running]], end: Callable[[Running], GeneratedMasks], overlaps: bool
+    starts: Iterable[Callable[[], Running]], end: Callable[[Running], GeneratedMasks]
 ) -> Iterator[GeneratedMasks | Exception]:
     """Yield the masks of each image, or its error.
 
@@ -58,7 +58,6 @@ def overlapped(
     Args:
         starts: Each encodes an image, and launches its first points.
         end: Chooses among the masks of an image.
-        overlaps: Otherwise an image begins when the one before has ended.
     """
     waiting: list[Running | Exception] = []  # at most one image, whose masks take memory
     for start in starts:
@@ -69,8 +68,6 @@ def overlapped(
                 now = attempt(start)
         waiting.append(now if isinstance(now, Exception) else attempt(now.finish) or now)
         del now
-        if not overlaps:
-            yield _ended(waiting.pop(), end)
     if waiting:
         yield _ended(waiting.pop(), end)
 

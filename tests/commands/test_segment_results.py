@@ -246,7 +246,7 @@ def test_names_as_long_as_file_systems_take(segment, tmp_path, file_format):
 STEPS = {
     "reading": (segment_run, "open_image"),
     "preparing": (segment_run, "image_tensor"),
-    "segmenting": (MaskGenerator, "_start"),
+    "segmenting": (MaskGenerator, "generate"),
     "writing": (mask_files, "write_masks"),
 }
 
