@@ -234,7 +234,8 @@ class MaskGenerator:
         """Yield each image with its masks, or with the error that is in their place."""
         if self.tiles is not None or not self._overlaps:
             for image, tensor, error in read_ahead(_read if self.tiles is None else _unread, images):
-                yield image, error or attempt(partial(self._generate, tensor, settings))
+                result = error if error is not None else attempt(partial(self._generate, tensor, settings))
+                yield image, result
             return
         given: deque[ImageInput] = deque()
 
@@ -317,7 +318,8 @@ class MaskGenerator:
         candidates = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
         batches = self._decode(self._encode(image, crops, encoded), size, settings, candidates, progress)
         next(batches)
-        return Running(size, settings, candidates, batches)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        return Running(size, settings, candidates, batches, stream)
 
     def _decode(self, encoded_crops, size, settings, candidates, progress) -> Iterator[None]:
         for crop, embedding in encoded_crops:

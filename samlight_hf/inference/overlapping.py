@@ -26,6 +26,7 @@ class Running:
         settings: Of the image.
         candidates: The masks that have passed the filters so far.
         batches: What is left to be decoded, see `MaskGenerator._decode_crop`.
+        stream: On a CUDA device, the stream that the first batch was launched on.
         end: On a CUDA device, where on the stream all candidates are ready.
     """
 
@@ -33,18 +34,20 @@ class Running:
     settings: MaskGenerationSettings
     candidates: Candidates
     batches: Iterator[None]
+    stream: torch.cuda.Stream | None
     end: torch.cuda.Event | None = None
 
     @without_autocast
     @torch.inference_mode()
     def finish(self):
         """Decode the other points."""
-        for _ in self.batches:
-            pass
-        self.candidates.settle()
-        if self.candidates.device.type == "cuda":
+        with torch.cuda.stream(self.stream):  # between two images the caller may have changed it
+            for _ in self.batches:
+                pass
+            self.candidates.settle()
+        if self.stream is not None:
             self.end = torch.cuda.Event()
-            self.end.record(torch.cuda.current_stream(self.candidates.device))
+            self.end.record(self.stream)
 
 
 def overlapped(
