@@ -32,7 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
-from ..kernels import cpu_blocks, image_attention, mask_head
+from ..kernels import cpu_blocks, image_attention, mask_head, shared_attention
 from ..kernels import tokens as token_kernels
 from ..kernels.prompt_embedding import PromptEmbedding
 from ..kernels.support import compile_ahead, is_out_of_memory, only_compiles, settled
@@ -166,10 +166,10 @@ class FastMaskDecoder:
 
     @settled
     def why_not_triton(self) -> dict[str, str | None]:
+        kind = self.device, self.dtype, self.positions.shape[1], self.num_heads
+        features = self.decoder.config.hidden_size // self.decoder.config.attention_downsample_rate
         return {
-            "attention": image_attention.why_not_triton(
-                self.device, self.dtype, self.positions.shape[1], self.num_heads
-            ),
+            "attention": image_attention.why_not_triton(*kind) or shared_attention.why_not_triton(*kind, features),
             "head": mask_head.why_not_triton(self.head),
         }
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
 
-from ..kernels import cpu_blocks, image_attention
+from ..kernels import cpu_blocks, image_attention, shared_attention
 from ..kernels.layer_norm import add_layer_norm
 
 
@@ -24,7 +24,7 @@ def run_two_way(
         embedded: Prompt tokens (P, T, C), which also serve as their positional encoding.
         image_tokens: (1, N, C) if all prompts share one image, or (P, N, C).
         positions: Positional encoding of the image tokens (N, C).
-        use_kernels: Use the Triton kernels of `image_attention` where they fit.
+        use_kernels: Use the Triton kernels of `image_attention` and `shared_attention` where they fit.
 
     Returns:
         The prompt tokens (P, T, C) and the image tokens (P, N, C) after the last layer.
@@ -58,15 +58,19 @@ def _tokens_to_image(
 ) -> torch.Tensor:
     """Attend from prompt tokens (P, T, C) to image tokens (1 or P, N, C); keys have positions, values have none."""
     heads, (num_prompts, num_tokens, _) = attention.num_attention_heads, tokens.shape
-    query = _heads(attention.q_proj(tokens), heads) * attention.scaling  # (P, T, H, D)
-    use_kernels = use_kernels and image_attention.fits(heads, num_tokens)
-    if len(image_tokens) == 1 and not use_kernels:  # shared: project them once
-        key = _heads(attention.k_proj(image_tokens[0] + positions), heads)  # (N, H, D)
-        value = _heads(attention.v_proj(image_tokens[0]), heads)
-        scores = query.permute(2, 0, 1, 3).flatten(1, 2) @ key.permute(1, 2, 0)  # (H, P * T, N)
-        output = scores.softmax(dim=-1) @ value.transpose(0, 1)  # (H, P * T, D)
-        output = output.view(heads, num_prompts, num_tokens, -1).permute(1, 2, 0, 3)
+    if len(image_tokens) == 1:  # shared: project them once
+        key = attention.k_proj(image_tokens[0] + positions)  # (N, H * D)
+        value = attention.v_proj(image_tokens[0])
+        if use_kernels and shared_attention.fits(heads, key.shape[1]):
+            output = shared_attention.attend(tokens, attention.q_proj, key, value, heads)
+        else:
+            query = _heads(attention.q_proj(tokens), heads) * attention.scaling  # (P, T, H, D)
+            scores = query.permute(2, 0, 1, 3).flatten(1, 2) @ _heads(key, heads).permute(1, 2, 0)  # (H, P * T, N)
+            output = scores.softmax(dim=-1) @ _heads(value, heads).transpose(0, 1)  # (H, P * T, D)
+            output = output.view(heads, num_prompts, num_tokens, -1).permute(1, 2, 0, 3)
     else:
+        query = _heads(attention.q_proj(tokens), heads) * attention.scaling
+        use_kernels = use_kernels and image_attention.fits(heads, num_tokens)
         # The key's bias adds the same to all scores of a token, which softmax ignores.
         query = _to_image_side(query, attention.k_proj.weight)  # (P, H * T, C)
         see = _choose(image_attention.seen, cpu_blocks.seen, image_attention.seen_reference, image_tokens, use_kernels)

@@ -7,6 +7,9 @@ therefore have the C channels of the image tokens; `engine/mask_decoder.py` expl
 """
 
 import copy
+import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,11 +29,32 @@ from .support import (
 
 
 _NAME = "the attention of the mask decoder"
-_BLOCK = 32  # image tokens
-_THREAD_BLOCKS = 528  # of a launch: two at a time on each multiprocessor of an H100, twice
-_MOST_PARTS = 128  # of the image tokens
-_MOST_BLOCKS = 4  # of image tokens that a thread block updates in sequence
+_SUM_ROWS = 8  # that a thread block of the sum combines
 _MOST_ROWS = 64  # of a prompt: its tokens times heads
+
+
+class _Shape(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        block: Image tokens that are processed at a time.
+        warps: Of a thread block.
+        stages: Of the loop over blocks, in Triton's sense.
+        resident: Thread blocks that a multiprocessor of an H100 holds at a time.
+        start: How many blocks of image tokens take as long as the start and the end of a thread block.
+        add: Whether positions are added to image tokens before the product.
+    """
+
+    block: int
+    warps: int
+    stages: int
+    resident: int
+    start: int
+    add: bool = False
+
+
+_SEEN = _Shape(block=64, warps=4, stages=3, resident=1, start=3)
+_UPDATE = _Shape(block=64, warps=4, stages=1, resident=2, start=2, add=True)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_heads: int) -> str | None:
@@ -160,9 +184,7 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
     """Compute `seen_reference` with the kernels: first for parts of the image tokens, then the sum of the parts."""
     (num_prompts, num_rows, channels), num_tokens = queries.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
-    blocks = triton.cdiv(num_tokens, _BLOCK)
-    blocks_of_part = max(1, num_prompts * blocks // _THREAD_BLOCKS, triton.cdiv(blocks, _MOST_PARTS))
-    num_parts = triton.cdiv(blocks, blocks_of_part)
+    blocks_of_part, num_parts = _parts(num_prompts, num_tokens, image_tokens.device, _SEEN)
     rows = max(16, triton.next_power_of_2(num_rows))
     sums = torch.empty(num_prompts, num_parts, num_rows, channels, dtype=torch.float32, device=image_tokens.device)
     # For each row and part the largest score, and the sum of the exponentials relative to it.
@@ -175,12 +197,13 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
             _seen_kernel, (num_prompts, num_parts),  # only the first may be more than 65,535
             queries.contiguous(), image_tokens, positions, sums, *statistics,
             num_rows, num_tokens, _stride(image_tokens), blocks_of_part,
-            CHANNELS=channels, ROWS=rows, BLOCK=_BLOCK, num_warps=4, num_stages=2, **overlap_options(image_tokens),
+            CHANNELS=channels, ROWS=rows, BLOCK=_SEEN.block, EVEN=num_tokens % _SEEN.block == 0,
+            num_warps=_SEEN.warps, num_stages=_SEEN.stages, **overlap_options(image_tokens),
         )  # fmt: skip
         launch(
-            _sum_kernel, (num_prompts, num_rows),
-            sums, *statistics, seen, num_parts,
-            CHANNELS=channels, PARTS=triton.next_power_of_2(num_parts), **overlap_options(image_tokens),
+            _sum_kernel, (num_prompts, triton.cdiv(num_rows, _SUM_ROWS)),
+            sums, *statistics, seen, num_parts, num_rows,
+            CHANNELS=channels, ROWS=_SUM_ROWS, **overlap_options(image_tokens),
         )  # fmt: skip
     return seen
 
@@ -201,8 +224,8 @@ def launch_update(
     """
     (num_prompts, num_rows, channels), num_tokens = keys.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
-    rows, blocks = num_rows // num_heads, triton.cdiv(num_tokens, _BLOCK)
-    blocks_of_part = max(1, min(_MOST_BLOCKS, num_prompts * blocks // _THREAD_BLOCKS))
+    rows = num_rows // num_heads
+    blocks_of_part, num_parts = _parts(num_prompts, num_tokens, image_tokens.device, _UPDATE)
     shape = num_prompts, num_tokens, channels
     assert not in_place or image_tokens.shape == shape, "image tokens that prompts share cannot be overwritten"
     updated = image_tokens if in_place else torch.empty(shape, dtype=image_tokens.dtype, device=image_tokens.device)
@@ -210,14 +233,32 @@ def launch_update(
         return updated
     with torch.cuda.device_of(image_tokens):  # where Triton launches
         launch(
-            _update_kernel, (num_prompts, triton.cdiv(blocks, blocks_of_part)),
+            _update_kernel, (num_prompts, num_parts),
             image_tokens, positions, keys.contiguous(), biases.contiguous(), values.contiguous(),
             norm.weight, norm.bias, updated,
             rows, num_tokens, _stride(image_tokens), blocks_of_part, norm.eps,
-            CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)), BLOCK=_BLOCK,
-            num_warps=4, num_stages=2, **overlap_options(image_tokens),
+            CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)),
+            BLOCK=_UPDATE.block, EVEN=num_tokens % _UPDATE.block == 0, ADD=_UPDATE.add,
+            num_warps=_UPDATE.warps, num_stages=_UPDATE.stages, **overlap_options(image_tokens),
         )  # fmt: skip
     return updated
+
+
+def _parts(num_prompts: int, num_tokens: int, device: torch.device, shape: _Shape) -> tuple[int, int]:
+    """Return how many blocks of image tokens a thread block processes, and how many thread blocks a prompt has."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return _fastest_parts(num_prompts, triton.cdiv(num_tokens, shape.block), multiprocessors, shape)
+
+
+@lru_cache
+def _fastest_parts(num_prompts: int, blocks: int, multiprocessors: int, shape: _Shape) -> tuple[int, int]:
+    """Choose parts so that the last thread blocks end early: as many as run at a time, or a multiple of that."""
+    choices = []
+    for blocks_of_part in range(1, blocks + 1):
+        parts = triton.cdiv(blocks, blocks_of_part)
+        rounds = triton.cdiv(num_prompts * parts, multiprocessors * shape.resident)
+        choices.append((rounds * (blocks_of_part + shape.start), blocks_of_part, parts))
+    return min(choices, default=(0, 1, 0))[1:]
 
 
 def _stride(image_tokens: torch.Tensor) -> int:
@@ -228,10 +269,19 @@ def _stride(image_tokens: torch.Tensor) -> int:
 if triton is not None:
     from .support import grid_dependency_wait
 
+    _LOG2E = tl.constexpr(math.log2(math.e))
+
+    @triton.jit
+    def _block(pointers, real, EVEN: tl.constexpr):
+        """Load a block of tokens, which are all real if EVEN."""
+        if EVEN:
+            return tl.load(pointers)
+        return tl.load(pointers, mask=real[:, None], other=0.0)
+
     @triton.jit
     def _seen_kernel(
         queries, image_tokens, positions, sums, maxima, totals, num_rows, num_tokens, image_stride, blocks_of_part,
-        CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+        CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Attend from all queries of one prompt to a part of the image tokens; store sums before normalization."""
         grid_dependency_wait(OVERLAP)
@@ -245,19 +295,20 @@ if triton is not None:
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         seen = tl.zeros((ROWS, CHANNELS), tl.float32)
-        for number in range(blocks_of_part):
-            token = (tl.program_id(1) * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
+        first = tl.program_id(1) * blocks_of_part
+        for number in range(first, tl.minimum(first + blocks_of_part, tl.cdiv(num_tokens, BLOCK))):
+            token = number * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
-            tokens = tl.load(image_tokens + places, mask=real[:, None], other=0.0)
-            position = tl.load(positions + places, mask=real[:, None], other=0.0)
+            tokens = _block(image_tokens + places, real, EVEN)
+            position = _block(positions + places, real, EVEN)
             # Adding both blocks first would save a product, but Triton 3.6 miscompiles the prefetched loads then.
             scores = tl.dot(query, tl.trans(position), tl.dot(query, tl.trans(tokens)))
-            scores = tl.where(real[None, :], scores, float("-inf"))
+            if not EVEN:
+                scores = tl.where(real[None, :], scores, float("-inf"))
             higher = tl.maximum(largest, tl.max(scores, axis=1))
-            # The last block of a part may have no token, but the first one has some: no maximum is infinite.
-            factor = tl.exp(largest - higher)
-            weights = tl.exp(scores - higher[:, None])
+            factor = tl.exp2((largest - higher) * _LOG2E)
+            weights = tl.exp2(scores * _LOG2E - (higher * _LOG2E)[:, None])
             total = total * factor + tl.sum(weights, axis=1)
             seen = tl.dot(weights.to(tokens.dtype), tokens, seen * factor[:, None])
             largest = higher
@@ -269,61 +320,77 @@ if triton is not None:
 
     @triton.jit
     def _sum_kernel(
-        sums, maxima, totals, seen, num_parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr
-    ):
-        """Combine all parts of one row of one prompt."""
+        sums, maxima, totals, seen, num_parts, num_rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Combine all parts of some rows of one prompt."""
         grid_dependency_wait(OVERLAP)
-        prompt, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-        part = tl.arange(0, PARTS)
+        prompt = tl.program_id(0).to(tl.int64)
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         channel = tl.arange(0, CHANNELS)
-        real = part < num_parts
-        place = (prompt * num_parts + part) * num_rows + row
-        largest = tl.load(maxima + place, mask=real, other=float("-inf"))
-        factor = tl.exp(largest - tl.max(largest, axis=0))
-        total = tl.sum(factor * tl.load(totals + place, mask=real, other=0.0), axis=0)
-        places = place[:, None] * CHANNELS + channel[None, :]
-        parts = tl.load(sums + places, mask=real[:, None], other=0.0)
-        result = tl.sum(parts * factor[:, None], axis=0) / total
-        tl.store(seen + (prompt.to(tl.int64) * num_rows + row) * CHANNELS + channel, result.to(seen.dtype.element_ty))
+        wanted = row < num_rows
+        first = prompt * num_parts * num_rows
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        for part in range(num_parts):
+            largest = tl.maximum(largest, tl.load(maxima + first + part * num_rows + row, mask=wanted, other=0.0))
+        total = tl.zeros((ROWS,), tl.float32)
+        result = tl.zeros((ROWS, CHANNELS), tl.float32)
+        for part in range(num_parts):
+            place = first + part * num_rows + row
+            factor = tl.exp2((tl.load(maxima + place, mask=wanted, other=0.0) - largest) * _LOG2E)
+            total += factor * tl.load(totals + place, mask=wanted, other=1.0)
+            places = place[:, None] * CHANNELS + channel[None, :]
+            result += tl.load(sums + places, mask=wanted[:, None], other=0.0) * factor[:, None]
+        places = (prompt * num_rows + row)[:, None] * CHANNELS + channel[None, :]
+        tl.store(seen + places, (result / total[:, None]).to(seen.dtype.element_ty), mask=wanted[:, None])
 
     @triton.jit
     def _update_kernel(
         image_tokens, positions, keys, biases, values, norm_weight, norm_bias, updated,
         num_own, num_tokens, image_stride, blocks_of_part, eps,
         CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-        OVERLAP: tl.constexpr,
+        EVEN: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Update a part of the image tokens for one prompt, which has `num_own` tokens in each head."""
         grid_dependency_wait(OVERLAP)
-        prompt, part_of_prompt = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        prompt = tl.program_id(0).to(tl.int64)
         channel = tl.arange(0, CHANNELS)
-        column = tl.arange(0, HEADS * TOKENS)
-        own = column % TOKENS
-        row = column // TOKENS * num_own + own
+        # A token's heads are neighbours: then all columns of a head are in one thread's registers.
+        column = tl.arange(0, TOKENS * HEADS)
+        own = column // HEADS
+        row = column % HEADS * num_own + own
         first = prompt * HEADS * num_own
         keys, values, biases = keys + first * CHANNELS, values + first * CHANNELS, biases + first
         wanted = own < num_own
-        key = tl.load(keys + row[None, :] * CHANNELS + channel[:, None], mask=wanted[None, :], other=0.0)
-        value = tl.load(values + row[:, None] * CHANNELS + channel[None, :], mask=wanted[:, None], other=0.0)
+        rows = row[:, None] * CHANNELS + channel[None, :]
+        key = tl.load(keys + rows, mask=wanted[:, None], other=0.0)
+        value = tl.load(values + rows, mask=wanted[:, None], other=0.0)
         bias = tl.load(biases + row, mask=wanted, other=0.0).to(tl.float32)
-        bias = tl.where(wanted, bias, float("-inf"))[None, :]
-        scale = tl.load(norm_weight + channel).to(tl.float32)[None, :]
-        shift = tl.load(norm_bias + channel).to(tl.float32)[None, :]
+        bias = tl.where(wanted, bias, float("-inf"))[None, :] * _LOG2E
         image_tokens += prompt * image_stride
         updated += prompt * num_tokens * CHANNELS
-        for number in range(blocks_of_part):
-            token = (part_of_prompt * blocks_of_part + number) * BLOCK + tl.arange(0, BLOCK)
+        first = tl.program_id(1) * blocks_of_part
+        for number in range(first, tl.minimum(first + blocks_of_part, tl.cdiv(num_tokens, BLOCK))):
+            token = number * BLOCK + tl.arange(0, BLOCK)
             real = token < num_tokens
             places = token[:, None] * CHANNELS + channel[None, :]
-            tokens = tl.load(image_tokens + places, mask=real[:, None], other=0.0)
-            position = tl.load(positions + places, mask=real[:, None], other=0.0)
-            scores = tl.dot(position, key, tl.dot(tokens, key)) + bias
-            scores = tl.reshape(scores, (BLOCK, HEADS, TOKENS))
-            weights = tl.exp(scores - tl.max(scores, axis=2, keep_dims=True))
-            weights = weights / tl.sum(weights, axis=2, keep_dims=True)
-            weights = tl.reshape(weights, (BLOCK, HEADS * TOKENS)).to(tokens.dtype)
-            result = tl.dot(weights, value) + tokens.to(tl.float32)
-            centred = result - (tl.sum(result, axis=1) / CHANNELS)[:, None]
-            variance = tl.sum(centred * centred, axis=1) / CHANNELS
-            result = centred / tl.sqrt(variance + eps)[:, None] * scale + shift
-            tl.store(updated + places, result.to(updated.dtype.element_ty), mask=real[:, None])
+            tokens = _block(image_tokens + places, real, EVEN)
+            position = _block(positions + places, real, EVEN)
+            if ADD:
+                scores = tl.dot(tokens + position, tl.trans(key))
+            else:
+                scores = tl.dot(position, tl.trans(key), tl.dot(tokens, tl.trans(key)))
+            scores = tl.reshape(scores * _LOG2E + bias, (BLOCK, TOKENS, HEADS))
+            weights = tl.exp2(scores - tl.max(scores, axis=1, keep_dims=True))
+            weights = weights * (1.0 / tl.sum(weights, axis=1, keep_dims=True))
+            weights = tl.reshape(weights, (BLOCK, TOKENS * HEADS)).to(tokens.dtype)
+            result = tl.dot(weights, value, tokens.to(tl.float32))
+            centred = result - (tl.sum(result, axis=1) * (1.0 / CHANNELS))[:, None]
+            variance = tl.sum(centred * centred, axis=1) * (1.0 / CHANNELS)
+            scale = tl.load(norm_weight + channel).to(tl.float32)[None, :]  # kept in registers, they would be too many
+            shift = tl.load(norm_bias + channel).to(tl.float32)[None, :]
+            result = (centred * tl.rsqrt(variance + eps)[:, None] * scale + shift).to(updated.dtype.element_ty)
+            if EVEN:
+                tl.store(updated + places, result)
+            else:
+                tl.store(updated + places, result, mask=real[:, None])

@@ -26,7 +26,7 @@ from transformers.models.sam.modeling_sam import (
     SamTwoWayAttentionBlock,
 )
 
-from . import image_attention
+from . import image_attention, shared_attention
 from .prompt_embedding import PromptEmbedding
 from .support import launch, normal_numbers, overlap_options, tried, triton, why_not_decoder, why_not_tried
 
@@ -152,6 +152,7 @@ class TokenKernels:
         self.waves = torch.cat([embed.weight, embed.phase[None]])
         corners = torch.cat([torch.ones_like(embed.corners), embed.corners], dim=1)
         self.kinds = torch.cat([embed.by_label, corners])  # rows by label, the last for padding, then corners
+        self.shared_sides = self._project_positions(decoder.transformer.layers[0].cross_attn_token_to_image)
 
     def __call__(
         self, image_tokens: torch.Tensor, prompts: tuple[torch.Tensor, ...], masks: slice
@@ -169,10 +170,12 @@ class TokenKernels:
         """
         tokens = embedded = self.embed(prompts)
         norm = None
+        is_shared = len(image_tokens) == 1 and self.shared_sides is not None
         for place, layer in enumerate(self.transformer.layers):
             attended = self._attend(layer.self_attn, tokens, norm, None if norm is None else embedded)
             tokens = self._add(layer.self_attn.out_proj, attended, None if norm is None else tokens, norm)
-            tokens = self._see(layer.cross_attn_token_to_image, tokens, layer.layer_norm1, embedded, image_tokens)
+            see = self._see_shared if is_shared and place == 0 else self._see
+            tokens = see(layer.cross_attn_token_to_image, tokens, layer.layer_norm1, embedded, image_tokens)
             hidden = self._hidden(layer.mlp.lin1, tokens, layer.layer_norm2)
             tokens, norm = self._add(layer.mlp.lin2, hidden, tokens, layer.layer_norm2), layer.layer_norm3
             image_tokens = self._update(layer, tokens, norm, embedded, image_tokens, in_place=place > 0)
@@ -236,6 +239,26 @@ class TokenKernels:
             FEATURES=_FEATURES, ROWS=_ROWS,
         )  # fmt: skip
         return output
+
+    def _project_positions(self, attention: SamAttention) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what image tokens that all prompts share are multiplied with and added to for keys and values.
+
+        They are a weight (C, 2 * H * D) and a term (N, 2 * H * D), None if the heads are of another size.
+        """
+        key, value = attention.k_proj, attention.v_proj
+        if not shared_attention.fits(self.heads, key.out_features):
+            return None
+        keys = F.linear(self.positions.float(), key.weight.float(), key.bias.float())
+        terms = torch.cat([keys, value.bias.float().expand_as(keys)], dim=1)
+        return torch.cat([key.weight, value.weight]).T, terms.to(self.dtype)
+
+    def _see_shared(self, attention: SamAttention, tokens, norm, embedded, image_tokens) -> torch.Tensor:
+        """Compute the same as `_see` for image tokens (1, N, C), whose keys and values are projected once."""
+        assert self.shared_sides is not None
+        weight, terms = self.shared_sides
+        keys, values = torch.addmm(terms, image_tokens[0], weight).chunk(2, dim=1)
+        attended = shared_attention.attend(tokens, attention.q_proj, keys, values, self.heads, norm, embedded)
+        return self._add(attention.out_proj, attended, tokens, norm)
 
     def _update(
         self, layer: SamTwoWayAttentionBlock, tokens, norm, embedded, image_tokens, in_place: bool

@@ -1,0 +1,215 @@
+"""Attention of many prompts' tokens to the image tokens that all of them share, in a Triton kernel.
+
+In the mask decoder's first layer all prompts of an image see the same image tokens. Their keys and values are projected
+once, and the tokens of all prompts are rows of one attention. The kernel also projects the queries, after a LayerNorm
+where there is one. Sums are float32.
+"""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .support import (
+    compile_ahead,
+    launch,
+    launched,
+    normal_numbers,
+    overlap_options,
+    tl,
+    triton,
+    why_not_decoder,
+    why_not_tried,
+)
+
+
+_NAME = "the attention to shared image tokens"
+_ROWS = 32  # tokens of prompts
+_BLOCK = 128  # image tokens
+_WARPS = 4
+_STAGES = 3
+
+
+def fits(num_heads: int, features: int) -> bool:
+    """Return whether heads that have `features` features together are of a size that the kernel has."""
+    return features in (16 * num_heads, 32 * num_heads, 64 * num_heads)
+
+
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, channels: int, num_heads: int, features: int
+) -> str | None:
+    """Return why the kernel cannot run, as a sentence, or None if it can, or if it is not needed: see `fits`.
+
+    Args:
+        device: of the weights.
+        dtype: of the weights.
+        channels: of the tokens.
+        num_heads: of the attention.
+        features: of all heads' keys together.
+    """
+    if not fits(num_heads, features):
+        return None
+    return why_not_decoder(device, dtype, channels) or _why_not_tried(device, channels, dtype, num_heads, features)
+
+
+def _why_not_tried(
+    device: torch.device, channels: int, dtype: torch.dtype, num_heads: int, features: int
+) -> str | None:
+    def attempt() -> bool:
+        numbers = normal_numbers(device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(0)
+            query, norm = nn.Linear(channels, features, dtype=dtype), nn.LayerNorm(channels, dtype=dtype)
+        # More rows than a thread block has; the last block of keys is not full.
+        tokens, embedded = numbers(2, 11, 7, channels)
+        keys, values = numbers(2, 1000, features).to(dtype)
+        kinds = [(tokens.to(dtype), query), (tokens, query, norm, embedded)]
+
+        def run():
+            return [launch_attend(*kind[:2], keys, values, num_heads, *kind[2:]) for kind in kinds]
+
+        compile_ahead(run)
+        results = run()
+        sides = copy.deepcopy(query).float(), keys.float(), values.float(), num_heads
+        expected = [
+            attend_reference(tokens, *sides),
+            attend_reference(tokens, *sides, copy.deepcopy(norm).float(), embedded),
+        ]
+        return all(bool((a - b).norm() < 0.01 * b.norm()) for a, b in zip(results, expected))
+
+    return why_not_tried(_NAME, device, (channels, dtype, num_heads, features), attempt)
+
+
+def attend(
+    tokens: torch.Tensor,
+    query: nn.Linear,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_heads: int,
+    norm: nn.LayerNorm | None = None,
+    embedded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute `launch_attend`, or `attend_reference` if Triton cannot compile the kernel for these shapes."""
+    arguments = tokens, query, keys, values, num_heads, norm, embedded
+    return launched(
+        _NAME, tokens.device, (tokens.dtype, keys.dtype, num_heads, *tokens.shape, *keys.shape, norm is None),
+        lambda: launch_attend(*arguments), lambda: attend_reference(*arguments),
+    )  # fmt: skip
+
+
+def attend_reference(
+    tokens: torch.Tensor,
+    query: nn.Linear,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_heads: int,
+    norm: nn.LayerNorm | None = None,
+    embedded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the heads' outputs of the attention with the queries query(LayerNorm(tokens) + embedded) step by step.
+
+    Args:
+        tokens: (P, T, C).
+        query: linear layer from C channels to the features of all heads.
+        keys: (N, H * D), head by head; a view of wider rows, too.
+        values: (N, H * D), with the strides of the keys.
+        num_heads: H.
+        norm: LayerNorm of C channels. Default: none.
+        embedded: (P, T, C), if there is a norm.
+
+    Returns:
+        (P, T, H * D), in the keys' dtype.
+    """
+    if norm is not None and embedded is not None:
+        scale, shift = norm.weight.float(), norm.bias.float()
+        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], scale, shift, norm.eps) + embedded
+    queries = query(tokens.to(keys.dtype)).flatten(0, 1)
+    heads = (part.unflatten(-1, (num_heads, -1)).transpose(0, 1) for part in (queries, keys, values))
+    attended = F.scaled_dot_product_attention(*(head[None] for head in heads))[0]  # (H, P * T, D)
+    return attended.transpose(0, 1).reshape(*tokens.shape[:2], -1)
+
+
+def launch_attend(
+    tokens: torch.Tensor,
+    query: nn.Linear,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_heads: int,
+    norm: nn.LayerNorm | None = None,
+    embedded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute `attend_reference` with the kernel."""
+    (num_keys, features), channels = keys.shape, tokens.shape[-1]
+    attended = torch.empty(*tokens.shape[:2], features, dtype=keys.dtype, device=keys.device)
+    if not attended.numel():
+        return attended
+    num_rows, head = tokens.shape[0] * tokens.shape[1], features // num_heads
+    assert keys.stride() == values.stride() and keys.stride(1) == 1
+    sides: tuple = None, None, 0.0, None
+    if norm is not None and embedded is not None:
+        sides = norm.weight, norm.bias, norm.eps, embedded.contiguous()
+    with torch.cuda.device_of(keys):  # where Triton launches
+        launch(
+            _attend_kernel, (triton.cdiv(num_rows, _ROWS), num_heads),
+            tokens.contiguous(), *sides, query.weight, query.bias, keys, values, attended,
+            num_rows, num_keys, keys.stride(0), head**-0.5,
+            CHANNELS=channels, HEADS=num_heads, HEAD=head, ROWS=_ROWS, BLOCK=_BLOCK, NORM=norm is not None,
+            EVEN=num_keys % _BLOCK == 0, num_warps=_WARPS, num_stages=_STAGES, **overlap_options(keys),
+        )  # fmt: skip
+    return attended
+
+
+if triton is not None:
+    from .support import grid_dependency_wait
+
+    _LOG2E = tl.constexpr(math.log2(math.e))
+
+    @triton.jit(do_not_specialize=["num_rows"])
+    def _attend_kernel(
+        tokens, norm_weight, norm_bias, eps, embedded, query_weight, query_bias, keys, values, attended,
+        num_rows, num_keys, key_stride, scaling,
+        CHANNELS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        NORM: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Attend from some tokens to all keys, in one head."""
+        row, channel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+        feature = tl.program_id(1) * HEAD + tl.arange(0, HEAD)
+        weight = tl.load(query_weight + feature[:, None] * CHANNELS + channel[None, :])
+        bias = tl.load(query_bias + feature).to(tl.float32)
+        grid_dependency_wait(OVERLAP)
+        wanted = (row < num_rows)[:, None]
+        inputs_at = row[:, None] * CHANNELS + channel[None, :]
+        inputs = tl.load(tokens + inputs_at, mask=wanted, other=0.0).to(tl.float32)
+        if NORM:
+            inputs -= (tl.sum(inputs, axis=1) / CHANNELS)[:, None]
+            inputs *= tl.rsqrt(tl.sum(inputs * inputs, axis=1) / CHANNELS + eps)[:, None]
+            inputs *= tl.load(norm_weight + channel).to(tl.float32)[None, :]
+            inputs += tl.load(norm_bias + channel).to(tl.float32)[None, :]
+            inputs += tl.load(embedded + inputs_at, mask=wanted, other=0.0)
+        query = tl.dot(inputs.to(weight.dtype), tl.trans(weight)) + bias[None, :]
+        query = (query * scaling).to(weight.dtype)
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        result = tl.zeros((ROWS, HEAD), tl.float32)
+        for first in range(0, num_keys, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            real = place < num_keys
+            places = place[:, None] * key_stride + feature[None, :]
+            if EVEN:
+                key, value = tl.load(keys + places), tl.load(values + places)
+            else:
+                key = tl.load(keys + places, mask=real[:, None], other=0.0)
+                value = tl.load(values + places, mask=real[:, None], other=0.0)
+            scores = tl.dot(query, tl.trans(key))
+            if not EVEN:
+                scores = tl.where(real[None, :], scores, float("-inf"))
+            higher = tl.maximum(largest, tl.max(scores, axis=1))
+            factor = tl.exp2((largest - higher) * _LOG2E)
+            weights = tl.exp2(scores * _LOG2E - (higher * _LOG2E)[:, None])
+            total = total * factor + tl.sum(weights, axis=1)
+            result = tl.dot(weights.to(value.dtype), value, result * factor[:, None])
+            largest = higher
+        result = (result / total[:, None]).to(attended.dtype.element_ty)
+        tl.store(attended + row[:, None] * (HEADS * HEAD) + feature[None, :], result, mask=wanted)
