@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .support import (
-    compile_ahead,
     launch,
     launched,
     normal_numbers,
     overlap_options,
     tl,
+    tried,
     triton,
     why_not_decoder,
     why_not_tried,
@@ -70,8 +70,7 @@ def _why_not_tried(
         def run():
             return [launch_attend(*kind[:2], keys, values, num_heads, *kind[2:]) for kind in kinds]
 
-        compile_ahead(run)
-        results = run()
+        results = tried(run, several=True)
         sides = copy.deepcopy(query).float(), keys.float(), values.float(), num_heads
         expected = [
             attend_reference(tokens, *sides),
