@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from samlight_hf.inference.candidates import Candidates, Table
+from samlight_hf.inference.candidates import Candidates, Place, Table
+from samlight_hf.inference.packed_logits import reach_of
 from samlight_hf.inference.packed_logits import columns_of
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.kernels.support import triton
@@ -200,16 +201,23 @@ def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
         top, left = frame.corner
         boxes = measure_reference(logits, frame, THRESHOLDS)[:, 2:] + torch.tensor([left, top, left, top])
         table = Table(torch.rand(count), torch.rand(count), boxes.float(), torch.rand(count, 2))
-        found.add(table, torch.ones(count, dtype=torch.bool), frame, logits, step=2)
+        place = Place(frame, reach_of(frame, *logits.shape[1:]))
+        found.note_scores(table.scores[:, None])
+        found.add(table, torch.ones(count, dtype=torch.bool), place, logits, step=2)
         masks.append(
             RunLengthMasks.from_changes(*crop.image, *map(torch.Tensor.numpy, changes_reference(logits, frame, 0.0)))
         )
     expected = [mask for part in masks for mask in part]
+    found.settle()
     assert len(found.columns()[0]) == len(expected) == 25
-    kept = torch.randperm(25, generator=torch.Generator().manual_seed(0))[:13].numpy()
-    for mask, number in zip(found.outlines(kept, step=3), kept, strict=True):
+    kept = torch.randperm(25, generator=torch.Generator().manual_seed(0))[:13]
+
+    def outlines(kept):
+        return RunLengthMasks.from_changes(*crop.image, *(part.numpy() for part in found.outlines(kept, 3, 3)))
+
+    for mask, number in zip(outlines(kept), kept.tolist(), strict=True):
         assert (mask == expected[number]).all()
-    assert len(found.outlines(kept[:0], step=3)) == 0
+    assert len(outlines(kept[:0])) == 0
 
 
 if __name__ == "__main__":
