@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from samlight_hf.inference.candidates import Candidates, Place, Table
-from samlight_hf.inference.packed_logits import reach_of
-from samlight_hf.inference.packed_logits import columns_of
+from samlight_hf.inference.packed_logits import columns_of, reach_of
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.kernels.support import triton
 from samlight_hf.kernels.upscaled_masks import (
