@@ -641,7 +641,7 @@ def test_an_image_that_does_not_fit_into_memory_does_not_end_the_others(tiny, mo
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return encode(pixel_values)
 
-    calls, full.empty = [], encode.empty
+    calls, full.empty, full.enabled = [], encode.empty, encode.enabled
     monkeypatch.setattr(generator.encoder, "encode", full)
     with pytest.warns(UserWarning, match="image 1: OutOfMemoryError: CUDA out of memory"):
         results = generator(images, **KEEP_ALL, points_per_crop=2)
