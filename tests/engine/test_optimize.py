@@ -286,8 +286,8 @@ def test_the_decoder_of_bfloat16_computes_in_float16_if_its_weights_are_in_range
         model.mask_decoder.iou_token.weight[0, 0] = weight
     assert decoder_dtype_of(model, torch.bfloat16) == torch.bfloat16  # on a CPU
     monkeypatch.setattr(type(model), "device", type("Device", (), {"type": "cuda"})(), raising=False)
-    assert decoder_dtype_of(model, torch.bfloat16) == decoder_dtype_of(model, torch.bfloat16, checked=True) == dtype
-    assert decoder_dtype_of(model, torch.float32) == torch.float32
+    assert decoder_dtype_of(model, torch.bfloat16, checked=True) == dtype
+    assert decoder_dtype_of(model, torch.float32, checked=True) == torch.float32
 
 
 def test_the_stock_pipeline_takes_it():
