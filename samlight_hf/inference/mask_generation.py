@@ -356,8 +356,6 @@ class MaskGenerator:
             4 * self.model.config.prompt_encoder_config.image_embedding_size, self.image_processor, self.device,
         )  # fmt: skip
         for start in range(0, prompts.num_points, prompts.batch_size):
-            if not self.decoder.is_lean:  # there is no room for the logits of two batches
-                candidates.settle()
             batch = slice(start, start + prompts.batch_size)
             num_points = min(prompts.batch_size, prompts.num_points - start)
             wait = self.decoder.decode_ahead(
@@ -371,6 +369,8 @@ class MaskGenerator:
             scores = decoded.iou.flatten()[kept]
             points = prompts.points[batch][kept // decoded.iou.shape[1]]
             self._filter(decoded.logits, scores, points, prompts, settings, candidates)
+            if not self.decoder.is_lean:  # there is no room for the logits of two batches
+                candidates.settle()
             if progress is not None:
                 progress.update(num_points)
 
@@ -426,6 +426,7 @@ class MaskGenerator:
         from torchvision.ops import batched_nms
 
         size, settings, candidates = running.size, running.settings, running.candidates
+        candidates.settle()
         table, numbers = candidates.columns()
         scores, _, boxes, _ = Table.of(table)
         # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.

@@ -27,7 +27,7 @@ class Running:
         candidates: The masks that have passed the filters so far.
         batches: What is left to be decoded, see `MaskGenerator._decode_crop`.
         stream: On a CUDA device, the stream that the first batch was launched on.
-        end: On a CUDA device, where on the stream all candidates are ready.
+        end: On a CUDA device, where on the stream all candidates are measured.
     """
 
     size: tuple[int, int]
@@ -44,7 +44,6 @@ class Running:
         with torch.cuda.stream(self.stream):  # between two images the caller may have changed it
             for _ in self.batches:
                 pass
-            self.candidates.settle()
         if self.stream is not None:
             self.end = torch.cuda.Event()
             self.end.record(self.stream)

@@ -12,6 +12,7 @@ import torch
 
 from ..kernels.upscaled_masks import Frame
 from ..utils.host_copies import HostCopy
+from ..utils.turns import read_here
 
 
 _TILE = 16
@@ -82,13 +83,14 @@ class NeededTiles:
         self._count = HostCopy(self._needed.sum())
 
     def pack(self) -> PackedLogits:
-        """Return the logits of the masks that are kept; waits for the device until their number is known."""
-        count, logits, (tile_height, tile_width) = int(self._count.wait()[0]), self._logits, self._tile_size
+        """Return the logits of the masks that are kept, on any stream; waits until their number is known."""
+        count, (tile_height, tile_width) = int(self._count.wait()[0]), self._tile_size
+        logits, needed = read_here(self._logits), read_here(self._needed)
         if count:
-            masks, rows, columns = self._needed.nonzero_static(size=count).unbind(1)
+            masks, rows, columns = needed.nonzero_static(size=count).unbind(1)
         else:
             masks, rows, columns = torch.zeros(3, 0, dtype=torch.int64, device=logits.device)
-        num_masks, num_rows, num_columns = self._needed.shape
+        num_masks, num_rows, num_columns = needed.shape
         tiled = logits.view(num_masks, num_rows, tile_height, num_columns, tile_width)
         shape = num_masks, num_rows * tile_height, num_columns * tile_width
         return PackedLogits(tiled[masks, rows, :, columns], masks, rows, columns, shape)
