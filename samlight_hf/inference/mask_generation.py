@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, overload
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
@@ -27,13 +26,12 @@ from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
 from ..images.preprocessing import ImageInput, check_size, image_tensor
 from ..images.rasters import ArrayRaster, open_raster
 from ..images.reading import ImageError, read_ahead
-from ..kernels.upscaled_masks import Frame, measure, why_not_triton
-from ..masks.device_rle import encode_changes
+from ..kernels.upscaled_masks import measure, why_not_triton
 from ..masks.results import GeneratedMasks
-from ..masks.rle import RunLengthMasks
 from ..utils.autocast import without_autocast
 from ..utils.host_copies import HostCopy
 from .candidates import Candidates, Table
+from .choice import choose
 from .crop_prompts import CropPrompts
 from .crops import Crop, MaskGenerationSettings, crop_boxes
 from .encoded_image import EncodedImage
@@ -422,34 +420,15 @@ class MaskGenerator:
             return self._select(running)
 
     def _select(self, running: Running) -> GeneratedMasks:
-        """Suppress duplicates: of masks whose boxes overlap keep the best, and copy the result to the CPU."""
-        from torchvision.ops import batched_nms
-
-        size, settings, candidates = running.size, running.settings, running.candidates
-        candidates.settle()
-        table, numbers = candidates.columns()
-        scores, _, boxes, _ = Table.of(table)
-        # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.
-        chosen = batched_nms(boxes, scores, torch.zeros_like(scores), settings.crops_nms_thresh)
-        on_cpu = HostCopy(table[chosen], numbers[chosen], candidates.have_numbers())
+        """Suppress duplicates, and copy the masks that are left to the CPU."""
+        size, candidates = running.size, running.candidates
+        have_numbers = HostCopy(candidates.have_numbers())
         step = self.budget.masks_per_step(size, size)
         # The logits of a batch of points are gone by now, and leave room for as many.
-        positions, counts = candidates.outlines(numbers[chosen], step, 3 * self.budget.points_per_batch)
-        if self.use_triton:
-            masks = encode_changes(*size, positions, counts)
-        else:
-            masks = RunLengthMasks.from_changes(*size, positions.cpu().numpy(), counts.cpu().numpy())
-        columns, kept, have_numbers = on_cpu.arrays()
-        if not have_numbers:
+        masks = choose(candidates, running.settings.crops_nms_thresh, step, 3 * self.budget.points_per_batch)
+        if not have_numbers.wait()[0]:
             raise ValueError(self._not_numbers())
-        boxes_xyxy = columns[:, 2:6].copy()
-        boxes_xyxy[:, 2:] += (np.diff(masks.offsets) > 1)[:, None]  # pixel edges instead of the last pixel
-        frames, num_masks = candidates.frames()
-        crops = np.array([_crop_box(frame) for frame in frames], dtype=np.float32).reshape(-1, 4)
-        crops = crops.repeat(num_masks, axis=0)[kept]
-        return GeneratedMasks(
-            masks, columns[:, 0].copy(), boxes_xyxy, columns[:, 1].copy(), columns[:, 6:].copy(), crops
-        )
+        return masks
 
     def _not_numbers(self) -> str:
         dtype = self.decoder.dtype
@@ -484,8 +463,3 @@ def _ends_at_crop(boxes: torch.Tensor, crop_box: torch.Tensor, image_box: torch.
     """Return which boxes have a side near the crop's border that is not near the image's border: bool (n,)."""
     near_crop, near_image = ((boxes - box).abs() <= _CROP_EDGE_TOLERANCE for box in (crop_box, image_box))
     return (near_crop & ~near_image).any(dim=1)
-
-
-def _crop_box(frame: Frame) -> tuple[int, int, int, int]:
-    (top, left), (height, width) = frame.corner, frame.crop
-    return left, top, left + width, top + height

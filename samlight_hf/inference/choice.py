@@ -1,0 +1,47 @@
+"""The end of everything mode: of candidates whose boxes overlap the best one is kept, as run lengths on the CPU."""
+
+import numpy as np
+import torch
+
+from ..kernels.upscaled_masks import Frame
+from ..masks.device_rle import encode_changes
+from ..masks.results import GeneratedMasks
+from ..masks.rle import RunLengthMasks
+from ..utils.host_copies import HostCopy
+from .candidates import Candidates, Table
+
+
+def choose(candidates: Candidates, iou_thresh: float, step: int, at_once: int) -> GeneratedMasks:
+    """Suppress duplicates: of masks whose boxes overlap keep the best, and copy the result to the CPU.
+
+    Args:
+        candidates: All masks of an image.
+        iou_thresh: Boxes with an IoU above it overlap.
+        step: See `Candidates.add`.
+        at_once: See `Candidates.outlines`.
+    """
+    from torchvision.ops import batched_nms
+
+    candidates.settle()
+    table, numbers = candidates.columns()
+    scores, _, boxes, _ = Table.of(table)
+    # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.
+    chosen = batched_nms(boxes, scores, torch.zeros_like(scores), iou_thresh)
+    on_cpu = HostCopy(table[chosen], numbers[chosen])
+    positions, counts = candidates.outlines(numbers[chosen], step, at_once)
+    if candidates.use_triton:
+        masks = encode_changes(*candidates.size, positions, counts)
+    else:
+        masks = RunLengthMasks.from_changes(*candidates.size, positions.cpu().numpy(), counts.cpu().numpy())
+    columns, kept = on_cpu.arrays()
+    boxes_xyxy = columns[:, 2:6].copy()
+    boxes_xyxy[:, 2:] += (np.diff(masks.offsets) > 1)[:, None]  # pixel edges instead of the last pixel
+    frames, num_masks = candidates.frames()
+    crops = np.array([_crop_box(frame) for frame in frames], dtype=np.float32).reshape(-1, 4)
+    crops = crops.repeat(num_masks, axis=0)[kept]
+    return GeneratedMasks(masks, columns[:, 0].copy(), boxes_xyxy, columns[:, 1].copy(), columns[:, 6:].copy(), crops)
+
+
+def _crop_box(frame: Frame) -> tuple[int, int, int, int]:
+    (top, left), (height, width) = frame.corner, frame.crop
+    return left, top, left + width, top + height
