@@ -195,6 +195,8 @@ class PromptArrays(NamedTuple):
 
     def part(self, start: int, stop: int) -> "PromptArrays":
         """Return the prompts from `start` to before `stop`."""
+        if start == 0 and stop >= len(self):
+            return self
         points, labels, boxes = (None if part is None else part[start:stop] for part in self[:3])
         return PromptArrays(points, labels, boxes, None if self.logits is None else self.logits[start:stop])
 
