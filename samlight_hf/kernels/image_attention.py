@@ -8,7 +8,6 @@ therefore have the C channels of the image tokens; `engine/mask_decoder.py` expl
 
 import copy
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ from .support import (
 
 
 _NAME = "the attention of the mask decoder"
-_SUM_ROWS = 8  # that a thread block of the sum combines
 _MOST_ROWS = 64  # of a prompt: its tokens times heads
 
 
@@ -40,21 +38,18 @@ class _Shape(NamedTuple):
         block: Image tokens that are processed at a time.
         warps: Of a thread block.
         stages: Of the loop over blocks, in Triton's sense.
-        resident: Thread blocks that a multiprocessor of an H100 holds at a time.
-        start: How many blocks of image tokens take as long as the start and the end of a thread block.
-        add: Whether positions are added to image tokens before the product.
+        resident: Thread blocks for each multiprocessor, which together process all image tokens.
     """
 
     block: int
     warps: int
     stages: int
     resident: int
-    start: int
-    add: bool = False
 
 
-_SEEN = _Shape(block=64, warps=4, stages=3, resident=1, start=3)
-_UPDATE = _Shape(block=64, warps=4, stages=1, resident=2, start=2, add=True)
+_SEEN = _Shape(block=64, warps=4, stages=3, resident=1)
+_UPDATE = _Shape(block=64, warps=4, stages=1, resident=2)
+_SUM = 32  # parts times rows that a thread block combines at a time
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_heads: int) -> str | None:
@@ -184,26 +179,31 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
     """Compute `seen_reference` with the kernels: first for parts of the image tokens, then the sum of the parts."""
     (num_prompts, num_rows, channels), num_tokens = queries.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
-    blocks_of_part, num_parts = _parts(num_prompts, num_tokens, image_tokens.device, _SEEN)
-    rows = max(16, triton.next_power_of_2(num_rows))
-    sums = torch.empty(num_prompts, num_parts, num_rows, channels, dtype=torch.float32, device=image_tokens.device)
-    # For each row and part the largest score, and the sum of the exponentials relative to it.
-    statistics = torch.empty(2, num_prompts, num_parts, num_rows, dtype=torch.float32, device=image_tokens.device)
+    blocks = triton.cdiv(num_tokens, _SEEN.block)
+    programs = _programs(num_prompts * blocks, image_tokens.device, _SEEN)
     seen = torch.empty_like(queries, memory_format=torch.contiguous_format)
     if not seen.numel():
         return seen
+    sums = torch.empty(num_prompts + programs, num_rows, channels, dtype=torch.float32, device=image_tokens.device)
+    # For each row and part the largest score, and the sum of the exponentials relative to it.
+    statistics = torch.empty(2, num_prompts + programs, num_rows, dtype=torch.float32, device=image_tokens.device)
+    # The share of a thread block begins anywhere, so that a prompt may have one part more than shares of its size.
+    most_parts = min(programs, triton.cdiv(blocks, num_prompts * blocks // programs) + 1)
+    parts = triton.next_power_of_2(most_parts)
     with torch.cuda.device_of(image_tokens):  # where Triton launches
         launch(
-            _seen_kernel, (num_prompts, num_parts),  # only the first may be more than 65,535
+            _seen_kernel, (programs,),
             queries.contiguous(), image_tokens, positions, sums, *statistics,
-            num_rows, num_tokens, _stride(image_tokens), blocks_of_part,
-            CHANNELS=channels, ROWS=rows, BLOCK=_SEEN.block, EVEN=num_tokens % _SEEN.block == 0,
-            num_warps=_SEEN.warps, num_stages=_SEEN.stages, **overlap_options(image_tokens),
+            num_prompts, num_rows, num_tokens, _stride(image_tokens),
+            CHANNELS=channels, ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK=_SEEN.block,
+            EVEN=num_tokens % _SEEN.block == 0, num_warps=_SEEN.warps, num_stages=_SEEN.stages,
+            **overlap_options(image_tokens),
         )  # fmt: skip
+        rows = max(1, _SUM // parts)
         launch(
-            _sum_kernel, (num_prompts, triton.cdiv(num_rows, _SUM_ROWS)),
-            sums, *statistics, seen, num_parts, num_rows,
-            CHANNELS=channels, ROWS=_SUM_ROWS, **overlap_options(image_tokens),
+            _sum_kernel, (num_prompts, triton.cdiv(num_rows, rows)),  # only the first may be more than 65,535
+            sums, *statistics, seen, num_rows, blocks, programs,
+            CHANNELS=channels, PARTS=parts, ROWS=rows, **overlap_options(image_tokens),
         )  # fmt: skip
     return seen
 
@@ -225,7 +225,6 @@ def launch_update(
     (num_prompts, num_rows, channels), num_tokens = keys.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
     rows = num_rows // num_heads
-    blocks_of_part, num_parts = _parts(num_prompts, num_tokens, image_tokens.device, _UPDATE)
     shape = num_prompts, num_tokens, channels
     assert not in_place or image_tokens.shape == shape, "image tokens that prompts share cannot be overwritten"
     updated = image_tokens if in_place else torch.empty(shape, dtype=image_tokens.dtype, device=image_tokens.device)
@@ -233,32 +232,21 @@ def launch_update(
         return updated
     with torch.cuda.device_of(image_tokens):  # where Triton launches
         launch(
-            _update_kernel, (num_prompts, num_parts),
+            _update_kernel, (_programs(num_prompts * triton.cdiv(num_tokens, _UPDATE.block), updated.device, _UPDATE),),
             image_tokens, positions, keys.contiguous(), biases.contiguous(), values.contiguous(),
             norm.weight, norm.bias, updated,
-            rows, num_tokens, _stride(image_tokens), blocks_of_part, norm.eps,
+            num_prompts, rows, num_tokens, _stride(image_tokens), norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)),
-            BLOCK=_UPDATE.block, EVEN=num_tokens % _UPDATE.block == 0, ADD=_UPDATE.add,
-            num_warps=_UPDATE.warps, num_stages=_UPDATE.stages, **overlap_options(image_tokens),
+            BLOCK=_UPDATE.block, EVEN=num_tokens % _UPDATE.block == 0, num_warps=_UPDATE.warps,
+            num_stages=_UPDATE.stages, **overlap_options(image_tokens),
         )  # fmt: skip
     return updated
 
 
-def _parts(num_prompts: int, num_tokens: int, device: torch.device, shape: _Shape) -> tuple[int, int]:
-    """Return how many blocks of image tokens a thread block processes, and how many thread blocks a prompt has."""
+def _programs(blocks: int, device: torch.device, shape: _Shape) -> int:
+    """Return how many thread blocks share these blocks of image tokens: as many as run at a time, if they suffice."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return _fastest_parts(num_prompts, triton.cdiv(num_tokens, shape.block), multiprocessors, shape)
-
-
-@lru_cache
-def _fastest_parts(num_prompts: int, blocks: int, multiprocessors: int, shape: _Shape) -> tuple[int, int]:
-    """Choose parts so that the last thread blocks end early: as many as run at a time, or a multiple of that."""
-    choices = []
-    for blocks_of_part in range(1, blocks + 1):
-        parts = triton.cdiv(blocks, blocks_of_part)
-        rounds = triton.cdiv(num_prompts * parts, multiprocessors * shape.resident)
-        choices.append((rounds * (blocks_of_part + shape.start), blocks_of_part, parts))
-    return min(choices, default=(0, 1, 0))[1:]
+    return min(blocks, multiprocessors * shape.resident)
 
 
 def _stride(image_tokens: torch.Tensor) -> int:
@@ -272,125 +260,163 @@ if triton is not None:
     _LOG2E = tl.constexpr(math.log2(math.e))
 
     @triton.jit
-    def _block(pointers, real, EVEN: tl.constexpr):
-        """Load a block of tokens, which are all real if EVEN."""
-        if EVEN:
-            return tl.load(pointers)
-        return tl.load(pointers, mask=real[:, None], other=0.0)
+    def _share(num_prompts, blocks):
+        """Return first and end of a thread block's share of all prompts' blocks of image tokens."""
+        program, work = tl.program_id(0).to(tl.int64), num_prompts * blocks
+        programs = tl.num_programs(0)
+        return program * work // programs, (program + 1) * work // programs
+
+    @triton.jit
+    def _part(first, end, prompt, blocks):
+        """Return first and end of the blocks of one prompt in a share."""
+        before = prompt * blocks
+        return tl.maximum(first - before, 0).to(tl.int32), tl.minimum(end - before, blocks).to(tl.int32)
 
     @triton.jit
     def _seen_kernel(
-        queries, image_tokens, positions, sums, maxima, totals, num_rows, num_tokens, image_stride, blocks_of_part,
+        queries, image_tokens, positions, sums, maxima, totals, num_prompts, num_rows, num_tokens, image_stride,
         CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """Attend from all queries of one prompt to a part of the image tokens; store sums before normalization."""
+        """Attend from all queries of some prompts to parts of the image tokens; store sums before normalization."""
         grid_dependency_wait(OVERLAP)
-        prompt = tl.program_id(0).to(tl.int64)
         row = tl.arange(0, ROWS)
         channel = tl.arange(0, CHANNELS)
         wanted = row < num_rows
-        rows = (prompt * num_rows + row)[:, None] * CHANNELS + channel[None, :]
-        query = tl.load(queries + rows, mask=wanted[:, None], other=0.0)
-        image_tokens += prompt * image_stride
-        largest = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        seen = tl.zeros((ROWS, CHANNELS), tl.float32)
-        first = tl.program_id(1) * blocks_of_part
-        for number in range(first, tl.minimum(first + blocks_of_part, tl.cdiv(num_tokens, BLOCK))):
-            token = number * BLOCK + tl.arange(0, BLOCK)
-            real = token < num_tokens
-            places = token[:, None] * CHANNELS + channel[None, :]
-            tokens = _block(image_tokens + places, real, EVEN)
-            position = _block(positions + places, real, EVEN)
-            # Adding both blocks first would save a product, but Triton 3.6 miscompiles the prefetched loads then.
-            scores = tl.dot(query, tl.trans(position), tl.dot(query, tl.trans(tokens)))
-            if not EVEN:
-                scores = tl.where(real[None, :], scores, float("-inf"))
-            higher = tl.maximum(largest, tl.max(scores, axis=1))
-            factor = tl.exp2((largest - higher) * _LOG2E)
-            weights = tl.exp2(scores * _LOG2E - (higher * _LOG2E)[:, None])
-            total = total * factor + tl.sum(weights, axis=1)
-            seen = tl.dot(weights.to(tokens.dtype), tokens, seen * factor[:, None])
-            largest = higher
-        part = prompt * tl.num_programs(1) + tl.program_id(1)
-        tl.store(maxima + part * num_rows + row, largest, mask=wanted)
-        tl.store(totals + part * num_rows + row, total, mask=wanted)
-        places = (part * num_rows + row)[:, None] * CHANNELS + channel[None, :]
-        tl.store(sums + places, seen, mask=wanted[:, None])
+        rows = row[:, None] * CHANNELS + channel[None, :]
+        blocks = tl.cdiv(num_tokens, BLOCK)
+        first, end = _share(num_prompts, blocks)
+        for prompt in range(first // blocks, tl.cdiv(end, blocks)):
+            start, stop = _part(first, end, prompt, blocks)
+            query = tl.load(queries + prompt * num_rows * CHANNELS + rows, mask=wanted[:, None], other=0.0)
+            own_tokens = image_tokens + prompt * image_stride
+            largest = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            seen = tl.zeros((ROWS, CHANNELS), tl.float32)
+            for block in range(start, stop):
+                token = block * BLOCK + tl.arange(0, BLOCK)
+                places = token[:, None] * CHANNELS + channel[None, :]
+                if EVEN:
+                    tokens, position = tl.load(own_tokens + places), tl.load(positions + places)
+                else:
+                    real = token < num_tokens
+                    tokens = tl.load(own_tokens + places, mask=real[:, None], other=0.0)
+                    position = tl.load(positions + places, mask=real[:, None], other=0.0)
+                # Adding both blocks first would save a product, but Triton 3.6 overwrites blocks that are in use then.
+                scores = tl.dot(query, tl.trans(position), tl.dot(query, tl.trans(tokens)))
+                if not EVEN:
+                    scores = tl.where(real[None, :], scores, float("-inf"))
+                higher = tl.maximum(largest, tl.max(scores, axis=1))
+                factor = tl.exp2((largest - higher) * _LOG2E)
+                weights = tl.exp2(scores * _LOG2E - (higher * _LOG2E)[:, None])
+                total = total * factor + tl.sum(weights, axis=1)
+                seen = tl.dot(weights.to(tokens.dtype), tokens, seen * factor[:, None])
+                largest = higher
+            part = (prompt + tl.program_id(0)) * num_rows  # from one part to the next, one of both grows, or both
+            tl.store(maxima + part + row, largest, mask=wanted)
+            tl.store(totals + part + row, total, mask=wanted)
+            tl.store(sums + part * CHANNELS + rows, seen, mask=wanted[:, None])
 
     @triton.jit
     def _sum_kernel(
-        sums, maxima, totals, seen, num_parts, num_rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
-        OVERLAP: tl.constexpr,
+        sums, maxima, totals, seen, num_rows, blocks, programs,
+        CHANNELS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Combine all parts of some rows of one prompt."""
         grid_dependency_wait(OVERLAP)
         prompt = tl.program_id(0).to(tl.int64)
-        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        channel = tl.arange(0, CHANNELS)
+        work = tl.num_programs(0).to(tl.int64) * blocks
+        # Of the thread blocks of `_share` those that the prompt's first and last block belong to.
+        first = ((prompt * blocks + 1) * programs - 1) // work
+        last = ((prompt + 1) * blocks * programs - 1) // work
+        number = first + tl.arange(0, PARTS)
+        row, channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
         wanted = row < num_rows
-        first = prompt * num_parts * num_rows
-        largest = tl.full((ROWS,), float("-inf"), tl.float32)
-        for part in range(num_parts):
-            largest = tl.maximum(largest, tl.load(maxima + first + part * num_rows + row, mask=wanted, other=0.0))
-        total = tl.zeros((ROWS,), tl.float32)
-        result = tl.zeros((ROWS, CHANNELS), tl.float32)
-        for part in range(num_parts):
-            place = first + part * num_rows + row
-            factor = tl.exp2((tl.load(maxima + place, mask=wanted, other=0.0) - largest) * _LOG2E)
-            total += factor * tl.load(totals + place, mask=wanted, other=1.0)
-            places = place[:, None] * CHANNELS + channel[None, :]
-            result += tl.load(sums + places, mask=wanted[:, None], other=0.0) * factor[:, None]
+        place = (prompt + number)[:, None] * num_rows + tl.minimum(row, num_rows - 1)[None, :]
+        real = (number <= last)[:, None]
+        largest = tl.load(maxima + place, mask=real, other=float("-inf"))
+        factor = tl.exp2((largest - tl.max(largest, axis=0)[None, :]) * _LOG2E)
+        total = tl.sum(factor * tl.load(totals + place, mask=real, other=0.0), axis=0)
+        places = place[:, :, None] * CHANNELS + channel[None, None, :]
+        parts = tl.load(sums + places, mask=real[:, :, None], other=0.0)
+        result = tl.sum(parts * factor[:, :, None], axis=0) / total[:, None]
         places = (prompt * num_rows + row)[:, None] * CHANNELS + channel[None, :]
-        tl.store(seen + places, (result / total[:, None]).to(seen.dtype.element_ty), mask=wanted[:, None])
+        tl.store(seen + places, result.to(seen.dtype.element_ty), mask=wanted[:, None])
+
+    # Tensor cores take rows and give results so that a thread has pairs of channels, 8 apart, of each row. In the order
+    # of channels that the next functions make, these are 8 neighbours in memory: image tokens are read into the
+    # registers in which they are needed, and written from those where they are, without shared memory in between.
+
+    @triton.jit
+    def _reordered(sides, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+        """Bring the channels of (ROWS, CHANNELS) into this order."""
+        sides = tl.reshape(sides, (ROWS, CHANNELS // 32, 4, 4, 2))
+        return tl.reshape(tl.permute(sides, (0, 1, 3, 2, 4)), (ROWS, CHANNELS))
+
+    @triton.jit
+    def _as_rows(tokens, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+        """Bring tokens (BLOCK, CHANNELS / 32, 32) and their channels into the order of a product's rows."""
+        tokens = tl.reshape(tokens, (2, BLOCK // 16, 8, CHANNELS // 32, 4, 4, 2))
+        return tl.reshape(tl.permute(tokens, (1, 0, 2, 3, 5, 4, 6)), (BLOCK, CHANNELS))
+
+    @triton.jit
+    def _from_rows(rows, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+        """Undo `_as_rows`."""
+        rows = tl.reshape(rows, (BLOCK // 16, 2, 8, CHANNELS // 32, 4, 4, 2))
+        return tl.reshape(tl.permute(rows, (1, 0, 2, 3, 5, 4, 6)), (BLOCK, CHANNELS // 32, 32))
 
     @triton.jit
     def _update_kernel(
         image_tokens, positions, keys, biases, values, norm_weight, norm_bias, updated,
-        num_own, num_tokens, image_stride, blocks_of_part, eps,
+        num_prompts, num_own, num_tokens, image_stride, eps,
         CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-        EVEN: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+        EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """Update a part of the image tokens for one prompt, which has `num_own` tokens in each head."""
+        """Update parts of the image tokens of some prompts, which have `num_own` tokens in each head."""
         grid_dependency_wait(OVERLAP)
-        prompt = tl.program_id(0).to(tl.int64)
-        channel = tl.arange(0, CHANNELS)
-        # A token's heads are neighbours: then all columns of a head are in one thread's registers.
-        column = tl.arange(0, TOKENS * HEADS)
+        COLUMNS: tl.constexpr = HEADS * TOKENS
+        # A token's heads are neighbours: then a thread has all columns of a head in its registers.
+        column = tl.arange(0, COLUMNS)
         own = column // HEADS
         row = column % HEADS * num_own + own
-        first = prompt * HEADS * num_own
-        keys, values, biases = keys + first * CHANNELS, values + first * CHANNELS, biases + first
         wanted = own < num_own
-        rows = row[:, None] * CHANNELS + channel[None, :]
-        key = tl.load(keys + rows, mask=wanted[:, None], other=0.0)
-        value = tl.load(values + rows, mask=wanted[:, None], other=0.0)
-        bias = tl.load(biases + row, mask=wanted, other=0.0).to(tl.float32)
-        bias = tl.where(wanted, bias, float("-inf"))[None, :] * _LOG2E
-        image_tokens += prompt * image_stride
-        updated += prompt * num_tokens * CHANNELS
-        first = tl.program_id(1) * blocks_of_part
-        for number in range(first, tl.minimum(first + blocks_of_part, tl.cdiv(num_tokens, BLOCK))):
-            token = number * BLOCK + tl.arange(0, BLOCK)
-            real = token < num_tokens
-            places = token[:, None] * CHANNELS + channel[None, :]
-            tokens = _block(image_tokens + places, real, EVEN)
-            position = _block(positions + places, real, EVEN)
-            if ADD:
-                scores = tl.dot(tokens + position, tl.trans(key))
-            else:
-                scores = tl.dot(position, tl.trans(key), tl.dot(tokens, tl.trans(key)))
-            scores = tl.reshape(scores * _LOG2E + bias, (BLOCK, TOKENS, HEADS))
-            weights = tl.exp2(scores - tl.max(scores, axis=1, keep_dims=True))
-            weights = weights * (1.0 / tl.sum(weights, axis=1, keep_dims=True))
-            weights = tl.reshape(weights, (BLOCK, TOKENS * HEADS)).to(tokens.dtype)
-            result = tl.dot(weights, value, tokens.to(tl.float32))
-            centred = result - (tl.sum(result, axis=1) * (1.0 / CHANNELS))[:, None]
-            variance = tl.sum(centred * centred, axis=1) * (1.0 / CHANNELS)
-            scale = tl.load(norm_weight + channel).to(tl.float32)[None, :]  # kept in registers, they would be too many
-            shift = tl.load(norm_bias + channel).to(tl.float32)[None, :]
-            result = (centred * tl.rsqrt(variance + eps)[:, None] * scale + shift).to(updated.dtype.element_ty)
-            if EVEN:
-                tl.store(updated + places, result)
-            else:
-                tl.store(updated + places, result, mask=real[:, None])
+        rows = row[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        channel = tl.arange(0, CHANNELS // 32)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+        channels = tl.broadcast_to(channel, (BLOCK, CHANNELS // 32, 32))
+        blocks = tl.cdiv(num_tokens, BLOCK)
+        first, end = _share(num_prompts, blocks)
+        for prompt in range(first // blocks, tl.cdiv(end, blocks)):
+            start, stop = _part(first, end, prompt, blocks)
+            before = prompt * HEADS * num_own
+            key = tl.load(keys + before * CHANNELS + rows, mask=wanted[:, None], other=0.0)
+            value = tl.load(values + before * CHANNELS + rows, mask=wanted[:, None], other=0.0)
+            key, value = _reordered(key, CHANNELS, COLUMNS), _reordered(value, CHANNELS, COLUMNS)
+            bias = tl.load(biases + before + row, mask=wanted, other=0.0).to(tl.float32)
+            bias = tl.where(wanted, bias, float("-inf"))[None, :] * _LOG2E
+            own_tokens = image_tokens + prompt * image_stride
+            own_updated = updated + prompt * num_tokens * CHANNELS
+            for block in range(start, stop):
+                token = block * BLOCK + tl.arange(0, BLOCK)
+                places = token[:, None, None] * CHANNELS + channel
+                if EVEN:
+                    tokens, position = tl.load(own_tokens + places), tl.load(positions + places)
+                else:
+                    real = (token < num_tokens)[:, None, None]
+                    tokens = tl.load(own_tokens + places, mask=real, other=0.0)
+                    position = tl.load(positions + places, mask=real, other=0.0)
+                scores = tl.dot(_as_rows(tokens + position, CHANNELS, BLOCK), tl.trans(key)) * _LOG2E + bias
+                scores = tl.reshape(scores, (BLOCK, TOKENS, HEADS))
+                weights = tl.exp2(scores - tl.max(scores, axis=1, keep_dims=True))
+                weights = weights * (1.0 / tl.sum(weights, axis=1, keep_dims=True))
+                weights = tl.reshape(weights, (BLOCK, COLUMNS)).to(tokens.dtype)
+                result = tl.dot(weights, value, _as_rows(tokens, CHANNELS, BLOCK).to(tl.float32))
+                centred = result - (tl.sum(result, axis=1) * (1.0 / CHANNELS))[:, None]
+                variance = tl.sum(centred * centred, axis=1) * (1.0 / CHANNELS)
+                result = _from_rows(centred * tl.rsqrt(variance + eps)[:, None], CHANNELS, BLOCK)
+                # Read again for each block: in registers they would take the place of results.
+                scale = tl.load(norm_weight + channels).to(tl.float32)
+                shift = tl.load(norm_bias + channels).to(tl.float32)
+                result = (result * scale + shift).to(updated.dtype.element_ty)
+                if EVEN:
+                    tl.store(own_updated + places, result)
+                else:
+                    tl.store(own_updated + places, result, mask=real)

@@ -26,10 +26,13 @@ from .support import (
 
 
 _NAME = "the attention to shared image tokens"
-_ROWS = 32  # tokens of prompts
-_BLOCK = 128  # image tokens
+_ROWS = 64  # tokens of prompts that a thread block takes
+_BLOCK = 128  # image tokens that it processes at a time
 _WARPS = 4
 _STAGES = 3
+_RESIDENT = 4  # thread blocks for each multiprocessor, if there is work for as many
+_MOST_PARTS = 16  # of the image tokens
+_SUM_ROWS = 8  # that a thread block combines
 
 
 def fits(num_heads: int, features: int) -> bool:
@@ -149,13 +152,25 @@ def launch_attend(
     sides: tuple = None, None, 0.0, None
     if norm is not None and embedded is not None:
         sides = norm.weight, norm.bias, norm.eps, embedded.contiguous()
+    row_blocks, blocks = triton.cdiv(num_rows, _ROWS), triton.cdiv(num_keys, _BLOCK)
+    multiprocessors = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 2
+    parts = max(1, min(multiprocessors * _RESIDENT // (row_blocks * num_heads), blocks, _MOST_PARTS))
+    parts = 1 << parts.bit_length() - 1  # few variants to compile; some of the last parts may be empty
+    sums = torch.empty(parts, num_rows, features, dtype=torch.float32, device=keys.device)
+    # For each part, row and head the largest score, and the sum of the exponentials relative to it.
+    statistics = torch.empty(2, parts, num_rows, num_heads, dtype=torch.float32, device=keys.device)
     with torch.cuda.device_of(keys):  # where Triton launches
         launch(
-            _attend_kernel, (triton.cdiv(num_rows, _ROWS), num_heads),
-            tokens.contiguous(), *sides, query.weight, query.bias, keys, values, attended,
-            num_rows, num_keys, keys.stride(0), head**-0.5,
+            _attend_kernel, (row_blocks, num_heads, parts),
+            tokens.contiguous(), *sides, query.weight, query.bias, keys, values, sums, *statistics,
+            num_rows, num_keys, keys.stride(0), triton.cdiv(blocks, parts), head**-0.5,
             CHANNELS=channels, HEADS=num_heads, HEAD=head, ROWS=_ROWS, BLOCK=_BLOCK, NORM=norm is not None,
             EVEN=num_keys % _BLOCK == 0, num_warps=_WARPS, num_stages=_STAGES, **overlap_options(keys),
+        )  # fmt: skip
+        launch(
+            _combine_kernel, (triton.cdiv(num_rows, _SUM_ROWS),),
+            sums, *statistics, attended, num_rows,
+            PARTS=parts, HEADS=num_heads, HEAD=head, ROWS=_SUM_ROWS, **overlap_options(keys),
         )  # fmt: skip
     return attended
 
@@ -165,35 +180,40 @@ if triton is not None:
 
     _LOG2E = tl.constexpr(math.log2(math.e))
 
-    @triton.jit(do_not_specialize=["num_rows"])
+    @triton.jit(do_not_specialize=["num_rows", "blocks_of_part"])
     def _attend_kernel(
-        tokens, norm_weight, norm_bias, eps, embedded, query_weight, query_bias, keys, values, attended,
-        num_rows, num_keys, key_stride, scaling,
+        tokens, norm_weight, norm_bias, eps, embedded, query_weight, query_bias, keys, values, sums, maxima, totals,
+        num_rows, num_keys, key_stride, blocks_of_part, scaling,
         CHANNELS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
         NORM: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """Attend from some tokens to all keys, in one head."""
+        """Attend from some tokens to a part of the keys, in one head; store sums before normalization."""
+        head, part = tl.program_id(1), tl.program_id(2)
         row, channel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-        feature = tl.program_id(1) * HEAD + tl.arange(0, HEAD)
+        feature = head * HEAD + tl.arange(0, HEAD)
         weight = tl.load(query_weight + feature[:, None] * CHANNELS + channel[None, :])
         bias = tl.load(query_bias + feature).to(tl.float32)
         grid_dependency_wait(OVERLAP)
-        wanted = (row < num_rows)[:, None]
-        inputs_at = row[:, None] * CHANNELS + channel[None, :]
-        inputs = tl.load(tokens + inputs_at, mask=wanted, other=0.0).to(tl.float32)
+        wanted = row < num_rows
+        # In three axes, so that few threads share a row and its sums.
+        group = tl.arange(0, CHANNELS // 32)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+        inputs_at = row[:, None, None] * CHANNELS + group
+        inputs = tl.load(tokens + inputs_at, mask=wanted[:, None, None], other=0.0).to(tl.float32)
         if NORM:
-            inputs -= (tl.sum(inputs, axis=1) / CHANNELS)[:, None]
-            inputs *= tl.rsqrt(tl.sum(inputs * inputs, axis=1) / CHANNELS + eps)[:, None]
-            inputs *= tl.load(norm_weight + channel).to(tl.float32)[None, :]
-            inputs += tl.load(norm_bias + channel).to(tl.float32)[None, :]
-            inputs += tl.load(embedded + inputs_at, mask=wanted, other=0.0)
-        query = tl.dot(inputs.to(weight.dtype), tl.trans(weight)) + bias[None, :]
+            inputs -= (tl.sum(tl.sum(inputs, axis=2), axis=1) / CHANNELS)[:, None, None]
+            variance = tl.sum(tl.sum(inputs * inputs, axis=2), axis=1) / CHANNELS
+            inputs *= tl.rsqrt(variance + eps)[:, None, None]
+            inputs = inputs * tl.load(norm_weight + group).to(tl.float32) + tl.load(norm_bias + group).to(tl.float32)
+            inputs += tl.load(embedded + inputs_at, mask=wanted[:, None, None], other=0.0)
+        inputs = tl.reshape(inputs.to(weight.dtype), (ROWS, CHANNELS))
+        query = tl.dot(inputs, tl.trans(weight)) + bias[None, :]
         query = (query * scaling).to(weight.dtype)
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         result = tl.zeros((ROWS, HEAD), tl.float32)
-        for first in range(0, num_keys, BLOCK):
-            place = first + tl.arange(0, BLOCK)
+        first = part * blocks_of_part
+        for block in range(first, tl.minimum(first + blocks_of_part, tl.cdiv(num_keys, BLOCK))):
+            place = block * BLOCK + tl.arange(0, BLOCK)
             real = place < num_keys
             places = place[:, None] * key_stride + feature[None, :]
             if EVEN:
@@ -210,5 +230,34 @@ if triton is not None:
             total = total * factor + tl.sum(weights, axis=1)
             result = tl.dot(weights.to(value.dtype), value, result * factor[:, None])
             largest = higher
-        result = (result / total[:, None]).to(attended.dtype.element_ty)
-        tl.store(attended + row[:, None] * (HEADS * HEAD) + feature[None, :], result, mask=wanted)
+        line = part.to(tl.int64) * num_rows + row
+        tl.store(maxima + line * HEADS + head, largest, mask=wanted)
+        tl.store(totals + line * HEADS + head, total, mask=wanted)
+        tl.store(sums + line[:, None] * (HEADS * HEAD) + feature[None, :], result, mask=wanted[:, None])
+
+    @triton.jit(do_not_specialize=["num_rows"])
+    def _combine_kernel(
+        sums, maxima, totals, attended, num_rows,
+        PARTS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Combine all parts of some rows."""
+        grid_dependency_wait(OVERLAP)
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        wanted = row < num_rows
+        column = row[:, None] * HEADS + tl.arange(0, HEADS)[None, :]
+        places = column[:, :, None] * HEAD + tl.arange(0, HEAD)[None, None, :]
+        largest = tl.full((ROWS, HEADS), float("-inf"), tl.float32)
+        for part in tl.static_range(PARTS):
+            some = tl.load(maxima + part * num_rows * HEADS + column, mask=wanted[:, None], other=0.0)
+            largest = tl.maximum(largest, some)
+        total = tl.zeros((ROWS, HEADS), tl.float32)
+        result = tl.zeros((ROWS, HEADS, HEAD), tl.float32)
+        for part in tl.static_range(PARTS):
+            before = part * num_rows * HEADS
+            factor = tl.load(maxima + before + column, mask=wanted[:, None], other=0.0) - largest
+            factor = tl.exp2(factor * _LOG2E)
+            total += factor * tl.load(totals + before + column, mask=wanted[:, None], other=1.0)
+            some = tl.load(sums + before * HEAD + places, mask=wanted[:, None, None], other=0.0)
+            result += factor[:, :, None] * some
+        result = (result / total[:, :, None]).to(attended.dtype.element_ty)
+        tl.store(attended + places, result, mask=wanted[:, None, None])

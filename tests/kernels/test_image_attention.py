@@ -1,5 +1,7 @@
 """Tests that the Triton kernels of the decoder's attention compute the same as the step-by-step reference."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from transformers import SamConfig, SamModel
 
 from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
-from samlight_hf.kernels import image_attention
+from samlight_hf.kernels import image_attention, shared_attention
 from samlight_hf.kernels.image_attention import (
     fits,
     launch_seen,
@@ -76,7 +78,7 @@ def check_decoder(device="cpu"):
     vision = {"hidden_size": 32, "output_channels": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 64, "num_pos_feats": 64, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": [0]}
     prompt_encoder = {"hidden_size": 128, "image_size": 64, "image_embedding_size": 4}
-    decoder = {"hidden_size": 128, "mlp_dim": 64, "iou_head_hidden_dim": 32, "num_attention_heads": 8}
+    decoder = {"hidden_size": 128, "mlp_dim": 64, "iou_head_hidden_dim": 32, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = SamModel(
         SamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder, mask_decoder_config=decoder)
@@ -95,12 +97,14 @@ def check_decoder(device="cpu"):
         {"points": points, "labels": labels},
         {"boxes": boxes},
         {"points": points, "labels": labels, "boxes": boxes, "mask_logits": torch.randn(3, 16, 16)},
-        {"points": points.repeat(1, 4, 1), "labels": labels.repeat(1, 4)},  # too many for the kernels of attention
+        {"points": points.repeat(1, 12, 1), "labels": labels.repeat(1, 12)},  # too many for the kernels of attention
     ):
         for num_images in (1, 3):
             prompts = {name: prompt.to(device) for name, prompt in prompts.items()}
             image = torch.randn(num_images, 128, 4, 4, device=device)
-            found = fast.decode(fast.prepare(image), **prompts)
+            with patch.object(shared_attention, "launch_attend", wraps=shared_attention.launch_attend) as shared:
+                found = fast.decode(fast.prepare(image), **prompts)
+            assert shared.called is (num_images == 1 and "mask_logits" not in prompts)
             expected = plain.decode(plain.prepare(image), **prompts)
             assert found.logits.shape == expected.logits.shape
             assert (found.logits - expected.logits).norm() < 5e-3 * expected.logits.norm(), (
@@ -191,7 +195,7 @@ if __name__ == "__main__":
     for case in CASES:
         errors = relative_errors(case, torch.float16)
         assert max(errors) < TOLERANCES[torch.float16], (case, errors)
-    image_attention._parts = lambda num_prompts, num_tokens, device, shape: (2, -(-num_tokens // (2 * shape.block)))
+    image_attention._programs = lambda blocks, device, shape: 1  # as with many prompts: it processes several
     assert max(relative_errors(CASES[0], torch.float16)) < TOLERANCES[torch.float16]
     check_decoder()
     print(f"{len(CASES)} cases")

@@ -1,12 +1,14 @@
 """Tests that the Triton kernels of a prompt's tokens compute the same as the mask decoder's own modules."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from transformers import SamConfig, SamModel
 
 from samlight_hf.engine.build import PlainMaskDecoder
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
-from samlight_hf.kernels import image_attention
+from samlight_hf.kernels import image_attention, shared_attention
 from samlight_hf.kernels import tokens as token_kernels
 from samlight_hf.kernels.prompt_embedding import PromptEmbedding
 from samlight_hf.kernels.support import triton
@@ -91,8 +93,10 @@ def check_decoder(device="cpu", **sizes):
         image = torch.randn(num_images, 256, side, side, device=device)
         arguments = {**prompts, "mask_logits": logits, "multimask_output": multimask_output}
         runs.clear()
-        found = fast.decode(fast.prepare(image), **arguments, repeated=num_prompts == 1)  # as `Predictor` does
+        with patch.object(shared_attention, "launch_attend", wraps=shared_attention.launch_attend) as shared:
+            found = fast.decode(fast.prepare(image), **arguments, repeated=num_prompts == 1)  # as `Predictor` does
         assert bool(runs) is bool(names)  # in a graph's capture, too
+        assert shared.called is (num_images == 1)
         expected = plain.decode(plain.prepare(image), **arguments)
         assert found.logits.shape == expected.logits.shape
         assert (found.logits - expected.logits).norm() < 5e-3 * expected.logits.norm(), names
@@ -141,7 +145,7 @@ def test_kernels_that_overlap_give_the_same_to_the_bit(monkeypatch):
         return [tensor.clone() for tensor in kernels(image, prompts, slice(1, None))]
 
     found = [run() for _ in range(50)]
-    for module in (token_kernels, image_attention):
+    for module in (token_kernels, image_attention, shared_attention):
         monkeypatch.setattr(module, "overlap_options", lambda tensor: {"OVERLAP": False})
     expected = run()
     assert all(torch.equal(a, b) for each in found for a, b in zip(each, expected))
