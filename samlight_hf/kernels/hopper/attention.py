@@ -174,7 +174,6 @@ def _kernel(device: torch.device, **constants: int):
     return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
-@cache
 def source_of(**constants: int) -> str:
     """Return the source of the kernel for these constants, which attention.cu uses in capitals."""
     dtype = "bf16" if constants["BFLOAT16"] else "f16"

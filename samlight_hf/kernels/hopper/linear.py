@@ -219,7 +219,6 @@ def _kernel(device: torch.device, tile: Tile, **constants: int | str):
     return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
-@cache
 def source_of(tile: Tile, **constants: int | str) -> str:
     """Return the source of the kernel for these constants, which linear.cu uses in capitals."""
     stays, stages, shared_bytes = tile.layout(int(constants["K"]))

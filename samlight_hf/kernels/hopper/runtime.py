@@ -94,7 +94,12 @@ def product(name: str, columns: int, dtype: str, from_registers: bool = False, t
 def source_of(path: Path, constants: dict[str, int | str], functions: str = "") -> str:
     """Return a CUDA source: `#define`s of the constants, then `functions`, then the file with its header inlined."""
     defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return defined + functions + path.read_text().replace(f'#include "{_HEADER.name}"', _HEADER.read_text())
+    return defined + functions + _inlined(path)
+
+
+@lru_cache
+def _inlined(path: Path) -> str:
+    return path.read_text().replace(f'#include "{_HEADER.name}"', _HEADER.read_text())
 
 
 def compiled(source: str) -> bytes:
