@@ -353,16 +353,16 @@ if triton is not None:
         return tl.reshape(tl.permute(sides, (0, 1, 3, 2, 4)), (ROWS, CHANNELS))
 
     @triton.jit
-    def _as_rows(tokens, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-        """Bring tokens (BLOCK, CHANNELS / 32, 32) and their channels into the order of a product's rows."""
-        tokens = tl.reshape(tokens, (2, BLOCK // 16, 8, CHANNELS // 32, 4, 4, 2))
-        return tl.reshape(tl.permute(tokens, (1, 0, 2, 3, 5, 4, 6)), (BLOCK, CHANNELS))
+    def _as_rows(pieces, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+        """Bring pieces of tokens, (CHANNELS / 32 * BLOCK, 32), into the order of a product's rows, (BLOCK, CHANNELS)."""
+        pieces = tl.reshape(pieces, (CHANNELS // 32, 2, BLOCK // 16, 8, 4, 4, 2))
+        return tl.reshape(tl.permute(pieces, (2, 1, 3, 0, 5, 4, 6)), (BLOCK, CHANNELS))
 
     @triton.jit
     def _from_rows(rows, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
         """Undo `_as_rows`."""
         rows = tl.reshape(rows, (BLOCK // 16, 2, 8, CHANNELS // 32, 4, 4, 2))
-        return tl.reshape(tl.permute(rows, (1, 0, 2, 3, 5, 4, 6)), (BLOCK, CHANNELS // 32, 32))
+        return tl.reshape(tl.permute(rows, (3, 1, 0, 2, 5, 4, 6)), (CHANNELS // 32 * BLOCK, 32))
 
     @triton.jit
     def _update_kernel(
@@ -380,8 +380,9 @@ if triton is not None:
         row = column % HEADS * num_own + own
         wanted = own < num_own
         rows = row[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-        channel = tl.arange(0, CHANNELS // 32)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-        channels = tl.broadcast_to(channel, (BLOCK, CHANNELS // 32, 32))
+        # Pieces of 32 channels: the first of all tokens of a block, then the second.
+        piece = tl.arange(0, CHANNELS // 32 * BLOCK)
+        channels = (piece // BLOCK * 32)[:, None] + tl.arange(0, 32)[None, :]
         blocks = tl.cdiv(num_tokens, BLOCK)
         first, end = _share(num_prompts, blocks)
         for prompt in range(first // blocks, tl.cdiv(end, blocks)):
@@ -395,12 +396,12 @@ if triton is not None:
             own_tokens = image_tokens + prompt * image_stride
             own_updated = updated + prompt * num_tokens * CHANNELS
             for block in range(start, stop):
-                token = block * BLOCK + tl.arange(0, BLOCK)
-                places = token[:, None, None] * CHANNELS + channel
+                token = block * BLOCK + piece % BLOCK
+                places = token[:, None] * CHANNELS + channels
                 if EVEN:
                     tokens, position = tl.load(own_tokens + places), tl.load(positions + places)
                 else:
-                    real = (token < num_tokens)[:, None, None]
+                    real = (token < num_tokens)[:, None]
                     tokens = tl.load(own_tokens + places, mask=real, other=0.0)
                     position = tl.load(positions + places, mask=real, other=0.0)
                 scores = tl.dot(_as_rows(tokens + position, CHANNELS, BLOCK), tl.trans(key)) * _LOG2E + bias
