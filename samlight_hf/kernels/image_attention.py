@@ -47,8 +47,12 @@ class _Shape(NamedTuple):
     resident: int
 
 
+# On Hopper: 229 KB of shared memory, and all registers.
 _SEEN = _Shape(block=64, warps=4, stages=3, resident=1)
 _UPDATE = _Shape(block=64, warps=4, stages=1, resident=2)
+# On other GPUs: less than 99 KB, the least that one with these dtypes has.
+_SMALL_SEEN = _Shape(block=32, warps=4, stages=2, resident=1)
+_SMALL_UPDATE = _Shape(block=32, warps=4, stages=1, resident=1)
 _SUM = 32  # parts times rows that a thread block combines at a time
 
 
@@ -64,24 +68,22 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_
 def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype, num_heads: int) -> str | None:
     def attempt() -> bool:
         numbers, norm = normal_numbers(device), nn.LayerNorm(channels).to(device, dtype)
-        # Enough tokens for a thread block to process several blocks, the last of them not full; and a multiple of 16,
-        # as images have: for another number the kernels would be compiled once more.
-        image_tokens, positions = numbers(64, 1008, channels).to(dtype), numbers(1008, channels).to(dtype)
+        # Enough tokens for a thread block to process several blocks; full blocks have variants of their own. Multiples of
+        # 16, as images have: for other numbers the kernels would be compiled once more.
+        images = [(numbers(64, count, channels).to(dtype), numbers(count, channels).to(dtype)) for count in (960, 1008)]
         queries, keys, values = (0.1 * numbers(3, 64, 7 * num_heads, channels)).to(dtype).unbind()
         biases = numbers(64, 7 * num_heads).to(dtype)
 
         def run():
-            attended = launch_seen(queries, image_tokens, positions)
-            return attended, launch_update(image_tokens, positions, keys, biases, values, norm, num_heads)
+            attended = [launch_seen(queries, *image) for image in images]
+            return attended + [launch_update(*image, keys, biases, values, norm, num_heads) for image in images]
 
-        attended, updated = tried(run, several=True)
-        image, places = image_tokens.float(), positions.float()
+        results = tried(run, several=True)
+        images = [(image_tokens.float(), positions.float()) for image_tokens, positions in images]
         sides = keys.float(), biases.float(), values.float(), copy.deepcopy(norm).float()
-        pairs = [
-            (attended, seen_reference(queries.float(), image, places)),
-            (updated, update_reference(image, places, *sides, num_heads, add_layer_norm_reference)),
-        ]
-        return all(bool((result - expected).norm() < 0.01 * expected.norm()) for result, expected in pairs)
+        expected = [seen_reference(queries.float(), *image) for image in images]
+        expected += [update_reference(a, b, *sides, num_heads, add_layer_norm_reference) for a, b in images]
+        return all(bool((a - b).norm() < 0.01 * b.norm()) for a, b in zip(results, expected))
 
     return why_not_tried(_NAME, device, (channels, dtype, num_heads), attempt)
 
@@ -179,8 +181,9 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
     """Compute `seen_reference` with the kernels: first for parts of the image tokens, then the sum of the parts."""
     (num_prompts, num_rows, channels), num_tokens = queries.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
-    blocks = triton.cdiv(num_tokens, _SEEN.block)
-    programs = _programs(num_prompts * blocks, image_tokens.device, _SEEN)
+    shape = _SEEN if _is_hopper(image_tokens.device) else _SMALL_SEEN
+    blocks = triton.cdiv(num_tokens, shape.block)
+    programs = _programs(num_prompts * blocks, image_tokens.device, shape)
     seen = torch.empty_like(queries, memory_format=torch.contiguous_format)
     if not seen.numel():
         return seen
@@ -195,8 +198,8 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
             _seen_kernel, (programs,),
             queries.contiguous(), image_tokens, positions, sums, *statistics,
             num_prompts, num_rows, num_tokens, _stride(image_tokens),
-            CHANNELS=channels, ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK=_SEEN.block,
-            EVEN=num_tokens % _SEEN.block == 0, num_warps=_SEEN.warps, num_stages=_SEEN.stages,
+            CHANNELS=channels, ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK=shape.block,
+            EVEN=num_tokens % shape.block == 0, num_warps=shape.warps, num_stages=shape.stages,
             **overlap_options(image_tokens),
         )  # fmt: skip
         rows = max(1, _SUM // parts)
@@ -224,23 +227,28 @@ def launch_update(
     """
     (num_prompts, num_rows, channels), num_tokens = keys.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
-    rows = num_rows // num_heads
-    shape = num_prompts, num_tokens, channels
-    assert not in_place or image_tokens.shape == shape, "image tokens that prompts share cannot be overwritten"
-    updated = image_tokens if in_place else torch.empty(shape, dtype=image_tokens.dtype, device=image_tokens.device)
+    rows, shape = num_rows // num_heads, _UPDATE if _is_hopper(image_tokens.device) else _SMALL_UPDATE
+    size = num_prompts, num_tokens, channels
+    assert not in_place or image_tokens.shape == size, "image tokens that prompts share cannot be overwritten"
+    updated = image_tokens if in_place else torch.empty(size, dtype=image_tokens.dtype, device=image_tokens.device)
     if not updated.numel():
         return updated
+    blocks = num_prompts * triton.cdiv(num_tokens, shape.block)
     with torch.cuda.device_of(image_tokens):  # where Triton launches
         launch(
-            _update_kernel, (_programs(num_prompts * triton.cdiv(num_tokens, _UPDATE.block), updated.device, _UPDATE),),
+            _update_kernel, (_programs(blocks, image_tokens.device, shape),),
             image_tokens, positions, keys.contiguous(), biases.contiguous(), values.contiguous(),
-            norm.weight, norm.bias, updated,
-            num_prompts, rows, num_tokens, _stride(image_tokens), norm.eps,
+            norm.weight, norm.bias, updated, num_prompts, rows, num_tokens, _stride(image_tokens), norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)),
-            BLOCK=_UPDATE.block, EVEN=num_tokens % _UPDATE.block == 0, num_warps=_UPDATE.warps,
-            num_stages=_UPDATE.stages, **overlap_options(image_tokens),
+            BLOCK=shape.block, EVEN=num_tokens % shape.block == 0,
+            num_warps=shape.warps, num_stages=shape.stages, **overlap_options(image_tokens),
         )  # fmt: skip
     return updated
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Return whether a device is a Hopper GPU; a CPU, on which Triton's interpreter runs, counts as one."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _programs(blocks: int, device: torch.device, shape: _Shape) -> int:
@@ -354,7 +362,7 @@ if triton is not None:
 
     @triton.jit
     def _as_rows(pieces, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-        """Bring pieces of tokens, (CHANNELS / 32 * BLOCK, 32), into the order of a product's rows, (BLOCK, CHANNELS)."""
+        """Bring pieces (CHANNELS / 32 * BLOCK, 32) of tokens into the order of a product's rows, (BLOCK, CHANNELS)."""
         pieces = tl.reshape(pieces, (CHANNELS // 32, 2, BLOCK // 16, 8, 4, 4, 2))
         return tl.reshape(tl.permute(pieces, (2, 1, 3, 0, 5, 4, 6)), (BLOCK, CHANNELS))
 
