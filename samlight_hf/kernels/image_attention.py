@@ -68,8 +68,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, channels: int, num_
 def _why_not_tried(device: torch.device, channels: int, dtype: torch.dtype, num_heads: int) -> str | None:
     def attempt() -> bool:
         numbers, norm = normal_numbers(device), nn.LayerNorm(channels).to(device, dtype)
-        # Enough tokens for a thread block to process several blocks; full blocks have variants of their own. Multiples of
-        # 16, as images have: for other numbers the kernels would be compiled once more.
+        # Enough tokens for a thread block to process several blocks; full blocks have variants of their own. Both are
+        # multiples of 16, as images have: for other numbers the kernels would be compiled once more.
         images = [(numbers(64, count, channels).to(dtype), numbers(count, channels).to(dtype)) for count in (960, 1008)]
         queries, keys, values = (0.1 * numbers(3, 64, 7 * num_heads, channels)).to(dtype).unbind()
         biases = numbers(64, 7 * num_heads).to(dtype)
