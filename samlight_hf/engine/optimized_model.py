@@ -124,9 +124,11 @@ class FastPaths:
         captures, sizes = on_cuda and not when_needed, (image_batch_sizes, prompt_counts)
         make = partial(make_encoder, model, on_cuda, self.memory, skip_padding)
         made = make() if skip_padding else None  # that depends on whether the fused encoder really runs
-        with self._compiled_at_the_same_time(config) if captures else contextlib.nullcontext():
+        with self._compiled_at_the_same_time(config) if on_cuda else contextlib.nullcontext():
             self.encode, self.copied = made or make()
             graphs = self.graphs(*sizes)
+            if decoder is not None:
+                _ = decoder.why_not_triton  # asked for, so that the kernels of its attempts are compiled
             steps = shown(["compiling kernels", *(f"capturing {graph.name}" for graph in in_order(graphs))], progress)
             if captures:
                 next(steps)

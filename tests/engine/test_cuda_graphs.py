@@ -429,11 +429,12 @@ def test_an_encoder_whose_kernels_were_taken_to_run_and_do_not_is_made_again(mod
 
     monkeypatch.setattr(optimized_model, "make_encoder", make)
     for reason, expected in ((None, "fused"), ("too many registers.", "plain: too many registers.")):
-        makings.clear()
         monkeypatch.setattr(optimized_model, "why_not_kernels", lambda model, reason=reason: reason)
-        paths = FastPaths(model, None, (1, 3), (1, 4))
-        assert paths.report.encoder == expected and isinstance(paths.copied, Fused) == (reason is None)
-        assert makings == ([True] if reason is None else [True, False])
+        for when_needed in (True, False):
+            makings.clear()
+            paths = FastPaths(model, None, (1, 3), (1, 4), when_needed)
+            assert paths.report.encoder == expected and isinstance(paths.copied, Fused) == (reason is None)
+            assert makings == ([True] if reason is None else [True, False])
     assert [number for number, *_ in captured["captured"]] == [2, 2]
 
 
