@@ -20,7 +20,9 @@ def add_export_arguments(parser: argparse.ArgumentParser):
         "folder", type=not_empty, metavar="FOLDER", help="the checkpoint's folder or Hub name; any SAM of transformers"
     )
     parser.add_argument("--format", choices=["onnx"], default="onnx", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to create; one of an earlier export is replaced"
+    )
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["fp32"],
         help="a pair of files for each; int8 and uint8 quantize the weights (%(default)s)",
@@ -63,6 +65,13 @@ def run_export(args: argparse.Namespace) -> int:
     quantized = [dtype for dtype in args.dtype if dtype.endswith("int8")]
     if args.calibrate and not quantized:
         raise argparse.ArgumentTypeError("--calibrate goes with --dtype int8 or uint8.")
+    measured = [f"--{name}" for name in ("dataset", "annotations") if getattr(args, name)]
+    if not args.check and (unused := [*["--image"] * bool(args.image), *measured]):
+        raise argparse.ArgumentTypeError(f"{unused[0]} is for --check: give that too, or leave {unused[0]} out.")
+    if measured and not quantized:
+        raise argparse.ArgumentTypeError(
+            f"{measured[0]}: mIoU is measured of int8 and uint8. Give --dtype int8, or leave {measured[0]} out."
+        )
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -83,7 +92,7 @@ def run_export(args: argparse.Namespace) -> int:
     dataset = _dataset(args) if args.check and quantized else None
     model, processor = load_model(args.folder, device="cpu", dtype="float32")
     if args.image_size not in (None, model.config.vision_config.image_size):
-        model, processor = _resize(model, args.image_size)
+        model, processor = _resize(model, processor, args.image_size)
     files = export_onnx(model, processor, args.out, args.dtype, args.opset, _calibration(args), progress=_tell)
     for file in files:
         print(f"{file.stat().st_size:>14,}  {file.relative_to(args.out)}")
@@ -154,15 +163,14 @@ def _calibration(args: argparse.Namespace) -> list[Path] | None:
     return images[::step][: args.calibration_images]
 
 
-def _resize(model, image_size: int):
-    from ..conversion import change_image_size
-    from ..modeling.modeling_sam_lightening import make_processor
+def _resize(model, processor, image_size: int):
+    from ..conversion import resize_model, resize_processor
 
     try:
-        model = change_image_size(model, image_size)
+        model = resize_model(model, image_size)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"--image-size {image_size}: {error}") from error
-    return model, make_processor(model.config.vision_config)
+    return model, resize_processor(processor, image_size, model.config.vision_config.patch_size)
 
 
 def _tell(line: str):

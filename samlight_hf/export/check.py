@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data import ImageDataset
+from ..data import ImageDataset, SkipReport
 from ..images.preprocessing import resized_size
 from ..masks.boxes import xywh_to_xyxy
 from ..masks.upscaling import upscale_logits
@@ -87,7 +87,7 @@ def check_folder(
         best = scores.argmax(axis=2)[..., None, None, None]
         masks = [np.take_along_axis(values, best, axis=2)[:, :, 0] > 0 for values in (logits, ours)]
         ious.append(_iou(*masks).min())
-    difference, iou = float(max(differences)), float(min(ious))
+    difference, iou = float(np.max(differences)), float(np.min(ious))  # NaN stays NaN
     return CheckResult(dtype, difference, iou, len(ious), _failure(dtype, difference, iou))
 
 
@@ -103,7 +103,7 @@ def mean_iou(
         runner: a model.
         processor: its processor.
         dataset: images with masks; crowds are left out.
-        progress: called with a line of text after each image.
+        progress: called with a line of text after each image, and at the end where images or instances were skipped.
 
     Returns:
         The mean over the instances, and their number.
@@ -114,9 +114,11 @@ def mean_iou(
     image_processor = processor.image_processor
     padded = (image_processor.pad_size["height"], image_processor.pad_size["width"])
     ious: list[float] = []
+    skipped = SkipReport()
     for index in range(len(dataset)):
-        sample, _ = dataset.load(index)
-        if sample is None:  # skipped, and counted in the dataset's report
+        sample, report = dataset.load(index)
+        skipped.merge(report)
+        if sample is None:
             continue
         instances = [instance for instance in sample.instances if not instance.is_crowd]
         if not instances:
@@ -129,6 +131,8 @@ def mean_iou(
         masks = upscale_logits(torch.from_numpy(best), padded, resized, (sample.height, sample.width)).numpy() > 0
         ious += _iou(masks, np.stack([instance.mask() for instance in instances])).tolist()
         progress(f"{index + 1} of {len(dataset)} images")
+    if skipped:
+        progress(skipped.summary(len(dataset)))
     if not ious:
         raise ValueError("the dataset has no instances to measure mIoU on.")
     return float(np.mean(ious)), len(ious)

@@ -5,6 +5,7 @@ preprocessor_config.json  resizing, normalisation and padding
 onnx/vision_encoder.onnx, onnx/prompt_encoder_mask_decoder.onnx, and the same with _fp16, _int8, _uint8
 """
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,8 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..images.preprocessing import image_tensor, preprocess
-from ..utils.atomic_files import replace_folder
+from ..utils.atomic_files import check_replaceable, replace_folder
+from ..utils.json_files import read_json
 from . import precision
 from .graphs import (
     DECODER,
@@ -30,7 +32,14 @@ from .graphs import (
 
 
 DTYPES = tuple(precision.SUFFIXES)
-ROOT_FILES = {"config.json", "preprocessor_config.json", "onnx"}
+CONFIG, PREPROCESSOR_CONFIG = "config.json", "preprocessor_config.json"
+_MARK = "onnx_export"  # a key of config.json, by which an earlier export is known
+_FILES = {CONFIG, PREPROCESSOR_CONFIG} | {
+    f"onnx/{name}{suffix}.{ending}"
+    for name in (ENCODER, DECODER)
+    for suffix in precision.SUFFIXES.values()
+    for ending in ("onnx", "onnx_data")
+}
 
 
 def export_onnx(
@@ -47,7 +56,8 @@ def export_onnx(
     The folder is written under another name and moved into place; one exported earlier is replaced.
 
     Args:
-        model: any SamModel or SamLighteningModel, with weights in float32.
+        model: any SamModel or SamLighteningModel, on any device and in any floating point type. It is not changed;
+            weights are exported in float32.
         processor: its processor.
         out: folder to create.
         dtypes: of "fp32", "fp16", "int8" and "uint8": one pair of files for each.
@@ -61,7 +71,7 @@ def export_onnx(
 
     Raises:
         ValueError: for a model that is no SAM or has no values, for an unknown dtype, an opset out of range, and a
-            folder that holds other files.
+            folder that holds other files or cannot be replaced.
         ImportError: where onnx, onnxscript or onnxruntime is not installed.
     """
     import onnx  # noqa: F401
@@ -75,7 +85,8 @@ def export_onnx(
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
     _check_destination(out)
-    model = model.to("cpu", torch.float32).eval()
+    if model.training or any(weight.dtype != torch.float32 or weight.is_cuda for weight in model.parameters()):
+        model = copy.deepcopy(model).to("cpu", torch.float32).eval()  # the caller's stays as it is
     inputs = None
     if calibration is not None:
         inputs = [{"pixel_values": pixels(processor, image)} for image in calibration]
@@ -100,8 +111,8 @@ def export_onnx(
                 precision.save(converted, path)
                 if path.with_name(f"{path.name}_data").exists():
                     large[path.name] = 1
-        _write_json(folder / "config.json", _config(model, dtypes, opset, inputs is not None, large))
-        _write_json(folder / "preprocessor_config.json", _preprocessor_config(processor))
+        _write_json(folder / CONFIG, _config(model, dtypes, opset, inputs is not None, large))
+        _write_json(folder / PREPROCESSOR_CONFIG, _preprocessor_config(processor))
 
     replace_folder(out, write)
     return sorted(path for path in out.rglob("*") if path.is_file())
@@ -121,13 +132,15 @@ def _convert(graph, dtype: str, calibration):
 
 
 def _check_destination(out: Path):
+    """Raise ValueError unless `out` can be written, and is new, empty, or what an earlier export wrote."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file. Choose another --out.")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if foreign := sorted(names - ROOT_FILES):
+    check_replaceable(out)
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()}
+    if foreign := sorted(names - _FILES):
         raise ValueError(f"{out} holds {foreign[0]}, which no export has written. Choose another --out.")
-    if names and "onnx" not in names:
-        raise ValueError(f"{out} holds {min(names)} but no folder onnx. Choose another --out.")
+    if names and (CONFIG not in names or _MARK not in read_json(out / CONFIG, dict)):
+        raise ValueError(f"{out} holds {min(names)}, and its {CONFIG} is of no export. Choose another --out.")
 
 
 def _config(model: PreTrainedModel, dtypes: Sequence[str], opset: int, is_static: bool, large: dict) -> dict:
@@ -142,7 +155,7 @@ def _config(model: PreTrainedModel, dtypes: Sequence[str], opset: int, is_static
     if large:
         javascript["use_external_data_format"] = large
     quantized = {dtype for dtype in dtypes if dtype.endswith("int8")}
-    config["onnx_export"] = {
+    config[_MARK] = {
         "exported_from": exported_from, "opset": opset, "dtypes": list(dict.fromkeys(dtypes)),
         "quantization": ("static" if is_static else "dynamic") if quantized else None, "torch": torch.__version__,
     }  # fmt: skip

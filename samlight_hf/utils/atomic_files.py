@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, names that file systems accept, and YAML files."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -20,7 +21,15 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: where the file goes.
         write: called with the temporary path, beside `path`, to write the file there.
+
+    Raises:
+        OSError: if the file cannot be written or moved; the message does not name the temporary file where the folder
+            is missing or a folder is in the file's place.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, not a file", str(path))
     aside = beside(path)
     try:
         write(aside)
@@ -33,6 +42,26 @@ def check_new_folder(option: str, folder: Path) -> None:
     """Raise ValueError for an option's value that is neither a new nor an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{option} {folder} is not empty. Choose another folder.")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError where `replace_folder` could not put a folder, before the work for it is done.
+
+    Args:
+        path: where the folder is to go.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        # Without it a shell would stand in a folder that is gone. A mount point cannot be moved.
+        kind = "the working directory, or holds it," if Path.cwd().is_relative_to(real) else ""
+        kind = kind or ("a mount point," if real.is_mount() else "")
+        if kind:
+            raise ValueError(f"{path} is {kind} and cannot be replaced. Choose a folder in it, such as {path / 'new'}.")
+    parent = next(parent for parent in real.parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise ValueError(f"{path} cannot be made: {parent} is a file. Choose another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be made: {parent} cannot be written to. Choose another folder.")
 
 
 def replace_folder(path: Path, write: Callable[[Path], object], *, fsync: bool = False) -> None:

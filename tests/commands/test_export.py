@@ -1,11 +1,13 @@
 """`samlight export`: files, check, and one line for each error."""
 
+import json
 import sys
 
 import pytest
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.commands import cli
+from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
 
 
@@ -24,10 +26,17 @@ def test_exports_checks_and_measures_miou(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_exports_at_another_image_size(checkpoint, tmp_path, capsys):
-    arguments = ["export", checkpoint, "--out", str(tmp_path / "out"), "--image-size", "16", "--check"]
+def test_exports_at_another_image_size_with_the_models_own_normalisation(checkpoint, tmp_path, capsys):
+    model, processor = load_model(checkpoint, "cpu")
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = ["export", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--image-size", "16", "--check"]
     assert cli.main(arguments) == 0
     assert "input 16x16" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert written["image_mean"] == [0.1, 0.2, 0.3]
+    assert written["size"] == {"longest_edge": 16} and written["mask_size"] == {"longest_edge": 16}
 
 
 def test_errors_are_one_line(checkpoint, tmp_path, capsys, monkeypatch):
@@ -42,6 +51,9 @@ def test_errors_are_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     assert "--calibrate goes with --dtype int8 or uint8" in error(checkpoint, "--calibrate", str(tmp_path))
     assert "--image-size 18: patch_size=4 must divide image_size=18" in error(checkpoint, "--image-size", "18")
     assert "no photograph.jpg: no such file" in error(checkpoint, "--check", "--image", "no photograph.jpg")
+    for option in ("--image", "--dataset", "--annotations"):
+        assert f"{option} is for --check" in error(checkpoint, option, "nowhere")
+    assert "mIoU is measured of int8 and uint8" in error(checkpoint, "--check", "--dataset", "nowhere")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in error(str(tmp_path / "empty"), status=1)
     (tmp_path / "without weights").mkdir()

@@ -1,6 +1,8 @@
 """Exported folders: the layout of transformers.js, the values of torch, other precisions, and bad input."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import files
@@ -15,11 +17,13 @@ from PIL import Image
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
 from samlight_hf import SamLighteningModel
-from samlight_hf.data import SyntheticScenes
+from samlight_hf.data import SyntheticScenes, load_dataset
 from samlight_hf.export import OnnxRunner, TorchRunner, check_folder, export_onnx, mean_iou, precision
 from samlight_hf.export.graphs import export_encoder
 from tests.conftest import tiny_config
 from tests.conversion.test_student import sam_teacher
+
+from .conftest import small_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +228,21 @@ def test_example_runs_where_there_is_no_torch(exported, photograph, tmp_path):
     assert 0 < expected.mean() < 1 and (mask & expected).sum() / (mask | expected).sum() > 0.95
 
 
+def test_images_that_cannot_be_used_are_counted(exported, tmp_path):
+    _, model, processor = exported
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / f"{name}.png")
+        mask = Image.new("L", (40, 30))
+        mask.paste(255, (5, 5, 20, 20))
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "images" / "b.png").write_bytes(b"no image")
+    lines = []
+    _, num_instances = mean_iou(TorchRunner(model), processor, load_dataset(str(tmp_path)), lines.append)
+    assert num_instances == 1 and "Skipped 1 of 2 images" in lines[-1]
+
+
 def test_bad_input_is_named(exported, tmp_path):
     _, model, processor = exported
     with pytest.raises(ValueError, match="opset=11 must be from 18 to 23"):
@@ -242,9 +261,75 @@ def test_bad_input_is_named(exported, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"holds thesis\.tex"):
         export_onnx(model, processor, tmp_path / "mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file\. Choose another folder"):
+        export_onnx(model, processor, tmp_path / "file" / "out")
     with pytest.raises(ValueError, match="calibration has no images"):
         export_onnx(model, processor, tmp_path / "out", ["int8"], calibration=[])
     assert not (tmp_path / "out").exists() and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("onnx/mine.onnx", None, r"holds onnx/mine\.onnx, which no export has written"),
+        ("config.json", "{}", r"its config\.json is of no export"),  # a SAM of transformers.js that somebody downloaded
+        ("config.json", None, r"its config\.json is of no export"),
+        ("config.json", '{"onnx_export": {', "not JSON"),
+    ],
+)
+def test_a_folder_with_files_of_others_is_left_alone(exported, tmp_path, name, content, words):
+    folder, model, processor = exported
+    shutil.copytree(folder, tmp_path / "out")
+    path = tmp_path / "out" / name
+    if name.endswith(".onnx"):
+        path.write_text("mine")
+    elif content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=words):
+        export_onnx(model, processor, tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("inside", [".", "onnx"])
+def test_the_working_directory_is_not_replaced(exported, tmp_path, monkeypatch, inside):
+    """A shell would stand in a folder that is gone."""
+    folder, model, processor = exported
+    shutil.copytree(folder, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out" / inside)
+    for out in (tmp_path / "out", os.path.relpath(tmp_path / "out")):
+        with pytest.raises(ValueError, match="working directory"):
+            export_onnx(model, processor, out)
+
+
+@pytest.mark.slow
+def test_an_earlier_export_is_replaced_and_the_model_stays_as_it_is(exported, tmp_path):
+    folder, _, processor = exported
+    shutil.copytree(folder, tmp_path / "out")
+    (tmp_path / "out" / "onnx" / "vision_encoder_int8.onnx").touch()
+    model = small_model().to(torch.bfloat16).train()
+    files = export_onnx(model, processor, tmp_path / "out")
+    assert tmp_path / "out" / "onnx" / "vision_encoder_int8.onnx" not in files and len(files) == 4
+    assert model.training and {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_value_that_is_no_number_fails_the_check_whatever_prompt_gives_it(exported, photograph, monkeypatch):
+    folder, model, processor = exported
+    decode, calls = OnnxRunner.decode, []
+
+    def decode_with_nan(self, *arguments, **prompts):
+        scores, logits = decode(self, *arguments, **prompts)
+        calls.append(prompts)
+        if len(calls) == 3:
+            logits[0, 0, 0, 0, 0] = np.nan
+        return scores, logits
+
+    monkeypatch.setattr(OnnxRunner, "decode", decode_with_nan)
+    assert check_folder(folder, model, processor, photograph).failure == "logits are not finite."
+    assert len(calls) == 5
 
 
 def test_image_of_another_size_is_refused_by_the_graph(exported):
