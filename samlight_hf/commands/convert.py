@@ -10,6 +10,7 @@ from .options import model_path_of, not_empty, parse_positive
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser):
@@ -41,17 +42,19 @@ def run_convert(args: argparse.Namespace) -> int:
     from ..conversion import load_teacher, resize_model, resize_processor
     from ..conversion.resizing import describe_pattern
     from ..loading import load_model, quiet_transformers
-    from ..utils.atomic_files import replace_folder
+    from ..utils.atomic_files import check_replaceable, replace_folder
 
     model_path = model_path_of(args.model)
     if args.out.exists():
         raise argparse.ArgumentTypeError(f"--out {args.out} exists already. Choose a new folder.")
+    check_replaceable(args.out)
     model, processor = load_teacher(model_path, device="cpu")
+    dtype = _stored_dtype(model_path, model)
     before = model.config.vision_config.image_size
     if args.image_size is not None:
         model = resize_model(model, args.image_size, args.bands)
         processor = resize_processor(processor, args.image_size, model.config.vision_config.patch_size)
-    model = model.to(_stored_dtype(model_path))
+    model = model.to(dtype)
 
     def write(folder: Path):
         with quiet_transformers():
@@ -68,18 +71,28 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stored_dtype(model_path: str) -> "torch.dtype":
-    """Return the type that the weights are stored in. They were loaded as float32, which holds each of them."""
+def _stored_dtype(model_path: str, model: "PreTrainedModel") -> "torch.dtype":
+    """Return the type to store weights in: that of config.json where it holds each of them exactly, else float32.
+
+    Args:
+        model_path: where the model was loaded from.
+        model: in float32, which holds all weights.
+    """
+    import torch
     from transformers import PreTrainedConfig
 
     from ..conversion.original import ORIGINAL_SUFFIXES
-    from ..loading import DTYPES, find_dtype
+    from ..loading import DTYPES
 
     if Path(model_path).suffix in ORIGINAL_SUFFIXES and not Path(model_path).expanduser().is_dir():
-        return find_dtype("float32")
+        return torch.float32
     config, _ = PreTrainedConfig.get_config_dict(str(Path(model_path).expanduser()))
-    stored = config.get("dtype", config.get("torch_dtype"))
-    return find_dtype(stored if stored in DTYPES else "float32")
+    dtype = DTYPES.get(config.get("dtype", config.get("torch_dtype")), torch.float32)
+    if all(torch.equal(weight, weight.to(dtype).float()) for weight in model.parameters()):
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    print(f"samlight: the weights are not {name}, as config.json says, and stay float32.", file=sys.stderr)
+    return torch.float32
 
 
 def _describe(args: argparse.Namespace, before: int, pattern: list[str]):

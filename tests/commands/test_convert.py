@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,22 @@ def test_convert_keeps_the_stored_dtype(folder, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_convert_never_rounds_weights_that_a_config_calls_half(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    for name, size in (("same", "32"), ("larger", "64")):
+        assert (
+            main(["convert", "--model", str(tmp_path / "model"), "--image-size", size, "--out", str(tmp_path / name)])
+            == 0
+        )
+        assert "the weights are not float16" in capsys.readouterr().err
+        weights, expected = (load_model(path, "cpu")[0].state_dict() for path in (tmp_path / name, folder))
+        assert all(
+            torch.equal(weights[key], expected[key]) for key in expected if weights[key].shape == expected[key].shape
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
@@ -51,6 +68,7 @@ def test_convert_keeps_the_stored_dtype(folder, tmp_path):
         (["--image-size", "100000"], 1, "use at most 1024, and tiles"),
         (["--image-size", "64", "--out", "{folder}"], 2, "exists already. Choose a new folder."),
         (["--image-size", "64", "--model", "{folder}/none"], 1, "no such folder"),
+        (["--out", "{folder}/config.json/out"], 1, "config.json is a file. Choose another folder."),
     ],
 )
 def test_bad_options_of_convert(folder, tmp_path, capsys, options, status, message):
