@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.atomic_files import atomic_write
+from ..utils.messages import one_line
 from .options import (
     EXAMPLE_IMAGES,
     not_empty,
@@ -94,8 +96,9 @@ def run_publish(args: argparse.Namespace) -> int:
         ArgumentTypeError: for names that the Hub does not take, and for weights without a licence.
     """
     from ..publishing.build import build_folder
+    from ..publishing.card import CardFacts
     from ..publishing.checks import metadata_of
-    from ..publishing.space import check_space_folder
+    from ..publishing.space import check_space, check_space_folder, thresholds_of
     from ..publishing.upload import check_target, publish, verify_folder
 
     wants_space = args.space is not None or args.space_out is not None
@@ -111,12 +114,15 @@ def run_publish(args: argparse.Namespace) -> int:
         card = _card(args, args.repo_id, args.tag)
         _tell_unused_card(Path(args.folder))
     else:
-        card = args.card.read_text(encoding="utf-8")
+        card = _own_card(args)
     if not metadata_of(card).get("license"):
         raise argparse.ArgumentTypeError(
             "the weights have no licence, so nobody may use them. Say it with --license, or license: in card.yaml; "
             "it follows from the training data and the teacher."
         )
+    thresholds = thresholds_of(CardFacts.read(args.folder).thresholds)
+    if args.space is not None and not args.dry_run:
+        check_space(space_id, private=args.private)
     with tempfile.TemporaryDirectory(prefix="samlight-publish-") as place:
         folder = Path(place) / "folder"
         files = build_folder(args.folder, folder, card, args.max_shard_size)
@@ -136,23 +142,25 @@ def run_publish(args: argparse.Namespace) -> int:
         )  # fmt: skip
     _tell(published)
     if wants_space:
-        _publish_space(args, space_id, published)
+        _publish_space(args, space_id, published, thresholds)
     return 0
 
 
-def _publish_space(args: argparse.Namespace, space_id: str, published: "PublishedRevision"):
+def _publish_space(
+    args: argparse.Namespace, space_id: str, published: "PublishedRevision", thresholds: tuple[float, float]
+):
     """Write a Space of the published commit, and upload it where `--space` asks for that."""
     from ..publishing.space import SpaceSettings, build_space, publish_space
 
     # A pull request's commit is not in the repository yet: the Space then loads the newest.
     revision = None if published.pr_url else published.commit
-    settings = SpaceSettings(args.repo_id, space_id, revision)
+    settings = SpaceSettings(args.repo_id, space_id, revision, thresholds)
     with tempfile.TemporaryDirectory(prefix="samlight-space-") as place:
         folder = Path(place) / "space" if args.space_out is None else args.space_out
         files = build_space(folder, settings, sorted(EXAMPLE_IMAGES.glob("*.jpg")))
         print(f"Space: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
         if args.space_out is not None:
-            print(f"Written: {folder}; python {folder / 'app.py'} runs it here.")
+            print(f"Written: {folder}; python {shlex.quote(str(folder / 'app.py'))} runs it here.")
         if args.space is None:
             return
         if args.dry_run:
@@ -193,6 +201,21 @@ def _card(args: argparse.Namespace, repo_id: str | None, revision: str | None) -
         args.folder, evaluation=args.evaluation, training=args.training, benchmark=args.benchmark, facts=facts,
         repo_id=repo_id, revision=revision,
     )  # fmt: skip
+
+
+def _own_card(args: argparse.Namespace) -> str:
+    """Return the text of `--card`. Raises ArgumentTypeError for options that are only for a card that is made."""
+    try:
+        card = args.card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.card}: no text in UTF-8 ({one_line(error)}). Save it again as UTF-8.") from error
+    facts = ("evaluation", "training", "benchmark", "license", "license_name", "license_link", "base_model")
+    if given := [f"--{name.replace('_', '-')}" for name in facts if getattr(args, name)]:
+        raise argparse.ArgumentTypeError(
+            f"{given[0]} is for a card that is made here, and --card {args.card} is published as it is. Write it into "
+            "that file, or leave one of them out."
+        )
+    return card
 
 
 def _tell_unused_card(folder: Path):

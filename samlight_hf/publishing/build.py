@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from ..loading import TRAINER_STATE, load_model, weight_files
-from ..utils.atomic_files import replace_folder
+from ..utils.atomic_files import check_replaceable, replace_folder
 from ..utils.json_files import read_json
 from .card import render_card
 from .checks import AUTO_MAP, CARD_NAME, CODE, CODE_FOLDER, LICENSE_NAME, LOADED_FILES, FolderError, refuse_pickles
@@ -73,6 +73,7 @@ def _check_destination(source: Path, destination: Path):
         raise ValueError(f"{destination} is the source itself. Choose another destination.")
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"{destination} is a file. Choose another destination.")
+    check_replaceable(destination)
     if destination.is_dir():
         known = {*CODE, CARD_NAME, LICENSE_NAME, "config.json"}
         foreign = [p for p in destination.iterdir() if p.name not in known and not LOADED_FILES.fullmatch(p.name)]

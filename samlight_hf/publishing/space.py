@@ -2,23 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
-from ..utils.atomic_files import replace_folder
+from ..utils.atomic_files import check_replaceable, replace_folder
 from .build import license_text
 from .checks import CODE_FOLDER, LICENSE_NAME
 from .upload import PublishError, check_target, reason_of
 
 
+THRESHOLDS = (0.88, 0.95)  # of predicted IoU and stability, SAM's own
 GRADIO_VERSION = "6.31.0"
 PACKAGE = "samlight_hf"
 PACKAGE_FOLDER = Path(__file__).parents[1]
 _SPACE_FILES = ("app.py", "requirements.txt", "README.md")
+_NEW_SPACE = {".gitattributes", "README.md"}  # what a Space holds that was just made on the Hub's page
+_HUB_ERRORS = (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError, RuntimeError)
 _CODE_SUFFIXES = (".css", ".cu", ".cuh", ".html", ".js", ".md", ".py", ".typed")
 
 # What the package and its extra "app" require; gradio comes with the Space's SDK.
@@ -117,7 +120,7 @@ class SpaceSettings:
     model_id: str
     space_id: str
     revision: str | None = None
-    thresholds: tuple[float, float] = (0.88, 0.95)
+    thresholds: tuple[float, float] = THRESHOLDS
 
 
 def space_files(settings: SpaceSettings) -> dict[str, str]:
@@ -190,9 +193,17 @@ def publish_space(
 
     The Space is created where it does not exist. Code of an earlier commit that is not in the folder is deleted.
 
+    Args:
+        folder: Of `build_space`.
+        space_id: Name of the Space ("org/name").
+        private: Create a private Space, and refuse an existing public one.
+        token: Hub token. Default: that of the environment.
+        commit_message: Of the commit.
+
     Raises:
-        PublishError: Where the Hub refuses or cannot be reached.
+        PublishError: As in `check_space`.
     """
+    check_space(space_id, private=private, token=token)
     api = HfApi(token=token)
     try:
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
@@ -200,23 +211,74 @@ def publish_space(
             folder_path=folder, repo_id=space_id, repo_type="space", commit_message=commit_message,
             delete_patterns=[f"{PACKAGE}/**", "images/**"],
         )  # fmt: skip
-    except (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError, RuntimeError) as error:
+    except _HUB_ERRORS as error:
         raise PublishError(f"the Space {space_id}: {reason_of(error)} It was not published.") from error
     return f"{constants.ENDPOINT}/spaces/{space_id}"
 
 
+def check_space(space_id: str, *, private: bool | None = None, token: str | None = None):
+    """Raise PublishError for a Space of the Hub that must not be written to: a public one where a private one was asked
+    for, and one that `publish_space` has not written, whose app would be lost. One that is not there passes.
+
+    Args:
+        space_id: Name of the Space ("org/name").
+        private: As in `publish_space`.
+        token: As in `publish_space`.
+    """
+    api = HfApi(token=token)
+    try:
+        info = api.space_info(space_id)
+        names = {sibling.rfilename for sibling in info.siblings} - _NEW_SPACE
+        app = (
+            api.hf_hub_download(space_id, "app.py", repo_type="space", revision=info.sha) if "app.py" in names else None
+        )
+    except RepositoryNotFoundError:
+        return
+    except _HUB_ERRORS as error:
+        raise PublishError(f"the Space {space_id}: {reason_of(error)} It was not published.") from error
+    if private and not info.private:
+        raise PublishError(
+            f"the Space {space_id} is public, and private was asked for. Make it private on the Hub, or name another "
+            "one: --space org/name."
+        )
+    if names and not (app and _is_ours(Path(app))):
+        raise PublishError(
+            f"the Space {space_id} holds {min(names)}, and no app that `samlight publish` wrote and may replace. Name "
+            "another one: --space org/name."
+        )
+
+
+def thresholds_of(facts: Mapping) -> tuple[float, float]:
+    """Return the thresholds of predicted IoU and stability that a Space begins with, within the range of its sliders.
+
+    Args:
+        facts: `CardFacts.thresholds`, which may have neither.
+
+    Raises:
+        ValueError: For a threshold that is no number.
+    """
+    thresholds = []
+    for name, default in zip(("pred_iou_thresh", "stability_score_thresh"), THRESHOLDS):
+        value = facts.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"card.yaml: {name}={value!r} of thresholds is no number.")
+        thresholds.append(min(max(float(value), 0.0), 1.0))
+    return thresholds[0], thresholds[1]
+
+
 def check_space_folder(destination: Path):
-    """Raise ValueError for a destination that is neither new, empty, nor a Space as it was written."""
+    """Raise ValueError for a destination that cannot be written, or is neither new, empty, nor a Space as written."""
     if destination.exists() and not (
         destination.is_dir() and (_is_space(destination) or not any(destination.iterdir()))
     ):
         raise ValueError(f"{destination} is there, and is no Space as it was written. Choose another folder.")
+    check_replaceable(destination)
+
+
+def _is_ours(app: Path) -> bool:
+    return "`samlight publish --space`" in app.read_text(encoding="utf-8", errors="replace")
 
 
 def _is_space(folder: Path) -> bool:
     app, ours = folder / "app.py", {*_SPACE_FILES, LICENSE_NAME, PACKAGE, "images"}
-    return (
-        app.is_file()
-        and "`samlight publish --space`" in app.read_text(encoding="utf-8", errors="replace")
-        and {path.name for path in folder.iterdir()} <= ours
-    )
+    return app.is_file() and _is_ours(app) and {path.name for path in folder.iterdir()} <= ours

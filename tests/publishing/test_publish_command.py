@@ -80,6 +80,11 @@ def test_a_licence_is_asked_for(hub, folder, capsys):
     (folder / "mine.md").write_text("---\nlibrary_name: transformers\n---\n# Mine\n")
     status, _, err = run(capsys, "publish", folder, REPO, "--card", folder / "mine.md")
     assert status == 2 and "licence" in err
+    status, _, err = run(capsys, "publish", folder, REPO, "--card", folder / "mine.md", "--license", "mit")
+    assert status == 2 and "--license is for a card that is made here" in err and "mine.md" in err
+    (folder / "latin.md").write_bytes(b"# M\xfcnchen")
+    status, _, err = run(capsys, "publish", folder, REPO, "--card", folder / "latin.md")
+    assert status == 1 and "latin.md: no text in UTF-8" in err
     status, _, err = run(capsys, "publish", folder, REPO, "--license", "mit", "--license-name", "mine")
     assert status == 2 and "--license other" in err
     assert not hub.requests
@@ -135,6 +140,9 @@ def test_card_of_a_folder(folder, capsys, tmp_path):
     assert "| max_steps | 7 |" in out and f'"{REPO}"' in out
     status, out, err = run(capsys, "card", tmp_path / "nowhere")
     assert (status, out) == (1, "") and "no config.json" in err
+    for place, words in ((tmp_path / "none" / "README.md", "no such folder"), (folder, "a folder, not a file")):
+        status, out, err = run(capsys, "card", folder, "--out", place)
+        assert (status, out) == (1, "") and words in err and ".part" not in err
 
 
 def test_licence_on_the_command_line_replaces_the_folders(folder, capsys):

@@ -14,7 +14,14 @@ import pytest
 from huggingface_hub import HfApi, hf_hub_download, metadata_load
 
 from samlight_hf.commands import cli
-from samlight_hf.publishing.space import REQUIREMENTS, SpaceSettings, build_space, space_files
+from samlight_hf.publishing.space import (
+    REQUIREMENTS,
+    SpaceSettings,
+    build_space,
+    publish_space,
+    space_files,
+    thresholds_of,
+)
 
 from .client import ROOT
 
@@ -81,6 +88,7 @@ def test_a_wrong_name_is_told_before_anything_is_done(hub, space, capsys):
 @pytest.mark.slow
 def test_a_dry_run_writes_the_space_and_sends_nothing(hub, model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "student")
+    (tmp_path / "student" / "card.yaml").write_text("thresholds: {pred_iou_thresh: 0.3}")
     status = cli.main([
         "publish", str(tmp_path / "student"), "org/student", "--license", "mit", "--dry-run", "--space", "org/try",
         "--space-out", str(tmp_path / "space"), "--image", str(ROOT / "examples" / "images" / "cat.jpg"),
@@ -89,7 +97,7 @@ def test_a_dry_run_writes_the_space_and_sends_nothing(hub, model, tmp_path, caps
     assert status == 0, captured.err
     assert "the Space org/try was not sent" in captured.out and not hub.requests
     app = (tmp_path / "space" / "app.py").read_text()
-    assert '"org/student"' in app and "REVISION = None" in app
+    assert '"org/student"' in app and "REVISION = None" in app and "THRESHOLDS = (0.3, 0.95)" in app
 
 
 @pytest.mark.slow
@@ -117,12 +125,46 @@ def test_a_space_is_published_with_the_commit_of_the_model(hub, model, tmp_path,
 
 @pytest.mark.slow
 def test_a_token_that_may_not_write_is_told(hub, tmp_path, monkeypatch):
-    from samlight_hf.publishing.space import publish_space
     from samlight_hf.publishing.upload import PublishError
 
     build_space(tmp_path / "space", EXAMPLE)
     with pytest.raises(PublishError, match="answered 403"):
         publish_space(tmp_path / "space", "org/space", token="hf_reader")
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_space_that_must_not_be_written_to_is_told_before_anything_is_published(
+    hub, model, tmp_path, capsys, private
+):
+    """A Space of others keeps its app, and what shall be private goes to no public one."""
+    model.save_pretrained(tmp_path / "student")
+    api = HfApi()
+    api.create_repo("org/try", repo_type="space", space_sdk="gradio")
+    if not private:
+        api.upload_file(path_or_fileobj=b"print('mine')", path_in_repo="app.py", repo_id="org/try", repo_type="space")
+    before = api.space_info("org/try").sha
+    arguments = ["publish", str(tmp_path / "student"), "org/student", "--license", "mit", "--space", "org/try"]
+    assert cli.main([*arguments, *["--private"] * private]) == 1
+    error = capsys.readouterr().err
+    assert ("is public, and private was asked for" if private else "holds app.py, and no app that") in error
+    assert "--space org/name" in error and error.count("\n") == 1
+    assert api.space_info("org/try").sha == before and not api.repo_exists("org/student")
+
+
+def test_a_new_space_and_one_of_an_earlier_publication_are_written(hub, tmp_path):
+    build_space(tmp_path / "space", EXAMPLE)
+    HfApi().create_repo("org/space", repo_type="space", space_sdk="gradio")  # as on the Hub's page
+    for _ in range(2):
+        assert publish_space(tmp_path / "space", "org/space") == f"{hub.url}/spaces/org/space"
+    assert "app.py" in HfApi().list_repo_files("org/space", repo_type="space")
+
+
+def test_thresholds_are_those_of_the_card():
+    assert thresholds_of({}) == (0.88, 0.95)
+    assert thresholds_of({"pred_iou_thresh": 0.3, "points_per_batch": 8}) == (0.3, 0.95)
+    assert thresholds_of({"pred_iou_thresh": -1, "stability_score_thresh": 1}) == (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"card\.yaml: pred_iou_thresh='0\.3' of thresholds is no number"):
+        thresholds_of({"pred_iou_thresh": "0.3"})
 
 
 @pytest.mark.slow
