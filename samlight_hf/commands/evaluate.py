@@ -214,6 +214,7 @@ def _evaluate_model(
         "model": name,
         "dataset": str(args.dataset or args.annotations),
         "protocols": [sentence for measurement in measurements for sentence in measurement.sentences],
+        "weights": common["model"],
         **_about_run(args, model.model.device, state.num_processes),
         "skipped": _skip_counts(skipped),
         "num_pictures": dataset.num_images - skipped.num_images,

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, SamConfig
 
 from ..conversion.original import ORIGINAL_SUFFIXES
-from ..loading import LOADING_ERRORS, weight_files
+from ..loading import DTYPES, LOADING_ERRORS, load_model, weight_files, weights_fingerprint
 from ..modeling.configuration_sam_lightening import SamLighteningConfig
 from ..utils.atomic_files import read_yaml
 from ..utils.json_files import read_json
@@ -192,9 +193,12 @@ def render_card(
         facts = dataclasses.replace(facts, base_model=teacher)
     name = facts.name or (repo_id or folder.resolve().name).split("/")[-1]
     report = _content(evaluation if evaluation is not None else _beside(folder, EVALUATION_NAME))
-    section = (
-        evaluation_section(report, facts.evaluation, (folder.resolve().name, name)) if report is not None else None
-    )
+    section = None
+    if report is not None:
+        # `samlight evaluate` tells folders of one name apart by their parents: a/student, b/student.
+        parts = folder.resolve().parts[1:]
+        names = ["/".join(parts[start:]) for start in reversed(range(len(parts)))]
+        section = evaluation_section(report, facts.evaluation, [*names, name], partial(_fingerprint, folder))
     has_code = isinstance(config, SamLighteningConfig)
     speed_rows, speed_source = speed_section(section, _content(benchmark), config)
     card = ModelCard.from_template(
@@ -320,6 +324,15 @@ def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str], int]:
             f"{folder}: weights are damaged ({one_line(error, 200)}). Copy or download them again."
         ) from error
     return shapes, dtypes, num_bytes
+
+
+def _fingerprint(folder: Path, dtype: str) -> str | None:
+    """Return the fingerprint of the weights in a dtype, as `samlight evaluate` reports it; None in an unknown dtype."""
+    if dtype not in DTYPES:
+        return None
+    with as_folder_errors():
+        model, _ = load_model(folder, "cpu", dtype)
+    return weights_fingerprint(model)
 
 
 def _beside(folder: Path, name: str) -> Path | None:

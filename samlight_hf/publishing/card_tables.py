@@ -1,8 +1,9 @@
 """Tables of a model card. Every number is read from a file that a program wrote."""
 
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -11,6 +12,8 @@ from transformers import PreTrainedConfig
 from ..modeling.configuration_sam_lightening import SamLighteningConfig
 from .checks import without_absolute_paths
 
+
+logger = logging.getLogger(__name__)
 
 Rows = list[list[str]]
 
@@ -61,13 +64,16 @@ def architecture_rows(
     ]
 
 
-def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) -> dict:
+def evaluation_section(
+    report: Mapping, facts: Mapping, names: Sequence[str], fingerprint: Callable[[str], str | None] | None = None
+) -> dict:
     """Extract from a `samlight evaluate` report what a card says about one model.
 
     Args:
         report: Content of report.json.
         facts: `CardFacts.evaluation`.
         names: Names by which the report may call the model. Ignored where the report has only one model.
+        fingerprint: Returns the fingerprint of the model's weights in a dtype, which is compared with the report's.
 
     Returns:
         Values for the template, with "scores", "extra" and "settings" of the report.
@@ -86,7 +92,11 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
     matches = [model for model in models if model["settings"]["model"] in names] if len(models) > 1 else models
     if len(matches) != 1:
         known = ", ".join(str(model["settings"]["model"]) for model in models)
-        raise ValueError(f"the evaluation is of {known}: none of them, or more than one, is {' or '.join(names)}.")
+        wanted = " or ".join(dict.fromkeys((names[0], names[-1])))
+        raise ValueError(
+            f"the evaluation is of {known}: none of them, or more than one, is {wanted}. Give the report of this "
+            "model, or give the model that name in card.yaml."
+        )
     settings, scores = matches[0]["settings"], matches[0]["scores"]
     dataset = facts.get("name") or without_absolute_paths(str(settings.get("dataset") or "unnamed data"))
     has_boundary = any(_mean(score.get("boundary_iou")) is not None for score in scores.values())
@@ -98,8 +108,13 @@ def evaluation_section(report: Mapping, facts: Mapping, names: Sequence[str]) ->
     extra_rows = [["measure", "value"], *([name, f"{value:.3f}"] for name, value in extra.items())]
     versions = [f"{name} {version}" for name, version in (settings.get("versions") or {}).items()]
     setting = [settings.get("dtype"), settings.get("device"), settings.get("date"), *versions]
-    if settings["model"] not in names:  # shows where a report may be of other weights
-        setting.insert(0, f"evaluated as `{without_absolute_paths(str(settings['model']))}`")
+    own = fingerprint(str(settings.get("dtype"))) if fingerprint and settings.get("weights") else None
+    called = without_absolute_paths(str(settings["model"]))
+    if own not in (None, settings.get("weights")):
+        logger.warning("the evaluation is of other weights, and the card says so. Evaluate %s again.", called)
+        setting.insert(0, f"**measured with other weights than these** (`{called}`)")
+    elif own is None and settings["model"] not in names:  # shows where a report may be of other weights
+        setting.insert(0, f"evaluated as `{called}`")
     skipped = [f"{count} x {reason}" for reason, count in (settings.get("skipped") or {}).items()]
     return {
         "dataset": dataset,

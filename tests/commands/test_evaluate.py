@@ -16,6 +16,7 @@ from samlight_hf import SamLighteningModel
 from samlight_hf.commands.cli import main
 from samlight_hf.commands.evaluate import EVERYTHING
 from samlight_hf.data import SkipReason
+from samlight_hf.loading import load_model, weights_fingerprint
 from tests.conftest import tiny_config
 from tests.data.files import annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
 
@@ -93,6 +94,7 @@ def test_two_models_side_by_side(models, tar, tmp_path, capsys):
     assert first["scores"]["box/single"]["iou"]["n"] == 6
     assert first["scores"]["box/single"]["boundary_iou"]["mean"] is not None
     assert second["settings"]["num_pictures"] == 3
+    assert second["settings"]["weights"] == weights_fingerprint(load_model(models[1], "cpu")[0])
     assert list(first["levels"]) == ["box", "1 click", "2 clicks"]
     of_click = first["levels"]["1 click"]["small"]  # all six objects are
     assert of_click["best"]["first"]["n"] == 6 and of_click["mean_area"]["third"]["mean"] is not None

@@ -13,6 +13,7 @@ from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel, __version__
 from samlight_hf.commands import cli
+from samlight_hf.loading import weights_fingerprint
 from samlight_hf.publishing.card import CITATION, SAM_CITATION, TEMPLATE, CardFacts, render_card
 from samlight_hf.publishing.checks import FolderError
 from tests.conftest import tiny_config
@@ -240,9 +241,31 @@ def test_a_report_of_several_models(folder, report):
     two["models"][1]["settings"]["model"] = "student"
     two["models"][1]["scores"] = {"box/single": {"iou": {"mean": 0.111, "low": 0.1, "high": 0.2, "n": 9}}}
     assert "0.111 [0.100, 0.200]" in render_card(folder, evaluation=two)
+    for number, name in enumerate(("a/student", f"{folder.parent.name}/student")):  # as `samlight evaluate` names them
+        two["models"][number]["settings"]["model"] = name
+    text = render_card(folder, evaluation=two)
+    assert "0.111 [0.100, 0.200]" in text and "evaluated as" not in text
     two["models"][1]["settings"]["model"] = "another"
-    with pytest.raises(ValueError, match="sam-lightening-tiny, another.*none of them"):
+    with pytest.raises(ValueError, match=r"a/student, another: none of them, or more than one, is student\."):
         render_card(folder, evaluation=two)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_of_other_weights_are_called_so(folder, report, model, caplog, dtype):
+    """The folder's name may be the same: a student that was trained further where it lay."""
+    changed = json.loads(json.dumps(report))
+    settings = changed["models"][0]["settings"]
+    settings |= {"model": "student", "dtype": dtype, "weights": weights_fingerprint(model.to(getattr(torch, dtype)))}
+    assert "other weights" not in render_card(folder, evaluation=changed) and not caplog.records
+    settings["model"] = "a copy"
+    assert "evaluated as" not in render_card(folder, evaluation=changed), "the same weights by another name"
+    with torch.no_grad():
+        model.float().vision_encoder.pos_embed += 1
+    model.save_pretrained(folder)
+    settings["model"] = "student"
+    text = render_card(folder, evaluation=changed)
+    assert "240 masks; **measured with other weights than these** (`student`)" in " ".join(text.split())
+    assert "Evaluate student again" in caplog.text
 
 
 def test_another_file_for_a_training_or_a_benchmark(folder):
