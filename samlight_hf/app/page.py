@@ -118,7 +118,7 @@ class Page:
                     label=f"Image: up to {limits.upload_mb} MB and {limits.pixels / 1e6:g} million pixels",
                 )  # fmt: skip
                 examples = gr.HTML(
-                    _examples_html(self.examples), js_on_load=_EXAMPLES_JS, visible=bool(self.examples),
+                    _examples_html(self.examples, limits), js_on_load=_EXAMPLES_JS, visible=bool(self.examples),
                     apply_default_css=False,
                 )  # fmt: skip
                 self.source.async_move_resource_to_block_cache = _only_uploads(self.source)
@@ -285,11 +285,11 @@ def _told(error: Exception) -> str:
     return f"the server could not do this ({type(error).__name__}). Try again, or with a smaller image."
 
 
-def _examples_html(paths: Sequence[Path]) -> str:
+def _examples_html(paths: Sequence[Path], limits: Limits) -> str:
     buttons = []
     for index, path in enumerate(paths):
         name = html.escape(path.stem)
-        thumbnail = image_uri(read_upload(path, Limits()), 240)
+        thumbnail = image_uri(read_upload(path, limits), 240)
         buttons.append(
             f'<button type="button" data-index="{index}" title="{name}"><img src="{thumbnail}" alt="{name}"></button>'
         )

@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import (
     EXAMPLE_IMAGES,
@@ -13,6 +15,10 @@ from .options import (
     parse_not_negative,
     parse_positive,
 )
+
+
+if TYPE_CHECKING:
+    from ..app.limits import Limits
 
 
 def add_app_arguments(parser: argparse.ArgumentParser):
@@ -68,13 +74,13 @@ def run_app(args: argparse.Namespace) -> int:
         require_gradio()
     except (ImportError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    examples = _examples(args.examples)
-    model_path = model_path_of(args.model)
-    model, processor = load_from_options(model_path, args)
     limits = Limits(
         upload_mb=args.max_upload_mb, pixels=args.max_pixels, cache_mb=args.max_cache_mb, sessions=args.max_sessions,
         idle_seconds=args.max_idle_seconds, queue=args.max_queue,
     )  # fmt: skip
+    examples = find_examples(args.examples, limits)
+    model_path = model_path_of(args.model)
+    model, processor = load_from_options(model_path, args)
     points_per_side = args.points_per_side or (8 if model.device.type == "cpu" else 32)
     limits = dataclasses.replace(limits, points_per_side=max(limits.points_per_side, points_per_side))
     name = model_path if model_path.count("/") == 1 and not Path(model_path).exists() else Path(model_path).name
@@ -86,12 +92,29 @@ def run_app(args: argparse.Namespace) -> int:
     return 0
 
 
-def _examples(folder: Path | None) -> list[Path]:
-    from ..images.reading import find_images
+def find_examples(folder: Path | None, limits: "Limits") -> list[Path]:
+    """Return the images of a folder that the page can open; others are left out, and told in a line on stderr.
 
-    if folder is None:
-        return sorted(EXAMPLE_IMAGES.glob("*.jpg"))
-    images, problems = find_images([folder])
-    if not images:
+    Args:
+        folder: None for the bundled images.
+        limits: of the page.
+
+    Raises:
+        ArgumentTypeError: for a folder without such images.
+    """
+    from ..app.limits import read_upload
+    from ..images.reading import ImageError, find_images
+
+    images, problems = find_images([EXAMPLE_IMAGES if folder is None else folder])
+    examples = []
+    for image in images:
+        try:
+            read_upload(image, limits)
+            examples.append(image)
+        except ImageError as error:
+            problems.append(str(error))
+    if folder is not None and not examples:
         raise argparse.ArgumentTypeError(f"--examples {problems[0]}")
-    return images
+    for problem in problems if folder is not None else ():
+        print(f"samlight: --examples {problem} It is left out.", file=sys.stderr)
+    return examples

@@ -1,11 +1,16 @@
 """`samlight app`: what goes wrong before it serves. tests/app has the rest."""
 
+import argparse
 import socket
 import sys
 
 import pytest
+from PIL import Image
 
+from samlight_hf.app.limits import Limits
 from samlight_hf.commands import cli
+from samlight_hf.commands.app import find_examples
+from samlight_hf.commands.options import EXAMPLE_IMAGES
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys):
@@ -35,6 +40,20 @@ def test_a_missing_gradio_is_told(monkeypatch, capsys):
 def test_wrong_options_are_told(capsys, arguments, status, words):
     assert cli.main(["app", *arguments]) == status
     assert words in capsys.readouterr().err
+
+
+def test_examples_that_the_page_could_not_open_are_left_out(tmp_path, capsys):
+    """One damaged file, or one photograph of a phone, is no reason not to start."""
+    for name, size in (("a.png", (30, 20)), ("large.png", (60, 50)), ("damaged.png", (9, 9))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "large.png").read_bytes()[:60])
+    assert find_examples(tmp_path, Limits(pixels=1000)) == [tmp_path / "a.png"]
+    error = capsys.readouterr().err
+    assert error.count("\n") == error.count("It is left out.") == 2 and "large.png" in error and "damaged.png" in error
+    assert find_examples(tmp_path, Limits(pixels=5000)) == [tmp_path / "a.png", tmp_path / "large.png"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"--examples a\.png"):
+        find_examples(tmp_path, Limits(pixels=10))
+    assert find_examples(None, Limits()) == sorted(EXAMPLE_IMAGES.glob("*.jpg"))
 
 
 @pytest.mark.parametrize(
