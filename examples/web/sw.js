@@ -20,7 +20,8 @@ async function fromNetworkOrCache(request) {
   const kept = { ignoreSearch: request.mode === 'navigate' };
   try {
     const response = await fetch(request);
-    if (response.status === 200) await cache.put(request, response.clone());
+    // Where the browser has no room for the model, the page goes on to work with a network.
+    if (response.status === 200) await cache.put(request, response.clone()).catch(() => null);
     return response;
   } catch (error) {
     const response = await cache.match(request, kept);

@@ -32,6 +32,25 @@ needs_node = pytest.mark.skipif(
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
 
 
+FULL_CACHE = """
+const { readFileSync } = require('fs');
+const files = new Map([['kept', 'from the cache']]);
+const cache = {
+  put: async () => { throw new DOMException('no room', 'QuotaExceededError'); },
+  match: async ({ url }) => files.get(url),
+};
+globalThis.self = { addEventListener: () => null };
+globalThis.caches = { open: async () => cache };
+new Function(readFileSync('sw.js', 'utf8') + '; globalThis.answer = fromNetworkOrCache;')();
+(async () => {
+  globalThis.fetch = async () => new Response('from the network');
+  console.log(await (await answer({ url: 'http://a/model' })).text());
+  globalThis.fetch = async () => { throw new TypeError('no network'); };
+  console.log(await answer({ url: 'kept' }));
+})();
+"""
+
+
 @contextmanager
 def served(folder: Path):
     """Serve a copy of the page and return its address."""
@@ -49,6 +68,12 @@ def node(*arguments, timeout: int = 600) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["node", *map(str, arguments)], cwd=WEB, capture_output=True, text=True, timeout=timeout, env=os.environ
     )
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_a_browser_without_room_for_the_model_loads_it_from_the_network():
+    result = node("-e", FULL_CACHE)
+    assert result.stdout.splitlines() == ["from the network", "from the cache"], result.stderr
 
 
 def test_server_isolates_the_page_and_listens_on_this_machine_only():
