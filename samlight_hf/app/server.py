@@ -125,10 +125,10 @@ def serve(segmenter: Segmenter, model_name: str, *, host: str = LOOPBACK, **opti
     with contextlib.suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     with running(segmenter, model_name, host=host, **options) as server:
-        print(f"Open {server.url} in a browser. Ctrl-C stops the server.", flush=True)
-        if host not in (LOOPBACK, "localhost", "::1"):
-            print(f"It listens on {host}: whoever reaches this machine can use it.", flush=True)
-        try:
+        try:  # a signal may come as soon as the first line is out
+            print(f"Open {server.url} in a browser. Ctrl-C stops the server.", flush=True)
+            if host not in (LOOPBACK, "localhost", "::1"):
+                print(f"It listens on {host}: whoever reaches this machine can use it.", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print("Stopped.")

@@ -1,12 +1,15 @@
 """`samlight app`: what goes wrong before it serves. tests/app has the rest."""
 
 import argparse
+import signal
 import socket
 import sys
+from contextlib import nullcontext
 
 import pytest
 from PIL import Image
 
+from samlight_hf.app import server
 from samlight_hf.app.limits import Limits
 from samlight_hf.commands import cli
 from samlight_hf.commands.app import find_examples
@@ -40,6 +43,25 @@ def test_a_missing_gradio_is_told(monkeypatch, capsys):
 def test_wrong_options_are_told(capsys, arguments, status, words):
     assert cli.main(["app", *arguments]) == status
     assert words in capsys.readouterr().err
+
+
+def test_a_stop_right_after_the_first_line_is_a_stop(monkeypatch):
+    """A supervisor that waits for the line may stop the server before it waits."""
+    lines = []
+
+    def tell(line, **options):
+        lines.append(line)
+        if len(lines) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(server, "running", lambda *args, **options: nullcontext(server.Server("http://a", None)))
+    monkeypatch.setattr(server, "print", tell, raising=False)
+    try:
+        server.serve(None, "model")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert lines == ["Open http://a in a browser. Ctrl-C stops the server.", "Stopped."]
 
 
 def test_examples_that_the_page_could_not_open_are_left_out(tmp_path, capsys):
