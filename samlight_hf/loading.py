@@ -18,6 +18,7 @@ from .utils.messages import one_line
 
 
 _MESSAGE_LIMIT = 300  # characters of another library's error message
+_TRUST = False  # in code of checkpoints; None would make transformers ask whoever sits at the terminal
 MODEL_TYPES = ("sam_lightening", "sam")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; transformers silently casts any other dtype
@@ -39,7 +40,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     model_types: tuple[str, ...] = MODEL_TYPES,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model and its processor. Only safetensors are read, never pickles.
+    """Load a model and its processor. Only safetensors are read, never pickles, and no code of a checkpoint is run.
 
     Args:
         path_or_repo: Folder or Hub name ("org/name").
@@ -53,7 +54,8 @@ def load_model(
 
     Raises:
         CheckpointError: For missing, unexpected, mismatched, unreadable, NaN or infinite weights, for another type of
-            model, and for a processor that does not fit. A model with random weights is never returned.
+            model, for one that needs code of its own, and for a processor that does not fit. A model with random
+            weights is never returned.
         ValueError: For a device or a dtype that cannot be used here.
     """
     torch_device, torch_dtype = find_device(device), find_dtype(dtype)
@@ -66,10 +68,16 @@ def load_model(
     with quiet_transformers():
         try:
             model, report = AutoModelForMaskGeneration.from_pretrained(
-                source, dtype=torch_dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-            processor = AutoProcessor.from_pretrained(source)
+                source, dtype=torch_dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+                trust_remote_code=_TRUST,
+            )  # fmt: skip
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=_TRUST)
         except LOADING_ERRORS as error:
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"{source}: needs code of its own, which is never run here. Use a checkpoint whose model and "
+                    f"processor are transformers' SAM or SAM-Lightening (model_type {' or '.join(model_types)})."
+                ) from error
             where = "" if Path(source).exists() else "no such folder here, and from the Hub it "
             raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error, _MESSAGE_LIMIT)}") from error
     _check_model(source, model, report, model_types)

@@ -120,6 +120,26 @@ def test_pickled_weights_are_refused(folder):
     refused(folder, "pickled", "pytorch_model.bin")
 
 
+@pytest.mark.parametrize("part", ["processor_class", "image_processor_type"])
+def test_nobody_is_asked_whether_code_of_a_checkpoint_may_run(folder, monkeypatch, part):
+    monkeypatch.setattr("builtins.input", lambda *arguments: "y")  # whoever sits at the terminal
+    (folder / "mine.py").write_text(
+        f"open({str(folder / 'was-run')!r}, 'w')\nfrom transformers import SamImageProcessor, SamProcessor\n"
+        "class Mine(SamProcessor): pass\nclass Images(SamImageProcessor): pass\n"
+    )
+    file = folder / "processor_config.json"
+    config = json.loads(file.read_text())
+    if part == "processor_class":
+        config |= {"processor_class": "Mine", "auto_map": {"AutoProcessor": "mine.Mine"}}
+    else:
+        config["image_processor"] |= {
+            "image_processor_type": "Images", "auto_map": {"AutoImageProcessor": "mine.Images"},
+        }  # fmt: skip
+    file.write_text(json.dumps(config))
+    refused(folder, "needs code of its own, which is never run here")
+    assert not (folder / "was-run").exists()
+
+
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     refused(folder, "no model.safetensors")

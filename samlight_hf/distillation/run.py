@@ -331,7 +331,7 @@ def _from_config(path: str, teacher: PreTrainedModel | None, run: RunArguments) 
     if not os.path.isfile(path):
         raise ValueError(f"student={path}: no such file.")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise ValueError(f"student={path}: no model's config ({one_line(error, 200)}).") from error
     if config.model_type not in MODEL_TYPES:
