@@ -45,8 +45,7 @@ def run_convert(args: argparse.Namespace) -> int:
     from ..utils.atomic_files import check_replaceable, replace_folder
 
     model_path = model_path_of(args.model)
-    if args.out.exists():
-        raise argparse.ArgumentTypeError(f"--out {args.out} exists already. Choose a new folder.")
+    _check_new(args.out)
     check_replaceable(args.out)
     model, processor = load_teacher(model_path, device="cpu")
     dtype = _stored_dtype(model_path, model)
@@ -60,6 +59,7 @@ def run_convert(args: argparse.Namespace) -> int:
         with quiet_transformers():
             processor.save_pretrained(folder)
             model.save_pretrained(folder)
+        _check_new(args.out)  # another command may have made it meanwhile
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(args.out, write)
@@ -69,6 +69,11 @@ def run_convert(args: argparse.Namespace) -> int:
             raise RuntimeError(f"{args.out}: {name} is not what was written. Do not use this folder.")
     _describe(args, before, describe_pattern(model.config.vision_config))
     return 0
+
+
+def _check_new(out: Path):
+    if out.exists():
+        raise argparse.ArgumentTypeError(f"--out {out} exists already. Choose a new folder.")
 
 
 def _stored_dtype(model_path: str, model: "PreTrainedModel") -> "torch.dtype":

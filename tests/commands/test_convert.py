@@ -44,6 +44,20 @@ def test_convert_keeps_the_stored_dtype(folder, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_folder_that_another_command_makes_meanwhile_stays(folder, tmp_path, monkeypatch, capsys):
+    save = SamLighteningModel.save_pretrained
+
+    def save_beside_another(self, *arguments, **options):
+        save(self, *arguments, **options)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+
+    monkeypatch.setattr(SamLighteningModel, "save_pretrained", save_beside_another)
+    assert main(["convert", "--model", str(folder), "--image-size", "64", "--out", str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/theirs"]
+
+
 def test_convert_never_rounds_weights_that_a_config_calls_half(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

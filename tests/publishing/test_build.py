@@ -200,14 +200,18 @@ def test_pickled_weights_are_converted_as_the_message_says(student, tmp_path, mo
     assert all(torch.equal(converted[name], weights[name]) for name in weights)
 
 
-def test_destinations_that_hold_something_else_are_left_alone(student, tmp_path):
+def test_destinations_that_hold_something_else_are_left_alone(student, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     for destination, words in (
         (tmp_path / "mine", "thesis.tex"),
         (tmp_path / "file", "is a file"),
         (student, "source itself"),
+        (tmp_path / "file" / "new", "file is a file"),
+        (Path("."), "working directory"),
     ):
         with pytest.raises(ValueError, match=words):
             build_folder(student, destination)
