@@ -149,7 +149,7 @@ class Session:
                     self.add_points(points)
                 if not self._state.prompt:
                     raise SessionError("there is no prompt: give points, a box, or both.")
-            except ValueError:
+            except BaseException:  # a lack of memory, too
                 self._state, self._past = earlier, past
                 raise
             self._past = [*past, replace(earlier, candidates=None)][-self.limits.steps :]

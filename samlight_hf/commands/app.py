@@ -112,7 +112,7 @@ def find_examples(folder: Path | None, limits: "Limits") -> list[Path]:
             read_upload(image, limits)
             examples.append(image)
         except ImageError as error:
-            problems.append(str(error))
+            problems.append(error)
     if folder is not None and not examples:
         raise argparse.ArgumentTypeError(f"--examples {problems[0]}")
     for problem in problems if folder is not None else ():

@@ -130,6 +130,25 @@ def test_a_whole_prompt_is_one_step(session):
     assert not session.state.prompt and not session.can_undo
 
 
+def test_a_lack_of_memory_changes_nothing(session, monkeypatch):
+    session.set_prompt([[20, 20, 1]], None)
+    before, can_undo = session.state, session.can_undo
+    decode, calls = session.segmenter.candidates, []
+
+    def fail_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory")
+        return decode(*arguments)
+
+    monkeypatch.setattr(session.segmenter, "candidates", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.set_prompt([[30, 30, 1]], [10, 10, 50, 50])
+    assert session.state is before and session.can_undo == can_undo
+    session.undo()
+    assert not session.state.prompt and not session.can_undo
+
+
 def test_objects_are_kept_named_coloured_hidden_and_removed(session):
     session.add_points([(20, 30, 1)])
     mask = mask_of(session)
