@@ -209,13 +209,19 @@ def test_example_runs_where_there_is_no_torch(exported, photograph, tmp_path):
         "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     prompts = ["20,20,1", "50,40,0", "5,6,2", "40,44,3"]
-    command = [sys.executable, "-I", "-S", "-c", code, str(script), str(folder), str(photograph), "mask.png", *prompts]
+    image = Image.open(photograph).convert("RGB")
+    image.paste("white", (32, 0, 64, 48))
+    clear = image.copy()  # what its right half hides is black
+    clear.paste("black", (32, 0, 64, 48))
+    clear.putalpha(Image.fromarray(np.uint8(255 * (np.indices((48, 64))[1] < 32))))
+    clear.save(tmp_path / "clear.png")
+    command = [sys.executable, "-I", "-S", "-c", code, str(script), str(folder), "clear.png", "mask.png", *prompts]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     mask = np.asarray(Image.open(tmp_path / "mask.png")) > 0
 
     inputs = processor(
-        Image.open(photograph), input_points=[[[[20.0, 20.0], [50.0, 40.0]]]], input_labels=[[[1, 0]]],
+        image, input_points=[[[[20.0, 20.0], [50.0, 40.0]]]], input_labels=[[[1, 0]]],
         input_boxes=[[[5.0, 6.0, 40.0, 44.0]]], return_tensors="pt",
     )  # fmt: skip
     sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
