@@ -21,7 +21,7 @@ onnxruntime.set_default_logger_severity(3)
 graphs = (args.folder / "onnx" / f"{name}.onnx" for name in ("vision_encoder", "prompt_encoder_mask_decoder"))
 encoder, decoder = (onnxruntime.InferenceSession(path) for path in graphs)
 image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGBA")
-image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")  # transparent parts are white
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")  # clear parts: white
 config = json.loads((args.folder / "preprocessor_config.json").read_text())
 size = config["size"]["longest_edge"]  # resize the longest side, normalise, pad at the right and at the bottom
 width, height = (int(side * size / max(image.size) + 0.5) for side in image.size)

@@ -111,7 +111,7 @@ def run_publish(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if args.card is None:
-        card = _card(args, args.repo_id, args.tag)
+        card = _card(args, args.repo_id, args.tag or args.revision)  # what is on main may be another model
         _tell_unused_card(Path(args.folder))
     else:
         card = _own_card(args)

@@ -64,8 +64,11 @@ def test_the_bundled_checkpoint_is_verified_on_a_photograph_and_published(hub, c
 def test_dry_run_shows_everything_and_asks_nothing(hub, folder, capsys):
     """A dry run does everything but the upload: it also verifies, here on another image with another model."""
     image = ROOT / "examples" / "images" / "cat.jpg"
-    status, out, err = run(capsys, "publish", folder, REPO, "--dry-run", "--license", "mit", "--image", image)
+    status, out, err = run(
+        capsys, "publish", folder, REPO, "--dry-run", "--license", "mit", "--image", image, "--revision", "try"
+    )
     assert status == 0, err
+    assert f'model="{REPO}", revision="try", trust_remote_code=True' in out, "main may have another model"
     for name in ("config.json", "model.safetensors", "modeling_sam_lightening.py", "processor_config.json", "LICENSE"):
         assert re.search(rf"^ +[\d,]+  {re.escape(name)}$", out, flags=re.M)
     assert "Verified on cat.jpg" in out
