@@ -349,8 +349,9 @@ class FastMaskDecoder:
             replayed = self._replay_few(multimask_output, with_mask, inputs)
             if replayed is not None:
                 iou, logits = replayed
-                logits = logits[: num_prompts * iou.shape[1]].to(torch.float32, copy=True)
-                return Decoded(iou[:num_prompts].clone(), None, logits)
+                if size > num_prompts:
+                    iou, logits = iou[:num_prompts], logits[: num_prompts * iou.shape[1]]
+                return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
         is_filled_up = len(inputs[-1]) > num_prompts
         inputs = [tensor.to(image_tokens.device, non_blocking=True) for tensor in inputs]
         iou, logits = self._all_masks(multimask_output, with_mask, *inputs)

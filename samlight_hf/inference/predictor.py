@@ -296,8 +296,10 @@ class Predictor:
             raise ValueError(
                 f"logits have the shape {tuple(logits.shape)}, and must be (n, h, w): logits[:, i] of a prediction."
             )
+        if upscaled_masks.why_not_triton(logits) is None:
+            return upscaled_masks.launch_masks(logits, image.frame, 0.0)
         step = self.budget.masks_per_step(image.size, image.size)
-        return upscaled_masks.masks(logits, image.frame, 0.0, step, upscaled_masks.why_not_triton(logits) is None)
+        return upscaled_masks.masks(logits, image.frame, 0.0, step, use_triton=False)
 
     def _images(self, image: EncodedImage | Sequence[EncodedImage] | None) -> tuple[list[EncodedImage], bool]:
         """Return the images to use, given or kept, and whether they are a list."""
@@ -425,12 +427,12 @@ class Predictor:
             prompts_per_upscaling=self.budget.points_per_upscaling,
             repeated=len(prompts) == 1,
         )
-        return decoded.iou, decoded.logits.unflatten(0, decoded.iou.shape).float()
+        return decoded.iou, decoded.logits.view(*decoded.iou.shape, *decoded.logits.shape[-2:]).float()
 
     def _result(self, image: EncodedImage, scores: torch.Tensor, logits: torch.Tensor, full_size: bool) -> Prediction:
         masks = None
         if full_size:
-            masks = self.to_masks(logits.flatten(0, 1), image=image).unflatten(0, scores.shape)
+            masks = self.to_masks(logits.flatten(0, 1), image=image).view(*scores.shape, *image.size)
         if self.output == "torch":
             return Prediction(masks, scores, logits)
         return Prediction(None if masks is None else masks.cpu().numpy(), scores.cpu().numpy(), logits.cpu().numpy())

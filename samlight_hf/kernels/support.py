@@ -57,6 +57,13 @@ def normal_numbers(device: torch.device) -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.randn(shape, device=device, dtype=torch.float32, generator=generator)
 
 
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Return a context in which a tensor's device is the current one, where Triton launches."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():  # entering it takes microseconds
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(tensor)
+
+
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     """Return launch options of a kernel with `grid_dependency_wait`, which may start before the previous one ends."""
     overlaps = tensor.is_cuda and _can_overlap(tensor.device)

@@ -15,7 +15,7 @@ from ..masks.boxes import mask_boxes
 from ..masks.rle import mask_changes
 from ..masks.upscaling import upscale_logits
 from . import cpu_blocks
-from .support import normal_numbers, tl, triton, why_not_tried
+from .support import normal_numbers, on_device_of, tl, triton, why_not_tried
 
 
 _POSITIONS = 1024  # of a thread block
@@ -190,7 +190,7 @@ def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.
     masks = torch.empty(len(logits), height, width, dtype=torch.bool, device=logits.device)
     if len(logits):
         grid = len(logits), -(-width // _MASK_BLOCK["COLUMNS"]), -(-height // _MASK_BLOCK["ROWS"])
-        with torch.cuda.device_of(logits):
+        with on_device_of(logits):
             _masks_kernel[grid](
                 logits, masks, *_geometry(logits, frame), float(threshold), TWICE=frame.resized != frame.crop,
                 ALIGNED=width % 4 == 0, **_MASK_BLOCK,
@@ -204,7 +204,7 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
     partial = torch.empty(_NUM_MEASURES, len(logits), strips, dtype=torch.int32, device=logits.device)
     if not len(logits):
         return partial.new_zeros(0, _NUM_MEASURES)
-    with torch.cuda.device_of(logits):  # where Triton launches
+    with on_device_of(logits):
         _measure_kernel[(len(logits) * strips,)](
             logits, partial, strips, *_geometry(logits, frame), *map(float, thresholds), float(min(thresholds)),
             TWICE=frame.resized != frame.crop, **_MEASURE_BLOCK,
@@ -228,14 +228,14 @@ def launch_changes(
         spans = mask_boxes(logits.float() > threshold)[:, 0::2].int()  # first and last such column
     spans = spans.contiguous()
     transposed = logits.transpose(1, 2).contiguous()  # column-major, like the positions
-    with torch.cuda.device_of(logits):
+    with on_device_of(logits):
         _bits_kernel[(len(logits) * blocks,)](
             transposed, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.image[0], float(threshold),
             POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
         )  # fmt: skip
 
     def run(positions: torch.Tensor, starts: torch.Tensor, write: bool):
-        with torch.cuda.device_of(logits):
+        with on_device_of(logits):
             _changes_kernel[(len(logits) * blocks,)](
                 bits, counts, starts, positions, blocks, num_positions, POSITIONS=_POSITIONS, WRITE=write, num_warps=4
             )

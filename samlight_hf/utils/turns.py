@@ -17,6 +17,17 @@ class _Turns:
 
 
 _turns: dict[torch.device, _Turns] = {}
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by device and handle
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the current stream of a CUDA device: the same object again and again, which torch takes long to make."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = index, torch._C._cuda_getCurrentRawStream(index)  # as Triton asks for it
+    stream = _streams.get(key)
+    if stream is None:
+        stream = _streams[key] = torch.cuda.current_stream(index)
+    return stream
 
 
 @contextlib.contextmanager
@@ -38,7 +49,7 @@ def turn(device: torch.device) -> Iterator[None]:
         if torch.cuda.is_current_stream_capturing():  # by the caller: a graph cannot wait for events outside of it
             yield
             return
-        stream = torch.cuda.current_stream(device.index)  # torch finds the index of a device in microseconds
+        stream = current_stream(device)
         if turns.last is not None and turns.last[0] != stream:
             stream.wait_event(turns.last[1])
         try:
@@ -66,5 +77,5 @@ def read_here(tensor: torch.Tensor) -> torch.Tensor:
     Its memory is not reused before the current stream has read it.
     """
     if tensor.is_cuda:
-        tensor.record_stream(torch.cuda.current_stream(tensor.device.index))
+        tensor.record_stream(current_stream(tensor.device))
     return tensor
