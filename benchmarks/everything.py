@@ -112,9 +112,14 @@ def _pipelines(checkpoint: str, image: Image.Image, kept: str, thresholds: dict)
             yield {
                 **common, "what": "fast-mask-generation", "dtype": name, "cuda_graphs": cuda_graphs,
                 "ms": milliseconds, "first_call_ms": first_ms, "times_stock_float32": stock_ms / milliseconds,
-                "num_masks": len(result["masks"]), "ran": task.generator.decoder.transform.last_ran,
+                "num_masks": len(result["masks"]), "ran": _batches(task.generator.decoder).last_ran,
                 **_agreement(expected["masks"], result["masks"]), "why_not_triton": _why_not_triton(task.generator),
             }  # fmt: skip
+
+
+def _batches(decoder) -> GraphedFunction:
+    """Return what decodes a batch of points."""
+    return decoder.ahead if decoder.use_head_kernel else decoder.transform
 
 
 def _why_not_triton(generator: MaskGenerator) -> dict[str, str | None]:
@@ -241,7 +246,7 @@ def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
             "image to tensor": (mask_generation, "image_tensor"),
             "preprocess": (image_encoder, "preprocess"),
             "encode": (generator.encoder, "encode"),
-            "decode": (decoder, "transform"),
+            "decode": (decoder, "ahead" if decoder.use_head_kernel else "transform"),
             "masks": (decoder, "_masks"),
             "filter": (generator, "_filter"),
             "outlines and run lengths": (Candidates, "outlines"),

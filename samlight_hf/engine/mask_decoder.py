@@ -69,6 +69,30 @@ class Decoded(NamedTuple):
         return places_above(self.iou, None) if self.places is None else self.places
 
 
+class KeptMasks(NamedTuple):
+    """The masks of a batch that `decode_ahead` was asked for.
+
+    Attributes:
+        table: float32 (K, 1 + E): the predicted IoU, and the numbers of the mask's prompt.
+        logits: float (K, h, w).
+        have_numbers: Whether no predicted IoU of the batch is NaN.
+    """
+
+    table: torch.Tensor
+    logits: torch.Tensor
+    have_numbers: bool
+
+
+def decoded_at_once(decoder, embedding, prompts: torch.Tensor, num_used: int, **options) -> Callable[[], KeptMasks]:
+    """Compute `decode_ahead` of a decoder by its `decode`, and return a function that does not wait."""
+    points, labels = prompts[:, None, :2], torch.ones(len(prompts), 1, dtype=torch.int64, device=prompts.device)
+    decoded = decoder.decode(embedding, points, labels, repeated=True, num_used=num_used, **options)
+    kept, num_masks = decoded.kept, decoded.iou.shape[1]
+    table = torch.cat([decoded.iou.flatten()[kept, None], prompts[kept // num_masks, 3:]], dim=1)
+    masks = KeptMasks(table, decoded.logits, not decoded.iou.isnan().any())
+    return lambda: masks
+
+
 def why_not_fast(model: PreTrainedModel) -> str | None:
     """Return why `FastMaskDecoder` cannot run this model, as a sentence, or None if it can."""
     decoder, prompt_encoder = getattr(model, "mask_decoder", None), getattr(model, "prompt_encoder", None)
@@ -120,6 +144,7 @@ class FastMaskDecoder:
         self.graph_memory = GraphMemory() if cuda_graphs else None
         # The image tokens that a graph returns stay in memory, some hundred MB for each graph: so no more than two.
         self.transform = GraphedFunction(self._transform, cuda_graphs, 2, self.graph_memory, has_kernels=True)
+        self.ahead = GraphedFunction(self._ahead, cuda_graphs, 2, self.graph_memory, has_kernels=True)
         self.all_masks = {
             (multimask, with_mask): GraphedFunction(
                 partial(self._graphed_masks, multimask, with_mask),
@@ -285,23 +310,17 @@ class FastMaskDecoder:
     @without_autocast
     @torch.inference_mode()
     def decode_ahead(
-        self,
-        embedding: torch.Tensor,
-        points: torch.Tensor,
-        labels: torch.Tensor,
-        num_used: int,
-        min_iou: float | None = None,
-        **options,
-    ) -> Callable[[], Decoded]:
-        """Launch `decode` for one image, with three masks for each prompt, in batches that come again and again.
+        self, embedding: torch.Tensor, prompts: torch.Tensor, num_used: int, min_iou: float | None = None, **options
+    ) -> Callable[[], KeptMasks]:
+        """Launch `decode` for points on one image, with three masks each, in batches that come again and again.
 
-        With the kernel of the decoder's end nothing waits for the device: the logits get room for the masks of all
-        prompts. Else the masks are computed here.
+        With the kernel of the decoder's end nothing waits for the device: the logits get room for all masks. Else the
+        masks are computed here.
 
         Args:
             embedding: As in `decode`.
-            points: Likewise, on the embedding's device.
-            labels: Likewise.
+            prompts: float32 (P, 3 + E), on the embedding's device: x and y as in `decode`, `min_iou`, or infinity for
+                prompts that are not used, and E numbers that are returned with each mask.
             num_used: The number of prompts whose masks are wanted; those behind them only fill the batch up.
             min_iou: As in `decode`.
             **options: Likewise.
@@ -310,26 +329,37 @@ class FastMaskDecoder:
             A function that waits until it is known which masks are computed, and returns them. They may not be finished
             then, but what is launched afterwards on the same stream can read them.
         """
-        if min_iou is None or not self.use_head_kernel:
-            decoded = self.decode(
-                embedding, points, labels, min_iou=min_iou, repeated=True, num_used=num_used, **options
-            )
-            return lambda: decoded
-        image_tokens, masks = embedding.to(self.dtype) + self._dense(None), _mask_slice(True)
-        _, image_tokens, iou, hyper = (tensor[:num_used] for tensor in self.transform(image_tokens, points, labels))
-        iou = iou[:, masks].float().clone()  # the next replay overwrites what a graph returned
-        above = (iou > min_iou).flatten()
-        numbers = above.cumsum(0, dtype=torch.int32)
-        count = HostCopy(numbers[-1:])
-        slots, hyper = (numbers * above).sub_(1).view(iou.shape), hyper[:, masks].contiguous()
-        logits = mask_head.masks_of(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head)
+        if not self.use_head_kernel:
+            return decoded_at_once(self, embedding, prompts, num_used, min_iou=min_iou, **options)
+        image_tokens, hyper, slots, table, state = self.ahead(embedding.to(self.dtype), prompts)
+        # The next replay overwrites what a graph returned.
+        state, table = HostCopy(state), table.clone()
+        logits = mask_head.masks_of(image_tokens, hyper, slots, slots.numel(), self.grid_size, self.head)
 
-        def wait() -> Decoded:
-            num_kept = int(count.wait()[0])
-            places = above.nonzero_static(size=num_kept).squeeze(1) if num_kept else above.new_zeros(0).long()
-            return Decoded(iou, places, logits[:num_kept])
+        def wait() -> KeptMasks:
+            num_kept, num_nan = state.wait()[0].tolist()
+            return KeptMasks(table[:num_kept], logits[:num_kept], not num_nan)
 
         return wait
+
+    def _ahead(self, image_tokens: torch.Tensor, prompts: torch.Tensor):
+        """Compute all of `decode_ahead` but the logits.
+
+        Returns:
+            Image tokens (P, N, C), outputs of the hypernetworks (P, M, C / 8), slots (P, M) as in `_slots`, the table
+            of `KeptMasks` for the masks that are kept, and behind them for others, and the number of the kept masks and
+            of scores that are NaN.
+        """
+        masks, labels = _mask_slice(True), torch.ones(len(prompts), 1, dtype=torch.int64, device=prompts.device)
+        _, image_tokens, iou, hyper = self._transform(image_tokens + self._dense(None), prompts[:, None, :2], labels)
+        iou = iou[:, masks].float().contiguous()
+        above = iou > prompts[:, 2:3]
+        numbers = above.flatten().cumsum(0, dtype=torch.int32)
+        slots = (numbers.view(above.shape) * above).sub_(1)
+        places = above.flatten().nonzero_static(size=above.numel(), fill_value=0).squeeze(1)
+        table = torch.cat([iou.flatten()[places, None], prompts[places // iou.shape[1], 3:]], dim=1)
+        state = torch.stack([numbers[-1], iou.isnan().sum(dtype=torch.int32)])
+        return image_tokens, hyper[:, masks].contiguous(), slots, table, state
 
     def _decodes_in_few_kernels(self, prompts: Sequence[torch.Tensor]) -> bool:
         return self.use_head_kernel and self._have_token_kernels_for(prompts)

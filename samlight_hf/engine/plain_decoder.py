@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
-from .mask_decoder import Decoded, FastMaskDecoder, places_above
+from .mask_decoder import Decoded, FastMaskDecoder, KeptMasks, decoded_at_once, places_above
 from .plain_modules import same_bits, weights_of
 
 
@@ -66,12 +66,9 @@ class PlainMaskDecoder:
         kept = places_above(iou, min_iou)
         return Decoded(iou, kept, logits[kept])
 
-    def decode_ahead(
-        self, embedding, points: torch.Tensor, labels: torch.Tensor, num_used: int, **options
-    ) -> Callable[[], Decoded]:
-        """Decode the masks of the first `num_used` prompts, see `FastMaskDecoder.decode_ahead`."""
-        decoded = self.decode(embedding, points, labels, num_used=num_used, **options)
-        return lambda: decoded
+    def decode_ahead(self, embedding, prompts: torch.Tensor, num_used: int, **options) -> Callable[[], KeptMasks]:
+        """Decode points, see `FastMaskDecoder.decode_ahead`."""
+        return decoded_at_once(self, embedding, prompts, num_used, **options)
 
 
 Decoder = FastMaskDecoder | PlainMaskDecoder

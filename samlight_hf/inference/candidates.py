@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.upscaled_masks import Frame, changes
 from ..masks.rle import select_changes
-from .packed_logits import NeededTiles, PackedLogits, columns_of, unpack_logits
+from .packed_logits import NeededTiles, PackedLogits, Place, columns_of, unpack_logits
 
 
 class Table(NamedTuple):
@@ -17,27 +17,20 @@ class Table(NamedTuple):
 
     Attributes:
         scores: float32 (n,), predicted IoU.
+        points: float32 (n, 2), the prompts.
         stability: float32 (n,).
         boxes: float32 (n, 4), the first and the last pixel, XYXY.
-        points: float32 (n, 2), the prompts.
     """
 
     scores: torch.Tensor
+    points: torch.Tensor
     stability: torch.Tensor
     boxes: torch.Tensor
-    points: torch.Tensor
 
     @classmethod
     def of(cls, columns: torch.Tensor) -> "Table":
         """Split float32 (n, 8) into the columns of a table."""
-        return cls(columns[:, 0], columns[:, 1], columns[:, 2:6], columns[:, 6:])
-
-
-class Place(NamedTuple):
-    """Where the masks of a crop lie: the frame of their logits, and `reach_of` it on the device."""
-
-    frame: Frame
-    reach: torch.Tensor
+        return cls(columns[:, 0], columns[:, 1:3], columns[:, 3], columns[:, 4:])
 
 
 class _Part(NamedTuple):
@@ -60,43 +53,34 @@ class Candidates:
         threshold: Pixels with logits above it are inside a mask.
         max_bytes: The memory that logits may take.
         use_triton: Use Triton kernels where they run.
+        device: Of the masks.
+
+    Attributes:
+        have_numbers: Whether no predicted IoU is NaN, as far as the caller knows.
     """
 
-    def __init__(self, size: tuple[int, int], threshold: float, max_bytes: float, use_triton: bool):
+    def __init__(
+        self, size: tuple[int, int], threshold: float, max_bytes: float, use_triton: bool, device: torch.device
+    ):
         self.size, self.threshold, self.max_bytes, self.use_triton = size, threshold, max_bytes, use_triton
+        self.device, self.have_numbers = device, True
         self._parts: list[_Part] = []
-        self._scores: list[torch.Tensor] = []
         self._waiting_bytes = 0
         self._unsettled: tuple[_Part, NeededTiles, int] | None = None
 
-    def note_scores(self, scores: torch.Tensor):
-        """Store the predicted IoU (P, M) of all masks of a batch, for `have_numbers`."""
-        self._scores.append(scores)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the masks, after the first batch."""
-        return self._scores[0].device
-
-    def have_numbers(self) -> torch.Tensor:
-        """Return whether no score is NaN: bool (), on the device."""
-        return ~torch.cat(self._scores).isnan().any()
-
-    def add(self, table: Table, kept: torch.Tensor, place: Place, logits: torch.Tensor, step: int):
+    def add(self, columns: torch.Tensor, kept: torch.Tensor, place: Place, logits: torch.Tensor, step: int):
         """Add masks, without waiting for the device. Their logits are kept as they are until `settle` or the next call.
 
         Args:
-            table: Scores and places of n masks.
+            columns: float32 (n, 8), see `Table`.
             kept: bool (n,), the masks that are candidates.
             place: The place of the logits in the image.
             logits: (n, h, w), as the decoder gives them.
             step: The number of masks that may be at the image's size at once.
         """
         self.settle()
-        scores, stability, boxes, points = table
-        columns = torch.cat([scores[:, None], stability[:, None], boxes, points], dim=1)
         part = _Part(columns, kept, place.frame, None, None)
-        self._unsettled = part, NeededTiles(logits, boxes, kept, place.reach), step
+        self._unsettled = part, NeededTiles(logits, Table.of(columns).boxes, kept, place), step
 
     def settle(self):
         """Reduce the logits of the masks that were added last; waits for the device until these were measured.
@@ -137,7 +121,7 @@ class Candidates:
         places_of_parts = places.split([len(part.columns) for part in parts])
         packed = [(part.logits, own) for part, own in zip(parts, places_of_parts) if part.logits is not None]
         logits = unpack_logits(packed, count)
-        boxes = torch.cat([part.columns for part in parts])[numbers, 2:6]
+        boxes = Table.of(torch.cat([part.columns for part in parts])[numbers]).boxes
         columns = columns_of(boxes, frame, logits.shape[2])
         return changes(logits, frame, self.threshold, step, self.use_triton, columns)
 

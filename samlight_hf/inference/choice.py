@@ -24,7 +24,7 @@ def choose(candidates: Candidates, iou_thresh: float, step: int, at_once: int) -
 
     candidates.settle()
     table, numbers = candidates.columns()
-    scores, _, boxes, _ = Table.of(table)
+    scores, _, _, boxes = Table.of(table)
     # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.
     chosen = batched_nms(boxes, scores, torch.zeros_like(scores), iou_thresh)
     on_cpu = HostCopy(table[chosen], numbers[chosen])
@@ -34,12 +34,12 @@ def choose(candidates: Candidates, iou_thresh: float, step: int, at_once: int) -
     else:
         masks = RunLengthMasks.from_changes(*candidates.size, positions.cpu().numpy(), counts.cpu().numpy())
     columns, kept = on_cpu.arrays()
-    boxes_xyxy = columns[:, 2:6].copy()
+    boxes_xyxy = columns[:, 4:].copy()
     boxes_xyxy[:, 2:] += (np.diff(masks.offsets) > 1)[:, None]  # pixel edges instead of the last pixel
     frames, num_masks = candidates.frames()
     crops = np.array([_crop_box(frame) for frame in frames], dtype=np.float32).reshape(-1, 4)
     crops = crops.repeat(num_masks, axis=0)[kept]
-    return GeneratedMasks(masks, columns[:, 0].copy(), boxes_xyxy, columns[:, 1].copy(), columns[:, 6:].copy(), crops)
+    return GeneratedMasks(masks, columns[:, 0].copy(), boxes_xyxy, columns[:, 3].copy(), columns[:, 1:3].copy(), crops)
 
 
 def _crop_box(frame: Frame) -> tuple[int, int, int, int]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
 from ..engine.build import decoder_dtype_of, make_decoder
 from ..engine.image_encoder import ImageEncoder
+from ..engine.mask_decoder import KeptMasks
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
@@ -29,8 +30,7 @@ from ..images.reading import ImageError, read_ahead
 from ..kernels.upscaled_masks import measure, why_not_triton
 from ..masks.results import GeneratedMasks
 from ..utils.autocast import without_autocast
-from ..utils.host_copies import HostCopy
-from .candidates import Candidates, Table
+from .candidates import Candidates
 from .choice import choose
 from .crop_prompts import CropPrompts
 from .crops import Crop, MaskGenerationSettings, crop_boxes
@@ -206,8 +206,8 @@ class MaskGenerator:
             **changes: See a call.
 
         Yields:
-            One result for each image, in order. On a CUDA device it comes when the next image has been read, so that
-            the device never waits.
+            One result for each image, in order. On a CUDA device it comes when the next two images have been read, so
+            that the device never waits.
 
         Example:
             >>> for path, result in zip(paths, generator.generate_many(paths)):
@@ -313,7 +313,7 @@ class MaskGenerator:
                     f"an image of {size[1]}x{size[0]} pixels is too small for crops_n_layers={settings.crops_n_layers}."
                 )
             check_size(self.image_processor, *crop.size)
-        candidates = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton)
+        candidates = Candidates(size, settings.mask_threshold, self.budget.waiting_bytes, self.use_triton, self.device)
         batches = self._decode(self._encode(image, crops, encoded), size, settings, candidates, progress)
         next(batches)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -347,26 +347,19 @@ class MaskGenerator:
         Yields:
             When a batch is launched. The device has work then, also while the masks of the batch before are packed.
         """
-        min_iou = settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None
-        at_once = self.budget.points_per_upscaling
         prompts = CropPrompts.make(
-            crop, size, settings.points_per_side(crop.layer), self.budget.points_per_batch,
+            crop, size, settings.points_per_side(crop.layer),
+            settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None, self.budget.points_per_batch,
             4 * self.model.config.prompt_encoder_config.image_embedding_size, self.image_processor, self.device,
         )  # fmt: skip
         for start in range(0, prompts.num_points, prompts.batch_size):
-            batch = slice(start, start + prompts.batch_size)
             num_points = min(prompts.batch_size, prompts.num_points - start)
             wait = self.decoder.decode_ahead(
-                embedding, prompts.resized[batch], prompts.labels, num_points, min_iou=min_iou,
-                prompts_per_upscaling=at_once, visible=prompts.visible,
+                embedding, prompts.rows[start : start + prompts.batch_size], num_points, min_iou=prompts.min_iou,
+                prompts_per_upscaling=self.budget.points_per_upscaling, visible=prompts.visible,
             )  # fmt: skip
             yield
-            decoded = wait()
-            candidates.note_scores(decoded.iou)
-            kept = decoded.kept
-            scores = decoded.iou.flatten()[kept]
-            points = prompts.points[batch][kept // decoded.iou.shape[1]]
-            self._filter(decoded.logits, scores, points, prompts, settings, candidates)
+            self._filter(wait(), prompts, settings, candidates)
             if not self.decoder.is_lean:  # there is no room for the logits of two batches
                 candidates.settle()
             if progress is not None:
@@ -374,9 +367,7 @@ class MaskGenerator:
 
     def _filter(
         self,
-        logits: torch.Tensor,
-        scores: torch.Tensor,
-        points: torch.Tensor,
+        kept_masks: KeptMasks,
         prompts: CropPrompts,
         settings: MaskGenerationSettings,
         candidates: Candidates,
@@ -384,13 +375,13 @@ class MaskGenerator:
         """Add the masks that are stable and do not end at the border of their crop to the candidates.
 
         Args:
-            logits: (k, h, w), as the decoder gives them.
-            scores: float32 (k,), predicted IoU.
-            points: float32 (k, 2), the prompts, in pixels of the image.
+            kept_masks: As the decoder gives them, with their points in pixels of the image.
             prompts: Of the crop.
             settings: The settings.
             candidates: The masks kept so far.
         """
+        table, logits, have_numbers = kept_masks
+        candidates.have_numbers &= have_numbers
         if not len(logits):
             return
         threshold, offset, frame = settings.mask_threshold, settings.stability_score_offset, prompts.place.frame
@@ -405,7 +396,7 @@ class MaskGenerator:
         if frame.crop != frame.image:
             boxes = boxes + prompts.edges[0, :2].repeat(2)
             kept = kept & ~_ends_at_crop(boxes, *prompts.edges)
-        candidates.add(Table(scores, stability, boxes, points), kept, prompts.place, logits, step)
+        candidates.add(torch.cat([table, stability[:, None], boxes], dim=1), kept, prompts.place, logits, step)
 
     @without_autocast
     @torch.inference_mode()
@@ -422,13 +413,11 @@ class MaskGenerator:
     def _select(self, running: Running) -> GeneratedMasks:
         """Suppress duplicates, and copy the masks that are left to the CPU."""
         size, candidates = running.size, running.candidates
-        have_numbers = HostCopy(candidates.have_numbers())
+        if not candidates.have_numbers:
+            raise ValueError(self._not_numbers())
         step = self.budget.masks_per_step(size, size)
         # The logits of a batch of points are gone by now, and leave room for as many.
-        masks = choose(candidates, running.settings.crops_nms_thresh, step, 3 * self.budget.points_per_batch)
-        if not have_numbers.wait()[0]:
-            raise ValueError(self._not_numbers())
-        return masks
+        return choose(candidates, running.settings.crops_nms_thresh, step, 3 * self.budget.points_per_batch)
 
     def _not_numbers(self) -> str:
         dtype = self.decoder.dtype

@@ -1,6 +1,7 @@
 """Images that overlap on a CUDA device: the next one begins before the last steps of one."""
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -55,23 +56,32 @@ def overlapped(
     """Yield the masks of each image, or its error.
 
     The end of an image is many short steps, between which the device waits for the CPU. So the first points of the next
-    image are launched before, and the end runs beside them on a stream of its own.
+    image are launched before, and the end runs beside them in another thread, on a stream of its own. A result is
+    yielded when the image behind the next one has begun, so that the device has work while the caller uses it.
 
     Args:
         starts: Each encodes an image, and launches its first points.
         end: Chooses among the masks of an image.
     """
-    waiting: list[Running | Exception] = []  # at most one image, whose masks take memory
-    for start in starts:
-        now = attempt(start)
-        if waiting:
-            yield _ended(waiting.pop(), end)
-            if isinstance(now, torch.OutOfMemoryError):  # there is more memory now
+    decoded: list[Running | Exception] = []  # at most one image, whose masks take memory
+    finished: list[GeneratedMasks | Exception] = []  # likewise
+    with ThreadPoolExecutor(1, thread_name_prefix="end_of_image") as pool:
+        for start in starts:
+            now = attempt(start)
+            ending = pool.submit(_ended, decoded.pop(), end) if decoded else None
+            if ending is not None and isinstance(now, torch.OutOfMemoryError):
+                wait([ending])  # there is more memory then
                 now = attempt(start)
-        waiting.append(now if isinstance(now, Exception) else attempt(now.finish) or now)
-        del now
-    if waiting:
-        yield _ended(waiting.pop(), end)
+            if finished:
+                yield finished.pop()
+            decoded.append(now if isinstance(now, Exception) else attempt(now.finish) or now)
+            del now
+            if ending is not None:
+                finished.append(ending.result())
+                del ending
+        yield from finished
+        if decoded:
+            yield _ended(decoded.pop(), end)
 
 
 def _ended(image: Running | Exception, end: Callable[[Running], GeneratedMasks]) -> GeneratedMasks | Exception:

@@ -62,6 +62,38 @@ def unpack_logits(parts: Sequence[tuple[PackedLogits, torch.Tensor]], count: int
     return logits[:count]
 
 
+class Place(NamedTuple):
+    """Where the masks of a crop lie; a box there, times `factors`, plus `summands`, is in tiles.
+
+    Attributes:
+        frame: The place of their logits in the image.
+        factors: float32 (4,).
+        summands: float32 (4,).
+        tiles: float32 (t,), numbers from 0, of the rows or columns of tiles, whichever are more.
+    """
+
+    frame: Frame
+    factors: torch.Tensor
+    summands: torch.Tensor
+    tiles: torch.Tensor
+
+    @classmethod
+    def make(cls, frame: Frame, height: int, width: int) -> "Place":
+        """Compute a place, on a CPU, for logits of `height` and `width`.
+
+        A box times the factors, plus the summands, is then one less than the first place, and the last one, that its
+        pixels are computed from, XYXY.
+        """
+        factors, summands, (tile_height, tile_width) = [], [], _tile_size(height, width)
+        for axis, (length, tile) in enumerate(((width, tile_width), (height, tile_height))):
+            factor, summand, reach = _places(axis, length, frame)
+            factors.append(factor / tile)
+            summands.append([(summand - reach) / tile - 1, (summand + reach) / tile])
+        (left, right), (top, bottom) = summands
+        tiles = torch.arange(float(max(height // tile_height, width // tile_width)))
+        return cls(frame, torch.tensor(factors * 2), torch.tensor([left, top, right, bottom]), tiles)
+
+
 class NeededTiles:
     """The tiles of logits that masks of the image's size depend on; nothing here waits for the device but `pack`.
 
@@ -69,16 +101,15 @@ class NeededTiles:
         logits: (n, h, w).
         boxes: float32 (n, 4), the first and the last pixel of each mask, XYXY, in pixels of the image.
         kept: bool (n,), the masks to pack.
-        reach: float32 (2, 4), `reach_of` the frame and the logits' size, on the device.
+        place: Of the masks, on the device.
     """
 
-    def __init__(self, logits: torch.Tensor, boxes: torch.Tensor, kept: torch.Tensor, reach: torch.Tensor):
+    def __init__(self, logits: torch.Tensor, boxes: torch.Tensor, kept: torch.Tensor, place: Place):
         self._logits, (height, width) = logits, logits.shape[1:]
         self._tile_size = tile_height, tile_width = _tile_size(height, width)
         num_rows, num_columns = height // tile_height, width // tile_width
-        first, last = torch.addcmul(reach[1], boxes, reach[0])[:, :, None].split(2, dim=1)  # in tiles, (n, 2, 1) each
-        tiles = torch.arange(max(num_rows, num_columns), device=logits.device)
-        needed = (last >= tiles) & (first < tiles + 1) & kept[:, None, None]
+        reach = torch.addcmul(place.summands, boxes, place.factors).unsqueeze(2)  # (n, 4, 1)
+        needed = (reach[:, 2:] >= place.tiles) & (reach[:, :2] < place.tiles) & kept[:, None, None]
         self._needed = needed[:, 1, :num_rows, None] & needed[:, 0, None, :num_columns]
         self._count = HostCopy(self._needed.sum())
 
@@ -94,27 +125,6 @@ class NeededTiles:
         tiled = logits.view(num_masks, num_rows, tile_height, num_columns, tile_width)
         shape = num_masks, num_rows * tile_height, num_columns * tile_width
         return PackedLogits(tiled[masks, rows, :, columns], masks, rows, columns, shape)
-
-
-def reach_of(frame: Frame, height: int, width: int) -> torch.Tensor:
-    """Return factors and summands that lead from a mask's box to the tiles of its logits.
-
-    Args:
-        frame: The place of the logits in the image.
-        height: Of the logits.
-        width: Likewise.
-
-    Returns:
-        float32 (2, 4): a box as in `NeededTiles`, times the first, plus the second, is the first place and the last one
-        that its pixels are computed from, XYXY, in tiles.
-    """
-    factors, summands = [], []
-    for axis, (length, tile) in enumerate(zip((width, height), reversed(_tile_size(height, width)))):
-        factor, summand, reach = _places(axis, length, frame)
-        factors.append(factor / tile)
-        summands.append([(summand - reach) / tile, (summand + reach) / tile])
-    (left, right), (top, bottom) = summands
-    return torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32)
 
 
 def columns_of(boxes: torch.Tensor, frame: Frame, width: int) -> torch.Tensor:

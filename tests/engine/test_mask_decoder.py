@@ -11,8 +11,9 @@ from samlight_hf.commands.options import BUNDLED_CHECKPOINT
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
 from samlight_hf.engine.image_encoder import ImageEncoder
-from samlight_hf.engine.mask_decoder import FastMaskDecoder, _slots, places_above, why_not_fast
+from samlight_hf.engine.mask_decoder import Decoded, FastMaskDecoder, _slots, places_above, why_not_fast
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
+from samlight_hf.kernels import mask_head
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
 
@@ -344,17 +345,45 @@ def test_the_encoder_is_replayed_from_a_graph_too():
     assert (graphed.encode.last_ran, eager.encode.last_ran) == ("graph", "eager")
 
 
+def rows_of(points, min_iou, num_used):
+    """Return the prompts of `decode_ahead`, with their number as what is returned with each mask."""
+    least = torch.full((len(points), 1), -torch.inf if min_iou is None else min_iou, device=points.device)
+    least[num_used:] = torch.inf
+    numbers = torch.arange(float(len(points)), device=points.device)[:, None]
+    return torch.cat([points[:, 0], least, numbers], dim=1)
+
+
 @pytest.mark.parametrize("min_iou", [None, -1e9, 0.0, 1e9])
 def test_masks_are_decoded_ahead_and_without_those_of_prompts_that_fill_up(loud, device, min_iou):
-    prompts = prompts_of(7, device)
-    points, labels = prompts[POINTS], prompts[LABELS]
-    decoder = FastMaskDecoder(loud)
-    plain, image = PlainMaskDecoder(loud), embeddings(loud)
+    points = prompts_of(7, device)[POINTS]
+    decoder, plain, image = FastMaskDecoder(loud), PlainMaskDecoder(loud), embeddings(loud)
     with torch.no_grad():
-        wait = decoder.decode_ahead(decoder.prepare(image), points, labels, 5, min_iou=min_iou, prompts_per_upscaling=2)
-        expected = plain.decode(plain.prepare(image), points[:5], labels[:5], min_iou=min_iou)
-        assert_same(wait(), expected)
-        assert_same(plain.decode_ahead(image, points, labels, 5, min_iou=min_iou)(), expected)
+        expected = plain.decode(image, points[:5], torch.ones(5, 1, device=device).long(), min_iou=min_iou)
+        for each, prepared in ((decoder, decoder.prepare(image)), (plain, image)):
+            wait = each.decode_ahead(prepared, rows_of(points, min_iou, 5), 5, min_iou=min_iou, prompts_per_upscaling=2)
+            table, logits, have_numbers = wait()
+            assert have_numbers and torch.equal(table[:, 1].long(), expected.kept // 3)
+            assert_same(Decoded(expected.iou.flatten().scatter(0, expected.kept, table[:, 0]).view(5, 3),
+                                expected.kept, logits), expected)  # fmt: skip
+
+
+@pytest.mark.parametrize("min_iou", [None, 0.0, 1e9])
+def test_what_is_replayed_ahead_is_what_decode_computes_step_by_step(loud, min_iou):
+    """The part of the kernel's way that runs on a CPU, too."""
+    points = prompts_of(7, "cpu")[POINTS]
+    decoder = FastMaskDecoder(loud)
+    image, rows = decoder.prepare(embeddings(loud)), rows_of(points, min_iou, 5)
+    expected = decoder.decode(image, points, torch.ones(7, 1).long(), min_iou=min_iou, repeated=True, num_used=5)
+    decoder.use_head_kernel = True  # `_transform` then computes the hypernetworks
+    with torch.no_grad():
+        tokens, hyper, slots, table, state = decoder._ahead(image, rows)
+        num_kept, num_nan = state.tolist()
+        logits = mask_head.masks_reference(tokens, hyper, slots, num_kept, decoder.grid_size, decoder.head)
+        bad = decoder._ahead(image * torch.nan, rows)[-1].tolist()
+    assert num_nan == 0 and bad == [0, 21]
+    assert torch.equal(table[:num_kept, 1].long(), expected.kept // 3)
+    assert torch.equal(table[:num_kept, 0], expected.iou.flatten()[expected.kept])
+    assert torch.allclose(logits, expected.logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -368,13 +397,14 @@ def test_on_a_gpu_decoding_ahead_waits_for_nothing(min_iou):
         image = decoder.prepare(model.get_image_embeddings(pixel_values))
         points, labels = 1000 * torch.rand(40, 1, 2, device="cuda"), torch.ones(40, 1, dtype=torch.int64, device="cuda")
         expected = decoder.decode(image, points, labels, min_iou=min_iou, repeated=True, num_used=33)
-        decoder.decode_ahead(image, points, labels, 33, min_iou=min_iou)()
+        rows = rows_of(points, min_iou, 33)
+        decoder.decode_ahead(image, rows, 33, min_iou)()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            actual = decoder.decode_ahead(image, points, labels, 33, min_iou=min_iou)()
+            table, logits, have_numbers = decoder.decode_ahead(image, rows, 33, min_iou)()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert decoder.transform.last_ran == "graph" and len(actual.iou) == 33
-    assert all(
-        map(torch.equal, (actual.iou, actual.kept, actual.logits), (expected.iou, expected.kept, expected.logits))
-    )
+    assert decoder.ahead.last_ran == "graph" and have_numbers
+    assert torch.equal(table[:, 1].long(), expected.kept // 3)
+    assert torch.equal(table[:, 0], expected.iou.flatten()[expected.kept])
+    assert torch.equal(logits, expected.logits)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samlight_hf.inference.packed_logits import NeededTiles, columns_of, reach_of, unpack_logits
+from samlight_hf.inference.packed_logits import NeededTiles, Place, columns_of, unpack_logits
 from samlight_hf.kernels.upscaled_masks import Frame, changes_reference, masks_reference, measure_reference
 
 
@@ -31,7 +31,7 @@ def spots(count: int, size: tuple[int, int], seed: int) -> torch.Tensor:
 
 
 def pack_logits(logits, boxes, frame, kept):
-    return NeededTiles(logits, boxes.float(), kept, reach_of(frame, *logits.shape[1:])).pack()
+    return NeededTiles(logits, boxes.float(), kept, Place.make(frame, *logits.shape[1:])).pack()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 32), (30, 40)], ids=str)  # in tiles, and as one tile
