@@ -181,34 +181,45 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
     """Compute `seen_reference` with the kernels: first for parts of the image tokens, then the sum of the parts."""
     (num_prompts, num_rows, channels), num_tokens = queries.shape, image_tokens.shape[1]
     image_tokens = image_tokens.contiguous()
-    shape = _SEEN if _is_hopper(image_tokens.device) else _SMALL_SEEN
-    blocks = triton.cdiv(num_tokens, shape.block)
-    programs = _programs(num_prompts * blocks, image_tokens.device, shape)
     seen = torch.empty_like(queries, memory_format=torch.contiguous_format)
     if not seen.numel():
         return seen
-    sums = torch.empty(num_prompts + programs, num_rows, channels, dtype=torch.float32, device=image_tokens.device)
+    shape = _SEEN if _is_hopper(image_tokens.device) else _SMALL_SEEN
+    blocks = triton.cdiv(num_tokens, shape.block)
+    whole, blocks_of_part = _whole_prompts(num_prompts, blocks, _resident(image_tokens.device, shape))
+    num_parts = triton.cdiv(blocks, blocks_of_part)
+    parts = whole + (num_prompts - whole) * num_parts
+    sums = torch.empty(parts, num_rows, channels, dtype=torch.float32, device=image_tokens.device)
     # For each row and part the largest score, and the sum of the exponentials relative to it.
-    statistics = torch.empty(2, num_prompts + programs, num_rows, dtype=torch.float32, device=image_tokens.device)
-    # The share of a thread block begins anywhere, so that a prompt may have one part more than shares of its size.
-    most_parts = min(programs, triton.cdiv(blocks, num_prompts * blocks // programs) + 1)
-    parts = triton.next_power_of_2(most_parts)
+    statistics = torch.empty(2, parts, num_rows, dtype=torch.float32, device=image_tokens.device)
+    parts_at_once = triton.next_power_of_2(num_parts)
+    rows = max(1, _SUM // parts_at_once)
     with torch.cuda.device_of(image_tokens):  # where Triton launches
         launch(
-            _seen_kernel, (programs,),
+            _seen_kernel, (parts,),
             queries.contiguous(), image_tokens, positions, sums, *statistics,
-            num_prompts, num_rows, num_tokens, _stride(image_tokens),
+            num_rows, num_tokens, _stride(image_tokens), whole, num_parts, blocks_of_part,
             CHANNELS=channels, ROWS=max(16, triton.next_power_of_2(num_rows)), BLOCK=shape.block,
             EVEN=num_tokens % shape.block == 0, num_warps=shape.warps, num_stages=shape.stages,
             **overlap_options(image_tokens),
         )  # fmt: skip
-        rows = max(1, _SUM // parts)
         launch(
             _sum_kernel, (num_prompts, triton.cdiv(num_rows, rows)),  # only the first may be more than 65,535
-            sums, *statistics, seen, num_rows, blocks, programs,
-            CHANNELS=channels, PARTS=parts, ROWS=rows, **overlap_options(image_tokens),
+            sums, *statistics, seen, num_rows, whole, num_parts,
+            CHANNELS=channels, PARTS=parts_at_once, ROWS=rows, **overlap_options(image_tokens),
         )  # fmt: skip
     return seen
+
+
+def _whole_prompts(num_prompts: int, blocks: int, resident: int) -> tuple[int, int]:
+    """Return how many prompts have one thread block each, and how many blocks those of the other prompts process.
+
+    A thread block for a whole prompt costs least. The last prompts, too few for all multiprocessors, are divided.
+    """
+    rest = num_prompts % resident
+    if not rest:
+        return num_prompts, blocks
+    return num_prompts - rest, triton.cdiv(blocks, min(blocks, resident // rest))
 
 
 def launch_update(
@@ -236,11 +247,11 @@ def launch_update(
     blocks = num_prompts * triton.cdiv(num_tokens, shape.block)
     with torch.cuda.device_of(image_tokens):  # where Triton launches
         launch(
-            _update_kernel, (_programs(blocks, image_tokens.device, shape),),
+            _update_kernel, (min(blocks, _resident(image_tokens.device, shape)),),
             image_tokens, positions, keys.contiguous(), biases.contiguous(), values.contiguous(),
             norm.weight, norm.bias, updated, num_prompts, rows, num_tokens, _stride(image_tokens), norm.eps,
             CHANNELS=channels, HEADS=num_heads, TOKENS=max(16 // num_heads, triton.next_power_of_2(rows)),
-            BLOCK=shape.block, EVEN=num_tokens % shape.block == 0,
+            BLOCK=shape.block, EVEN=num_tokens % shape.block == 0, SHARED=_stride(image_tokens) == 0,
             num_warps=shape.warps, num_stages=shape.stages, **overlap_options(image_tokens),
         )  # fmt: skip
     return updated
@@ -251,10 +262,11 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _programs(blocks: int, device: torch.device, shape: _Shape) -> int:
-    """Return how many thread blocks share these blocks of image tokens: as many as run at a time, if they suffice."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return min(blocks, multiprocessors * shape.resident)
+def _resident(device: torch.device, shape: _Shape) -> int:
+    """Return how many thread blocks run at a time."""
+    return (
+        shape.resident * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    )
 
 
 def _stride(image_tokens: torch.Tensor) -> int:
@@ -268,79 +280,69 @@ if triton is not None:
     _LOG2E = tl.constexpr(math.log2(math.e))
 
     @triton.jit
-    def _share(num_prompts, blocks):
-        """Return first and end of a thread block's share of all prompts' blocks of image tokens."""
-        program, work = tl.program_id(0).to(tl.int64), num_prompts * blocks
-        programs = tl.num_programs(0)
-        return program * work // programs, (program + 1) * work // programs
-
-    @triton.jit
-    def _part(first, end, prompt, blocks):
-        """Return first and end of the blocks of one prompt in a share."""
-        before = prompt * blocks
-        return tl.maximum(first - before, 0).to(tl.int32), tl.minimum(end - before, blocks).to(tl.int32)
-
-    @triton.jit
     def _seen_kernel(
-        queries, image_tokens, positions, sums, maxima, totals, num_prompts, num_rows, num_tokens, image_stride,
+        queries, image_tokens, positions, sums, maxima, totals,
+        num_rows, num_tokens, image_stride, whole, num_parts, blocks_of_part,
         CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """Attend from all queries of some prompts to parts of the image tokens; store sums before normalization."""
+        """Attend from all queries of one prompt to a part of the image tokens; store sums before normalization.
+
+        The first thread blocks take all image tokens of the first `whole` prompts.
+        """
         grid_dependency_wait(OVERLAP)
         row = tl.arange(0, ROWS)
         channel = tl.arange(0, CHANNELS)
         wanted = row < num_rows
         rows = row[:, None] * CHANNELS + channel[None, :]
+        part = tl.program_id(0)
         blocks = tl.cdiv(num_tokens, BLOCK)
-        first, end = _share(num_prompts, blocks)
-        for prompt in range(first // blocks, tl.cdiv(end, blocks)):
-            start, stop = _part(first, end, prompt, blocks)
-            query = tl.load(queries + prompt * num_rows * CHANNELS + rows, mask=wanted[:, None], other=0.0)
-            own_tokens = image_tokens + prompt * image_stride
-            largest = tl.full((ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
-            seen = tl.zeros((ROWS, CHANNELS), tl.float32)
-            for block in range(start, stop):
-                token = block * BLOCK + tl.arange(0, BLOCK)
-                places = token[:, None] * CHANNELS + channel[None, :]
-                if EVEN:
-                    tokens, position = tl.load(own_tokens + places), tl.load(positions + places)
-                else:
-                    real = token < num_tokens
-                    tokens = tl.load(own_tokens + places, mask=real[:, None], other=0.0)
-                    position = tl.load(positions + places, mask=real[:, None], other=0.0)
-                # Adding both blocks first would save a product, but Triton 3.6 overwrites blocks that are in use then.
-                scores = tl.dot(query, tl.trans(position), tl.dot(query, tl.trans(tokens)))
-                if not EVEN:
-                    scores = tl.where(real[None, :], scores, float("-inf"))
-                higher = tl.maximum(largest, tl.max(scores, axis=1))
-                factor = tl.exp2((largest - higher) * _LOG2E)
-                weights = tl.exp2(scores * _LOG2E - (higher * _LOG2E)[:, None])
-                total = total * factor + tl.sum(weights, axis=1)
-                seen = tl.dot(weights.to(tokens.dtype), tokens, seen * factor[:, None])
-                largest = higher
-            part = (prompt + tl.program_id(0)) * num_rows  # from one part to the next, one of both grows, or both
-            tl.store(maxima + part + row, largest, mask=wanted)
-            tl.store(totals + part + row, total, mask=wanted)
-            tl.store(sums + part * CHANNELS + rows, seen, mask=wanted[:, None])
+        divided = tl.maximum(part - whole, 0)
+        prompt = (tl.minimum(part, whole) + divided // num_parts).to(tl.int64)
+        first = divided % num_parts * blocks_of_part
+        last = tl.where(part < whole, blocks, tl.minimum(first + blocks_of_part, blocks))
+        query = tl.load(queries + prompt * num_rows * CHANNELS + rows, mask=wanted[:, None], other=0.0)
+        image_tokens += prompt * image_stride
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        seen = tl.zeros((ROWS, CHANNELS), tl.float32)
+        for block in range(first, last):
+            token = block * BLOCK + tl.arange(0, BLOCK)
+            places = token[:, None] * CHANNELS + channel[None, :]
+            if EVEN:
+                tokens, position = tl.load(image_tokens + places), tl.load(positions + places)
+            else:
+                real = token < num_tokens
+                tokens = tl.load(image_tokens + places, mask=real[:, None], other=0.0)
+                position = tl.load(positions + places, mask=real[:, None], other=0.0)
+            # Adding both blocks first would save a product, but Triton 3.6 overwrites blocks that are in use then.
+            scores = tl.dot(query, tl.trans(position), tl.dot(query, tl.trans(tokens)))
+            if not EVEN:
+                scores = tl.where(real[None, :], scores, float("-inf"))
+            higher = tl.maximum(largest, tl.max(scores, axis=1))
+            factor = tl.exp2((largest - higher) * _LOG2E)
+            weights = tl.exp2(scores * _LOG2E - (higher * _LOG2E)[:, None])
+            total = total * factor + tl.sum(weights, axis=1)
+            seen = tl.dot(weights.to(tokens.dtype), tokens, seen * factor[:, None])
+            largest = higher
+        line = part.to(tl.int64) * num_rows
+        tl.store(maxima + line + row, largest, mask=wanted)
+        tl.store(totals + line + row, total, mask=wanted)
+        tl.store(sums + line * CHANNELS + rows, seen, mask=wanted[:, None])
 
     @triton.jit
     def _sum_kernel(
-        sums, maxima, totals, seen, num_rows, blocks, programs,
+        sums, maxima, totals, seen, num_rows, whole, num_parts,
         CHANNELS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Combine all parts of some rows of one prompt."""
         grid_dependency_wait(OVERLAP)
         prompt = tl.program_id(0).to(tl.int64)
-        work = tl.num_programs(0).to(tl.int64) * blocks
-        # Of the thread blocks of `_share` those that the prompt's first and last block belong to.
-        first = ((prompt * blocks + 1) * programs - 1) // work
-        last = ((prompt + 1) * blocks * programs - 1) // work
-        number = first + tl.arange(0, PARTS)
-        row, channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+        first = tl.minimum(prompt, whole) + tl.maximum(prompt - whole, 0) * num_parts
+        number, channel = tl.arange(0, PARTS), tl.arange(0, CHANNELS)
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         wanted = row < num_rows
-        place = (prompt + number)[:, None] * num_rows + tl.minimum(row, num_rows - 1)[None, :]
-        real = (number <= last)[:, None]
+        place = (first + number)[:, None] * num_rows + tl.minimum(row, num_rows - 1)[None, :]
+        real = (number < tl.where(prompt < whole, 1, num_parts))[:, None]
         largest = tl.load(maxima + place, mask=real, other=float("-inf"))
         factor = tl.exp2((largest - tl.max(largest, axis=0)[None, :]) * _LOG2E)
         total = tl.sum(factor * tl.load(totals + place, mask=real, other=0.0), axis=0)
@@ -377,11 +379,16 @@ if triton is not None:
         image_tokens, positions, keys, biases, values, norm_weight, norm_bias, updated,
         num_prompts, num_own, num_tokens, image_stride, eps,
         CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-        EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+        EVEN: tl.constexpr, SHARED: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """Update parts of the image tokens of some prompts, which have `num_own` tokens in each head."""
+        """Update parts of the image tokens of some prompts, which have `num_own` tokens in each head.
+
+        Thread blocks share all prompts' blocks evenly. The share of one may hold parts of several prompts.
+        """
         grid_dependency_wait(OVERLAP)
         COLUMNS: tl.constexpr = HEADS * TOKENS
+        # The cache is for what all prompts share.
+        POLICY: tl.constexpr = "" if SHARED else "evict_first"
         # A token's heads are neighbours: then a thread has all columns of a head in its registers.
         column = tl.arange(0, COLUMNS)
         own = column // HEADS
@@ -391,28 +398,36 @@ if triton is not None:
         # Pieces of 32 channels: the first of all tokens of a block, then the second.
         piece = tl.arange(0, CHANNELS // 32 * BLOCK)
         channels = (piece // BLOCK * 32)[:, None] + tl.arange(0, 32)[None, :]
+        places = (piece % BLOCK)[:, None] * CHANNELS + channels
         blocks = tl.cdiv(num_tokens, BLOCK)
-        first, end = _share(num_prompts, blocks)
+        program, programs, work = tl.program_id(0).to(tl.int64), tl.num_programs(0), num_prompts * blocks
+        first, end = program * work // programs, (program + 1) * work // programs
         for prompt in range(first // blocks, tl.cdiv(end, blocks)):
-            start, stop = _part(first, end, prompt, blocks)
-            before = prompt * HEADS * num_own
-            key = tl.load(keys + before * CHANNELS + rows, mask=wanted[:, None], other=0.0)
-            value = tl.load(values + before * CHANNELS + rows, mask=wanted[:, None], other=0.0)
+            start = tl.maximum(first - prompt * blocks, 0).to(tl.int32)
+            stop = tl.minimum(end - prompt * blocks, blocks).to(tl.int32)
+            line = prompt * HEADS * num_own
+            key = tl.load(keys + line * CHANNELS + rows, mask=wanted[:, None], other=0.0)
+            value = tl.load(values + line * CHANNELS + rows, mask=wanted[:, None], other=0.0)
             key, value = _reordered(key, CHANNELS, COLUMNS), _reordered(value, CHANNELS, COLUMNS)
-            bias = tl.load(biases + before + row, mask=wanted, other=0.0).to(tl.float32)
+            bias = tl.load(biases + line + row, mask=wanted, other=0.0).to(tl.float32)
             bias = tl.where(wanted, bias, float("-inf"))[None, :] * _LOG2E
             own_tokens = image_tokens + prompt * image_stride
             own_updated = updated + prompt * num_tokens * CHANNELS
             for block in range(start, stop):
-                token = block * BLOCK + piece % BLOCK
-                places = token[:, None] * CHANNELS + channels
+                before = block * BLOCK * CHANNELS
                 if EVEN:
-                    tokens, position = tl.load(own_tokens + places), tl.load(positions + places)
+                    position = tl.load(positions + before + places)
+                    tokens = tl.load(own_tokens + before + places, eviction_policy=POLICY)
                 else:
-                    real = (token < num_tokens)[:, None]
-                    tokens = tl.load(own_tokens + places, mask=real, other=0.0)
-                    position = tl.load(positions + places, mask=real, other=0.0)
-                scores = tl.dot(_as_rows(tokens + position, CHANNELS, BLOCK), tl.trans(key)) * _LOG2E + bias
+                    real = (block * BLOCK + piece % BLOCK < num_tokens)[:, None]
+                    position = tl.load(positions + before + places, mask=real, other=0.0)
+                    tokens = tl.load(own_tokens + before + places, mask=real, other=0.0, eviction_policy=POLICY)
+                if SHARED:
+                    scores = tl.dot(_as_rows(tokens + position, CHANNELS, BLOCK), tl.trans(key))
+                else:  # positions, from the cache, are there before the tokens
+                    scores = tl.dot(_as_rows(position, CHANNELS, BLOCK), tl.trans(key))
+                    scores = tl.dot(_as_rows(tokens, CHANNELS, BLOCK), tl.trans(key), scores)
+                scores = scores * _LOG2E + bias
                 scores = tl.reshape(scores, (BLOCK, TOKENS, HEADS))
                 weights = tl.exp2(scores - tl.max(scores, axis=1, keep_dims=True))
                 weights = weights * (1.0 / tl.sum(weights, axis=1, keep_dims=True))
@@ -426,6 +441,6 @@ if triton is not None:
                 shift = tl.load(norm_bias + channels).to(tl.float32)
                 result = (result * scale + shift).to(updated.dtype.element_ty)
                 if EVEN:
-                    tl.store(own_updated + places, result)
+                    tl.store(own_updated + before + places, result, eviction_policy=POLICY)
                 else:
-                    tl.store(own_updated + places, result, mask=real)
+                    tl.store(own_updated + before + places, result, mask=real, eviction_policy=POLICY)

@@ -68,8 +68,10 @@ def relative_errors(case, dtype, device="cpu") -> list[float]:
     assert all(a.shape == b.shape and a.dtype == dtype for a, b in zip(found, expected))
     own = image.to(dtype).expand_as(found[1]).clone()
     sides = keys.to(dtype), biases.to(dtype), values.to(dtype), norm.to(dtype)
+    apart = launch_update(own, positions.to(dtype), *sides, heads)
     again = launch_update(own, positions.to(dtype), *sides, heads, in_place=True)
-    assert again.data_ptr() == own.data_ptr() and torch.equal(again, found[1])
+    assert again.data_ptr() == own.data_ptr() and torch.equal(again, apart)
+    assert ((apart - found[1]).norm() / found[1].norm()).item() < TOLERANCES[dtype]  # images of which all are the same
     return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected)]
 
 
@@ -195,8 +197,8 @@ if __name__ == "__main__":
     for case in CASES:
         errors = relative_errors(case, torch.float16)
         assert max(errors) < TOLERANCES[torch.float16], (case, errors)
-    for count in (1, 3):  # as with many prompts: thread blocks process parts of several
-        image_attention._programs = lambda blocks, device, shape, count=count: count
+    for count in (1, 4):  # as with many prompts: thread blocks process all of one, and parts of several
+        image_attention._resident = lambda device, shape, count=count: count
         assert max(relative_errors(CASES[0], torch.float16)) < TOLERANCES[torch.float16]
     image_attention._SEEN, image_attention._UPDATE = image_attention._SMALL_SEEN, image_attention._SMALL_UPDATE
     assert max(relative_errors(CASES[0], torch.float16)) < TOLERANCES[torch.float16]
