@@ -30,9 +30,9 @@ _ROWS = 64  # tokens of prompts that a thread block takes
 _BLOCK = 128  # image tokens that it processes at a time
 _WARPS = 4
 _STAGES = 3
-_RESIDENT = 4  # thread blocks for each multiprocessor, if there is work for as many
+_RESIDENT = 2  # thread blocks for each multiprocessor, if there is work for as many
 _MOST_PARTS = 16  # of the image tokens
-_SUM_ROWS = 8  # that a thread block combines
+_SUM_ROWS = 4  # that a thread block combines
 
 
 def fits(num_heads: int, features: int) -> bool:
@@ -180,6 +180,10 @@ if triton is not None:
 
     _LOG2E = tl.constexpr(math.log2(math.e))
 
+    @triton.jit
+    def _by_row(pieces, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+        return tl.reshape(pieces, (CHANNELS // 32, ROWS, 32))
+
     @triton.jit(do_not_specialize=["num_rows", "blocks_of_part"])
     def _attend_kernel(
         tokens, norm_weight, norm_bias, eps, embedded, query_weight, query_bias, keys, values, sums, maxima, totals,
@@ -195,17 +199,22 @@ if triton is not None:
         bias = tl.load(query_bias + feature).to(tl.float32)
         grid_dependency_wait(OVERLAP)
         wanted = row < num_rows
-        # In three axes, so that few threads share a row and its sums.
-        group = tl.arange(0, CHANNELS // 32)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-        inputs_at = row[:, None, None] * CHANNELS + group
-        inputs = tl.load(tokens + inputs_at, mask=wanted[:, None, None], other=0.0).to(tl.float32)
+        # In pieces of 32 channels, the first of all rows, then the second: so few threads share a row and its sums.
+        piece = tl.arange(0, CHANNELS // 32 * ROWS)
+        channels = (piece // ROWS * 32)[:, None] + tl.arange(0, 32)[None, :]
+        line = tl.program_id(0).to(tl.int64) * ROWS + piece % ROWS
+        inputs_at, real_rows = line[:, None] * CHANNELS + channels, (line < num_rows)[:, None]
+        inputs = tl.load(tokens + inputs_at, mask=real_rows, other=0.0).to(tl.float32)
         if NORM:
-            inputs -= (tl.sum(tl.sum(inputs, axis=2), axis=1) / CHANNELS)[:, None, None]
-            variance = tl.sum(tl.sum(inputs * inputs, axis=2), axis=1) / CHANNELS
-            inputs *= tl.rsqrt(variance + eps)[:, None, None]
-            inputs = inputs * tl.load(norm_weight + group).to(tl.float32) + tl.load(norm_bias + group).to(tl.float32)
-            inputs += tl.load(embedded + inputs_at, mask=wanted[:, None, None], other=0.0)
-        inputs = tl.reshape(inputs.to(weight.dtype), (ROWS, CHANNELS))
+            inputs = _by_row(inputs, CHANNELS, ROWS)
+            inputs -= (tl.sum(tl.sum(inputs, axis=2), axis=0) / CHANNELS)[None, :, None]
+            variance = tl.sum(tl.sum(inputs * inputs, axis=2), axis=0) / CHANNELS
+            inputs *= tl.rsqrt(variance + eps)[None, :, None]
+            inputs *= _by_row(tl.load(norm_weight + channels).to(tl.float32), CHANNELS, ROWS)
+            inputs += _by_row(tl.load(norm_bias + channels).to(tl.float32), CHANNELS, ROWS)
+            inputs += _by_row(tl.load(embedded + inputs_at, mask=real_rows, other=0.0), CHANNELS, ROWS)
+        inputs = tl.permute(_by_row(inputs.to(weight.dtype), CHANNELS, ROWS), (1, 0, 2))
+        inputs = tl.reshape(inputs, (ROWS, CHANNELS))
         query = tl.dot(inputs, tl.trans(weight)) + bias[None, :]
         query = (query * scaling).to(weight.dtype)
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -230,7 +239,7 @@ if triton is not None:
             total = total * factor + tl.sum(weights, axis=1)
             result = tl.dot(weights.to(value.dtype), value, result * factor[:, None])
             largest = higher
-        line = part.to(tl.int64) * num_rows + row
+        line = part.to(tl.int64) * num_rows + row  # of the results
         tl.store(maxima + line * HEADS + head, largest, mask=wanted)
         tl.store(totals + line * HEADS + head, total, mask=wanted)
         tl.store(sums + line[:, None] * (HEADS * HEAD) + feature[None, :], result, mask=wanted[:, None])
