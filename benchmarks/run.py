@@ -16,6 +16,7 @@ Parts of `samlight benchmark`:
 - "equality": fast results against plain ones;
 - "projection": ways to project into the layout in which dilation is free;
 - "linear": the encoder's linear layers by every kernel;
+- "head": the end of the mask decoder by every kernel;
 - "profile": the encoder's kernels;
 - "clicks": the clicks of an evaluation;
 - "start": the first use in a process;

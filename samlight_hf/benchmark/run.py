@@ -22,6 +22,7 @@ from .clicks import click_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
 from .generation import box_rows, generation_rows
+from .head import head_rows
 from .kernels import profile_rows
 from .linear import linear_rows
 from .machine import describe_machine
@@ -46,6 +47,7 @@ PARTS: dict[str, Part] = {
     "equality": equality_rows,
     "projection": projection_rows,
     "linear": linear_rows,
+    "head": head_rows,
     "profile": profile_rows,
     "clicks": click_rows,
     "start": start_rows,

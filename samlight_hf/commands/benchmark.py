@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _REPORT = "samlight-report.json"
 PART_NAMES = (
     "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear",
-    "profile", "clicks", "start", "boxes", "generation",
+    "head", "profile", "clicks", "start", "boxes", "generation",
 )  # fmt: skip
 
 

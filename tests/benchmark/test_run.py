@@ -25,6 +25,7 @@ from samlight_hf.benchmark.encoders import (
     fused_encoder,
     resolution_patterns,
 )
+from samlight_hf.benchmark.head import head_rows
 from samlight_hf.benchmark.kernels import kernels_of
 from samlight_hf.benchmark.linear import CUDA, linear_rows
 from samlight_hf.benchmark.report import check_targets, format_table
@@ -63,7 +64,9 @@ def quick_ceiling(monkeypatch):
 def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
     settings = tiny_settings(checkpoint=checkpoint, images=ROOT / "examples" / "images")
     out, plot = tmp_path / "results" / "cpu.json", tmp_path / "cpu.png"
-    parts = [name for name in PARTS if name not in ("peers", "attention", "projection", "linear", "profile", "start")]
+    parts = [
+        name for name in PARTS if name not in ("peers", "attention", "projection", "linear", "head", "profile", "start")
+    ]
     result = run_benchmark(settings, parts, out, plot)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))  # lists for tuples
     for part in parts:
@@ -405,6 +408,13 @@ def test_linear_layers_and_the_fused_encoder_on_a_gpu():
         assert fused_encoder(settings.config, settings)(
             torch.zeros(1, 3, 1024, 1024, device="cuda").bfloat16()
         ).shape == (1, 256, 64, 64)
+
+
+@pytest.mark.gpu
+def test_the_end_of_the_decoder_by_every_kernel_on_a_gpu():
+    rows = list(head_rows(Settings(torch.device("cuda"), prompt_counts=(2,))))
+    assert len(rows) == 2 * 2 * 3 and all(row["difference"] < 3e-3 for row in rows if row["kernel"] != CUDA)
+    assert all(row["difference"] < 3e-3 for row in rows if "difference" in row)
 
 
 @pytest.mark.gpu
