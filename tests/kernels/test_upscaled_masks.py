@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from samlight_hf.inference.candidates import Candidates, Place, Table
-from samlight_hf.inference.packed_logits import columns_of, reach_of
+from samlight_hf.inference.candidates import Candidates
+from samlight_hf.inference.packed_logits import Place, columns_of
 from samlight_hf.kernels import upscaled_masks
 from samlight_hf.kernels.support import triton
 from samlight_hf.kernels.upscaled_masks import (
@@ -192,17 +192,15 @@ def test_outlines_do_not_depend_on_when_they_are_computed(max_bytes):
     """Masks of an image and of a crop of it are kept in another order than they were added."""
     crop = CASES["a crop"][1]
     image = Frame((32, 32), (27, 32), crop.image, (0, 0), crop.image)
-    found = Candidates(crop.image, 0.0, max_bytes, use_triton=False)
+    found = Candidates(crop.image, 0.0, max_bytes, use_triton=False, device=torch.device("cpu"))
     masks = []
     for seed, frame in enumerate((image, image, crop, image, crop)):
         logits = logits_of((8, 8), count=seed)
         count = len(logits)
         top, left = frame.corner
         boxes = measure_reference(logits, frame, THRESHOLDS)[:, 2:] + torch.tensor([left, top, left, top])
-        table = Table(torch.rand(count), torch.rand(count), boxes.float(), torch.rand(count, 2))
-        place = Place(frame, reach_of(frame, *logits.shape[1:]))
-        found.note_scores(table.scores[:, None])
-        found.add(table, torch.ones(count, dtype=torch.bool), place, logits, step=2)
+        columns, place = torch.cat([torch.rand(count, 4), boxes], dim=1), Place.make(frame, *logits.shape[1:])
+        found.add(columns, torch.ones(count, dtype=torch.bool), place, logits, step=2)
         masks.append(
             RunLengthMasks.from_changes(*crop.image, *map(torch.Tensor.numpy, changes_reference(logits, frame, 0.0)))
         )
