@@ -11,8 +11,8 @@ follows:
 - All tensors stay in the layout (prompts, tokens, channels). Transposed convolutions of stride 2 are matrix products,
   and only the finished masks are put into pixel order.
 - If the caller gives a minimum for the predicted IoU, masks below it are not computed.
-- In half precision Triton kernels (`kernels.image_attention`, `kernels.mask_head`) compute the rest of the image side,
-  and with few prompts the side of the prompt tokens, too (`kernels.tokens`).
+- In half precision Triton kernels (`kernels.image_attention`, `kernels.shared_attention`, `kernels.mask_head`) compute
+  the rest of the image side, and with few prompts the side of the prompt tokens, too (`kernels.tokens`).
 
 Three small parts are computed in float32 whatever the model's dtype: the positions of prompts and image tokens (in
 bfloat16 a coordinate in an image of 1024 pixels is off by up to a pixel), the predicted IoU (one score in a hundred

@@ -279,7 +279,7 @@ if triton is not None:
 
     _LOG2E = tl.constexpr(math.log2(math.e))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["whole", "num_parts", "blocks_of_part"])
     def _seen_kernel(
         queries, image_tokens, positions, sums, maxima, totals,
         num_rows, num_tokens, image_stride, whole, num_parts, blocks_of_part,
@@ -329,7 +329,7 @@ if triton is not None:
         tl.store(totals + line + row, total, mask=wanted)
         tl.store(sums + line * CHANNELS + rows, seen, mask=wanted[:, None])
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["whole", "num_parts"])
     def _sum_kernel(
         sums, maxima, totals, seen, num_rows, whole, num_parts,
         CHANNELS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
@@ -374,7 +374,7 @@ if triton is not None:
         rows = tl.reshape(rows, (BLOCK // 16, 2, 8, CHANNELS // 32, 4, 4, 2))
         return tl.reshape(tl.permute(rows, (3, 1, 0, 2, 5, 4, 6)), (CHANNELS // 32 * BLOCK, 32))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_prompts"])
     def _update_kernel(
         image_tokens, positions, keys, biases, values, norm_weight, norm_bias, updated,
         num_prompts, num_own, num_tokens, image_stride, eps,

@@ -33,6 +33,7 @@ _STAGES = 3
 _RESIDENT = 2  # thread blocks for each multiprocessor, if there is work for as many
 _MOST_PARTS = 16  # of the image tokens
 _SUM_ROWS = 4  # that a thread block combines
+_TILE = 64  # image tokens of which a thread block computes 32 features
 
 
 def fits(num_heads: int, features: int) -> bool:
@@ -175,10 +176,47 @@ def launch_attend(
     return attended
 
 
+def launch_project(image_tokens: torch.Tensor, weight: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """Compute image_tokens weight^T + terms with a kernel, without the workspace of a library.
+
+    Args:
+        image_tokens: (N, C).
+        weight: (F, C), where F is a multiple of 32.
+        terms: (N, F).
+
+    Returns:
+        (N, F), in the dtype of the terms.
+    """
+    (num_tokens, channels), features = image_tokens.shape, len(weight)
+    projected = torch.empty_like(terms)
+    with torch.cuda.device_of(image_tokens):  # where Triton launches
+        launch(
+            _project_kernel, (triton.cdiv(num_tokens, _TILE), features // 32),
+            image_tokens.contiguous(), weight, terms, projected, num_tokens,
+            CHANNELS=channels, FEATURES=features, ROWS=_TILE, **overlap_options(image_tokens),
+        )  # fmt: skip
+    return projected
+
+
 if triton is not None:
     from .support import grid_dependency_wait
 
     _LOG2E = tl.constexpr(math.log2(math.e))
+
+    @triton.jit
+    def _project_kernel(
+        image_tokens, weight, terms, projected, num_tokens,
+        CHANNELS: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Compute some features of some image tokens."""
+        row, feature = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * 32 + tl.arange(0, 32)
+        channel, real = tl.arange(0, CHANNELS), (row < num_tokens)[:, None]
+        block = tl.load(weight + feature[:, None] * CHANNELS + channel[None, :])
+        grid_dependency_wait(OVERLAP)
+        tokens = tl.load(image_tokens + row[:, None] * CHANNELS + channel[None, :], mask=real, other=0.0)
+        places = row[:, None] * FEATURES + feature[None, :]
+        result = tl.dot(tokens, tl.trans(block)) + tl.load(terms + places, mask=real, other=0.0).to(tl.float32)
+        tl.store(projected + places, result.to(projected.dtype.element_ty), mask=real)
 
     @triton.jit
     def _by_row(pieces, CHANNELS: tl.constexpr, ROWS: tl.constexpr):

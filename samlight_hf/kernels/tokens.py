@@ -5,7 +5,8 @@ compute. Here each kernel covers the work between two points at which all tokens
 the self-attention with its projections, or a linear layer with the norm before it and the residual after it. Thread
 blocks divide the heads or columns, so that many multiprocessors read the weights at once. On Hopper each kernel starts
 while the previous one is running (programmatic dependent launch) and can read its weights in the meantime. The kernels
-of the image tokens are in `image_attention`.
+of the image tokens are in `image_attention`, and in `shared_attention` for the first layer, in which all prompts of an
+image see the same.
 
 Between kernels, tokens are float32 and not yet normalized; the kernel that reads them applies the LayerNorm. Products
 are summed in float32.
@@ -243,20 +244,19 @@ class TokenKernels:
     def _project_positions(self, attention: SamAttention) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return what image tokens that all prompts share are multiplied with and added to for keys and values.
 
-        They are a weight (C, 2 * H * D) and a term (N, 2 * H * D), None if the heads are of another size.
+        They are a weight (2 * H * D, C) and terms (N, 2 * H * D), None if the heads are of another size.
         """
         key, value = attention.k_proj, attention.v_proj
         if not shared_attention.fits(self.heads, key.out_features):
             return None
         keys = F.linear(self.positions.float(), key.weight.float(), key.bias.float())
         terms = torch.cat([keys, value.bias.float().expand_as(keys)], dim=1)
-        return torch.cat([key.weight, value.weight]).T, terms.to(self.dtype)
+        return torch.cat([key.weight, value.weight]), terms.to(self.dtype)
 
     def _see_shared(self, attention: SamAttention, tokens, norm, embedded, image_tokens) -> torch.Tensor:
         """Compute the same as `_see` for image tokens (1, N, C), whose keys and values are projected once."""
         assert self.shared_sides is not None
-        weight, terms = self.shared_sides
-        keys, values = torch.addmm(terms, image_tokens[0], weight).chunk(2, dim=1)
+        keys, values = shared_attention.launch_project(image_tokens[0], *self.shared_sides).chunk(2, dim=1)
         attended = shared_attention.attend(tokens, attention.q_proj, keys, values, self.heads, norm, embedded)
         return self._add(attention.out_proj, attended, tokens, norm)
 

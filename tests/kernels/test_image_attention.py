@@ -185,6 +185,16 @@ def test_more_prompts_than_the_second_axis_of_a_grid_has_programs():
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("num_prompts", [1, 4, 16, 64, 100, 131, 132, 147, 264, 1000])
+def test_thread_blocks_for_whole_prompts_fill_the_gpu_and_the_rest_is_divided(num_prompts):
+    whole, blocks_of_part = image_attention._whole_prompts(num_prompts, blocks=64, resident=132)
+    assert whole % 132 == 0 and 0 <= num_prompts - whole < 132
+    parts = -(-64 // blocks_of_part)
+    assert (num_prompts - whole) * parts <= 132  # all at the same time
+    assert num_prompts == whole or (num_prompts - whole) * (parts + 1) > 66 or blocks_of_part <= 2
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_why_the_kernels_do_not_run():
     assert "on cpu" in why_not_triton(torch.device("cpu"), torch.float16, 256, 8)
     assert "float32" in why_not_triton(torch.device("cuda"), torch.float32, 256, 8)

@@ -6,7 +6,14 @@ from torch import nn
 from transformers import SamConfig
 from transformers.models.sam.modeling_sam import SamAttention
 
-from samlight_hf.kernels.shared_attention import attend, attend_reference, fits, launch_attend, why_not_triton
+from samlight_hf.kernels.shared_attention import (
+    attend,
+    attend_reference,
+    fits,
+    launch_attend,
+    launch_project,
+    why_not_triton,
+)
 from samlight_hf.kernels.support import triton
 
 from .interpreter import run_in_tritons_interpreter
@@ -33,7 +40,12 @@ def relative_errors(case, dtype, device="cpu") -> list[float]:
     query, norm = query.to(device, dtype), norm.to(device, dtype)
     tokens, embedded = torch.randn(2, prompts, own, channels).to(device)
     # As halves of wider rows, which is how one product computes both.
-    keys, values = torch.randn(image_tokens, 2 * heads * head).to(device, dtype).chunk(2, dim=1)
+    image, weight = torch.randn(image_tokens, channels).to(device, dtype), torch.randn(2 * heads * head, channels)
+    weight, terms = (0.05 * weight).to(device, dtype), torch.randn(image_tokens, 2 * heads * head).to(device, dtype)
+    projected = launch_project(image, weight, terms)
+    expected = image.float() @ weight.float().T + terms.float()
+    assert projected.dtype == dtype and (projected - expected).norm() < TOLERANCES[dtype] * expected.norm()
+    keys, values = projected.chunk(2, dim=1)
     tokens = tokens.to(dtype).float()  # the same in both kinds
     kinds = [(tokens.to(dtype), query, keys, values, heads), (tokens, query, keys, values, heads, norm, embedded)]
     found = [launch_attend(*kind) for kind in kinds]
