@@ -370,10 +370,12 @@ def test_masks_are_decoded_ahead_and_without_those_of_prompts_that_fill_up(loud,
 @pytest.mark.parametrize("min_iou", [None, 0.0, 1e9])
 def test_what_is_replayed_ahead_is_what_decode_computes_step_by_step(loud, min_iou):
     """The part of the kernel's way that runs on a CPU, too."""
-    points = prompts_of(7, "cpu")[POINTS]
+    points = prompts_of(7, loud.device)[POINTS]
     decoder = FastMaskDecoder(loud)
     image, rows = decoder.prepare(embeddings(loud)), rows_of(points, min_iou, 5)
-    expected = decoder.decode(image, points, torch.ones(7, 1).long(), min_iou=min_iou, repeated=True, num_used=5)
+    expected = decoder.decode(
+        image, points, torch.ones(7, 1, device=loud.device).long(), min_iou=min_iou, repeated=True, num_used=5
+    )
     decoder.use_head_kernel = True  # `_transform` then computes the hypernetworks
     with torch.no_grad():
         tokens, hyper, slots, table, state = decoder._ahead(image, rows)
