@@ -259,7 +259,10 @@ def launch_update(
 
 def _is_hopper(device: torch.device) -> bool:
     """Return whether a device is a Hopper GPU; a CPU, on which Triton's interpreter runs, counts as one."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    if device.type != "cuda":
+        return True
+    # AMD GPUs have versions that begin with 9, too.
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _resident(device: torch.device, shape: _Shape) -> int:

@@ -194,6 +194,17 @@ def test_thread_blocks_for_whole_prompts_fill_the_gpu_and_the_rest_is_divided(nu
     assert num_prompts == whole or (num_prompts - whole) * (parts + 1) > 66 or blocks_of_part <= 2
 
 
+@pytest.mark.parametrize(
+    ("version", "cuda", "expected"),
+    [((9, 0), "13.0", True), ((8, 6), "13.0", False), ((12, 0), "13.0", False), ((9, 0), None, False)],
+)
+def test_only_hopper_gpus_have_the_shared_memory_for_large_blocks(monkeypatch, version, cuda, expected):
+    """GPUs of AMD say that they are 9.0 or 9.4, and have less shared memory than any other."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+    assert image_attention._is_hopper(torch.device("cuda", 0)) == expected
+
+
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_why_the_kernels_do_not_run():
     assert "on cpu" in why_not_triton(torch.device("cpu"), torch.float16, 256, 8)
