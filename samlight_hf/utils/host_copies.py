@@ -10,12 +10,14 @@ class HostCopy:
     `wait` waits for these copies and for what comes before them on their stream, and not for what comes after.
 
     Args:
-        *tensors: Of one device. What is on the CPU is not copied.
+        *tensors: Of one device. What is on the CPU is not copied; copies from other devices than CUDA are waited for.
     """
 
     def __init__(self, *tensors: torch.Tensor):
-        self._tensors, self._event = tensors, None
-        if tensors[0].is_cuda:
+        self._event = None
+        if not tensors[0].is_cuda:
+            self._tensors = tuple(tensor.cpu() for tensor in tensors)
+        else:
             # Only from pinned memory on does a copy run beside other work.
             self._tensors = tuple(
                 torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -15,6 +15,22 @@ def test_copies_are_the_tensors(device):
         assert there.is_cpu and torch.equal(there, tensor.cpu()) and np.array_equal(array, tensor.cpu().numpy())
 
 
+class Elsewhere(torch.Tensor):
+    """Stands for a tensor on a device that is neither the CPU nor CUDA, such as mps."""
+
+    def numpy(self):
+        raise TypeError("can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_copies_from_other_devices_arrive_too():
+    copied = HostCopy(torch.arange(3).as_subclass(Elsewhere))
+    assert [array.tolist() for array in copied.arrays()] == [[0, 1, 2]]
+    assert type(copied.wait()[0]) is torch.Tensor
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_later_work_is_not_waited_for():
     numbers = torch.arange(1000, device="cuda")
