@@ -18,12 +18,15 @@ class _Turns:
 
 _turns: dict[torch.device, _Turns] = {}
 _streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by device and handle
+_handle_of_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as Triton asks for it; private
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the current stream of a CUDA device: the same object again and again, which torch takes long to make."""
+    """Return the current stream of a CUDA device, as one object where possible: torch takes long to make another."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = index, torch._C._cuda_getCurrentRawStream(index)  # as Triton asks for it
+    if _handle_of_stream is None:
+        return torch.cuda.current_stream(index)
+    key = index, _handle_of_stream(index)
     stream = _streams.get(key)
     if stream is None:
         stream = _streams[key] = torch.cuda.current_stream(index)
