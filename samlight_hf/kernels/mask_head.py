@@ -96,7 +96,7 @@ def why_not_hopper(
     def attempt() -> bool:
         return _is_right(weights.weight1.device, channels, dtype, masks, launch_hopper)
 
-    return why_not_tried(_NAME, weights.weight1.device, (dtype, masks), attempt, "CUDA", "Triton's kernel")
+    return why_not_tried(_NAME, weights.weight1.device, (dtype, masks), attempt, "CUDA", "Triton's kernels")
 
 
 def _in_float32(weights: HeadWeights) -> HeadWeights:
