@@ -182,11 +182,11 @@ class GraphedFunction:
 
     def _capture(self, tensors: tuple[torch.Tensor, ...], lent: torch.Tensor | None):
         sharing = contextlib.nullcontext() if self.memory is None else self.memory.capturing()
-        with _one_capture, torch.cuda.device(tensors[0].device), sharing:
+        with _one_capture, torch.cuda.device(tensors[0].device), _stays_on_stream(), sharing:
             inputs = StaticInputs(tensors, lent, self.memory)
             inputs.fill(tensors)
             self.compile(*inputs.tensors)
-            stream = _warm_up_stream(tensors[0].device)
+            stream, capture_stream = _warm_up_stream(tensors[0].device), _capture_stream(tensors[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self.function(*inputs.tensors)  # libraries choose kernels and allocate workspaces before the capture
@@ -196,7 +196,10 @@ class GraphedFunction:
             graph = torch.cuda.CUDAGraph()
             # Other threads may use CUDA meanwhile, and must not invalidate this capture.
             pool = None if self.memory is None else self.memory.pool
-            with collects_no_garbage(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with (
+                collects_no_garbage(),
+                torch.cuda.graph(graph, pool=pool, stream=capture_stream, capture_error_mode="thread_local"),
+            ):
                 outputs = self.function(*inputs.tensors)
             _forget_workspaces()  # the graph's workspace stays in its pool, where the next graph uses it too
         return graph, inputs, outputs
@@ -305,6 +308,17 @@ def collects_no_garbage() -> Iterator[None]:
 def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
     """Return one stream for all captures: cuBLAS keeps a workspace of 32 MB or more for each stream it has run on."""
     return torch.cuda.Stream(device)
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all captures on a device: that of torch is on the device of the process's first capture."""
+    return torch.cuda.Stream(device)
+
+
+def _stays_on_stream() -> contextlib.AbstractContextManager:
+    """Return a context after which the current stream is what it was: torch's own does not end if a capture fails."""
+    return torch.cuda.stream(torch.cuda.current_stream())
 
 
 def _forget_workspaces():

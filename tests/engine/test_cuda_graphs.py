@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from samlight_hf.engine import image_encoder, optimized_model
+from samlight_hf.engine import cuda_graphs, image_encoder, optimized_model
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, GraphMemory, StaticInputs, part_size, parts_of
 from samlight_hf.engine.image_encoder import FastVisionEncoder, ImageEncoder
@@ -286,6 +287,76 @@ def test_a_batch_without_memory_for_its_graph_runs_without_one(few, monkeypatch,
     run(8)
     with pytest.raises(RuntimeError, match="broken"):
         run(8)
+
+
+class Streams:
+    """Stands for those of `torch.cuda`, whose graphs leave their own one current where the end of a capture fails."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.captured_on = self.Stream("the caller's device"), []
+        self.fails = False
+        streams = self
+
+        class Graph:
+            def __init__(self, graph, pool=None, stream=None, capture_error_mode=None):
+                self.stream = stream or streams.Stream("the device of the first capture")
+
+            def __enter__(self):
+                streams.captured_on.append(self.stream.device)
+                self.before, streams.current = streams.current, self.stream
+
+            def __exit__(self, *_):
+                if streams.fails:
+                    raise RuntimeError("capture ended")
+                streams.current = self.before
+
+        names = {"Stream": self.Stream, "stream": self.on, "current_stream": lambda: self.current, "graph": Graph}
+        names |= {"device": lambda _: nullcontext(), "empty_cache": lambda: None, "CUDAGraph": object}
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for function in (cuda_graphs._warm_up_stream, cuda_graphs._capture_stream):
+            monkeypatch.setattr(cuda_graphs, function.__name__, function.__wrapped__)
+        monkeypatch.setattr(cuda_graphs, "_forget_workspaces", lambda: None)
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
+        def wait_stream(self, other):
+            assert other is not self
+
+    @contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def test_a_capture_is_on_a_stream_of_its_device(monkeypatch):
+    streams = Streams(monkeypatch)
+    caller = streams.current
+    GraphedFunction(lambda x: x + 1)._capture((torch.zeros(2),), None)
+    assert streams.captured_on == [torch.device("cpu")] and streams.current is caller
+
+
+def test_after_a_capture_that_failed_work_goes_on_on_the_stream_before(monkeypatch):
+    streams = Streams(monkeypatch)
+    caller, streams.fails = streams.current, True
+    with pytest.raises(RuntimeError, match="capture ended"):
+        GraphedFunction(lambda x: x + 1)._capture((torch.zeros(2),), None)
+    assert len(streams.captured_on) == 1 and streams.current is caller
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_graphs_of_two_gpus_are_replayed_on_their_own():
+    for index in (0, 1):
+        function, device = GraphedFunction(lambda x: 2 * x), torch.device("cuda", index)
+        for number in (1.0, 3.0):
+            assert function(torch.full((3,), number, device=device)).tolist() == 3 * [2 * number]
+        assert function.last_ran == "graph" and torch.cuda.current_device() == 0
 
 
 def test_batches_beyond_the_most_graphs_run_without_one_and_drop_none(few, monkeypatch):
