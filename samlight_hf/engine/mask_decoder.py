@@ -163,9 +163,8 @@ class FastMaskDecoder:
             self.positions = _image_positions(model).to(self.device, self.dtype)  # (N, C)
             self.no_mask = self.prompt_encoder.no_mask_embed.weight  # (1, C)
             self.output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float()
-            self.embed = PromptEmbedding(
-                copy.deepcopy(model.prompt_encoder)
-            )  # in the model's dtype, which may have more bits
+            # In the model's dtype, which may have more bits.
+            self.embed = PromptEmbedding(copy.deepcopy(model.prompt_encoder))
             first, second = _as_linear(decoder.upscale_conv1), _as_linear(decoder.upscale_conv2)
             self.head = mask_head.HeadWeights(*first, decoder.upscale_layer_norm, *second)
             self.hypernetworks, self.iou_head = (

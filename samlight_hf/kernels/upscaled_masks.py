@@ -89,8 +89,7 @@ def measure(
 
     Returns:
         Int32 (n, 6): areas above the higher and the lower threshold, then the mask's first column, first row, last
-            column
-        and last row (x1, y1, x2, y2) in pixels of the crop, zeros for an empty mask.
+        column and last row (x1, y1, x2, y2) in pixels of the crop, zeros for an empty mask.
     """
     if use_triton and why_not_triton(logits, frame) is None:
         return launch_measure(logits, frame, thresholds)
