@@ -18,6 +18,7 @@ from .support import (
     launch,
     launched,
     normal_numbers,
+    on_device_of,
     overlap_options,
     tl,
     tried,
@@ -194,7 +195,7 @@ def launch_seen(queries: torch.Tensor, image_tokens: torch.Tensor, positions: to
     statistics = torch.empty(2, parts, num_rows, dtype=torch.float32, device=image_tokens.device)
     parts_at_once = triton.next_power_of_2(num_parts)
     rows = max(1, _SUM // parts_at_once)
-    with torch.cuda.device_of(image_tokens):  # where Triton launches
+    with on_device_of(image_tokens):
         launch(
             _seen_kernel, (parts,),
             queries.contiguous(), image_tokens, positions, sums, *statistics,
@@ -245,7 +246,7 @@ def launch_update(
     if not updated.numel():
         return updated
     blocks = num_prompts * triton.cdiv(num_tokens, shape.block)
-    with torch.cuda.device_of(image_tokens):  # where Triton launches
+    with on_device_of(image_tokens):
         launch(
             _update_kernel, (min(blocks, _resident(image_tokens.device, shape)),),
             image_tokens, positions, keys.contiguous(), biases.contiguous(), values.contiguous(),

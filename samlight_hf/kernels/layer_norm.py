@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .support import launch, normal_numbers, tl, tried, triton, why_not_tried
+from .support import launch, normal_numbers, on_device_of, tl, tried, triton, why_not_tried
 
 
 _TILE = 4096  # elements of a thread block
@@ -97,7 +97,7 @@ def launch_layer_norm(
     width = values.shape[-1]
     num_rows = values.numel() // width
     rows = max(1, _TILE // width)
-    with torch.cuda.device_of(values):  # where Triton launches
+    with on_device_of(values):
         if num_rows:
             launch(
                 _kernel, (triton.cdiv(num_rows, rows),),

@@ -6,7 +6,7 @@ The functions here take plain tensors. Choosing a kernel, allocating its output 
 
 import torch
 
-from .support import launch, overlap_options, tl, triton
+from .support import launch, on_device_of, overlap_options, tl, triton
 
 
 def triton_tile(num_rows: int, out_features: int, in_features: int) -> dict[str, int]:
@@ -62,7 +62,7 @@ def launch_linear_kernel(
     num_rows, (out_features, in_features), normalizes = len(x), weight.shape, row_sums is not None
     block = [tile["BLOCK_M"], tile["BLOCK_N"]]
     thread_blocks = num_rows // block[0] * (out_features // block[1])
-    with torch.cuda.device_of(x):  # where Triton launches
+    with on_device_of(x):
         launch(
             _linear_kernel, (thread_blocks,),
             _descriptor(x, [block[0], tile["BLOCK_K"]]),
@@ -103,7 +103,7 @@ def launch_patch_kernel(
     num_rows, out_features = output.shape
     block = [tile["BLOCK_M"], tile["BLOCK_N"]]
     thread_blocks = num_rows // block[0] * (out_features // block[1])
-    with torch.cuda.device_of(pixel_values):
+    with on_device_of(pixel_values):
         launch(
             _patch_kernel, (thread_blocks,),
             pixel_values, _descriptor(weight, [block[1], tile["BLOCK_K"]]), bias,

@@ -20,6 +20,7 @@ from .support import (
     launch,
     launched,
     normal_numbers,
+    on_device_of,
     overlap_options,
     tl,
     tried,
@@ -202,7 +203,7 @@ def launch_head(
     # A thread block makes all four parts of its image tokens, or with few prompts one of them.
     splits = 1 if num_prompts * blocks >= _THREAD_BLOCKS else 4
     if num_kept:
-        with torch.cuda.device_of(image_tokens):  # where Triton launches
+        with on_device_of(image_tokens):
             launch(
                 _kernel, (num_prompts, blocks, splits),  # only the first may be more than 65,535
                 image_tokens, weights.weight1, weights.bias1, weights.norm.weight, weights.norm.bias,

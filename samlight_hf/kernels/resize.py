@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from ..utils.turns import read_here
-from .support import tl, triton, why_not_tried
+from .support import on_device_of, tl, triton, why_not_tried
 
 
 _LINES, _COLUMNS = 8, 128  # of a thread block
@@ -144,7 +144,7 @@ def launch_resize(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[i
     for table in (table_y, table_x, levels):  # shared by all streams, and may be dropped by a cache
         read_here(table)
     grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS)
-    with torch.cuda.device_of(image):  # where Triton launches
+    with on_device_of(image):
         _resize_kernel[grid](
             image, *image.stride(), height, width,
             table_y, len(table_y) - 1, shift_y, table_x, len(table_x) - 1, shift_x, *size,

@@ -16,6 +16,7 @@ from .support import (
     launch,
     launched,
     normal_numbers,
+    on_device_of,
     overlap_options,
     tl,
     tried,
@@ -160,7 +161,7 @@ def launch_attend(
     sums = torch.empty(parts, num_rows, features, dtype=torch.float32, device=keys.device)
     # For each part, row and head the largest score, and the sum of the exponentials relative to it.
     statistics = torch.empty(2, parts, num_rows, num_heads, dtype=torch.float32, device=keys.device)
-    with torch.cuda.device_of(keys):  # where Triton launches
+    with on_device_of(keys):
         launch(
             _attend_kernel, (row_blocks, num_heads, parts),
             tokens.contiguous(), *sides, query.weight, query.bias, keys, values, sums, *statistics,
@@ -189,7 +190,7 @@ def launch_project(image_tokens: torch.Tensor, weight: torch.Tensor, terms: torc
     """
     (num_tokens, channels), features = image_tokens.shape, len(weight)
     projected = torch.empty_like(terms)
-    with torch.cuda.device_of(image_tokens):  # where Triton launches
+    with on_device_of(image_tokens):
         launch(
             _project_kernel, (triton.cdiv(num_tokens, _TILE), features // 32),
             image_tokens.contiguous(), weight, terms, projected, num_tokens,

@@ -29,7 +29,16 @@ from transformers.models.sam.modeling_sam import (
 
 from . import image_attention, shared_attention
 from .prompt_embedding import PromptEmbedding
-from .support import launch, normal_numbers, overlap_options, tried, triton, why_not_decoder, why_not_tried
+from .support import (
+    launch,
+    normal_numbers,
+    on_device_of,
+    overlap_options,
+    tried,
+    triton,
+    why_not_decoder,
+    why_not_tried,
+)
 
 
 if triton is not None:
@@ -318,7 +327,7 @@ class TokenKernels:
 
     def _launch(self, kernel: Any, num_parts: int, *arguments, **options):
         """Launch a kernel with `num_parts` thread blocks per prompt; the first argument has a row for each prompt."""
-        with torch.cuda.device_of(self.positions):  # where Triton launches
+        with on_device_of(self.positions):
             launch(kernel, (num_parts, len(arguments[0])), *arguments, **overlap_options(self.positions), **options)
 
 
