@@ -47,8 +47,10 @@ def why_not(
         return (
             f"{grid[0]} x {grid[1]} image tokens of {len(image_tokens)} prompts are no multiple of {_TOKENS}, or none."
         )
-    norm = weights.norm.weight, weights.norm.bias
-    if not hopper.are_aligned(image_tokens, weights.weight1, weights.weight2, weights.bias1, weights.bias2, *norm):
+    others = weights.weight2, weights.bias1, weights.bias2, weights.norm.weight, weights.norm.bias
+    if hyper.dtype != torch.float32 or any(tensor.dtype != dtype for tensor in others):
+        return f"the hypernetworks' outputs are not float32, or not all weights are {dtype}."
+    if not hopper.are_aligned(image_tokens, weights.weight1, *others):
         return "the tensors are not contiguous, or begin at odd addresses."
     return None
 

@@ -42,6 +42,9 @@ def test_every_reason_not_to_run_it(monkeypatch):
     assert "7 x 9 image tokens" in why_not(torch.zeros(2, 63, 256, dtype=torch.float16), hyper, (7, 9), weights)
     assert "0 prompts" in why_not(tokens[:0], hyper[:0], (8, 8), weights)
     assert "not contiguous" in why_not(tokens.transpose(0, 1), hyper, (8, 8), weights)
+    assert "not float32" in why_not(tokens, hyper.half(), (8, 8), weights)
+    weights.norm.float()
+    assert "not all weights are torch.float16" in why_not(tokens, hyper, (8, 8), weights)
 
 
 @pytest.mark.gpu
