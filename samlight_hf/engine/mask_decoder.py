@@ -39,7 +39,7 @@ from ..kernels.support import compile_ahead, is_out_of_memory, only_compiles, se
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.host_copies import HostCopy
-from ..utils.turns import takes_turns
+from ..utils.turns import takes_turns, turn
 from .cuda_graphs import GraphedFunction, GraphMemory, is_capturing
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
 from .two_way import run_two_way
@@ -175,6 +175,8 @@ class FastMaskDecoder:
         self.logits_size = tuple(4 * side for side in self.grid_size)
         self.num_heads = model.config.mask_decoder_config.num_attention_heads
         self.triton_kernels = triton_kernels
+        with turn(self.device):  # the weights have just been launched: another stream waits for them
+            pass
         if not only_compiles():
             self.try_kernels()
 

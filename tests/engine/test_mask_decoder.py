@@ -1,6 +1,7 @@
 """The decoder in fewer operations gives the model's masks for every kind of prompt, and says which path ran."""
 
 import gc
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT
+from samlight_hf.engine import mask_decoder
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
 from samlight_hf.engine.image_encoder import ImageEncoder
@@ -43,6 +45,20 @@ def loud(device):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.to(device)
+
+
+def test_a_decoder_on_another_stream_waits_for_its_weights(loud, monkeypatch):
+    turns = []
+
+    @contextmanager
+    def turn(device):
+        turns.append(device)
+        yield
+
+    monkeypatch.setattr(mask_decoder, "turn", turn)
+    monkeypatch.setattr(FastMaskDecoder, "try_kernels", lambda self: turns.append(self.head))  # all weights are made
+    decoder = FastMaskDecoder(loud)
+    assert turns == [loud.device, decoder.head]
 
 
 def prompts_of(count, device, num_points=1):
