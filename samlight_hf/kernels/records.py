@@ -22,7 +22,9 @@ except ImportError:  # a platform without Triton
 
 _FILE = "tried"
 _DRIVER = Path("/proc/driver/nvidia/version")
-_CACHE_SETTINGS = ("TRITON_CACHE_DIR", "TRITON_HOME")  # the others change what is compiled
+# Environment variables that change what is compiled begin with these; two only say where it is kept.
+_SETTINGS = ("TRITON_", "PTXAS_", "DISABLE_PTXAS_", "DISABLE_LLVM_", "LLVM_", "MLIR_")
+_CACHE_SETTINGS = ("TRITON_CACHE_DIR", "TRITON_HOME")
 
 
 def has_run(device: torch.device, kernel: tuple[Hashable, ...]) -> bool:
@@ -46,7 +48,7 @@ def _cache(device: torch.device, kernel: tuple[Hashable, ...]):
         return None
     from triton.runtime.cache import get_cache_manager
 
-    settings = sorted(item for item in os.environ.items() if item[0].startswith("TRITON_"))
+    settings = sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS))
     settings = [item for item in settings if item[0] not in _CACHE_SETTINGS]
     versions = torch.__version__, torch.version.cuda, triton.__version__, settings
     return get_cache_manager(hashlib.sha256(repr((kernel, machine, versions, _sources())).encode()).hexdigest())

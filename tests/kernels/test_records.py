@@ -46,7 +46,7 @@ def test_what_ran_is_not_tried_again(monkeypatch):
     assert [attempts_of(monkeypatch, language="CUDA") for _ in range(2)] == [1, 0]
 
 
-@pytest.mark.parametrize("change", ["driver", "sources", "torch", "triton", "setting", "cleared"])
+@pytest.mark.parametrize("change", ["driver", "sources", "torch", "triton", "setting", "ptxas", "cleared"])
 def test_it_is_tried_again_after_a_change(monkeypatch, cache, change):
     assert [attempts_of(monkeypatch) for _ in range(2)] == [1, 0]
     if change == "driver":
@@ -55,6 +55,8 @@ def test_it_is_tried_again_after_a_change(monkeypatch, cache, change):
         monkeypatch.setattr(records, "_sources", lambda: "others")
     elif change == "setting":
         monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+    elif change == "ptxas":
+        monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
     elif change == "cleared":
         for path in cache.rglob("tried"):
             path.unlink()
