@@ -193,11 +193,16 @@ class FastMaskDecoder:
     @settled
     def why_not_triton(self) -> dict[str, str | None]:
         kind = self.device, self.dtype, self.positions.shape[1], self.num_heads
-        features = self.decoder.config.hidden_size // self.decoder.config.attention_downsample_rate
         return {
-            "attention": image_attention.why_not_triton(*kind) or shared_attention.why_not_triton(*kind, features),
+            "attention": image_attention.why_not_triton(*kind)
+            or shared_attention.why_not_triton(*kind, self._features),
             "head": mask_head.why_not_triton(self.head),
         }
+
+    @property
+    def _features(self) -> int:
+        """Return the number of features of all heads' keys of image tokens together."""
+        return self.decoder.config.hidden_size // self.decoder.config.attention_downsample_rate
 
     @settled
     def use_attention_kernels(self) -> bool:
@@ -210,6 +215,7 @@ class FastMaskDecoder:
     @settled
     def is_lean(self) -> bool:
         fits = image_attention.fits(self.num_heads, len(self.output_tokens) + 2)
+        fits = fits and shared_attention.fits(self.num_heads, self._features)
         return self.use_head_kernel and self.use_attention_kernels and fits
 
     def is_copy_of(self, model: PreTrainedModel) -> bool:

@@ -61,6 +61,15 @@ def test_a_decoder_on_another_stream_waits_for_its_weights(loud, monkeypatch):
     assert turns == [loud.device, decoder.head]
 
 
+@pytest.mark.parametrize(("heads", "expected"), [(1, True), (8, False), (16, False)])
+def test_a_decoder_is_lean_if_all_of_its_attention_is_in_kernels(loud, heads, expected):
+    """Heads of 2 features have no kernel in the first layer, and 16 heads have none in the others."""
+    decoder = FastMaskDecoder(loud)
+    decoder.use_head_kernel = decoder.use_attention_kernels = True
+    decoder.num_heads = heads
+    assert decoder.is_lean == expected
+
+
 def prompts_of(count, device, num_points=1):
     generator = torch.Generator().manual_seed(count)
     points = 32 * torch.rand(count, num_points, 2, generator=generator)
