@@ -91,7 +91,9 @@ def run_benchmark(
     gc.collect()
     gc.freeze()  # existing objects stay; searching them before each row takes longer than most rows
     try:
-        with quiet_transformers():
+        # Events, streams and graphs of the measurements are of the current device.
+        current = torch.cuda.device(settings.device) if settings.on_cuda else contextlib.nullcontext()
+        with quiet_transformers(), current:
             for row in _rows(settings, parts, available):
                 result["rows"].append(row)
                 print(one_row(row), flush=True)

@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
-from samlight_hf.benchmark import equality, masks, measure, peers
+from samlight_hf.benchmark import equality, masks, measure, peers, run
 from samlight_hf.benchmark.encoders import (
     DILATED,
     FULL,
@@ -101,6 +102,25 @@ def test_what_cannot_run_is_recorded_and_the_rest_goes_on(tmp_path):
         "cannot_run": "OutOfMemoryError: CUDA out of memory. Tried to allocate 5 GiB.",
     }
     assert after == {"part": "sound", "ms": 1.0}
+
+
+def test_a_gpu_that_is_measured_is_the_current_one(monkeypatch):
+    """Without a GPU, and with whatever asks for one replaced."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def device(wanted):
+        current.append(str(wanted))
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(Settings, "ceiling", {"tflops": 0.1, "gb_per_s": 10.0})
+    monkeypatch.setattr(run, "_head", lambda settings, parts: {"device": "a GPU", "date": "today"})
+    monkeypatch.setattr(run, "release_memory", lambda device: None)
+    available = {"one": lambda settings: iter([{"part": "one", "current": current[-1]}])}
+    rows = run_benchmark(tiny_settings(torch.device("cuda", 1)), ["one"], available=available)["rows"]
+    assert rows[-1]["current"] == "cuda:1" and current == ["cuda:0"]
 
 
 def test_clicks_are_measured_and_compared(tmp_path):
