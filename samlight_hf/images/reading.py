@@ -167,14 +167,15 @@ def check_file(path: str | os.PathLike) -> Path:
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 1) -> Iterator[Result]:
     """Yield `read(item)` of each item, in order, while other threads read the next `num_threads + 1` items.
 
-    An error of `read` is raised in the place of its result.
+    An error of `read` is raised in the place of its result, one of the iterable behind the items before it.
 
     Args:
         read: called in another thread.
         items: any number of them; each is taken from the iterable only when a thread is to read it.
         num_threads: that read at the same time.
     """
-    items = iter(items)
+    failed: list[Exception] = []
+    items = before_error(items, failed)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="read_ahead") as pool:
         waiting = deque(pool.submit(read, item) for item in islice(items, num_threads + 1))
         try:
@@ -185,6 +186,20 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], num_thread
         finally:
             for future in waiting:
                 future.cancel()
+    if failed:
+        raise failed[0]
+
+
+def before_error(items: Iterable[Item], failed: list[Exception]) -> Iterator[Item]:
+    """Yield items up to an error of their iterable, which is appended to `failed`.
+
+    So the items before the error can be finished, and it can be raised then. The iterable itself is not closed.
+    """
+    try:
+        for item in items:  # noqa: UP028  # `yield from` would close a generator of the caller's
+            yield item
+    except Exception as error:
+        failed.append(error)
 
 
 def _is_address(path: str | os.PathLike) -> bool:

@@ -191,6 +191,26 @@ def test_what_reading_raises_comes_in_its_place():
         next(results)
 
 
+def test_what_the_iterable_raises_comes_behind_the_items_before():
+    def items():
+        yield from range(5)
+        raise KeyError("no more")
+
+    results, received = read_ahead(str, items()), []
+    with pytest.raises(KeyError, match="no more"):
+        for result in results:
+            received.append(result)
+    assert received == ["0", "1", "2", "3", "4"]
+
+
+def test_an_iterable_is_not_closed():
+    items = (number for number in range(9))
+    results = read_ahead(str, items)
+    assert next(results) == "0"
+    results.close()
+    assert next(items) == 3  # one was yielded, and two were read ahead
+
+
 def test_an_address_is_called_one():
     address = "https://example.com/a.jpg"
     with pytest.raises(ImageError, match=f"{address}: is an address.* Download it"):
