@@ -13,10 +13,11 @@ from .rle import RunLengthMasks
 
 
 _BITS = 5  # of a run in one character
+_CHANGES_AT_ONCE = 2**19  # some hundred bytes of memory for each: large images with many masks have millions
 
 
 def encode_changes(height: int, width: int, positions: torch.Tensor, counts: torch.Tensor) -> RunLengthMasks:
-    """Make run lengths and COCO's counts from the output of `mask_changes`; waits for their device twice.
+    """Make run lengths and COCO's counts from the output of `mask_changes`; waits for their device twice, or for parts.
 
     Args:
         height: Of the masks, in pixels.
@@ -29,6 +30,16 @@ def encode_changes(height: int, width: int, positions: torch.Tensor, counts: tor
     """
     if not len(counts):
         return RunLengthMasks.from_changes(height, width, positions.cpu().numpy(), counts.cpu().numpy())
+    if len(positions) <= _CHANGES_AT_ONCE:
+        return _encode(height, width, positions, counts)
+    counts_on_cpu = HostCopy(counts).arrays()[0].astype(np.int64)
+    _, firsts = np.unique(counts_on_cpu.cumsum() // _CHANGES_AT_ONCE, return_index=True)
+    num_masks, num_changes = np.diff([*firsts, len(counts)]), np.add.reduceat(counts_on_cpu, firsts)
+    parts = zip(positions.split(num_changes.tolist()), counts.split(num_masks.tolist()))
+    return RunLengthMasks.joined([_encode(height, width, *part) for part in parts])
+
+
+def _encode(height: int, width: int, positions: torch.Tensor, counts: torch.Tensor) -> RunLengthMasks:
     runs, ends = _runs(height * width, positions, counts.long())
     on_cpu = HostCopy(runs, ends)
     values = _differences(runs, ends)

@@ -114,6 +114,19 @@ class RunLengthMasks(Sequence):
         height, width = masks.shape[1:]
         return cls.from_changes(height, width, positions.cpu().numpy(), counts.cpu().numpy())
 
+    @classmethod
+    def joined(cls, parts: Sequence["RunLengthMasks"]) -> "RunLengthMasks":
+        """Join masks of one size, all of which know their compressed counts, in order."""
+        runs, characters = np.concatenate([part.runs for part in parts]), []
+        lengths, sizes = [], []
+        for part in parts:
+            assert part.compressed is not None and (part.height, part.width) == (parts[0].height, parts[0].width)
+            characters.append(part.compressed[0])
+            lengths.append(np.diff(part.offsets))
+            sizes.append(np.diff(part.compressed[1]))
+        offsets, bounds = (np.concatenate(([0], np.cumsum(np.concatenate(each)))) for each in (lengths, sizes))
+        return cls(parts[0].height, parts[0].width, runs, offsets, (b"".join(characters), bounds))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from samlight_hf.masks import device_rle
 from samlight_hf.masks.device_rle import encode_changes
 from samlight_hf.masks.rle import RunLengthMasks, mask_changes
 
@@ -37,6 +38,28 @@ def test_they_are_those_of_a_cpu(size, device):
         assert encoded[part].compressed is not None
         assert encoded[part].to_coco() == expected[part].to_coco()
         assert np.array_equal(encoded[part].to_masks(), masks[part])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_runs_are_encoded_in_parts(device, monkeypatch):
+    """So that the memory that it takes has a limit."""
+    masks, sizes = masks_of_all_kinds(70, 61), []
+    expected, encode = RunLengthMasks.from_masks(masks), device_rle._encode
+
+    def measured(height, width, positions, counts):
+        sizes.append(len(positions))
+        return encode(height, width, positions, counts)
+
+    monkeypatch.setattr(device_rle, "_encode", measured)
+    for at_once in (1, 30, 1000, 10**6):
+        sizes.clear()
+        monkeypatch.setattr(device_rle, "_CHANGES_AT_ONCE", at_once)
+        encoded = encode_changes(70, 61, *mask_changes(torch.from_numpy(masks).to(device)))
+        assert encoded.to_coco() == expected.to_coco() and np.array_equal(encoded.runs, expected.runs)
+        assert np.array_equal(encoded.offsets, expected.offsets)
+        most = np.diff(expected.offsets).max() - 1  # of a single mask
+        assert sum(sizes) == len(expected.runs) - len(masks) and max(sizes) <= at_once + most
+        assert len(sizes) == 1 if at_once == 10**6 else len(sizes) > 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
