@@ -89,15 +89,17 @@ class Candidates:
         """
         if self._unsettled is None:
             return
-        (part, needed, step), self._unsettled = self._unsettled, None
+        part, needed, step = self._unsettled
         packed = needed.pack()
-        del needed  # and the logits that it holds
-        part = part._replace(logits=packed)
+        del needed
+        # Without the memory for what follows the masks are not lost.
+        self._unsettled = None  # and the logits that it holds
+        self._parts.append(part._replace(logits=packed))
         if self._waiting_bytes + packed.nbytes > self.max_bytes:
-            part = self._outlined(part, step)
+            del packed
+            self._parts[-1] = self._outlined(self._parts[-1], step)
         else:
             self._waiting_bytes += packed.nbytes
-        self._parts.append(part)
 
     def _outlined(self, part: _Part, step: int) -> _Part:
         """Convert the logits of a part to outlines."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from ..images.errors import IMAGE_ERRORS
+from ..images.reading import before_error
 from ..masks.results import GeneratedMasks
 from ..utils.autocast import without_autocast
 from .candidates import Candidates
@@ -57,31 +58,52 @@ def overlapped(
 
     The end of an image is many short steps, between which the device waits for the CPU. So the first points of the next
     image are launched before, and the end runs beside them in another thread, on a stream of its own. A result is
-    yielded when the image behind the next one has begun, so that the device has work while the caller uses it.
+    yielded when the image behind the next one has begun, so that the device has work while the caller uses it. What
+    runs out of memory beside another image is done again without it.
 
     Args:
-        starts: Each encodes an image, and launches its first points.
+        starts: Each encodes an image, and launches its first points. Their own error is raised behind the last image.
         end: Chooses among the masks of an image.
     """
     decoded: list[Running | Exception] = []  # at most one image, whose masks take memory
     finished: list[GeneratedMasks | Exception] = []  # likewise
+    failed: list[Exception] = []
     with ThreadPoolExecutor(1, thread_name_prefix="end_of_image") as pool:
-        for start in starts:
+        for start in before_error(starts, failed):
             now = attempt(start)
-            ending = pool.submit(_ended, decoded.pop(), end) if decoded else None
-            if ending is not None and isinstance(now, torch.OutOfMemoryError):
-                wait([ending])  # there is more memory then
-                now = attempt(start)
+            ending = pool.submit(_ended_beside, decoded.pop(), end) if decoded else None
             if finished:
                 yield finished.pop()
-            decoded.append(now if isinstance(now, Exception) else attempt(now.finish) or now)
+            if isinstance(now, Running):
+                now = attempt(now.finish) or now
+            if ending is not None and isinstance(now, torch.OutOfMemoryError):
+                wait([ending])  # there is more memory then
+                now = attempt(partial(_decoded, start))
+            decoded.append(now)
             del now
             if ending is not None:
-                finished.append(ending.result())
-                del ending
+                before = ending.result()
+                finished.append(_ended(before, end) if isinstance(before, Running) else before)
+                del ending, before
         yield from finished
         if decoded:
             yield _ended(decoded.pop(), end)
+    if failed:
+        raise failed[0]
+
+
+def _decoded(start: Callable[[], Running]) -> Running:
+    running = start()
+    running.finish()
+    return running
+
+
+def _ended_beside(
+    image: Running | Exception, end: Callable[[Running], GeneratedMasks]
+) -> GeneratedMasks | Running | Exception:
+    """Compute `_ended` beside the next image; without the memory for it return the image, to be ended after that."""
+    result = _ended(image, end)
+    return image if isinstance(result, torch.OutOfMemoryError) else result
 
 
 def _ended(image: Running | Exception, end: Callable[[Running], GeneratedMasks]) -> GeneratedMasks | Exception:

@@ -1,6 +1,7 @@
 """Images whose ends and beginnings overlap get the masks that each gets alone, in order, and errors in their place."""
 
 import gc
+import threading
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.images.preprocessing import image_tensor
 from samlight_hf.inference.candidates import Candidates
 from samlight_hf.inference.crops import MaskGenerationSettings
+from samlight_hf.inference.overlapping import Running
 from samlight_hf.loading import load_model
 
 
@@ -113,6 +115,45 @@ def test_an_image_without_memory_begins_again_when_the_one_before_is_gone(genera
     assert [isinstance(result, ImageError) for result in results] == [False, False, True, False]
     for place in (0, 1, 3):
         assert results[place].masks.to_coco() == alone[place].masks.to_coco()
+
+
+@pytest.mark.parametrize("step", ["finish", "_outlined", "outlines"])
+def test_what_runs_out_of_memory_beside_another_image_is_done_again_without_it(generator, monkeypatch, step):
+    """The points of the second image, or the conversion of the last masks, or the choice in the other thread."""
+    images, calls = [image(seed) for seed in range(4)], []
+    generator.budget.waiting_bytes = 0
+    monkeypatch.setitem(vars(generator.decoder), "is_lean", True)  # else no masks wait for the end of their image
+    settings = {**SETTINGS, "crops_nms_thresh": 1.0}  # the last masks of an image are among the result
+    alone = [generator(each, **settings) for each in images]
+    holder = Running if step == "finish" else Candidates
+    method = getattr(holder, step)
+
+    def full(*arguments):
+        calls.append(threading.current_thread() is threading.main_thread())
+        if len(calls) == 2 if step == "finish" else not calls[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return method(*arguments)
+
+    monkeypatch.setattr(holder, step, full)
+    for result, expected in zip(generator.generate_many(images, **settings), alone, strict=True):
+        assert result.masks.to_coco() == expected.masks.to_coco()
+        assert np.array_equal(result.scores, expected.scores)
+    assert (len(calls) if step == "finish" else calls.count(False)) == (5 if step == "finish" else 3)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_what_an_iterable_raises_comes_behind_the_images_before(generator, overlaps):
+    def broken():
+        yield from images
+        raise KeyError("no more")
+
+    generator._overlaps = overlaps
+    images = [image(seed) for seed in range(5)]
+    results, received = generator.generate_many(broken(), **SETTINGS), []
+    with pytest.raises(KeyError, match="no more"):
+        for result in results:
+            received.append(result.masks.to_coco())
+    assert received == [generator(each, **SETTINGS).masks.to_coco() for each in images]
 
 
 def test_an_interrupt_ends_it_at_once(generator, monkeypatch):
