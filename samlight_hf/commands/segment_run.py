@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..images.preprocessing import check_size, image_tensor
-from ..images.reading import open_image, read_ahead
+from ..images.reading import before_error, open_image, read_ahead
 from ..inference.crops import MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
 from ..inference.predictor import Predictor
@@ -46,6 +46,9 @@ class Job:
         return boxes, [
             (*point, label) for prompt in self.prompts for point, label in zip(prompt.points_xy, prompt.labels)
         ]
+
+
+ReadImage = tuple[Job, Image.Image, Any]  # with what the segmenter has prepared of it
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,16 @@ class EverythingSegmenter:
         """Convert an image to the tensor that a call takes; the reading threads do it ahead."""
         return image_tensor(image)
 
-    def __call__(self, tensors: Sequence[torch.Tensor], progress=None) -> Iterator[GeneratedMasks]:
-        """Yield the masks of each image, which `finish` has still to see."""
+    def __call__(self, batches: Iterable[Sequence[torch.Tensor]], progress=None) -> Iterator[GeneratedMasks]:
+        """Yield the masks of each image, which `finish` has still to see; a batch may be taken before they are all."""
+        return self.generator.generate_each(self._encoded(batches), self.settings, progress)
+
+    def _encoded(self, batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[tuple[torch.Tensor, Any]]:
         step = self.generator.budget.images_per_encoding
-        for start in range(0, len(tensors), step):
-            part = tensors[start : start + step]
-            yield from self.generator.generate_each(zip(part, self.generator.encoder(part)), self.settings, progress)
+        for batch in batches:
+            for start in range(0, len(batch), step):
+                part = batch[start : start + step]
+                yield from zip(part, self.generator.encoder(part))
 
     def finish(self, result):
         """Clean masks and leave out small ones; the writing threads do it while the next image is segmented."""
@@ -124,10 +131,11 @@ class PromptSegmenter:
         """Convert an image to the tensor that a call takes; the reading threads do it ahead."""
         return image_tensor(image), job.prompts
 
-    def __call__(self, batch: Sequence[tuple[torch.Tensor, tuple[ObjectPrompt, ...]]], progress=None):
+    def __call__(self, batches: Iterable[Sequence[tuple[torch.Tensor, tuple[ObjectPrompt, ...]]]], progress=None):
         """Yield the masks of each image, a `MaskResult`, which `finish` has still to see."""
-        for encoded, (_, prompts) in zip(self.predictor.encode([tensor for tensor, _ in batch]), batch):
-            yield predict_objects(self.predictor, prompts, encoded)
+        for batch in batches:
+            for encoded, (_, prompts) in zip(self.predictor.encode([tensor for tensor, _ in batch]), batch):
+                yield predict_objects(self.predictor, prompts, encoded)
 
     def finish(self, result):
         """Clean masks; the writing threads do it while the next image is segmented."""
@@ -144,6 +152,35 @@ def _without_duplicates(result: GeneratedMasks, iou_thresh: float) -> GeneratedM
     return result[kept.sort().values.numpy()]
 
 
+class _Batches:
+    """Batches of images that have been read, for a segmenter, which takes them ahead of the masks that it yields.
+
+    Args:
+        images: As `Run._read` returns them.
+        size: The number of images in a batch; those that could not be read count, and are left out.
+
+    Attributes:
+        begun: The images that have been taken, and whose masks have not been yielded.
+        seconds: The time in which images were waited for.
+    """
+
+    def __init__(self, images: Iterator[ReadImage | None], size: int):
+        self.images, self.size = images, size
+        self.begun: deque[ReadImage] = deque()
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[list]:
+        while True:
+            start = time.perf_counter()
+            batch = list(islice(self.images, self.size))
+            self.seconds += time.perf_counter() - start
+            if not batch:
+                return
+            if read := [image for image in batch if image is not None]:
+                self.begun.extend(read)
+                yield [prepared for *_, prepared in read]
+
+
 class Run:
     """A pipeline that reads, segments and writes images.
 
@@ -151,10 +188,10 @@ class Run:
     There are only a few images in memory at any time, however many jobs there are.
 
     Args:
-        segment: segments a batch of images.
+        segment: segments batches of images.
         write: writes a `Segmented`; it is called in other threads.
         skip: called with the error and the path of an image that is skipped.
-        batch_size: images that are segmented together.
+        batch_size: images that are encoded together.
         progress: passed to `segment`.
     """
 
@@ -173,20 +210,23 @@ class Run:
         """Yield the result of `write` for each image that was written, in order."""
         with ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="write") as pool:
             writing: deque[Future] = deque()
+            failed: list[Exception] = []  # not of one image: those before it are written
             try:
-                with closing(cast(Generator, read_ahead(self._read, jobs, NUM_READERS))) as images:
-                    while batch := list(islice(images, self.batch_size)):
-                        for segmented in self._segment([item for item in batch if item is not None]):
-                            writing.append(pool.submit(self._write, segmented))
-                            while len(writing) > 2 * NUM_WRITERS:
-                                yield from writing.popleft().result()
+                images = cast(Generator, read_ahead(self._read, jobs, NUM_READERS))
+                with closing(images), closing(self._segment(before_error(images, failed))) as results:
+                    for segmented in results:
+                        writing.append(pool.submit(self._write, segmented))
+                        while len(writing) > 2 * NUM_WRITERS:
+                            yield from writing.popleft().result()
                 while writing:
                     yield from writing.popleft().result()
+                if failed:
+                    raise failed[0]
             finally:  # after an interrupt too: writes that have begun are finished, the others dropped
                 for future in writing:
                     future.cancel()
 
-    def _read(self, job: Job) -> tuple[Job, Image.Image, Any] | None:
+    def _read(self, job: Job) -> ReadImage | None:
         try:
             image = open_image(job.path)
             self.segment.check(image, job)
@@ -204,21 +244,36 @@ class Run:
             self.skip(error, segmented.job.path)
             return []
 
-    def _segment(self, batch: list[tuple[Job, Image.Image, Any]]) -> Iterator[Segmented]:
-        """Segment a batch; after an error its images are tried one by one, since only one of them may be too large."""
-        if not batch:
-            return
-        done, start = 0, time.perf_counter()
+    def _segment(self, images: Iterator[ReadImage | None]) -> Generator[Segmented, None, None]:
+        """Segment images in one stream of batches, so that the device has work from the first to the last.
+
+        After an error the images that have begun are tried one by one, since only one of them may be too large, and a
+        new stream begins behind them.
+        """
+        batches = _Batches(images, self.batch_size)
+        is_over = False
+        while not is_over:
+            is_over = yield from self._stream(batches)
+            alone, batches.begun = batches.begun, deque()
+            while alone:
+                yield from self._stream(_Batches(iter([alone.popleft()]), 1))
+
+    def _stream(self, batches: _Batches) -> Generator[Segmented, None, bool]:
+        """Segment batches up to an error, and return whether there was none. An image that was alone is skipped."""
+        start = time.perf_counter() - batches.seconds
         try:
-            for result in self.segment([prepared for *_, prepared in batch], self.progress):
-                seconds = time.perf_counter() - start
-                yield Segmented(*batch[done][:2], result, seconds)
-                done, start = done + 1, time.perf_counter()
+            with closing(cast(Generator, self.segment(batches, self.progress))) as results:
+                for result in results:
+                    seconds = time.perf_counter() - start - batches.seconds
+                    yield Segmented(*batches.begun.popleft()[:2], result, seconds)
+                    start = time.perf_counter() - batches.seconds
+            return True
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
-                self.skip(error, batch[0][0].path)
-                return
-            for item in batch[done:]:
-                yield from self._segment([item])
+            if not batches.begun:
+                raise
+            if len(batches.begun) == batches.size == 1:
+                self.skip(error, batches.begun.popleft()[0].path)
+            is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if is_out_of_memory:  # the frames of its traceback, which hold tensors, are gone by now
+            torch.cuda.empty_cache()
+        return False
