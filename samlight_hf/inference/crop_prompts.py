@@ -61,10 +61,11 @@ class CropPrompts(NamedTuple):
             device: Where the points are needed.
         """
         padded = image_processor.pad_size["height"], image_processor.pad_size["width"]
-        on_cpu = _prompts_on_cpu(
-            crop, image_size, points_per_side, min_iou, points_per_batch, logits_side, padded,
-            image_processor.size["longest_edge"],
-        )  # fmt: skip
+        with torch.device("cpu"):  # whatever the default is
+            on_cpu = _prompts_on_cpu(
+                crop, image_size, points_per_side, min_iou, points_per_batch, logits_side, padded,
+                image_processor.size["longest_edge"],
+            )  # fmt: skip
         rows, place, edges = on_cpu.rows, on_cpu.place, on_cpu.edges
         parts = rows, place.factors, place.summands, place.tiles, edges
         # One copy: each takes as long as a kernel. It is not from pinned memory, which has been read when it returns.
@@ -85,7 +86,7 @@ def _prompts_on_cpu(
     points = point_grid(points_per_side) * torch.tensor([crop.size[1], crop.size[0]])
     factors = resized[1] / crop.size[1], resized[0] / crop.size[0]
     in_input = torch.stack([points[:, 0] * factors[0], points[:, 1] * factors[1]], dim=1)
-    least = torch.full((len(points), 1), -math.inf if min_iou is None else min_iou)
+    least = torch.full((len(points), 1), -math.inf if min_iou is None else min_iou, dtype=torch.float32)
     rows = torch.cat([in_input, least, points + torch.tensor(crop.box_xyxy[:2])], dim=1)
     # All batches have one size, so that one CUDA graph serves: the last batch is filled up with its last point.
     batch_size = _even_batch(len(rows), points_per_batch)

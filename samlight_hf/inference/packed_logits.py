@@ -90,8 +90,9 @@ class Place(NamedTuple):
             factors.append(factor / tile)
             summands.append([(summand - reach) / tile - 1, (summand + reach) / tile])
         (left, right), (top, bottom) = summands
-        tiles = torch.arange(float(max(height // tile_height, width // tile_width)))
-        return cls(frame, torch.tensor(factors * 2), torch.tensor([left, top, right, bottom]), tiles)
+        tiles = torch.arange(max(height // tile_height, width // tile_width), dtype=torch.float32)
+        numbers = torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32)
+        return cls(frame, *numbers, tiles)
 
 
 class NeededTiles:

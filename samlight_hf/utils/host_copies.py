@@ -20,7 +20,9 @@ class HostCopy:
         else:
             # Only from pinned memory on does a copy run beside other work.
             self._tensors = tuple(
-                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+                torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
+                    tensor, non_blocking=True
+                )
                 for tensor in tensors
             )
             self._event = torch.cuda.Event()

@@ -32,6 +32,12 @@ def test_copies_from_other_devices_arrive_too():
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_that_is_the_default_device():
+    with torch.device("cuda"):
+        assert HostCopy(torch.arange(3)).arrays()[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_later_work_is_not_waited_for():
     numbers = torch.arange(1000, device="cuda")
     HostCopy(numbers)  # pinned memory is there from now on
