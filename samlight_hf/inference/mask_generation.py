@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
 from ..engine.build import decoder_dtype_of, make_decoder
-from ..engine.image_encoder import ImageEncoder
 from ..engine.mask_decoder import KeptMasks
+from ..engine.image_encoder import ImageEncoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image

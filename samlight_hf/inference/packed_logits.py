@@ -91,8 +91,8 @@ class Place(NamedTuple):
             summands.append([(summand - reach) / tile - 1, (summand + reach) / tile])
         (left, right), (top, bottom) = summands
         tiles = torch.arange(max(height // tile_height, width // tile_width), dtype=torch.float32)
-        numbers = torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32)
-        return cls(frame, *numbers, tiles)
+        of_boxes = torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32)
+        return cls(frame, of_boxes[0], of_boxes[1], tiles)
 
 
 class NeededTiles:
