@@ -63,7 +63,8 @@ class MaskGenerator:
         model: A SAM of transformers, a SAM-HQ model or a `SamLighteningModel`, on its device.
         image_processor: The model's image processor, or the processor that holds it.
         max_memory_mb: The memory that a CUDA device may allocate, the model's weights included, in MB of 2**20 bytes.
-            Images of more than about 10 million pixels may need more. Apart from rounding it does not change the masks.
+            Images of more than about 10 million pixels may need more, and so may lists of images at low thresholds,
+            where masks of two images wait. Apart from rounding it does not change the masks.
         points_per_batch: The number of points decoded at once. Default: as many as fit into `max_memory_mb`.
         cuda_graphs: Replay image encoder and mask decoder from CUDA graphs. Default: on CUDA devices.
         triton_kernels: Compute masks and their run lengths with Triton kernels. Default: on CUDA devices where Triton
@@ -199,7 +200,8 @@ class MaskGenerator:
         """Segment everything in any number of images, and read the next images meanwhile.
 
         Args:
-            images: Images as in a call, from any iterable; they are taken as they are needed.
+            images: Images as in a call, from any iterable; they are taken as they are needed. An error that it raises
+                itself comes behind the results of the images before.
             settings: See a call.
             errors: "return" gives an image that is damaged, too thin or too large for the memory an `ImageError` in
                 place of its result, with a warning, and goes on; "raise" raises it, which ends the generator.
@@ -416,7 +418,7 @@ class MaskGenerator:
         if not candidates.have_numbers:
             raise ValueError(self._not_numbers())
         step = self.budget.masks_per_step(size, size)
-        # The logits of a batch of points are gone by now, and leave room for as many.
+        # The logits of this image's last batch of points are gone by now, and leave room for as many.
         return choose(candidates, running.settings.crops_nms_thresh, step, 3 * self.budget.points_per_batch)
 
     def _not_numbers(self) -> str:
