@@ -25,7 +25,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +40,7 @@ from ..utils.autocast import without_autocast
 from ..utils.host_copies import HostCopy
 from ..utils.turns import takes_turns, turn
 from .cuda_graphs import GraphedFunction, GraphMemory, is_capturing
+from .decoded import Decoded, KeptMasks, decoded_at_once, places_above, slots_above
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
 from .two_way import run_two_way
 
@@ -48,49 +48,6 @@ from .two_way import run_two_way
 # Numbers of prompts that have graphs: batches are filled up to the next one.
 _PROMPT_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, token_kernels.MOST_PROMPTS)
 _MOST_GRAPHS = 32  # of one kind; they share the memory for inputs, logits and what lies between
-
-
-class Decoded(NamedTuple):
-    """The masks of P prompts, M candidates each, of which K are computed.
-
-    Attributes:
-        iou: float32 (P, M), the predicted IoU of all masks.
-        places: int64 (K,), see `kept`; None if all masks are computed.
-        logits: float (K, h, w), the logits of the masks in `kept`.
-    """
-
-    iou: torch.Tensor
-    places: torch.Tensor | None
-    logits: torch.Tensor
-
-    @property
-    def kept(self) -> torch.Tensor:
-        """Indices of the computed masks in iou.flatten(), int64 (K,), ascending."""
-        return places_above(self.iou, None) if self.places is None else self.places
-
-
-class KeptMasks(NamedTuple):
-    """The masks of a batch that `decode_ahead` was asked for.
-
-    Attributes:
-        table: float32 (K, 1 + E): the predicted IoU, and the numbers of the mask's prompt.
-        logits: float (K, h, w).
-        have_numbers: Whether no predicted IoU of the batch is NaN.
-    """
-
-    table: torch.Tensor
-    logits: torch.Tensor
-    have_numbers: bool
-
-
-def decoded_at_once(decoder, embedding, prompts: torch.Tensor, num_used: int, **options) -> Callable[[], KeptMasks]:
-    """Compute `decode_ahead` of a decoder by its `decode`, and return a function that does not wait."""
-    points, labels = prompts[:, None, :2], torch.ones(len(prompts), 1, dtype=torch.int64, device=prompts.device)
-    decoded = decoder.decode(embedding, points, labels, repeated=True, num_used=num_used, **options)
-    kept, num_masks = decoded.kept, decoded.iou.shape[1]
-    table = torch.cat([decoded.iou.flatten()[kept, None], prompts[kept // num_masks, 3:]], dim=1)
-    masks = KeptMasks(table, decoded.logits, not decoded.iou.isnan().any())
-    return lambda: masks
 
 
 def why_not_fast(model: PreTrainedModel) -> str | None:
@@ -303,7 +260,7 @@ class FastMaskDecoder:
         iou = iou[:, masks].float().clone()  # the next replay overwrites what a graph returned
         if hyper is not None:
             # All but the kernel itself is launched before the device is waited for.
-            slots, hyper = _slots(iou, min_iou), hyper[:num_used, masks].contiguous()
+            slots, hyper = slots_above(iou, min_iou), hyper[:num_used, masks].contiguous()
             kept = places_above(iou, min_iou)
             return Decoded(
                 iou, kept, mask_head.masks_of(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
@@ -353,7 +310,7 @@ class FastMaskDecoder:
         """Compute all of `decode_ahead` but the logits.
 
         Returns:
-            Image tokens (P, N, C), outputs of the hypernetworks (P, M, C / 8), slots (P, M) as in `_slots`, the table
+            Image tokens (P, N, C), outputs of the hypernetworks (P, M, C / 8), slots (P, M) of `slots_above`, the table
             of `KeptMasks` for the masks that are kept, and behind them for others, and the number of the kept masks and
             of scores that are NaN.
         """
@@ -460,7 +417,7 @@ class FastMaskDecoder:
             iou = iou[:, masks].float()
             hyper = self._hyper(tokens[:, 1:][:, masks], masks) if hyper is None else hyper[:, masks]
         if self.use_head_kernel:
-            slots = _slots(iou, None)
+            slots = slots_above(iou, None)
             logits = mask_head.masks_of(image_tokens, hyper, slots, iou.numel(), self.grid_size, self.head, out)
         else:
             logits = self._upscale(image_tokens, hyper).flatten(0, 1)
@@ -572,22 +529,6 @@ def _filled_up(tensor: torch.Tensor, count: int) -> torch.Tensor:
 
 def _mask_slice(multimask_output: bool) -> slice:
     return slice(1, None) if multimask_output else slice(0, 1)
-
-
-def places_above(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
-    """Return the indices in iou.flatten() of the masks whose IoU is above `min_iou`, or of all masks."""
-    if min_iou is None:
-        return torch.arange(iou.numel(), device=iou.device)
-    return (iou.flatten() > min_iou).nonzero().squeeze(1)
-
-
-def _slots(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
-    """Return the index of each mask among those of `places_above`, or -1: int32, of the shape of `iou`."""
-    if min_iou is None:
-        return torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
-    above = iou > min_iou
-    numbers = above.flatten().cumsum(0, dtype=torch.int32).view(iou.shape) - 1
-    return numbers.masked_fill_(~above, -1)
 
 
 def _image_positions(model: PreTrainedModel) -> torch.Tensor:

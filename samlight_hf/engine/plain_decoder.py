@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from ..utils.autocast import without_autocast
 from ..utils.turns import takes_turns
-from .mask_decoder import Decoded, FastMaskDecoder, KeptMasks, decoded_at_once, places_above
+from .decoded import Decoded, KeptMasks, decoded_at_once, places_above
+from .mask_decoder import FastMaskDecoder
 from .plain_modules import same_bits, weights_of
 
 

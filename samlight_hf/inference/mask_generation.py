@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
 from ..engine.build import decoder_dtype_of, make_decoder
-from ..engine.mask_decoder import KeptMasks
+from ..engine.decoded import KeptMasks
 from ..engine.image_encoder import ImageEncoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..engine.plain_decoder import Decoder, PlainMaskDecoder

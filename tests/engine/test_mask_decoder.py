@@ -12,8 +12,9 @@ from samlight_hf.commands.options import BUNDLED_CHECKPOINT
 from samlight_hf.engine import mask_decoder
 from samlight_hf.engine.build import make_decoder
 from samlight_hf.engine.cuda_graphs import GraphedFunction, StaticInputs
+from samlight_hf.engine.decoded import Decoded, places_above, slots_above
 from samlight_hf.engine.image_encoder import ImageEncoder
-from samlight_hf.engine.mask_decoder import Decoded, FastMaskDecoder, _slots, places_above, why_not_fast
+from samlight_hf.engine.mask_decoder import FastMaskDecoder, why_not_fast
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.kernels import mask_head
 from samlight_hf.loading import load_model
@@ -260,7 +261,7 @@ def test_half_precision_is_as_near_as_the_plain_decoder(loud, device, dtype):
 @pytest.mark.parametrize("min_iou", [None, -9.0, 0.5, 9.0])
 def test_slots_are_the_inverse_of_places(min_iou):
     iou = torch.rand(7, 3, generator=torch.Generator().manual_seed(0))
-    slots, places = _slots(iou, min_iou), places_above(iou, min_iou)
+    slots, places = slots_above(iou, min_iou), places_above(iou, min_iou)
     assert (slots.shape, slots.dtype) == (iou.shape, torch.int32)
     assert slots.flatten()[places].tolist() == list(range(len(places)))
     assert int((slots >= 0).sum()) == len(places)
