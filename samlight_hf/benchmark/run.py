@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..kernels.support import on_device
 from ..loading import quiet_transformers
 from ..utils.atomic_files import atomic_write
 from ..utils.json_files import read_json
@@ -92,8 +93,7 @@ def run_benchmark(
     gc.freeze()  # existing objects stay; searching them before each row takes longer than most rows
     try:
         # Events, streams and graphs of the measurements are of the current device.
-        current = torch.cuda.device(settings.device) if settings.on_cuda else contextlib.nullcontext()
-        with quiet_transformers(), current:
+        with quiet_transformers(), on_device(settings.device):
             for row in _rows(settings, parts, available):
                 result["rows"].append(row)
                 print(one_row(row), flush=True)

@@ -217,16 +217,6 @@ def parts_of(count: int, most: int) -> list[slice]:
     return [slice(start, start + size) for start in starts]
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Return whether work on the device's current stream goes into a CUDA graph now."""
-    if device.type != "cuda":
-        return False
-    if device.index in (None, torch.cuda.current_device()):  # making it the current one takes microseconds
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def _kinds(tensors: Sequence[torch.Tensor]) -> tuple:
     return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 

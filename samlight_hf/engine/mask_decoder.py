@@ -38,8 +38,8 @@ from ..kernels.support import compile_ahead, is_out_of_memory, only_compiles, se
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.host_copies import HostCopy
-from ..utils.turns import takes_turns, turn
-from .cuda_graphs import GraphedFunction, GraphMemory, is_capturing
+from ..utils.turns import is_capturing, takes_turns, turn
+from .cuda_graphs import GraphedFunction, GraphMemory
 from .decoded import Decoded, KeptMasks, decoded_at_once, places_above, slots_above
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
 from .two_way import run_two_way

@@ -18,6 +18,8 @@ from .support import (
     launch,
     launched,
     normal_numbers,
+    num_processors,
+    nvidia_generation,
     on_device_of,
     overlap_options,
     tl,
@@ -260,17 +262,12 @@ def launch_update(
 
 def _is_hopper(device: torch.device) -> bool:
     """Return whether a device is a Hopper GPU; a CPU, on which Triton's interpreter runs, counts as one."""
-    if device.type != "cuda":
-        return True
-    # AMD GPUs have versions that begin with 9, too.
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
+    return device.type != "cuda" or nvidia_generation(device) == 9
 
 
 def _resident(device: torch.device, shape: _Shape) -> int:
     """Return how many thread blocks run at a time."""
-    return (
-        shape.resident * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-    )
+    return shape.resident * num_processors(device) if device.type == "cuda" else 3
 
 
 def _stride(image_tokens: torch.Tensor) -> int:

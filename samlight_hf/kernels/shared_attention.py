@@ -16,6 +16,7 @@ from .support import (
     launch,
     launched,
     normal_numbers,
+    num_processors,
     on_device_of,
     overlap_options,
     tl,
@@ -155,7 +156,7 @@ def launch_attend(
     if norm is not None and embedded is not None:
         sides = norm.weight, norm.bias, norm.eps, embedded.contiguous()
     row_blocks, blocks = triton.cdiv(num_rows, _ROWS), triton.cdiv(num_keys, _BLOCK)
-    multiprocessors = torch.cuda.get_device_properties(keys.device).multi_processor_count if keys.is_cuda else 2
+    multiprocessors = num_processors(keys.device) if keys.is_cuda else 2
     parts = max(1, min(multiprocessors * _RESIDENT // (row_blocks * num_heads), blocks, _MOST_PARTS))
     parts = 1 << parts.bit_length() - 1  # few variants to compile; some of the last parts may be empty
     sums = torch.empty(parts, num_rows, features, dtype=torch.float32, device=keys.device)

@@ -15,6 +15,7 @@ import torch
 
 from ..utils.autocast import without_autocast
 from ..utils.messages import one_line
+from ..utils.turns import is_capturing
 from . import records
 
 
@@ -57,6 +58,12 @@ def normal_numbers(device: torch.device) -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.randn(shape, device=device, dtype=torch.float32, generator=generator)
 
 
+def on_device(device: torch.device | None) -> contextlib.AbstractContextManager:
+    """Return a context in which a CUDA device is the current one; for other devices, and for None, it does nothing."""
+    is_cuda = device is not None and device.type == "cuda"
+    return torch.cuda.device(device) if is_cuda else contextlib.nullcontext()
+
+
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Return a context in which a tensor's device is the current one, where Triton launches."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():  # entering it takes microseconds
@@ -73,7 +80,18 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
 @lru_cache
 def _can_overlap(device: torch.device) -> bool:
     """Return whether the device has programmatic dependent launch (Hopper and newer)."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+    return nvidia_generation(device) >= 9
+
+
+def nvidia_generation(device: torch.device) -> int:
+    """Return the major version of a GPU of NVIDIA, such as 9 for Hopper, and 0 for one of AMD, which has others."""
+    return 0 if torch.version.cuda is None else torch.cuda.get_device_capability(device)[0]
+
+
+@lru_cache
+def num_processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a CUDA device with an index."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
@@ -90,8 +108,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
             threads.compile_waiting()
 
 
-def _compile(device: int | None, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict):
-    with contextlib.suppress(Exception), _on(device):  # the real launch says what is wrong
+def _compile(device: torch.device | None, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict):
+    with contextlib.suppress(Exception), on_device(device):  # the real launch says what is wrong
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if isinstance(future := getattr(compiled, "future", None), Future):
             future.add_done_callback(partial(_load, device))
@@ -125,18 +143,14 @@ def _import_tools():
             importlib.import_module(name)
 
 
-def _load(device: int | None, compiled: Future):
+def _load(device: torch.device | None, compiled: Future):
     """Load a kernel that has been compiled, in the thread that compiled it: older Tritons compile a launcher in C."""
-    with contextlib.suppress(Exception), _on(device):
+    with contextlib.suppress(Exception), on_device(device):
         compiled.result()[(1, 1, 1)]  # a function that would launch it
 
 
-def _current_device() -> int | None:
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-
-def _on(device: int | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if device is None else torch.cuda.device(device)
+def _current_device() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
 
 
 def _specialization(argument) -> tuple:
@@ -286,22 +300,21 @@ def why_not_tried(
     """
     key = name, language, _numbered(device), variant
     if key not in _reasons:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             return f"the {language} kernel for {name} has not been tried, and cannot be while a CUDA graph is captured."
         if records.has_run(device, (name, language, variant)):
             _reasons[key] = None
             return None
-        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         if only_compiles():
             threads = _compile_threads.get()
             if threads is not None and key not in threads.attempts:
                 threads.attempts.add(key)
-                with current:
+                with on_device(device):
                     _compile_attempt(attempt)
             return None
         with _trying:  # one thread at a time
             if key not in _reasons:
-                with current:
+                with on_device(device):
                     reason = failure(name, attempt, language)
                 if reason is None:
                     records.record(device, (name, language, variant))

@@ -33,6 +33,16 @@ def current_stream(device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on the device's current stream goes into a CUDA graph now."""
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):  # making it the current one takes microseconds
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def turn(device: torch.device) -> Iterator[None]:
     """Hold a CUDA device for one thread at a time; its work starts after that of the turn before, on any stream.
@@ -49,7 +59,7 @@ def turn(device: torch.device) -> Iterator[None]:
         return
     turns = _turns.setdefault(device, _Turns())
     with turns.lock:
-        if torch.cuda.is_current_stream_capturing():  # by the caller: a graph cannot wait for events outside of it
+        if is_capturing(device):  # by the caller: a graph cannot wait for events outside of it
             yield
             return
         stream = current_stream(device)

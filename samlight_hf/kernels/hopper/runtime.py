@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..support import num_processors as num_processors  # for the modules beside this one
 from . import nvrtc
 from .nvrtc import compile_source
 
@@ -242,12 +243,6 @@ def _argument(value) -> tuple:
     if value is None or isinstance(value, torch.Tensor):
         return 0 if value is None else value.data_ptr(), ctypes.c_void_p
     return value, {int: ctypes.c_int, float: ctypes.c_float}.get(type(value))
-
-
-@lru_cache
-def num_processors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a device with an index."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _checked(answer: tuple):
