@@ -56,8 +56,11 @@ def places_above(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
     return (iou.flatten() > min_iou).nonzero().squeeze(1)
 
 
-def slots_above(iou: torch.Tensor, min_iou: float | None) -> torch.Tensor:
-    """Return the index of each mask among those of `places_above`, or -1: int32, of the shape of `iou`."""
+def slots_above(iou: torch.Tensor, min_iou: float | torch.Tensor | None) -> torch.Tensor:
+    """Return the index of each mask among those of `places_above`, or -1: int32, of the shape of `iou`.
+
+    `min_iou` may also be a tensor with one for each prompt, (P, 1).
+    """
     if min_iou is None:
         return torch.arange(iou.numel(), dtype=torch.int32, device=iou.device).view(iou.shape)
     above = iou > min_iou

@@ -317,12 +317,11 @@ class FastMaskDecoder:
         masks, labels = _mask_slice(True), torch.ones(len(prompts), 1, dtype=torch.int64, device=prompts.device)
         _, image_tokens, iou, hyper = self._transform(image_tokens + self._dense(None), prompts[:, None, :2], labels)
         iou = iou[:, masks].float().contiguous()
-        above = iou > prompts[:, 2:3]
-        numbers = above.flatten().cumsum(0, dtype=torch.int32)
-        slots = (numbers.view(above.shape) * above).sub_(1)
-        places = above.flatten().nonzero_static(size=above.numel(), fill_value=0).squeeze(1)
+        slots = slots_above(iou, prompts[:, 2:3])
+        kept = slots.flatten() >= 0
+        places = kept.nonzero_static(size=kept.numel(), fill_value=0).squeeze(1)
         table = torch.cat([iou.flatten()[places, None], prompts[places // iou.shape[1], 3:]], dim=1)
-        state = torch.stack([numbers[-1], iou.isnan().sum(dtype=torch.int32)])
+        state = torch.stack([kept.sum(dtype=torch.int32), iou.isnan().sum(dtype=torch.int32)])
         return image_tokens, hyper[:, masks].contiguous(), slots, table, state
 
     def _decodes_in_few_kernels(self, prompts: Sequence[torch.Tensor]) -> bool:
