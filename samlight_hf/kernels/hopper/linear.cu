@@ -3,9 +3,10 @@
 // and contiguous; sums are float32.
 //
 // Thread blocks are persistent and process tile after tile of y, of the same columns. The first warpgroup of each lets the tensor
-// memory accelerator copy blocks of x and W, STAGES of them ahead; if W_STAYS, the rows of W for these columns are copied once. Each
-// of the CONSUMERS other warpgroups multiplies a tile of 128 rows and TILE_N columns by itself: with two of them, the tensor cores
-// work on the tile of one while the other finishes and writes its own.
+// memory accelerator copy blocks of x and W, STAGES of them ahead; if W_STAYS, the rows of W for these columns are copied once. The two
+// other warpgroups multiply. If HALVES is 2, they take turns with tiles of 128 rows and TILE_N columns: the tensor cores work on the
+// tile of one while the other finishes and writes its own. If it is 1, each takes 64 rows of every tile: a thread block's only tile is
+// finished in half the time.
 
 #include "common.cuh"
 
@@ -14,12 +15,16 @@
 #define NEIGHBOURS 1
 
 constexpr int BLOCK_M = 128, BLOCK_K = 64, STEPS = K / BLOCK_K, COLUMN_TILES = N / TILE_N;
+constexpr int CONSUMERS = 2, CONSUMER_ROWS = HALVES * 64;
+constexpr bool TAKES_TURNS = HALVES == 2;
 constexpr float HALF = GELU ? 0.5f : 1;  // factor of GELU's input
 // If a thread has enough registers, a residual is added after the products; otherwise the sums start from it.
-constexpr bool KEEPS_RESIDUAL = RESIDUAL && CONSUMERS == 1;
+constexpr bool KEEPS_RESIDUAL = RESIDUAL && !TAKES_TURNS;
 constexpr int UNROLLED = RESIDUAL && !KEEPS_RESIDUAL ? 1 : 6;  // steps; more would spill the residual's registers
 constexpr int WEIGHT_BLOCKS = W_STAYS ? STEPS : STAGES;
 constexpr u32 X_BYTES = BLOCK_M * BLOCK_K * 2, WEIGHT_BYTES = TILE_N * BLOCK_K * 2;
+// Blocks of W that are asked for before the first block of x, which arrives after all of them.
+constexpr int FEW = 24 * 1024 / WEIGHT_BYTES, MOST = STEPS < WEIGHT_BLOCKS ? STEPS : WEIGHT_BLOCKS, EARLY = FEW < MOST ? FEW : MOST;
 
 struct Shared {
     char x[STAGES][X_BYTES];
@@ -49,23 +54,20 @@ __device__ __forceinline__ void load_weight(const TensorMap* map, void* to, u64*
     load(map, to, barrier, feature, 0, 0, 0, column / 32);
 }
 
-// Copy all blocks of all tiles, in one thread: each as soon as the block whose memory it reuses has been read.
+__device__ __forceinline__ void load_weight_block(Shared& shared, const TensorMap* weight, int block, int step, int column) {
+    arrive_and_expect(&shared.weight_loaded[block], WEIGHT_BYTES);
+    load_weight(weight, shared.weight[block], &shared.weight_loaded[block], step * BLOCK_K, column);
+}
+
+// Copy all blocks of all tiles but EARLY ones of W, in one thread: each as soon as the block whose memory it reuses has been read.
 __device__ __forceinline__ void load_blocks(
     Shared& shared, const TensorMap* x, const TensorMap* weight, int first_row, int next_row, int num_rows, int column) {
-    auto load_weight_block = [&](int block, int step) {
-        arrive_and_expect(&shared.weight_loaded[block], WEIGHT_BYTES);
-        load_weight(weight, shared.weight[block], &shared.weight_loaded[block], step * BLOCK_K, column);
-    };
-    constexpr int EARLY = WEIGHT_BLOCKS < STEPS ? WEIGHT_BLOCKS : STEPS;
-    for (int step = 0; step < EARLY; step++) load_weight_block(step, step);  // the previous kernel does not write W
-    wait_for_the_last_kernel();
-    let_the_next_kernel_begin();
     int block = 0;
     for (int row = first_row; row < num_rows; row += next_row) {
         for (int step = 0; step < STEPS; step++, block++) {
             int stage = block % STAGES;
             if (block >= STAGES) wait(&shared.used[stage], block / STAGES - 1);
-            if (!W_STAYS && block >= EARLY) load_weight_block(stage, step);
+            if (block >= EARLY && (!W_STAYS || block < STEPS)) load_weight_block(shared, weight, W_STAYS ? step : stage, step, column);
             arrive_and_expect(&shared.x_loaded[stage], X_BYTES);
             load_x(x, shared.x[stage], &shared.x_loaded[stage], step, row);
         }
@@ -74,13 +76,16 @@ __device__ __forceinline__ void load_blocks(
 
 // ---- a tile -----------------------------------------------------------------------------------------------------------------------
 
-// A warpgroup's tile of 128 rows, from two products of 64 rows. A thread has eight of every 32 columns of four rows.
+// A warpgroup's part of a tile, from HALVES products of 64 rows. A thread has eight of every 32 columns of two rows of each.
 struct Tile {
-    float sums[2][TILE_N / 2];
-    uint4 residual[KEEPS_RESIDUAL ? TILE_N / 32 : 1][4];
+    static constexpr int ROWS_OF_THREAD = 2 * HALVES;
+    float sums[HALVES][TILE_N / 2];
+    uint4 residual[KEEPS_RESIDUAL ? TILE_N / 32 : 1][ROWS_OF_THREAD];
 
-    static __device__ __forceinline__ int row(int i) {  // index in the tile of the thread's i-th row, of four
-        return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8 + i / 2 * 64;
+    // The first of the warpgroup's rows in the tile.
+    static __device__ __forceinline__ int first_row() { return TAKES_TURNS ? 0 : (threadIdx.x / WARPGROUP - 1) * CONSUMER_ROWS; }
+    static __device__ __forceinline__ int row(int i) {  // index in the tile of the thread's i-th row
+        return first_row() + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8 + i / 2 * 64;
     }
     static __device__ __forceinline__ int column(int group) { return group * 32 + threadIdx.x % 4 * 8; }  // the group's first column of eight
     // The element of the i-th row and the j-th of the group's eight columns.
@@ -88,9 +93,14 @@ struct Tile {
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < HALVES; half++)
 #pragma unroll
             for (int i = 0; i < TILE_N / 2; i++) sums[half][i] = 0;
+    }
+
+    __device__ __forceinline__ void fence() {
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) compiler_fence(sums[half]);
     }
 
     __device__ __forceinline__ void add(uint4 eight, int group, int i) {
@@ -106,7 +116,7 @@ __device__ __forceinline__ void begin(Shared& shared, Tile& tile, const uint4* r
     for (int group = 0; group < TILE_N / 32; group++) {
         const float2* shift = shared.columns + tile.column(group);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) {
 #pragma unroll
             for (int j = 0; j < 8; j++) tile.at(i, group, j) = shift[j].x;
             if (!RESIDUAL) continue;
@@ -121,20 +131,21 @@ __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int 
     int block = number * STEPS, lane = threadIdx.x % 32;
     // Consumers take turns. Blocks arrive in the order of the tiles, and a barrier's phase can only be waited for if the previous one
     // is complete: by then all threads of the other consumer have waited for all earlier ones.
-    if (CONSUMERS > 1 && number) wait(&shared.asked[1 - consumer], (number - 1) / CONSUMERS);
-    compiler_fence(tile.sums[0]), compiler_fence(tile.sums[1]);
+    if (TAKES_TURNS && number) wait(&shared.asked[1 - consumer], (number - 1) / CONSUMERS);
+    tile.fence();
 #pragma unroll UNROLLED
     for (int step = 0; step < STEPS; step++, block++) {
         int stage = block % STAGES;
         int weight_block = W_STAYS ? step : stage;
         wait(&shared.weight_loaded[weight_block], W_STAYS ? 0 : block / STAGES);
         wait(&shared.x_loaded[stage], block / STAGES);
-        u64 x = matrix(shared.x[stage]), weight = matrix(shared.weight[weight_block]);
+        u64 x = matrix(shared.x[stage] + Tile::first_row() * BLOCK_K * 2), weight = matrix(shared.weight[weight_block]);
         begin_products();
 #pragma unroll
         for (int k = 0; k < BLOCK_K / 16; k++) {  // 16 features further on are 32 bytes
-            warpgroup_product(tile.sums[0], x + 2 * k, weight + 2 * k);
-            warpgroup_product(tile.sums[1], x + 64 * 128 / 16 + 2 * k, weight + 2 * k);
+#pragma unroll
+            for (int half = 0; half < HALVES; half++)
+                warpgroup_product(tile.sums[half], x + half * (64 * 128 / 16) + 2 * k, weight + 2 * k);
         }
         commit_products();
         if (step) {
@@ -142,21 +153,21 @@ __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int 
             if (lane == 0) arrive(&shared.used[(block - 1) % STAGES]);
         }
     }
-    if (CONSUMERS > 1) arrive(&shared.asked[consumer]);
+    if (TAKES_TURNS) arrive(&shared.asked[consumer]);
 }
 
 __device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int number) {
     wait_for_products<0>();
     if (threadIdx.x % 32 == 0) arrive(&shared.used[((number + 1) * STEPS - 1) % STAGES]);
-    compiler_fence(tile.sums[0]), compiler_fence(tile.sums[1]);
+    tile.fence();
 }
 
 // Apply residual, norm, GELU and rounding, and write the tile to memory.
 __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer, uint4* y, float* found, int first_row, int num_rows) {
-    float2 norm[4];
-    float totals[4] = {};
+    float2 norm[Tile::ROWS_OF_THREAD];
+    float totals[Tile::ROWS_OF_THREAD] = {};
 #pragma unroll
-    for (int i = 0; i < 4; i++) norm[i] = NORM ? shared.rows[consumer][tile.row(i)] : float2{};
+    for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) norm[i] = NORM ? shared.rows[consumer][tile.row(i)] : float2{};
 #pragma unroll
     for (int group = 0; group < TILE_N / 32; group++) {
         float4 columns[4];  // bias and weight sum of two columns
@@ -164,7 +175,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
 #pragma unroll
             for (int j = 0; j < 4; j++) columns[j] = ((float4*)shared.columns)[tile.column(group) / 2 + j];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) {
             if (KEEPS_RESIDUAL) tile.add(tile.residual[group][i], group, i);
             u32 pairs[4];
 #pragma unroll
@@ -187,7 +198,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
     }
     if (STATISTICS) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) {
             float mean = sum_of_four_threads(totals[i]) / TILE_N, squares = 0;
 #pragma unroll
             for (int j = 0; j < TILE_N / 4; j++) {
@@ -230,31 +241,37 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         prefetch(&x), prefetch(&weight);
         for (int stage = 0; stage < STAGES; stage++) {
             make_barrier(&shared.x_loaded[stage], 1);
-            make_barrier(&shared.used[stage], WARPGROUP / 32);
+            make_barrier(&shared.used[stage], (TAKES_TURNS ? 1 : CONSUMERS) * WARPGROUP / 32);
         }
         for (int block = 0; block < WEIGHT_BLOCKS; block++) make_barrier(&shared.weight_loaded[block], 1);
         for (int consumer = 0; consumer < CONSUMERS; consumer++) make_barrier(&shared.asked[consumer], WARPGROUP);
         show_barriers();
+        // The previous kernel, which may still run, does not write weights and biases: see `FusedLinear`.
+        for (int block = 0; block < EARLY; block++) load_weight_block(shared, &weight, block, block, column);
     }
-    // Read before the previous kernel has ended, like the weights: see `FusedLinear`.
     for (int i = threadIdx.x; i < TILE_N; i += blockDim.x)
         shared.columns[i] = make_float2(HALF * bias[column + i], NORM ? row_sums[column + i] : 0);
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
-        if (CONSUMERS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == 0) load_blocks(shared, &x, &weight, first_row, next_row, num_rows, column);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 0) {
+            wait_for_the_last_kernel();
+            let_the_next_kernel_begin();
+            load_blocks(shared, &x, &weight, first_row, next_row, num_rows, column);
+        }
     } else {
-        if (CONSUMERS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        int consumer = threadIdx.x / WARPGROUP - 1, row_of_norm = Tile::first_row() + threadIdx.x % CONSUMER_ROWS;
         if (NORM || RESIDUAL) wait_for_the_last_kernel();
-        for (int number = consumer, row; (row = first_row + number * next_row) < num_rows; number += CONSUMERS) {
+        constexpr int TURNS = TAKES_TURNS ? CONSUMERS : 1;
+        for (int number = TAKES_TURNS ? consumer : 0, row; (row = first_row + number * next_row) < num_rows; number += TURNS) {
             Tile tile;
             float2 norm;  // of the thread's row, computed before the products and shared after them
-            if (NORM) tile.clear(), norm = norm_of(given, row + thread, num_rows, eps);
+            if (NORM) tile.clear(), norm = norm_of(given, row + row_of_norm, num_rows, eps);
             else begin(shared, tile, residual + column / 8, row, num_residual_rows);
             multiply_blocks(shared, tile, number, consumer);
             if (NORM) {
-                shared.rows[consumer][thread] = norm;
+                shared.rows[consumer][row_of_norm] = norm;
                 synchronize_warpgroup(consumer);
             }
             end_products(shared, tile, number);

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 FEW_ROWS = 8192  # one or two images of 4096 rows
-_BLOCK_M, _BLOCK_K = 128, 64  # as in linear.cu
+_BLOCK_M, _BLOCK_K, _THREADS = 128, 64, 384  # as in linear.cu
 _SHARED_BYTES = 227 * 1024  # limit of a thread block
 
 
@@ -30,11 +30,12 @@ class Tile:
 
     Attributes:
         columns: of a tile, which has 128 rows.
-        consumers: number of warpgroups that multiply, each on its own tile.
+        halves: of a tile, 64 rows each, that each of the two consumers takes: 2 if they take turns with whole tiles, 1
+            if they divide every tile.
     """
 
     columns: int
-    consumers: int
+    halves: int = 2
 
     def layout(self, in_features: int) -> tuple[bool, int, int]:
         """Plan the shared memory for layers of `in_features` input features.
@@ -45,10 +46,7 @@ class Tile:
             the size in bytes.
         """
         x_bytes, weight_bytes = 2 * _BLOCK_K * _BLOCK_M + 2 * 8, 2 * _BLOCK_K * self.columns + 8
-        rest, all_weights = (
-            8 * self.columns + self.consumers * 8 * (_BLOCK_M + 1),
-            in_features // _BLOCK_K * weight_bytes,
-        )
+        rest, all_weights = 8 * self.columns + 2 * 8 * (_BLOCK_M + 1), in_features // _BLOCK_K * weight_bytes
         stays = rest + all_weights + 4 * x_bytes <= _SHARED_BYTES
         fixed, stage_bytes = (rest + all_weights, x_bytes) if stays else (rest, x_bytes + weight_bytes)
         stages = (_SHARED_BYTES - fixed) // stage_bytes
@@ -56,14 +54,14 @@ class Tile:
 
 
 # The fastest tiles on an H100, the widest first.
-TILES = (Tile(192, 2), Tile(128, 2), Tile(96, 2), Tile(64, 2))
-NARROW_TILES = (Tile(96, 1), Tile(64, 1))  # for about one tile per multiprocessor
+TILES = (Tile(192), Tile(128), Tile(96), Tile(64))
+NARROW_TILES = (Tile(96, 1), Tile(64, 1))  # for one tile per multiprocessor, whose end nothing hides
 
 
 def hopper_tile(num_rows: int, out_features: int, normalizes: bool, gelu: bool) -> Tile:
     """Choose the tile: with few rows and no GELU a narrow one, so that all multiprocessors have as many columns.
 
-    GELU makes finishing a tile expensive, so that two consumers per thread block are faster even with few rows.
+    The end of a tile takes long after GELU, and is hidden only if another wide tile follows, even with few rows.
     """
     tiles: tuple[Tile, ...]
     if num_rows > FEW_ROWS or gelu:
@@ -185,7 +183,7 @@ def launch_linear(
     turns = math.ceil(row_tiles / max(1, num_processors // column_tiles))
     thread_blocks = math.ceil(row_tiles / turns) * column_tiles
     hopper.launch_kernel(
-        kernel, weight.device, thread_blocks, 128 * (1 + tile.consumers), shared_bytes,
+        kernel, weight.device, thread_blocks, _THREADS, shared_bytes,
         hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
         hopper.tensor_map(weight, sizes, strides, (_BLOCK_K, 2, 4, 4, tile.columns // 32)),
         layer.bias, layer.row_sums, x_statistics if normalizes else None, residual, output, statistics,
@@ -223,7 +221,7 @@ def source_of(tile: Tile, **constants: int | str) -> str:
     """Return the source of the kernel for these constants, which linear.cu uses in capitals."""
     stays, stages, shared_bytes = tile.layout(int(constants["K"]))
     constants |= {
-        "NAME": _name(constants), "TILE_N": tile.columns, "CONSUMERS": tile.consumers,
+        "NAME": _name(constants), "TILE_N": tile.columns, "HALVES": tile.halves,
         "STAGES": stages, "W_STAYS": int(stays), "SHARED_BYTES": shared_bytes,
     }  # fmt: skip
     function = hopper.product("warpgroup_product", tile.columns, "bf16" if constants["BFLOAT16"] else "f16")
