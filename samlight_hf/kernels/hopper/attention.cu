@@ -3,20 +3,28 @@
 // DILATION rows apart in a segment. If PER_HEAD, a head attends in one of a segment's groups and is zero in the others.
 //
 // A thread block has WARPGROUPS * 64 queries of a group, 64 per warpgroup, and reads all keys, KEYS at a time. Sums and the
-// softmax are float32. While some warpgroups compute exponentials, the tensor cores work for the others.
+// softmax are float32. The tensor cores work while exponentials are computed, of other warpgroups and of the same one. They slow
+// other instructions down, so there are few of these: the tensor cores also add up the weights, as products with ones, and the
+// largest score is looked for only where scores have grown.
 
 #include "common.cuh"
 
 constexpr int DIM = 64, KEYS = 128, BLOCKS = GROUP / KEYS, QUERIES = WARPGROUPS * 64, TILES = (GROUP + QUERIES - 1) / QUERIES;
-// Whether a block's softmax weights are computed while the previous block's values are multiplied, which takes more registers.
-constexpr bool AHEAD = WARPGROUPS == 3;
+// Scores of STEP keys are computed at a time: of a block, or, if AHEAD, of half a block during the exponentials of the last half,
+// which takes more registers. The values of PART keys are multiplied during the next exponentials.
+constexpr int STEP = AHEAD ? KEYS / 2 : KEYS, PART = AHEAD ? STEP : STEP / 4;
 // Memory is reused LAG blocks after its last use: by then the other warpgroups have probably finished with it, too.
-constexpr int LAG = WARPGROUPS > 1 ? 2 : 1;
+constexpr int LAG = AHEAD ? 2 : 1;
 constexpr u32 BLOCK_BYTES = KEYS * DIM * 2, QUERY_BYTES = QUERIES * DIM * 2;
+// Columns of products with values: the features, and the sum of weights, eight times.
+constexpr int COLUMNS = DIM + 8;
+// A weight is 2^-MARGIN for a score that equals the softmax's reference, and less than 1 for all scores.
+constexpr float MARGIN = 8;
 
 struct Shared {
     char queries[QUERY_BYTES];
     char keys[STAGES][BLOCK_BYTES], values[STAGES][BLOCK_BYTES];
+    u32 ones[16 * DIM / 2];  // pairs: further columns of 16 values
     u64 queries_loaded, keys_loaded[STAGES], values_loaded[STAGES], used[STAGES];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES);
@@ -30,8 +38,7 @@ struct Group {
         load(map, shared.queries, &shared.queries_loaded, 0, first, offset, 3 * head, segment);
     }
 
-    __device__ __forceinline__ void load_block(Shared& shared, const TensorMap* map, int block) {
-        int stage = block % STAGES;
+    __device__ __forceinline__ void load_block(Shared& shared, const TensorMap* map, int block, int stage) {
         arrive_and_expect(&shared.keys_loaded[stage], BLOCK_BYTES);
         load(map, shared.keys[stage], &shared.keys_loaded[stage], 0, block * KEYS, offset, 3 * head + 1, segment);
         arrive_and_expect(&shared.values_loaded[stage], BLOCK_BYTES);
@@ -45,14 +52,10 @@ __device__ __forceinline__ float power_of_two(float x) {
     return found;
 }
 
-#define MINUS_INFINITY __int_as_float(0xFF800000)
-
-// Start computing the scores of 64 queries and the block's keys; they are complete after wait_for_products.
-__device__ __forceinline__ void multiply_queries(Shared& shared, float (&scores)[KEYS / 2], u64 queries, int block) {
-    wait(&shared.keys_loaded[block % STAGES], block / STAGES);
-    u64 keys = matrix(shared.keys[block % STAGES]);
+// Start computing the scores of 64 queries and STEP keys; they are complete after wait_for_products.
+__device__ __forceinline__ void multiply_queries(float (&scores)[STEP / 2], u64 queries, u64 keys) {
 #pragma unroll
-    for (int i = 0; i < KEYS / 2; i++) scores[i] = 0;
+    for (int i = 0; i < STEP / 2; i++) scores[i] = 0;
     compiler_fence(scores);
     begin_products();
 #pragma unroll
@@ -60,50 +63,82 @@ __device__ __forceinline__ void multiply_queries(Shared& shared, float (&scores)
     commit_products();
 }
 
-// A thread's state of the softmax of its two queries.
+// A thread's state of the softmax of its two queries. Element i of its scores and sums belongs to query i / 2 % 2.
 struct Softmax {
-    float reference[2] = {MINUS_INFINITY, MINUS_INFINITY}, totals[2] = {}, factors[2];
-    bool grown[2];
+    float shift[2] = {};  // a score's exponent is scale * score + shift
+    float factors[2];     // of earlier sums, if there is a new reference
+    bool grown;
 
-    // Turn scores into weights relative to a reference: the largest score so far, or an earlier one if it has grown little since.
-    __device__ __forceinline__ void weigh(u32 (&weights)[KEYS / 4], const float (&scores)[KEYS / 2], float scale) {
+    // Turn scores into exponents of two, relative to a reference: the largest score so far, or an earlier largest one as long as
+    // all exponents are negative, which their signs tell.
+    __device__ __forceinline__ void prepare(float (&scores)[STEP / 2], float scale, bool first) {
+        u32 signs[2] = {0xFFFFFFFF, 0xFFFFFFFF};
+#pragma unroll
+        for (int i = 0; i < STEP / 2; i++) {
+            scores[i] = fmaf(scores[i], scale, shift[i / 2 % 2]);
+            signs[i / 2 % 2] &= __float_as_uint(scores[i]);
+        }
+        grown = __any_sync(0xFFFFFFFF, int(signs[0] & signs[1]) >= 0) || first;
+        if (!grown) return;
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            float largest = reference[row];
+            float largest = scores[row * 2];
 #pragma unroll
-            for (int i = 0; i < KEYS / 4; i++) largest = fmaxf(largest, scores[i / 2 * 4 + row * 2 + i % 2]);
-            largest = maximum_of_four_threads(largest);
-            grown[row] = __any_sync(0xFFFFFFFF, (largest - reference[row]) * scale > 8);
-            if (grown[row]) {
-                factors[row] = power_of_two((reference[row] - largest) * scale);
-                reference[row] = largest, totals[row] *= factors[row];
-            }
-            float shift = -reference[row] * scale;
+            for (int i = 1; i < STEP / 4; i++) largest = fmaxf(largest, scores[i / 2 * 4 + row * 2 + i % 2]);
+            float growth = maximum_of_four_threads(largest) + MARGIN;
+            if (!first) growth = fmaxf(growth, 0);
+            factors[row] = first ? 0 : power_of_two(-growth);  // the first time there are no sums, and it might be infinite
+            shift[row] -= growth;
 #pragma unroll
-            for (int i = 0; i < KEYS / 8; i++) {
-                float low = power_of_two(fmaf(scores[i * 4 + row * 2], scale, shift));
-                float high = power_of_two(fmaf(scores[i * 4 + row * 2 + 1], scale, shift));
-                totals[row] += low + high;
-                weights[i * 2 + row] = pack(low, high);
-            }
+            for (int i = 0; i < STEP / 4; i++) scores[i / 2 * 4 + row * 2 + i % 2] -= growth;
         }
     }
 
     // Rescale sums of values whose weights were relative to an earlier reference.
-    __device__ __forceinline__ void rescale(float (&sums)[DIM / 2]) {
+    __device__ __forceinline__ void rescale(float (&sums)[COLUMNS / 2]) {
+        if (grown)
 #pragma unroll
-        for (int row = 0; row < 2; row++)
-            if (grown[row])
-#pragma unroll
-                for (int i = 0; i < DIM / 4; i++) sums[i / 2 * 4 + row * 2 + i % 2] *= factors[row];
+            for (int i = 0; i < COLUMNS / 2; i++) sums[i] *= factors[i / 2 % 2];
     }
 };
 
+// Replace exponents by powers of two, those of PART keys from number `part` * PART on.
+__device__ __forceinline__ void exponentiate(float (&scores)[STEP / 2], int part) {
+#pragma unroll
+    for (int i = 0; i < PART / 2; i++) scores[part * (PART / 2) + i] = power_of_two(scores[part * (PART / 2) + i]);
+}
+
+// Round the weights of PART keys from number `part` * PART on.
+__device__ __forceinline__ void pack_weights(u32 (&weights)[STEP / 4], const float (&scores)[STEP / 2], int part) {
+#pragma unroll
+    for (int i = 0; i < PART / 4; i++) {
+        int at = part * (PART / 4) + i;
+        weights[at] = pack(scores[2 * at], scores[2 * at + 1]);
+    }
+}
+
+// Transpose the words of four threads that share a row, so that each has 16 bytes side by side: word i of a thread becomes word
+// `lane % 4` of thread i.
+__device__ __forceinline__ uint4 transpose(u32 (&words)[4], int lane) {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance++) {
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            int low = pair * (3 - distance), high = low + distance;  // 0 and 1, 2 and 3; then 0 and 2, 1 and 3
+            u32 other = __shfl_xor_sync(0xFFFFFFFF, lane & distance ? words[low] : words[high], distance);
+            if (lane & distance) words[low] = other;
+            else words[high] = other;
+        }
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGROUPS) NAME(
-    const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap block_map, u32* output, float scale) {
+    const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap block_map, uint4* output, float scale) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
-    int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
+    int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);  // one value per warp, as the compiler sees then
+    int thread = threadIdx.x % WARPGROUP, lane = thread % 32;
     int first = blockIdx.x % TILES * QUERIES, number = blockIdx.x / TILES;
     Group group = {number % HEADS, number / HEADS % DILATION, number / (HEADS * DILATION)};
     if (PER_HEAD) group.offset = group.head % DILATION, group.segment = number / HEADS;
@@ -121,88 +156,135 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
         wait_for_the_last_kernel();
         let_the_next_kernel_begin();
         group.load_queries(shared, &query_map, first);
-        for (int block = 0; block < min(STAGES, BLOCKS); block++) group.load_block(shared, &block_map, block);
+        for (int block = 0; block < min(STAGES, BLOCKS); block++) group.load_block(shared, &block_map, block, block);
     }
+    for (int i = threadIdx.x; i < 16 * DIM / 2; i += WARPGROUP * WARPGROUPS) shared.ones[i] = pack(1, 1);
+    show_to_products();
     __syncthreads();
     if (warpgroup >= warpgroups) return;
 
     // A thread has two of 64 queries, `lane / 4` and `lane / 4 + 8` of its warp's 16, and two of every eight columns of them.
-    float sums[DIM / 2] = {}, scores[KEYS / 2];
+    float sums[COLUMNS / 2] = {};
     Softmax softmax;
-    u32 weights[KEYS / 4];
+    u32 weights[STEP / 4];
     u64 queries = matrix(shared.queries + warpgroup * 64 * DIM * 2);
     wait(&shared.queries_loaded, 0);
 
+    int stage = 0, phase = 0;  // of the block's keys and values
     auto load_ahead = [&](int block) {
         int next = block - LAG + STAGES;
         if (threadIdx.x == 0 && block >= LAG && next < BLOCKS) {
-            wait(&shared.used[next % STAGES], next / STAGES - 1);
-            group.load_block(shared, &block_map, next);
+            int to = stage >= LAG ? stage - LAG : stage - LAG + STAGES;
+            wait(&shared.used[to], stage >= LAG ? phase : phase ^ 1);
+            group.load_block(shared, &block_map, next, to);
         }
         __syncwarp();
     };
-    auto weigh_block = [&](int block) {
-        multiply_queries(shared, scores, queries, block);
-        wait_for_products<0>();
-        compiler_fence(scores);
-        softmax.weigh(weights, scores, scale);
-        softmax.rescale(sums);
+    auto release = [&](int stage) {
+        if (lane == 0) arrive(&shared.used[stage]);
     };
-    auto wait_for_values = [&](int block) { wait(&shared.values_loaded[block % STAGES], block / STAGES); };
-    auto multiply_values = [&](int block) {
-        if (!AHEAD || block == 0) wait_for_values(block);  // otherwise they have already been waited for
-        u64 values = matrix(shared.values[block % STAGES]);
+    // Start multiplying weights by the values of PART keys from number `step` * STEP + `part` * PART on.
+    auto multiply_values = [&](int step, int part) {
+        const char* block = shared.values[stage];
+        u64 values = matrix(block), ones = (address(shared.ones) - address(block)) / 16;
         compiler_fence(sums), compiler_fence(weights);
         begin_products();
 #pragma unroll
-        for (int k = 0; k < KEYS / 16; k++)  // 16 keys further on are 16 rows of 128 bytes
-            weight_value_product(sums, weights[k * 4], weights[k * 4 + 1], weights[k * 4 + 2], weights[k * 4 + 3], values + 128 * k);
+        for (int i = 0; i < PART / 16; i++) {
+            int k = part * (PART / 16) + i;
+            int row = step * STEP * 8 + k * 128;  // 16 keys further on are 16 rows of 128 bytes
+            // The distance from the features to the further columns is in bits 16 to 29.
+            weight_value_product(sums, weights[k * 4], weights[k * 4 + 1], weights[k * 4 + 2], weights[k * 4 + 3],
+                                 values + row + ((ones - row) << 16));
+        }
         commit_products();
     };
-    auto end_values = [&]() {
+    auto end_products = [&]() {
         wait_for_products<0>();
         compiler_fence(sums), compiler_fence(weights);
     };
+    auto advance = [&]() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    };
 
-    if (AHEAD) weigh_block(0);
-    for (int block = 0; block < BLOCKS - AHEAD; block++) {
+#if AHEAD
+    float scores[2][STEP / 2];
+    wait(&shared.keys_loaded[0], 0);
+    multiply_queries(scores[0], queries, matrix(shared.keys[0]));
+    wait_for_products<0>();
+    compiler_fence(scores[0]);
+#pragma unroll 1
+    for (int block = 0; block < BLOCKS; block++) {
         load_ahead(block);
-        if (AHEAD) {
-            u32 next[KEYS / 4];
-            multiply_queries(shared, scores, queries, block + 1);
-            multiply_values(block);
-            wait_for_products<1>();
-            compiler_fence(scores);
-            softmax.weigh(next, scores, scale);  // while the values are being multiplied
-            wait_for_values(block + 1);  // keeps the compiler from moving the wait for products before the exponentials
-            end_values();
-            softmax.rescale(sums);
+        bool last = block + 1 == BLOCKS, wraps = stage + 1 == STAGES;
+        int next = last ? stage : wraps ? 0 : stage + 1;
 #pragma unroll
-            for (int i = 0; i < KEYS / 4; i++) weights[i] = next[i];
-        } else {
-            weigh_block(block);
-            multiply_values(block);
-            end_values();
+        for (int half = 0; half < 2; half++) {
+            softmax.prepare(scores[half], scale, block == 0 && half == 0);
+            if (half == 0) {
+                multiply_queries(scores[1], queries, matrix(shared.keys[stage]) + STEP * 8);
+            } else {  // of the next block; after the last block its own keys again, and nothing uses the scores
+                wait(&shared.keys_loaded[next], wraps && !last ? phase ^ 1 : phase);
+                multiply_queries(scores[0], queries, matrix(shared.keys[next]));
+            }
+            exponentiate(scores[half], 0);
+            if (half == 0) wait(&shared.values_loaded[stage], phase);
+            end_products();
+            compiler_fence(scores[1 - half]);
+            if (half == 0 && block > 0) release(stage == 0 ? STAGES - 1 : stage - 1);
+            pack_weights(weights, scores[half], 0);
+            softmax.rescale(sums);
+            multiply_values(half, 0);
         }
-        if (lane == 0) arrive(&shared.used[block % STAGES]);
+        advance();
     }
-    if (AHEAD) multiply_values(BLOCKS - 1), end_values();
+    end_products();
+#else
+    float scores[STEP / 2];
+#pragma unroll 1
+    for (int block = 0; block < BLOCKS; block++) {
+        load_ahead(block);
+        wait(&shared.keys_loaded[stage], phase);
+        multiply_queries(scores, queries, matrix(shared.keys[stage]));
+        wait_for_products<0>();
+        compiler_fence(scores);
+        softmax.prepare(scores, scale, block == 0);
+        softmax.rescale(sums);
+        wait(&shared.values_loaded[stage], phase);
+#pragma unroll
+        for (int part = 0; part < KEYS / PART; part++) {
+            exponentiate(scores, part);
+            pack_weights(weights, scores, part);
+            multiply_values(0, part);
+        }
+        end_products();
+        release(stage);
+        advance();
+    }
+#endif
 
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        float factor = 1 / sum_of_four_threads(softmax.totals[row]);
+        float factor = 1 / sums[DIM / 2 + row * 2];
         int query = first + warpgroup * 64 + thread / 32 * 16 + row * 8 + lane / 4;
         auto row_of = [&](int offset) {
             u64 token = (u64)group.segment * (GROUP * DILATION) + query * DILATION + offset;
-            return output + (token * HEADS + group.head) * (DIM / 2) + lane % 4;
+            return output + (token * HEADS + group.head) * (DIM / 8) + lane % 4;
         };
-        u32* to = row_of(group.offset);
+        uint4* to = row_of(group.offset);
 #pragma unroll
-        for (int i = 0; i < DIM / 8; i++) to[i * 4] = pack(sums[i * 4 + row * 2] * factor, sums[i * 4 + row * 2 + 1] * factor);
+        for (int half = 0; half < 2; half++) {
+            u32 words[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int at = (half * 4 + i) * 4 + row * 2;
+                words[i] = pack(sums[at] * factor, sums[at + 1] * factor);
+            }
+            to[half * 4] = transpose(words, lane);
+        }
         for (int other = 1; PER_HEAD && other < DILATION; other++) {
-            u32* zeros = row_of((group.offset + other) % DILATION);
-#pragma unroll
-            for (int i = 0; i < DIM / 8; i++) zeros[i * 4] = 0;
+            uint4* zeros = row_of((group.offset + other) % DILATION);
+            zeros[0] = zeros[4] = make_uint4(0, 0, 0, 0);
         }
     }
 }

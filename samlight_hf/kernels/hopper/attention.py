@@ -15,8 +15,9 @@ from ..support import in_compile_thread, normal_numbers, only_compiles, tried, w
 from . import runtime as hopper
 
 
-STAGES = {1: 2, 2: 3, 3: 5}  # blocks of keys and values in shared memory, by warpgroups per thread block
+STAGES = {1: 2, 2: 2, 3: 5}  # blocks of keys and values in shared memory, by warpgroups per thread block
 _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in attention.cu
+_ONES = 8  # further columns of values, which are 1: the fewest that products can have
 
 
 def why_not(qkv: torch.Tensor, segment_length: int | None, dilation_rate: int, dilation_offsets: str) -> str | None:
@@ -97,7 +98,7 @@ def launch_attention(
         dilation_offsets: "all" or "per_head".
         scaling: factor of the scores.
         warpgroups: warpgroups per thread block, 1 to 3; by default the choice of `warpgroups_of`.
-        out: contiguous memory for the result, which none of the inputs is in; by default it is new.
+        out: contiguous memory for the result, which none of the inputs is in, aligned to 16 bytes; new by default.
 
     Returns:
         (B * N, H * 64).
@@ -110,6 +111,7 @@ def launch_attention(
     queries = warpgroups * _WARPGROUP_QUERIES
     shape = batch_size * num_tokens, num_heads * head_dim
     output = qkv.new_empty(*shape) if out is None else out.view(shape)
+    assert hopper.are_aligned(output)  # written 16 bytes at a time
     if only_compiles():
         in_compile_thread(hopper.compile_in_process, source_of(**constants))
         return output
@@ -176,17 +178,19 @@ def _kernel(device: torch.device, **constants: int):
 
 def source_of(**constants: int) -> str:
     """Return the source of the kernel for these constants, which attention.cu uses in capitals."""
-    dtype = "bf16" if constants["BFLOAT16"] else "f16"
-    functions = hopper.product("query_key_product", _KEYS, dtype)
-    functions += hopper.product("weight_value_product", _DIM, dtype, from_registers=True)
-    defined: dict[str, int | str] = {**constants, "NAME": _name(constants), "SHARED_BYTES": _shared_bytes(constants)}
+    dtype, ahead = "bf16" if constants["BFLOAT16"] else "f16", constants["WARPGROUPS"] == 3
+    functions = hopper.product("query_key_product", _KEYS // 2 if ahead else _KEYS, dtype)
+    functions += hopper.product("weight_value_product", _DIM + _ONES, dtype, from_registers=True)
+    defined: dict[str, int | str] = {**constants, "AHEAD": int(ahead)}
+    defined |= {"NAME": _name(constants), "SHARED_BYTES": _shared_bytes(constants)}
     return hopper.source_of(Path(__file__).with_suffix(".cu"), defined, functions)
 
 
 def _shared_bytes(constants: dict[str, int]) -> int:
-    """Return the size of a thread block's queries, blocks of keys and values, and barriers."""
+    """Return the size of a thread block's queries, blocks of keys and values, ones, and barriers."""
     stages = constants["STAGES"]
-    return 2 * _DIM * (_WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * stages) + 8 * (1 + 3 * stages)
+    rows = _WARPGROUP_QUERIES * constants["WARPGROUPS"] + 2 * _KEYS * stages + 16  # the last: of ones
+    return 2 * _DIM * rows + 8 * (1 + 3 * stages)
 
 
 def _name(constants: dict[str, int]) -> str:

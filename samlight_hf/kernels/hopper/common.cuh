@@ -73,6 +73,9 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
+// Make what this thread has written to shared memory visible to products, and to copies from there.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Keep the compiler from moving accesses to registers that asynchronous products read or write: used before and after.
 template <int count>
 __device__ __forceinline__ void compiler_fence(float (&registers)[count]) {

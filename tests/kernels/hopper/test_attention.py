@@ -1,5 +1,7 @@
 """Tests of the attention kernel for Hopper GPUs: it compiles without spilling registers and equals the reference."""
 
+import re
+
 import pytest
 import torch
 from samlight_hf.modeling.dilated_attention import dilated_attention_reference
@@ -29,6 +31,14 @@ def test_the_kernel_compiles_without_spilling(per_head, warpgroups, stages, bflo
     constants = {**shape, "WARPGROUPS": warpgroups, "STAGES": stages}
     code, log = hopper.compile_source(source_of(BFLOAT16=bfloat16, **constants))
     assert code[:4] == b"\x7fELF" and spilled_bytes(log) == 0, log
+    assert re.findall(r"(\d+) bytes stack frame", log) == ["0"], log  # no array outside registers
+
+
+@pytest.mark.parametrize("warpgroups", STAGES)
+def test_as_many_thread_blocks_fit_as_are_counted_on(warpgroups):
+    """The kernel is compiled for their registers. A multiprocessor has 228 KiB, of which one is lost for each."""
+    size = hopper_attention._shared_bytes({"WARPGROUPS": warpgroups, "STAGES": STAGES[warpgroups]})
+    assert (4 - warpgroups) * (size + 1024) <= 228 * 1024
 
 
 @needs_compiler
@@ -96,6 +106,28 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
         expected, _ = dilated_attention_reference(*qkv.double().unbind(3), pattern[0] or 2048, *pattern[1:])
         found = launch_attention(qkv, *pattern, 0.125, warpgroups).view_as(expected)
     assert found.isfinite().all() and (found[expected == 0] == 0).all()  # "per_head": tokens of other heads
+    assert (found - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 6e-4) * expected.norm()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("scores", ["low", "jump"])
+def test_on_a_gpu_scores_may_all_be_low_or_jump(scores, warpgroups, dtype):
+    """Relative to 0, or to scores of earlier keys, weights would be 0 or infinite."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv = torch.randn(1, 2048, 2, 3, 64, device="cuda", generator=generator)
+    query, key, _ = qkv.unbind(3)
+    if scores == "low":
+        query.abs_(), key.abs_().mul_(-40)
+    else:
+        key[:, 1024:] *= 100
+    qkv = qkv.to(dtype)
+    with torch.no_grad():
+        expected, _ = dilated_attention_reference(*qkv.double().unbind(3), 2048, 1, "all")
+        found = launch_attention(qkv, None, 1, "all", 0.125, warpgroups).view_as(expected)
+    assert found.isfinite().all()
     assert (found - expected).norm() < (4e-3 if dtype == torch.bfloat16 else 6e-4) * expected.norm()
 
 
