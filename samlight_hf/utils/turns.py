@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -43,8 +43,41 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-@contextlib.contextmanager
-def turn(device: torch.device) -> Iterator[None]:
+class _Turn:
+    """One turn of a thread, as a context: a class, since a generator takes longer to enter than a kernel to launch."""
+
+    __slots__ = ("_device", "_stream", "_turns")
+
+    def __init__(self, device: torch.device, turns: _Turns):
+        self._device, self._turns = device, turns
+
+    def __enter__(self) -> None:
+        turns = self._turns
+        turns.lock.acquire()
+        try:
+            self._stream = None
+            if is_capturing(self._device):  # by the caller: a graph cannot wait for events outside of it
+                return
+            stream = current_stream(self._device)
+            if turns.last is not None and turns.last[0] != stream:
+                stream.wait_event(turns.last[1])
+            self._stream = stream
+        except BaseException:
+            turns.lock.release()
+            raise
+
+    def __exit__(self, *_) -> None:
+        turns, stream = self._turns, self._stream
+        try:
+            if stream is not None:
+                event = torch.cuda.Event() if turns.last is None else turns.last[1]
+                event.record(stream)
+                turns.last = stream, event
+        finally:
+            turns.lock.release()
+
+
+def turn(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Hold a CUDA device for one thread at a time; its work starts after that of the turn before, on any stream.
 
     CUDA graphs have one set of buffers, and an image that is encoded on one stream may be decoded on another. All
@@ -54,23 +87,12 @@ def turn(device: torch.device) -> Iterator[None]:
     Args:
         device: of the model.
     """
-    if device.type != "cuda":
-        yield
-        return
-    turns = _turns.setdefault(device, _Turns())
-    with turns.lock:
-        if is_capturing(device):  # by the caller: a graph cannot wait for events outside of it
-            yield
-            return
-        stream = current_stream(device)
-        if turns.last is not None and turns.last[0] != stream:
-            stream.wait_event(turns.last[1])
-        try:
-            yield
-        finally:
-            event = torch.cuda.Event() if turns.last is None else turns.last[1]
-            event.record(stream)
-            turns.last = stream, event
+    turns = _turns.get(device)
+    if turns is None:
+        if device.type != "cuda":
+            return contextlib.nullcontext()
+        turns = _turns.setdefault(device, _Turns())
+    return _Turn(device, turns)
 
 
 def takes_turns(method: Callable) -> Callable:
