@@ -161,10 +161,10 @@ class GraphedFunction:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
             captured = self._graphs[key] = self._capture(tensors, lent)
-        self._graphs.move_to_end(key)
         graph, inputs, outputs = captured
         inputs.fill(tensors)
         graph.replay()
+        self._graphs.move_to_end(key)  # like all that is not needed before, while the device is at work
         self.last_ran = "graph"
         return outputs
 
@@ -218,7 +218,7 @@ def parts_of(count: int, most: int) -> list[slice]:
 
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> tuple:
-    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+    return tuple([(tensor.shape, tensor.dtype) for tensor in tensors])
 
 
 class StaticInputs:
@@ -254,14 +254,16 @@ class StaticInputs:
         own = iter(_views(inputs[len(self._buffer) :], others))
         self.tensors = [next(copies) if e.is_cpu else e if e is lent else next(own) for e in examples]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
+        self._waits = [not target.is_cuda for target in self._targets]
+        self._has_buffer = len(self._buffer) > 0
 
     def fill(self, tensors: Sequence[torch.Tensor]):
         """Copy the values of the tensors to the inputs."""
-        for target, tensor in zip(self._targets, tensors):
+        for target, tensor, waits in zip(self._targets, tensors, self._waits):
             if tensor is not target:  # else the caller has written to the input itself
-                target.copy_(tensor, non_blocking=target.is_cuda)
-        if self._buffer.numel():
-            self._device_buffer.copy_(self._buffer, non_blocking=True)
+                target.copy_(tensor, not waits)
+        if self._has_buffer:
+            self._device_buffer.copy_(self._buffer, True)
 
 
 def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:

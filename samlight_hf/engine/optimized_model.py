@@ -23,6 +23,9 @@ from .image_encoder import MOST_IMAGES, FastVisionEncoder, make_encoder, why_not
 from .mask_decoder import FastMaskDecoder
 
 
+# A config looks each name up among other names of the same, first: that takes longer than to launch a kernel.
+_read = object.__getattribute__
+
 # The classes below are mixins: `optimized_class` puts a model's class behind them.
 _Module: Any = PreTrainedModel if TYPE_CHECKING else object
 
@@ -233,6 +236,9 @@ class FastPaths:
         """Encode pixel values (B, 3, S, S) to embeddings (B, C, h, w), which belong to the caller."""
         if self.copied is None:
             self.check_weights()
+        if pixel_values.shape[0] <= MOST_IMAGES:
+            with turn(self.device):
+                return self.encode(pixel_values).clone()
         parts = self._parts(self.encode, MOST_IMAGES, [], [pixel_values])
         with turn(self.device):
             first = self.encode(pixel_values[parts[0]])
@@ -249,9 +255,11 @@ class FastPaths:
         function: GraphedFunction, most: int, common: list[torch.Tensor], divided: list[torch.Tensor]
     ) -> list[slice]:
         """Divide rows into parts for which there is a graph; if there is none they are computed all at once."""
-        count = len(divided[0])
+        count = divided[0].shape[0]
+        if count <= most:
+            return [slice(0, count)]
         parts = parts_of(count, most)
-        has_graph = len(parts) > 1 and function.replays(*common, *(tensor[parts[0]] for tensor in divided))
+        has_graph = function.replays(*common, *(tensor[parts[0]] for tensor in divided))
         return parts if has_graph else [slice(0, count)]
 
     def masks(
@@ -319,7 +327,9 @@ class OptimizedEncoder(_Optimized):
         reason = _why_not_keywords(self.config, kwargs) or self._why_not(pixel_values)
         if reason is None:
             assert pixel_values is not None
-            return SamVisionEncoderOutput(last_hidden_state=self._paths.embeddings(pixel_values.to(self._paths.dtype)))
+            if pixel_values.dtype != self._paths.dtype:
+                pixel_values = pixel_values.to(self._paths.dtype)
+            return SamVisionEncoderOutput(last_hidden_state=self._paths.embeddings(pixel_values))
         self._paths.check_weights()
         outputs = super().forward(pixel_values, **kwargs)  # which raises the right error for a wrong size, too
         self._paths.warn_once("image encoder", reason)
@@ -394,9 +404,9 @@ def _why_not_keywords(config: PreTrainedConfig, kwargs: dict) -> str | None:
         if asks or (name == "return_dict" and value is False):
             return f"it is called with {name}."
     for name in ("output_hidden_states", "output_attentions"):
-        if getattr(config, name):
+        if _read(config, name):
             return f"{name} is set in its config."
-    return None if config.return_dict else "return_dict is not set in its config."
+    return None if _read(config, "return_dict") else "return_dict is not set in its config."
 
 
 def _prompts(points, labels, boxes) -> list[torch.Tensor]:
