@@ -16,7 +16,7 @@ from transformers import MaskGenerationPipeline, SamHQConfig, SamHQModel, SamIma
 from samlight_hf import ImageError, MaskGenerationSettings, MaskGenerator, Predictor, SamLighteningModel
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.mask_decoder import FastMaskDecoder
-from samlight_hf.engine.memory_budget import MemoryBudget
+from samlight_hf.engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.images.preprocessing import image_tensor
 from samlight_hf.inference.candidates import Candidates
@@ -390,6 +390,15 @@ def test_less_memory_means_smaller_steps(bundled):
     assert budgets[0].masks_per_step((10_000, 10_000), (10_000, 10_000)) == 1
     with pytest.raises(ValueError, match=r"max_memory_mb=60 is too small.*needs at least \d+"):
         MemoryBudget(model, 60)
+
+
+def test_a_grid_of_32_points_a_side_is_six_batches_of_the_published_model():
+    lean, model = (
+        SimpleNamespace(dtype=torch.float16, is_lean=True),
+        load_model(BUNDLED_CHECKPOINT, "cpu", torch.bfloat16)[0],
+    )
+    budget = MemoryBudget(_OnCuda(model), DEFAULT_MEMORY_MB, None, lean, True)
+    assert 171 <= budget.points_per_batch < 205
 
 
 @pytest.fixture(scope="module")
