@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .turns import current_stream
+
 
 class HostCopy:
     """Copies of tensors, which arrive on the CPU while the device and the caller go on.
@@ -26,7 +28,7 @@ class HostCopy:
                 for tensor in tensors
             )
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(tensors[0].device))
+            self._event.record(current_stream(tensors[0].device))
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """Return the tensors on the CPU. They may be in pinned memory, of which there is little: do not keep them."""

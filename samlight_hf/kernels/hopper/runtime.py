@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...utils.turns import current_stream
 from ..support import num_processors as num_processors  # for the modules beside this one
+from ..support import on_device
 from . import nvrtc
 from .nvrtc import compile_source
 
 
 if TYPE_CHECKING:
-    from cuda.bindings.driver import CUfunction, CUtensorMap
+    from cuda.bindings.driver import CUfunction, CUlaunchConfig, CUtensorMap
     from triton.runtime.cache import CacheManager
 
 _HEADER = Path(__file__).with_name("common.cuh")
@@ -183,17 +185,25 @@ def tensor_map(
         strides: of all dimensions but the innermost, in elements.
         box: sizes of the boxes; 64 in the innermost dimension.
     """
+    return _map_of_address(tensor.data_ptr(), tensor.dtype, sizes, strides, box)
+
+
+@lru_cache(maxsize=256)  # weights, and what graphs return, are always in one place
+def _map_of_address(
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> "CUtensorMap":
+    """Describe what is, or will be, at an address; see `tensor_map`."""
     from cuda.bindings import driver
 
     kinds, u32, u64 = driver.CUtensorMapDataType, driver.cuuint32_t, driver.cuuint64_t
-    bfloat16 = tensor.dtype == torch.bfloat16
+    bfloat16 = dtype == torch.bfloat16
     return _checked(
         driver.cuTensorMapEncodeTiled(
             kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             len(sizes),
-            tensor.data_ptr(),
+            address,
             [u64(size) for size in sizes],
-            [u64(stride * tensor.element_size()) for stride in strides],
+            [u64(stride * dtype.itemsize) for stride in strides],
             [u32(size) for size in box],
             [u32(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -224,6 +234,17 @@ def launch_kernel(
     """
     from cuda.bindings import driver
 
+    config = _launch_config(num_blocks, num_threads, shared_bytes, current_stream(device).cuda_stream)
+    values, types = zip(*map(_argument, arguments))
+    with on_device(None if device.index == torch.cuda.current_device() else device):
+        _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
+
+
+@lru_cache(maxsize=64)
+def _launch_config(num_blocks: int, num_threads: int, shared_bytes: int, stream: int) -> "CUlaunchConfig":
+    """Make a configuration for `launch_kernel` on a stream with this handle: launches read it, and do not keep it."""
+    from cuda.bindings import driver
+
     overlap = driver.CUlaunchAttribute()
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
@@ -231,11 +252,9 @@ def launch_kernel(
     config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
     config.sharedMemBytes = shared_bytes
-    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    config.hStream = driver.CUstream(stream)
     config.attrs, config.numAttrs = [overlap], 1
-    values, types = zip(*map(_argument, arguments))
-    with torch.cuda.device(device):
-        _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
+    return config
 
 
 def _argument(value) -> tuple:
