@@ -108,6 +108,38 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
             threads.compile_waiting()
 
 
+_compiled: dict[tuple, Any] = {}  # what `launch_again` launches
+
+
+def launch_again(
+    kernel: Any, grid: tuple[int, int, int], tensors: tuple[torch.Tensor, ...], numbers: tuple, constants: tuple,
+    num_warps: int,
+):  # fmt: skip
+    """Launch a Triton kernel that is launched often: Triton looks at each argument anew, for tens of microseconds.
+
+    From the second launch of a variant on, the compiled kernel is launched itself. Variants are told apart by the
+    tensors' dtypes and alignments and by the constants alone: all integers that are no constants are in the kernel's
+    `do_not_specialize`, and fit into 32 bits. The tensors' device is the current one.
+
+    Args:
+        kernel: The kernel.
+        grid: Of its thread blocks.
+        tensors: The first arguments, in the order of the kernel's signature, as all arguments are.
+        numbers: The integers and floats behind them.
+        constants: The `tl.constexpr` behind these.
+        num_warps: Of a thread block.
+    """
+    kinds = [(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
+    variant = id(kernel), tensors[0].device, num_warps, constants, *kinds
+    compiled = _compiled.get(variant)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return
+    compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+    if compiled is not None:  # it is in Triton's interpreter
+        _compiled[variant] = compiled
+
+
 def _compile(device: torch.device | None, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict):
     with contextlib.suppress(Exception), on_device(device):  # the real launch says what is wrong
         compiled = kernel.warmup(*arguments, grid=grid, **options)

@@ -15,7 +15,7 @@ from ..masks.boxes import mask_boxes
 from ..masks.rle import mask_changes
 from ..masks.upscaling import upscale_logits
 from . import cpu_blocks
-from .support import normal_numbers, on_device_of, triton, why_not_tried
+from .support import launch_again, normal_numbers, on_device_of, triton, why_not_tried
 
 
 if triton is not None:
@@ -23,8 +23,8 @@ if triton is not None:
 
 
 _POSITIONS = 1024  # of a thread block
-_MASK_BLOCK = {"ROWS": 32, "COLUMNS": 256, "num_warps": 1}
-_MEASURE_BLOCK = {"ROWS": 32, "COLUMNS": 256, "NEAR_ROWS": 8, "NEAR_COLUMNS": 256, "num_warps": 4}  # at most 32 rows
+_MASK_BLOCK = _ROWS, _COLUMNS = 32, 256
+_MEASURE_BLOCK = _ROWS, _COLUMNS, 8, 256  # at most 32 rows; rows and columns of the logits that are looked at at once
 _NUM_MEASURES = 6
 _OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are found in one launch
 
@@ -192,26 +192,24 @@ def launch_masks(logits: torch.Tensor, frame: Frame, threshold: float) -> torch.
     logits, (height, width) = logits.contiguous(), frame.crop
     masks = torch.empty(len(logits), height, width, dtype=torch.bool, device=logits.device)
     if len(logits):
-        grid = len(logits), -(-width // _MASK_BLOCK["COLUMNS"]), -(-height // _MASK_BLOCK["ROWS"])
+        grid = len(logits), -(-width // _COLUMNS), -(-height // _ROWS)
+        numbers = *_geometry(logits, frame), float(threshold)
+        constants = *_MASK_BLOCK, frame.resized != frame.crop, width % 4 == 0
         with on_device_of(logits):
-            masks_kernel[grid](
-                logits, masks, *_geometry(logits, frame), float(threshold), TWICE=frame.resized != frame.crop,
-                ALIGNED=width % 4 == 0, **_MASK_BLOCK,
-            )  # fmt: skip
+            launch_again(masks_kernel, grid, (logits, masks), numbers, constants, num_warps=1)
     return masks
 
 
 def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, float, float]) -> torch.Tensor:
-    logits, strips = logits.contiguous(), triton.cdiv(frame.crop[0], _MEASURE_BLOCK["ROWS"])
+    logits, strips = logits.contiguous(), triton.cdiv(frame.crop[0], _ROWS)
     # Each strip of rows has its own partial results, so no atomic operations are needed.
     partial = torch.empty(_NUM_MEASURES, len(logits), strips, dtype=torch.int32, device=logits.device)
     if not len(logits):
         return partial.new_zeros(0, _NUM_MEASURES)
+    numbers = strips, *_geometry(logits, frame), *map(float, thresholds), float(min(thresholds))
+    constants = *_MEASURE_BLOCK, frame.resized != frame.crop
     with on_device_of(logits):
-        measure_kernel[(len(logits) * strips,)](
-            logits, partial, strips, *_geometry(logits, frame), *map(float, thresholds), float(min(thresholds)),
-            TWICE=frame.resized != frame.crop, **_MEASURE_BLOCK,
-        )  # fmt: skip
+        launch_again(measure_kernel, (len(logits) * strips, 1, 1), (logits, partial), numbers, constants, num_warps=4)
     areas, first, last = partial[:2].sum(dim=2), partial[2:4].amin(dim=2), partial[4:].amax(dim=2)
     empty = last[0] < 0
     return torch.cat([areas.int(), torch.cat([first, last]).masked_fill(empty, 0)]).T.contiguous()
@@ -231,17 +229,16 @@ def launch_changes(
         spans = mask_boxes(logits.float() > threshold)[:, 0::2].int()  # first and last such column
     spans = spans.contiguous()
     transposed = logits.transpose(1, 2).contiguous()  # column-major, like the positions
+    grid = len(logits) * blocks, 1, 1
+    numbers = blocks, *_geometry(logits, frame), *frame.corner, frame.image[0], float(threshold)
+    constants = _POSITIONS, frame.resized != frame.crop
     with on_device_of(logits):
-        bits_kernel[(len(logits) * blocks,)](
-            transposed, spans, bits, blocks, *_geometry(logits, frame), *frame.corner, frame.image[0], float(threshold),
-            POSITIONS=_POSITIONS, TWICE=frame.resized != frame.crop, num_warps=8,
-        )  # fmt: skip
+        launch_again(bits_kernel, grid, (transposed, spans, bits), numbers, constants, num_warps=8)
 
     def run(positions: torch.Tensor, starts: torch.Tensor, write: bool):
+        tensors, numbers = (bits, counts, starts, positions), (blocks, num_positions)
         with on_device_of(logits):
-            changes_kernel[(len(logits) * blocks,)](
-                bits, counts, starts, positions, blocks, num_positions, POSITIONS=_POSITIONS, WRITE=write, num_warps=4
-            )
+            launch_again(changes_kernel, grid, tensors, numbers, (_POSITIONS, write), num_warps=4)
 
     run(counts, counts, write=False)  # count first, to know where each block's positions go
     ends = counts.view(-1).cumsum(0)

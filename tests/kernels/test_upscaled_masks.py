@@ -80,13 +80,36 @@ def check(name: str, device="cpu", dtype=torch.float32):
 
 
 def test_some_cases_are_larger_than_a_block():
-    masks, strips = upscaled_masks._MASK_BLOCK, upscaled_masks._MEASURE_BLOCK
+    rows, columns, _, near_columns = upscaled_masks._MEASURE_BLOCK
+    assert (rows, columns) == upscaled_masks._MASK_BLOCK
     sizes, frames = zip(*CASES.values())
     heights, widths = zip(*(frame.crop for frame in frames))
-    assert max(heights) > max(masks["ROWS"], strips["ROWS"])
-    assert max(widths) > max(masks["COLUMNS"], strips["COLUMNS"])
-    assert max(width for _, width in sizes) > strips["NEAR_COLUMNS"]
+    assert max(heights) > rows
+    assert max(widths) > columns
+    assert max(width for _, width in sizes) > near_columns
     assert {width % 4 == 0 for width in widths} == {False, True}, "both kinds of stores"
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", ["masks_kernel", "measure_kernel", "bits_kernel", "changes_kernel"])
+def test_the_kernels_are_compiled_for_none_of_their_integers(name):
+    """`launch_again` requires it. In the other places are tensors and floats."""
+    others = "logits masks partial spans bits counts starts positions threshold middle high low lowest"
+    scales = {f"{low}scale_{axis}" for low in ("", "low_") for axis in "yx"}
+    parameters = [parameter for parameter in getattr(upscaled_masks, name).params if not parameter.is_constexpr]
+    integers = {parameter.name for parameter in parameters if parameter.do_not_specialize}
+    assert integers and {parameter.name for parameter in parameters} - integers <= {*others.split(), *scales}
+
+
+@pytest.mark.gpu
+def test_logits_of_another_alignment_have_a_kernel_of_their_own():
+    """A kernel that was compiled for aligned ones would read wrong addresses."""
+    frame = Frame((32, 32), (32, 24), (62, 48), (0, 0), (62, 48))
+    memory = torch.randn(3 * 8 * 8 + 1, generator=torch.Generator().manual_seed(0)).cuda()
+    for start in (0, 1, 0, 1):
+        logits = memory[start : start + 3 * 8 * 8].view(3, 8, 8)
+        differences = launch_masks(logits, frame, 0.0) != masks_reference(logits, frame, 0.0)
+        assert differences.flatten(1).sum(dim=1).max() <= 1
 
 
 @pytest.mark.slow
