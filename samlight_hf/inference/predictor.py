@@ -375,11 +375,13 @@ class Predictor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode prompts of one kind on one image, see `_decode`."""
         self._check_weights()
-        step = self._at_once(prompts.is_short)
+        step, count = self._at_once(prompts.is_short), len(prompts)
         try:
+            if count <= step:
+                return self._decode_part(image.embedding, image.scale, prompts, multimask_output)
             parts = [
                 self._decode_part(image.embedding, image.scale, prompts.part(start, start + step), multimask_output)
-                for start in range(0, len(prompts), step)
+                for start in range(0, count, step)
             ]
         finally:
             image.read()  # the device need not wait for it: the caller holds the image
@@ -427,7 +429,8 @@ class Predictor:
             prompts_per_upscaling=self.budget.points_per_upscaling,
             repeated=len(prompts) == 1,
         )
-        return decoded.iou, decoded.logits.view(*decoded.iou.shape, *decoded.logits.shape[-2:]).float()
+        iou, logits = decoded.iou, decoded.logits
+        return iou, logits.view(iou.shape + logits.shape[1:]).float()
 
     def _result(self, image: EncodedImage, scores: torch.Tensor, logits: torch.Tensor, full_size: bool) -> Prediction:
         masks = None

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 
 # An image with this many prompts of one kind is decoded alone, which saves a part of the decoder's work.
 _PROMPTS_ALONE = 8
+_FEW_NUMBERS = 32  # a loop over them takes less time than NumPy's functions
 _NUMPY_TYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32)
 
 
@@ -227,14 +228,11 @@ def regular_prompts(size: tuple[int, int], points_xy=None, labels=None, boxes_xy
         The prompts, or None if they are no arrays of numbers, differ in the number of points, or are wrong:
         `parse_prompts` then accepts them, or says what is wrong.
     """
-    height, width = size
     points = boxes = None
     if points_xy is not None:
-        points = _array(points_xy, 3, 2)
-        if points is None or not ((points > -1) & (points < (width + 1, height + 1))).all():
+        points = _clipped(_array(points_xy, 3, 2), size, _clip_points)
+        if points is None:
             return None
-        lengths = np.array([width, height], dtype=np.float64)
-        points = np.where(points < lengths, np.maximum(points, 0.0), lengths - 1).astype(np.float32)
         labels = np.ones(points.shape[:2], dtype=np.int64) if labels is None else _array(labels, 2, points.shape[1])
         if labels is None or len(labels) != len(points) or not ((labels == 0) | (labels == 1)).all():
             return None
@@ -242,16 +240,42 @@ def regular_prompts(size: tuple[int, int], points_xy=None, labels=None, boxes_xy
     elif labels is not None:
         return None
     if boxes_xyxy is not None:
-        boxes = _array(boxes_xyxy, 2, 4)
-        if boxes is None or not np.isfinite(boxes).all():
-            return None
-        boxes = np.minimum(np.maximum(boxes, 0.0), np.array((width, height, width, height), dtype=np.float64))
-        if not (boxes[:, :2] < boxes[:, 2:]).all():  # reversed, empty, or outside altogether
-            return None
-        boxes = boxes.astype(np.float32)
-        if points is not None and len(points) != len(boxes):
+        boxes = _clipped(_array(boxes_xyxy, 2, 4), size, _clip_boxes)
+        if boxes is None or (points is not None and len(points) != len(boxes)):
             return None
     return None if points is None and boxes is None else PromptArrays(points, labels, boxes)
+
+
+def _clipped(values: np.ndarray | None, size: tuple[int, int], clip: Callable) -> np.ndarray | None:
+    """Cut points or boxes to the image of `size` (height, width), float32; None if one of them is wrong."""
+    if values is None:
+        return None
+    height, width = size
+    if values.size > _FEW_NUMBERS:
+        clipped = clip(values, width, height)
+        return None if clipped is None else clipped.astype(np.float32)
+    rows = values.reshape(-1, values.shape[-1]).tolist()
+    try:
+        clipped = [_clip_point(row, width, height) if len(row) == 2 else _clip_box(row, width, height) for row in rows]
+    except ValueError:
+        return None
+    return np.array(clipped, dtype=np.float32).reshape(values.shape)
+
+
+def _clip_points(points: np.ndarray, width: int, height: int) -> np.ndarray | None:
+    """Apply `_clip_point` to points (..., 2); return None if one is outside, or not finite."""
+    if not ((points > -1) & (points < (width + 1, height + 1))).all():
+        return None
+    lengths = np.array([width, height], dtype=np.float64)
+    return np.where(points < lengths, np.maximum(points, 0.0), lengths - 1)
+
+
+def _clip_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray | None:
+    """Apply `_clip_box` to boxes (n, 4); return None if one is outside, reversed, without area, or not finite."""
+    if not np.isfinite(boxes).all():
+        return None
+    boxes = np.minimum(np.maximum(boxes, 0.0), np.array((width, height, width, height), dtype=np.float64))
+    return boxes if (boxes[:, :2] < boxes[:, 2:]).all() else None
 
 
 def _array(values, num_dimensions: int, last: int) -> np.ndarray | None:
