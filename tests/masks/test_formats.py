@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from samlight_hf.masks.files import coco_document, coco_text
 from samlight_hf.masks.formats import label_map, labelme_document, polygons, yolo_lines
+from samlight_hf.masks.results import GeneratedMasks, MaskResult
 from samlight_hf.masks.rle import RunLengthMasks
 
 
@@ -147,3 +149,31 @@ def test_without_opencv_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match=r'pip install "samlight-hf\[polygons\]"'):
         polygons(FULL)
+
+
+def results(num_masks: int, kind: type) -> GeneratedMasks | MaskResult:
+    """Make results whose run lengths have every character that there is."""
+    random = np.random.default_rng(num_masks)
+    masks = random.random((num_masks, 300, 70)).cumsum(axis=1) % 50 < 25
+    scores, boxes, points = (random.random((num_masks, width), dtype=np.float32) * 70 for width in (1, 4, 2))
+    if kind is MaskResult:
+        return MaskResult(masks, scores[:, 0], boxes)
+    run_lengths = RunLengthMasks.from_masks(masks)
+    return GeneratedMasks(run_lengths, scores[:, 0], boxes, boxes[:, 2], points, boxes[:, ::-1])
+
+
+@pytest.mark.parametrize("kind", [GeneratedMasks, MaskResult])
+@pytest.mark.parametrize("num_masks", [0, 1, 40])
+def test_the_text_of_a_coco_document_is_its_json(kind, num_masks):
+    result = results(num_masks, kind)
+    for name in ("folder/cat.jpg", 'a "[]" \\ "annotations": [] é.png'):
+        expected = json.dumps(coco_document(name, (70, 300), result))
+        assert coco_text(name, (70, 300), result) == expected
+        assert num_masks < 40 or "\\\\" in expected
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_the_text_of_a_coco_document_has_jsons_names_for_what_is_no_number(number):
+    result = results(3, GeneratedMasks)
+    result.stability_scores[1] = number
+    assert coco_text("a.png", (70, 300), result) == json.dumps(coco_document("a.png", (70, 300), result))
