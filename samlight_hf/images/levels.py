@@ -32,7 +32,7 @@ class LevelsError(ValueError):
     """An image whose levels Pillow cannot read correctly."""
 
 
-def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -> Image.Image:
+def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, copies: bool = True) -> Image.Image:
     """Convert an image of any mode to RGB, 8 bits, and log one line if its levels are changed.
 
     8-bit levels are kept. Levels of more bits are stretched, see `stretch`. Transparency is composited on white; an
@@ -43,6 +43,8 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -
             Pillow keeps only the high byte.
         name: names the image in the log. Without a name only the first such line of the process is logged.
         upright: turn the image as its EXIF orientation says.
+        copies: copy an image that need not be converted. Without it such an image is returned itself: a copy takes as
+            long as decoding the file, and no other thread of the process runs Python meanwhile.
 
     Raises:
         LevelsError: for 16-bit colours in separate planes without compression, which Pillow reads as 8 bits.
@@ -54,8 +56,9 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -
         image = _deep_colours_to_rgb(high, low, nodata, notes)
         log_changes(name, notes)
         return image
-    image = ImageOps.exif_transpose(image) if upright else image
     image.load()
+    if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # which copies any other image
     if image.mode.startswith(("I", "F")):
         levels = np.asarray(image)
         levels, note = stretch(levels.view(np.uint32) if is_unsigned else levels, nodata)
@@ -63,7 +66,7 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False) -
         image = Image.fromarray(levels).convert("RGB")
     elif "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = _lay_on_white(image.convert("RGBA"), notes)
-    else:
+    elif copies or image.mode != "RGB" or image.readonly:  # the last is in a file that may change
         image = image.convert("RGB")
     log_changes(name, notes)
     return image

@@ -128,7 +128,7 @@ def open_image(
             warnings.simplefilter("ignore")  # Pillow's warning of the size, which is checked below
             with Image.open(path, formats=formats) as image:
                 _check_size(path, *image.size, max_pixels)
-                return to_rgb(image, str(path), upright=True)
+                return to_rgb(image, str(path), upright=True, copies=False)
     except ImageError:
         raise
     except LevelsError as error:

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from samlight_hf.data.dataset import decode_image
 from samlight_hf.data.lazy import LazySample
@@ -297,3 +297,20 @@ def test_data_tell_once(caplog, monkeypatch):
         for _ in range(3):
             to_rgb(image)
     assert caplog.text.count("became 0 to 255") == 1 and "not reported" in caplog.text
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 9])
+def test_an_image_that_need_not_be_converted_is_copied_only_if_it_is_asked_for(orientation):
+    image = Image.effect_noise((5, 4), 60).convert("RGB")
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    before = np.asarray(image)
+    copy, own = to_rgb(image, upright=True), to_rgb(image, upright=True, copies=False)
+    assert copy is not image
+    assert (own is image) == (orientation == 1)
+    assert np.array_equal(copy, np.rot90(before, -1) if orientation == 6 else before)
+    assert np.array_equal(own, copy)
+    copy.putpixel((0, 0), (1, 2, 3))
+    assert np.array_equal(image, before)
+    grey = Image.new("L", (5, 4), 7)
+    assert to_rgb(grey, upright=True, copies=False).mode == "RGB"
+    assert grey.mode == "L"
