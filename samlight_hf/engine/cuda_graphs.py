@@ -68,7 +68,8 @@ class GraphMemory:
         """Return the buffer if it has `num_bytes`, or else a new one of as many, or of `wanted`."""
         buffer = self._buffers.get(device)
         if buffer is None or len(buffer) < num_bytes:  # older graphs keep the one that was too small
-            buffer = torch.empty(max(num_bytes, wanted), dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # as in `StaticInputs`
+                buffer = torch.empty(max(num_bytes, wanted), dtype=torch.uint8, device=device)
             self._buffers[device] = buffer
         return buffer
 
@@ -139,28 +140,26 @@ class GraphedFunction:
         captured = self._graphs.get((device, (torch.Size(shape), dtype)))
         if captured is not None:
             return captured[1].tensors[0]
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # as in `StaticInputs`
+            tensor = torch.empty(shape, dtype=dtype, device=device)
         self._lent = tensor if self.enabled and not self._frozen else None  # a frozen function copies
         return tensor
 
     def __call__(self, *tensors: torch.Tensor):
-        if not torch.is_inference_mode_enabled():
-            with torch.inference_mode():
-                return self(*tensors)
         lent, self._lent = self._lent, None
-        device = tensors[0].device
-        kinds = _kinds(tensors)
+        device, kinds = tensors[0].device, _kinds(tensors)
         key = device, *kinds
         captured = self._graphs.get(key)
         if captured is None:
-            if not self._may_capture(device, kinds):
-                self.last_ran = "eager"
-                return self.function(*(tensor.to(device, non_blocking=True) for tensor in tensors))
-            if len(self._graphs) >= self.max_graphs:
-                torch.cuda.synchronize(device)  # another stream may still run the graph that is dropped
-            while len(self._graphs) >= self.max_graphs:
-                self._graphs.popitem(last=False)
-            captured = self._graphs[key] = self._capture(tensors, lent)
+            with torch.inference_mode():  # not for a replay: to enter it takes longer than to launch a copy
+                if not self._may_capture(device, kinds):
+                    self.last_ran = "eager"
+                    return self.function(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+                if len(self._graphs) >= self.max_graphs:
+                    torch.cuda.synchronize(device)  # another stream may still run the graph that is dropped
+                while len(self._graphs) >= self.max_graphs:
+                    self._graphs.popitem(last=False)
+                captured = self._graphs[key] = self._capture(tensors, lent)
         graph, inputs, outputs = captured
         inputs.fill(tensors)
         graph.replay()
@@ -225,7 +224,8 @@ class StaticInputs:
     """Input tensors of a graph: their memory stays where it is, and `fill` copies values into it.
 
     Inputs whose examples are on the CPU are copied from one buffer there, since each copy between the two takes as long
-    as several kernels of a short graph. Later values may be on either, wherever the examples were.
+    as several kernels of a short graph. Later values may be on either, wherever the examples were. They are copied in
+    any mode, so that the inputs are no inference tensors.
 
     Args:
         examples: Tensors of the shapes and dtypes; all inputs are on the device of the first.
@@ -233,6 +233,7 @@ class StaticInputs:
         memory: Where the other inputs are. Default: in memory of their own.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         examples: Sequence[torch.Tensor],
@@ -261,7 +262,7 @@ class StaticInputs:
         """Copy the values of the tensors to the inputs."""
         for target, tensor, waits in zip(self._targets, tensors, self._waits):
             if tensor is not target:  # else the caller has written to the input itself
-                target.copy_(tensor, not waits)
+                target.copy_(tensor.detach() if tensor.requires_grad else tensor, not waits)
         if self._has_buffer:
             self._device_buffer.copy_(self._buffer, True)
 

@@ -403,9 +403,10 @@ def _why_not_keywords(config: PreTrainedConfig, kwargs: dict) -> str | None:
         )
         if asks or (name == "return_dict" and value is False):
             return f"it is called with {name}."
-    for name in ("output_hidden_states", "output_attentions"):
-        if _read(config, name):
-            return f"{name} is set in its config."
+    if _read(config, "output_hidden_states"):
+        return "output_hidden_states is set in its config."
+    if _read(config, "output_attentions"):
+        return "output_attentions is set in its config."
     return None if _read(config, "return_dict") else "return_dict is not set in its config."
 
 

@@ -35,11 +35,13 @@ def current_stream(device: torch.device) -> torch.cuda.Stream:
 
 def is_capturing(device: torch.device) -> bool:
     """Return whether work on the device's current stream goes into a CUDA graph now."""
-    if device.type != "cuda":
-        return False
-    if device.index in (None, torch.cuda.current_device()):  # making it the current one takes microseconds
+    return device.type == "cuda" and _is_capturing(device.index)
+
+
+def _is_capturing(index: int | None) -> bool:
+    if index is None or index == torch.cuda.current_device():  # making it the current one takes microseconds
         return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
+    with torch.cuda.device(index):
         return torch.cuda.is_current_stream_capturing()
 
 
@@ -56,7 +58,7 @@ class _Turn:
         turns.lock.acquire()
         try:
             self._stream = None
-            if is_capturing(self._device):  # by the caller: a graph cannot wait for events outside of it
+            if _is_capturing(self._device.index):  # by the caller: a graph cannot wait for events outside of it
                 return
             stream = current_stream(self._device)
             if turns.last is not None and turns.last[0] != stream:

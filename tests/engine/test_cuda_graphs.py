@@ -33,6 +33,7 @@ class Recorded(GraphedFunction):
         outputs = self.function(*inputs.tensors)
 
         class Graph:
+            @torch.inference_mode()
             def replay(graph):
                 for own, new in zip(tree_leaves(outputs), tree_leaves(self.function(*inputs.tensors))):
                     own.copy_(new)
@@ -53,6 +54,20 @@ def test_a_frozen_function_captures_what_was_announced_and_only_when_it_is_calle
         assert function(torch.full((5,), float(number))).tolist() == 5 * [2 * number] and function.last_ran == "graph"
     assert len(function) == 2
     assert function(torch.ones(2)).tolist() == [2, 2] and function.last_ran == "graph"
+
+
+def test_a_replay_takes_inputs_of_any_mode():
+    function = Recorded(lambda x, y: x + y)
+    inputs = torch.ones(2), torch.ones(2, requires_grad=True)
+    with torch.inference_mode():
+        inferred = torch.ones(2)
+    for _ in range(2):
+        for one in inputs:
+            result = function(inferred, one)
+            assert function.last_ran == "graph" and result.tolist() == [2, 2] and not result.requires_grad
+        with torch.inference_mode(), torch.no_grad():
+            assert function(2 * inferred, inputs[1]).tolist() == [3, 3]
+    assert not any(tensor.requires_grad for _, inputs, _ in function._graphs.values() for tensor in inputs.tensors)
 
 
 def test_a_function_without_graphs_captures_nothing_that_was_announced():

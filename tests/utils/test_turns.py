@@ -37,7 +37,7 @@ class Device:
                 device.done.append(("record", stream.name))
 
         monkeypatch.setattr(turns, "_turns", {})
-        monkeypatch.setattr(turns, "is_capturing", lambda _: self.captures)
+        monkeypatch.setattr(turns, "_is_capturing", lambda _: self.captures)
         monkeypatch.setattr(turns, "current_stream", lambda _: self.current)
         monkeypatch.setattr(torch.cuda, "Event", Event)
 
@@ -67,11 +67,11 @@ def test_a_turn_waits_for_the_one_before_if_that_was_on_another_stream(monkeypat
 def test_after_an_error_another_thread_has_its_turn(monkeypatch, where):
     device, name, had = Device(monkeypatch), torch.device("cuda", 0), []
     if where == "at its begin":
-        monkeypatch.setattr(turns, "is_capturing", lambda _: 1 / 0)
+        monkeypatch.setattr(turns, "_is_capturing", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError), turn(name):
         _ = 1 / 0
     assert device.done == ([] if where == "at its begin" else [("record", "first")])
-    monkeypatch.setattr(turns, "is_capturing", lambda _: False)
+    monkeypatch.setattr(turns, "_is_capturing", lambda _: False)
 
     def have_turn():
         with turn(name):
