@@ -19,12 +19,13 @@ from .support import launch_again, normal_numbers, on_device_of, triton, why_not
 
 
 if triton is not None:
-    from .upscaled_masks_triton import bits_kernel, changes_kernel, masks_kernel, measure_kernel
+    from .upscaled_masks_triton import bits_kernel, changes_kernel, join_kernel, masks_kernel, measure_kernel
 
 
 _POSITIONS = 1024  # of a thread block
 _MASK_BLOCK = _ROWS, _COLUMNS = 32, 256
 _MEASURE_BLOCK = _ROWS, _COLUMNS, 8, 256  # at most 32 rows; rows and columns of the logits that are looked at at once
+_STRIPS = 32  # whose measures are put together at once
 _NUM_MEASURES = 6
 _OUTLINE_BYTES = 64 * 2**20  # of the masks whose changes are found in one launch
 
@@ -204,15 +205,15 @@ def launch_measure(logits: torch.Tensor, frame: Frame, thresholds: tuple[float, 
     logits, strips = logits.contiguous(), triton.cdiv(frame.crop[0], _ROWS)
     # Each strip of rows has its own partial results, so no atomic operations are needed.
     partial = torch.empty(_NUM_MEASURES, len(logits), strips, dtype=torch.int32, device=logits.device)
+    measures = partial.new_empty(len(logits), _NUM_MEASURES)
     if not len(logits):
-        return partial.new_zeros(0, _NUM_MEASURES)
+        return measures
     numbers = strips, *_geometry(logits, frame), *map(float, thresholds), float(min(thresholds))
     constants = *_MEASURE_BLOCK, frame.resized != frame.crop
     with on_device_of(logits):
         launch_again(measure_kernel, (len(logits) * strips, 1, 1), (logits, partial), numbers, constants, num_warps=4)
-    areas, first, last = partial[:2].sum(dim=2), partial[2:4].amin(dim=2), partial[4:].amax(dim=2)
-    empty = last[0] < 0
-    return torch.cat([areas.int(), torch.cat([first, last]).masked_fill(empty, 0)]).T.contiguous()
+        launch_again(join_kernel, (len(logits), 1, 1), (partial, measures), (strips,), (_STRIPS,), num_warps=1)
+    return measures
 
 
 def launch_changes(

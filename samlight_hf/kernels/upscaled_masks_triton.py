@@ -242,6 +242,34 @@ def measure_kernel(
         tl.store(place + 5 * num_partial, -1)
 
 
+@triton.jit(do_not_specialize=["strips"])
+def join_kernel(partial, measures, strips, STRIPS: tl.constexpr):
+    """Put the measures of one mask's strips together, with zeros for the box of an empty mask."""
+    mask = tl.program_id(0).to(tl.int64)
+    place, num_partial = partial + mask * strips, tl.num_programs(0).to(tl.int64) * strips
+    area_high, area_low = tl.zeros((STRIPS,), tl.int32), tl.zeros((STRIPS,), tl.int32)
+    first_x, first_y = tl.full((STRIPS,), 2147483647, tl.int32), tl.full((STRIPS,), 2147483647, tl.int32)
+    last_x, last_y = tl.full((STRIPS,), -1, tl.int32), tl.full((STRIPS,), -1, tl.int32)
+    for start in range(0, strips, STRIPS):
+        strip = start + tl.arange(0, STRIPS)
+        real = strip < strips
+        own = place + strip
+        area_high += tl.load(own, mask=real, other=0)
+        area_low += tl.load(own + num_partial, mask=real, other=0)
+        first_x = tl.minimum(first_x, tl.load(own + 2 * num_partial, mask=real, other=2147483647))
+        first_y = tl.minimum(first_y, tl.load(own + 3 * num_partial, mask=real, other=2147483647))
+        last_x = tl.maximum(last_x, tl.load(own + 4 * num_partial, mask=real, other=-1))
+        last_y = tl.maximum(last_y, tl.load(own + 5 * num_partial, mask=real, other=-1))
+    right, bottom = tl.max(last_x, axis=0), tl.max(last_y, axis=0)
+    is_empty = right < 0
+    tl.store(measures + 6 * mask, tl.sum(area_high, axis=0))
+    tl.store(measures + 6 * mask + 1, tl.sum(area_low, axis=0))
+    tl.store(measures + 6 * mask + 2, tl.where(is_empty, 0, tl.min(first_x, axis=0)))
+    tl.store(measures + 6 * mask + 3, tl.where(is_empty, 0, tl.min(first_y, axis=0)))
+    tl.store(measures + 6 * mask + 4, tl.where(is_empty, 0, right))
+    tl.store(measures + 6 * mask + 5, tl.where(is_empty, 0, bottom))
+
+
 @triton.jit(do_not_specialize=["blocks", *_SIZES, *_PLACES])
 def bits_kernel(
     logits, spans, bits, blocks,

@@ -35,6 +35,7 @@ CASES = {  # logits' size, frame
     "no multiple": ((6, 6), Frame((20, 20), (15, 20), (15, 20), (0, 0), (15, 20))),
     "wider than two blocks": ((40, 40), Frame((160, 160), (40, 160), (40, 160), (0, 0), (40, 160))),
     "wider than a block of logits": ((4, 300), Frame((16, 1200), (11, 1200), (11, 1200), (0, 0), (11, 1200))),
+    "more strips than are joined at once": ((8, 4), Frame((32, 16), (32, 1), (1100, 9), (0, 0), (1100, 9))),
     "one pixel": ((8, 8), Frame((32, 32), (32, 32), (1, 1), (0, 0), (1, 1))),
 }
 
@@ -91,10 +92,10 @@ def test_some_cases_are_larger_than_a_block():
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize("name", ["masks_kernel", "measure_kernel", "bits_kernel", "changes_kernel"])
+@pytest.mark.parametrize("name", ["masks_kernel", "measure_kernel", "join_kernel", "bits_kernel", "changes_kernel"])
 def test_the_kernels_are_compiled_for_none_of_their_integers(name):
     """`launch_again` requires it. In the other places are tensors and floats."""
-    others = "logits masks partial spans bits counts starts positions threshold middle high low lowest"
+    others = "logits masks partial measures spans bits counts starts positions threshold middle high low lowest"
     scales = {f"{low}scale_{axis}" for low in ("", "low_") for axis in "yx"}
     parameters = [parameter for parameter in getattr(upscaled_masks, name).params if not parameter.is_constexpr]
     integers = {parameter.name for parameter in parameters if parameter.do_not_specialize}
