@@ -122,7 +122,7 @@ def launch_again(
     `do_not_specialize`, and fit into 32 bits. The tensors' device is the current one.
 
     Args:
-        kernel: The kernel.
+        kernel: The kernel, of a module: it lives as long as the process.
         grid: Of its thread blocks.
         tensors: The first arguments, in the order of the kernel's signature, as all arguments are.
         numbers: The integers and floats behind them.
@@ -136,7 +136,7 @@ def launch_again(
         compiled[grid](*tensors, *numbers, *constants)
         return
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
-    if compiled is not None:  # it is in Triton's interpreter
+    if hasattr(type(compiled), "__getitem__"):  # not in Triton's interpreter, nor while it is compiled elsewhere
         _compiled[variant] = compiled
 
 

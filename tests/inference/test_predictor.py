@@ -14,6 +14,7 @@ from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel, optimize
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
+from samlight_hf.inference import prompts as prompts_module
 from samlight_hf.inference.mask_prompts import MASK_LOGIT, logits_of_prompt
 from samlight_hf.inference.prompts import (
     ObjectPrompt,
@@ -558,8 +559,10 @@ def regular_cases():
     yield {"points_xy": boxes}, False
 
 
+@pytest.mark.parametrize("few_numbers", [0, 1000], ids=["by NumPy", "in a loop"])
 @pytest.mark.parametrize(("prompts", "is_regular"), list(regular_cases()))
-def test_prompts_that_are_arrays_are_those_of_the_loop(prompts, is_regular):
+def test_prompts_that_are_arrays_are_those_that_are_parsed(prompts, is_regular, few_numbers, monkeypatch):
+    monkeypatch.setattr(prompts_module, "_FEW_NUMBERS", few_numbers)
     fast = regular_prompts((30, 50), **prompts)
     assert (fast is not None) is is_regular
     if is_regular:

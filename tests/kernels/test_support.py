@@ -17,6 +17,7 @@ from samlight_hf.kernels.support import (
     in_compile_thread,
     is_out_of_memory,
     launch,
+    launch_again,
     launched,
     only_compiles,
     only_compiling,
@@ -397,3 +398,46 @@ def test_where_triton_cannot_compile_in_threads_nothing_is_compiled_ahead(monkey
     with compiling_ahead():
         compile_ahead(lambda: calls.append(1))
     assert calls == []
+
+
+class Launched:
+    """Stands for a kernel of Triton: a launch returns what was compiled for it, which can be launched, too."""
+
+    def __init__(self, launches: list, compiled: object = None):
+        self.launches, self.compiled = launches, compiled
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches.append((self, grid, arguments, options))
+            return self.compiled
+
+        return launch
+
+
+def test_a_variant_of_a_kernel_is_looked_up_once(monkeypatch):
+    monkeypatch.setattr(triton_support, "_compiled", {})
+    launches: list = []
+    compiled = Launched(launches)
+    kernel, grid = Launched(launches, compiled), (3, 1, 1)
+    memory = torch.zeros(9, dtype=torch.int32)
+    aligned, odd = memory[:8], memory[1:]
+    for tensor, number, constant, warps in (
+        (aligned, 5, True, 4), (aligned, 16, True, 4), (odd, 5, True, 4), (odd, 6, True, 4), (aligned, 5, False, 4),
+        (aligned, 5, True, 2), (aligned.float(), 5, True, 4), (aligned, 7, True, 4),
+    ):  # fmt: skip
+        launch_again(kernel, grid, (tensor,), (number,), (constant,), num_warps=warps)
+    assert [launched is compiled for launched, *_ in launches] == [False, True, False, True, False, False, False, True]
+    assert {grid for _, grid, *_ in launches} == {(3, 1, 1)}
+    numbers = [arguments[1:] for *_, arguments, _ in launches]
+    assert numbers == [(5, True), (16, True), (5, True), (6, True), (5, False), (5, True), (5, True), (7, True)]
+    assert [options.get("num_warps") for *_, options in launches] == [4, None, 4, None, 4, 2, 4, None]
+
+
+@pytest.mark.parametrize("nothing", [None, object()], ids=["the interpreter", "compiled elsewhere"])
+def test_what_cannot_be_launched_itself_is_looked_up_each_time(nothing, monkeypatch):
+    monkeypatch.setattr(triton_support, "_compiled", {})
+    launches: list = []
+    kernel = Launched(launches, nothing)
+    for _ in range(2):
+        launch_again(kernel, (1, 1, 1), (torch.zeros(8),), (), (), num_warps=1)
+    assert [launched for launched, *_ in launches] == [kernel, kernel]
