@@ -56,8 +56,8 @@ class MemoryBudget:
         # Bytes for each point, and shares of the free memory for points, upscaling and waiting logits, which are in use
         # at the same time. The rest is for run lengths: some 100 MB with kernels, `masks_per_step` without.
         if decoder is not None and decoder.is_lean:  # upscaling allocates nothing
-            # At low thresholds the logits of 3072 masks wait: of each the tiles around it, a third to a half. Points
-            # have what the default leaves: 32 x 32 of them, with the published model, are then six batches of 171.
+            # At low thresholds the logits of 3072 masks wait: of each the tiles around it, a third to a half. With the
+            # published model and the default memory, 32 x 32 points are six batches of 171.
             per_point, shares = 1.25 * tokens + 3 * masks, (0.63, 0.0, 0.32)
         elif use_triton:
             per_point, shares = 3.25 * tokens + 3 * scores + 2 * masks, (0.7, 0.15, 0.1)
