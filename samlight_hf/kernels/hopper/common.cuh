@@ -48,7 +48,7 @@ struct alignas(64) TensorMap { char bytes[128]; };
 
 __device__ __forceinline__ void prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-// Copy a box of a tensor of five dimensions, the innermost first, to shared memory; rows of 128 bytes are swizzled.
+// Copy a box of a tensor of five dimensions, the innermost first, to shared memory; in rows of 128 bytes the pieces of 16 bytes are permuted.
 __device__ __forceinline__ void load(
     const TensorMap* map, void* to, u64* barrier, int first, int second, int third, int fourth, int fifth) {
     asm volatile(
@@ -139,6 +139,13 @@ __device__ __forceinline__ void fitted_gelu(float& low, float& high) {
     // 6.25, 32 * -3.522957060e-04, 8 * 3.701044177e-02, 2 * 7.975026134e-01
     float2 tanh = fitted_tanh<0x46404640, 0xA1C6A1C6, 0x34BD34BD, 0x3E613E61>(low, high);
     low = fmaf(low, tanh.x, low), high = fmaf(high, tanh.y, high);
+}
+
+// Read 16 bytes of shared memory here and not before: the compiler would read ahead, and spill registers.
+__device__ __forceinline__ uint4 read_shared(u32 address) {
+    uint4 found;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w) : "r"(address) : "memory");
+    return found;
 }
 
 // Reductions over the four threads that share a row.

@@ -18,9 +18,11 @@ constexpr int BLOCK_M = 128, BLOCK_K = 64, STEPS = K / BLOCK_K, COLUMN_TILES = N
 constexpr int CONSUMERS = 2, CONSUMER_ROWS = HALVES * 64;
 constexpr bool TAKES_TURNS = HALVES == 2;
 constexpr float HALF = GELU ? 0.5f : 1;  // factor of GELU's input
-// If a thread has enough registers, a residual is added after the products; otherwise the sums start from it.
+// If a thread has enough registers, it reads a residual before the products, and adds it after them. Otherwise the sums start from it:
+// the accelerator copies it while the tile before is multiplied, since reading it then would take longer than these products.
 constexpr bool KEEPS_RESIDUAL = RESIDUAL && !TAKES_TURNS;
-constexpr int UNROLLED = RESIDUAL && !KEEPS_RESIDUAL ? 1 : 6;  // steps; more would spill the residual's registers
+#define LOADS_RESIDUAL (RESIDUAL && HALVES == 2)
+constexpr int UNROLLED = LOADS_RESIDUAL ? 1 : 6;  // steps; more would spill registers
 constexpr int WEIGHT_BLOCKS = W_STAYS ? STEPS : STAGES;
 constexpr u32 X_BYTES = BLOCK_M * BLOCK_K * 2, WEIGHT_BYTES = TILE_N * BLOCK_K * 2;
 // Blocks of W that are asked for before the first block of x, which arrives after all of them.
@@ -29,9 +31,15 @@ constexpr int FEW = 24 * 1024 / WEIGHT_BYTES, MOST = STEPS < WEIGHT_BLOCKS ? STE
 struct Shared {
     char x[STAGES][X_BYTES];
     char weight[WEIGHT_BLOCKS][WEIGHT_BYTES];
+#if LOADS_RESIDUAL
+    char residual[(TILE_N + 63) / 64][X_BYTES];  // 64 columns each
+#endif
     float2 columns[TILE_N];  // bias, and sum of the weight's row
     float2 rows[CONSUMERS][BLOCK_M];  // `norm_of` each
     u64 x_loaded[STAGES], weight_loaded[WEIGHT_BLOCKS], used[STAGES], asked[CONSUMERS];
+#if LOADS_RESIDUAL
+    u64 residual_loaded[CONSUMERS], residual_used;
+#endif
 };
 static_assert(sizeof(Shared) == SHARED_BYTES);
 
@@ -61,13 +69,27 @@ __device__ __forceinline__ void load_weight_block(Shared& shared, const TensorMa
 
 // Copy all blocks of all tiles but EARLY ones of W, in one thread: each as soon as the block whose memory it reuses has been read.
 __device__ __forceinline__ void load_blocks(
-    Shared& shared, const TensorMap* x, const TensorMap* weight, int first_row, int next_row, int num_rows, int column) {
+    Shared& shared, const TensorMap* x, const TensorMap* weight, const TensorMap* residual, int first_row, int next_row, int num_rows,
+    int num_residual_rows, int column) {
+    auto load_residual = [&](int number) {
+#if LOADS_RESIDUAL
+        int row = first_row + number * next_row;
+        if (row >= num_rows) return;
+        if (number) wait(&shared.residual_used, number - 1);
+        u64* barrier = &shared.residual_loaded[number % CONSUMERS];
+        arrive_and_expect(barrier, sizeof(shared.residual));
+        for (int i = 0; i < (TILE_N + 63) / 64; i++)
+            load(residual, shared.residual[i], barrier, column + i * 64, row % num_residual_rows, 0, 0, 0);
+#endif
+    };
+    load_residual(0);
     int block = 0;
-    for (int row = first_row; row < num_rows; row += next_row) {
+    for (int row = first_row, number = 0; row < num_rows; row += next_row, number++) {
         for (int step = 0; step < STEPS; step++, block++) {
             int stage = block % STAGES;
             if (block >= STAGES) wait(&shared.used[stage], block / STAGES - 1);
             if (block >= EARLY && (!W_STAYS || block < STEPS)) load_weight_block(shared, weight, W_STAYS ? step : stage, step, column);
+            if (step == STEPS / 2) load_residual(number + 1);  // this tile's is probably read by now
             arrive_and_expect(&shared.x_loaded[stage], X_BYTES);
             load_x(x, shared.x[stage], &shared.x_loaded[stage], step, row);
         }
@@ -84,19 +106,13 @@ struct Tile {
 
     // The first of the warpgroup's rows in the tile.
     static __device__ __forceinline__ int first_row() { return TAKES_TURNS ? 0 : (threadIdx.x / WARPGROUP - 1) * CONSUMER_ROWS; }
+    static __device__ __forceinline__ constexpr int below(int i) { return i % 2 * 8 + i / 2 * 64; }  // rows from the thread's first to its i-th
     static __device__ __forceinline__ int row(int i) {  // index in the tile of the thread's i-th row
-        return first_row() + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8 + i / 2 * 64;
+        return first_row() + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + below(i);
     }
     static __device__ __forceinline__ int column(int group) { return group * 32 + threadIdx.x % 4 * 8; }  // the group's first column of eight
     // The element of the i-th row and the j-th of the group's eight columns.
     __device__ __forceinline__ float& at(int i, int group, int j) { return sums[i / 2][group * 16 + j / 2 * 4 + i % 2 * 2 + j % 2]; }
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int half = 0; half < HALVES; half++)
-#pragma unroll
-            for (int i = 0; i < TILE_N / 2; i++) sums[half][i] = 0;
-    }
 
     __device__ __forceinline__ void fence() {
 #pragma unroll
@@ -110,8 +126,20 @@ struct Tile {
     }
 };
 
+#if LOADS_RESIDUAL
+// The group's eight columns of the thread's i-th row. In a row of 128 bytes, the accelerator has permuted the pieces of 16 bytes.
+__device__ __forceinline__ uint4 loaded_residual(Shared& shared, int group, int i) {
+    u32 place = address(shared.residual) + Tile::row(0) * 128 + (threadIdx.x % 4 ^ threadIdx.x % 32 / 4) * 16;
+    return read_shared((group % 2 ? place ^ 64 : place) + group / 2 * X_BYTES + Tile::below(i) * 128);
+}
+#endif
+
 // Start the sums from the bias, and from the residual if it is not kept.
-__device__ __forceinline__ void begin(Shared& shared, Tile& tile, const uint4* residual, int first_row, int num_residual_rows) {
+__device__ __forceinline__ void begin(
+    Shared& shared, Tile& tile, const uint4* residual, int first_row, int num_residual_rows, int number) {
+#if LOADS_RESIDUAL
+    wait(&shared.residual_loaded[number % CONSUMERS], number / CONSUMERS);
+#endif
 #pragma unroll
     for (int group = 0; group < TILE_N / 32; group++) {
         const float2* shift = shared.columns + tile.column(group);
@@ -119,12 +147,17 @@ __device__ __forceinline__ void begin(Shared& shared, Tile& tile, const uint4* r
         for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) {
 #pragma unroll
             for (int j = 0; j < 8; j++) tile.at(i, group, j) = shift[j].x;
-            if (!RESIDUAL) continue;
-            uint4 found = residual[((u64)((first_row + tile.row(i)) % num_residual_rows) * N + tile.column(group)) / 8];
-            if (KEEPS_RESIDUAL) tile.residual[group][i] = found;
-            else tile.add(found, group, i);
+#if LOADS_RESIDUAL
+            tile.add(loaded_residual(shared, group, i), group, i);
+#elif RESIDUAL
+            tile.residual[group][i] = residual[((u64)((first_row + tile.row(i)) % num_residual_rows) * N + tile.column(group)) / 8];
+#endif
         }
     }
+#if LOADS_RESIDUAL
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(&shared.residual_used);
+#endif
 }
 
 __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int number, int consumer) {
@@ -145,7 +178,7 @@ __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int 
         for (int k = 0; k < BLOCK_K / 16; k++) {  // 16 features further on are 32 bytes
 #pragma unroll
             for (int half = 0; half < HALVES; half++)
-                warpgroup_product(tile.sums[half], x + half * (64 * 128 / 16) + 2 * k, weight + 2 * k);
+                warpgroup_product(tile.sums[half], x + half * (64 * 128 / 16) + 2 * k, weight + 2 * k, !NORM || step || k);
         }
         commit_products();
         if (step) {
@@ -166,6 +199,7 @@ __device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int num
 __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer, uint4* y, float* found, int first_row, int num_rows) {
     float2 norm[Tile::ROWS_OF_THREAD];
     float totals[Tile::ROWS_OF_THREAD] = {};
+    y += ((u64)(first_row + tile.row(0)) * N + tile.column(0)) / 8, found += first_row + tile.row(0);  // the rest is constant
 #pragma unroll
     for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) norm[i] = NORM ? shared.rows[consumer][tile.row(i)] : float2{};
 #pragma unroll
@@ -193,7 +227,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
                     totals[i] += stored.x + stored.y;
                 }
             }
-            y[((u64)(first_row + tile.row(i)) * N + tile.column(group)) / 8] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            y[tile.below(i) * (N / 8) + group * 4] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
     }
     if (STATISTICS) {
@@ -206,8 +240,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
                 squares = fmaf(apart, apart, squares);
             }
             squares = sum_of_four_threads(squares);
-            int row = first_row + tile.row(i);
-            if (threadIdx.x % 4 == 0) found[row] = mean, found[num_rows + row] = squares;
+            if (threadIdx.x % 4 == 0) found[tile.below(i)] = mean, found[num_rows + tile.below(i)] = squares;
         }
     }
 }
@@ -230,8 +263,9 @@ __device__ __forceinline__ float2 norm_of(const float* given, int row, int num_r
 // ---- the kernel -------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAME(
-    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* bias, const float* row_sums,
-    const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows, float eps) {
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap residual_map,
+    const float* bias, const float* row_sums, const float* given, const uint4* residual, uint4* y, float* found, int num_rows,
+    int num_residual_rows, float eps) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
     // Thread blocks of the same rows are neighbours: they read these rows from the cache at about the same time.
@@ -239,12 +273,17 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
     int next_row = gridDim.x / COLUMN_TILES * BLOCK_M;
     if (threadIdx.x == 0) {
         prefetch(&x), prefetch(&weight);
+        if (LOADS_RESIDUAL) prefetch(&residual_map);
         for (int stage = 0; stage < STAGES; stage++) {
             make_barrier(&shared.x_loaded[stage], 1);
             make_barrier(&shared.used[stage], (TAKES_TURNS ? 1 : CONSUMERS) * WARPGROUP / 32);
         }
         for (int block = 0; block < WEIGHT_BLOCKS; block++) make_barrier(&shared.weight_loaded[block], 1);
         for (int consumer = 0; consumer < CONSUMERS; consumer++) make_barrier(&shared.asked[consumer], WARPGROUP);
+#if LOADS_RESIDUAL
+        for (int consumer = 0; consumer < CONSUMERS; consumer++) make_barrier(&shared.residual_loaded[consumer], 1);
+        make_barrier(&shared.residual_used, WARPGROUP / 32);
+#endif
         show_barriers();
         // The previous kernel, which may still run, does not write weights and biases: see `FusedLinear`.
         for (int block = 0; block < EARLY; block++) load_weight_block(shared, &weight, block, block, column);
@@ -257,18 +296,18 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         if (threadIdx.x == 0) {
             wait_for_the_last_kernel();
             let_the_next_kernel_begin();
-            load_blocks(shared, &x, &weight, first_row, next_row, num_rows, column);
+            load_blocks(shared, &x, &weight, &residual_map, first_row, next_row, num_rows, num_residual_rows, column);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         int consumer = threadIdx.x / WARPGROUP - 1, row_of_norm = Tile::first_row() + threadIdx.x % CONSUMER_ROWS;
-        if (NORM || RESIDUAL) wait_for_the_last_kernel();
+        if (NORM || KEEPS_RESIDUAL) wait_for_the_last_kernel();
         constexpr int TURNS = TAKES_TURNS ? CONSUMERS : 1;
         for (int number = TAKES_TURNS ? consumer : 0, row; (row = first_row + number * next_row) < num_rows; number += TURNS) {
             Tile tile;
             float2 norm;  // of the thread's row, computed before the products and shared after them
-            if (NORM) tile.clear(), norm = norm_of(given, row + row_of_norm, num_rows, eps);
-            else begin(shared, tile, residual + column / 8, row, num_residual_rows);
+            if (NORM) norm = norm_of(given, row + row_of_norm, num_rows, eps);
+            else begin(shared, tile, residual + column / 8, row, num_residual_rows, number);
             multiply_blocks(shared, tile, number, consumer);
             if (NORM) {
                 shared.rows[consumer][row_of_norm] = norm;

@@ -37,8 +37,8 @@ class Tile:
     columns: int
     halves: int = 2
 
-    def layout(self, in_features: int) -> tuple[bool, int, int]:
-        """Plan the shared memory for layers of `in_features` input features.
+    def layout(self, in_features: int, adds: bool = False) -> tuple[bool, int, int]:
+        """Plan the shared memory for layers of `in_features` input features, and of a residual if `adds`.
 
         Returns:
             Whether the weight for a tile's columns stays in shared memory, which it does if there is room for it beside
@@ -47,6 +47,8 @@ class Tile:
         """
         x_bytes, weight_bytes = 2 * _BLOCK_K * _BLOCK_M + 2 * 8, 2 * _BLOCK_K * self.columns + 8
         rest, all_weights = 8 * self.columns + 2 * 8 * (_BLOCK_M + 1), in_features // _BLOCK_K * weight_bytes
+        if adds and self.halves == 2:
+            rest += math.ceil(self.columns / 64) * 2 * 64 * _BLOCK_M + 3 * 8
         stays = rest + all_weights + 4 * x_bytes <= _SHARED_BYTES
         fixed, stage_bytes = (rest + all_weights, x_bytes) if stays else (rest, x_bytes + weight_bytes)
         stages = (_SHARED_BYTES - fixed) // stage_bytes
@@ -132,8 +134,8 @@ def why_not(layer: "FusedLinear", x: Input, residual: torch.Tensor | None = None
     if x.features != in_features or (residual is not None and residual.shape[1] != out_features):
         return f"the input does not have {in_features} features, or the residual not {out_features}."
     lines, columns = x.grid
-    if residual is not None and (not len(residual) or x.num_rows % len(residual)):
-        return f"{x.num_rows} rows are no multiple of the residual's {len(residual)} rows."
+    if residual is not None and (not len(residual) or len(residual) % _BLOCK_M or x.num_rows % len(residual)):
+        return f"{x.num_rows} rows are no multiple of the residual's {len(residual)} rows, or those none of {_BLOCK_M}."
     if x.kind == "NEIGHBOURS" and (lines * columns % _BLOCK_M or (columns % _BLOCK_M and _BLOCK_M % columns)):
         return f"images of {lines} x {columns} places cannot be divided into blocks of {_BLOCK_M}."
     if layer.gelu and layer.row_sums is None:
@@ -182,12 +184,14 @@ def launch_linear(
     num_processors = num_processors or hopper.num_processors(weight.device)
     turns = math.ceil(row_tiles / max(1, num_processors // column_tiles))
     thread_blocks = math.ceil(row_tiles / turns) * column_tiles
+    added = rows_of(output if residual is None else residual)
     hopper.launch_kernel(
         kernel, weight.device, thread_blocks, _THREADS, shared_bytes,
         hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
         hopper.tensor_map(weight, sizes, strides, (_BLOCK_K, 2, 4, 4, tile.columns // 32)),
+        hopper.tensor_map(added.values, added.sizes, added.strides, added.box),
         layer.bias, layer.row_sums, x_statistics if normalizes else None, residual, output, statistics,
-        x.num_rows, x.num_rows if residual is None else len(residual), float(layer.eps),
+        x.num_rows, added.num_rows, float(layer.eps),
     )  # fmt: skip
 
 
@@ -212,19 +216,20 @@ def constants_of(layer: "FusedLinear", x: Input, parts: int, adds: bool, statist
 @cache
 def _kernel(device: torch.device, tile: Tile, **constants: int | str):
     """Return the kernel and the size of its shared memory."""
-    _, _, shared_bytes = tile.layout(int(constants["K"]))
+    _, _, shared_bytes = tile.layout(int(constants["K"]), bool(constants["RESIDUAL"]))
     code = hopper.compiled(source_of(tile, **constants))
     return hopper.load_kernel(device, code, _name(constants), shared_bytes), shared_bytes
 
 
 def source_of(tile: Tile, **constants: int | str) -> str:
     """Return the source of the kernel for these constants, which linear.cu uses in capitals."""
-    stays, stages, shared_bytes = tile.layout(int(constants["K"]))
+    stays, stages, shared_bytes = tile.layout(int(constants["K"]), bool(constants["RESIDUAL"]))
     constants |= {
         "NAME": _name(constants), "TILE_N": tile.columns, "HALVES": tile.halves,
         "STAGES": stages, "W_STAYS": int(stays), "SHARED_BYTES": shared_bytes,
     }  # fmt: skip
-    function = hopper.product("warpgroup_product", tile.columns, "bf16" if constants["BFLOAT16"] else "f16")
+    dtype = "bf16" if constants["BFLOAT16"] else "f16"
+    function = hopper.product("warpgroup_product", tile.columns, dtype, may_overwrite=True)
     return hopper.source_of(Path(__file__).with_suffix(".cu"), constants, function)
 
 

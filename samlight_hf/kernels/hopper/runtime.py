@@ -63,7 +63,14 @@ def are_aligned(*tensors: torch.Tensor | None) -> bool:
     return all(tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0) for tensor in tensors)
 
 
-def product(name: str, columns: int, dtype: str, from_registers: bool = False, transposed: bool | None = None) -> str:
+def product(
+    name: str,
+    columns: int,
+    dtype: str,
+    from_registers: bool = False,
+    transposed: bool | None = None,
+    may_overwrite: bool = False,
+) -> str:
     """Write a CUDA function that adds a product of a 64 x 16 and a 16 x `columns` matrix to a warpgroup's registers.
 
     Args:
@@ -72,6 +79,7 @@ def product(name: str, columns: int, dtype: str, from_registers: bool = False, t
         dtype: "f16" or "bf16".
         from_registers: whether the first matrix is in registers. The second, and otherwise both, are in shared memory.
         transposed: whether the second is stored transposed. Default: if the first is in shared memory.
+        may_overwrite: whether the function has one more argument: whether to add the product, or to overwrite.
 
     Returns:
         Its source.
@@ -83,14 +91,19 @@ def product(name: str, columns: int, dtype: str, from_registers: bool = False, t
         parameters = "".join(f"unsigned x{i}, " for i in range(4))
         first = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
         inputs = "".join(f'"r"(x{i}), ' for i in range(4))
-        second, options = f"%{count + 4}", f"1, 1, 1, {int(not transposed)}"
+        second, options = count + 4, f"1, 1, {int(not transposed)}"
     else:
         parameters, first, inputs = "unsigned long long x, ", f"%{count}", '"l"(x), '
-        second, options = f"%{count + 1}", f"1, 1, 1, 0, {int(transposed is False)}"
+        second, options = count + 1, f"1, 1, 0, {int(transposed is False)}"
+    before, adds, after, last_input = "", "1", "", ""
+    if may_overwrite:
+        before, adds, after = f"{{.reg .pred adds; setp.ne.b32 adds, %{second + 1}, 0; ", "adds", "}"
+        last_input = ', "r"(adds)'
+    parameters += f"unsigned long long y{', int adds' if may_overwrite else ''}"
     return (
-        f"__device__ __forceinline__ void {name}(float (&sums)[{count}], {parameters}unsigned long long y) {{\n"
-        f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} {{{sums}}}, '
-        f'{first}, {second}, {options};" : {operands} : {inputs}"l"(y));\n}}\n'
+        f"__device__ __forceinline__ void {name}(float (&sums)[{count}], {parameters}) {{\n"
+        f'    asm volatile("{before}wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} {{{sums}}}, '
+        f'{first}, %{second}, {adds}, {options};{after}" : {operands} : {inputs}"l"(y){last_input});\n}}\n'
     )
 
 

@@ -66,13 +66,12 @@ def spilled_bytes(log: str) -> int:
 @pytest.mark.parametrize("bfloat16", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_kernel_compiles_without_spilling(tile, constants, bfloat16):
     code, log = hopper.compile_source(source_of(tile, **PLAIN | constants | {"BFLOAT16": bfloat16}))
-    # With the widest tile, a float16 residual takes a few registers more than there are.
-    assert spilled_bytes(log) <= (48 if tile.columns == 192 and "RESIDUAL" in constants and not bfloat16 else 0), log
+    assert spilled_bytes(log) == 0, log
     assert code[:4] == b"\x7fELF"
 
 
 def test_tiles_fit():
-    """Tiles divide all sizes that `why_not` accepts, and fit into shared memory; small weights stay there."""
+    """Tiles divide all sizes that `why_not` accepts, and fit into shared memory; small weights stay there, alone."""
     for num_rows in (128, 4096, 4096 * 32):
         for out_features in range(64, 3072 + 1, 64):
             for normalizes, gelu in ((False, False), (True, False), (True, True)):
@@ -80,9 +79,10 @@ def test_tiles_fit():
                 assert tile in ALL_TILES and out_features % tile.columns == 0
     for tile in ALL_TILES:
         for in_features in range(64, 3072 + 1, 64):
-            stays, stages, shared_bytes = tile.layout(in_features)
-            assert shared_bytes <= 227 * 1024 and stages >= 4
-            assert stays or in_features > 384
+            for adds in (False, True):
+                stays, stages, shared_bytes = tile.layout(in_features, adds)
+                assert shared_bytes <= 227 * 1024 and stages >= 4
+                assert stays or adds or in_features > 384
 
 
 def test_every_reason_not_to_run_it(monkeypatch):
@@ -100,7 +100,7 @@ def test_every_reason_not_to_run_it(monkeypatch):
     assert "the residual not 64" in why_not_hopper(layer, rows_of(rows), torch.zeros(128, 128))
     assert "not contiguous" in why_not_hopper(layer, rows_of(rows.T.contiguous().T))
     assert "odd addresses" in why_not_hopper(layer, rows_of(torch.zeros(128 * 64 + 1)[1:].view(128, 64)))
-    for count in (0, 100):
+    for count in (0, 64, 100):
         assert f"the residual's {count} rows" in why_not_hopper(layer, rows_of(rows), rows[:count])
     layer.gelu = True
     assert "GELU" in why_not_hopper(layer, rows_of(rows))
