@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .hopper import linear as hopper_linear
 from .hopper import runtime as hopper
-from .hopper.linear import Input, neighbours_of, rows_of
+from .hopper.linear import PATCH, Input, neighbours_of, patches_of, rows_of
 from .linear_triton import launch_linear_kernel, launch_patch_kernel, patch_tile, triton_tile
 from .support import normal_numbers, tried, triton, why_not_tried
 
@@ -121,6 +121,8 @@ def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: tor
     Returns:
         Tokens (B * N, channels) with statistics.
     """
+    if why_not_hopper_patches(layer, pixel_values, positions) is None:
+        return launch_hopper(layer, patches_of(pixel_values), None, positions, statistics=True)
     if why_not_patches(layer, pixel_values, positions):
         size = _patch_size(layer.weight.shape[1], pixel_values.shape[1])
         patches = RowsWithStatistics(_split_patches(pixel_values.to(layer.weight.dtype), size))
@@ -291,6 +293,20 @@ def why_not_at_all(device: torch.device, dtype: torch.dtype) -> str | None:
     return _why_not_variant(device, _Variant(dtype, 64, 64, True, True), triton_tile(128, 64, 64))
 
 
+def why_not_hopper_patches(
+    layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None
+) -> str | None:
+    """Return why the kernel for Hopper GPUs cannot embed these patches, as a sentence, or None if it can."""
+    (_, channels, height, width), in_features = pixel_values.shape, layer.weight.shape[1]
+    size = _patch_size(in_features, channels)
+    if size != PATCH or height % size or width % size:
+        return f"{height} x {width} pixels and patches of {size} x {size}: it needs multiples of {PATCH}, and {PATCH}."
+    x = patches_of(pixel_values)
+    if positions is not None and len(positions) != math.prod(x.grid):
+        return f"{len(positions)} positions must match images of {x.grid[0]} x {x.grid[1]} patches."
+    return why_not_hopper(layer, x, positions, statistics=True)
+
+
 def why_not_hopper(
     layer: FusedLinear, x: Input, residual: torch.Tensor | None = None, statistics: bool = False, parts: int = 1
 ) -> str | None:
@@ -317,6 +333,8 @@ def why_not_hopper(
                 )
             )
             return _agree(result, fused_linear_reference(small, rows, added).values)
+        if x.kind == "PATCHES":
+            return _agrees_on_patches(small, x, tile, adds=residual is not None)
         images = normal_numbers(layer.weight.device)(1, *x.grid, in_features // 9).to(variant.dtype)
         result = tried(lambda: launch_hopper(small, neighbours_of(images), tile=tile, num_processors=processors))
         expected = F.conv2d(images.float().movedim(3, 1), _kernel_of(small).float(), small.bias, padding=1)
@@ -325,6 +343,19 @@ def why_not_hopper(
     return why_not_tried(
         "linear layers", layer.weight.device, (tile, *constants.values()), attempt, "CUDA", "Triton's kernels"
     )
+
+
+def _agrees_on_patches(layer: FusedLinear, x: Input, tile: hopper_linear.Tile, adds: bool) -> bool:
+    numbers = normal_numbers(layer.weight.device)
+    (lines, columns), (out_features, in_features) = x.grid, layer.weight.shape
+    pixel_values = numbers(2, in_features // PATCH**2, lines * PATCH, columns * PATCH).to(layer.weight.dtype)
+    positions = numbers(lines * columns, out_features).to(layer.weight.dtype) if adds else None
+    processors = out_features // tile.columns  # so that a thread block takes several tiles
+    result = tried(
+        lambda: launch_hopper(layer, patches_of(pixel_values), None, positions, True, tile, num_processors=processors)
+    )
+    patches = RowsWithStatistics(_split_patches(pixel_values, PATCH))
+    return _agree(result, fused_linear_reference(layer, patches, positions).values)
 
 
 def _why_not_variant(device: torch.device, variant: _Variant, tile: dict[str, int]) -> str | None:
@@ -386,7 +417,7 @@ def launch_hopper(
 
     Args:
         layer: the layer.
-        x: its input (M, K), as `rows_of` or `neighbours_of` describe it.
+        x: its input (M, K), as `rows_of`, `neighbours_of` or `patches_of` describe it.
         x_statistics: float32 (parts, 2, M), statistics of x's rows if the layer normalizes them.
         residual, statistics, memory: as for `FusedLinear.__call__`.
         tile: the kernel's tile; by default the one `hopper_tile` chooses.

@@ -108,6 +108,7 @@ def test_on_hopper_it_runs_its_own_kernels_alone(dilation_offsets, dtype, monkey
     encode(pixel_values.to("cuda", dtype))  # kernels are tried, against the reference
     for module, name in (
         (fused_linear, "launch_triton"),
+        (fused_linear, "launch_patches"),
         (fused_linear, "fused_linear_reference"),
         (vision_encoder, "dilated_attention"),
     ):

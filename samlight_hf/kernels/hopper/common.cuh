@@ -48,7 +48,7 @@ struct alignas(64) TensorMap { char bytes[128]; };
 
 __device__ __forceinline__ void prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-// Copy a box of a tensor of five dimensions, the innermost first, to shared memory; in rows of 128 bytes the pieces of 16 bytes are permuted.
+// Copy a box of a tensor of five dimensions, the innermost first, to shared memory; in rows of 128 and of 32 bytes the pieces of 16 bytes are permuted.
 __device__ __forceinline__ void load(
     const TensorMap* map, void* to, u64* barrier, int first, int second, int third, int fourth, int fifth) {
     asm volatile(
@@ -58,9 +58,11 @@ __device__ __forceinline__ void load(
 
 // ---- the tensor cores -------------------------------------------------------------------------------------------------------------
 
-// Descriptor of a matrix with rows of 128 bytes in shared memory, as `load` writes it. It counts in units of 16 bytes.
+// Descriptor of a matrix with rows of 128 or 32 bytes in shared memory, as `load` writes it. It counts in units of 16 bytes.
+template <int row_bytes = 128>
 __device__ __forceinline__ u64 matrix(const void* block) {
-    return (u64)(address(block) >> 4 & 0x3FFF) | (u64)(1024 >> 4) << 32 | 1ull << 62;
+    static_assert(row_bytes == 128 || row_bytes == 32);
+    return (u64)(address(block) >> 4 & 0x3FFF) | (u64)(8 * row_bytes >> 4) << 32 | (row_bytes == 128 ? 1ull : 3ull) << 62;
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

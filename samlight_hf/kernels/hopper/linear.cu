@@ -13,6 +13,7 @@
 // Values of KIND, the layout of x: see `Input` of linear.py.
 #define ROWS 0
 #define NEIGHBOURS 1
+#define PATCHES 2
 
 constexpr int BLOCK_M = 128, BLOCK_K = 64, STEPS = K / BLOCK_K, COLUMN_TILES = N / TILE_N;
 constexpr int CONSUMERS = 2, CONSUMER_ROWS = HALVES * 64;
@@ -53,6 +54,9 @@ __device__ __forceinline__ void load_x(const TensorMap* map, void* to, u64* barr
     constexpr int BLOCKS = STEPS / 9;
     int column = row % WIDTH, line = row / WIDTH % HEIGHT, image = row / (WIDTH * HEIGHT), dx = step / BLOCKS % 3, dy = step / BLOCKS / 3;
     load(map, to, barrier, step % BLOCKS * BLOCK_K, column + dx - 1, line + dy - 1, image, 0);
+#elif KIND == PATCHES  // features are (channel, y, x); 64 of them are four lines of 16 pixels, one after another in shared memory
+    int column = row % WIDTH, line = row / WIDTH % HEIGHT, image = row / (WIDTH * HEIGHT);
+    load(map, to, barrier, 0, column, (image * (STEPS / 4) + step / 4) * HEIGHT + line, step % 4 * 4, 0);
 #endif
 }
 
@@ -160,6 +164,15 @@ __device__ __forceinline__ void begin(
 #endif
 }
 
+// Descriptor of 64 rows and 16 features of a block of x.
+__device__ __forceinline__ u64 part_of_x(const char* block, int first_row, int k) {
+#if KIND == PATCHES
+    return matrix<32>(block + (k * BLOCK_M + first_row) * 32);
+#else
+    return matrix<128>(block + first_row * BLOCK_K * 2) + 2 * k;  // 16 features further on are 32 bytes
+#endif
+}
+
 __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int number, int consumer) {
     int block = number * STEPS, lane = threadIdx.x % 32;
     // Consumers take turns. Blocks arrive in the order of the tiles, and a barrier's phase can only be waited for if the previous one
@@ -172,13 +185,15 @@ __device__ __forceinline__ void multiply_blocks(Shared& shared, Tile& tile, int 
         int weight_block = W_STAYS ? step : stage;
         wait(&shared.weight_loaded[weight_block], W_STAYS ? 0 : block / STAGES);
         wait(&shared.x_loaded[stage], block / STAGES);
-        u64 x = matrix(shared.x[stage] + Tile::first_row() * BLOCK_K * 2), weight = matrix(shared.weight[weight_block]);
+        u64 weight = matrix<128>(shared.weight[weight_block]);
         begin_products();
 #pragma unroll
-        for (int k = 0; k < BLOCK_K / 16; k++) {  // 16 features further on are 32 bytes
+        for (int k = 0; k < BLOCK_K / 16; k++) {
 #pragma unroll
-            for (int half = 0; half < HALVES; half++)
-                warpgroup_product(tile.sums[half], x + half * (64 * 128 / 16) + 2 * k, weight + 2 * k, !NORM || step || k);
+            for (int half = 0; half < HALVES; half++) {
+                u64 x = part_of_x(shared.x[stage], Tile::first_row() + half * 64, k);
+                warpgroup_product(tile.sums[half], x, weight + 2 * k, !NORM || step || k);
+            }
         }
         commit_products();
         if (step) {

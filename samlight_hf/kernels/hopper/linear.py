@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 8192  # one or two images of 4096 rows
 _BLOCK_M, _BLOCK_K, _THREADS = 128, 64, 384  # as in linear.cu
+PATCH = 16  # side of a patch in pixels, likewise
 _SHARED_BYTES = 227 * 1024  # limit of a thread block
 
 
@@ -78,7 +79,7 @@ class Input:
     """The kernel's input x (rows, features), as a view of a tensor in five dimensions, the innermost first.
 
     Attributes:
-        kind: "ROWS" or "NEIGHBOURS", as in linear.cu.
+        kind: "ROWS", "NEIGHBOURS" or "PATCHES", as in linear.cu.
         values: the tensor.
         num_rows: number of rows of x.
         features: number of features of x.
@@ -120,6 +121,22 @@ def neighbours_of(values: torch.Tensor) -> Input:
     return Input("NEIGHBOURS", values, num_rows, 9 * channels, sizes, strides, box, (lines, columns))
 
 
+def patches_of(pixel_values: torch.Tensor) -> Input:
+    """Describe the patches of 16 x 16 pixels of images (B, C, S, S) as the kernel's input.
+
+    Features are in the order (channel, y, x).
+    """
+    batch_size, channels, height, width = pixel_values.shape
+    lines, columns = height // PATCH, width // PATCH
+    # A line of a patch; its lines are the last dimension but one, so that those of a block are apart.
+    sizes = PATCH, columns, batch_size * channels * lines, PATCH, 1
+    strides = PATCH, PATCH * width, width, pixel_values.numel()
+    block = (columns, _BLOCK_M // columns) if 0 < columns < _BLOCK_M else (_BLOCK_M, 1)
+    box = (PATCH, *block, _BLOCK_K // PATCH, 1)
+    num_rows, features = batch_size * lines * columns, channels * PATCH**2
+    return Input("PATCHES", pixel_values, num_rows, features, sizes, strides, box, (lines, columns))
+
+
 def why_not(layer: "FusedLinear", x: Input, residual: torch.Tensor | None = None) -> str | None:
     """Return why the kernel cannot run with these inputs, as a sentence, or None if it can."""
     out_features, in_features = layer.weight.shape
@@ -136,7 +153,7 @@ def why_not(layer: "FusedLinear", x: Input, residual: torch.Tensor | None = None
     lines, columns = x.grid
     if residual is not None and (not len(residual) or len(residual) % _BLOCK_M or x.num_rows % len(residual)):
         return f"{x.num_rows} rows are no multiple of the residual's {len(residual)} rows, or those none of {_BLOCK_M}."
-    if x.kind == "NEIGHBOURS" and (lines * columns % _BLOCK_M or (columns % _BLOCK_M and _BLOCK_M % columns)):
+    if x.kind != "ROWS" and (lines * columns % _BLOCK_M or (columns % _BLOCK_M and _BLOCK_M % columns)):
         return f"images of {lines} x {columns} places cannot be divided into blocks of {_BLOCK_M}."
     if layer.gelu and layer.row_sums is None:
         return "it supports GELU only with a LayerNorm."

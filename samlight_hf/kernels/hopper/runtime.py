@@ -196,7 +196,7 @@ def tensor_map(
         tensor: float16 or bfloat16.
         sizes: of five dimensions, the innermost first.
         strides: of all dimensions but the innermost, in elements.
-        box: sizes of the boxes; 64 in the innermost dimension.
+        box: sizes of the boxes; 64 or 16 in the innermost dimension, which are 128 or 32 bytes.
     """
     return _map_of_address(tensor.data_ptr(), tensor.dtype, sizes, strides, box)
 
@@ -209,7 +209,7 @@ def _map_of_address(
     from cuda.bindings import driver
 
     kinds, u32, u64 = driver.CUtensorMapDataType, driver.cuuint32_t, driver.cuuint64_t
-    bfloat16 = dtype == torch.bfloat16
+    permutations, bfloat16 = driver.CUtensorMapSwizzle, dtype == torch.bfloat16
     return _checked(
         driver.cuTensorMapEncodeTiled(
             kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -220,7 +220,10 @@ def _map_of_address(
             [u32(size) for size in box],
             [u32(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            {
+                64: permutations.CU_TENSOR_MAP_SWIZZLE_128B,
+                16: permutations.CU_TENSOR_MAP_SWIZZLE_32B,
+            }[box[0]],
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

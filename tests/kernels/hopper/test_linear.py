@@ -10,26 +10,37 @@ from samlight_hf.kernels import records
 from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.hopper import linear as hopper_linear
 from samlight_hf.kernels.hopper import runtime as hopper
-from samlight_hf.kernels.hopper.linear import NARROW_TILES, TILES, hopper_tile, neighbours_of, rows_of, source_of
+from samlight_hf.kernels.hopper.linear import (
+    NARROW_TILES,
+    TILES,
+    hopper_tile,
+    neighbours_of,
+    patches_of,
+    rows_of,
+    source_of,
+)
 from samlight_hf.kernels.linear import (
     FusedLinear,
     RowsWithStatistics,
     convolve,
+    embed_patches,
     fused_linear_reference,
     launch_hopper,
     why_not_hopper,
+    why_not_hopper_patches,
 )
 from tests.kernels.test_linear import CASES, TOLERANCES, error, make, statistics_error
 
 
 ALL_TILES = (*TILES, *NARROW_TILES)
-# Layers of the encoder: projections to and from attention, first and second layer of the MLP, neck.
+# Layers of the encoder: projections to and from attention, first and second layer of the MLP, neck, patches.
 KERNELS = [
     {"NORM": 1, "PARTS": 4},
     {"RESIDUAL": 1, "STATISTICS": 1},
     {"NORM": 1, "PARTS": 2, "GELU": 1},
     {"RESIDUAL": 1, "STATISTICS": 1, "K": 1536},
     {"KIND": "NEIGHBOURS", "HEIGHT": 64, "WIDTH": 64, "K": 2304},
+    {"KIND": "PATCHES", "HEIGHT": 64, "WIDTH": 64, "K": 768, "RESIDUAL": 1, "STATISTICS": 1},
 ]
 PLAIN = {
     "KIND": "ROWS", "HEIGHT": 1, "WIDTH": 1, "K": 384, "N": 1152, "NORM": 0, "PARTS": 1, "GELU": 0,
@@ -111,6 +122,14 @@ def test_every_reason_not_to_run_it(monkeypatch):
     assert why_not_hopper(convolution, neighbours_of(torch.zeros(2, 2, 64, 64))) is None
     for grid in ((8, 48), (8, 8), (6, 32), (1, 1)):  # a block of 128 places would reach into the next image
         assert f"{grid[0]} x {grid[1]}" in why_not_hopper(convolution, neighbours_of(torch.zeros(128, *grid, 64)))
+    patches = FusedLinear(torch.zeros(64, 3 * 16**2), None)
+    images, positions = torch.zeros(1, 3, 128, 256), torch.zeros(8 * 16, 64)
+    assert why_not_hopper_patches(patches, images, positions) is None
+    assert "64 positions must match" in why_not_hopper_patches(patches, images, positions[:64])
+    assert "100 x 256 pixels" in why_not_hopper_patches(patches, images[:, :, :100], None)
+    assert "8 x 8 places" in why_not_hopper_patches(patches, torch.zeros(2, 3, 128, 128), None)
+    assert "torch.float64" in why_not_hopper_patches(patches, images.double(), positions)
+    assert "patches of 8 x 8" in why_not_hopper_patches(FusedLinear(torch.zeros(64, 3 * 64), None), images, None)
 
 
 @pytest.mark.gpu
@@ -173,6 +192,43 @@ def test_the_neck_is_its_convolution(grid, monkeypatch):
         monkeypatch.delattr("samlight_hf.kernels.linear.F.conv2d")
         found = convolve(layer, tokens, grid)
     assert error(found, expected) < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "grid, tile", [((8, 16), None), ((4, 128), None), ((2, 256), None), *(((64, 64), tile) for tile in ALL_TILES)]
+)
+@torch.no_grad()
+def test_patches_are_those_of_the_convolution(grid, tile, dtype):
+    torch.manual_seed(0)
+    pixel_values = torch.randn(9, 3, 16 * grid[0], 16 * grid[1], device="cuda").to(dtype)
+    weight, bias = torch.randn(384, 3, 16, 16, device="cuda").to(dtype) / 28, torch.randn(384, device="cuda")
+    positions = torch.randn(grid[0] * grid[1], 384, device="cuda").to(dtype)
+    found = launch_hopper(FusedLinear(weight.flatten(1), bias), patches_of(pixel_values), None, positions, True, tile)
+    expected = nn.functional.conv2d(pixel_values.double(), weight.double(), bias.double(), stride=16)
+    expected = (expected.flatten(2).mT + positions.double()).flatten(0, 1)
+    assert error(found.values, expected) < TOLERANCES[dtype] and statistics_error(found) < 1e-4
+
+
+@pytest.mark.gpu
+@needs_hopper
+@torch.no_grad()
+def test_patches_run_by_themselves_and_after_what_writes_the_positions(monkeypatch):
+    layer = FusedLinear(torch.randn(384, 768, device="cuda").bfloat16() / 28, torch.randn(384, device="cuda"))
+    writer, rows, _, _ = make(CASES[0], torch.bfloat16, "cuda", 4096, 1536, 384)
+    for batch_size in (1, 3):
+        pixel_values = torch.randn(batch_size, 3, 1024, 1024, device="cuda").bfloat16()
+        positions = launch_hopper(writer, rows_of(rows.values)).values
+        expected = embed_patches(layer, pixel_values, positions).values  # tries the kernel
+        with monkeypatch.context() as without:
+            for name in ("launch_patches", "launch_triton", "fused_linear_reference"):
+                without.delattr(f"samlight_hf.kernels.linear.{name}")
+            for _ in range(20):
+                memory = torch.zeros_like(positions).view(-1)
+                written = launch_hopper(writer, rows_of(rows.values), memory=memory).values
+                assert torch.equal(embed_patches(layer, pixel_values, written).values, expected)
 
 
 @pytest.mark.gpu
