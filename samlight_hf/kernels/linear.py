@@ -6,10 +6,11 @@ One kernel computes all of it, so no step between two matrix products reads or w
 in Triton (`linear_triton.py`) or, for Hopper GPUs, in CUDA (`hopper/linear.cu`).
 
 **The LayerNorm is nearly free.** The norm's gain is folded into the weight and its bias into the layer's bias. Then
-LayerNorm(x) W^T = (x W^T - mean(x) * s) / std(x), where s holds the sums of the weight's rows: one factor and one term
-for each row of the plain product. Mean and variance come from the kernel that wrote x. Each of its tiles stores the
-mean and the sum of squared deviations of its columns, rounded as they are stored, and the next kernel combines them
-(Chan et al. 1979). Unlike E[x^2] - E[x]^2, this does not cancel.
+LayerNorm(x) W^T = (x W^T - mean(x) * s) / std(x), where s holds the sums of the weight's rows. Subtracting its mean
+from a row of the weight changes nothing else, and makes its sum zero. A factor for each row of the plain product is
+left. The variance comes from the kernel that wrote x. Each of its tiles stores the mean and the sum of squared
+deviations of its columns, rounded as they are stored, and the next kernel combines them (Chan et al. 1979). Unlike
+E[x^2] - E[x]^2, this does not cancel.
 
 Products are summed in float32; norm, GELU and residual are computed in float32.
 """
@@ -71,11 +72,11 @@ class FusedLinear:
         if norm is not None:
             exact = weight.float()
             bias = bias + (exact * norm.bias.float()).sum(dim=1)  # a product of matrices would load cuBLAS
-            weight = (exact * norm.weight.float()).to(weight.dtype)
+            weight = _with_zero_sums(exact * norm.weight.float(), weight.dtype)
         if order is not None:
             weight, bias = weight[order], bias[order]
         self.weight, self.bias = weight.detach().contiguous(), bias.detach().contiguous()
-        # Sums of the rounded weight: with others the mean would not cancel.
+        # Sums of the rounded weight, which are zero but for a rest that the kernel for Hopper GPUs leaves out.
         self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
         self.eps, self.gelu = 0.0 if norm is None else norm.eps, gelu
         if self.weight.is_cuda:  # the weights have just been written
@@ -108,6 +109,22 @@ class FusedLinear:
         if why_not_triton(self, rows, residual, statistics):
             return fused_linear_reference(self, rows, residual, statistics)
         return launch_triton(self, rows, residual, statistics, memory=memory)
+
+
+def _with_zero_sums(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Subtract the means of rows (N, K), and round to `dtype` so that the sums of the rounded rows are zero, too.
+
+    The mean of a row of x, which is multiplied by these sums, may be many times as large as its standard deviation. So
+    the sum of the errors of rounding is taken from the 16 smallest elements, and what they leave from the smallest.
+    """
+    weight = weight - weight.mean(dim=1, keepdim=True)
+    rounded = weight.to(dtype)
+    smallest = weight.abs().topk(min(16, weight.shape[1]), largest=False).indices
+    for places in (smallest, smallest[:, :1]):
+        errors = rounded.float().sum(dim=1, keepdim=True)
+        corrected = rounded.gather(1, places).float() - errors / places.shape[1]
+        rounded.scatter_(1, places, corrected.to(dtype))
+    return rounded
 
 
 def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> RowsWithStatistics:

@@ -172,6 +172,24 @@ def test_the_kernels_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(CASES)} cases\n"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [10, 384])
+def test_rounded_weights_of_a_norm_have_zero_sums(features, dtype):
+    """The Hopper kernels leave out a row's mean, which may be large, times these sums."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, features) / features**0.5 + 0.1
+    rounded = fused_linear._with_zero_sums(weight, dtype)
+    exact = weight.double() - weight.double().mean(dim=1, keepdim=True)
+    assert rounded.dtype == dtype and rounded.double().sum(dim=1).abs().max() < 1e-5
+    plain = error(exact.to(dtype), exact)
+    assert error(rounded, exact) < (1.1 if features > 16 else 3) * plain
+    norm = nn.LayerNorm(features)
+    layer, values = FusedLinear(weight.to(dtype), None, norm), torch.randn(64, features) + 50
+    products = values.double() @ layer.weight.double().T  # without the mean
+    expected = norm.double()(values.double()) @ weight.to(dtype).double().T
+    assert error(products / values.double().std(dim=1, correction=0, keepdim=True), expected) < TOLERANCES[dtype]
+
+
 def test_patches_equal_those_of_the_convolution():
     torch.manual_seed(0)
     convolution, pixel_values = nn.Conv2d(3, 64, 16, 16), torch.randn(2, 3, 64, 96)

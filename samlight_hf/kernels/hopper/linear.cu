@@ -35,8 +35,8 @@ struct Shared {
 #if LOADS_RESIDUAL
     char residual[(TILE_N + 63) / 64][X_BYTES];  // 64 columns each
 #endif
-    float2 columns[TILE_N];  // bias, and sum of the weight's row
-    float2 rows[CONSUMERS][BLOCK_M];  // `norm_of` each
+    float columns[TILE_N];  // bias
+    float rows[CONSUMERS][BLOCK_M];  // `factor_of` each
     u64 x_loaded[STAGES], weight_loaded[WEIGHT_BLOCKS], used[STAGES], asked[CONSUMERS];
 #if LOADS_RESIDUAL
     u64 residual_loaded[CONSUMERS], residual_used;
@@ -146,11 +146,11 @@ __device__ __forceinline__ void begin(
 #endif
 #pragma unroll
     for (int group = 0; group < TILE_N / 32; group++) {
-        const float2* shift = shared.columns + tile.column(group);
+        const float* bias = shared.columns + tile.column(group);
 #pragma unroll
         for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) tile.at(i, group, j) = shift[j].x;
+            for (int j = 0; j < 8; j++) tile.at(i, group, j) = bias[j];
 #if LOADS_RESIDUAL
             tile.add(loaded_residual(shared, group, i), group, i);
 #elif RESIDUAL
@@ -212,17 +212,16 @@ __device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int num
 
 // Apply residual, norm, GELU and rounding, and write the tile to memory.
 __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer, uint4* y, float* found, int first_row, int num_rows) {
-    float2 norm[Tile::ROWS_OF_THREAD];
-    float totals[Tile::ROWS_OF_THREAD] = {};
+    float factors[Tile::ROWS_OF_THREAD], totals[Tile::ROWS_OF_THREAD] = {};
     y += ((u64)(first_row + tile.row(0)) * N + tile.column(0)) / 8, found += first_row + tile.row(0);  // the rest is constant
 #pragma unroll
-    for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) norm[i] = NORM ? shared.rows[consumer][tile.row(i)] : float2{};
+    for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) factors[i] = NORM ? shared.rows[consumer][tile.row(i)] : 0;
 #pragma unroll
     for (int group = 0; group < TILE_N / 32; group++) {
-        float4 columns[4];  // bias and weight sum of two columns
+        float2 bias[4];
         if (NORM)
 #pragma unroll
-            for (int j = 0; j < 4; j++) columns[j] = ((float4*)shared.columns)[tile.column(group) / 2 + j];
+            for (int j = 0; j < 4; j++) bias[j] = ((float2*)shared.columns)[tile.column(group) / 2 + j];
 #pragma unroll
         for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) {
             if (KEEPS_RESIDUAL) tile.add(tile.residual[group][i], group, i);
@@ -230,10 +229,7 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float low = tile.at(i, group, 2 * j), high = tile.at(i, group, 2 * j + 1);
-                if (NORM) {
-                    low = fmaf(low, norm[i].x, fmaf(norm[i].y, columns[j].y, columns[j].x));
-                    high = fmaf(high, norm[i].x, fmaf(norm[i].y, columns[j].w, columns[j].z));
-                }
+                if (NORM) low = fmaf(low, factors[i], bias[j].x), high = fmaf(high, factors[i], bias[j].y);
                 if (GELU) fitted_gelu(low, high);
                 pairs[j] = pack(low, high);
                 if (STATISTICS) {
@@ -260,8 +256,9 @@ __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer,
     }
 }
 
-// The norm's factor of a row's products and of the weight's row sums, from the statistics of the row's parts.
-__device__ __forceinline__ float2 norm_of(const float* given, int row, int num_rows, float eps) {
+// The norm's factor of a row's products, from the statistics of the row's parts. Their means are multiplied by the sums of the weight's
+// rows, which are zero: see `FusedLinear`.
+__device__ __forceinline__ float factor_of(const float* given, int row, int num_rows, float eps) {
     float means[PARTS], mean = 0, squares = 0;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -271,16 +268,14 @@ __device__ __forceinline__ float2 norm_of(const float* given, int row, int num_r
     }
 #pragma unroll
     for (int part = 0; part < PARTS; part++) squares += (means[part] - mean) * (means[part] - mean) * (K / PARTS);
-    float factor = rsqrtf(squares / K + eps);
-    return make_float2(HALF * factor, -mean * HALF * factor);
+    return HALF * rsqrtf(squares / K + eps);
 }
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAME(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap residual_map,
-    const float* bias, const float* row_sums, const float* given, const uint4* residual, uint4* y, float* found, int num_rows,
-    int num_residual_rows, float eps) {
+    const float* bias, const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows, float eps) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
     // Thread blocks of the same rows are neighbours: they read these rows from the cache at about the same time.
@@ -303,8 +298,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         // The previous kernel, which may still run, does not write weights and biases: see `FusedLinear`.
         for (int block = 0; block < EARLY; block++) load_weight_block(shared, &weight, block, block, column);
     }
-    for (int i = threadIdx.x; i < TILE_N; i += blockDim.x)
-        shared.columns[i] = make_float2(HALF * bias[column + i], NORM ? row_sums[column + i] : 0);
+    for (int i = threadIdx.x; i < TILE_N; i += blockDim.x) shared.columns[i] = HALF * bias[column + i];
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -320,12 +314,12 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAM
         constexpr int TURNS = TAKES_TURNS ? CONSUMERS : 1;
         for (int number = TAKES_TURNS ? consumer : 0, row; (row = first_row + number * next_row) < num_rows; number += TURNS) {
             Tile tile;
-            float2 norm;  // of the thread's row, computed before the products and shared after them
-            if (NORM) norm = norm_of(given, row + row_of_norm, num_rows, eps);
+            float factor;  // of the thread's row, computed before the products and shared after them
+            if (NORM) factor = factor_of(given, row + row_of_norm, num_rows, eps);
             else begin(shared, tile, residual + column / 8, row, num_residual_rows, number);
             multiply_blocks(shared, tile, number, consumer);
             if (NORM) {
-                shared.rows[consumer][row_of_norm] = norm;
+                shared.rows[consumer][row_of_norm] = factor;
                 synchronize_warpgroup(consumer);
             }
             end_products(shared, tile, number);

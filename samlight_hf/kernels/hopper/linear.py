@@ -47,7 +47,7 @@ class Tile:
             the size in bytes.
         """
         x_bytes, weight_bytes = 2 * _BLOCK_K * _BLOCK_M + 2 * 8, 2 * _BLOCK_K * self.columns + 8
-        rest, all_weights = 8 * self.columns + 2 * 8 * (_BLOCK_M + 1), in_features // _BLOCK_K * weight_bytes
+        rest, all_weights = 4 * self.columns + 2 * (4 * _BLOCK_M + 8), in_features // _BLOCK_K * weight_bytes
         if adds and self.halves == 2:
             rest += math.ceil(self.columns / 64) * 2 * 64 * _BLOCK_M + 3 * 8
         stays = rest + all_weights + 4 * x_bytes <= _SHARED_BYTES
@@ -207,7 +207,7 @@ def launch_linear(
         hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
         hopper.tensor_map(weight, sizes, strides, (_BLOCK_K, 2, 4, 4, tile.columns // 32)),
         hopper.tensor_map(added.values, added.sizes, added.strides, added.box),
-        layer.bias, layer.row_sums, x_statistics if normalizes else None, residual, output, statistics,
+        layer.bias, x_statistics if normalizes else None, residual, output, statistics,
         x.num_rows, added.num_rows, float(layer.eps),
     )  # fmt: skip
 
