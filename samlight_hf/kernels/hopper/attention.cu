@@ -18,8 +18,9 @@ constexpr int LAG = AHEAD ? 2 : 1;
 constexpr u32 BLOCK_BYTES = KEYS * DIM * 2, QUERY_BYTES = QUERIES * DIM * 2;
 // Columns of products with values: the features, and the sum of weights, eight times.
 constexpr int COLUMNS = DIM + 8;
-// A weight is 2^-MARGIN for a score that equals the softmax's reference, and less than 1 for all scores.
-constexpr float MARGIN = 8;
+// A weight is 2^-MARGIN for a score that equals the softmax's reference, and less than 1 for all scores. Float16 has no weights below
+// 2^-25. Beside one large score, thousands of weights that are lost there would be missed, so the margin is small.
+constexpr float MARGIN = BFLOAT16 ? 8 : 2;
 
 struct Shared {
     char queries[QUERY_BYTES];

@@ -113,16 +113,21 @@ def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("warpgroups", [1, 2, 3])
-@pytest.mark.parametrize("scores", ["low", "jump"])
-def test_on_a_gpu_scores_may_all_be_low_or_jump(scores, warpgroups, dtype):
-    """Relative to 0, or to scores of earlier keys, weights would be 0 or infinite."""
+@pytest.mark.parametrize("scores", ["low", "jump", "sink"])
+def test_on_a_gpu_scores_may_all_be_low_or_jump_or_one_be_large(scores, warpgroups, dtype):
+    """Relative to 0, or to scores of earlier keys, weights would be 0 or infinite; or too small for float16."""
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(1, 2048, 2, 3, 64, device="cuda", generator=generator)
-    query, key, _ = qkv.unbind(3)
+    query, key, value = qkv.unbind(3)
     if scores == "low":
         query.abs_(), key.abs_().mul_(-40)
-    else:
+    elif scores == "jump":
         key[:, 1024:] *= 100
+    else:  # of the first key, which has no value: 12 more than those of the others, which together weigh a hundredth
+        query.mul_(0.5), value.add_(1)
+        query[..., 0], key[..., 0] = 8, 0
+        key[:, 0], value[:, 0] = 0, 0
+        key[:, 0, :, 0] = 12
     qkv = qkv.to(dtype)
     with torch.no_grad():
         expected, _ = dilated_attention_reference(*qkv.double().unbind(3), 2048, 1, "all")
