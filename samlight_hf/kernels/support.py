@@ -136,7 +136,8 @@ def launch_again(
         compiled[grid](*tensors, *numbers, *constants)
         return
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
-    if hasattr(type(compiled), "__getitem__"):  # not in Triton's interpreter, nor while it is compiled elsewhere
+    # Not in Triton's interpreter, nor while it is compiled elsewhere; and for AMD Triton looks at tensors' sizes, too.
+    if hasattr(type(compiled), "__getitem__") and torch.version.hip is None:
         _compiled[variant] = compiled
 
 

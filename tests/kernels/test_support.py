@@ -433,11 +433,16 @@ def test_a_variant_of_a_kernel_is_looked_up_once(monkeypatch):
     assert [options.get("num_warps") for *_, options in launches] == [4, None, 4, None, 4, 2, 4, None]
 
 
-@pytest.mark.parametrize("nothing", [None, object()], ids=["the interpreter", "compiled elsewhere"])
-def test_what_cannot_be_launched_itself_is_looked_up_each_time(nothing, monkeypatch):
+@pytest.mark.parametrize(
+    ("compiled", "hip"),
+    [(None, None), (object(), None), (Launched([]), "7.0")],
+    ids=["the interpreter", "compiled elsewhere", "AMD"],
+)
+def test_what_cannot_be_launched_itself_is_looked_up_each_time(compiled, hip, monkeypatch):
     monkeypatch.setattr(triton_support, "_compiled", {})
+    monkeypatch.setattr(torch.version, "hip", hip)
     launches: list = []
-    kernel = Launched(launches, nothing)
+    kernel = Launched(launches, compiled)
     for _ in range(2):
         launch_again(kernel, (1, 1, 1), (torch.zeros(8),), (), (), num_warps=1)
     assert [launched for launched, *_ in launches] == [kernel, kernel]
