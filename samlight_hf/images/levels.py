@@ -19,6 +19,9 @@ GDAL_NODATA_TAG = 42113
 # Signed levels that mean "no data" by convention, if no level of the image is lower.
 SENTINELS = (-2147483648.0, -99999.0, -32768.0, -9999.0)
 _TOO_LARGE = 1e30  # not a measurement: -3.4e38 and 9.97e36 are the fill values of GIS and netCDF
+# Images of these formats, or of no file, keep little but their pixels. Those of others may keep a decoder, with whole
+# images in it, or the layers of Photoshop.
+_KEEP_PIXELS = (None, "JPEG", "MPO", "PNG")
 _IGNORED = "its alpha hides the whole image and is ignored"
 _BLOCK = 1 << 22  # levels scaled at once, in float64
 
@@ -43,8 +46,9 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, c
             Pillow keeps only the high byte.
         name: names the image in the log. Without a name only the first such line of the process is logged.
         upright: turn the image as its EXIF orientation says.
-        copies: copy an image that need not be converted. Without it such an image is returned itself: a copy takes as
-            long as decoding the file, and no other thread of the process runs Python meanwhile.
+        copies: copy an image that need not be converted. Without it such an image is returned itself, unless it would
+            keep other memory: a copy takes as long as decoding the file, and no other thread of the process runs Python
+            meanwhile.
 
     Raises:
         LevelsError: for 16-bit colours in separate planes without compression, which Pillow reads as 8 bits.
@@ -66,7 +70,7 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, c
         image = Image.fromarray(levels).convert("RGB")
     elif "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = _lay_on_white(image.convert("RGBA"), notes)
-    elif copies or image.mode != "RGB" or image.readonly:  # the last is in a file that may change
+    elif copies or image.mode != "RGB" or image.format not in _KEEP_PIXELS or image.readonly:
         image = image.convert("RGB")
     log_changes(name, notes)
     return image

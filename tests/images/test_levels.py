@@ -314,3 +314,16 @@ def test_an_image_that_need_not_be_converted_is_copied_only_if_it_is_asked_for(o
     grey = Image.new("L", (5, 4), 7)
     assert to_rgb(grey, upright=True, copies=False).mode == "RGB"
     assert grey.mode == "L"
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tif", "x.bmp"])
+def test_an_image_from_a_file_keeps_neither_the_file_nor_a_decoder(tmp_path, name):
+    """A decoder of WebP holds whole images, and a TIFF its tags, in which Photoshop has layers."""
+    image, path = Image.effect_noise((64, 48), 60).convert("RGB"), tmp_path / name
+    image.save(path)
+    found = open_image(path)
+    expected = np.asarray(Image.open(path))
+    path.write_bytes(b"")
+    assert (type(found) is Image.Image) == (name not in ("x.png", "x.jpg"))
+    assert getattr(found, "fp", None) is None
+    assert np.array_equal(found, expected)
