@@ -196,8 +196,6 @@ class PromptArrays(NamedTuple):
 
     def part(self, start: int, stop: int) -> "PromptArrays":
         """Return the prompts from `start` to before `stop`."""
-        if start == 0 and stop >= len(self):
-            return self
         points, labels, boxes = (None if part is None else part[start:stop] for part in self[:3])
         return PromptArrays(points, labels, boxes, None if self.logits is None else self.logits[start:stop])
 
@@ -230,7 +228,7 @@ def regular_prompts(size: tuple[int, int], points_xy=None, labels=None, boxes_xy
     """
     points = boxes = None
     if points_xy is not None:
-        points = _clipped(_array(points_xy, 3, 2), size, _clip_points)
+        points = _clipped(_array(points_xy, 3, 2), size, _clip_point, _clip_points)
         if points is None:
             return None
         labels = np.ones(points.shape[:2], dtype=np.int64) if labels is None else _array(labels, 2, points.shape[1])
@@ -240,23 +238,25 @@ def regular_prompts(size: tuple[int, int], points_xy=None, labels=None, boxes_xy
     elif labels is not None:
         return None
     if boxes_xyxy is not None:
-        boxes = _clipped(_array(boxes_xyxy, 2, 4), size, _clip_boxes)
+        boxes = _clipped(_array(boxes_xyxy, 2, 4), size, _clip_box, _clip_boxes)
         if boxes is None or (points is not None and len(points) != len(boxes)):
             return None
     return None if points is None and boxes is None else PromptArrays(points, labels, boxes)
 
 
-def _clipped(values: np.ndarray | None, size: tuple[int, int], clip: Callable) -> np.ndarray | None:
+def _clipped(
+    values: np.ndarray | None, size: tuple[int, int], clip_one: Callable, clip_all: Callable
+) -> np.ndarray | None:
     """Cut points or boxes to the image of `size` (height, width), float32; None if one of them is wrong."""
     if values is None:
         return None
     height, width = size
     if values.size > _FEW_NUMBERS:
-        clipped = clip(values, width, height)
+        clipped = clip_all(values, width, height)
         return None if clipped is None else clipped.astype(np.float32)
     rows = values.reshape(-1, values.shape[-1]).tolist()
     try:
-        clipped = [_clip_point(row, width, height) if len(row) == 2 else _clip_box(row, width, height) for row in rows]
+        clipped = [clip_one(row, width, height) for row in rows]
     except ValueError:
         return None
     return np.array(clipped, dtype=np.float32).reshape(values.shape)
