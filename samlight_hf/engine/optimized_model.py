@@ -23,7 +23,8 @@ from .image_encoder import MOST_IMAGES, FastVisionEncoder, make_encoder, why_not
 from .mask_decoder import FastMaskDecoder
 
 
-# A config looks each name up among other names of the same, first: that takes longer than to launch a kernel.
+# Reads an attribute of a config without a look for another name of it, which takes longer than to launch a kernel. The
+# attributes that are read here have one name.
 _read = object.__getattribute__
 
 # The classes below are mixins: `optimized_class` puts a model's class behind them.
@@ -236,14 +237,11 @@ class FastPaths:
         """Encode pixel values (B, 3, S, S) to embeddings (B, C, h, w), which belong to the caller."""
         if self.copied is None:
             self.check_weights()
-        if pixel_values.shape[0] <= MOST_IMAGES:
-            with turn(self.device):
-                return self.encode(pixel_values).clone()
         parts = self._parts(self.encode, MOST_IMAGES, [], [pixel_values])
         with turn(self.device):
-            first = self.encode(pixel_values[parts[0]])
             if len(parts) == 1:
-                return first.clone()
+                return self.encode(pixel_values).clone()
+            first = self.encode(pixel_values[parts[0]])
             embeddings = first.new_empty_strided((len(pixel_values), *first.shape[1:]), first.stride())
             embeddings[parts[0]] = first
             for part in parts[1:]:

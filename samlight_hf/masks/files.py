@@ -104,7 +104,7 @@ def coco_text(image_name: str, size: tuple[int, int], result: GeneratedMasks | M
     While it runs, other threads of the process do not, and one of them keeps the GPU at work.
     """
     columns = {name: values.astype(np.float64) for name, values in _columns(result).items()}
-    if not all(np.isfinite(values).all() for values in columns.values()):  # JSON has names of its own for these
+    if not all(np.isfinite(values).all() for values in columns.values()):  # `json` spells NaN and inf in its own way
         return json.dumps(coco_document(image_name, size, result))
     form = _ANNOTATION
     parts = [_as_xywh(columns["boxes_xyxy"]), columns["scores"][:, None]]
@@ -114,12 +114,13 @@ def coco_text(image_name: str, size: tuple[int, int], result: GeneratedMasks | M
     masks = _run_lengths(result)
     form = form.replace("SIZE", f"{masks.height}, {masks.width}") + "}"
     rows = zip(masks.to_coco(), masks.areas.tolist(), np.concatenate(parts, axis=1).tolist())
-    # Of the characters of run lengths JSON escapes this one alone.
+    # The backslash is the only character of run lengths that JSON escapes.
     annotations = [
         form % (number, rle["counts"].replace("\\", "\\\\"), area, *numbers)
         for number, (rle, area, numbers) in enumerate(rows, start=1)
     ]
-    before, key, after = json.dumps(_document(image_name, size, [])).partition('"annotations": [')  # not within a name
+    # In the image's name, the quotes of this key would be escaped.
+    before, key, after = json.dumps(_document(image_name, size, [])).partition('"annotations": [')
     return f"{before}{key}{', '.join(annotations)}{after}"
 
 
