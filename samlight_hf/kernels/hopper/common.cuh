@@ -48,7 +48,8 @@ struct alignas(64) TensorMap { char bytes[128]; };
 
 __device__ __forceinline__ void prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-// Copy a box of a tensor of five dimensions, the innermost first, to shared memory; in rows of 128 and of 32 bytes the pieces of 16 bytes are permuted.
+// Copy a box of a tensor of five dimensions, the innermost first, to shared memory. The pieces of 16 bytes are permuted there, in rows
+// of 128 or of 32 bytes.
 __device__ __forceinline__ void load(
     const TensorMap* map, void* to, u64* barrier, int first, int second, int third, int fourth, int fifth) {
     asm volatile(
@@ -146,7 +147,10 @@ __device__ __forceinline__ void fitted_gelu(float& low, float& high) {
 // Read 16 bytes of shared memory here and not before: the compiler would read ahead, and spill registers.
 __device__ __forceinline__ uint4 read_shared(u32 address) {
     uint4 found;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w) : "r"(address) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+        : "r"(address)
+        : "memory");
     return found;
 }
 

@@ -26,7 +26,7 @@ constexpr bool KEEPS_RESIDUAL = RESIDUAL && !TAKES_TURNS;
 constexpr int UNROLLED = LOADS_RESIDUAL ? 1 : 6;  // steps; more would spill registers
 constexpr int WEIGHT_BLOCKS = W_STAYS ? STEPS : STAGES;
 constexpr u32 X_BYTES = BLOCK_M * BLOCK_K * 2, WEIGHT_BYTES = TILE_N * BLOCK_K * 2;
-// Blocks of W that are asked for before the first block of x, which arrives after all of them.
+// Blocks of W that are loaded before the previous kernel has ended. They are few: the first block of x arrives after all of them.
 constexpr int FEW = 24 * 1024 / WEIGHT_BYTES, MOST = STEPS < WEIGHT_BLOCKS ? STEPS : WEIGHT_BLOCKS, EARLY = FEW < MOST ? FEW : MOST;
 
 struct Shared {
@@ -52,7 +52,8 @@ __device__ __forceinline__ void load_x(const TensorMap* map, void* to, u64* barr
     load(map, to, barrier, step * BLOCK_K, row, 0, 0, 0);
 #elif KIND == NEIGHBOURS  // features are (dy, dx, channel), and zero outside the image
     constexpr int BLOCKS = STEPS / 9;
-    int column = row % WIDTH, line = row / WIDTH % HEIGHT, image = row / (WIDTH * HEIGHT), dx = step / BLOCKS % 3, dy = step / BLOCKS / 3;
+    int column = row % WIDTH, line = row / WIDTH % HEIGHT, image = row / (WIDTH * HEIGHT);
+    int dx = step / BLOCKS % 3, dy = step / BLOCKS / 3;
     load(map, to, barrier, step % BLOCKS * BLOCK_K, column + dx - 1, line + dy - 1, image, 0);
 #elif KIND == PATCHES  // features are (channel, y, x); 64 of them are four lines of 16 pixels, one after another in shared memory
     int column = row % WIDTH, line = row / WIDTH % HEIGHT, image = row / (WIDTH * HEIGHT);
@@ -71,7 +72,7 @@ __device__ __forceinline__ void load_weight_block(Shared& shared, const TensorMa
     load_weight(weight, shared.weight[block], &shared.weight_loaded[block], step * BLOCK_K, column);
 }
 
-// Copy all blocks of all tiles but EARLY ones of W, in one thread: each as soon as the block whose memory it reuses has been read.
+// Copy all blocks of all tiles, except the EARLY ones of W, in one thread: each as soon as the block that was in its place has been read.
 __device__ __forceinline__ void load_blocks(
     Shared& shared, const TensorMap* x, const TensorMap* weight, const TensorMap* residual, int first_row, int next_row, int num_rows,
     int num_residual_rows, int column) {
@@ -110,11 +111,14 @@ struct Tile {
 
     // The first of the warpgroup's rows in the tile.
     static __device__ __forceinline__ int first_row() { return TAKES_TURNS ? 0 : (threadIdx.x / WARPGROUP - 1) * CONSUMER_ROWS; }
-    static __device__ __forceinline__ constexpr int below(int i) { return i % 2 * 8 + i / 2 * 64; }  // rows from the thread's first to its i-th
-    static __device__ __forceinline__ int row(int i) {  // index in the tile of the thread's i-th row
+    // The number of rows from the thread's first to its i-th.
+    static __device__ __forceinline__ constexpr int below(int i) { return i % 2 * 8 + i / 2 * 64; }
+    // The index in the tile of the thread's i-th row.
+    static __device__ __forceinline__ int row(int i) {
         return first_row() + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + below(i);
     }
-    static __device__ __forceinline__ int column(int group) { return group * 32 + threadIdx.x % 4 * 8; }  // the group's first column of eight
+    // The first of the thread's eight columns in a group of 32.
+    static __device__ __forceinline__ int column(int group) { return group * 32 + threadIdx.x % 4 * 8; }
     // The element of the i-th row and the j-th of the group's eight columns.
     __device__ __forceinline__ float& at(int i, int group, int j) { return sums[i / 2][group * 16 + j / 2 * 4 + i % 2 * 2 + j % 2]; }
 
@@ -213,7 +217,8 @@ __device__ __forceinline__ void end_products(Shared& shared, Tile& tile, int num
 // Apply residual, norm, GELU and rounding, and write the tile to memory.
 __device__ __forceinline__ void finish(Shared& shared, Tile& tile, int consumer, uint4* y, float* found, int first_row, int num_rows) {
     float factors[Tile::ROWS_OF_THREAD], totals[Tile::ROWS_OF_THREAD] = {};
-    y += ((u64)(first_row + tile.row(0)) * N + tile.column(0)) / 8, found += first_row + tile.row(0);  // the rest is constant
+    // To the thread's first row and column: the distances from there are known when this is compiled.
+    y += ((u64)(first_row + tile.row(0)) * N + tile.column(0)) / 8, found += first_row + tile.row(0);
 #pragma unroll
     for (int i = 0; i < Tile::ROWS_OF_THREAD; i++) factors[i] = NORM ? shared.rows[consumer][tile.row(i)] : 0;
 #pragma unroll
@@ -275,7 +280,8 @@ __device__ __forceinline__ float factor_of(const float* given, int row, int num_
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1) NAME(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap residual_map,
-    const float* bias, const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows, float eps) {
+    const float* bias, const float* given, const uint4* residual, uint4* y, float* found, int num_rows, int num_residual_rows,
+    float eps) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
     // Thread blocks of the same rows are neighbours: they read these rows from the cache at about the same time.
