@@ -393,10 +393,8 @@ def test_less_memory_means_smaller_steps(bundled):
 
 
 def test_a_grid_of_32_points_a_side_is_six_batches_of_the_published_model():
-    lean, model = (
-        SimpleNamespace(dtype=torch.float16, is_lean=True),
-        load_model(BUNDLED_CHECKPOINT, "cpu", torch.bfloat16)[0],
-    )
+    lean = SimpleNamespace(dtype=torch.float16, is_lean=True)
+    model, _ = load_model(BUNDLED_CHECKPOINT, "cpu", torch.bfloat16)
     budget = MemoryBudget(_OnCuda(model), DEFAULT_MEMORY_MB, None, lean, True)
     assert 171 <= budget.points_per_batch < 205
 

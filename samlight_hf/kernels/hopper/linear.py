@@ -46,6 +46,7 @@ class Tile:
             four blocks of x; the number of blocks of x, and otherwise also of the weight, that are loaded ahead; and
             the size in bytes.
         """
+        # The members of `Shared` in linear.cu: a block with its barriers, of 8 bytes each; and what there is once.
         x_bytes, weight_bytes = 2 * _BLOCK_K * _BLOCK_M + 2 * 8, 2 * _BLOCK_K * self.columns + 8
         rest, all_weights = 4 * self.columns + 2 * (4 * _BLOCK_M + 8), in_features // _BLOCK_K * weight_bytes
         if adds and self.halves == 2:
@@ -201,7 +202,7 @@ def launch_linear(
     num_processors = num_processors or hopper.num_processors(weight.device)
     turns = math.ceil(row_tiles / max(1, num_processors // column_tiles))
     thread_blocks = math.ceil(row_tiles / turns) * column_tiles
-    added = rows_of(output if residual is None else residual)
+    added = rows_of(output if residual is None else residual)  # without a residual the kernel does not read its map
     hopper.launch_kernel(
         kernel, weight.device, thread_blocks, _THREADS, shared_bytes,
         hopper.tensor_map(x.values, x.sizes, x.strides, x.box),
