@@ -224,8 +224,8 @@ class StaticInputs:
     """Input tensors of a graph: their memory stays where it is, and `fill` copies values into it.
 
     Inputs whose examples are on the CPU are copied from one buffer there, since each copy between the two takes as long
-    as several kernels of a short graph. Later values may be on either, wherever the examples were. They are copied in
-    any mode, so that the inputs are no inference tensors.
+    as several kernels of a short graph. Later values may be on either, wherever the examples were. `fill` is called in
+    any mode of torch. Outside of inference mode it could not write to inference tensors, so the inputs are none.
 
     Args:
         examples: Tensors of the shapes and dtypes; all inputs are on the device of the first.
@@ -255,16 +255,16 @@ class StaticInputs:
         own = iter(_views(inputs[len(self._buffer) :], others))
         self.tensors = [next(copies) if e.is_cpu else e if e is lent else next(own) for e in examples]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
-        self._waits = [not target.is_cuda for target in self._targets]
+        self._on_device = [target.is_cuda for target in self._targets]
         self._has_buffer = len(self._buffer) > 0
 
     def fill(self, tensors: Sequence[torch.Tensor]):
         """Copy the values of the tensors to the inputs."""
-        for target, tensor, waits in zip(self._targets, tensors, self._waits):
+        for target, tensor, on_device in zip(self._targets, tensors, self._on_device):
             if tensor is not target:  # else the caller has written to the input itself
-                target.copy_(tensor.detach() if tensor.requires_grad else tensor, not waits)
+                target.copy_(tensor.detach() if tensor.requires_grad else tensor, non_blocking=on_device)
         if self._has_buffer:
-            self._device_buffer.copy_(self._buffer, True)
+            self._device_buffer.copy_(self._buffer, non_blocking=True)
 
 
 def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
