@@ -20,7 +20,7 @@ GDAL_NODATA_TAG = 42113
 SENTINELS = (-2147483648.0, -99999.0, -32768.0, -9999.0)
 _TOO_LARGE = 1e30  # not a measurement: -3.4e38 and 9.97e36 are the fill values of GIS and netCDF
 # Images of these formats, or of no file, keep little but their pixels. Those of others may keep a decoder, with whole
-# images in it, or the layers of Photoshop.
+# images in it, or a TIFF's tags, with the layers of Photoshop.
 _KEEP_PIXELS = (None, "JPEG", "MPO", "PNG")
 _IGNORED = "its alpha hides the whole image and is ignored"
 _BLOCK = 1 << 22  # levels scaled at once, in float64
@@ -71,6 +71,7 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, c
     elif "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = _lay_on_white(image.convert("RGBA"), notes)
     elif copies or image.mode != "RGB" or image.format not in _KEEP_PIXELS or image.readonly:
+        # The pixels of a read-only image are in a file, which may change.
         image = image.convert("RGB")
     log_changes(name, notes)
     return image
