@@ -188,9 +188,12 @@ def _evaluate_model(
     from ..evaluation.report import ModelResult
 
     model = load_promptable_model(path, args, state)
+    for measurement in measurements:
+        measurement.task.check(model)
     common = {
-        "model": model.fingerprint(), "dataset": args.dataset or args.annotations, "dataset_content": digest,
-        "num_pictures": len(dataset), "batch_size": args.batch_size, "dtype": args.dtype,
+        "model": model.fingerprint(), "model_settings": model.settings_digest(),
+        "dataset": args.dataset or args.annotations, "dataset_content": digest, "num_pictures": len(dataset),
+        "batch_size": args.batch_size, "dtype": args.dtype,
     }  # fmt: skip
     if isinstance(dataset, MaskFolderDataset):
         common["mask_reading"] = dataset.reading.to_dict()

@@ -1,10 +1,12 @@
 """Measurements that `samlight evaluate` can make: of instances, everything mode, detections and fidelity."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..utils.processes import tell
 from .options import tiles_from_options
 
 
@@ -56,17 +58,23 @@ def measurements_of(
         measurements.append(Measurement("instances", instances, about, settings.sentences()))
     if EVERYTHING in args.protocol:
         measurements.append(_everything_measurement(args))
-    elif args.crops_n_layers or args.tile or args.overlap:
+    elif any((args.crops_n_layers, args.tile, args.overlap, args.pred_iou_thresh, args.stability_score_thresh)):
         raise argparse.ArgumentTypeError(
-            "--crops-n-layers, --tile and --overlap are of everything mode: add --protocol everything."
+            "--crops-n-layers, --tile, --overlap, --pred-iou-thresh and --stability-score-thresh are of everything "
+            "mode: add --protocol everything."
         )
+    if args.lvis and not args.detections:
+        raise argparse.ArgumentTypeError("--lvis says how --detections are scored: give --detections too.")
     if args.detections:
         if not isinstance(dataset, CocoDataset):
             raise argparse.ArgumentTypeError("--detections needs --annotations of COCO's shape, a JSON file.")
         measurements.append(_detection_measurement(dataset, args))
     if args.teacher:
         teacher = load_promptable_model(args.teacher, args, state)
-        about = {"teacher": teacher.fingerprint(), "max_instances": args.max_instances}
+        about = {
+            "teacher": teacher.fingerprint(), "teacher_settings": teacher.settings_digest(),
+            "max_instances": args.max_instances,
+        }  # fmt: skip
         sentence = f"fidelity: image embeddings, layers and masks against {args.teacher}, same images and prompts"
         task = Fidelity(teacher, args.max_instances)
         measurements.append(Measurement("fidelity", task, about, [sentence], summarize_fidelity))
@@ -102,11 +110,15 @@ def _detection_measurement(dataset: "CocoDataset", args: argparse.Namespace) -> 
     from ..evaluation.average_precision import DetectorBoxes, average_precision, check_annotations
     from ..evaluation.files import content_digest
 
-    task = DetectorBoxes(args.detections, dataset.ids)
+    category_ids = check_annotations(args.annotations, dataset.ids, args.lvis)
+    task = DetectorBoxes(args.detections, dataset.ids, category_ids)
     sentence = f"{'LVIS' if args.lvis else 'COCO'} mask AP: boxes of {args.detections}, one mask each"
     if task.num_other:
         sentence += f"; {task.num_other} boxes of other images left out"
-    check_annotations(args.annotations, dataset.ids, args.lvis)
+    if task.num_unknown:
+        left_out = f"{task.num_unknown} boxes of categories that {args.annotations} does not have left out"
+        sentence += f"; {left_out}"
+        tell(f"samlight: warning: {args.detections}: {left_out}", file=sys.stderr)
 
     def summarize(records: list[dict]) -> dict[str, float]:
         predictions = [prediction for record in records for prediction in record["predictions"]]

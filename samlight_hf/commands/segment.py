@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 
 ONE_JSON = "instances.json"
+_MODEL_SETTINGS = "config.json", "preprocessor_config.json", "processor_config.json"
 FORMATS = ("overlay", "png", "labels", "coco", "labelme", "yolo", "npz", *OBJECT_FORMATS)
 
 
@@ -333,7 +334,8 @@ def _segmenter(model, processor, args: argparse.Namespace):
 def _settings(args: argparse.Namespace, model_path: str, prompts: "dict[Path, Prompts]") -> dict:
     """Return the settings that results depend on; the note keeps them, so that `--resume` can compare them."""
     folder = Path(model_path).expanduser()
-    weights = [identity_of(file) for file in sorted(folder.resolve().glob("*.safetensors"))]
+    files = [*sorted(folder.resolve().glob("*.safetensors")), *(folder.resolve() / name for name in _MODEL_SETTINGS)]
+    weights = [identity for file in files if (identity := identity_of(file))]
     later: dict = {  # which the notes of earlier versions lack: None stands for what these did
         "--points": [[[*map(list, prompt.points_xy)], [*prompt.labels]] for prompt in args.points],
         "--prompts": args.prompts and _digest([[os.path.abspath(image), repr(own)] for image, own in prompts.items()]),
@@ -342,7 +344,7 @@ def _settings(args: argparse.Namespace, model_path: str, prompts: "dict[Path, Pr
     }  # fmt: skip
     return {
         "--model": str(folder.resolve()) if folder.is_dir() else model_path,
-        "the model's weights": _digest(weights),
+        "the model's files": _digest(weights),
         "--dtype": args.dtype, "--format": args.format,
         "--box": [*map(list, args.box)], "--point": [*map(list, args.point)], "--points-per-side": args.points_per_side,
         "--pred-iou-thresh": args.pred_iou_thresh, "--stability-score-thresh": args.stability_score_thresh,

@@ -105,7 +105,7 @@ def parse_instance(
 
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        rle, mask_area = _checked_rle(segmentation, width, height)
+        rle, mask_area = checked_rle(segmentation, width, height)
     else:
         polygons, reasons = usable_polygons(segmentation)
         left_out += reasons
@@ -157,8 +157,12 @@ def usable_polygons(segmentation) -> tuple[list[list], list[SkipReason]]:
     return rings, reasons + [SkipReason.STRAY_RING] * (len(segmentation) - len(rings))
 
 
-def _checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int]:
-    """Check an RLE; return it compressed, with counts as bytes, and the number of pixels in the mask."""
+def checked_rle(segmentation: dict, width: int, height: int) -> tuple[dict, int]:
+    """Check an RLE of an image; return it compressed, with counts as bytes, and the number of pixels in the mask.
+
+    Raises:
+        SampleError: for an RLE that is malformed, or of another size than the image.
+    """
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(map(_is_integer, size))):
         raise SampleError(SkipReason.MALFORMED_RLE)

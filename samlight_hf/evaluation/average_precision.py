@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from ..data import Sample, SampleError
-from ..data.annotations import annotation_id, as_integer, matching_id, usable_polygons
+from ..data.annotations import annotation_id, as_integer, checked_rle, matching_id, usable_polygons
 from ..inference.crops import MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
 from ..inference.tiles import TileSettings
@@ -20,6 +21,7 @@ from .tasks import EvaluationTask
 
 
 SIZES = ("all", "small", "medium", "large")
+LVIS_DETECTIONS = 300  # of an image, as LVIS's own code has it
 
 
 class DetectorBoxes(EvaluationTask):
@@ -30,14 +32,16 @@ class DetectorBoxes(EvaluationTask):
 
     Args:
         path: a COCO results file, [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].
-        image_ids: the image ids of the dataset. The file may have them as text. Boxes of other images are counted in
-            `num_other`.
+        image_ids: the image ids of the dataset. The file may have them as text. Boxes of other images are left out, and
+            counted in `num_other`.
+        category_ids: the categories that AP is a mean over; None for any. Boxes of others count in no score: they are
+            left out, and counted in `num_unknown`.
 
     Raises:
-        ValueError: for a file of another format, or without a box of these images.
+        ValueError: for a file of another format, or without a box of these images and categories.
     """
 
-    def __init__(self, path: str | Path, image_ids):
+    def __init__(self, path: str | Path, image_ids, category_ids: Container[int] | None = None):
         try:
             results = read_json(path)
             by_image: dict[str, list[tuple[int, float, tuple[float, ...]]]] = defaultdict(list)
@@ -56,6 +60,23 @@ class DetectorBoxes(EvaluationTask):
         self.num_other = len(results) - sum(map(len, self.by_image.values()))
         if not self.by_image:
             raise ValueError(f"{path}: none of its {len(results)} boxes is of an image of this dataset.")
+        self.num_unknown = 0
+        if category_ids is not None:
+            self._leave_out_unknown(str(path), category_ids)
+
+    def _leave_out_unknown(self, path: str, category_ids: Container[int]):
+        boxes = [box for boxes in self.by_image.values() for box in boxes]
+        unknown = sorted({category_id for category_id, _, _ in boxes if category_id not in category_ids})
+        self.by_image = {
+            image: [box for box in boxes if box[0] in category_ids] for image, boxes in self.by_image.items()
+        }
+        self.num_unknown = len(boxes) - sum(map(len, self.by_image.values()))
+        if self.num_unknown == len(boxes):
+            raise ValueError(
+                f"{path}: none of its {len(boxes)} boxes of these images has a category of the annotations, such as "
+                f"{unknown[0]}. Write category_id as the annotations do: COCO's go from 1 to 90 with gaps, a "
+                "network's own labels from 0."
+            )
 
     def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
         assert encoded is not None
@@ -106,12 +127,15 @@ class EverythingTask(EvaluationTask):
         self.tiles = tiles
         self._generator: MaskGenerator | None = None
 
-    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
+    def check(self, model: PromptableModel):
         if not model.keeps_aspect:
             raise ValueError(
                 f"everything mode takes SAM's frame of an image, and model_type={model.model.config.model_type!r} has "
                 "another: evaluate it without."
             )
+
+    def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
+        self.check(model)
         if self._generator is None or self._generator.model is not model.model:
             self._generator = MaskGenerator(model.model, model.processor, tiles=self.tiles)
         return [record_everything(self._generator, sample, self.settings)]
@@ -171,9 +195,14 @@ def precision(records: list[dict], min_iou: float = 0.5) -> dict[str, float]:
     return scores_by_name
 
 
-def check_annotations(annotation_json: str | Path, image_ids: list, lvis: bool = False):
-    """Raise ValueError, before anything is predicted, where `average_precision` could not be computed."""
-    _read_truth(annotation_json, image_ids, lvis)
+def check_annotations(annotation_json: str | Path, image_ids: list, lvis: bool = False) -> set[int]:
+    """Raise ValueError, before anything is predicted, where `average_precision` could not be computed.
+
+    Returns:
+        The ids of the categories.
+    """
+    content, _ = _read_truth(annotation_json, image_ids, lvis)
+    return {category["id"] for category in content["categories"]}
 
 
 def average_precision(
@@ -181,8 +210,9 @@ def average_precision(
 ) -> dict[str, float]:
     """Compute COCO's or LVIS's mask AP, 0 to 1.
 
-    AP is the mean over IoU thresholds 0.5:0.05:0.95, by COCOeval: 100 detections an image for COCO; 300, with federated
-    annotations and AP by frequency of the category, for LVIS. Annotations without an area get the area of their mask.
+    AP is the mean over IoU thresholds 0.5:0.05:0.95, by COCOeval: 100 detections of a category in an image for COCO;
+    300 in an image, of all categories together, with federated annotations and AP by frequency of the category, for
+    LVIS. Annotations without an area get the area of their mask.
 
     Args:
         annotation_json: the annotation file.
@@ -204,7 +234,9 @@ def average_precision(
         if annotation.get("area") is None:
             annotation["area"] = float(coco_mask.area(truth.annToRLE(annotation)))
     results = [{**r, "image_id": numbers[r["image_id"]]} for r in results if r["image_id"] in numbers]
-    evaluation = _run(truth, results, list(truth.imgs), [300] if lvis else [1, 10, 100], lvis_style=lvis)
+    if lvis:  # COCOeval counts detections of each category
+        results = _best_of_images(results, LVIS_DETECTIONS)
+    evaluation = _run(truth, results, list(truth.imgs), [LVIS_DETECTIONS] if lvis else [1, 10, 100], lvis_style=lvis)
     precision = evaluation.eval["precision"]  # (thresholds, recalls, categories, sizes, max detections)
     scores = {f"AP {size}": precision[:, :, :, i, -1] for i, size in enumerate(SIZES)}
     scores |= {"AP50": precision[0, :, :, 0, -1], "AP75": precision[5, :, :, 0, -1]}
@@ -267,33 +299,56 @@ def _read_truth(annotation_json: str | Path, image_ids: list, lvis: bool) -> tup
                 raise ValueError(f"{annotation_json}: image {image_id!r} needs a width and a height for AP.")
             images.setdefault(image_id, {**image, "id": numbers[image_id]})
     annotations: list[dict] = []
+    ids = set()
     for place, annotation in enumerate(content["annotations"]):
-        image_id = matching_id(annotation.get("image_id"), numbers) if isinstance(annotation, dict) else None
-        if image_id not in numbers:
+        image_id = matching_id(annotation.get("image_id"), images) if isinstance(annotation, dict) else None
+        identifier = annotation_id(annotation)
+        if image_id not in images or (identifier is not None and identifier in ids):  # the dataset skips these, too
             continue
-        mask, category_id = _mask_for_coco(annotation.get("segmentation")), as_integer(annotation.get("category_id"))
+        ids.add(identifier)
+        category_id, image = as_integer(annotation.get("category_id")), images[image_id]
+        try:
+            mask, why = _mask_for_coco(annotation.get("segmentation"), image["width"], image["height"]), "no category"
+        except SampleError as error:
+            mask, why = None, str(error.reason)
         if mask is None or category_id is None:
-            name = annotation_id(annotation, f"number {place}")
-            raise ValueError(f"{annotation_json}: annotation {name} needs a category_id and a segmentation for AP.")
-        own = {"segmentation": mask, "category_id": category_id, "image_id": numbers[image_id]}
+            name = f"number {place}" if identifier is None else identifier
+            raise ValueError(
+                f"{annotation_json}: annotation {name} needs a category_id and a segmentation for AP ({why})."
+            )
+        own = {"segmentation": mask, "category_id": category_id, "image_id": image["id"]}
         annotations.append({**annotation, **own, "id": len(annotations) + 1})
     if not annotations:
         raise ValueError(f"{annotation_json}: none of its annotations is of these images: there is no AP of them.")
     return {"images": list(images.values()), "annotations": annotations, "categories": categories}, numbers
 
 
-def _mask_for_coco(segmentation) -> dict | list | None:
-    """Return an RLE unchanged, polygons as `CocoDataset` reads them (pycocotools would misread some), or None."""
+def _mask_for_coco(segmentation, width: int, height: int) -> dict | list:
+    """Return an RLE that fits the image, or polygons as `CocoDataset` reads them (pycocotools would misread some).
+
+    Raises:
+        SampleError: for others; COCOeval would count an RLE of another size as an object that is never found.
+    """
     if isinstance(segmentation, dict):
-        return segmentation if {"size", "counts"} <= segmentation.keys() else None
-    try:
-        return usable_polygons(segmentation)[0]
-    except SampleError:
-        return None
+        checked_rle(segmentation, width, height)
+        return segmentation
+    return usable_polygons(segmentation)[0]
 
 
 def _has_integer(entry, key: str) -> bool:
     return isinstance(entry, dict) and type(entry.get(key)) is int
+
+
+def _best_of_images(results: list[dict], number: int) -> list[dict]:
+    """Return the results of the highest scores of each image."""
+    by_image: defaultdict[int, list[dict]] = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    return [
+        result
+        for own in by_image.values()
+        for result in sorted(own, key=lambda result: result["score"], reverse=True)[:number]
+    ]
 
 
 def _run(truth, results: list[dict], image_ids: list, max_detections: list[int], use_categories=True, lvis_style=False):

@@ -134,7 +134,8 @@ def evaluate(
         records += journal.done[index]["records"]
         report.merge(SkipReport.from_dict(journal.done[index]["skipped"]))
     if not records:
-        raise ValueError(f"nothing could be evaluated. {report.summary(dataset.num_images)}")
+        nothing = f"The {len(dataset)} images have no object but those that the settings leave out, such as crowds."
+        raise ValueError(f"nothing could be evaluated. {report.summary(dataset.num_images) if report else nothing}")
     return records, report, seconds
 
 

@@ -17,6 +17,9 @@ class EvaluationTask(ABC):
 
     needs_embeddings = True
 
+    def check(self, model: PromptableModel):  # noqa: B027  # most tasks take every model
+        """Raise ValueError for a model that this task cannot evaluate, before anything is computed."""
+
     @abstractmethod
     def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
         """Compute the records of one image, as plain JSON."""

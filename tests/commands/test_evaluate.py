@@ -136,6 +136,43 @@ def test_started_again_it_computes_nothing_and_says_the_same(models, tar, tmp_pa
     assert again["settings"]["latency_ms"]["encoder"] is None
 
 
+def test_numbers_of_another_config_with_the_same_weights_are_not_reported_again(models, tar, tmp_path, capsys):
+    """Ablations of the attention's pattern change config.json alone."""
+    arguments = (
+        "--model",
+        models[0],
+        "--dataset",
+        tar,
+        "--protocol",
+        "box",
+        "--no-plots",
+        "--out",
+        tmp_path / "report",
+    )
+    assert run(capsys, *arguments)[0] == 0
+    config = Path(models[0]) / "config.json"
+    content = json.loads(config.read_text())
+    content["transformers_version"] = "5.0.0"  # no mask depends on it
+    config.write_text(json.dumps(content))
+    assert run(capsys, *arguments)[0] == 0
+    content["vision_config"]["dilation_rate"] = [1, 1, 1]
+    config.write_text(json.dumps(content))
+    status, _, errors = run(capsys, *arguments)
+    assert status == 1 and "was written with another model_settings" in errors
+
+
+def test_a_task_that_a_model_cannot_do_is_refused_before_another_is_done(models, tar, tmp_path, capsys, monkeypatch):
+    from samlight_hf.evaluation import models as promptable
+
+    monkeypatch.setitem(promptable.SUPPORTED, "sam_lightening", False)  # its frame is SAM 2's
+    status, _, errors = run(
+        capsys, "--model", models[0], "--dataset", tar, "--protocol", "box", "everything", "--no-plots",
+        "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert status == 1 and "everything mode takes SAM's frame" in errors
+    assert not (tmp_path / "report").exists()
+
+
 def test_a_journal_of_an_earlier_version_without_the_newest_measures_is_refused(models, tar, tmp_path, capsys):
     arguments = ("--model", models[0], "--dataset", tar, "--clicks", 1, "--no-plots", "--out", tmp_path / "report")
     run(capsys, *arguments)
@@ -254,9 +291,10 @@ def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_
     boxes = [
         {"image_id": 139, "category_id": 1, "bbox": [5, 4, 10, 8], "score": 0.9},
         {"image_id": 9, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 1},
+        {"image_id": 139, "category_id": 0, "bbox": [5, 4, 10, 8], "score": 0.9},
     ]
     (tmp_path / "vitdet.json").write_text(json.dumps(boxes))
-    status, printed, _ = run(
+    status, printed, errors = run(
         capsys, "--model", models[0], "--annotations", coco[0], "--images", coco[1], "--protocol", "box", "everything",
         "--points-per-side", 3, "--detections", tmp_path / "vitdet.json", "--teacher", models[1], "--no-plots",
         "--out", tmp_path / "report",
@@ -269,7 +307,9 @@ def test_coco_with_a_detectors_boxes_a_teacher_and_everything(models, coco, tmp_
         extra
     )
     assert "AP all" in printed
-    assert "1 boxes of other images left out" in (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "1 boxes of other images left out; 1 boxes of categories that" in page
+    assert "warning" in errors and "1 boxes of categories that" in errors
 
 
 def test_an_image_that_cannot_be_read_counts_in_no_score(models, coco, tmp_path, capsys, monkeypatch):
@@ -393,6 +433,8 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
         (["--dataset", "nowhere.tar"], 1, "nowhere.tar"),
         (["--dataset", "{empty}"], 1, "no image that can be used"),
         (["--dataset", "{tar}", "--batch-size", "0"], 2, "--batch-size 0"),
+        (["--dataset", "{tar}", "--lvis"], 2, "--detections"),
+        (["--dataset", "{tar}", "--pred-iou-thresh", "0.5"], 2, "--protocol everything"),
         (["--dataset", "{tar}", "--clicks", "0"], 1, "num_clicks"),
         (["--dataset", "{tar}", "--max-instances", "-1"], 1, "max_instances=-1"),
         (["--dataset", "{tar}", "--model", "{model}"], 2, "twice"),

@@ -315,15 +315,16 @@ def test_resuming_knows_images_from_others_of_their_names(samlight, photos, chec
     assert [image_of(out / name) for name in ("in/0001.json", "q/in/0001.json")] == [(40, 30), (50, 30)]
 
 
-def test_resuming_with_other_weights_is_refused(samlight, photos, checkpoint, tmp_path):
+@pytest.mark.parametrize("pattern", ["*.safetensors", "config.json"])
+def test_resuming_with_other_files_of_the_model_is_refused(samlight, photos, checkpoint, tmp_path, pattern):
     model = shutil.copytree(checkpoint, tmp_path / "model")
     arguments = ["segment", photos, "--out", tmp_path / "out", *QUICK, "--model"]
     assert samlight(*arguments, model)[0] == 0
     assert samlight(*arguments, f"{model}/", "--resume")[:2] == (0, "2 images done before.\n")
-    os.utime(next(model.glob("*.safetensors")))
+    os.utime(next(model.glob(pattern)))
     status, _, stderr = samlight(*arguments, model, "--resume")
     assert status == 2
-    one_line(stderr, "another run: the model's weights was")
+    one_line(stderr, "another run: the model's files was")
 
 
 def test_results_are_no_images_to_another_run(samlight, photos, checkpoint):

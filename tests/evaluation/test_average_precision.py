@@ -134,6 +134,11 @@ def test_ids_that_are_text_or_zero(tmp_path):
         (lambda content: content["annotations"][1].pop("category_id"), False, "annotation 2 needs a category_id"),
         (lambda content: content["annotations"][1].pop("segmentation"), False, "annotation 2 needs .* a segmentation"),
         (lambda content: content["annotations"].clear(), False, "none of its annotations"),
+        (
+            lambda content: content["annotations"][1].update(segmentation=rle(box_mask())),
+            False,
+            "annotation 2 needs .*size disagrees with the image",
+        ),
     ],
 )
 def test_annotations_that_ap_cannot_be_computed_of(tmp_path, change, lvis, said):
@@ -157,9 +162,10 @@ def test_annotations_that_the_dataset_reads_count_the_same(tmp_path):
         own = {"segmentation": (square, [square, [0, 0, 150, 150]], [[3, 3], square])[number % 3]}
         own |= {"category_id": str(each["category_id"]), "image_id": str(each["image_id"]), "bbox": []}
         bad.append({name: value for name, value in {**each, **own}.items() if name != "id"})
+    bad += [{**bad[0], "id": 1}, {**bad[0], "id": 1}]  # an object of its own, and one that is in the file twice
     results = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "score": 0.9, "segmentation": a["segmentation"]}
-        for a in content["annotations"]
+        for a in [*content["annotations"], content["annotations"][0]]
     ]
     path.write_text(json.dumps({**content, "annotations": bad}))
     assert average_precision(path, results, list(range(1, 9)))["AP all"] == pytest.approx(1.0)
@@ -179,6 +185,21 @@ def test_lvis_scores_by_frequency(tmp_path):
     assert scores["AP all"] == pytest.approx(precision.mean(), abs=1e-12)
     for category, name in enumerate(("rare", "common", "frequent")):
         assert scores[f"AP {name}"] == pytest.approx(precision[:, :, category].mean(), abs=1e-12)
+
+
+def test_lvis_takes_the_best_300_detections_of_an_image_whatever_their_category(tmp_path):
+    """As LVIS's own code does: here 300 boxes of one category are before the only right one of another."""
+    path, _, _ = truth_and_results(tmp_path)
+    content = json.loads(path.read_text())
+    truth = {**content["annotations"][0], "category_id": 1}
+    for image in content["images"]:
+        image["neg_category_ids"], image["not_exhaustive_category_ids"] = [2], []
+    path.write_text(json.dumps({**content, "annotations": [truth]}))
+    right = {"image_id": 1, "category_id": 1, "score": 0.1, "segmentation": truth["segmentation"]}
+    others = [{**right, "category_id": 2, "score": 0.9}] * 299
+    assert average_precision(path, [*others, right], [1], lvis=True)["AP all"] == pytest.approx(1.0)
+    assert average_precision(path, [*others, others[0], right], [1], lvis=True)["AP all"] == 0.0
+    assert average_precision(path, [*others, others[0], right], [1])["AP all"] == pytest.approx(1.0), "of COCO"
 
 
 def test_average_recall_equals_pycocotools(tmp_path):
@@ -268,6 +289,19 @@ def test_a_file_that_is_no_results_is_refused(tmp_path, content):
     (tmp_path / "boxes.json").write_text(content)
     with pytest.raises(ValueError, match=r"boxes\.json: (not a COCO results file|none of its 0 boxes)"):
         DetectorBoxes(tmp_path / "boxes.json", [1])
+
+
+def test_boxes_of_unknown_categories_are_counted_and_refused_alone(tmp_path):
+    """A network's own labels, from 0, would give a low AP without a word."""
+    path, _, _ = truth_and_results(tmp_path)
+    known = check_annotations(path, [1, 2])
+    boxes = [{"image_id": 1, "category_id": c, "bbox": [1, 1, 2, 2], "score": 1} for c in (0, 0, 1)]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    work = DetectorBoxes(tmp_path / "boxes.json", [1, 2], known)
+    assert work.num_unknown == 2 and [category for category, _, _ in work.by_image["1"]] == [1]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes[:2]))
+    with pytest.raises(ValueError, match="none of its 2 boxes of these images has a category .* such as 0"):
+        DetectorBoxes(tmp_path / "boxes.json", [1, 2], known)
 
 
 def test_boxes_of_other_images_alone_are_refused(tmp_path):

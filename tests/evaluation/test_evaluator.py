@@ -105,7 +105,7 @@ def test_bad_data_is_counted_once_and_left_out(promptable, tmp_path):
 
 def test_nothing_to_evaluate_is_an_error(promptable, tmp_path):
     tar = write_tar(tmp_path / "empty.tar", {"a.jpg": jpeg(), "a.json": sa1b_json()})
-    with pytest.raises(ValueError, match="nothing could be evaluated"):
+    with pytest.raises(ValueError, match="nothing could be evaluated. The 1 images have no object"):
         run(promptable, load_dataset(tar), tmp_path / "journal")
 
 
