@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
 from ..utils.processes import one_voice, tell_error
+from ..utils.termination import Terminated, sigterm_interrupts
 from . import app as app_command
 from . import benchmark as benchmark_command
 from . import convert, demo, distill
@@ -133,15 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: by default those of the process.
 
     Returns:
-        The exit status. 0: done. 1: nothing succeeded. 2: wrong usage. 130: interrupted.
+        The exit status. 0: done. 1: nothing succeeded. 2: wrong usage. 130: interrupted. 143: ended by SIGTERM.
     """
     make_console_safe()
     try:
         with log_to_stderr("samlight: "):
-            status = _run(arguments)
+            with sigterm_interrupts():
+                status = _run(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where an error can still be reported
         return status
+    except Terminated as error:
+        return _fail("ended by SIGTERM.", error.status)
     except KeyboardInterrupt:
         return _fail("interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:

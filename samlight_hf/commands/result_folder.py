@@ -44,6 +44,7 @@ class ResultFolder:
         folder: the folder of results.
         note: the path of the note.
         settings: those of the previous run, None where there is no note.
+        num_finished: how many results have been noted as complete.
 
     Args:
         folder: the folder of results.
@@ -55,6 +56,7 @@ class ResultFolder:
         self._temporary = None if temporary is None else _resolved(temporary)
         self._lock = threading.Lock()
         self.settings: dict | None = None
+        self.num_finished = 0
         self._folders: dict[str, str] = {}
         self._results: dict[str, list] = {}
         self._read()
@@ -152,6 +154,7 @@ class ResultFolder:
         line = json.dumps([self._key(place), *(identity_of(place.image) or [str(place.image)])])
         with self._lock, self.note.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+            self.num_finished += 1
 
     def _read(self):
         try:

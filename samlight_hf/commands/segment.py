@@ -137,7 +137,7 @@ def run_segment(args: argparse.Namespace) -> int:
     """Segment each image that can be read, and name the others on stderr.
 
     Returns:
-        The exit status: 0; 1 where no image could be segmented; 130 after Ctrl-C.
+        The exit status: 0; 1 where no image could be segmented; 130 after Ctrl-C; 143 after SIGTERM.
 
     Raises:
         ArgumentTypeError: for options that do not fit the files, such as `--resume` with other settings.
@@ -179,7 +179,7 @@ def _segment(
     args: argparse.Namespace, prompts: "dict[Path, Prompts]", root: Path | None, model_path: str, summary: Summary,
     streams: Streams,
 ) -> int | None:  # fmt: skip
-    """Segment the images that `prompts` names and that have no result yet; return 130 after Ctrl-C, else None."""
+    """Segment the images that `prompts` names and that have no result yet; return an interrupt's status, or None."""
     settings, temporary = _settings(args, model_path, prompts), streams.source and streams.source.parent
     results, places, to_do = _plan(args, list(prompts), root, settings, temporary)
     summary.already = len(places) - len(to_do)
@@ -201,13 +201,13 @@ def _segment(
                 run_tiled_jobs(to_do, segment, args, summary, results, replaced, streams.shown)
             else:
                 _run_jobs(to_do, prompts, segment, args, summary, results, replaced, streams)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:  # of Ctrl-C or SIGTERM
             print(
-                f"samlight: interrupted: {len(summary.rows) + summary.already} of {len(places)} images are done. The "
-                "same command with --resume goes on from there.",
+                f"samlight: interrupted: {results.num_finished + summary.already} of {len(places)} images are done. "
+                "The same command with --resume goes on from there.",
                 file=sys.stderr,
             )
-            return 130
+            return getattr(interrupt, "status", 130)
     streams.result = one_json or places[0].output
     failed = {place.output for place in to_do} - {row.output for row in summary.rows}
     documents = [place.output for place in places if place.output not in failed]

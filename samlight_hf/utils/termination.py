@@ -1,4 +1,4 @@
-"""A line from each process that ends because another one has failed.
+"""What SIGTERM does: it removes what is half written, as Ctrl-C does; and each process says why it ends.
 
 Where one process of a run fails, the others get an error from the collective call in which they wait for it, or the
 launcher ends them by SIGTERM. No signal handler of Python runs within such a call. So a thread waits for the signal,
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from .messages import shortened
 from .processes import lost_process, tell_error
@@ -22,6 +23,34 @@ _OWN_ERROR, _OWN_END = 0.5, 5.0
 _STOP = b"\0"  # not the number of a signal
 
 _is_watching = False
+_before: Any = signal.SIG_DFL  # the handler of SIGTERM that is there where nothing is watched
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised by SIGTERM in the main thread, within `sigterm_interrupts`."""
+
+    status = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated`, so that files and folders that are half written are removed as after Ctrl-C.
+
+    Nothing is done outside of the main thread, and where SIGTERM has another handler.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number, frame):
+    raise Terminated
 
 
 @contextlib.contextmanager
@@ -51,12 +80,14 @@ def _told_of_termination(advice: Callable[[], str]) -> Iterator[None]:
 
     An error that leaves the context in one of several processes stays that process's only line: SIGTERM, which often
     follows at once, then ends the process only if it does not end by itself. Nothing is done outside of the main
-    thread, on Windows, and where SIGTERM has another handler.
+    thread, on Windows, and where SIGTERM has another handler than that of `sigterm_interrupts`.
     """
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if os.name == "nt" or not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    global _before
+    is_main_thread, handler = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGTERM)
+    if os.name == "nt" or not is_main_thread or handler not in (signal.SIG_DFL, _terminate):
         yield
         return
+    _before = handler
     failed, received = threading.Event(), threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -80,7 +111,7 @@ def _set_watching(is_watching: bool, writer: int = -1):
     """Let the numbers of signals be written to a pipe instead of SIGTERM's default effect, or let them not be."""
     global _is_watching
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, _ignore if is_watching else signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _ignore if is_watching else _before)
     _is_watching = is_watching
 
 
@@ -119,20 +150,29 @@ def _is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1  # set by launchers
 
 
-def _hold():
-    if _is_watching:
+def _has_handler() -> bool:
+    return _is_watching or signal.getsignal(signal.SIGTERM) is _terminate
+
+
+def _hold():  # a signal that comes before `_forget` would be lost
+    if _has_handler():
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _release():
-    if _is_watching:
+    if _has_handler():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _forget():
+    global _before
+    if not _has_handler():
+        return
+    _before = signal.SIG_DFL
     if _is_watching:
         _set_watching(False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has no such thread, and would write to its parent's pipe

@@ -365,6 +365,28 @@ def test_an_interrupted_write_leaves_what_was_there(samlight, photos, checkpoint
         assert not [name for name in names(out) if name.endswith((".part", ".old"))]
 
 
+def test_sigterm_ends_as_ctrl_c_does(samlight, photos, checkpoint, tmp_path, monkeypatch):
+    """What has begun to be written is finished and counted, and no hidden folder is left."""
+    save, sent = Image.Image.save, []
+
+    def stop(image, *arguments, **options):
+        save(image, *arguments, **options)
+        if not sent:
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "it would end this process"
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+
+    monkeypatch.setattr(Image.Image, "save", stop)
+    arguments = [photos / "one.jpg", "--format", "png", "--out", tmp_path / "out", "--model", checkpoint, *QUICK]
+    status, _, stderr = samlight("segment", *arguments)
+    assert sent and status == 143
+    one_line(stderr, "interrupted: 1 of 1 images are done", "--resume")
+    assert not [name for name in names(tmp_path / "out") if name.endswith((".part", ".old"))]
+    assert samlight("segment", *arguments, "--resume")[:2] == (0, "1 image done before.\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_ctrl_c_stops_a_folder_cleanly_and_resume_goes_on(checkpoint, tmp_path):
     (tmp_path / "photos").mkdir()
     random = np.random.default_rng(0)
@@ -394,9 +416,9 @@ def test_ctrl_c_stops_a_folder_cleanly_and_resume_goes_on(checkpoint, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    one_line(stderr, "interrupted: ", "of 80 images are done", "--resume")
     done = {path: path.stat().st_mtime_ns for path in out.glob("[0-9]*.json")}
     assert 5 <= len(done) < 80
+    one_line(stderr, f"interrupted: {len(done)} of 80 images are done", "--resume")
     assert all(json.loads(path.read_text())["images"] for path in done)
     assert not list(out.glob(".*.part"))
     result = subprocess.run([*command, "--resume"], capture_output=True, text=True)

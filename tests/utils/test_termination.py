@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from samlight_hf.utils.termination import explained_end
+from samlight_hf.utils.termination import Terminated, explained_end, sigterm_interrupts
 from tests.launcher import ROOT, launch, output_of
 
 
@@ -132,6 +132,22 @@ def test_errors_pass_and_those_of_a_lost_process_are_explained(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.set_wakeup_fd(-1) == -1
     assert not [thread for thread in threading.enumerate() if thread.name == "termination"]
+
+
+def test_sigterm_interrupts_and_a_run_that_explains_its_end_gives_it_back():
+    with pytest.raises(Terminated) as caught, sigterm_interrupts():
+        with explained_end(lambda: "Start it again."):
+            pass
+        child = os.fork()
+        if child == 0:
+            time.sleep(10)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)  # at once: it would be lost before the child has its own handler
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert caught.value.status == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_handler_of_others_is_left_alone():
