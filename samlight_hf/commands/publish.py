@@ -122,7 +122,7 @@ def run_publish(args: argparse.Namespace) -> int:
         )
     thresholds = thresholds_of(CardFacts.read(args.folder).thresholds)
     if args.space is not None and not args.dry_run:
-        check_space(space_id, private=args.private)
+        check_space(space_id, private=args.private, retries=args.retries)
     with tempfile.TemporaryDirectory(prefix="samlight-publish-") as place:
         folder = Path(place) / "folder"
         files = build_folder(args.folder, folder, card, args.max_shard_size)
@@ -166,7 +166,7 @@ def _publish_space(
         if args.dry_run:
             print(f"Dry run: the Space {space_id} was not sent.")
             return
-        print(f"Space: {publish_space(folder, space_id, private=args.private)}")
+        print(f"Space: {publish_space(folder, space_id, private=args.private, retries=args.retries)}")
         if args.private:
             print("The model is private: set the secret HF_TOKEN in the Space's settings, or it cannot be loaded.")
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..utils.atomic_files import check_replaceable, replace_folder
 from .build import license_text
 from .checks import CODE_FOLDER, LICENSE_NAME
-from .upload import PublishError, check_target, reason_of
+from .upload import PublishError, check_target, reason_of, retried
 
 
 THRESHOLDS = (0.88, 0.95)  # of predicted IoU and stability, SAM's own
@@ -21,7 +21,6 @@ PACKAGE = "samlight_hf"
 PACKAGE_FOLDER = Path(__file__).parents[1]
 _SPACE_FILES = ("app.py", "requirements.txt", "README.md")
 _NEW_SPACE = {".gitattributes", "README.md"}  # what a Space holds that was just made on the Hub's page
-_HUB_ERRORS = (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError, RuntimeError)
 _CODE_SUFFIXES = (".css", ".cu", ".cuh", ".html", ".js", ".md", ".py", ".typed")
 
 # What the package and its extra "app" require; gradio comes with the Space's SDK.
@@ -188,6 +187,8 @@ def publish_space(
     private: bool | None = None,
     token: str | None = None,
     commit_message: str = "Publish the Space",
+    retries: int = 4,
+    retry_wait: float = 1.0,
 ) -> str:
     """Upload a folder that `build_space` wrote in one commit, and return the Space's address.
 
@@ -199,24 +200,34 @@ def publish_space(
         private: Create a private Space, and refuse an existing public one.
         token: Hub token. Default: that of the environment.
         commit_message: Of the commit.
+        retries: Number of retries, each from the start, after a failure that may be temporary.
+        retry_wait: Seconds before the first retry; doubled for each further one, to at most 60.
 
     Raises:
         PublishError: As in `check_space`.
     """
-    check_space(space_id, private=private, token=token)
     api = HfApi(token=token)
-    try:
+
+    def run():
+        _check(api, space_id, private)
         api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         api.upload_folder(
             folder_path=folder, repo_id=space_id, repo_type="space", commit_message=commit_message,
             delete_patterns=[f"{PACKAGE}/**", "images/**"],
         )  # fmt: skip
-    except _HUB_ERRORS as error:
-        raise PublishError(f"the Space {space_id}: {reason_of(error)} It was not published.") from error
+
+    retried(run, retries, retry_wait, lambda error: _error(space_id, error))
     return f"{constants.ENDPOINT}/spaces/{space_id}"
 
 
-def check_space(space_id: str, *, private: bool | None = None, token: str | None = None):
+def check_space(
+    space_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    retries: int = 4,
+    retry_wait: float = 1.0,
+):
     """Raise PublishError for a Space of the Hub that must not be written to: a public one where a private one was asked
     for, and one that `publish_space` has not written, whose app would be lost. One that is not there passes.
 
@@ -224,8 +235,14 @@ def check_space(space_id: str, *, private: bool | None = None, token: str | None
         space_id: Name of the Space ("org/name").
         private: As in `publish_space`.
         token: As in `publish_space`.
+        retries: As in `publish_space`.
+        retry_wait: As in `publish_space`.
     """
     api = HfApi(token=token)
+    retried(lambda: _check(api, space_id, private), retries, retry_wait, lambda error: _error(space_id, error))
+
+
+def _check(api: HfApi, space_id: str, private: bool | None):
     try:
         info = api.space_info(space_id)
         names = {sibling.rfilename for sibling in info.siblings} - _NEW_SPACE
@@ -234,8 +251,6 @@ def check_space(space_id: str, *, private: bool | None = None, token: str | None
         )
     except RepositoryNotFoundError:
         return
-    except _HUB_ERRORS as error:
-        raise PublishError(f"the Space {space_id}: {reason_of(error)} It was not published.") from error
     if private and not info.private:
         raise PublishError(
             f"the Space {space_id} is public, and private was asked for. Make it private on the Hub, or name another "
@@ -246,6 +261,10 @@ def check_space(space_id: str, *, private: bool | None = None, token: str | None
             f"the Space {space_id} holds {min(names)}, and no app that `samlight publish` wrote and may replace. Name "
             "another one: --space org/name."
         )
+
+
+def _error(space_id: str, error: Exception) -> PublishError:
+    return PublishError(f"the Space {space_id}: {reason_of(error)} It was not published.")
 
 
 def thresholds_of(facts: Mapping) -> tuple[float, float]:

@@ -4,10 +4,10 @@ import io
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
@@ -28,6 +28,8 @@ from .verify import verify_folder
 
 __all__ = ["PublishError", "PublishedRevision", "check_target", "publish"]
 
+# HTTPError is that of httpx or httpx2, whichever huggingface_hub uses; hf_xet raises RuntimeError.
+HUB_ERRORS = (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError, RuntimeError)
 _LONGEST_WAIT = 60.0  # seconds
 _TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 _HTTP_FIXES = {
@@ -41,6 +43,7 @@ _HTTP_FIXES = {
 }
 _REF = re.compile(r"[A-Za-z0-9_]([\w.\-/]*[\w\-])?")
 
+Result = TypeVar("Result")
 _File: TypeAlias = str | os.PathLike | bytes  # path or content
 
 
@@ -147,21 +150,13 @@ class _Upload:
 
     def run(self, retries: int, retry_wait: float) -> PublishedRevision:
         """Publish, with retries; raise PublishError where that fails."""
-        attempt = 0
-        while True:
-            try:
-                return self._run_once()
-            except PublishError:
-                raise
-            # HTTPError is that of httpx or httpx2, whichever huggingface_hub uses; hf_xet raises RuntimeError.
-            except (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError, RuntimeError) as raised:
-                error = _cause(raised)
-                if 400 <= (_status(error) or 0) < 500:
-                    self.is_uncertain = False  # refused: nothing was done
-                if attempt >= retries or not _may_pass(error) or self.is_uncertain:
-                    raise _publish_error(error, self) from raised
-                time.sleep(min(retry_wait * 2**attempt, _LONGEST_WAIT))
-                attempt += 1
+
+        def may_retry(error: Exception) -> bool:
+            if 400 <= (_status(error) or 0) < 500:
+                self.is_uncertain = False  # refused: nothing was done
+            return _may_pass(error) and not self.is_uncertain
+
+        return retried(self._run_once, retries, retry_wait, lambda error: _publish_error(error, self), may_retry)
 
     def _run_once(self) -> PublishedRevision:
         self.is_uncertain = False
@@ -275,6 +270,37 @@ def check_target(repo_id: str, revision: str | None, tag: str | None, create_pr:
             )
     if tag and create_pr:
         raise ValueError("tag and pr exclude each other: tag the commit when the pull request is merged.")
+
+
+def retried(
+    run: Callable[[], Result],
+    retries: int,
+    retry_wait: float,
+    told: Callable[[Exception], Exception],
+    may_retry: Callable[[Exception], bool] | None = None,
+) -> Result:
+    """Call the Hub, and again after failures that may pass.
+
+    Args:
+        run: Each attempt calls it from the start. Its PublishErrors are raised as they are.
+        retries: Number of retries.
+        retry_wait: Seconds before the first retry; doubled for each further one, to at most 60.
+        told: Returns what is raised for an error of the Hub.
+        may_retry: Returns whether a retry may succeed. Default: after a network error, a busy server, or a concurrent
+            commit.
+    """
+    attempt = 0
+    while True:
+        try:
+            return run()
+        except PublishError:
+            raise
+        except HUB_ERRORS as raised:
+            error = _cause(raised)
+            if not (may_retry or _may_pass)(error) or attempt >= retries:
+                raise told(error) from raised
+            time.sleep(min(retry_wait * 2**attempt, _LONGEST_WAIT))
+            attempt += 1
 
 
 def _cause(error: Exception) -> Exception:

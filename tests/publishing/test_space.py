@@ -22,6 +22,7 @@ from samlight_hf.publishing.space import (
     space_files,
     thresholds_of,
 )
+from samlight_hf.publishing.upload import PublishError
 
 from .client import ROOT
 
@@ -125,8 +126,6 @@ def test_a_space_is_published_with_the_commit_of_the_model(hub, model, tmp_path,
 
 @pytest.mark.slow
 def test_a_token_that_may_not_write_is_told(hub, tmp_path, monkeypatch):
-    from samlight_hf.publishing.upload import PublishError
-
     build_space(tmp_path / "space", EXAMPLE)
     with pytest.raises(PublishError, match="answered 403"):
         publish_space(tmp_path / "space", "org/space", token="hf_reader")
@@ -157,6 +156,29 @@ def test_a_new_space_and_one_of_an_earlier_publication_are_written(hub, tmp_path
     for _ in range(2):
         assert publish_space(tmp_path / "space", "org/space") == f"{hub.url}/spaces/org/space"
     assert "app.py" in HfApi().list_repo_files("org/space", repo_type="space")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("GET", "/api/spaces/org/space$", {"status": 503}), ("POST", "/repos/create", {"status": 502}),
+        ("POST", "/commit/", {"status": 503}), ("POST", "/commit/", {"cut": "response"}),
+    ],
+)  # fmt: skip
+def test_failures_that_pass_are_retried_as_those_of_a_model(hub, tmp_path, fault):
+    build_space(tmp_path / "space", EXAMPLE)
+    method, pattern, kind = fault
+    hub.fail(method, pattern, **kind, times=1)
+    publish_space(tmp_path / "space", "org/space", retries=1, retry_wait=0.001)
+    assert hub.count("GET", "/api/spaces/org/space$") == 2, "it began again"
+    assert "app.py" in HfApi().list_repo_files("org/space", repo_type="space")
+    assert len(HfApi().list_repo_commits("org/space", repo_type="space")) <= 2, "one commit, on what was there"
+    hub.fail(method, pattern, 503)
+    tried = hub.count(method, pattern)
+    build_space(tmp_path / "space", SpaceSettings("org/another", "org/space"))  # so that there is something to commit
+    with pytest.raises(PublishError, match="answered 503.*not published"):
+        publish_space(tmp_path / "space", "org/space", retries=1, retry_wait=0.001)
+    assert hub.count(method, pattern) >= tried + 2
 
 
 def test_thresholds_are_those_of_the_card():
