@@ -73,8 +73,7 @@ class Page:
         Raises:
             ValueError: For a file that cannot be used.
         """
-        image = read_upload(path, self.limits)
-        return self.store.open(key, image, name or Path(path).name)
+        return self.store.open(key, lambda: read_upload(path, self.limits), name or Path(path).name)
 
     def open_upload(self, key: str | None, upload: dict) -> Session:
         """Begin a session with an upload, and remove its file from the server's disk.
@@ -152,7 +151,7 @@ class Page:
             self.source.input(self._on_upload, self.source, **{
                 **clicks, "show_progress": "full", "trigger_mode": "multiple", "preprocess": False,
             })  # fmt: skip
-            examples.pick(self._on_example, None, **clicks)
+            examples.pick(self._on_example, None, trigger_mode="multiple", **clicks)  # the last one counts
             stage.fresh(self._on_fresh, None, **clicks)
             stage.act(self._on_act, None, trigger_mode="multiple", **clicks).failure(
                 None, None, None, js=_FAILED_JS, api_visibility="private"
@@ -182,9 +181,13 @@ class Page:
             gr.Warning(html.escape(message), duration=12)
         return [gr.update(visible=True), gr.update(visible=False), None, None, []]
 
+    def _leave(self) -> list:
+        """Return the outputs that leave the page as it is: another image was opened meanwhile, or the tab closed."""
+        return [gr.skip()] * len(self._outputs)
+
     def _on_upload(self, upload: dict | None, request: gr.Request) -> list:
         if upload is None:  # cleared
-            return [gr.skip()] * len(self._outputs)
+            return self._leave()
         return self._begin(lambda: self.open_upload(request.session_hash, upload))
 
     def _on_example(self, event: gr.EventData, request: gr.Request) -> list:
@@ -196,8 +199,8 @@ class Page:
     def _begin(self, opened: Callable[[], Session]) -> list:
         try:
             return self._show(opened(), with_image=True, rows=[])
-        except SessionClosed:  # the tab was closed meanwhile
-            return self._start_again()
+        except SessionClosed:
+            return self._leave()
         except ValueError as error:
             return self._start_again(one_line(error, 400))
         except (RuntimeError, MemoryError, OSError) as error:
@@ -215,17 +218,29 @@ class Page:
         data = event._data if isinstance(event._data, dict) else {}
         known = data.get("known")
         known = frozenset(number for number in known if isinstance(number, int)) if isinstance(known, list) else ()
-        return self._do(request, lambda session: apply(session, data.get("actions", [])), frozenset(known))
+        actions = data.get("actions", [])
+        return self._do(request, lambda session: apply(session, actions), frozenset(known), data.get("image"))
 
     def _on_keep_all(self, request: gr.Request) -> list:
         return self._do(request, lambda session: session.keep_everything())
 
-    def _do(self, request: gr.Request, action: Callable[[Session], Any], known: frozenset[int] = frozenset()) -> list:
-        """Do something on the session of a request, and show it; an error is shown too, and changes nothing."""
+    def _do(
+        self,
+        request: gr.Request,
+        action: Callable[[Session], Any],
+        known: frozenset[int] = frozenset(),
+        image: str | None = None,
+    ) -> list:
+        """Do something on the session of a request, and show it; an error is shown too, and changes nothing.
+
+        Nothing is done, or shown, where the page has gone on to another image than that of the key `image`.
+        """
         try:
             session = self.store.get(request.session_hash)
         except SessionError as error:
-            return self._start_again(one_line(error))
+            return self._leave() if self.store.is_opening(request.session_hash) else self._start_again(one_line(error))
+        if image is not None and image != session.key:
+            return self._leave()
         before, message, download = session.everything, None, None
         session.sent_bytes = 0
         try:
@@ -234,6 +249,12 @@ class Page:
             message = one_line(error, 400)
         except (RuntimeError, MemoryError, OSError) as error:
             message = _told(error)
+        except SessionClosed:
+            pass
+        if session.is_closed:  # no answer to what the page shows now
+            if self.store.was_dropped(request.session_hash):
+                return self._start_again("the image was dropped, to make room. Open it again.")
+            return self._leave()
         found = session.everything
         rows = None if found is before else [] if found is None else table(found)
         outputs = self._show(session, message, rows, known=known)
@@ -261,10 +282,7 @@ class Page:
 
             session.run_everything(points_per_side, pred_iou_thresh, stability_score_thresh, tell)
 
-        try:
-            return self._do(request, run)
-        except SessionClosed:  # the tab was closed meanwhile
-            return self._start_again()
+        return self._do(request, run)
 
 
 def _only_uploads(source: gr.Image) -> Callable:

@@ -40,13 +40,23 @@ def check_port(host: str, port: int):
     if not 0 <= port <= 65535:
         raise ValueError(f"--port {port} must be from 0, any free one, to 65535.")
     try:
-        with socket.create_server((host, port)):
+        with _listen(host, port):
             pass
     except OSError as error:
         raise ValueError(
-            f"the server cannot listen on {host}:{port} ({error.strerror or error}). Choose another --port, such as 0 "
-            "for any free one, or another --host."
+            f"the server cannot listen on {_in_url(host)}:{port} ({error.strerror or error}). Choose another --port, "
+            "such as 0 for any free one, or another --host."
         ) from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    bare = host.removeprefix("[").removesuffix("]")
+    return socket.create_server((bare, port), family=socket.AF_INET6 if ":" in bare else socket.AF_INET)
+
+
+def _in_url(host: str) -> str:
+    """Return a host as addresses of pages and gradio have it: of IPv6 in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def require_gradio():
@@ -75,7 +85,7 @@ def running(
     Args:
         segmenter: The model.
         model_name: Shown on the page.
-        host: Address to listen on: 127.0.0.1 is this machine alone, 0.0.0.0 all networks.
+        host: Address to listen on: 127.0.0.1 or ::1 is this machine alone, 0.0.0.0 or :: all networks.
         port: 0 is any free one.
         limits: Default: `Limits()`.
         thresholds: See `Page`.
@@ -97,11 +107,11 @@ def running(
 
         page = Page(segmenter, model_name, limits, thresholds, examples, points_per_side)
         if port == 0:
-            with socket.create_server((host, 0)) as found:
+            with _listen(host, 0) as found:
                 port = found.getsockname()[1]
         _, url, _ = page.blocks.launch(
-            server_name=host, server_port=port, inbrowser=in_browser, share=False, quiet=True, prevent_thread_lock=True,
-            max_threads=_THREADS, max_file_size=f"{limits.upload_mb}mb", state_session_capacity=4 * limits.sessions,
+            server_name=_in_url(host), server_port=port, inbrowser=in_browser, share=False, quiet=True,
+            prevent_thread_lock=True, max_threads=_THREADS, max_file_size=f"{limits.upload_mb}mb", state_session_capacity=4 * limits.sessions,
             allowed_paths=[], enable_monitoring=False, run_history=False, mcp_server=False, ssr_mode=False, pwa=False,
             strict_cors=True, footer_links=["api"], theme=THEME, css=CSS, show_error=False,
             app_kwargs={"middleware": [Middleware(BodyLimit, upload_mb=limits.upload_mb)]},
@@ -114,7 +124,7 @@ def running(
 
         threading.Thread(target=sweep, name="samlight-sweep", daemon=True).start()
         try:
-            yield Server(url, page)
+            yield Server(url.replace("[::]", "[::1]"), page)  # all networks are no address for a browser
         finally:
             stopped.set()
             page.blocks.close(verbose=False)
@@ -127,7 +137,7 @@ def serve(segmenter: Segmenter, model_name: str, *, host: str = LOOPBACK, **opti
     with running(segmenter, model_name, host=host, **options) as server:
         try:  # a signal may come as soon as the first line is out
             print(f"Open {server.url} in a browser. Ctrl-C stops the server.", flush=True)
-            if host not in (LOOPBACK, "localhost", "::1"):
+            if host not in (LOOPBACK, "localhost", "::1", "[::1]"):
                 print(f"It listens on {host}: whoever reaches this machine can use it.", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -4,7 +4,7 @@ const WAIT_MS = 60000;  // a full queue or a lost connection sends no view: afte
 const DRAG = 5;  // pixels of the screen: less is a click
 const find = (selector) => element.querySelector(selector);
 const canvas = find('.sl-canvas'), context = canvas.getContext('2d');
-const cache = window.samlightCache ??= { image: null, id: null, masks: new Map() };
+const cache = window.samlightCache ??= { image: null, id: null, loading: null, masks: new Map() };
 let view = null, tool = '1', waiting = [], busy = false, timer = null;
 let pending = [], corner = null, drag = null, shown = null, said = null;
 
@@ -30,7 +30,7 @@ function send() {
   busy = true;
   element.classList.add('sl-busy');
   timer = setTimeout(() => { say('The server does not answer. Try again.', true); settle(); }, WAIT_MS);
-  trigger('act', { actions: waiting, known: [...cache.masks.keys()] });
+  trigger('act', { actions: waiting, known: [...cache.masks.keys()], image: view?.image.id });
   waiting = [];
 }
 function settle() {
@@ -47,14 +47,24 @@ function say(text, isError = false) {
   status.classList.toggle('sl-error', isError);
 }
 
+// What was done on one image is not done on the next.
+function forget() {
+  view = shown = null;
+  pending = [];
+  waiting = [];
+}
+
 async function receive() {
   const next = props.value;
-  if (!next) { view = shown = null; pending = []; return settle(); }
+  if (!next) { forget(); return settle(); }
   if (next === shown) return;
   shown = next;
   if (next.image.uri && cache.id !== next.image.id) {
-    Object.assign(cache, { image: await load(next.image.uri), id: next.image.id, masks: new Map() });
+    Object.assign(cache, { id: next.image.id, loading: load(next.image.uri), masks: new Map() });
   }
+  const image = await cache.loading;
+  if (shown !== next) return;  // of two images the later one stays, whichever is loaded first
+  cache.image = image;
   const kept = new Set(next.objects.map((object) => object.number));
   for (const number of cache.masks.keys()) if (!kept.has(number)) cache.masks.delete(number);
   await Promise.all([
@@ -252,7 +262,7 @@ element.addEventListener('click', (event) => {
   if (!button) return;
   if (button.dataset.tool) choose(button.dataset.tool);
   else if (button.dataset.format) act({ type: 'download', format: button.dataset.format });
-  else if (button.dataset.do === 'fresh') { cache.id = null; view = null; trigger('fresh', {}); }
+  else if (button.dataset.do === 'fresh') { forget(); cache.id = null; trigger('fresh', {}); }
   else if (button.dataset.do) { corner = null; act({ type: button.dataset.do }); }
 });
 element.addEventListener('keydown', (event) => {

@@ -44,11 +44,17 @@ class SessionStore:
         """The memory of all sessions."""
         return sum(session.num_bytes for session, _ in list(self._sessions.values()))
 
-    def open(self, key: str | None, image: Image.Image, name: str) -> Session:
+    def open(self, key: str | None, image: Image.Image | Callable[[], Image.Image], name: str) -> Session:
         """Begin a session on an image; an earlier one of this key is dropped.
 
+        Args:
+            key: Of the session.
+            image: RGB, or a function that reads it. Of two images that are opened at once the later one stays, however
+                long each takes to be read.
+            name: The image's file name.
+
         Raises:
-            ValueError: For an image that is too thin for the model.
+            ValueError: For an image that cannot be read, or that is too thin for the model.
             SessionError: Without a key: two users without one would share a session.
             SessionClosed: Where the key was dropped while the image was encoded, or another image was opened.
         """
@@ -56,7 +62,7 @@ class SessionStore:
         with self._lock:
             self._opening[key] = ticket
         try:
-            session = Session(self.segmenter, image, name, self.limits)
+            session = Session(self.segmenter, image() if callable(image) else image, name, self.limits)
         except BaseException:
             with self._lock:
                 if self._opening.get(key) is ticket:
@@ -90,6 +96,14 @@ class SessionStore:
             was_dropped = " It was dropped after a while, to make room." if key in self._gone else ""
             raise SessionError(f"there is no image here: open one first.{was_dropped}")
         return found[0]
+
+    def is_opening(self, key: str | None) -> bool:
+        """Return whether an image is being read or encoded for a key."""
+        return key in self._opening
+
+    def was_dropped(self, key: str | None) -> bool:
+        """Return whether the last session of a key was dropped to make room, not by its user."""
+        return key in self._gone
 
     def drop(self, key: str | None):
         """End the session of a key, where there is one, as when its tab is closed."""

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 def add_app_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (%(default)s)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0, or :: of IPv6, lets other machines in (%(default)s)",
     )
     parser.add_argument(
         "--port", type=parse_not_negative, default=7860, help="to listen on; 0 is any free one (%(default)s)"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -410,6 +411,70 @@ def test_a_new_image_replaces_the_old_one(tab):
     tab.page.click("[data-do=fresh]")
     tab.pick("rocket")
     assert tab.page.locator(".sl-card").count() == 0 and tab.session.name == "rocket.jpg"
+
+
+def test_of_two_examples_opened_quickly_the_later_stays(server, tab, monkeypatch):
+    encode, waited = server.page.store.segmenter.encode, []
+
+    def slowly(image):
+        if not waited:
+            waited.append(time.sleep(2))
+        return encode(image)
+
+    monkeypatch.setattr(server.page.store.segmenter, "encode", slowly)
+    tab.page.click('.sl-examples button[title="cat"]')
+    tab.pick("rocket")
+    tab.page.wait_for_timeout(3000)
+    tab.wait_for_status("rocket")
+    assert tab.page.locator(".sl-canvas").is_visible() and tab.session.name == "rocket.jpg"
+
+
+def test_of_two_images_the_later_is_drawn_though_it_is_loaded_first(tab):
+    """The browser takes long for the first image; the second one, of another shape, stays in its place."""
+    tab.page.evaluate(
+        """() => { const { set } = Object.getOwnPropertyDescriptor(HTMLImageElement.prototype, 'src'), Plain = Image;
+        window.Image = function () { const image = new Plain(); Object.defineProperty(image, 'src', { set(uri) {
+          if (uri.startsWith('data:image/jpeg') && !window.goOn) window.goOn = () => set.call(image, uri);
+          else set.call(image, uri); } }); return image; }; }"""
+    )
+    tab.page.click('.sl-examples button[title="cat"]')
+    tab.page.wait_for_function("!!window.goOn")
+    tab.page.click("[data-do=fresh]")
+    tab.pick("rocket")
+    drawn = tab.pixels()
+    tab.page.evaluate("() => window.goOn()")
+    tab.page.wait_for_timeout(500)
+    tab.wait_for_status("rocket")
+    tab.page.set_viewport_size({"width": 1200, "height": 900})  # it is drawn again
+    tab.page.wait_for_timeout(200)
+    assert np.array_equal(tab.pixels(), drawn)
+
+
+@pytest.mark.parametrize("what", ["everything", "candidates"])
+def test_answers_about_an_image_that_is_left_do_not_reach_the_next(server, tab, monkeypatch, what):
+    """Neither the end of everything mode, which is stopped, nor clicks, of which two wait for the first's answer."""
+    tab.pick("cat")
+    run, begun, go_on = getattr(server.page.store.segmenter, what), threading.Event(), threading.Event()
+
+    def slowly(*arguments):
+        begun.set()
+        go_on.wait(60)
+        return run(*arguments)
+
+    monkeypatch.setattr(server.page.store.segmenter, what, slowly)
+    if what == "everything":
+        tab.page.click("#sl-everything button >> nth=0")
+        tab.page.click("#sl-run")
+    else:
+        for point in (EYE, CHEEK, EYE):
+            tab.page.mouse.click(*tab.place(point))
+    assert begun.wait(30)
+    tab.page.click("[data-do=fresh]")
+    tab.pick("rocket")
+    go_on.set()
+    tab.page.wait_for_timeout(2000)
+    tab.wait_for_status("rocket")
+    assert not tab.session.state.prompt and tab.page.locator(".sl-canvas").is_visible()
 
 
 def test_the_webcam(tab):

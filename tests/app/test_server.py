@@ -298,6 +298,24 @@ def test_nothing_is_left(segmenter):
     check_port("127.0.0.1", port)
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_it_listens_on_addresses_of_ipv6(segmenter, host):
+    with running(segmenter, "m", host=host, port=0) as server:
+        assert server.url.startswith("http://[::1]:")
+        assert request(server, "/config")[0] == 200
+        with pytest.raises(ValueError, match=r"cannot listen on \[::1?\]:"):
+            check_port(host, int(server.url.rstrip("/").rpartition(":")[2]))
+
+
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_leaves_nothing(model, tmp_path, kill):
     model.save_pretrained(tmp_path / "model")

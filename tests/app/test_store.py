@@ -77,6 +77,20 @@ def test_of_two_images_opened_at_once_the_later_stays(segmenter, monkeypatch):
     assert store.get("a") is later[0]
 
 
+def test_of_two_images_opened_at_once_the_later_stays_though_it_is_read_first(segmenter):
+    store, _, _ = store_of(segmenter)
+    later = []
+
+    def read_slowly():
+        assert store.is_opening("a")
+        later.append(store.open("a", noise(2), "later.jpg"))
+        return noise(1)
+
+    with pytest.raises(SessionClosed):
+        store.open("a", read_slowly, "first.jpg")
+    assert store.get("a") is later[0] and not store.is_opening("a")
+
+
 def test_a_new_image_replaces_the_session(segmenter):
     store, _, _ = store_of(segmenter)
     first = store.open("a", noise(1), "a.jpg")

@@ -24,6 +24,19 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys):
     assert status == 2 and f"127.0.0.1:{port}" in error and "--port" in error and error.count("\n") == 1
 
 
+def test_a_port_of_ipv6_in_use_is_told():
+    try:
+        taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6 ({error})")
+    with taken:
+        port = taken.getsockname()[1]
+        for host in ("::1", "[::1]"):
+            server.check_port(host, 0)
+            with pytest.raises(ValueError, match=rf"cannot listen on \[::1\]:{port} .*another --port"):
+                server.check_port(host, port)
+
+
 def test_a_missing_gradio_is_told(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["app", "--port", "0"]) == 2
