@@ -111,8 +111,9 @@ def running(
                 port = found.getsockname()[1]
         _, url, _ = page.blocks.launch(
             server_name=_in_url(host), server_port=port, inbrowser=in_browser, share=False, quiet=True,
-            prevent_thread_lock=True, max_threads=_THREADS, max_file_size=f"{limits.upload_mb}mb", state_session_capacity=4 * limits.sessions,
-            allowed_paths=[], enable_monitoring=False, run_history=False, mcp_server=False, ssr_mode=False, pwa=False,
+            prevent_thread_lock=True, max_threads=_THREADS, max_file_size=f"{limits.upload_mb}mb",
+            state_session_capacity=4 * limits.sessions, allowed_paths=[], enable_monitoring=False,
+            run_history=False, mcp_server=False, ssr_mode=False, pwa=False,
             strict_cors=True, footer_links=["api"], theme=THEME, css=CSS, show_error=False,
             app_kwargs={"middleware": [Middleware(BodyLimit, upload_mb=limits.upload_mb)]},
         )  # fmt: skip

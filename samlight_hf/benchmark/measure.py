@@ -6,6 +6,7 @@ needs to launch kernels counts, as it does for a user of the model. Without CUDA
 
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +44,9 @@ def require(reason_against: str | None):
 
 
 def reason(error: Exception) -> str:
-    """Return the reason of a failed row, in one line."""
-    return f"{type(error).__name__}: {one_line(error, _REASON_LIMIT)}"
+    """Return the reason of a failed row, in one line, without the name of the home folder."""
+    text, home = f"{type(error).__name__}: {one_line(error, _REASON_LIMIT)}", os.path.expanduser("~")
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def synchronize(device: torch.device):

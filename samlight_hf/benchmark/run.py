@@ -5,6 +5,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -132,10 +133,8 @@ def _head(settings: Settings, parts: list[str]) -> dict:
     name = (
         torch.cuda.get_device_name(settings.device) if settings.on_cuda else platform.processor() or platform.machine()
     )
-    program = Path(sys.argv[0])
-    command = ["python", sys.argv[0]] if program.suffix == ".py" else [program.name]
     return {
-        "command": shlex.join([*command, *sys.argv[1:]]),
+        "command": _command(sys.argv),
         "date": datetime.date.today().isoformat(),
         "device": name,
         "machine": describe_machine(),
@@ -143,6 +142,15 @@ def _head(settings: Settings, parts: list[str]) -> dict:
         "versions": versions,
         "parts": parts,
     }
+
+
+def _command(argv: list[str]) -> str:
+    """Return the command without the folders of absolute paths, which name people."""
+    program = ["python", argv[0]] if argv[0].endswith(".py") else [Path(argv[0]).name]
+    arguments = [argument.rpartition("=") for argument in (*program, *argv[1:])]
+    return shlex.join(
+        option + equals + (Path(value).name if os.path.isabs(value) else value) for option, equals, value in arguments
+    )
 
 
 def _plain(values: dict) -> dict:

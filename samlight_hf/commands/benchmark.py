@@ -73,7 +73,8 @@ def run_benchmark_command(args: argparse.Namespace, available: dict | None = Non
         The exit status.
 
     Raises:
-        ArgumentTypeError: for a part that is not known, for `--append` without `--out`, and for `--report` with parts.
+        ArgumentTypeError: for a part that is not known, a folder that is not there, `--append` without `--out`, and
+            `--report` with parts.
     """
     from ..benchmark.run import PARTS, REPORT_PARTS, run_benchmark
 
@@ -89,6 +90,9 @@ def run_benchmark_command(args: argparse.Namespace, available: dict | None = Non
                 "--report measures its own parts in one run: give no PART and no --append."
             )
         parts, out = list(REPORT_PARTS), out or Path(_REPORT)
+    for option, folder in (("--checkpoint", args.checkpoint), ("--images", args.images)):
+        if folder is not None and not folder.is_dir():
+            raise argparse.ArgumentTypeError(f"{option} {folder}: no such folder.")
     if args.append and not args.out:
         raise argparse.ArgumentTypeError("--append needs --out, the file that it adds to.")
     plot = args.plot or (out.with_suffix(".png") if out and "resolution" in parts else None)

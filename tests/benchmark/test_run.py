@@ -162,6 +162,31 @@ def test_a_report_is_one_command_and_one_file(tmp_path, checkpoint, monkeypatch,
     assert one["ms"] > 0 and folder["images_per_second"] > 0 and one["weights"] == checkpoint.name
 
 
+def test_a_file_names_no_folder_of_its_owner(tmp_path, monkeypatch):
+    """Neither the command nor the reason of a row that cannot run: it can be sent to others."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def fail(settings):
+        raise OSError(f"{tmp_path / 'weights'} cannot be read")
+        yield
+
+    command = [str(tmp_path / "bin" / "samlight"), "--out", str(tmp_path / "a.json"), f"--images={tmp_path / 'photos'}"]
+    for program, told in ((command[0], "samlight"), (str(tmp_path / "run.py"), "python run.py")):
+        monkeypatch.setattr(sys, "argv", [program, *command[1:]])
+        run_benchmark(tiny_settings(), ["bad"], tmp_path / "a.json", available={"bad": fail})
+        text = (tmp_path / "a.json").read_text()
+        assert json.loads(text)["command"] == f"{told} --out a.json --images=photos"
+        assert "~/weights cannot be read" in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--images"])
+def test_a_folder_that_is_not_there_is_told_at_once(option, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_benchmark_arguments(parser)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{option} .*nowhere: no such folder"):
+        run_benchmark_command(parser.parse_args(["equality", option, str(tmp_path / "nowhere")]))
+
+
 @pytest.mark.parametrize("arguments", [["encoder", "--report"], ["--report", "--append", "--out", "a.json"]])
 def test_a_report_has_its_own_parts(arguments):
     parser = argparse.ArgumentParser()
