@@ -134,6 +134,9 @@ class EverythingTask(EvaluationTask):
                 "another: evaluate it without."
             )
 
+    def is_too_thin(self, model: PromptableModel, sample: Sample) -> bool:
+        return self.tiles is None and super().is_too_thin(model, sample)  # tiles are not as thin
+
     def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
         self.check(model)
         if self._generator is None or self._generator.model is not model.model:

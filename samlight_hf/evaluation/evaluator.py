@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data import ImageDataset, Sample, SkipReport
+from ..data import ImageDataset, Sample, SkipReason, SkipReport
 from ..utils.atomic_files import atomic_write, fit_name
 from .models import PromptableModel
 from .tasks import EvaluationTask
@@ -115,7 +115,8 @@ def evaluate(
     bar = tqdm(total=sum(map(len, batches)), unit="image", desc=title, disable=not state.is_main_process or None)
     with bar as progress:
         loader = _make_loader(_Batches(dataset, batches, work.prepare), num_workers, model.model.device)
-        for batch, loaded in zip(batches, loader):
+        for batch, read in zip(batches, loader):
+            loaded = [_without_thin(model, work, *each) for each in read]
             records_of_batch = iter(_run_batch(model, work, loaded))
             for index, (sample, _, skipped) in zip(batch, loaded, strict=True):
                 image_records = [] if sample is None else next(records_of_batch)
@@ -144,6 +145,18 @@ def _make_loader(batches: "_Batches", num_workers: int, device: torch.device) ->
     # receives the next batches meanwhile.
     pin_memory = num_workers > 0 and device.type == "cuda"
     return DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=_unchanged, pin_memory=pin_memory)
+
+
+def _without_thin(
+    model: PromptableModel, work: EvaluationTask, sample: Sample | None, inputs: Any, skipped: SkipReport
+) -> tuple[Sample | None, Any, SkipReport]:
+    """Return what was loaded of an image, or None, counted as skipped, for an image that the model cannot take."""
+    if sample is None or not work.is_too_thin(model, sample):
+        return sample, inputs, skipped
+    report = SkipReport()
+    report.add_image(SkipReason.TOO_THIN, sample.id)
+    report.add_instances(SkipReason.IMAGE_SKIPPED, sample.id, len(sample.instances) + skipped.num_instances)
+    return None, None, report
 
 
 def _run_batch(model: PromptableModel, work: EvaluationTask, loaded: Sequence[tuple]) -> list[list[dict]]:

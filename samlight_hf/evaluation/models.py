@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from ..images.preprocessing import check_size
 from ..loading import weights_fingerprint
 from .timing import ForwardTimer
 
@@ -104,6 +105,16 @@ class PromptableModel:
         """
         parts = [_computed(part.to_dict()) for part in (self.model.config, self.processor.image_processor)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def is_too_thin(self, width: int, height: int) -> bool:
+        """Return whether an image would be 0 pixels thick in the model's frame."""
+        if not self.keeps_aspect:
+            return False
+        try:
+            check_size(self.processor.image_processor, height, width)
+        except ValueError:
+            return True
+        return False
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> list[Encoded]:

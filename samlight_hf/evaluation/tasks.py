@@ -20,6 +20,10 @@ class EvaluationTask(ABC):
     def check(self, model: PromptableModel):  # noqa: B027  # most tasks take every model
         """Raise ValueError for a model that this task cannot evaluate, before anything is computed."""
 
+    def is_too_thin(self, model: PromptableModel, sample: Sample) -> bool:
+        """Return whether the image of a sample is skipped, since the model cannot take it."""
+        return model.is_too_thin(sample.width, sample.height)
+
     @abstractmethod
     def __call__(self, model: PromptableModel, encoded: Encoded | None, sample: Sample) -> list[dict]:
         """Compute the records of one image, as plain JSON."""

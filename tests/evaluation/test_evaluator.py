@@ -4,11 +4,12 @@ import pickle
 import pytest
 
 from samlight_hf.data import SkipReason, load_dataset
+from samlight_hf.evaluation.average_precision import EverythingTask
 from samlight_hf.evaluation.evaluator import Journal, evaluate
 from samlight_hf.evaluation.fidelity import Fidelity
 from samlight_hf.evaluation.protocols import InstanceProtocols, ProtocolSettings
 from samlight_hf.evaluation.tasks import EvaluationTask
-from tests.data.files import annotation, jpeg, sa1b_json, write_tar
+from tests.data.files import annotation, box_mask, counts, jpeg, sa1b_json, write_tar
 from tests.launcher import ROOT, backends, launch, output_of, torchrun
 
 
@@ -101,6 +102,17 @@ def test_bad_data_is_counted_once_and_left_out(promptable, tmp_path):
             SkipReason.MISSING_JSON: 1,
         }
         assert sum(s.count for s in report.instances.values()) == 2
+
+
+@pytest.mark.parametrize("task", [InstanceProtocols(SETTINGS), EverythingTask(2)], ids=["instances", "everything"])
+def test_an_image_that_is_too_thin_for_the_model_is_skipped(promptable, tmp_path, task):
+    mask = box_mask(0, 0, 9, 1, image=(1, 3000))
+    members = {"a.jpg": jpeg(), "a.json": sa1b_json(annotation(1)), "b.jpg": jpeg(3000, 1)}
+    tar = write_tar(tmp_path / "thin.tar", {**members, "b.json": sa1b_json(annotation(2, mask), width=3000, height=1)})
+    journal = Journal(tmp_path / "journal", "model", {})
+    records, report, _ = evaluate(promptable, load_dataset(tar), task, journal, batch_size=2, num_workers=0)
+    assert {record["picture"] for record in records} == {"a"}
+    assert counts(report) == ({SkipReason.TOO_THIN: 1}, {SkipReason.IMAGE_SKIPPED: 1})
 
 
 def test_nothing_to_evaluate_is_an_error(promptable, tmp_path):
