@@ -6,7 +6,8 @@ good its masks are. `calibrate` finds the thresholds at which such a model finds
 them to the defaults.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data import ImageDataset
+from ..data import ImageDataset, Sample, SampleError, SkipReport
 from ..inference.crops import DEFAULT_PRED_IOU_THRESH, DEFAULT_STABILITY_SCORE_THRESH, MaskGenerationSettings
 from ..inference.mask_generation import MaskGenerator
 from .average_precision import precision, record_everything
@@ -114,7 +115,10 @@ def calibrate(
         The chosen scale and thresholds, and the scores at the default thresholds.
 
     Raises:
-        ValueError: where no scale gives so many masks.
+        ValueError: where no scale gives so many masks, and where no image can be used.
+
+    Warns:
+        UserWarning: counts the images that were skipped.
     """
     generator = MaskGenerator(model, processor)
     calibrations: list[Calibration] = []
@@ -126,7 +130,12 @@ def calibrate(
             stability_score_thresh=DEFAULT_STABILITY_SCORE_THRESH,
             stability_score_offset=1 / scale,
         )
-        records = [record_everything(generator, dataset[index], settings) for index in range(len(dataset))]
+        report = SkipReport()
+        records = [record_everything(generator, sample, settings) for sample in _usable(dataset, report)]
+        if not records:
+            raise ValueError(f"no image of the data set can be used. {report.summary(len(dataset))}")
+        if report and scale == logit_scales[0]:
+            warnings.warn(report.summary(len(dataset)), stacklevel=2)
         scores = np.sort([prediction["score"] for record in records for prediction in record["predictions"]])[::-1]
         number = round(masks_per_image * len(records))
         if len(scores) <= number:
@@ -146,6 +155,14 @@ def calibrate(
     scale_mask_logits(model, best.logit_scale)
     map_scores(model, (best.pred_iou_thresh, DEFAULT_PRED_IOU_THRESH), (best.top_score, 1.0))
     return best
+
+
+def _usable(dataset: ImageDataset, report: SkipReport) -> Iterator[Sample]:
+    for index in range(len(dataset)):
+        try:
+            yield dataset[index]
+        except SampleError as error:
+            report.add_image(error.reason, error.where)
 
 
 def _above(record: dict, threshold: float) -> dict:

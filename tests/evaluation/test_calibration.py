@@ -10,10 +10,11 @@ from pycocotools import mask as coco_mask
 
 from samlight_hf import MaskGenerator, SamLighteningModel
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
-from samlight_hf.data import Instance, Sample
+from samlight_hf.data import Instance, Sample, load_dataset
 from samlight_hf.evaluation.calibration import calibrate, map_scores, scale_mask_logits
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
+from tests.data.files import jpeg, sa1b_json, write_tar
 
 
 BOX = torch.tensor([[[2.0, 3.0, 20.0, 25.0]]])
@@ -98,6 +99,21 @@ def test_everything_mode_finds_the_wanted_number_at_default_thresholds(bundled, 
     assert np.mean([len(each) for each in found]) == pytest.approx(5, abs=0.5)
     assert result.masks_per_image == 5 and 0 <= result.share_right <= 1
     assert max(each.scores.max() for each in found) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_images_that_cannot_be_used_are_skipped_and_told(bundled, photographs, tmp_path):
+    cat = photographs[0].image
+    members = {
+        "a.jpg": (EXAMPLE_IMAGES / "cat.jpg").read_bytes(),
+        "a.json": sa1b_json(width=cat.width, height=cat.height),
+    }
+    broken = {"b.jpg": jpeg()[:300], "b.json": sa1b_json()}
+    model, options = copy.deepcopy(bundled[0]), {"points_per_side": 3, "logit_scales": (8.0,)}
+    with pytest.warns(UserWarning, match=r"Skipped 1 of 2 images(?s:.*)damaged or truncated \(b\)"):
+        dataset = load_dataset(write_tar(tmp_path / "broken.tar", {**members, **broken}))
+        assert calibrate(model, bundled[1], dataset, 1, **options).masks_per_image == 1
+    with pytest.raises(ValueError, match="no image of the data set can be used"):
+        calibrate(model, bundled[1], load_dataset(write_tar(tmp_path / "none.tar", broken)), 1, **options)
 
 
 def test_more_masks_than_there_are_is_refused(bundled, photographs):
