@@ -231,8 +231,12 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         """Number of images read so far by this process and its workers, including the skipped ones."""
         return self._counter.num_read
 
-    def skip_report(self) -> SkipReport:
-        """Return a report of the data skipped by this process and its workers so far. Examples are names of tars."""
+    def skip_report(self, with_index: bool = True) -> SkipReport:
+        """Return a report of the data skipped by this process and its workers so far. Examples are names of tars.
+
+        Args:
+            with_index: not used, because a stream has no index; part of the signature of `TrainingExamples`.
+        """
         return self._counter.report(self._name)
 
     def _name(self, tar: int, _: int) -> str:

@@ -193,13 +193,17 @@ class TrainingExamples(Dataset):
         """Number of images read so far by this process and its workers, including the skipped ones."""
         return self._counter.num_read
 
-    def skip_report(self) -> SkipReport:
+    def skip_report(self, with_index: bool = True) -> SkipReport:
         """Return a report of the data skipped while indexing, and by this process and its workers so far.
 
         It names one example of each reason and process. An image that is read twice counts twice.
+
+        Args:
+            with_index: include the data skipped while indexing. Each process has indexed all of the data, so only one
+                of several whose reports are merged should.
         """
         report = self._counter.report(self._name)
-        for source in self.sources:
+        for source in self.sources if with_index else ():
             report.merge(source.index_report)
         return report
 

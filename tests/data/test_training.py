@@ -230,8 +230,9 @@ def test_images_that_the_index_left_out_count_too(tmp_path):
     tar = Sa1bDataset(write_tar(tmp_path / "a.tar", members))
     with pytest.raises(ValueError, match="(?s)1 of 10 .*annotation JSON missing"):
         examples(tar)
-    report = examples(tar, max_skipped=0.1).skip_report()
-    assert report.images[SkipReason.MISSING_JSON].count == 1
+    made = examples(tar, max_skipped=0.1)
+    assert made.skip_report().images[SkipReason.MISSING_JSON].count == 1
+    assert not made.skip_report(with_index=False)
 
 
 def test_nothing_usable_at_all(tmp_path):
