@@ -170,10 +170,10 @@ class FileDataset(ImageDataset):
         """
 
 
-def check_limit(limit: int | None):
-    """Raise ValueError unless `limit` is None or an integer of at least 1."""
+def check_limit(limit: int | None, name: str = "limit"):
+    """Raise ValueError unless `limit`, the setting called `name`, is None or an integer of at least 1."""
     if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit={limit!r} must be None or an integer of at least 1.")
+        raise ValueError(f"{name}={limit!r} must be None or an integer of at least 1.")
 
 
 def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:

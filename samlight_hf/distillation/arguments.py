@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..data.dataset import check_limit
 from ..data.label_maps import MaskReading, parse_ignore_label
 from ..publishing.card import CardFacts
 from ..publishing.upload import check_target
@@ -96,10 +97,14 @@ class DistillationArguments(TrainingArguments):
         if self.stage not in STAGES:
             raise ValueError(f"stage={self.stage!r} is not known. Use one of {', '.join(STAGES)}.")
         self.layer_weight_schedule()
-        for name in ("max_steps", "num_prompts", "eval_max_instances"):
+        for name in (
+            "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "num_prompts",
+            "eval_max_instances",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in (
+            "seed",
             "num_refinements",
             "num_focus_layers",
             *(f"{loss}_weight" for loss in ("focal", "bce", "dice", "iou", "feature")),
@@ -258,6 +263,7 @@ class RunArguments:
             raise ValueError(f"stages={self.stages} must be some of {', '.join(STAGES)}.")
         if len(set(self.stages)) < len(self.stages):
             raise ValueError(f"stages={self.stages} names a stage twice.")
+        check_limit(self.eval_limit, "eval_limit")
         if self.push_to is not None:
             check_target(self.push_to, revision=None, tag=None, create_pr=False)
         self.card_facts()

@@ -93,7 +93,7 @@ def _synthetic(name: str, limit: int | None) -> SyntheticScenes:
     seed = name.partition(":")[2] or "0"
     if not seed.isdecimal():
         raise ValueError(f"{name}: must be synthetic:SEED with a number, such as synthetic:1.")
-    return SyntheticScenes(limit or 100_000, seed=int(seed))
+    return SyntheticScenes(100_000 if limit is None else limit, seed=int(seed))
 
 
 def open_eval_images(run: RunArguments, train_sources: Sequence[ImageDataset]) -> ImageDataset | None:

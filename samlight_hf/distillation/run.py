@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModelForMaskGeneration, PreTrainedModel, TrainerCallback, set_seed
 
 from ..conversion import create_student, initialize_decoder, initialize_positions, load_teacher, resize_model
-from ..data import ImageDataset, MaskFolderDataset, SkipReport
+from ..data import ImageDataset, MaskFolderDataset, SkipReport, TrainingExamples
 from ..data.label_maps import MaskReading
 from ..loading import LOADING_ERRORS, MODEL_TYPES, find_dtype, load_model
 from ..modeling.configuration_sam_lightening import PRESETS, SamLighteningConfig
@@ -32,8 +33,13 @@ from .feature_teacher import FeatureTeacher
 from .open_data import make_examples, open_eval_images, open_train_sources, prompt_sampling, with_cache
 from .plots import plot_learning_curves
 from .publishing import HubPublisher, Push, has_arrived
+from .stages import focus_layers
 from .teacher import Teacher
-from .trainer import DistillationTrainer, focus_layers
+from .trainer import DistillationTrainer
+
+
+if TYPE_CHECKING:
+    from ..data import StreamedExamples
 
 
 RESULT_NAME = "result.json"
@@ -101,10 +107,11 @@ def _run_stages(run: RunArguments, stages: Sequence[DistillationArguments], publ
     teacher = load_teacher(run.teacher, device="cpu")[0] if run.teacher else None
     sources, eval_images = _open_data(run)
     student, folder = make_student(run, teacher), Path()
-    for args in stages:
+    needs = [_open_needs(student, args, run, sources, teacher) for args in stages]  # of all, before any is trained
+    for args, (examples, feature_teacher) in zip(stages, needs):
         folder = Path(args.output_dir) / "student"
         was_finished = (Path(args.output_dir) / RESULT_NAME).is_file()
-        result = train_stage(student, args, run, sources, eval_images, teacher, publisher)
+        result = train_stage(student, args, run, examples, eval_images, teacher, publisher, feature_teacher)
         if was_finished:
             student = load_model(folder, device="cpu")[0]
         if publisher is not None:
@@ -132,6 +139,11 @@ def check_run(run: RunArguments, stages: Sequence[DistillationArguments]):
         raise ValueError("train_data is missing: give SA-1B tars, a folder, or train_annotations and train_images.")
     if run.stream_data and (run.train_data or run.train_annotations):
         raise ValueError("stream_data and train_data are both given. Stream everything, or nothing.")
+    for name in ("source_weights", "image_cache_dir"):
+        if run.stream_data and getattr(run, name):
+            raise ValueError(
+                f"{name}={getattr(run, name)} is for train_data, and stream_data would ignore it: leave it out."
+            )
     if "encoder" in run.stages and run.teacher is None:
         raise ValueError('stages has "encoder", which needs a teacher: a folder, a Hub name or an original .pth file.')
     is_fresh = run.student in PRESETS or run.student.endswith(".json")
@@ -186,14 +198,32 @@ def _check_writable(name: str, folder: Path):
         raise ValueError(f"{name}={folder} cannot be written ({error.strerror}). Choose another one.") from error
 
 
-def train_stage(
+def _open_needs(
     student: PreTrainedModel,
     args: DistillationArguments,
     run: RunArguments,
     sources: Sequence[ImageDataset],
+    teacher: PreTrainedModel | None,
+) -> "tuple[TrainingExamples | StreamedExamples, FeatureTeacher | None]":
+    """Return the examples and the teacher of features of a stage. Raises ValueError where it could not be trained."""
+    if args.stage == "encoder":
+        assert teacher is not None  # see check_run
+        focus_layers(student, teacher.config.vision_config, args.num_focus_layers)
+    examples = make_examples(student, args, run, sources)
+    if not args.feature_teacher:
+        return examples, None
+    return examples, FeatureTeacher(args.feature_teacher, find_dtype(args.teacher_dtype))
+
+
+def train_stage(
+    student: PreTrainedModel,
+    args: DistillationArguments,
+    run: RunArguments,
+    examples: "TrainingExamples | StreamedExamples",
     eval_images: ImageDataset | None,
     teacher_model: PreTrainedModel | None,
     publisher: HubPublisher | None = None,
+    feature_teacher: FeatureTeacher | None = None,
 ) -> dict:
     """Train `student` in place; write the stage's result to `result.json`, and return it.
 
@@ -204,10 +234,11 @@ def train_stage(
         student: a SamLighteningModel or a SamModel.
         args: the stage's settings.
         run: the run's settings.
-        sources: the training data.
+        examples: the stage's examples, as `make_examples` returns them.
         eval_images: the evaluation data.
         teacher_model: the teacher, needed by the stage "encoder".
         publisher: carries out the pushes.
+        feature_teacher: the teacher of features beside the masks.
 
     Returns:
         The settings, the time, the losses and scores, and the report of skipped images.
@@ -218,10 +249,6 @@ def train_stage(
     start = time.time()
     output_dir = Path(args.output_dir)
     teacher = _make_teacher(teacher_model, student, args)
-    feature_teacher = None
-    if args.feature_teacher:
-        feature_teacher = FeatureTeacher(args.feature_teacher, find_dtype(args.teacher_dtype))
-    examples = make_examples(student, args, run, sources)
     if (output_dir / RESULT_NAME).is_file():
         saved = read_json(output_dir / RESULT_NAME, dict)
         settings = run_settings(args, examples, teacher, student, feature_teacher)
@@ -239,7 +266,7 @@ def train_stage(
     metrics = trainer.evaluate() if eval_images is not None and not trainer.is_fsdp_enabled else {}
     trainer.export(output_dir / "student")
     skipped = SkipReport()
-    for part in gather_object([examples.skip_report().to_dict()]):
+    for part in gather_object([examples.skip_report(with_index=trainer.is_world_process_zero()).to_dict()]):
         skipped.merge(SkipReport.from_dict(part))
     # Trainer's own figure counts only the time since the training was resumed.
     seconds = None if checkpoint else time.time() - start

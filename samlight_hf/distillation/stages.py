@@ -127,8 +127,21 @@ def match_layers(num_student_layers: int, num_teacher_layers: int, num_focus_lay
 def focus_layers(
     student: PreTrainedModel, teacher_config: PreTrainedConfig, num_focus_layers: int
 ) -> list[tuple[int, int]]:
-    """Return the (student layer, teacher layer) pairs that the stage "encoder" compares."""
-    num_layers = student.config.vision_config.num_hidden_layers
+    """Return the (student layer, teacher layer) pairs that the stage "encoder" compares.
+
+    Raises:
+        ValueError: where the embeddings of the two cannot be compared, or the student has fewer layers than that.
+    """
+    student_config = student.config.vision_config
+    for name in ("image_size", "patch_size", "output_channels"):
+        size, teacher_size = getattr(student_config, name), getattr(teacher_config, name)
+        if size != teacher_size:
+            raise ValueError(
+                f"the student's {name}={size} must equal the teacher's {teacher_size} in the stage encoder: their "
+                "embeddings are compared. Use a student with the teacher's, such as a preset; image_size may be "
+                "changed afterwards, in a run of the stage end_to_end."
+            )
+    num_layers = student_config.num_hidden_layers
     return match_layers(num_layers, teacher_config.num_hidden_layers, num_focus_layers)
 
 

@@ -134,17 +134,9 @@ class DistillationTrainer(PushingTrainer):
             raise ValueError(
                 f"the teacher's layers={self.teacher.layers} must be those that focus_layers gives: {pairs}."
             )
-        student_config, teacher_config = self.student.config.vision_config, self.teacher.config
-        for name in ("image_size", "patch_size", "output_channels"):
-            size, teacher_size = getattr(student_config, name), getattr(teacher_config, name)
-            if size != teacher_size:
-                raise ValueError(
-                    f"the student's {name}={size} must equal the teacher's {teacher_size}: their embeddings are "
-                    "compared. Make the student with create_student(teacher, ...)."
-                )
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)  # of the projections
-            return EncoderStage(self.student, [layer for layer, _ in pairs], teacher_config.hidden_size)
+            return EncoderStage(self.student, [layer for layer, _ in pairs], self.teacher.config.hidden_size)
 
     # Training
 
@@ -336,7 +328,12 @@ class DistillationTrainer(PushingTrainer):
     # Checkpoints
 
     def export(self, folder: str | os.PathLike):
-        """Write the student's folder, complete and loadable anywhere. It is written to a temporary folder and moved."""
+        """Write the student's folder, complete and loadable anywhere. It is written to a temporary folder and moved.
+
+        Raises:
+            TrainingDivergedError: for weights that are not finite. Nothing is written then.
+        """
+        self._check_finite()
         folder = Path(folder)
         aside = beside(folder, ".part")  # one name in all processes
         if self.args.should_save:
@@ -417,7 +414,7 @@ class DistillationTrainer(PushingTrainer):
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, best)
 
     def _check_finite(self):
-        """Raise TrainingDivergedError for weights that are not finite, so that their checkpoint is never written."""
+        """Raise TrainingDivergedError for weights that are not finite, so that these are never written."""
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP's are in shards
             if parameter.requires_grad and not torch.isfinite(local).all():

@@ -16,11 +16,11 @@ from transformers import SamModel
 from samlight_hf import SamLighteningModel
 from samlight_hf.data import SkipReason, SyntheticScenes
 from samlight_hf.data.label_maps import MaskReading
-from samlight_hf.distillation import distill, parse_arguments
+from samlight_hf.distillation import TrainingDivergedError, distill, parse_arguments
 from samlight_hf.distillation.run import verify_export
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
-from tests.data.files import HEIGHT, WIDTH, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
+from tests.data.files import HEIGHT, WIDTH, annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
 from tests.launcher import ROOT, torchrun
 
 
@@ -199,6 +199,10 @@ def test_an_export_is_the_student_that_was_trained(tmp_path):
         (("--num_focus_layers", "4"), "num_focus_layers=4 must be from 0 to the student's num_hidden_layers=3"),
         (("--max_scale", "0.5"), "scale=.* must be the lowest and the highest zoom"),
         (("--teacher_dtype", "int8"), "dtype='int8' is not known"),
+        (("--per_device_train_batch_size", "0"), "per_device_train_batch_size=0 must be at least 1"),
+        (("--gradient_accumulation_steps", "0"), "gradient_accumulation_steps=0 must be at least 1"),
+        (("--seed", "-1"), "seed=-1 must not be negative"),
+        (("--eval_limit", "0"), "eval_limit=0 must be None or an integer of at least 1"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_trained(folder, tmp_path, options, message):
@@ -241,6 +245,29 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
         )
 
 
+def test_all_stages_are_checked_before_the_first_is_trained(folder, tmp_path):
+    """An hour of the encoder stage is not spent on a run whose decoder stage cannot begin."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (40, 30)).save(images / "a.png")
+    with pytest.raises(ValueError, match="needs masks, and ImageFolderDataset has none"):
+        run(folder, tmp_path / "a", data=("--train_data", "synthetic:1", str(images)))
+    (tmp_path / "config.yaml").write_text("end_to_end: {feature_teacher: nowhere}\n")
+    with pytest.raises((ValueError, ImportError), match="feature_teacher=nowhere (cannot be loaded|needs timm)"):
+        run(folder, tmp_path / "b", "--config", str(tmp_path / "config.yaml"), stages=("encoder", "end_to_end"))
+    options = ("--image_size", "64", "--cache_dir", str(tmp_path / "cache"), "--num_views", "1")
+    with pytest.raises(ValueError, match="the student's image_size=64 must equal the teacher's 32"):
+        run(folder, tmp_path / "c", *options, stages=("encoder",))
+    assert not list(tmp_path.glob("*/*/student")) and not list(tmp_path.glob("cache/*"))
+
+
+def test_a_last_step_that_makes_the_weights_nan_is_not_exported(folder, tmp_path):
+    with pytest.raises(TrainingDivergedError, match="NaN or infinite weights in .* at step 1: .*diverged"):
+        options = ("--learning_rate", "inf", "--max_steps", "1", "--save_strategy", "no", "--logging_steps", "9")
+        run(folder, tmp_path, *options, stages=("end_to_end",))
+    assert not (tmp_path / "end_to_end/student").exists()
+
+
 @pytest.mark.slow
 def test_the_script_on_two_processes(folder, tmp_path):
     arguments = [
@@ -255,6 +282,22 @@ def test_the_script_on_two_processes(folder, tmp_path):
     printed = torchrun(ROOT / "examples/distill.py", 2, *arguments, "--resume")
     assert_said_once(printed, "out/encoder: finished before", "out/decoder: finished before", "The student:")
     assert torchrun(ROOT / "examples/distill.py", 2, "--help").count("usage: ") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_report_once_what_both_left_out_of_the_index(folder, tmp_path):
+    members = {"a.jpg": jpeg(), "a.json": sa1b_json(annotation()), "without_json.jpg": jpeg()}
+    arguments = [
+        "--student", folder / "student.json", "--train_data", write_tar(tmp_path / "a.tar", members),
+        "--max_skipped", "0.5", "--output_dir", tmp_path / "out", "--use_cpu", "--max_steps", "1",
+        "--num_prompts", "2", "--per_device_train_batch_size", "1", "--stages", "end_to_end",
+    ]  # fmt: skip
+    assert "Skipped 1 images" in torchrun(ROOT / "examples/distill.py", 2, *arguments)
+    result = json.loads((tmp_path / "out/end_to_end/result.json").read_text())
+    assert result["settings"]["world_size"] == 2
+    assert {reason: skipped["count"] for reason, skipped in result["skipped"]["pictures"].items()} == {
+        SkipReason.MISSING_JSON: 1
+    }
 
 
 def assert_said_once(printed: str, *said: str):
@@ -396,6 +439,8 @@ def test_streamed_tars_train_and_resume_bit_exactly(folder, tmp_path):
         run(folder, tmp_path / "parts", *changed, stages=("end_to_end",), data=data[:2])
     with pytest.raises(ValueError, match="both given"):
         run(folder, tmp_path / "other", "--stream_data", str(tmp_path / "a.tar"), stages=("end_to_end",))
+    with pytest.raises(ValueError, match="source_weights=.* is for train_data, and stream_data would ignore it"):
+        run(folder, tmp_path / "other", "--source_weights", "1", "2", stages=("end_to_end",), data=data)
 
 
 @pytest.mark.slow
