@@ -39,7 +39,7 @@ _FEATURES = datasets.Features(
 )
 
 # Keys of the random generators, one for each purpose, so that their draws are independent.
-_VIEW, _PROMPTS, _ORDER = range(5, 8)
+_VIEW, _PROMPTS, _ORDER, _REPLACEMENT = range(5, 9)
 
 _BEGINNING: dict[str, Any] = {"epoch": 0, "stream": None, "position": 0}
 
@@ -56,8 +56,9 @@ class StreamedExamples(torch.utils.data.IterableDataset):
     Examples have the keys described in `TrainingExamples`. An example depends on `seed`, the name of its image and the
     epoch; the order also depends on `rank`, `world_size` and the number of workers. Tars are distributed over the
     workers of all ranks; if there are fewer tars than workers, several workers share the samples of a tar. Each epoch
-    has another order of tars, and samples are shuffled within blocks. A sample that cannot be used is counted, and
-    another one of its block replaces it.
+    has another order of tars, and samples are shuffled within blocks. In each of its epochs a worker reads the part of
+    the next one: parts differ in size, and else the images of small ones would be read more often. A sample that cannot
+    be used is counted, and a random one of its block replaces it, with other prompts.
 
     There are two exact ways to resume: `state_dict` and `load_state_dict` in the process that iterates, which stateful
     data loaders call; and `skip_batches`, which reads the skipped samples but does not decode them.
@@ -139,11 +140,12 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         self._start = dict(state)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        stream, skip = self._own_part()
+        part, num_parts, skip = self._own_part()
         start, self._start = self._start, _BEGINNING  # later iterations begin at the start
         epochs = itertools.count() if self.num_epochs is None else range(self.num_epochs)
         for epoch in itertools.islice(epochs, start["epoch"], None):
             is_empty = start == _BEGINNING
+            stream = self._part((part + epoch) % num_parts, num_parts)
             for before, block in self._blocks(stream, epoch, start["stream"]):
                 is_empty = False
                 first = start["position"]
@@ -154,18 +156,22 @@ class StreamedExamples(torch.utils.data.IterableDataset):
                 block = [block[i] for i in generator.permutation(len(block))]
                 for position in range(first + skipped, len(block)):
                     self._state = {"epoch": epoch, "stream": before, "position": position + 1}
-                    yield self._usable(block[position:] + block[:position], epoch)
+                    yield self._usable(block, position, epoch)
             if is_empty and self.num_epochs is None:
                 raise ValueError(f"Nothing for one of the workers: fewer samples than workers in {self._tars}.")
 
-    def _own_part(self) -> tuple[datasets.IterableDataset, int]:
-        """Return the stream of this worker of this rank, and the number of its examples to skip."""
+    def _own_part(self) -> tuple[int, int, int]:
+        """Return the part of this worker of this rank, the number of parts, and how many of its examples to skip."""
         worker = torch.utils.data.get_worker_info()
         number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         num_batches, batch_size = self._skip
         # Workers make batches in turn, so after a restart this one continues the part of the worker that would be next.
         number = (number + num_batches) % num_workers
-        part, num_parts = number * self._world_size + self._rank, num_workers * self._world_size
+        skip = len(range(number, num_batches, num_workers)) * batch_size
+        return number * self._world_size + self._rank, num_workers * self._world_size, skip
+
+    def _part(self, part: int, num_parts: int) -> datasets.IterableDataset:
+        """Return the stream of one of `num_parts` parts of the tars."""
         num_tars = self._stream.num_shards
         if num_tars >= num_parts:
             stream = self._stream.shard(num_parts, part, contiguous=False)
@@ -173,8 +179,7 @@ class StreamedExamples(torch.utils.data.IterableDataset):
             stream = self._stream.shard(num_tars, part % num_tars, contiguous=False)
             stream = split_dataset_by_node(stream, part // num_tars, len(range(part % num_tars, num_parts, num_tars)))
         # With a buffer of one, `datasets` shuffles tars only. Samples are shuffled here, where the state is exact.
-        stream = stream.shuffle(seed=self.seed, buffer_size=1)
-        return stream, len(range(number, num_batches, num_workers)) * batch_size
+        return stream.shuffle(seed=self.seed, buffer_size=1)
 
     def _blocks(
         self, stream: datasets.IterableDataset, epoch: int, state: dict | None
@@ -198,27 +203,38 @@ class StreamedExamples(torch.utils.data.IterableDataset):
             yield state, block
             state = stream.state_dict()
 
-    def _usable(self, samples: list[dict], epoch: int) -> dict[str, torch.Tensor]:
-        """Make the example of the first usable sample."""
+    def _usable(self, block: list[dict], position: int, epoch: int) -> dict[str, torch.Tensor]:
+        """Make the example of the sample at a position, or of a random other one if it cannot be used."""
         failures = SkipReport()
-        for sample in samples:
+        for number, sample in enumerate(self._candidates(block, position, epoch)):
             report = SkipReport()
-            example = self._example(sample, epoch, report)
+            instead_of = (_number(block[position]["__key__"]),) if number else ()
+            example = self._example(sample, (epoch, *instead_of), report)
             self._counter.add(report, self._tars.index(sample["__url__"]), 0)
             if example is not None:
                 return example
             self._counter.check(self._name)
             failures.merge(report)
-        raise ValueError(f"None of {len(samples)} samples of a block can be used. {failures.summary()}")
+        raise ValueError(f"None of {len(block)} samples of a block can be used. {failures.summary()}")
 
-    def _example(self, sample: dict, epoch: int, report: SkipReport) -> dict | None:
-        key = _number(sample["__key__"])
+    def _candidates(self, block: list[dict], position: int, epoch: int) -> Iterator[dict]:
+        """Yield the sample at a position, then the others in random order.
+
+        The next one would be an example of its own, and the following batch would have it again.
+        """
+        yield block[position]
+        generator = np.random.default_rng((self.seed, _REPLACEMENT, epoch, _number(block[position]["__key__"])))
+        yield from (block[i] for i in generator.permutation(len(block)) if i != position)
+
+    def _example(self, sample: dict, turn: tuple[int, ...], report: SkipReport) -> dict | None:
+        """Make the example of a sample. `turn`: the epoch, and the key of an unusable sample that this one replaces."""
+        key, epoch = _number(sample["__key__"]), turn[0]
         view = epoch if self.num_views is None else epoch % self.num_views
         try:
             example = self.maker(
                 _opened(sample),
                 np.random.default_rng((self.seed, _VIEW, key, view)),
-                np.random.default_rng((self.seed, _PROMPTS, key, epoch)),
+                np.random.default_rng((self.seed, _PROMPTS, key, *turn)),
                 report,
             )
         except SampleError as error:

@@ -1,11 +1,13 @@
 """Test that streamed tars give each sample once over all ranks and workers, and that both ways to resume are exact."""
 
 import gzip
+import itertools
 import os
 import pickle
 import shutil
 import subprocess
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,29 @@ def test_skipping_batches_goes_on_exactly(tars, num_workers):
 def test_without_a_number_of_epochs_there_is_no_end(tars):
     endless = iter(streamed(tars, num_epochs=None))
     assert len({int(next(endless)["example_id"]) for _ in range(200)}) == 200  # another view in each epoch
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_images_of_small_parts_are_not_read_more_often(tmp_path, world_size):
+    """Three tars for two ranks are parts of two tars and of one; for four ranks, two of them share a tar."""
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", samples(number, 6))
+    read = Counter()
+    for rank in range(world_size):
+        endless = streamed(tmp_path, num_epochs=None, num_views=1, rank=rank, world_size=world_size)
+        read.update(int(example["example_id"]) for example in itertools.islice(endless, 360 // world_size))
+    assert len(read) == 18 and max(read.values()) - min(read.values()) <= 2  # 20 times each
+
+
+def test_a_bad_sample_is_not_replaced_by_its_neighbour(tmp_path):
+    """Otherwise the same example would come twice in a row."""
+    members = samples("good", 60) | {f"bad_{i}.{end}": b"" for i in range(30) for end in ("jpg", "json")}
+    settings = {"prompts": PromptSampling(2), "max_skipped": 1.0, "block_size": 90}
+    examples = list(streamed(write_tar(tmp_path / "a.tar", members), **settings))
+    numbers = ids(examples)
+    assert len(numbers) == 90 and len(set(numbers)) == 60
+    assert sum(first == second for first, second in itertools.pairwise(numbers)) < 5  # of 20 to 30 by the neighbours
+    assert len({example["uniforms"].numpy().tobytes() for example in examples}) == 90
 
 
 @pytest.fixture
