@@ -22,7 +22,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -63,6 +63,8 @@ def main():
 
 def annotate(args: argparse.Namespace, state: PartialState):
     """Write the tar. Each process annotates its share of the images, and the main one joins the parts."""
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already. Move it away, or choose another --out.")
     dataset = load_dataset(args.images, limit=args.limit, require_masks=False)
     settings = MaskGenerationSettings(
         args.points_per_side,
@@ -185,9 +187,13 @@ def annotated(
 
 
 def _image(file: bytes, image: Image.Image) -> tuple[str, bytes]:
-    """Return suffix and content of the file, or of a PNG of the image where SA-1B's layout has no such format."""
+    """Return suffix and content of the file, or of a PNG of the image.
+
+    It is a PNG where SA-1B's layout has no such format, and where EXIF data turn the file: no reader turns a PNG out of
+    the frame of its masks.
+    """
     with Image.open(io.BytesIO(file)) as opened:
-        if opened.format in SUFFIXES and opened.size == image.size:
+        if opened.format in SUFFIXES and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return SUFFIXES[opened.format], file
     png = io.BytesIO()
     image.save(png, "png")

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..images.levels import to_rgb
 from .annotations import parse_instances
@@ -137,7 +137,7 @@ class FileDataset(ImageDataset):
         annotations: list = []
         try:
             annotations, size = self._annotations(index)
-            image = decode_image(self.image_bytes(index), size)
+            image = decode_image(self.image_bytes(index), size, self._are_upright(index))
         except SampleError as error:
             report.add_image(error.reason, f"{sample_id} ({error.where})" if error.where else sample_id)
             report.add_instances(SkipReason.IMAGE_SKIPPED, sample_id, len(annotations))
@@ -150,7 +150,8 @@ class FileDataset(ImageDataset):
         index = range(len(self))[index]
         annotations, size = self._annotations(index)
         data = self.image_bytes(index)
-        image = open_stored_image(data, size) if self.image_cache is None else self.image_cache.pixels(data, size)
+        decode = open_stored_image if self.image_cache is None else self.image_cache.pixels
+        image = decode(data, size, self._are_upright(index))
         return LazySample(self.sample_id(index), image, annotations)
 
     @abstractmethod
@@ -169,6 +170,13 @@ class FileDataset(ImageDataset):
             SampleError: if they cannot be read.
         """
 
+    def _are_upright(self, index: int) -> bool:
+        """Return whether it is known that the annotations belong to the image as its EXIF orientation turns it.
+
+        The size alone cannot tell this of a square image, nor of one that is mirrored or turned by half a turn.
+        """
+        return False
+
 
 def check_limit(limit: int | None, name: str = "limit"):
     """Raise ValueError unless `limit`, the setting called `name`, is None or an integer of at least 1."""
@@ -176,7 +184,7 @@ def check_limit(limit: int | None, name: str = "limit"):
         raise ValueError(f"{name}={limit!r} must be None or an integer of at least 1.")
 
 
-def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+def decode_image(data: bytes, size: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
     """Decode an image file in the frame of its annotations.
 
     Annotations usually refer to the stored pixels, before EXIF orientation. If the stored size is not `size`, the image
@@ -185,6 +193,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Imag
     Args:
         data: the bytes of the file.
         size: (width, height) of the annotated image in pixels, or None if unknown.
+        upright: turn the image upright in any case.
 
     Returns:
         PIL image in mode RGB, see `to_rgb`, without EXIF data.
@@ -194,7 +203,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Imag
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            rgb = to_rgb(image, upright=bool(size and image.size != size))
+            rgb = to_rgb(image, upright=upright or bool(size and image.size != size))
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -207,7 +216,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Imag
     return rgb
 
 
-def open_stored_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+def open_stored_image(data: bytes, size: tuple[int, int] | None = None, upright: bool = False) -> Image.Image:
     """Open an image file as `decode_image` does, but leave decoding and conversion to RGB for later where possible.
 
     Raises:
@@ -221,4 +230,5 @@ def open_stored_image(data: bytes, size: tuple[int, int] | None = None) -> Image
         raise SampleError(SkipReason.UNKNOWN_FORMAT) from error
     except Exception as error:  # as in decode_image
         raise SampleError(SkipReason.BROKEN_IMAGE) from error
-    return image if size in (None, image.size) else decode_image(data, size)
+    is_turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return image if size in (None, image.size) and not is_turned else decode_image(data, size, upright)

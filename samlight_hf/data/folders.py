@@ -12,9 +12,12 @@ import numpy as np
 from ..images.formats import describe_left_out, image_suffixes
 from ..images.reading import find_images
 from .dataset import FileDataset, check_limit
-from .label_maps import MaskReading, read_labels, read_object
+from .label_maps import MaskReading, is_named_label_map, read_labels, read_object
 from .samples import SampleError, SkipReason, SkipReport
 
+
+# The table beside the masks that `samlight segment --format png` writes (`samlight_hf.masks.files`).
+TABLE_NAME = "masks.csv"
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +90,9 @@ class MaskFolderDataset(ImageFolderDataset):
     - NAME may be in subfolders. Images and masks may have any format that Pillow reads; suffixes match in any case.
     - The masks of `NAME.jpg` may also be called `NAME.jpg.png`, `NAME_mask.png` or `NAME.jpg_mask.png`, and their
       folder accordingly, or `NAME_masks`. Masks have the size of their image.
-    - `samlight segment folder/images --out folder/masks` writes `--format labels` or `--format png` so.
+    - `samlight segment folder/images --out folder/masks` writes `--format labels` or `--format png` so. Its masks
+      belong to the image as its EXIF orientation turns it; those of other programs belong to the stored pixels, unless
+      only the other orientation has their size.
 
     The id of a sample is the path of the image within `images`.
 
@@ -170,6 +175,10 @@ class MaskFolderDataset(ImageFolderDataset):
         if void is not None:
             annotations.append(SampleError(SkipReason.VOID_LABEL))
         return annotations, (width, height)
+
+    def _are_upright(self, index: int) -> bool:
+        path = self.mask_folder / str(self._masks[index])
+        return (path / TABLE_NAME).is_file() if path.is_dir() else is_named_label_map(path)
 
     def _read(self, read: Callable, path: Path):
         """Read a mask file by `read_labels` or `read_object`; errors name the file."""

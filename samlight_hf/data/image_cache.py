@@ -25,12 +25,13 @@ class ImageCache:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def pixels(self, data: bytes, size: tuple[int, int] | None) -> np.ndarray:
+    def pixels(self, data: bytes, size: tuple[int, int] | None, upright: bool = False) -> np.ndarray:
         """Return the decoded image, from the cache if it is there.
 
         Args:
             data: the bytes of the image file.
             size: (width, height) of the annotated image in pixels, or None: see `decode_image`.
+            upright: see `decode_image`.
 
         Returns:
             uint8 (3, H, W), which must not be changed.
@@ -38,12 +39,12 @@ class ImageCache:
         Raises:
             SampleError: if the file is damaged or has another size.
         """
-        digest = hashlib.blake2b(repr(size).encode() + data, digest_size=16).hexdigest()
+        digest = hashlib.blake2b((repr(size) + "upright" * upright).encode() + data, digest_size=16).hexdigest()
         path = self.folder / digest[:2] / f"{digest}.npy"
         try:
             return np.load(path, mmap_mode="r")
         except (FileNotFoundError, ValueError, EOFError):  # the last two: a file truncated by a crash
-            pixels = planes(decode_image(data, size))
+            pixels = planes(decode_image(data, size, upright))
         aside = path.with_name(f".{digest}.{os.getpid()}.npy")
         try:
             path.parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -93,7 +94,7 @@ def read_labels(data: bytes, reading: MaskReading) -> tuple[np.ndarray, int | No
     values, is_lossy = read_values(data)
     if reading.binary:
         return _bright(values), None
-    is_named = _is_named_label_map(data)
+    is_named = is_named_label_map(data)
     if not is_named and (has_grey_levels(values) or (is_lossy and len(np.unique(values)) > 2)):
         raise SampleError(SkipReason.GREY_MASK)
     void = reading.ignore_label
@@ -166,9 +167,9 @@ def read_values(data: bytes) -> tuple[np.ndarray, bool]:
     return pixels, is_lossy
 
 
-def _is_named_label_map(data: bytes) -> bool:
-    """Return whether the file says that it is a label map, whatever its numbers look like."""
-    with Image.open(io.BytesIO(data)) as image:
+def is_named_label_map(file: bytes | Path) -> bool:
+    """Return whether a file, or its bytes, say that it is a label map, whatever its numbers look like."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         return image.format == "PNG" and image.info.get("Title") == LABEL_MAP_TITLE
 
 

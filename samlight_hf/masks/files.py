@@ -25,7 +25,9 @@ ENDINGS = {
 }  # fmt: skip
 POLYGON_FORMATS = ("labelme", "yolo")  # which need OpenCV
 CATEGORY = "object"  # of all masks: their class is not known
-LABEL_MAP_TITLE = "label map"  # in the PNG: by this `samlight_hf.data.label_maps` knows that it has no grey levels
+# In the PNG, and beside PNGs: by them `samlight_hf.data` knows masks of the image as its EXIF orientation turns it, and
+# by the first also that a label map has no grey levels.
+LABEL_MAP_TITLE, TABLE_NAME = "label map", "masks.csv"
 
 
 def write_masks(
@@ -226,7 +228,7 @@ def _write_folder(path: Path, result: GeneratedMasks | MaskResult):
     def write(aside: Path):
         aside.mkdir()
         columns = _columns(result)
-        with (aside / "masks.csv").open("w", newline="", encoding="utf-8") as file:
+        with (aside / TABLE_NAME).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["file", "predicted_iou", "x1", "y1", "x2", "y2"])
             for index, mask in enumerate(result.masks):

@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from samlight_hf.data import (
     ImageFolderDataset,
@@ -13,7 +13,10 @@ from samlight_hf.data import (
     TrainingExamples,
     load_dataset,
 )
+from samlight_hf.data.image_cache import ImageCache
 from samlight_hf.images.reading import open_image
+from samlight_hf.masks.files import ENDINGS, write_masks
+from samlight_hf.masks.results import MaskResult
 
 from .files import HEIGHT, WIDTH, box_mask, counts, jpeg, png
 
@@ -321,3 +324,24 @@ def test_pixels_stay_as_they_are_stored_whoever_turns_images_upright_later(tmp_p
     (tmp_path / "a.jpg").write_bytes(jpeg(exif=exif))
     image = ImageFolderDataset(tmp_path)[0].image
     assert ImageOps.exif_transpose(image).size == image.size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize("file_format", ["labels", "png"])
+@pytest.mark.parametrize(("orientation", "stored"), [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90)])
+def test_masks_of_our_own_belong_to_the_upright_image(tmp_path, file_format, orientation, stored):
+    """By their size they could belong to the stored pixels too: of a square, and after half a turn."""
+    mask = box_mask(x=2, y=3, width=10, height=5, image=(32, 32))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = Image.fromarray(np.repeat(mask[..., None], 3, axis=2) * np.uint8(255))
+    (tmp_path / "images").mkdir()
+    image.transpose(stored).save(tmp_path / "images/a.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "images/a.png")), np.asarray(image))
+    result = MaskResult(mask[None], np.ones(1, np.float32), np.array([[2, 3, 12, 8]], np.float32))
+    (tmp_path / "masks").mkdir()
+    write_masks(tmp_path / f"masks/a{ENDINGS[file_format]}", file_format, image, "a.png", result)
+    dataset = MaskFolderDataset(tmp_path)
+    assert np.array_equal(dataset[0].masks()[0], mask) and np.array_equal(np.asarray(dataset[0].image), image)
+    assert np.array_equal(dataset.open(0).pixels()[0], np.asarray(image).transpose(2, 0, 1))
+    dataset.image_cache = ImageCache(tmp_path / "cache")
+    assert np.array_equal(dataset.open(0).pixels()[0], np.asarray(image).transpose(2, 0, 1))

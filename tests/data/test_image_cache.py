@@ -36,7 +36,7 @@ def test_examples_are_the_same_and_nothing_is_decoded_twice(tar, tmp_path, monke
     decode = image_cache.decode_image
     monkeypatch.setattr(image_cache, "decode_image", lambda *data: decoded.append(data) or decode(*data))
     second = list(examples(tar))
-    assert {len(data) for data, _ in decoded} == {300}  # only the damaged file is decoded again
+    assert {len(data) for data, *_ in decoded} == {300}  # only the damaged file is decoded again
     for expected, *others in zip(plain, first, second, strict=True):
         assert all(torch.equal(value, other[name]) for other in others for name, value in expected.items())
     assert filling.skip_report() == made.skip_report()

@@ -5,11 +5,12 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
-from samlight_hf.data import Sa1bDataset
+from samlight_hf.data import Sa1bDataset, load_dataset, sa1b
+from samlight_hf.masks.files import save_label_map
 from tests.data.files import rle
 from tests.launcher import ROOT, backends, launch, output_of, torchrun
 
@@ -55,6 +56,29 @@ def test_a_folder_becomes_a_tar_to_train_on(annotated):
     rles = [instance.rle for instance in masks]
     overlaps = coco_mask.iou(rles, rles, [0] * len(rles))
     assert (overlaps - np.eye(len(masks))).max() < 0.8
+
+
+def test_a_tar_is_not_overwritten(annotated, tmp_path):
+    tar, _ = annotated
+    before = tar.read_bytes()
+    run = run_example("annotate.py", tar, "--out", tar, "--model", BUNDLED_CHECKPOINT, "--device", "cpu")
+    assert run.returncode == 1 and f"{tar} exists already. Move it away" in run.stderr
+    assert tar.read_bytes() == before
+
+
+def test_an_image_that_exif_data_turn_is_written_in_the_frame_of_its_masks(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    (tmp_path / "mine/images").mkdir(parents=True)
+    (tmp_path / "mine/masks").mkdir()
+    Image.open(COFFEE).resize((300, 200)).save(tmp_path / "mine/images/a.jpg", exif=exif)
+    labels = np.zeros((200, 300), np.uint16)
+    labels[20:60, 30:90] = 1
+    save_label_map(tmp_path / "mine/masks/a.png", labels)  # of the image as its EXIF data turn it
+    annotate(tmp_path / "mine", tmp_path / "out.tar")
+    (expected,), (sample,) = load_dataset(tmp_path / "mine"), Sa1bDataset(tmp_path / "out.tar")
+    assert np.array_equal(np.asarray(sample.image), np.asarray(expected.image))
+    assert np.array_equal(sample.masks()[0], labels == 1)
 
 
 @pytest.mark.parametrize("backend", backends(pytest.mark.slow))
@@ -103,11 +127,18 @@ def test_masks_that_are_there_already_stay_and_are_not_found_again(annotated, tm
     np.testing.assert_array_equal(coco_mask.decode(sample.instances[0].rle), existing)
 
 
-def test_a_finished_tar_that_cannot_be_moved_is_kept(tmp_path):
+def test_a_finished_tar_that_cannot_be_moved_is_kept(tmp_path, monkeypatch):
     (tmp_path / "photographs").mkdir()
     Image.open(COFFEE).resize((300, 200)).save(tmp_path / "photographs/a.jpg")
     out = tmp_path / "there" / "out.tar"
-    out.mkdir(parents=True)  # a folder
+    out.parent.mkdir()
+    add_sample = sa1b.add_sample
+
+    def adding(*arguments):
+        out.mkdir()  # meanwhile somebody makes a folder of that name
+        add_sample(*arguments)
+
+    monkeypatch.setattr(sa1b, "add_sample", adding)
     arguments = ("--out", out, "--model", BUNDLED_CHECKPOINT, "--device", "cpu", *OPTIONS)
     run = run_example("annotate.py", tmp_path / "photographs", *arguments)
     part = out.parent / ".out.tar.parts/0.tar"
