@@ -34,7 +34,7 @@ def main():
         options, distill_options = make_parser().parse_known_args()
     variants = {schedule: f"--layer-weights {schedule}" for schedule in SCHEDULES}
     if options.variants:
-        variants = {str(name): arguments or "" for name, arguments in read_yaml(options.variants).items()}
+        variants = read_variants(options.variants)
     shared = ["--config", options.config, "--stages", *options.stages, *distill_options]
     shared += ["--resume", "--disable-tqdm", "true", "--logging-steps", "100"]
     results = {name: [] for name in variants}
@@ -61,6 +61,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
     return parser
+
+
+def read_variants(path: str) -> dict[str, str]:
+    """Return the options of each variant by its name. Raises ValueError for a file of another form."""
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not all(isinstance(value, str | None) for value in content.values()):
+        raise ValueError(
+            f"{path}: must hold a name and options of each variant, such as uniform: --layer-weights uniform."
+        )
+    return {str(name): arguments or "" for name, arguments in content.items()}
 
 
 def read_metrics(folder: Path, stages: list[str]) -> dict[str, dict]:

@@ -140,16 +140,30 @@ def fit_name(stem: str, ending: str, folder: Path = Path()) -> str:
     return os.fsencode(stem)[: limit - len(os.fsencode(suffix))].decode("utf-8", "ignore") + suffix
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A loader that refuses a mapping with a key twice. PyYAML takes the last value, and forgets the others."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if repeated := [key for key in keys if isinstance(key, str) and keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {repeated[0]} is there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | os.PathLike):
     """Return the content of a YAML file.
 
     Raises:
-        ValueError: if it cannot be read, with its path in the message.
+        ValueError: if it cannot be read, or has a key twice, with its path in the message.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(f"{path}: cannot be read ({one_line(error)}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: not YAML ({one_line(error)}).") from error
 

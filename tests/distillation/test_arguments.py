@@ -92,6 +92,8 @@ def test_without_a_file():
         ("card: nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("- a\n- b", "must hold keys and values"),
         ("a: [", "not YAML"),
+        ("max_steps: 9\nencoder: {}\nmax_steps: 5", "config.yaml: cannot be read .the key max_steps is there twice"),
+        ("encoder: {max_steps: 9, max_steps: 5}", "the key max_steps is there twice"),
         ("stages: [encode]", r"stages=\['encode'\] must be some of encoder, decoder, end_to_end"),
         ("stages: [encoder, encoder]", "names a stage twice"),
         ("layer_weights: linear", "layer_weights='linear' is not known"),

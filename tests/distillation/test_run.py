@@ -21,6 +21,7 @@ from samlight_hf.distillation.run import verify_export
 from samlight_hf.loading import load_model
 from tests.conftest import tiny_config
 from tests.data.files import HEIGHT, WIDTH, annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
+from tests.examples.in_process import run_example
 from tests.launcher import ROOT, torchrun
 
 
@@ -441,6 +442,13 @@ def test_streamed_tars_train_and_resume_bit_exactly(folder, tmp_path):
         run(folder, tmp_path / "other", "--stream_data", str(tmp_path / "a.tar"), stages=("end_to_end",))
     with pytest.raises(ValueError, match="source_weights=.* is for train_data, and stream_data would ignore it"):
         run(folder, tmp_path / "other", "--source_weights", "1", "2", stages=("end_to_end",), data=data)
+
+
+@pytest.mark.parametrize("content", ["", "- a", "one: {layer_weights: uniform}"])
+def test_variants_of_another_form_are_refused(tmp_path, content):
+    (tmp_path / "variants.yaml").write_text(content)
+    process = run_example("ablation.py", "--variants", tmp_path / "variants.yaml", "--out", tmp_path)
+    assert process.returncode == 1 and "variants.yaml: must hold a name and options of each variant" in process.stderr
 
 
 @pytest.mark.slow
