@@ -16,7 +16,7 @@ from ..masks.boxes import mask_extent
 from .augmentation import Colours, check_strengths, draw_colours, resize, to_cells
 from .lazy import planes
 from .sa1b import tar_members
-from .samples import SampleError, SkipReason
+from .samples import CutoutError
 
 
 CUTOUT_SUFFIXES = frozenset((".png", ".webp"))
@@ -155,7 +155,7 @@ class Cutouts:
             RGBA, uint8 (4, H, W), which must not be changed.
 
         Raises:
-            SampleError: if the file is damaged or has no transparency.
+            CutoutError: if the file is damaged or has no transparency.
         """
         if index not in self._decoded:
             cutout = self._decode(index)
@@ -176,8 +176,14 @@ class Cutouts:
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything on damaged files
-            raise SampleError(SkipReason.BROKEN_CUTOUT, f"{self._files[file]}, cut-out {index}") from error
-        raise SampleError(SkipReason.BROKEN_CUTOUT, f"{self._files[file]}, cut-out {index}")
+            raise CutoutError(index, self.where(index)) from error
+        raise CutoutError(index, self.where(index))
+
+    def where(self, index: int) -> str:
+        """Return where an object is, for messages: its file, and its number in a tar."""
+        file, _, size = self._places[index]
+        before = int(np.count_nonzero(self._places[:index, 0] == file))
+        return self._files[file] if size < 0 else f"{self._files[file]}, cut-out {before + 1}"
 
     def paste(self, pixels: np.ndarray, generator: np.random.Generator) -> list[Pasted]:
         """Paste random objects onto an image.
@@ -190,7 +196,7 @@ class Cutouts:
             The masks of the objects that have a pixel in the image, in the order of pasting.
 
         Raises:
-            SampleError: if an object cannot be used.
+            CutoutError: if an object cannot be used.
         """
         number = generator.integers(self.number[0], self.number[1] + 1)
         objects = (self._paste_one(pixels, generator) for _ in range(number))

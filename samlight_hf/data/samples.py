@@ -78,6 +78,19 @@ class SampleError(ValueError):
         return f"{self.where}: {self.reason}" if self.where else str(self.reason)
 
 
+class CutoutError(SampleError):
+    """Error for a cut-out that cannot be pasted.
+
+    Attributes:
+        index: index of the cut-out.
+    """
+
+    def __init__(self, index: int, where: str):
+        super().__init__(SkipReason.BROKEN_CUTOUT, where)
+        self.args = index, where  # so that the error can be pickled
+        self.index = index
+
+
 @dataclass(frozen=True)
 class Instance:
     """One annotated object of an image of H x W pixels.

@@ -14,6 +14,9 @@ REASONS = tuple(SkipReason)
 # The share of unusable images is judged only after this many, or after all of a smaller set.
 MIN_READ = 100
 
+# In place of the index of a source: what cannot be used is a cut-out.
+CUTOUTS = -1
+
 # One row for the main process and each of its workers.
 NUM_ROWS = 257
 
@@ -46,7 +49,7 @@ class SkipCounter:
 
         Args:
             report: the data skipped while reading the image.
-            source, image: index of the dataset, and of the image in it.
+            source, image: index of the dataset, and of the image in it; or `CUTOUTS` and the index of a cut-out.
         """
         worker = get_worker_info()
         row = 0 if worker is None else worker.id % (NUM_ROWS - 1) + 1

@@ -23,8 +23,8 @@ from .examples import ExampleMaker
 from .lazy import LazySample
 from .prompts import PromptSampling
 from .sa1b import IMAGE_SUFFIXES, check_tar, find_tars, parse_json
-from .samples import MAX_SKIPPED_SHARE, SampleError, SkipReason, SkipReport
-from .skip_counter import SkipCounter
+from .samples import MAX_SKIPPED_SHARE, CutoutError, SampleError, SkipReason, SkipReport
+from .skip_counter import CUTOUTS, SkipCounter
 
 
 _IMAGE_FIELDS = sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -209,8 +209,9 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         for number, sample in enumerate(self._candidates(block, position, epoch)):
             report = SkipReport()
             instead_of = (_number(block[position]["__key__"]),) if number else ()
-            example = self._example(sample, (epoch, *instead_of), report)
-            self._counter.add(report, self._tars.index(sample["__url__"]), 0)
+            example, cutout = self._example(sample, (epoch, *instead_of), report)
+            tar = self._tars.index(sample["__url__"])
+            self._counter.add(report, *((tar, 0) if cutout is None else (CUTOUTS, cutout)))
             if example is not None:
                 return example
             self._counter.check(self._name)
@@ -226,8 +227,11 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         generator = np.random.default_rng((self.seed, _REPLACEMENT, epoch, _number(block[position]["__key__"])))
         yield from (block[i] for i in generator.permutation(len(block)) if i != position)
 
-    def _example(self, sample: dict, turn: tuple[int, ...], report: SkipReport) -> dict | None:
-        """Make the example of a sample. `turn`: the epoch, and the key of an unusable sample that this one replaces."""
+    def _example(self, sample: dict, turn: tuple[int, ...], report: SkipReport) -> tuple[dict | None, int | None]:
+        """Return the example of a sample, or None; and the index of a cut-out that cannot be pasted, or None.
+
+        `turn` has the epoch, and the key of an unusable sample that this one replaces.
+        """
         key, epoch = _number(sample["__key__"]), turn[0]
         view = epoch if self.num_views is None else epoch % self.num_views
         try:
@@ -239,8 +243,8 @@ class StreamedExamples(torch.utils.data.IterableDataset):
             )
         except SampleError as error:
             report.add_image(error.reason, sample["__key__"])
-            return None
-        return {**example, "example_id": torch.tensor(_number(f"{sample['__key__']} {view}"))}
+            return None, error.index if isinstance(error, CutoutError) else None
+        return {**example, "example_id": torch.tensor(_number(f"{sample['__key__']} {view}"))}, None
 
     @property
     def num_read(self) -> int:
@@ -248,14 +252,19 @@ class StreamedExamples(torch.utils.data.IterableDataset):
         return self._counter.num_read
 
     def skip_report(self, with_index: bool = True) -> SkipReport:
-        """Return a report of the data skipped by this process and its workers so far. Examples are names of tars.
+        """Return a report of the data skipped by this process and its workers so far.
+
+        Examples are names of tars, and of cut-outs.
 
         Args:
             with_index: not used, because a stream has no index; part of the signature of `TrainingExamples`.
         """
         return self._counter.report(self._name)
 
-    def _name(self, tar: int, _: int) -> str:
+    def _name(self, tar: int, cutout: int) -> str:
+        if tar == CUTOUTS:
+            assert self.maker.cutouts is not None
+            return self.maker.cutouts.where(cutout)
         return os.path.basename(self._tars[tar])
 
 

@@ -20,8 +20,8 @@ from .folders import MaskFolderDataset
 from .label_maps import MaskReading
 from .order import ExampleOrder
 from .prompts import PromptSampling
-from .samples import MAX_SKIPPED_SHARE, SampleError, SkipReport
-from .skip_counter import SkipCounter
+from .samples import MAX_SKIPPED_SHARE, CutoutError, SampleError, SkipReport
+from .skip_counter import CUTOUTS, SkipCounter
 
 
 # Images tried for one example before an error is raised.
@@ -135,15 +135,18 @@ class TrainingExamples(Dataset):
                 generator = np.random.default_rng((self.seed, _REPLACEMENT, n, attempt))
                 image = int(generator.integers(len(self.sources[source])))
             report = SkipReport()
-            example = self._example(n, source, image, view, report)
-            self._counter.add(report, source, image)
+            example, place = self._example(n, source, image, view, report)
+            self._counter.add(report, *place)
             if example is not None:
                 return example
             self._counter.check(self._name)
             failures.merge(report)
         raise ValueError(f"No usable image in {MAX_TRIES} tries for example {n}. {failures.summary()}")
 
-    def _example(self, n: int, source: int, image: int, view: int, report: SkipReport) -> dict | None:
+    def _example(
+        self, n: int, source: int, image: int, view: int, report: SkipReport
+    ) -> tuple[dict | None, tuple[int, int]]:
+        """Return the example, or None; and what a message has to name: a source and an image, or a cut-out."""
         try:
             example = self.maker(
                 self.sources[source].open(image),
@@ -153,9 +156,9 @@ class TrainingExamples(Dataset):
             )
         except SampleError as error:
             report.add_image(error.reason, error.where or self._name(source, image))
-            return None
+            return None, (CUTOUTS, error.index) if isinstance(error, CutoutError) else (source, image)
         example_id = view * self._first_ids[-1] + self._first_ids[source] + image
-        return {**example, "example_id": torch.tensor(example_id)}
+        return {**example, "example_id": torch.tensor(example_id)}, (source, image)
 
     @property
     def num_ids(self) -> int:
@@ -208,6 +211,9 @@ class TrainingExamples(Dataset):
         return report
 
     def _name(self, source: int, image: int) -> str:
+        if source == CUTOUTS:
+            assert self.maker.cutouts is not None
+            return self.maker.cutouts.where(image)
         return self.sources[source].where(image)
 
     def _check_indices(self):

@@ -14,6 +14,7 @@ from samlight_hf.data import (
     SyntheticScenes,
     TrainingExamples,
 )
+from samlight_hf.data.samples import CutoutError
 
 from .files import annotation, png, sa1b_json, write_tar
 
@@ -130,7 +131,13 @@ def test_damaged_cutouts_are_counted(tmp_path):
     assert len(list(made)) == 40
     assert set(made.skip_report().images) == {SkipReason.BROKEN_CUTOUT}
     assert 50 < made.skip_report().num_images < 250  # three of four
-    with pytest.raises(ValueError, match="cut-out damaged"):
+    (named,) = made.skip_report().images[SkipReason.BROKEN_CUTOUT].examples  # the cut-out, not the image under it
+    assert named in [f"{tar}, cut-out {number}" for number in (2, 3, 4)]
+    with pytest.raises(CutoutError) as raised:
+        made.maker.cutouts.load(2)
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (str(copy), copy.index, copy.reason) == (str(raised.value), 2, SkipReason.BROKEN_CUTOUT)
+    with pytest.raises(ValueError, match="cut-out damaged.*a.tar, cut-out [234]"):
         list(TrainingExamples(SyntheticScenes(30, S), 1000, S, cutouts=Cutouts(tar, (1, 1))))
 
 

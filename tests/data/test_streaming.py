@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from samlight_hf.data import Augmentation, PromptSampling, Sa1bDataset, SkipReason, StreamedExamples
+from samlight_hf.data import Augmentation, Cutouts, PromptSampling, Sa1bDataset, SkipReason, StreamedExamples
 
 from .files import annotation, box_mask, jpeg, sa1b_json, write_tar
 
@@ -152,6 +152,12 @@ def test_a_bad_sample_is_not_replaced_by_its_neighbour(tmp_path):
     assert len(numbers) == 90 and len(set(numbers)) == 60
     assert sum(first == second for first, second in itertools.pairwise(numbers)) < 5  # of 20 to 30 by the neighbours
     assert len({example["uniforms"].numpy().tobytes() for example in examples}) == 90
+
+
+def test_a_bad_cutout_is_named_and_not_the_tar_of_the_image(tars, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "opaque.png")
+    with pytest.raises(ValueError, match="(?s)max_skipped=5%.*without transparency .*opaque.png"):
+        list(streamed(tars, num_epochs=9, block_size=200, cutouts=Cutouts(tmp_path, (0, 1))))
 
 
 @pytest.fixture
