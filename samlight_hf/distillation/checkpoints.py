@@ -16,7 +16,7 @@ from ..utils.json_files import read_json
 from .arguments import DistillationArguments
 from .feature_teacher import FeatureTeacher
 from .stages import TRAINABLE
-from .teacher import Teacher
+from .teacher import Teacher, computation_of
 
 
 SETTINGS_NAME = "distillation_settings.json"
@@ -31,8 +31,14 @@ _RUN_DEFINING = (
     "num_prompts", "box_share", "point_targets", "num_refinements", "focal_weight", "bce_weight", "dice_weight",
     "iou_weight",
 )  # fmt: skip
-# Keys of a config that describe the file of the weights, not the computation.
-_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")
+# What the settings that are hashes stand for.
+_HASHED = {
+    "data": "the training data, their augmentation, views and prompts",
+    "teacher": "the teacher's weights and layers",
+    "feature_teacher": "the feature_teacher's weights, input size and weight",
+    "student": "the weights and the config of the student that the stage begins with",
+    "frozen": "the student's config, and the weights that the stage does not train",
+}
 _OF_THE_PROCESSES = ("world_size", "per_device_train_batch_size", "dataloader_num_workers")
 
 
@@ -69,8 +75,7 @@ def run_settings(
     if feature_teacher is not None:
         features = [feature_teacher.fingerprint, feature_teacher.image_size, args.feature_weight]
         settings["feature_teacher"] = _digest(features)
-    config = student.config.vision_config.to_dict()
-    architecture = {name: value for name, value in config.items() if name not in _OF_THE_FILE}
+    architecture = computation_of(student.config.vision_config)
     parts = {name: weights_fingerprint(part) for name, part in student.named_children()}
     frozen = {name: fingerprint for name, fingerprint in parts.items() if name not in TRAINABLE[args.stage]}
     settings["student"], settings["frozen"] = _digest([parts, architecture]), _digest([frozen, architecture])
@@ -125,9 +130,10 @@ def check_same_run(
     changed = [name for name in names if saved.get(name) != current.get(name)]
     if changed:
         values = ", ".join(f"{name}={current.get(name)} (was {saved.get(name)})" for name in changed)
+        hashed = "".join(f" Here {name} is a hash of {_HASHED[name]}." for name in changed if name in _HASHED)
         raise CheckpointChangedError(
-            f"{where} was made with other settings: {values}. Schedules, data or losses depend on them: resume with "
-            "the old ones, or start a new output_dir."
+            f"{where} was made with other settings: {values}.{hashed} Schedules, data or losses depend on them: "
+            "resume with the old ones, or start a new output_dir."
         )
     if saved["world_size"] != current["world_size"]:
         return (

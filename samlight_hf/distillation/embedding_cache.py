@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..utils.atomic_files import atomic_write
-from .teacher import Teacher, normalize_pixels
+from .teacher import Teacher, computation_of, normalize_pixels
 
 
 class CacheError(ValueError):
@@ -25,8 +25,8 @@ class EmbeddingCache:
     """A teacher's targets for a fixed set of images, stored in float16 in safetensors shards.
 
     The files are `folder`/KEY/00000.safetensors and so on. Each has the targets of `SHARD_SIZE` examples by name, and a
-    checksum for each example. KEY is a hash of the teacher's weights, its layers and the preprocessing: another
-    teacher, other layers or another preprocessing use another folder, so wrong targets are never read.
+    checksum for each example. KEY is a hash of the teacher's weights and config, its layers and the preprocessing:
+    another teacher, other layers or another preprocessing use another folder, so wrong targets are never read.
 
     An image of 1024 px takes 2 MiB for the embedding, and 2 x 4096 x C bytes for each layer.
 
@@ -43,7 +43,7 @@ class EmbeddingCache:
         self.names, self.num_examples = teacher.names, num_examples
         self.content = {
             "teacher": teacher.fingerprint,
-            "config": teacher.config.to_dict(),  # windows, patterns and epsilons, which no weight shows
+            "config": computation_of(teacher.config),
             "layers": list(teacher.layers),
             "dtype": str(teacher.dtype),
             "preprocessing": preprocessing,

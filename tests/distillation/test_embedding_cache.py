@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 
 from samlight_hf.distillation import CachedExamples, CacheError, EmbeddingCache, Teacher, fill_cache
 from samlight_hf.distillation.teacher import normalize_pixels
@@ -64,6 +65,13 @@ def test_another_teacher_other_layers_or_images_have_another_folder(tmp_path, fi
     teacher = Teacher(teacher, (2, 4), torch.float32)
     keys.add(EmbeddingCache(tmp_path, teacher, examples.num_ids, examples.preprocessing()).key)
     assert len(keys) == 5
+    assert make_cache(tmp_path, examples)[0].key == filled[0].key
+
+
+def test_another_release_of_transformers_reads_the_cache(tmp_path, filled, examples, monkeypatch):
+    """Its name is in every config. An upgrade must not double the disk space and the time."""
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "99.0")
+    assert make_teacher().config.vision_config.to_dict()["transformers_version"] == "99.0"
     assert make_cache(tmp_path, examples)[0].key == filled[0].key
 
 
