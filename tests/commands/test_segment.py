@@ -374,6 +374,7 @@ def test_sigterm_ends_as_ctrl_c_does(samlight, photos, checkpoint, tmp_path, mon
         if not sent:
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "it would end this process"
             sent.append(True)
+            time.sleep(0.5)  # by then the main thread has started this one, and waits for it
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
 
