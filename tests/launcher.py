@@ -28,9 +28,12 @@ def backends(*marks_of_gloo):
 
 def main(script: str, *arguments: str):
     """Run a script as `__main__`, and print at its end whether it has left the process group."""
-    atexit.register(
-        lambda: print(_ENDED.format(rank=os.environ["RANK"], in_group=torch.distributed.is_initialized()), flush=True)
-    )
+
+    def tell_end():  # with the end of the line in the same write, or lines of two processes could become one
+        in_group = torch.distributed.is_initialized()
+        print(_ENDED.format(rank=os.environ["RANK"], in_group=in_group) + "\n", end="", flush=True)
+
+    atexit.register(tell_end)
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")
 
