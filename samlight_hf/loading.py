@@ -24,6 +24,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; transformers silently casts any other dtype
 # Files that transformers' Trainer keeps beside a model to resume training: pickles that hold no weights of the model.
 TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|training_args\.bin")
+# Settings that describe a file and the classes that read it, not the computation.
+_OF_THE_FILE = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "image_processor_type", "processor_class", "torch_dtype",
+    "transformers_version",
+}  # fmt: skip
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError,
@@ -132,6 +137,19 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
         bits = weight.double().view(torch.int64).sum().item()  # an exact sum: independent of threads and device
         digest.update(f"{name} {tuple(weight.shape)} {bits}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def computed_settings(settings: dict) -> dict:
+    """Return the settings of a config or processor, as `to_dict` returns them, that determine what is computed.
+
+    Windows, patterns and epsilons are among them, which no weight shows. They are the same whatever file the model was
+    loaded from, and whatever release of transformers loaded it.
+    """
+    return {
+        name: computed_settings(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in _OF_THE_FILE
+    }
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..loading import weights_fingerprint
+from ..loading import computed_settings, weights_fingerprint
 from ..utils.atomic_files import atomic_write
 from ..utils.json_files import read_json
 from .arguments import DistillationArguments
 from .feature_teacher import FeatureTeacher
 from .stages import TRAINABLE
-from .teacher import Teacher, computation_of
+from .teacher import Teacher
 
 
 SETTINGS_NAME = "distillation_settings.json"
@@ -75,7 +75,7 @@ def run_settings(
     if feature_teacher is not None:
         features = [feature_teacher.fingerprint, feature_teacher.image_size, args.feature_weight]
         settings["feature_teacher"] = _digest(features)
-    architecture = computation_of(student.config.vision_config)
+    architecture = computed_settings(student.config.vision_config.to_dict())
     parts = {name: weights_fingerprint(part) for name, part in student.named_children()}
     frozen = {name: fingerprint for name, fingerprint in parts.items() if name not in TRAINABLE[args.stage]}
     settings["student"], settings["frozen"] = _digest([parts, architecture]), _digest([frozen, architecture])

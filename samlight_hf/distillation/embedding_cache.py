@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..loading import computed_settings
 from ..utils.atomic_files import atomic_write
-from .teacher import Teacher, computation_of, normalize_pixels
+from .teacher import Teacher, normalize_pixels
 
 
 class CacheError(ValueError):
@@ -43,7 +44,7 @@ class EmbeddingCache:
         self.names, self.num_examples = teacher.names, num_examples
         self.content = {
             "teacher": teacher.fingerprint,
-            "config": computation_of(teacher.config),
+            "config": computed_settings(teacher.config.to_dict()),
             "layers": list(teacher.layers),
             "dtype": str(teacher.dtype),
             "preprocessing": preprocessing,

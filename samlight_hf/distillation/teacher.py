@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 
 from ..loading import check_finite, weights_fingerprint
 from ..utils.autocast import without_autocast
@@ -46,19 +45,6 @@ def _pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     with torch.inference_mode(False):
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
         return mean, std
-
-
-# Keys of a config that describe the file of the weights, not the computation.
-_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")
-
-
-def computation_of(config: PreTrainedConfig) -> dict:
-    """Return the settings of a config that determine what the model computes.
-
-    Windows, patterns and epsilons are among them, which no weight shows. They are the same whatever file the model was
-    loaded from, and whatever release of transformers loaded it.
-    """
-    return {name: value for name, value in config.to_dict().items() if name not in _OF_THE_FILE}
 
 
 class Teacher:

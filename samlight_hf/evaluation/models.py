@@ -9,18 +9,12 @@ import torch
 from PIL import Image
 
 from ..images.preprocessing import check_size
-from ..loading import weights_fingerprint
+from ..loading import computed_settings, weights_fingerprint
 from .timing import ForwardTimer
 
 
 # model_type -> whether the image keeps its aspect ratio (SAM, padded) or is stretched to a square (SAM 2)
 SUPPORTED = {"sam_lightening": True, "sam": True, "sam_hq": True, "sam2": False, "edgetam": False}
-
-# Settings on which no mask depends, or that the journal has by another name.
-_NOT_COMPUTED = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "image_processor_type", "processor_class", "torch_dtype",
-    "transformers_version",
-}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -103,7 +97,7 @@ class PromptableModel:
 
         The pattern of the attention is one of these settings.
         """
-        parts = [_computed(part.to_dict()) for part in (self.model.config, self.processor.image_processor)]
+        parts = [computed_settings(part.to_dict()) for part in (self.model.config, self.processor.image_processor)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def is_too_thin(self, width: int, height: int) -> bool:
@@ -255,15 +249,6 @@ class PromptableModel:
         if isinstance(embeddings, list):  # SAM 2: a pyramid
             return {"image_embeddings": [tensor[i : i + 1] for tensor in embeddings]}
         return {"image_embeddings": embeddings[i : i + 1]}
-
-
-def _computed(settings: dict) -> dict:
-    """Return settings, also those of the parts of a model, without `_NOT_COMPUTED`."""
-    return {
-        name: _computed(value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name not in _NOT_COMPUTED
-    }
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
