@@ -22,13 +22,14 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import ExifTags, Image
+from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from samlight_hf import MaskGenerationSettings, MaskGenerator
 from samlight_hf.data import ImageDataset, SkipReason, SkipReport, load_dataset
 from samlight_hf.data.sa1b import add_sample
+from samlight_hf.images.levels import is_turned
 from samlight_hf.images.preprocessing import check_size
 from samlight_hf.loading import load_model
 from samlight_hf.masks.files import coco_document
@@ -193,7 +194,7 @@ def _image(file: bytes, image: Image.Image) -> tuple[str, bytes]:
     the frame of its masks.
     """
     with Image.open(io.BytesIO(file)) as opened:
-        if opened.format in SUFFIXES and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        if opened.format in SUFFIXES and not is_turned(opened):
             return SUFFIXES[opened.format], file
     png = io.BytesIO()
     image.save(png, "png")

@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from ..images.levels import to_rgb
+from ..images.levels import is_turned, to_rgb
 from .annotations import parse_instances
 from .lazy import LazySample
 from .samples import Sample, SampleError, SkipReason, SkipReport
@@ -230,5 +230,5 @@ def open_stored_image(data: bytes, size: tuple[int, int] | None = None, upright:
         raise SampleError(SkipReason.UNKNOWN_FORMAT) from error
     except Exception as error:  # as in decode_image
         raise SampleError(SkipReason.BROKEN_IMAGE) from error
-    is_turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return image if size in (None, image.size) and not is_turned else decode_image(data, size, upright)
+    is_as_stored = size in (None, image.size) and not (upright and is_turned(image))
+    return image if is_as_stored else decode_image(data, size, upright)

@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, c
         log_changes(name, notes)
         return image
     image.load()
-    if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if upright and is_turned(image):
         image = ImageOps.exif_transpose(image)  # which copies any other image
     if image.mode.startswith(("I", "F")):
         levels = np.asarray(image)
@@ -80,7 +80,12 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, c
 def is_upright_rgb(image: Image.Image) -> bool:
     """Return whether `to_rgb` would only copy an image, turned upright."""
     is_rgb = image.mode == "RGB" and "transparency" not in image.info and _deep_rawmode(image) is None
-    return is_rgb and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return is_rgb and not is_turned(image)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Return whether an image's EXIF orientation says that it is shown turned or mirrored."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def has_more_than_8_bits(image: Image.Image) -> bool:
