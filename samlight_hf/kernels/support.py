@@ -60,14 +60,15 @@ def normal_numbers(device: torch.device) -> Callable[..., torch.Tensor]:
 
 def on_device(device: torch.device | None) -> contextlib.AbstractContextManager:
     """Return a context in which a CUDA device is the current one; for other devices, and for None, it does nothing."""
-    if device is None or device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return contextlib.nullcontext()  # to enter the other takes microseconds
-    return torch.cuda.device(device)
+    is_cuda = device is not None and device.type == "cuda"
+    return torch.cuda.device(device) if is_cuda else contextlib.nullcontext()
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Return a context in which a tensor's device is the current one, where Triton launches."""
-    return on_device(tensor.device)
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():  # entering it takes microseconds
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(tensor)
 
 
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:

@@ -252,7 +252,7 @@ def launch_kernel(
 
     config = _launch_config(num_blocks, num_threads, shared_bytes, current_stream(device).cuda_stream)
     values, types = zip(*map(_argument, arguments))
-    with on_device(device):
+    with on_device(None if device.index == torch.cuda.current_device() else device):
         _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
 
 
