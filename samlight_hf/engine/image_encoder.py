@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, SamImageProcessor
 from ..images.preprocessing import preprocess
 from ..kernels import linear as fused_linear
 from ..kernels.hopper import attention as hopper_attention
-from ..kernels.layer_norm import add_layer_norm
 from ..kernels.linear import FusedLinear, RowsWithStatistics, convolve, embed_patches
 from ..modeling.dilated_attention import dilated_attention
 from ..modeling.modeling_sam_lightening import SamLighteningVisionEncoder, SamLighteningVisionLayer
@@ -79,9 +78,9 @@ class FastVisionEncoder:
         self.positions = None if encoder.pos_embed is None else encoder.pos_embed.flatten(0, 2).clone()
         self.layers = [_Layer(copy.deepcopy(layer)) for layer in encoder.layers]
         self.largest_width = max(len(linear.weight) for layer in self.layers for linear in (layer.qkv, layer.lin1))
-        self.reduce = FusedLinear(neck.conv1.weight.flatten(1), None)
-        self.convolution = FusedLinear(neck.conv2.weight.permute(0, 2, 3, 1).flatten(1), None)
-        self.norms = neck.layer_norm1, neck.layer_norm2
+        self.reduce = FusedLinear(neck.conv1.weight.flatten(1), None, norm_after=neck.layer_norm1)
+        kernel = neck.conv2.weight.permute(0, 2, 3, 1).flatten(1)
+        self.convolution = FusedLinear(kernel, None, norm_after=neck.layer_norm2)
 
     def is_copy_of(self, model: PreTrainedModel) -> bool:
         """Return whether a copy of the model made now would compute the same."""
@@ -92,8 +91,9 @@ class FastVisionEncoder:
     def _weights(self) -> list[torch.Tensor]:
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.proj, layer.lin1, layer.lin2)]
         linears += [self.patch_embedding, self.reduce, self.convolution]
-        tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-        tensors += [tensor for norm in self.norms for tensor in (norm.weight, norm.bias)]
+        tensors = [
+            tensor for linear in linears for tensor in (linear.weight, linear.bias, *(linear.gain_and_shift or ()))
+        ]
         return tensors if self.positions is None else [*tensors, self.positions]
 
     @torch.inference_mode()
@@ -109,9 +109,9 @@ class FastVisionEncoder:
             rows = layer.attend(rows, batch_size, memory)
             rows = layer.feed_forward(rows, memory)
         del memory  # the neck has room in it
-        tokens = add_layer_norm(self.reduce(rows).values.unflatten(0, (batch_size, -1)), self.norms[0])
+        tokens = self.reduce(rows).values.unflatten(0, (batch_size, -1))
         del rows  # the result, which a graph keeps, has room in it, and leaves the larger memory whole to other graphs
-        tokens = add_layer_norm(convolve(self.convolution, tokens, grid), self.norms[1])
+        tokens = convolve(self.convolution, tokens, grid)
         return tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, h, w), channels last
 
 

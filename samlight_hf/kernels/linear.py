@@ -1,6 +1,7 @@
 """Fused linear layers of the image encoder: LayerNorm, product, bias, GELU and residual in one kernel.
 
     y = act(LayerNorm(x) W^T + b) + residual
+    y = LayerNorm(x W^T + b)
 
 One kernel computes all of it, so no step between two matrix products reads or writes memory on its own. The kernel is
 in Triton (`linear_triton.py`) or, for Hopper GPUs, in CUDA (`hopper/linear.cu`).
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from .hopper import linear as hopper_linear
 from .hopper import runtime as hopper
 from .hopper.linear import PATCH, Input, neighbours_of, patches_of, rows_of
+from .layer_norm import add_layer_norm
 from .linear_triton import launch_linear_kernel, launch_patch_kernel, patch_tile, triton_tile
 from .support import normal_numbers, tried, triton, why_not_tried
 
@@ -46,7 +48,9 @@ class RowsWithStatistics:
 
 
 class FusedLinear:
-    """A linear layer with an optional LayerNorm before it and an optional GELU after it, for inference only.
+    """A linear layer with an optional LayerNorm before it, and an optional GELU or LayerNorm after it.
+
+    It is for inference only.
 
     On Hopper a kernel reads its weights before the previous kernel has ended. Code that changes the weights must
     synchronize with the device afterwards.
@@ -56,6 +60,7 @@ class FusedLinear:
         bias: (N,), or None for zeros.
         norm: the LayerNorm before the layer, which is folded into weight and bias; None for none.
         gelu: whether GELU follows.
+        norm_after: the LayerNorm that follows, in layers without `norm` and `gelu`; None for none.
         order: int64 (N,), a permutation of the output features; None keeps their order.
     """
 
@@ -67,6 +72,7 @@ class FusedLinear:
         norm: nn.LayerNorm | None = None,
         gelu: bool = False,
         order: torch.Tensor | None = None,
+        norm_after: nn.LayerNorm | None = None,
     ):
         bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
         if norm is not None:
@@ -78,7 +84,11 @@ class FusedLinear:
         self.weight, self.bias = weight.detach().contiguous(), bias.detach().contiguous()
         # Sums of the rounded weight, which are zero but for a rest that the kernel for Hopper GPUs leaves out.
         self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
-        self.eps, self.gelu = 0.0 if norm is None else norm.eps, gelu
+        self.gelu, self.norm_after = gelu, norm_after
+        self.eps = next((given.eps for given in (norm, norm_after) if given is not None), 0.0)
+        self.gain_and_shift = None
+        if norm_after is not None:
+            self.gain_and_shift = norm_after.weight.float().contiguous(), norm_after.bias.float().contiguous()
         if self.weight.is_cuda:  # the weights have just been written
             torch.cuda.current_stream(self.weight.device).synchronize()
 
@@ -175,7 +185,8 @@ def convolve(layer: FusedLinear, tokens: torch.Tensor, grid: tuple[int, int]) ->
     # With many images cuDNN's kernel is the faster one.
     if neighbours.num_rows <= hopper_linear.FEW_ROWS and why_not_hopper(layer, neighbours) is None:
         return launch_hopper(layer, neighbours).values.unflatten(0, (batch_size, -1))
-    return F.conv2d(images.permute(0, 3, 1, 2), _kernel_of(layer), padding=1).permute(0, 2, 3, 1).flatten(1, 2)
+    convolved = F.conv2d(images.permute(0, 3, 1, 2), _kernel_of(layer), padding=1).permute(0, 2, 3, 1).flatten(1, 2)
+    return convolved if layer.norm_after is None else add_layer_norm(convolved.contiguous(), layer.norm_after)
 
 
 def load_convolution(device: torch.device, dtype: torch.dtype, channels: int, side: int):
@@ -205,6 +216,9 @@ def fused_linear_reference(
         values = F.gelu(values)
     if residual is not None:
         values = (values.unflatten(0, (-1, len(residual))) + residual.to(compute)).flatten(0, 1)
+    if layer.gain_and_shift is not None:
+        gain, shift = (tensor.to(compute) for tensor in layer.gain_and_shift)
+        values = F.layer_norm(values, values.shape[-1:], gain, shift, layer.eps)
     values = values.to(rows.values.dtype)
     return with_statistics(values) if statistics else RowsWithStatistics(values)
 
@@ -226,6 +240,7 @@ class _Variant:
     parts: int = 1  # of the input's statistics
     adds: bool = False
     statistics: bool = False
+    norm_after: bool = False
 
 
 def why_not_triton(
@@ -334,12 +349,13 @@ def why_not_hopper(
     if reason := hopper_linear.why_not(layer, x, residual):
         return reason
     (out_features, in_features), normalizes = layer.weight.shape, layer.row_sums is not None
-    tile = hopper_linear.hopper_tile(x.num_rows, out_features, normalizes, layer.gelu)
+    tile = hopper_linear.tile_of(layer, x)
     constants = hopper_linear.constants_of(layer, x, parts, residual is not None, statistics)
+    norm_after = bool(constants["NORM_AFTER"])
 
     def attempt() -> bool:
         sizes = layer.weight.dtype, out_features, in_features
-        variant = _Variant(*sizes, normalizes, layer.gelu, parts, residual is not None, statistics)
+        variant = _Variant(*sizes, normalizes, layer.gelu, parts, residual is not None, statistics, norm_after)
         small, rows, added = _example(layer.weight.device, variant, 512)
         # One multiprocessor for each tile's columns, so that a thread block takes several tiles.
         processors = out_features // tile.columns
@@ -355,7 +371,10 @@ def why_not_hopper(
         images = normal_numbers(layer.weight.device)(1, *x.grid, in_features // 9).to(variant.dtype)
         result = tried(lambda: launch_hopper(small, neighbours_of(images), tile=tile, num_processors=processors))
         expected = F.conv2d(images.float().movedim(3, 1), _kernel_of(small).float(), small.bias, padding=1)
-        return _agree(result, expected.movedim(1, 3).flatten(0, 2))
+        expected = expected.movedim(1, 3).flatten(0, 2)
+        if small.gain_and_shift is not None:
+            expected = F.layer_norm(expected, (out_features,), *small.gain_and_shift, small.eps)
+        return _agree(result, expected)
 
     return why_not_tried(
         "linear layers", layer.weight.device, (tile, *constants.values()), attempt, "CUDA", "Triton's kernels"
@@ -397,12 +416,17 @@ def _example(
 
 def _layer_of(numbers: Callable[..., torch.Tensor], variant: _Variant) -> FusedLinear:
     weight = numbers(variant.out_features, variant.in_features) * variant.in_features**-0.5
-    norm = None
-    if variant.normalizes:
-        norm = nn.LayerNorm(variant.in_features, device=weight.device, dtype=torch.float32)
-        norm.weight.copy_(1 + 0.3 * numbers(variant.in_features))
-        norm.bias.copy_(numbers(variant.in_features))
-    return FusedLinear(weight.to(variant.dtype), numbers(variant.out_features), norm, variant.gelu)
+    norm = _norm_of(numbers, variant.in_features) if variant.normalizes else None
+    after = _norm_of(numbers, variant.out_features) if variant.norm_after else None
+    weight = weight.to(variant.dtype)
+    return FusedLinear(weight, numbers(variant.out_features), norm, variant.gelu, norm_after=after)
+
+
+def _norm_of(numbers: Callable[..., torch.Tensor], width: int) -> nn.LayerNorm:
+    gain, shift = 1 + 0.3 * numbers(width), numbers(width)
+    norm = nn.LayerNorm(width, device=gain.device, dtype=torch.float32)
+    norm.weight.copy_(gain), norm.bias.copy_(shift)
+    return norm
 
 
 def _agree(result: RowsWithStatistics, expected: torch.Tensor) -> bool:
@@ -440,12 +464,12 @@ def launch_hopper(
         tile: the kernel's tile; by default the one `hopper_tile` chooses.
         num_processors: number of multiprocessors to plan for; by default those of the device.
     """
-    tile = tile or hopper_linear.hopper_tile(x.num_rows, len(layer.weight), layer.row_sums is not None, layer.gelu)
-    result = _allocate(layer.weight, x.num_rows, tile.columns, statistics, memory)
+    tile = tile or hopper_linear.tile_of(layer, x)
+    result = _allocate(layer.weight, x.num_rows, tile.consumer_columns, statistics, memory)
     hopper_linear.launch_linear(
         layer, x, tile, result.values, x_statistics, result.statistics, residual, num_processors
     )
-    return result
+    return result if hopper_linear.fuses_norm_after(layer, x.num_rows) else _normalized(layer, result)
 
 
 def launch_triton(
@@ -465,7 +489,14 @@ def launch_triton(
         row_sums=layer.row_sums, x_statistics=rows.statistics, eps=layer.eps, gelu=layer.gelu,
         residual=residual, statistics=result.statistics,
     )  # fmt: skip
-    return result
+    return _normalized(layer, result)
+
+
+def _normalized(layer: FusedLinear, rows: RowsWithStatistics) -> RowsWithStatistics:
+    """Apply the LayerNorm that follows a layer, if there is one."""
+    if layer.norm_after is None:
+        return rows
+    return RowsWithStatistics(add_layer_norm(rows.values[None], layer.norm_after)[0])
 
 
 def launch_patches(

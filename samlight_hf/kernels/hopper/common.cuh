@@ -42,6 +42,23 @@ __device__ __forceinline__ void synchronize_warpgroup(int warpgroup) {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(WARPGROUP) : "memory");
 }
 
+// ---- clusters ---------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+
+// Wait until all threads of the cluster have arrived, which show their barriers before.
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Write to the shared memory of a thread block of the cluster, at the place `to` in it, and count the bytes at the barrier there.
+__device__ __forceinline__ void send(const void* to, u64* barrier, int block, float2 value) {
+    asm volatile(
+        "{.reg .b32 place, sent;\n"
+        "mapa.shared::cluster.u32 place, %0, %2;\n"
+        "mapa.shared::cluster.u32 sent, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [place], {%3, %4}, [sent];}" ::"r"(address(to)),
+        "r"(address(barrier)), "r"(block), "f"(value.x), "f"(value.y) : "memory");
+}
+
 // ---- the tensor memory accelerator ------------------------------------------------------------------------------------------------
 
 struct alignas(64) TensorMap { char bytes[128]; };

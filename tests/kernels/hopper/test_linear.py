@@ -11,7 +11,9 @@ from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.hopper import linear as hopper_linear
 from samlight_hf.kernels.hopper import runtime as hopper
 from samlight_hf.kernels.hopper.linear import (
+    CLUSTER_TILE,
     NARROW_TILES,
+    PATCH_TILE,
     TILES,
     hopper_tile,
     neighbours_of,
@@ -32,7 +34,7 @@ from samlight_hf.kernels.linear import (
 from tests.kernels.test_linear import CASES, TOLERANCES, error, make, statistics_error
 
 
-ALL_TILES = (*TILES, *NARROW_TILES)
+ALL_TILES = (*TILES, *NARROW_TILES, PATCH_TILE, CLUSTER_TILE)
 # Layers of the encoder: projections to and from attention, first and second layer of the MLP, neck, patches.
 KERNELS = [
     {"NORM": 1, "PARTS": 4},
@@ -44,7 +46,7 @@ KERNELS = [
 ]
 PLAIN = {
     "KIND": "ROWS", "HEIGHT": 1, "WIDTH": 1, "K": 384, "N": 1152, "NORM": 0, "PARTS": 1, "GELU": 0,
-    "RESIDUAL": 0, "STATISTICS": 0,
+    "RESIDUAL": 0, "STATISTICS": 0, "NORM_AFTER": 0,
 }  # fmt: skip
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
@@ -81,19 +83,32 @@ def test_the_kernel_compiles_without_spilling(tile, constants, bfloat16):
     assert code[:4] == b"\x7fELF"
 
 
+@needs_compiler
+@pytest.mark.parametrize("constants", [KERNELS[4], {}], ids=str)
+@pytest.mark.parametrize("out_features", [128, 256])
+@pytest.mark.parametrize("bfloat16", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_kernels_with_a_norm_after_them_compile_without_spilling(constants, out_features, bfloat16):
+    after = {"N": out_features, "NORM_AFTER": 1, "BFLOAT16": bfloat16}
+    _, log = hopper.compile_source(source_of(CLUSTER_TILE, **PLAIN | constants | after))
+    assert spilled_bytes(log) == 0, log
+
+
 def test_tiles_fit():
     """Tiles divide all sizes that `why_not` accepts, and fit into shared memory; small weights stay there, alone."""
     for num_rows in (128, 4096, 4096 * 32):
         for out_features in range(64, 3072 + 1, 64):
             for normalizes, gelu in ((False, False), (True, False), (True, True)):
-                tile = hopper_tile(num_rows, out_features, normalizes, gelu)
-                assert tile in ALL_TILES and out_features % tile.columns == 0
+                for kind in ("ROWS", "PATCHES"):
+                    tile = hopper_tile(num_rows, out_features, normalizes, gelu, kind)
+                    assert tile in ALL_TILES and out_features % tile.columns == 0
     for tile in ALL_TILES:
         for in_features in range(64, 3072 + 1, 64):
             for adds in (False, True):
                 stays, stages, shared_bytes = tile.layout(in_features, adds)
                 assert shared_bytes <= 227 * 1024 and stages >= 4
                 assert stays or adds or in_features > 384
+            stays, stages, shared_bytes = CLUSTER_TILE.layout(in_features, norm_of=256)
+            assert shared_bytes <= 227 * 1024 and stages >= 4
 
 
 def test_every_reason_not_to_run_it(monkeypatch):
@@ -118,6 +133,8 @@ def test_every_reason_not_to_run_it(monkeypatch):
     layer.row_sums = torch.zeros(64)
     assert why_not_hopper(layer, rows_of(rows)) is None
     assert "no residual" in why_not_hopper(layer, rows_of(rows), rows)
+    normalized = FusedLinear(torch.zeros(64, 64), None, norm_after=nn.LayerNorm(64))
+    assert "no residual" in why_not_hopper(normalized, rows_of(rows), rows)
     convolution = FusedLinear(torch.zeros(64, 9 * 64), None)
     assert why_not_hopper(convolution, neighbours_of(torch.zeros(2, 2, 64, 64))) is None
     for grid in ((8, 48), (8, 8), (6, 32), (1, 1)):  # a block of 128 places would reach into the next image
@@ -192,6 +209,46 @@ def test_the_neck_is_its_convolution(grid, monkeypatch):
         monkeypatch.delattr("samlight_hf.kernels.linear.F.conv2d")
         found = convolve(layer, tokens, grid)
     assert error(found, expected) < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("out_features", [64, 128, 256])  # the kernel applies norms of 128 and 256 features
+@pytest.mark.parametrize("batch_size", [1, 2, 3])  # a tile for each thread block, several, and more than few rows
+@torch.no_grad()
+def test_norms_after_layers_are_those_of_the_modules(batch_size, out_features, dtype, monkeypatch):
+    torch.manual_seed(0)
+    norms = [nn.LayerNorm(out_features, eps=1e-6).cuda() for _ in range(2)]
+    for norm in norms:
+        norm.weight.normal_(1, 0.3), norm.bias.normal_()
+    projection = nn.Linear(384, out_features).to("cuda", dtype)
+    convolution = nn.Conv2d(out_features, out_features, 3, padding=1, bias=False).to("cuda", dtype)
+    kernel = convolution.weight.permute(0, 2, 3, 1).flatten(1)
+    layers = (
+        FusedLinear(projection.weight, projection.bias, norm_after=norms[0]),
+        FusedLinear(kernel, None, norm_after=norms[1]),
+    )
+    rows = torch.randn(batch_size * 4096, 384, device="cuda", dtype=dtype)
+
+    def run() -> list[torch.Tensor]:
+        tokens = layers[0](RowsWithStatistics(rows)).values
+        return [tokens, convolve(layers[1], tokens.view(batch_size, 4096, out_features), (64, 64)).flatten(0, 1)]
+
+    found = run()
+    is_fused = batch_size < 3 and out_features > 64
+    assert [hopper_linear.fuses_norm_after(layer, len(rows)) for layer in layers] == [is_fused, is_fused]
+    if is_fused:
+        for name in ("add_layer_norm", "launch_triton", "fused_linear_reference"):
+            monkeypatch.delattr(f"samlight_hf.kernels.linear.{name}")
+    for _ in range(20):
+        assert all(torch.equal(again, first) for again, first in zip(run(), found))
+    norms, projection, convolution = (module.double() for module in (nn.ModuleList(norms), projection, convolution))
+    expected = norms[0](projection(rows.double()))
+    images = found[0].double().unflatten(0, (batch_size, 64, 64)).permute(0, 3, 1, 2)
+    convolved = norms[1](convolution(images).permute(0, 2, 3, 1).flatten(0, 2))
+    for result, exact in zip(found, (expected, convolved)):
+        assert error(result, exact) < TOLERANCES[dtype]
 
 
 @pytest.mark.gpu
