@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "sam-lightening-tiny"
 REPORT = ROOT / "benchmarks" / "results" / "evaluation_bsds500_val.json"
 WITH_TEACHER = REPORT.with_name("evaluation_bsds500_second.json")  # of earlier weights
-BENCHMARK = ROOT / "benchmarks" / "results" / "speed_h100.json"
+BENCHMARK = ROOT / "benchmarks" / "results" / "speed_h200.json"
 
 
 @pytest.fixture
