@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _OWN_NCCL_ERRORS = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError")
 _NCCL_DETAIL = "Last error:"
 
+_has_told_error = False
+
 
 def process_index() -> int:
     """Return the global rank of this process, 0 if it runs alone."""
@@ -45,7 +47,14 @@ def tell(*values, **options):
 
 def tell_error(message: str):
     """Print an error to stderr on every process, since it may concern only one; all but the main one add their rank."""
+    global _has_told_error
+    _has_told_error = True
     write_error_line(message if is_main_process() else f"process {process_index()}: {message}")
+
+
+def has_told_error() -> bool:
+    """Return whether this process has printed an error by `tell_error`."""
+    return _has_told_error
 
 
 def lost_process(error: BaseException) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .messages import shortened
-from .processes import lost_process, tell_error
+from .processes import has_told_error, lost_process, tell_error
 
 
 # Seconds for which a process that got SIGTERM waits for an error of its own, and in which it may print it and end.
@@ -79,7 +79,8 @@ def _told_of_termination(advice: Callable[[], str]) -> Iterator[None]:
     """Print one line when SIGTERM ends this process, also while it waits in a collective call.
 
     An error that leaves the context in one of several processes stays that process's only line: SIGTERM, which often
-    follows at once, then ends the process only if it does not end by itself. Nothing is done outside of the main
+    follows at once, then ends the process only if it does not end by itself, and prints the line only if the process
+    has not printed its error by then. Nothing is done outside of the main
     thread, on Windows, and where SIGTERM has another handler than that of `sigterm_interrupts`.
     """
     global _before
@@ -133,7 +134,7 @@ def _watch(reader: int, advice: Callable[[], str], failed: threading.Event, rece
             try:
                 if _is_one_of_several() and failed.wait(_OWN_ERROR):
                     time.sleep(_OWN_END)
-                else:
+                if not has_told_error():
                     _tell(advice)
             finally:
                 os._exit(128 + signal.SIGTERM)

@@ -91,6 +91,37 @@ def test_a_process_that_waits_for_another_one_says_what_to_do(tmp_path):
     assert sorted(lines) == [f"process 1: {line}", line]
 
 
+_SLOW_END = """
+import os, signal, sys, time
+from samlight_hf.utils import termination
+from samlight_hf.utils.processes import tell_error
+
+termination._OWN_END = 0.3
+try:
+    with termination.explained_end(lambda: "Start it again."):
+        raise ValueError("its own error")
+except ValueError as error:
+    if sys.argv[1] == "told":
+        tell_error(f"samlight: error: {error}")
+    os.kill(os.getpid(), signal.SIGTERM)  # as the launcher does at once
+    time.sleep(60)  # until its workers have ended
+"""
+
+
+@pytest.mark.parametrize("how", ["told", "silent"])
+def test_one_of_several_processes_that_takes_long_to_end_prints_one_line(how):
+    process = subprocess.run(
+        [sys.executable, "-c", _SLOW_END, how], capture_output=True, text=True, cwd=ROOT, timeout=60,
+        env={**os.environ, "WORLD_SIZE": "2"},
+    )  # fmt: skip
+    own, ended = (
+        "its own error",
+        "ended by SIGTERM: another process has failed, or the run was stopped. Start it again.",
+    )
+    assert process.stderr == f"samlight: error: {own if how == 'told' else ended}\n"
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 _NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, {0} (run with NCCL_DEBUG=WARN for details), "
     "NCCL version 2.28.9\n{1}\nLast error:\n{2}"
