@@ -145,6 +145,20 @@ class GraphedFunction:
         self._lent = tensor if self.enabled and not self._frozen else None  # a frozen function copies
         return tensor
 
+    def replay(self, *tensors: torch.Tensor):
+        """Replay the graph for inputs like these, and return its outputs, as a call does; None if there is no graph."""
+        key = tensors[0].device, *_kinds(tensors)
+        captured = self._graphs.get(key)
+        return None if captured is None else self._replay(key, captured, tensors)
+
+    def _replay(self, key: tuple, captured: tuple, tensors: Sequence[torch.Tensor]):
+        graph, inputs, outputs = captured
+        inputs.fill(tensors)
+        graph.replay()
+        self._graphs.move_to_end(key)  # like all that is not needed before, while the device is at work
+        self.last_ran = "graph"
+        return outputs
+
     def __call__(self, *tensors: torch.Tensor):
         lent, self._lent = self._lent, None
         device, kinds = tensors[0].device, _kinds(tensors)
@@ -160,12 +174,7 @@ class GraphedFunction:
                 while len(self._graphs) >= self.max_graphs:
                     self._graphs.popitem(last=False)
                 captured = self._graphs[key] = self._capture(tensors, lent)
-        graph, inputs, outputs = captured
-        inputs.fill(tensors)
-        graph.replay()
-        self._graphs.move_to_end(key)  # like all that is not needed before, while the device is at work
-        self.last_ran = "graph"
-        return outputs
+        return self._replay(key, captured, tensors)
 
     def has_room_for(self, *tensors: torch.Tensor) -> bool:
         """Return whether there is a graph for inputs like these, or there can be one without dropping another."""

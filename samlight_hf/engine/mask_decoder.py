@@ -38,7 +38,7 @@ from ..kernels.support import compile_ahead, is_out_of_memory, only_compiles, se
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.host_copies import HostCopy
-from ..utils.turns import is_capturing, takes_turns, turn
+from ..utils.turns import takes_turns, turn
 from .cuda_graphs import GraphedFunction, GraphMemory
 from .decoded import Decoded, KeptMasks, decoded_at_once, places_above, slots_above
 from .plain_modules import same_bits, weights_of, why_not_plain_decoder
@@ -192,9 +192,7 @@ class FastMaskDecoder:
         tokens = embedding.flatten(2).transpose(1, 2)
         return tokens.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
 
-    @takes_turns
     @without_autocast
-    @torch.inference_mode()
     def decode(
         self,
         embedding: torch.Tensor,
@@ -240,19 +238,30 @@ class FastMaskDecoder:
         num_prompts = (prompts[0] if mask_logits is None else mask_logits).shape[0]
         if embedding.shape[0] not in (1, num_prompts):
             raise ValueError(f"{len(embedding)} images for {num_prompts} prompts: give one image, or one for each.")
-        if not num_prompts:
+        with turn(self.device) as is_captured:
+            # Another decoder may have prepared it.
+            image_tokens = embedding if embedding.dtype == self.dtype else embedding.to(self.dtype)
+            if num_prompts and min_iou is None:
+                inputs = [image_tokens, *prompts] if mask_logits is None else [image_tokens, mask_logits, *prompts]
+                kind = multimask_output, mask_logits is not None
+                if repeated and num_prompts == 1:
+                    return _for_caller(self.all_masks[kind](*inputs), 1)
+                if not repeated and self._decodes_in_few_kernels(prompts):
+                    return self._decode_few(kind, inputs, num_prompts, is_captured)
+            return self._decode(
+                image_tokens, prompts, mask_logits, multimask_output, min_iou, prompts_per_upscaling, repeated, visible,
+                num_used,
+            )  # fmt: skip
+
+    @torch.inference_mode()
+    def _decode(
+        self, image_tokens, prompts, mask_logits, multimask_output, min_iou, at_once, repeated, visible, num_used
+    ) -> Decoded:
+        """Decode prompts of any number, see `decode`."""
+        if not (prompts[0] if mask_logits is None else mask_logits).shape[0]:
             nothing = torch.zeros(0, self.num_masks(multimask_output), device=self.device)
             return Decoded(nothing, None, nothing.new_zeros(0, *self.logits_size))
-        image_tokens = embedding.to(self.dtype)  # another decoder may have prepared it
-        with_mask = mask_logits is not None
-        inputs = [image_tokens, *prompts] if mask_logits is None else [image_tokens, mask_logits, *prompts]
-        if repeated and min_iou is None and num_prompts == 1:
-            iou, logits = self.all_masks[multimask_output, with_mask](*inputs)
-            return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
-        device = image_tokens.device
-        if not repeated and min_iou is None and self._decodes_in_few_kernels(prompts):
-            return self._decode_few(multimask_output, with_mask, inputs)
-        prompts = [prompt.to(device, non_blocking=True) for prompt in prompts]
+        prompts = [prompt.to(image_tokens.device, non_blocking=True) for prompt in prompts]
         transform = self.transform if repeated else self._transform
         tokens, image_tokens, iou, hyper = transform(image_tokens + self._dense(mask_logits), *prompts)
         tokens, image_tokens, iou = tokens[:num_used], image_tokens[:num_used], iou[:num_used]
@@ -266,7 +275,6 @@ class FastMaskDecoder:
                 iou, kept, mask_head.masks_of(image_tokens, hyper, slots, len(kept), self.grid_size, self.head)
             )
         kept = places_above(iou, min_iou)
-        at_once = prompts_per_upscaling
         logits = self._masks(tokens[:, 1:][:, masks], image_tokens, iou.shape, kept, masks, at_once, visible)
         return Decoded(iou, kept, logits)
 
@@ -327,35 +335,33 @@ class FastMaskDecoder:
     def _decodes_in_few_kernels(self, prompts: Sequence[torch.Tensor]) -> bool:
         return self.use_head_kernel and self._have_token_kernels_for(prompts)
 
-    def _decode_few(self, multimask_output: bool, with_mask: bool, inputs: list[torch.Tensor]) -> Decoded:
+    def _decode_few(
+        self, kind: tuple[bool, bool], inputs: list[torch.Tensor], num_prompts: int, is_captured: bool
+    ) -> Decoded:
         """Decode few prompts: launching their kernels takes longer than running them.
 
         Batches on one image are filled up to a size of `_PROMPT_COUNTS`. From the second batch of a size and kind on,
         they are replayed from a CUDA graph, if there is room and memory for one. Others run the same kernels for the
         same shapes, so that the results do not depend on it.
         """
-        image_tokens, num_prompts = inputs[0], inputs[-1].shape[0]
-        if self.cuda_graphs and image_tokens.shape[0] == 1 and not is_capturing(self.device):
+        if self.cuda_graphs and inputs[0].shape[0] == 1 and not is_captured:
             size = graph_size(num_prompts)
             if size > num_prompts:
-                inputs = [image_tokens, *(_filled_up(tensor, size) for tensor in inputs[1:])]
-            replayed = self._replay_few(multimask_output, with_mask, inputs)
+                inputs = [inputs[0], *(_filled_up(tensor, size) for tensor in inputs[1:])]
+            replayed = self.all_masks[kind].replay(*inputs) or self._replay_first(kind, inputs)
             if replayed is not None:
-                iou, logits = replayed
-                if size > num_prompts:
-                    iou, logits = iou[:num_prompts], logits[: num_prompts * iou.shape[1]]
-                return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
-        is_filled_up = len(inputs[-1]) > num_prompts
-        inputs = [tensor.to(image_tokens.device, non_blocking=True) for tensor in inputs]
-        iou, logits = self._all_masks(multimask_output, with_mask, *inputs)
-        if is_filled_up:  # without the memory of the rest
-            iou, logits = iou[:num_prompts].clone(), logits[: num_prompts * iou.shape[1]].clone()
-        return Decoded(iou, None, logits)
+                return _for_caller(replayed, num_prompts)
+        with torch.inference_mode():
+            is_filled_up = len(inputs[-1]) > num_prompts
+            iou, logits = self._all_masks(*kind, *(tensor.to(inputs[0].device, non_blocking=True) for tensor in inputs))
+            if is_filled_up:  # without the memory of the rest
+                iou, logits = iou[:num_prompts].clone(), logits[: num_prompts * iou.shape[1]].clone()
+            return Decoded(iou, None, logits)
 
-    def _replay_few(self, multimask_output: bool, with_mask: bool, inputs: list[torch.Tensor]):
-        """Return the outputs of the graph for a batch; None where there is none, as for the first batch of a kind."""
-        batch = multimask_output, with_mask, *((tensor.shape, tensor.dtype) for tensor in inputs)
-        function, is_first = self.all_masks[multimask_output, with_mask], batch not in self._seen_batches
+    def _replay_first(self, kind: tuple[bool, bool], inputs: list[torch.Tensor]):
+        """Capture a graph for a batch and return its outputs; None for the first batch of a kind, and without room."""
+        batch = *kind, *((tensor.shape, tensor.dtype) for tensor in inputs)
+        function, is_first = self.all_masks[kind], batch not in self._seen_batches
         self._seen_batches.add(batch)
         if is_first or batch in self._too_large or not function.has_room_for(*inputs):
             return None
@@ -509,6 +515,15 @@ class FastMaskDecoder:
             chosen = range(len(hyper)) if prompts is None else prompts
             return cpu_blocks.run_head(image_tokens, chosen, hyper, self.grid_size, self.head, visible)
         return mask_head.run_head(image_tokens, hyper, self.grid_size, self.head)
+
+
+@torch.inference_mode()  # entered behind a replay, which needs none: it takes longer than to launch a copy
+def _for_caller(outputs: tuple[torch.Tensor, torch.Tensor], num_prompts: int) -> Decoded:
+    """Copy what a graph of `_all_masks` returned for the first `num_prompts`: the next replay overwrites it."""
+    iou, logits = outputs
+    if num_prompts < iou.shape[0]:
+        iou, logits = iou[:num_prompts], logits[: num_prompts * iou.shape[1]]
+    return Decoded(iou.clone(), None, logits.to(torch.float32, copy=True))
 
 
 def graph_size(num_prompts: int) -> int:

@@ -253,21 +253,18 @@ class Predictor:
         """
         check_errors(errors)
         images, is_list = self._images(image)
-        if all(argument is None for argument in (points_xy, boxes_xyxy, logits, masks)):
+        if points_xy is None and boxes_xyxy is None and logits is None and masks is None:
             raise ValueError("there is no prompt: give points_xy, boxes_xyxy, logits or masks.")
+        if not is_list and logits is None and masks is None:
+            regular = regular_prompts(images[0].size, points_xy, labels, boxes_xyxy)
+            if regular is not None:
+                return self._result(images[0], *self._decode_arrays(images[0], regular, multimask_output), full_size)
         arguments = {
             "points_xy": points_xy, "labels": labels, "boxes_xyxy": boxes_xyxy, "logits": logits, "masks": masks,
         }  # fmt: skip
         if not is_list:
-            image = images[0]
-            regular = None
-            if logits is None and masks is None:
-                regular = regular_prompts(image.size, points_xy, labels, boxes_xyxy)
-            if regular is None:
-                decoded = self._decode(images, self._parse(image, 0, **arguments), multimask_output)
-            else:
-                decoded = self._decode_arrays(image, regular, multimask_output)
-            return self._result(image, *decoded, full_size)
+            decoded = self._decode(images, self._parse(images[0], 0, **arguments), multimask_output)
+            return self._result(images[0], *decoded, full_size)
         prompts_of_images, failed = self._parse_lists(images, arguments, errors)
         prompts = [prompt for part in prompts_of_images for prompt in part]
         scores, all_logits = self._decode(images, prompts, multimask_output)
@@ -296,7 +293,7 @@ class Predictor:
             raise ValueError(
                 f"logits have the shape {tuple(logits.shape)}, and must be (n, h, w): logits[:, i] of a prediction."
             )
-        if upscaled_masks.why_not_triton(logits) is None:
+        if upscaled_masks.why_not_triton(logits, image.frame) is None:
             return upscaled_masks.launch_masks(logits, image.frame, 0.0)
         step = self.budget.masks_per_step(image.size, image.size)
         return upscaled_masks.masks(logits, image.frame, 0.0, step, use_triton=False)

@@ -101,9 +101,13 @@ def clip_prompts(
 
 
 def _clip_box(box: Sequence[float], width: int, height: int) -> list[float]:
-    if len(box) != 4 or not all(map(math.isfinite, box)):
+    if len(box) != 4:
         raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
     x1, y1, x2, y2 = box
+    if 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height:  # as most are: nothing else is asked, nor cut
+        return [x1, y1, x2, y2]
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
     check_order(box)
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         raise ValueError(
@@ -285,7 +289,7 @@ def _array(values, num_dimensions: int, last: int) -> np.ndarray | None:
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         return None
     is_regular = values.ndim == num_dimensions and values.size and values.shape[-1] == last
-    return values.astype(np.float64) if is_regular else None
+    return values.astype(np.float64, copy=False) if is_regular else None
 
 
 def check_lists(arguments: dict, num_images: int):

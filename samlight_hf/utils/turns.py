@@ -53,17 +53,19 @@ class _Turn:
     def __init__(self, device: torch.device, turns: _Turns):
         self._device, self._turns = device, turns
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> bool:
         turns = self._turns
         turns.lock.acquire()
         try:
             self._stream = None
             if _is_capturing(self._device.index):  # by the caller: a graph cannot wait for events outside of it
-                return
+                return True
             stream = current_stream(self._device)
-            if turns.last is not None and turns.last[0] != stream:
-                stream.wait_event(turns.last[1])
+            last = turns.last
+            if last is not None and last[0] is not stream and last[0] != stream:  # torch compares them in Python
+                stream.wait_event(last[1])
             self._stream = stream
+            return False
         except BaseException:
             turns.lock.release()
             raise
@@ -79,7 +81,7 @@ class _Turn:
             turns.lock.release()
 
 
-def turn(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def turn(device: torch.device) -> contextlib.AbstractContextManager[bool]:
     """Hold a CUDA device for one thread at a time; its work starts after that of the turn before, on any stream.
 
     CUDA graphs have one set of buffers, and an image that is encoded on one stream may be decoded on another. All
@@ -88,11 +90,14 @@ def turn(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
     Args:
         device: of the model.
+
+    Returns:
+        A context, whose value is whether work on the current stream goes into a CUDA graph of the caller's.
     """
     turns = _turns.get(device)
     if turns is None:
         if device.type != "cuda":
-            return contextlib.nullcontext()
+            return contextlib.nullcontext(False)
         turns = _turns.setdefault(device, _Turns())
     return _Turn(device, turns)
 

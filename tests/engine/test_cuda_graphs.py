@@ -70,6 +70,19 @@ def test_a_replay_takes_inputs_of_any_mode():
     assert not any(tensor.requires_grad for _, inputs, _ in function._graphs.values() for tensor in inputs.tensors)
 
 
+def test_what_has_a_graph_is_replayed_and_nothing_else_is_run():
+    function = Recorded(lambda x: 2 * x)
+    assert function.replay(torch.ones(2)) is None and function.last_ran is None and len(function) == 0
+    function(torch.ones(2))
+    for _ in range(2):
+        function.last_ran = None
+        assert function.replay(torch.full((2,), 3.0)).tolist() == [6, 6] and function.last_ran == "graph"
+    assert function.replay(torch.ones(3)) is None and len(function) == 1
+    function(torch.ones(3))
+    function.replay(torch.ones(2))
+    assert [kinds[0] for _, *kinds in function._graphs] == [((3,), torch.float32), ((2,), torch.float32)]  # the oldest
+
+
 def test_a_function_without_graphs_captures_nothing_that_was_announced():
     function = Recorded(lambda x: 2 * x, enabled=False)
     function.capture_when_called(torch.zeros(5))

@@ -52,14 +52,16 @@ class Device:
 def test_a_turn_waits_for_the_one_before_if_that_was_on_another_stream(monkeypatch):
     device, name = Device(monkeypatch), torch.device("cuda", 0)
     for _ in range(2):
-        with turn(name):
-            pass
+        with turn(name) as is_captured:
+            assert not is_captured
     device.current = Device.Stream("second", device)
     with turn(name), turn(name):
         pass
     device.captures = True  # a graph cannot wait for events outside of it
-    with turn(name):
-        pass
+    with turn(name) as is_captured:
+        assert is_captured
+    with turn(torch.device("cpu")) as is_captured:
+        assert not is_captured
     assert device.done == [("record", "first")] * 2 + [("wait", "second")] * 2 + [("record", "second")] * 2
 
 
