@@ -39,8 +39,12 @@ class KeptMasks(NamedTuple):
     have_numbers: bool
 
 
-def decoded_at_once(decoder, embedding, prompts: torch.Tensor, num_used: int, **options) -> Callable[[], KeptMasks]:
+def decoded_at_once(
+    decoder, embedding, prompts: torch.Tensor, num_used: int, meanwhile: Callable[[], None] | None = None, **options
+) -> Callable[[], KeptMasks]:
     """Compute `decode_ahead` of a decoder by its `decode`, and return a function that does not wait."""
+    if meanwhile is not None:
+        meanwhile()
     points, labels = prompts[:, None, :2], torch.ones(len(prompts), 1, dtype=torch.int64, device=prompts.device)
     decoded = decoder.decode(embedding, points, labels, repeated=True, num_used=num_used, **options)
     kept, num_masks = decoded.kept, decoded.iou.shape[1]

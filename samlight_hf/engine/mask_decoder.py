@@ -282,7 +282,13 @@ class FastMaskDecoder:
     @without_autocast
     @torch.inference_mode()
     def decode_ahead(
-        self, embedding: torch.Tensor, prompts: torch.Tensor, num_used: int, min_iou: float | None = None, **options
+        self,
+        embedding: torch.Tensor,
+        prompts: torch.Tensor,
+        num_used: int,
+        min_iou: float | None = None,
+        meanwhile: Callable[[], None] | None = None,
+        **options,
     ) -> Callable[[], KeptMasks]:
         """Launch `decode` for points on one image, with three masks each, in batches that come again and again.
 
@@ -295,17 +301,21 @@ class FastMaskDecoder:
                 prompts that are not used, and E numbers that are returned with each mask.
             num_used: The number of prompts whose masks are wanted; those behind them only fill the batch up.
             min_iou: As in `decode`.
-            **options: Likewise.
+            meanwhile: Called when all but the logits is launched, so that it takes no time of the device. What it
+                launches comes before the logits.
+            **options: As in `decode`.
 
         Returns:
             A function that waits until it is known which masks are computed, and returns them. They may not be finished
             then, but what is launched afterwards on the same stream can read them.
         """
         if not self.use_head_kernel:
-            return decoded_at_once(self, embedding, prompts, num_used, min_iou=min_iou, **options)
+            return decoded_at_once(self, embedding, prompts, num_used, meanwhile, min_iou=min_iou, **options)
         image_tokens, hyper, slots, table, state = self.ahead(embedding.to(self.dtype), prompts)
         # The next replay overwrites what a graph returned.
         state, table = HostCopy(state), table.clone()
+        if meanwhile is not None:
+            meanwhile()
         logits = mask_head.masks_of(image_tokens, hyper, slots, slots.numel(), self.grid_size, self.head)
 
         def wait() -> KeptMasks:

@@ -347,34 +347,43 @@ class MaskGenerator:
         """Decode the points on a crop, batch after batch, and add the masks that pass the filters to the candidates.
 
         Yields:
-            When a batch is launched. The device has work then, also while the masks of the batch before are packed.
+            When a batch is launched. The device has work then, and no time passes between two batches: the masks of one
+            are measured before the next is launched, and all else is done with them while it is decoded.
         """
         prompts = CropPrompts.make(
             crop, size, settings.points_per_side(crop.layer),
             settings.pred_iou_thresh if settings.pred_iou_thresh > 0 else None, self.budget.points_per_batch,
             4 * self.model.config.prompt_encoder_config.image_embedding_size, self.image_processor, self.device,
         )  # fmt: skip
+        add: Callable[[], None] | None = None  # the masks of the batch before to the candidates
         for start in range(0, prompts.num_points, prompts.batch_size):
             num_points = min(prompts.batch_size, prompts.num_points - start)
             wait = self.decoder.decode_ahead(
                 embedding, prompts.rows[start : start + prompts.batch_size], num_points, min_iou=prompts.min_iou,
-                prompts_per_upscaling=self.budget.points_per_upscaling, visible=prompts.visible,
+                prompts_per_upscaling=self.budget.points_per_upscaling, visible=prompts.visible, meanwhile=add,
             )  # fmt: skip
+            add = None  # and the logits that it holds
             yield
-            self._filter(wait(), prompts, settings, candidates)
-            if not self.decoder.is_lean:  # there is no room for the logits of two batches
+            add = self._measured(wait(), prompts, settings, candidates)
+            if add is not None and not self.decoder.is_lean:  # there is no room for the logits of two batches
+                add()
                 candidates.settle()
+                add = None
             if progress is not None:
                 progress.update(num_points)
+        if add is not None:
+            add()
 
-    def _filter(
+    def _measured(
         self,
         kept_masks: KeptMasks,
         prompts: CropPrompts,
         settings: MaskGenerationSettings,
         candidates: Candidates,
-    ):
-        """Add the masks that are stable and do not end at the border of their crop to the candidates.
+    ) -> Callable[[], None] | None:
+        """Measure masks, and return a function that adds those which pass the filters to the candidates, or None.
+
+        Before they are added, the logits of the masks that were added last are packed, which makes room for others.
 
         Args:
             kept_masks: As the decoder gives them, with their points in pixels of the image.
@@ -385,11 +394,26 @@ class MaskGenerator:
         table, logits, have_numbers = kept_masks
         candidates.have_numbers &= have_numbers
         if not len(logits):
-            return
+            return None
         threshold, offset, frame = settings.mask_threshold, settings.stability_score_offset, prompts.place.frame
         step = self.budget.masks_per_step(frame.image, frame.crop)
         thresholds = threshold, threshold + offset, threshold - offset
         measures = measure(logits, frame, thresholds, step, self.use_triton)
+        candidates.settle()
+        return partial(self._add, table, logits, measures, prompts, settings, candidates, step)
+
+    @staticmethod
+    def _add(
+        table: torch.Tensor,
+        logits: torch.Tensor,
+        measures: torch.Tensor,
+        prompts: CropPrompts,
+        settings: MaskGenerationSettings,
+        candidates: Candidates,
+        step: int,
+    ):
+        """Add the masks that are stable and do not end at the border of their crop to the candidates."""
+        frame = prompts.place.frame
         stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:].float()
         if settings.stability_score_thresh > 0:
             kept = stability > settings.stability_score_thresh

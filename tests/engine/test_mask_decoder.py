@@ -386,9 +386,13 @@ def test_masks_are_decoded_ahead_and_without_those_of_prompts_that_fill_up(loud,
     with torch.no_grad():
         expected = plain.decode(image, points[:5], torch.ones(5, 1, device=device).long(), min_iou=min_iou)
         for each, prepared in ((decoder, decoder.prepare(image)), (plain, image)):
-            wait = each.decode_ahead(prepared, rows_of(points, min_iou, 5), 5, min_iou=min_iou, prompts_per_upscaling=2)
+            done = []
+            wait = each.decode_ahead(
+                prepared, rows_of(points, min_iou, 5), 5, min_iou=min_iou, meanwhile=lambda done=done: done.append(1),
+                prompts_per_upscaling=2,
+            )  # fmt: skip
             table, logits, have_numbers = wait()
-            assert have_numbers and torch.equal(table[:, 1].long(), expected.kept // 3)
+            assert done == [1] and have_numbers and torch.equal(table[:, 1].long(), expected.kept // 3)
             assert_same(Decoded(expected.iou.flatten().scatter(0, expected.kept, table[:, 0]).view(5, 3),
                                 expected.kept, logits), expected)  # fmt: skip
 
@@ -416,7 +420,7 @@ def test_what_is_replayed_ahead_is_what_decode_computes_step_by_step(loud, min_i
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("min_iou", [None, 0.0, 0.4, 1e9])
-def test_on_a_gpu_decoding_ahead_waits_for_nothing(min_iou):
+def test_on_a_gpu_decoding_ahead_waits_for_nothing(min_iou, monkeypatch):
     model, _ = load_model(BUNDLED_CHECKPOINT, "cuda", torch.bfloat16)
     decoder = make_decoder(model, cuda_graphs=True)
     assert decoder.use_head_kernel
@@ -429,10 +433,14 @@ def test_on_a_gpu_decoding_ahead_waits_for_nothing(min_iou):
         decoder.decode_ahead(image, rows, 33, min_iou)()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            table, logits, have_numbers = decoder.decode_ahead(image, rows, 33, min_iou)()
+            seen = []
+            compute = mask_head.masks_of  # which launches the logits
+            monkeypatch.setattr(mask_head, "masks_of", lambda *args: (seen.append("logits"), compute(*args))[1])
+            wait = decoder.decode_ahead(image, rows, 33, min_iou, lambda: seen.append(decoder.ahead.last_ran))
+            table, logits, have_numbers = wait()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert decoder.ahead.last_ran == "graph" and have_numbers
+    assert seen == ["graph", "logits"] and decoder.ahead.last_ran == "graph" and have_numbers
     assert torch.equal(table[:, 1].long(), expected.kept // 3)
     assert torch.equal(table[:, 0], expected.iou.flatten()[expected.kept])
     assert torch.equal(logits, expected.logits)

@@ -268,6 +268,31 @@ def test_nothing_found_is_well_formed(tiny):
         assert result.masks.to_coco() == []
 
 
+@pytest.mark.parametrize("is_lean", [True, False])
+def test_masks_are_added_while_the_next_batch_is_decoded(tiny, monkeypatch, is_lean):
+    """Measured before it is launched, and added behind; where there is room for the logits of one batch, before it."""
+    generator, steps = MaskGenerator(*tiny, points_per_batch=3), []
+    monkeypatch.setitem(vars(generator.decoder), "is_lean", is_lean)
+    decode_ahead, measured, add = generator.decoder.decode_ahead, generator._measured, generator._add
+
+    def ahead(*arguments, meanwhile, **options):
+        steps.append("decode" if meanwhile is None else "decode and")
+        return decode_ahead(*arguments, meanwhile=meanwhile, **options)
+
+    monkeypatch.setattr(generator.decoder, "decode_ahead", ahead)
+    monkeypatch.setattr(generator, "_measured", lambda *args: (steps.append("measure"), measured(*args))[1])
+    monkeypatch.setattr(generator, "_add", lambda *args: (steps.append("add"), add(*args))[1])
+    result = generator(random_image(50, 30), points_per_crop=3, **KEEP_ALL)
+    if is_lean:
+        assert steps == ["decode", "measure", "decode and", "add", "measure", "decode and", "add", "measure", "add"]
+    else:
+        assert steps == ["decode", "measure", "add"] * 3
+    assert (
+        result.masks.to_coco()
+        == MaskGenerator(*tiny)(random_image(50, 30), points_per_crop=3, **KEEP_ALL).masks.to_coco()
+    )
+
+
 def test_progress_is_told_in_points(tiny):
     class Bar:
         total = 0
