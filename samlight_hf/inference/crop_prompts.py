@@ -10,6 +10,7 @@ from transformers import SamImageProcessor
 from ..images.preprocessing import resized_size
 from ..kernels.upscaled_masks import Frame
 from ..masks.upscaling import visible_part
+from ..utils.turns import read_here, turn
 from .crops import Crop, point_grid
 from .packed_logits import Place
 
@@ -48,7 +49,7 @@ class CropPrompts(NamedTuple):
         image_processor: SamImageProcessor,
         device: torch.device,
     ) -> "CropPrompts":
-        """Make the points of a crop, without waiting for the device.
+        """Make the points of a crop, or return those of the last crop of this kind, without waiting for the device.
 
         Args:
             crop: Of the image.
@@ -61,21 +62,28 @@ class CropPrompts(NamedTuple):
             device: Where the points are needed.
         """
         padded = image_processor.pad_size["height"], image_processor.pad_size["width"]
-        with torch.device("cpu"):  # whatever the default is
-            on_cpu = _prompts_on_cpu(
-                crop, image_size, points_per_side, min_iou, points_per_batch, logits_side, padded,
-                image_processor.size["longest_edge"],
-            )  # fmt: skip
-        rows, place, edges = on_cpu.rows, on_cpu.place, on_cpu.edges
-        parts = rows, place.factors, place.summands, place.tiles, edges
-        # One copy: each takes as long as a kernel. It is not from pinned memory, which has been read when it returns.
-        on_device = torch.cat([part.flatten() for part in parts]).to(device, non_blocking=True)
-        own = on_device.split([part.numel() for part in parts])
-        rows, factors, summands, tiles, edges = (tensor.view(part.shape) for tensor, part in zip(own, parts))
-        return on_cpu._replace(rows=rows, place=Place(place.frame, factors, summands, tiles), edges=edges)
+        made = _prompts_on(
+            device, crop, image_size, points_per_side, min_iou, points_per_batch, logits_side, padded,
+            image_processor.size["longest_edge"],
+        )  # fmt: skip
+        read_here(made.rows)  # with which all the others share memory
+        return made
 
 
 @lru_cache(maxsize=64)  # images of one size have the same
+def _prompts_on(device: torch.device, *arguments) -> CropPrompts:
+    with torch.device("cpu"):  # whatever the default is
+        on_cpu = _prompts_on_cpu(*arguments)
+    rows, place, edges = on_cpu.rows, on_cpu.place, on_cpu.edges
+    parts = rows, place.factors, place.summands, place.tiles, edges
+    # One copy: each takes as long as a kernel. It is not from pinned memory, which has been read when it returns.
+    with turn(device):  # other streams, which read it in later turns, wait for it
+        on_device = torch.cat([part.flatten() for part in parts]).to(device, non_blocking=True)
+    own = on_device.split([part.numel() for part in parts])
+    rows, factors, summands, tiles, edges = (tensor.view(part.shape) for tensor, part in zip(own, parts))
+    return on_cpu._replace(rows=rows, place=Place(place.frame, factors, summands, tiles), edges=edges)
+
+
 def _prompts_on_cpu(
     crop: Crop, image_size: tuple[int, int], points_per_side: int, min_iou: float | None, points_per_batch: int,
     logits_side: int, padded: tuple[int, int], longest_edge: int,
