@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from ..utils.turns import read_here
-from .support import on_device_of, tl, triton, why_not_tried
+from .support import launch_again, on_device_of, tl, triton, why_not_tried
 
 
 _LINES, _COLUMNS = 8, 128  # of a thread block
@@ -143,13 +143,17 @@ def launch_resize(pixel_values: torch.Tensor, image: torch.Tensor, size: tuple[i
     table_x, shift_x = _device_weights(width, size[1], image.device)
     for table in (table_y, table_x, levels):  # shared by all streams, and may be dropped by a cache
         read_here(table)
-    grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS)
+    grid = -(-channels * padded_height // _LINES), -(-padded_width // _COLUMNS), 1
+    numbers = (
+        *image.stride(), height, width, len(table_y) - 1, shift_y, len(table_x) - 1, shift_x, *size,
+        padded_height, padded_width,
+    )  # fmt: skip
+    tensors, constants = (image, table_y, table_x, levels, pixel_values), (channels, _LINES, _COLUMNS)
     with on_device_of(image):
-        _resize_kernel[grid](
-            image, *image.stride(), height, width,
-            table_y, len(table_y) - 1, shift_y, table_x, len(table_x) - 1, shift_x, *size,
-            levels, pixel_values, padded_height, padded_width, CHANNELS=channels, LINES=_LINES, COLUMNS=_COLUMNS,
-        )  # fmt: skip
+        if max(image.stride()) < 2**31:
+            launch_again(_resize_kernel, grid, tensors, numbers, constants, num_warps=4)
+        else:
+            _resize_kernel[grid](*tensors, *numbers, *constants)
 
 
 if triton is not None:
@@ -163,9 +167,8 @@ if triton is not None:
         do_not_specialize_on_alignment=["image"],
     )
     def _resize_kernel(
-        image, channel_stride, row_stride, column_stride, height, width,
-        table_y, num_neighbours_y, shift_y, table_x, num_neighbours_x, shift_x, new_height, new_width,
-        levels, pixel_values, padded_height, padded_width,
+        image, table_y, table_x, levels, pixel_values, channel_stride, row_stride, column_stride, height, width,
+        num_neighbours_y, shift_y, num_neighbours_x, shift_x, new_height, new_width, padded_height, padded_width,
         CHANNELS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """Compute a block of `pixel_values` (CHANNELS, padded height, padded width).

@@ -46,8 +46,8 @@ LAYOUTS = {
     "a crop": lambda image: torch.nn.functional.pad(image, (3, 2, 1, 4), value=99)[:, 1:-4, 3:-2],
     "transposed": lambda image: image.mT.contiguous().mT,
 }
-# Strides of an image (3, 5, 6) that exceed 32-bit offsets.
-FAR_APART = [(2**30 + 9, 50, 3), (20, 2**29 + 9, 3), (20, 70, 2**29 + 9)]
+# Strides of an image (3, 5, 6) that exceed 32-bit offsets; the last one exceeds 32 bits itself.
+FAR_APART = [(2**30 + 9, 50, 3), (20, 2**29 + 9, 3), (20, 70, 2**29 + 9), (2**31 + 9, 50, 3)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -113,6 +113,14 @@ def test_what_does_not_fit_is_not_written(size):
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_the_kernel_in_tritons_interpreter():
     assert run_in_tritons_interpreter(__name__) == f"{len(list(every_check()))} checks\n"
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_the_kernel_is_compiled_for_none_of_its_integers():
+    """`launch_again` requires it."""
+    parameters = [parameter for parameter in resize_kernel._resize_kernel.params if not parameter.is_constexpr]
+    tensors = [parameter.name for parameter in parameters if not parameter.do_not_specialize]
+    assert tensors == ["image", "table_y", "table_x", "levels", "pixel_values"]
 
 
 @pytest.mark.gpu
