@@ -57,9 +57,10 @@ def overlapped(
     """Yield the masks of each image, or its error.
 
     The end of an image is many short steps, between which the device waits for the CPU. So the first points of the next
-    image are launched before, and the end runs beside them in another thread, on a stream of its own. A result is
-    yielded when the image behind the next one has begun, so that the device has work while the caller uses it. What
-    runs out of memory beside another image is done again without it.
+    image are launched before, and the end runs beside its other points in another thread, on a stream of its own. A
+    result is yielded when the image behind the next one has begun, so that the device has work while the caller uses
+    it, and before that thread has, which would share Python's lock with the caller. What runs out of memory beside
+    another image is done again without it.
 
     Args:
         starts: Each encodes an image, and launches its first points. Their own error is raised behind the last image.
@@ -71,9 +72,9 @@ def overlapped(
     with ThreadPoolExecutor(1, thread_name_prefix="end_of_image") as pool:
         for start in before_error(starts, failed):
             now = attempt(start)
-            ending = pool.submit(_ended_beside, decoded.pop(), end) if decoded else None
             if finished:
                 yield finished.pop()
+            ending = pool.submit(_ended_beside, decoded.pop(), end) if decoded else None
             if isinstance(now, Running):
                 now = attempt(now.finish) or now
             if ending is not None and isinstance(now, torch.OutOfMemoryError):

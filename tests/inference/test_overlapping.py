@@ -66,6 +66,15 @@ def test_the_next_image_begins_before_one_ends(generator, monkeypatch):
     assert "".join(steps) == "sesesese"
 
 
+def test_a_result_is_used_before_the_end_of_the_next_image_begins(generator, monkeypatch):
+    """That runs in another thread, and both would share Python's lock, while the device has points to decode."""
+    steps = steps_of(generator, monkeypatch)
+    seen = []
+    for _ in generator.generate_many([image(seed) for seed in range(4)], **SETTINGS):
+        seen.append(steps.count("e"))
+    assert seen == [1, 2, 3, 4]
+
+
 def test_masks_of_no_more_than_one_image_wait(generator, monkeypatch):
     made, alive, begin = [], [], Candidates.__init__
 
