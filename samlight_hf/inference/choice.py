@@ -1,14 +1,13 @@
 """The end of everything mode: of candidates whose boxes overlap the best one is kept, as run lengths on the CPU."""
 
 import numpy as np
-import torch
 
 from ..kernels.upscaled_masks import Frame
 from ..masks.device_rle import encode_changes
 from ..masks.results import GeneratedMasks
 from ..masks.rle import RunLengthMasks
 from ..utils.host_copies import HostCopy
-from .candidates import Candidates, Table
+from .candidates import Candidates
 
 
 def choose(candidates: Candidates, iou_thresh: float, step: int, at_once: int) -> GeneratedMasks:
@@ -20,15 +19,15 @@ def choose(candidates: Candidates, iou_thresh: float, step: int, at_once: int) -
         step: See `Candidates.add`.
         at_once: See `Candidates.outlines`.
     """
-    from torchvision.ops import batched_nms
+    from torchvision.ops import nms
 
     candidates.settle()
     table, numbers = candidates.columns()
-    scores, _, _, boxes = Table.of(table)
-    # All masks belong to one group, which leaves the order of equal scores as in the stock pipeline.
-    chosen = batched_nms(boxes, scores, torch.zeros_like(scores), iou_thresh)
-    on_cpu = HostCopy(table[chosen], numbers[chosen])
-    positions, counts = candidates.outlines(numbers[chosen], step, at_once)
+    # The stock pipeline calls `batched_nms` with one group for all masks, which is this and takes longer.
+    chosen = nms(table[:, 4:], table[:, 0], iou_thresh)
+    table, numbers = table[chosen], numbers[chosen]
+    on_cpu = HostCopy(table, numbers)
+    positions, counts = candidates.outlines(numbers, step, at_once)
     if candidates.use_triton:
         masks = encode_changes(*candidates.size, positions, counts)
     else:
