@@ -53,6 +53,18 @@ def prompts_of(num_prompts: int, num_points: int, with_box: bool, size: int) -> 
     return *((points, labels) if num_points else ()), *((boxes,) if with_box else ())
 
 
+def test_keys_of_positions_are_a_linear_layer_of_them():
+    """Computed without a product of matrices, which would load cuBLAS on a GPU."""
+    decoder = sam().mask_decoder
+    positions = torch.randn(16, 256)
+    kernels = TokenKernels(decoder, PromptEmbedding(sam().prompt_encoder), positions)
+    attention = decoder.transformer.layers[0].cross_attn_token_to_image
+    weight, terms = kernels.shared_sides
+    expected = attention.k_proj(positions), attention.v_proj.bias.expand(16, -1)
+    assert torch.allclose(terms, torch.cat(expected, dim=1), atol=1e-5)
+    assert torch.equal(weight, torch.cat([attention.k_proj.weight, attention.v_proj.weight]))
+
+
 @torch.no_grad()
 def relative_errors(case, device="cpu", dtype=torch.float16, **sizes) -> list[float]:
     """Return the errors of scores, hypernetworks and image tokens, against the modules in float32."""
