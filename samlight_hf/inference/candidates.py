@@ -80,7 +80,7 @@ class Candidates:
         """
         self.settle()
         part = _Part(columns, kept, place.frame, None, None)
-        self._unsettled = part, NeededTiles(logits, columns[:, 4:], kept, place), step
+        self._unsettled = part, NeededTiles(logits, Table.of(columns).boxes, kept, place), step
 
     def settle(self):
         """Reduce the logits of the masks that were added last; waits for the device until these were measured.
@@ -123,7 +123,7 @@ class Candidates:
         places_of_parts = places.split([len(part.columns) for part in parts])
         packed = [(part.logits, own) for part, own in zip(parts, places_of_parts) if part.logits is not None]
         logits = unpack_logits(packed, count)
-        boxes = torch.cat([part.columns for part in parts])[numbers, 4:]
+        boxes = Table.of(torch.cat([part.columns for part in parts])[numbers]).boxes
         columns = columns_of(boxes, frame, logits.shape[2])
         return changes(logits, frame, self.threshold, step, self.use_triton, columns)
 

@@ -7,7 +7,7 @@ from ..masks.device_rle import encode_changes
 from ..masks.results import GeneratedMasks
 from ..masks.rle import RunLengthMasks
 from ..utils.host_copies import HostCopy
-from .candidates import Candidates
+from .candidates import Candidates, Table
 
 
 def choose(candidates: Candidates, iou_thresh: float, step: int, at_once: int) -> GeneratedMasks:
@@ -23,8 +23,9 @@ def choose(candidates: Candidates, iou_thresh: float, step: int, at_once: int) -
 
     candidates.settle()
     table, numbers = candidates.columns()
+    scores, _, _, boxes = Table.of(table)
     # The stock pipeline calls `batched_nms` with one group for all masks, which is this and takes longer.
-    chosen = nms(table[:, 4:], table[:, 0], iou_thresh)
+    chosen = nms(boxes, scores, iou_thresh)
     table, numbers = table[chosen], numbers[chosen]
     on_cpu = HostCopy(table, numbers)
     positions, counts = candidates.outlines(numbers, step, at_once)
