@@ -75,14 +75,9 @@ __device__ __forceinline__ void load_weight(const TensorMap* map, void* to, u64*
     load(map, to, barrier, feature, 0, 0, 0, column / 32);
 }
 
-// The block of features for a step. Thread blocks of different rows begin with different ones: together they would all read the same
-// part of W. It is the same for each image of 32 tiles, or of a multiple, so that results do not depend on an image's place in a batch.
-__device__ __forceinline__ int features(int step, int row) { return W_STAYS ? step : (step + row / TILE_M % 32) % STEPS; }
-
-__device__ __forceinline__ void load_weight_block(
-    Shared& shared, const TensorMap* weight, int block, int step, int row, int column) {
+__device__ __forceinline__ void load_weight_block(Shared& shared, const TensorMap* weight, int block, int step, int column) {
     arrive_and_expect(&shared.weight_loaded[block], WEIGHT_BYTES);
-    load_weight(weight, shared.weight[block], &shared.weight_loaded[block], features(step, row) * BLOCK_K, column);
+    load_weight(weight, shared.weight[block], &shared.weight_loaded[block], step * BLOCK_K, column);
 }
 
 // Copy all blocks of all tiles, except the EARLY ones of W, in one thread: each as soon as the block that was in its place has been read.
@@ -107,11 +102,10 @@ __device__ __forceinline__ void load_blocks(
         for (int step = 0; step < STEPS; step++, block++) {
             int stage = block % STAGES;
             if (block >= STAGES) wait(&shared.used[stage], block / STAGES - 1);
-            if (block >= EARLY && (!W_STAYS || block < STEPS))
-                load_weight_block(shared, weight, W_STAYS ? step : stage, step, row, column);
+            if (block >= EARLY && (!W_STAYS || block < STEPS)) load_weight_block(shared, weight, W_STAYS ? step : stage, step, column);
             if (step == STEPS / 2) load_residual(number + 1);  // this tile's is probably read by now
             arrive_and_expect(&shared.x_loaded[stage], X_BYTES);
-            load_x(x, shared.x[stage], &shared.x_loaded[stage], features(step, row), row);
+            load_x(x, shared.x[stage], &shared.x_loaded[stage], step, row);
         }
     }
 }
@@ -372,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1)
 #endif
         show_barriers();
         // The previous kernel, which may still run, does not write weights and biases: see `FusedLinear`.
-        for (int block = 0; block < EARLY; block++) load_weight_block(shared, &weight, block, block, first_row, column);
+        for (int block = 0; block < EARLY; block++) load_weight_block(shared, &weight, block, block, column);
     }
     for (int i = threadIdx.x; i < TILE_N; i += blockDim.x) {
         shared.columns[i] = HALF * bias[column + i];
