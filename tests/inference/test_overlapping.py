@@ -3,6 +3,7 @@
 import gc
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from samlight_hf import ImageError, MaskGenerator
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.images.preprocessing import image_tensor
+from samlight_hf.inference import overlapping
 from samlight_hf.inference.candidates import Candidates
 from samlight_hf.inference.crops import MaskGenerationSettings
 from samlight_hf.inference.overlapping import Running
@@ -68,8 +70,15 @@ def test_the_next_image_begins_before_one_ends(generator, monkeypatch):
 
 def test_a_result_is_used_before_the_end_of_the_next_image_begins(generator, monkeypatch):
     """That runs in another thread, and both would share Python's lock, while the device has points to decode."""
-    steps = steps_of(generator, monkeypatch)
-    seen = []
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *work):
+            future = super().submit(*work)
+            future.result()
+            return future
+
+    monkeypatch.setattr(overlapping, "ThreadPoolExecutor", AtOnce)
+    steps, seen = steps_of(generator, monkeypatch), []
     for _ in generator.generate_many([image(seed) for seed in range(4)], **SETTINGS):
         seen.append(steps.count("e"))
     assert seen == [1, 2, 3, 4]
