@@ -248,7 +248,8 @@ def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
             "encode": (generator.encoder, "encode"),
             "decode": (decoder, "ahead" if decoder.use_head_kernel else "transform"),
             "masks": (decoder, "_masks"),
-            "filter": (generator, "_filter"),
+            "measure": (generator, "_measured"),
+            "filter": (generator, "_add"),
             "outlines and run lengths": (Candidates, "outlines"),
             "NMS": (generator, "_select"),
         }
@@ -270,13 +271,26 @@ def _stages(checkpoint: str, image: Image.Image) -> Iterator[dict]:
                 run()
             for name, seconds in spent.items():
                 times[name].append(1e3 * seconds)
-        milliseconds = {name: statistics.median(values) for name, values in times.items()}
+        milliseconds = {name: statistics.median(times[name] or [0.0]) for name in places}  # 0 where no mask came so far
         milliseconds["NMS"] -= milliseconds["outlines and run lengths"]  # called by NMS
         floors = _floors(model, image, counts, dtype) if CUDA else {}
         row = {"part": "everything", "what": "stage", "dtype": str(dtype).removeprefix("torch.")}
         for name in places:
             yield {**row, "stage": name, "ms": milliseconds[name], "floor_ms": floors.get(name)}
         yield {**row, "stage": "whole, not waiting between", "ms": whole, **counts}
+
+
+class _SameAttributes:
+    """Another way to call a function that has attributes, such as the inputs of its graphs."""
+
+    def __init__(self, function: GraphedFunction, call: Callable):
+        self._function, self._call = function, call
+
+    def __call__(self, *arguments, **options):
+        return self._call(*arguments, **options)
+
+    def __getattr__(self, name: str):
+        return getattr(self._function, name)
 
 
 @contextmanager
@@ -293,9 +307,7 @@ def _timed(places: dict[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
             spent[name] += time.perf_counter() - start
             return result
 
-        if isinstance(function, GraphedFunction):
-            call.empty = function.empty  # the graph's input, which images are written to
-        return call
+        return _SameAttributes(function, call) if isinstance(function, GraphedFunction) else call
 
     patches = [
         mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute)))
@@ -334,6 +346,6 @@ def _floors(model, image: Image.Image, counts: dict, dtype: torch.dtype) -> dict
         # once.
         "decode": floor(7 * attention * points, 4 * image_tokens * points),
         "masks": floor(convolutions * counts["points"], image_tokens * counts["points"] + logits * counts["masks"]),
-        "filter": on_plain_cores(bilinear * counts["masks"], logits * counts["masks"]),
+        "measure": on_plain_cores(bilinear * counts["masks"], logits * counts["masks"]),
         "outlines and run lengths": on_plain_cores(bilinear * counts["kept"], logits * counts["kept"]),
     }

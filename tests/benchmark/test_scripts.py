@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.data.files import annotation, box_mask, jpeg, sa1b_json, write_tar
 from tests.inference.conftest import random_model
@@ -46,6 +47,14 @@ def tar(tmp_path_factory):
         members[f"sa_{number}.jpg"] = jpeg(seed=number)
         members[f"sa_{number}.json"] = sa1b_json(*(annotation(k, mask) for k, mask in enumerate(masks)))
     return write_tar(tmp_path_factory.mktemp("data") / "tiny.tar", members)
+
+
+def test_the_stages_of_everything_mode_are_those_that_it_has(checkpoint):
+    script = runpy.run_path(str(BENCHMARKS / "everything.py"))
+    rows = list(script["_stages"](str(checkpoint), Image.new("RGB", (40, 30), "red")))
+    times = {row["stage"]: row["ms"] for row in rows}
+    assert all(times[stage] > 0 for stage in ("image to tensor", "preprocess", "encode", "decode"))
+    assert {"masks", "measure", "filter", "outlines and run lengths", "NMS"} < set(times)
 
 
 def test_small_objects(run, checkpoint, tar, tmp_path):

@@ -707,7 +707,7 @@ def test_masks_are_all_that_is_written_at_the_images_size(folder, size, monkeypa
     assert masks.shape == (6, *size[::-1])
     assert not predictor.to_masks(logits.cpu()).is_cuda
     assert predictor.to_masks(logits[:0]).is_cuda
-    monkeypatch.setattr(upscaled_masks, "why_not_triton", lambda logits: "not asked for")
+    monkeypatch.setattr(upscaled_masks, "why_not_triton", lambda logits, frame: "not asked for")
     expected = predictor.to_masks(logits)
     assert (masks != expected).float().mean() < 1e-4
 
