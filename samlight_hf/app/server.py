@@ -134,7 +134,8 @@ def running(
 def serve(segmenter: Segmenter, model_name: str, *, host: str = LOOPBACK, **options):
     """Serve the page until Ctrl-C or a SIGTERM, see `running`, and print where it is."""
     with contextlib.suppress(ValueError):  # in another thread than the main one
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        # Not by a SIGINT: a shell lets what it starts in the background ignore that.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     with running(segmenter, model_name, host=host, **options) as server:
         try:  # a signal may come as soon as the first line is out
             print(f"Open {server.url} in a browser. Ctrl-C stops the server.", flush=True)

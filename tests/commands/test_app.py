@@ -58,7 +58,8 @@ def test_wrong_options_are_told(capsys, arguments, status, words):
     assert words in capsys.readouterr().err
 
 
-def test_a_stop_right_after_the_first_line_is_a_stop(monkeypatch):
+@pytest.mark.parametrize("on_ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["here", "in the background"])
+def test_a_stop_right_after_the_first_line_is_a_stop(monkeypatch, on_ctrl_c):
     """A supervisor that waits for the line may stop the server before it waits."""
     lines = []
 
@@ -67,13 +68,15 @@ def test_a_stop_right_after_the_first_line_is_a_stop(monkeypatch):
         if len(lines) == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(server.threading.Event, "wait", lambda event: pytest.fail("the server goes on"))
+    before, before_ctrl_c = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, on_ctrl_c)
     monkeypatch.setattr(server, "running", lambda *args, **options: nullcontext(server.Server("http://a", None)))
     monkeypatch.setattr(server, "print", tell, raising=False)
     try:
         server.serve(None, "model")
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_ctrl_c)
     assert lines == ["Open http://a in a browser. Ctrl-C stops the server.", "Stopped."]
 
 
