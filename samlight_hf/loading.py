@@ -29,6 +29,7 @@ _OF_THE_FILE = {
     "_name_or_path", "architectures", "auto_map", "dtype", "image_processor_type", "processor_class", "torch_dtype",
     "transformers_version",
 }  # fmt: skip
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # org/name
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 LOADING_ERRORS = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError,
@@ -68,7 +69,7 @@ def load_model(
     if Path(source).expanduser().exists():
         source = str(Path(source).expanduser())
         _check_folder(Path(source), model_types)
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1 or "\\" in source:
+    elif not _HUB_NAME.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder. Give a checkpoint's folder, or a Hub name such as org/name.")
     with quiet_transformers():
         try:

@@ -41,7 +41,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser, names: Sequence[str
     )
     rows.add_argument("--compile-peers", action="store_true", help="SAM ViT-L and ViT-H under torch.compile too")
     rows.add_argument(
-        "--checkpoint", type=Path, default=_if_there(BUNDLED_CHECKPOINT), metavar="DIR",
+        "--model", "--checkpoint", dest="checkpoint", type=Path, default=_if_there(BUNDLED_CHECKPOINT), metavar="DIR",
         help="for parts that need trained weights",
     )  # fmt: skip
     rows.add_argument(
@@ -90,7 +90,7 @@ def run_benchmark_command(args: argparse.Namespace, available: dict | None = Non
                 "--report measures its own parts in one run: give no PART and no --append."
             )
         parts, out = list(REPORT_PARTS), out or Path(_REPORT)
-    for option, folder in (("--checkpoint", args.checkpoint), ("--images", args.images)):
+    for option, folder in (("--model", args.checkpoint), ("--images", args.images)):
         if folder is not None and not folder.is_dir():
             raise argparse.ArgumentTypeError(f"{option} {folder}: no such folder.")
     if args.append and not args.out:

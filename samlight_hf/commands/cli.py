@@ -6,7 +6,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
@@ -108,10 +108,21 @@ COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells wrong usage in one line; subparsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"samlight: error: {message.rstrip('.')}. `{self.prog} --help` lists what it takes.\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # told here, since argparse names the outer parser, which has no options
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="samlight", description="SAM-Lightening: Segment Anything with dilated flash attention."
-    )
+    parser = _Parser(prog="samlight", description="SAM-Lightening: Segment Anything with dilated flash attention.")
     parser.add_argument("--version", action="version", version=f"samlight {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

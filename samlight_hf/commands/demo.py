@@ -19,7 +19,9 @@ DEMO_POINTS_PER_SIDE = 16
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of results (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/demo"), metavar="DIR", help="folder of results (%(default)s)"
+    )
     add_model_arguments(parser)
 
 

@@ -44,7 +44,8 @@ def run_distill(args: argparse.Namespace) -> int:
 
         return _distill(args.arguments) if args.arguments else _demonstrate()
     except KeyboardInterrupt:
-        tell("samlight: stopped: --resume goes on from the last checkpoint.", file=sys.stderr)
+        how = " with --resume" if args.arguments else ""  # the demonstration resumes by itself
+        tell(f"samlight: stopped: the same command{how} goes on from the last checkpoint.", file=sys.stderr)
         return 130
     except ImportError as error:
         raise argparse.ArgumentTypeError(

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Literal, cast
 from ..utils.processes import process_group, tell
 from ..utils.termination import explained_end
 from .measurements import EVERYTHING, Measurement, load_promptable_model, measurements_of
-from .options import add_grid_options, add_tile_options, not_empty, parse_fraction
+from .options import (
+    add_grid_options,
+    add_tile_options,
+    not_empty,
+    parse_fraction,
+    parse_not_negative,
+    parse_positive,
+)
 
 
 if TYPE_CHECKING:
@@ -44,8 +52,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     data.add_argument(
         "--binary-masks", action="store_true", help="mask files are one object each, from half the brightness on"
     )
-    data.add_argument("--limit", type=int, metavar="N", help="the first N images")
-    data.add_argument("--max-instances", type=int, metavar="N", help="the first N instances of each image")
+    data.add_argument("--limit", type=parse_positive, metavar="N", help="the first N images")
+    data.add_argument("--max-instances", type=parse_positive, metavar="N", help="the first N instances of each image")
     data.add_argument("--include-crowd", action="store_true", help="crowd instances too, which are left out otherwise")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument(
@@ -53,14 +61,14 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
         nargs="+",
         default=["box", "clicks"],
         choices=["box", "clicks", EVERYTHING],
-        help="prompts (%(default)s)",
+        help="prompts (box clicks)",
     )
     protocol.add_argument(
         "--mask-choice", nargs="+", default=["single", "predicted", "oracle"],
-        choices=["single", "predicted", "oracle"], help="which mask counts (%(default)s)",
+        choices=["single", "predicted", "oracle"], help="which mask counts (all three)",
     )  # fmt: skip
     protocol.add_argument(
-        "--clicks", nargs="+", type=int, default=[1, 3, 5], metavar="K", help="numbers of clicks (%(default)s)"
+        "--clicks", nargs="+", type=parse_positive, default=[1, 3, 5], metavar="K", help="numbers of clicks (1 3 5)"
     )
     protocol.add_argument("--no-feedback", action="store_true", help="do not feed logits back with the next click")
     protocol.add_argument("--boundary-iou", action="store_true", help="boundary IoU too")
@@ -75,13 +83,22 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
     protocol.add_argument("--lvis", action="store_true", help="LVIS's AP for --detections, not COCO's")
     protocol.add_argument("--teacher", metavar="DIR", help="model that each is compared with: fidelity")
     run = parser.add_argument_group("run; several GPUs: accelerate launch examples/evaluate.py ...")
-    run.add_argument("--out", type=Path, default=Path("outputs/evaluate"), help="report folder (%(default)s)")
-    run.add_argument("--batch-size", type=int, default=4, metavar="N", help="images encoded at once (%(default)s)")
-    run.add_argument("--num-workers", type=int, default=4, metavar="N", help="processes that read ahead (%(default)s)")
-    run.add_argument("--worst", type=int, default=20, metavar="N", help="worst cases to draw (%(default)s)")
+    run.add_argument(
+        "--out", type=Path, default=Path("outputs/evaluate"), metavar="DIR", help="report folder (%(default)s)"
+    )
+    run.add_argument(
+        "--batch-size", type=parse_positive, default=4, metavar="N", help="images encoded at once (%(default)s)"
+    )
+    run.add_argument(
+        "--num-workers", type=parse_not_negative, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes that read ahead (%(default)s)",
+    )  # fmt: skip
+    run.add_argument(
+        "--worst", type=parse_not_negative, default=20, metavar="N", help="worst cases to draw (%(default)s)"
+    )
     run.add_argument("--no-plots", action="store_true", help="no plots and no worst cases")
     run.add_argument("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
-    run.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    run.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -96,8 +113,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
             f"{error}. Install what evaluation needs: pip install 'samlight-hf[eval]'"
         ) from error
     prompts = tuple(name for name in args.protocol if name != EVERYTHING)
-    if args.batch_size < 1:
-        raise argparse.ArgumentTypeError(f"--batch-size {args.batch_size} must be positive.")
     if args.detections and not args.annotations:
         raise argparse.ArgumentTypeError("--detections needs --annotations and --images: AP is measured against those.")
     names = _names(args.model)
@@ -109,8 +124,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )  # fmt: skip
     if not args.no_plots:
         require_matplotlib()
-    if not (args.dataset or args.annotations) or (args.dataset and args.annotations):
-        raise argparse.ArgumentTypeError("give --dataset for SA-1B tars, or --annotations and --images.")
+    if bool(args.dataset) == bool(args.annotations) or bool(args.annotations) != bool(args.images):
+        raise argparse.ArgumentTypeError(
+            "give either --dataset, for SA-1B tars or a folder with images/ and masks/, or --annotations and --images."
+        )
+    if args.out.exists() and not args.out.is_dir():
+        raise argparse.ArgumentTypeError(f"--out {args.out} is a file. Choose another.")
     with explained_end(lambda: "The same command goes on where it stopped."):
         with process_group(cpu=args.device == "cpu") as state:
             results, drawers = _evaluate_models(names, settings, args, state)

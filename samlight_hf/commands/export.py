@@ -9,6 +9,8 @@ from .options import EXAMPLE_IMAGES, not_empty, parse_positive
 
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..data import ImageDataset
 
 DTYPES = ("fp32", "fp16", "int8", "uint8")
@@ -25,7 +27,7 @@ def add_export_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["fp32"],
-        help="a pair of files for each; int8 and uint8 quantize the weights (%(default)s)",
+        help="a pair of files for each; int8 and uint8 quantize the weights (fp32)",
     )  # fmt: skip
     parser.add_argument(
         "--calibrate", nargs="+", metavar="PATH",
@@ -151,16 +153,22 @@ def _name(args: argparse.Namespace) -> str:
     return args.dataset or args.annotations or "generated scenes (--dataset names another set)"
 
 
-def _calibration(args: argparse.Namespace) -> list[Path] | None:
+def _calibration(args: argparse.Namespace) -> "list[Image] | None":
+    """Return the images of `--calibrate`, spread evenly; those that cannot be read are told and left out."""
     if not args.calibrate:
         return None
-    from ..images.reading import find_images
+    from ..images.reading import ImageError, find_images, open_image
 
-    images, problems = find_images(args.calibrate)
+    paths, problems = find_images(args.calibrate)
     if problems:
         raise ValueError(f"--calibrate {problems[0]}")
-    step = max(1, len(images) // args.calibration_images)
-    return images[::step][: args.calibration_images]
+    step, images = max(1, len(paths) // args.calibration_images), []
+    for path in paths[::step][: args.calibration_images]:
+        try:
+            images.append(open_image(path))
+        except ImageError as error:
+            _tell(f"--calibrate: left out {error}")
+    return images
 
 
 def _resize(model, processor, image_size: int):

@@ -97,6 +97,8 @@ def read_prompts(path: Path) -> tuple[list[ImagePrompts], int]:
         raise argparse.ArgumentTypeError(f"--prompts {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise argparse.ArgumentTypeError(f"--prompts {path} is not text in UTF-8: it must be {FORM}.") from error
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"--prompts {path} is empty: it must be {FORM}.")
     found, parse = (_csv_entries if path.suffix.lower() == ".csv" else _json_entries)(text, path)
     entries, errors = [], []
     for place, entry in found:

@@ -160,7 +160,8 @@ def _publish_space(
         files = build_space(folder, settings, sorted(EXAMPLE_IMAGES.glob("*.jpg")))
         print(f"Space: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
         if args.space_out is not None:
-            print(f"Written: {folder}; python {shlex.quote(str(folder / 'app.py'))} runs it here.")
+            model = "" if published.commit else f"SAMLIGHT_MODEL={shlex.quote(args.folder)} "  # not on the Hub yet
+            print(f"Written: {folder}; {model}python {shlex.quote(str(folder / 'app.py'))} runs it here.")
         if args.space is None:
             return
         if args.dry_run:

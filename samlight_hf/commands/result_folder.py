@@ -69,7 +69,7 @@ class ResultFolder:
         if self.settings is None:
             raise argparse.ArgumentTypeError(f"--resume: {self.note} cannot be read. Run without --resume.")
         pairs = [(name, self.settings.get(name), settings.get(name)) for name in {**settings, **self.settings}]
-        changed = [f"{name} was {before} and is {now}" for name, before, now in pairs if before != now]
+        changed = [f"{name} was {_told(before)} and is {_told(now)}" for name, before, now in pairs if before != now]
         if changed:
             raise argparse.ArgumentTypeError(
                 f"--resume: {self.folder} holds results of another run: {', '.join(changed)}."
@@ -204,6 +204,10 @@ class ResultFolder:
 
     def _key(self, place: Place) -> str:
         return place.output.relative_to(self.folder).as_posix()
+
+
+def _told(value) -> str:
+    return "not given" if value in (None, []) else str(value)
 
 
 def _path_within(image: Path, root: Path | None) -> PurePosixPath:

@@ -66,7 +66,7 @@ def add_segment_arguments(parser: argparse.ArgumentParser):
         help="images, folders of images, or patterns like '*.jpg'; - is an image from standard input",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/segment"),
+        "--out", type=Path, default=Path("outputs/segment"), metavar="DIR",
         help=f"folder of results (%(default)s): {RULE}; - writes the result of one image to standard output",
     )  # fmt: skip
     parser.add_argument(

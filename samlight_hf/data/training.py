@@ -104,10 +104,9 @@ class TrainingExamples(Dataset):
         if not self.sources or not all(len(source) for source in self.sources):
             raise ValueError("Give at least one source, and none without images.")
         if prompts and not cutouts and not all(source.has_masks for source in self.sources):
-            names = ", ".join(type(source).__name__ for source in self.sources if not source.has_masks)
-            raise ValueError(
-                f"prompts= needs masks, and {names} has none. Give a dataset with masks, or cutouts= to paste."
-            )
+            without = [source for source in self.sources if not source.has_masks]
+            names = ", ".join(str(getattr(source, "folder", type(source).__name__)) for source in without)
+            raise ValueError(f"{names}: images without masks, which prompts need. Give masks too, or cutouts to paste.")
         if not isinstance(num_examples, int) or num_examples < 1:
             raise ValueError(f"num_examples={num_examples!r} must be an integer of at least 1.")
         if num_views is not None and (not isinstance(num_views, int) or num_views < 1):

@@ -376,7 +376,17 @@ def _check_keys(sections: dict[str, dict]):
 def _parse(config: dict, options: list[str], prog: str | None = None) -> tuple[RunArguments, DistillationArguments]:
     parser, actions = _make_parser(prog)
     parser.set_defaults(**{key: _plain(key, value, actions[key]) for key, value in config.items() if value is not None})
-    return parser.parse_args_into_dataclasses(args=options)
+    try:
+        run, settings, unknown = parser.parse_args_into_dataclasses(args=options, return_remaining_strings=True)
+    except ValueError as error:
+        if "bf16/gpu" not in str(error):
+            raise
+        raise ValueError(
+            "bf16=True needs a GPU that has bfloat16, and there is none here. On the CPU: --use-cpu --bf16 false."
+        ) from error
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}. `{parser.prog} --help` lists what it takes.")
+    return run, settings
 
 
 def _plain(key: str, value, action: argparse.Action):

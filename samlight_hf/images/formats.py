@@ -49,7 +49,7 @@ def describe_left_out(left_out: Counter[str]) -> str | None:
     if len(parts) > _MAX_SUFFIXES:
         parts[_MAX_SUFFIXES:] = [f"{len(parts) - _MAX_SUFFIXES} further kinds"]
     total = left_out.total()
-    return f"left out {total:,} file{'s' * (total > 1)}, by suffix no image that can be opened: {', '.join(parts)}."
+    return f"left out {total:,} file{'s' * (total > 1)} of other formats: {', '.join(parts)}."
 
 
 @lru_cache(maxsize=1)

@@ -294,7 +294,8 @@ def _teacher(training) -> str | None:
 def _read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
-        raise FolderError(f"{folder}: no checkpoint's folder: it has no config.json.")
+        reason = "no checkpoint's folder: it has no config.json" if folder.is_dir() else "no such folder"
+        raise FolderError(f"{folder}: {reason}.")
     try:
         model_type = read_json(path, dict).get("model_type")
         classes = {kind.model_type: kind for kind in (SamLighteningConfig, SamConfig)}

@@ -1,6 +1,7 @@
 """Errors, tables and warnings as text for users."""
 
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -9,10 +10,13 @@ from itertools import dropwhile
 
 
 _MAX_LINES = 20  # of warnings of one kind
+_NUMBERED = re.compile(r"^\[Errno \d+\] (.+): '([^']+)'$")
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Return the message of an error on one line, or the error's type if it has no message.
+
+    An OSError that names a file gives the file and the reason, without the error's number.
 
     A DataLoader raises an error of a worker again with the worker's traceback as its message; here only the original
     message is returned.
@@ -22,6 +26,8 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
         limit: the largest number of characters; a longer message ends with "...".
     """
     message = " ".join(_strip_worker_traceback(str(error)).split()) or type(error).__name__
+    if isinstance(error, OSError):
+        message = _NUMBERED.sub(r"\2: \1", message)
     return message if limit is None else shortened(message, limit)
 
 

@@ -179,7 +179,7 @@ def test_a_file_names_no_folder_of_its_owner(tmp_path, monkeypatch):
         assert "~/weights cannot be read" in text and str(tmp_path) not in text
 
 
-@pytest.mark.parametrize("option", ["--checkpoint", "--images"])
+@pytest.mark.parametrize("option", ["--model", "--images"])
 def test_a_folder_that_is_not_there_is_told_at_once(option, tmp_path):
     parser = argparse.ArgumentParser()
     add_benchmark_arguments(parser)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from samlight_hf import distillation
 from samlight_hf.commands import cli
@@ -73,9 +74,14 @@ def test_options_with_underscores_go_on_to_work(options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nonsense", "3"], "--nonsense"),
+        (["--nonsense", "3"], "unrecognized arguments: --nonsense 3. `samlight distill --help`"),
         (["--max_steps", "many"], "argument --max-steps: invalid int value: 'many'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        pytest.param(
+            ["--bf16", "true"],
+            "bf16=True needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--num-prompts", "0", "--use-cpu"], "num_prompts=0 must be at least 1"),
     ],
     ids=str,
@@ -122,8 +128,11 @@ def test_ctrl_c_says_how_to_go_on(options, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(distillation, "distill", interrupt)
+    monkeypatch.setattr(distillation, "demonstrate", interrupt)
     assert cli.main(["distill", *options]) == 130
-    assert capsys.readouterr()[1] == "samlight: stopped: --resume goes on from the last checkpoint.\n"
+    assert "stopped: the same command with --resume goes on from the last checkpoint" in capsys.readouterr()[1]
+    assert cli.main(["distill"]) == 130  # the demonstration, which resumes by itself
+    assert "stopped: the same command goes on from the last checkpoint" in capsys.readouterr()[1]
 
 
 ADVICE = "No checkpoint had been saved."
@@ -133,7 +142,10 @@ NOT_SAVED = "the checkpoint of step 4 could not be saved"
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(28, "No space left", "out/checkpoint-10/model.safetensors"), f"model.safetensors'. {ADVICE}"),
+        (
+            OSError(28, "No space left", "out/checkpoint-10/model.safetensors"),
+            f"checkpoint-10/model.safetensors: No space left. {ADVICE}",
+        ),
         (RuntimeError("CUDA error: the checkpoint is lost."), f"the checkpoint is lost. {ADVICE}"),
         (distillation.CheckpointNotSavedError(NOT_SAVED), NOT_SAVED),
         (distillation.TrainingDivergedError("loss=nan"), "loss=nan"),

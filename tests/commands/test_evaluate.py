@@ -432,11 +432,13 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
         (["--dataset", "{tar}", "--detections", "x.json"], 2, "--annotations"),
         (["--dataset", "nowhere.tar"], 1, "nowhere.tar"),
         (["--dataset", "{empty}"], 1, "no image that can be used"),
-        (["--dataset", "{tar}", "--batch-size", "0"], 2, "--batch-size 0"),
+        (["--dataset", "{tar}", "--batch-size", "0"], 2, "--batch-size: '0' is not"),
         (["--dataset", "{tar}", "--lvis"], 2, "--detections"),
         (["--dataset", "{tar}", "--pred-iou-thresh", "0.5"], 2, "--protocol everything"),
-        (["--dataset", "{tar}", "--clicks", "0"], 1, "num_clicks"),
-        (["--dataset", "{tar}", "--max-instances", "-1"], 1, "max_instances=-1"),
+        (["--dataset", "{tar}", "--clicks", "0"], 2, "--clicks: '0' is not"),
+        (["--dataset", "{tar}", "--max-instances", "-1"], 2, "--max-instances: '-1' is not"),
+        (["--annotations", "{coco}"], 2, "--annotations and --images"),
+        (["--dataset", "{tar}", "--out", "{tar}"], 2, "--out {tar} is a file"),
         (["--dataset", "{tar}", "--model", "{model}"], 2, "twice"),
         (["--dataset", "{tar}", "--model", "nowhere"], 1, "nowhere"),
         (["--annotations", "{coco}", "--images", "{images}", "--detections", "{other}"], 1, "none of its 1 boxes"),
@@ -448,9 +450,9 @@ def test_bad_input_is_refused_in_one_line(models, tar, coco, tmp_path, capsys, a
     other.write_text(json.dumps([{"image_id": 9, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 1}]))
     names = {"tar": tar, "empty": empty, "model": models[0], "coco": coco[0], "images": coco[1], "other": other}
     arguments = [argument.format(**names) for argument in arguments]
-    found, _, errors = run(capsys, "--model", models[0], *arguments, "--no-plots", "--out", tmp_path / "report")
+    found, _, errors = run(capsys, "--model", models[0], "--out", tmp_path / "report", *arguments, "--no-plots")
     assert found == status
-    assert said in errors
+    assert said.format(**names) in errors
     assert len(errors.strip().splitlines()) == 1
 
 

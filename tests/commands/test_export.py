@@ -61,3 +61,13 @@ def test_errors_are_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     assert "has no model.safetensors" in error(str(tmp_path / "without weights"), status=1)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install 'samlight-hf[export]'" in error(checkpoint)
+
+
+def test_an_image_that_cannot_be_read_is_told_and_left_out_of_the_calibration(checkpoint, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    options = ["--dtype", "int8", "--calibrate", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    assert cli.main(["export", checkpoint, *options]) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("samlight: --calibrate: left out ") and "broken.jpg" in first
+    assert "calibration has no images" in last

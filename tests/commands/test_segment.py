@@ -338,7 +338,7 @@ def test_resuming_with_other_settings_is_refused(samlight, photos, checkpoint, t
     assert samlight(*arguments)[0] == 0
     status, _, stderr = samlight(*arguments, "--resume", "--points-per-side", "3", "--max-masks", "5")
     assert status == 2
-    one_line(stderr, "another run", "--points-per-side was 2 and is 3", "--max-masks was None and is 5")
+    one_line(stderr, "another run", "--points-per-side was 2 and is 3", "--max-masks was not given and is 5")
     (tmp_path / "out" / NOTE).write_text("{")
     status, _, stderr = samlight(*arguments, "--resume")
     assert status == 2

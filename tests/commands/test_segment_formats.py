@@ -339,7 +339,7 @@ def test_resuming_knows_the_later_settings_and_notes_that_lack_them(segment, sam
         "segment", "a.jpg", "--out", "out", "--format", "coco", "--resume", "--min-hole-area", 9
     )
     assert status == 2
-    assert "--min-hole-area was None and is 9" in stderr
+    assert "--min-hole-area was not given and is 9" in stderr
     segment("a.jpg", "--out", "out", "--format", "coco", "--crops-n-layers", "1")
     status, _, stderr = samlight("segment", "a.jpg", "--out", "out", "--format", "coco", "--resume")
-    assert status == 2 and "--crops-n-layers was 1 and is None" in stderr
+    assert status == 2 and "--crops-n-layers was 1 and is not given" in stderr

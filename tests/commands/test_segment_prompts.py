@@ -224,7 +224,7 @@ def test_a_name_of_two_images_needs_its_folder(caplog):
     ("name", "content", "words"),
     [
         ("p.json", None, "--prompts p.json cannot be read: No such file"),
-        ("p.json", b"", "--prompts p.json is no JSON (Expecting value"),
+        ("p.json", b"", "--prompts p.json is empty: it must be JSON"),
         ("p.json", b'{\n  "a.jpg": {\n', "is no JSON"),
         ("p.json", b"\xff\xfe\x00", "is not text in UTF-8"),
         ("p.json", b"7", "has no prompts for any image (entry 1: it is a JSON int, not an object"),
@@ -246,7 +246,8 @@ def test_a_name_of_two_images_needs_its_folder(caplog):
         ("p.json", b'[{"points_xy": [[1, 2]]}]', 'it has no "image"'),
         ("p.json", b'{"a.jpg": {"points_xy": [[1, 2]]}, "a.jpg": {"points_xy": [[3, 4]]}}', "'a.jpg' is in it twice"),
         ("p.json", b'{"x.jpg": {"points_xy": [[1, 2]]}}', "--prompts p.json names none of the 3 images"),
-        ("p.csv", b"", "must have image, and boxes_xyxy or points_xy"),
+        ("p.csv", b"", "--prompts p.csv is empty: it must be JSON"),
+        ("p.csv", b",,\n", "must have image, and boxes_xyxy or points_xy"),
         ("p.csv", b"name,x,y\na.jpg,1,2\n", "has the columns name, x, y: it must have image"),
         ("p.csv", b"image,points_xy\n", "has no prompts for any image"),
         ("p.csv", b'image,points_xy\n,"1,2"\n', "(line 2: it names no image.)"),
@@ -279,7 +280,7 @@ def test_resuming_knows_the_prompts(segment, tmp_path):
     one_line(stderr, "--prompts was")
     status, _, stderr = segment("photos/a.jpg", "--points", "1,2 3,4", "--resume")
     assert status == 2
-    one_line(stderr, "--points was None and is")
+    one_line(stderr, "--points was not given and is")
 
 
 def test_clicks_are_resumed(segment):

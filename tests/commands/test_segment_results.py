@@ -302,7 +302,7 @@ def test_levels_and_files_that_are_left_out_are_told(segment, tmp_path):
     status, stdout, stderr = segment("photos", "--out", "out", "--format", "coco")
     assert status == 0 and "3 images, " in stdout
     left_out, levels = stderr.splitlines()
-    assert left_out == "samlight: left out 1 file, by suffix no image that can be opened: 1 .txt."
+    assert left_out == "samlight: left out 1 file of other formats: 1 .txt."
     assert levels == "samlight: photos/c.tif: levels 303 to 896 became 0 to 255."
 
 

@@ -42,7 +42,7 @@ def test_all_images_of_a_folder_in_order(tmp_path, caplog):
     dataset = ImageFolderDataset(tmp_path)
     assert [dataset[i].id for i in range(len(dataset))] == ["a/c.PNG", "b.jpg"]
     assert all(sample.instances == () and sample.image.mode == "RGB" for sample in dataset.samples(SkipReport()))
-    assert "left out 1 file, by suffix no image that can be opened: 1 .txt." in caplog.text
+    assert "left out 1 file of other formats: 1 .txt." in caplog.text
     assert len(ImageFolderDataset(tmp_path, limit=1)) == 1
 
 
@@ -313,7 +313,7 @@ def test_training_on_ones_own_masks(tmp_path):
 def test_prompts_need_masks_or_cutouts(tmp_path):
     photos = ImageFolderDataset(write(tmp_path, {"a.jpg": jpeg()}))
     assert len(list(TrainingExamples(photos, 3, 40))) == 3
-    with pytest.raises(ValueError, match="ImageFolderDataset has none"):
+    with pytest.raises(ValueError, match="images without masks, which prompts need"):
         TrainingExamples(photos, 3, 40, prompts=PromptSampling(2))
 
 

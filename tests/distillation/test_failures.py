@@ -52,7 +52,7 @@ SAID = {
     "killed": None,
     "saving": None,
     "bug": "samlight: internal error: KeyError: 'a bug'",
-    "data": "samlight: error: [Errno 5] Input/output error: 'photographs.tar'",
+    "data": "samlight: error: photographs.tar: Input/output error",
 }
 
 

@@ -215,7 +215,7 @@ def test_what_a_stage_needs_is_said(folder, tmp_path):
     images = tmp_path / "pictures"
     images.mkdir()
     Image.new("RGB", (40, 30)).save(images / "a.png")
-    with pytest.raises(ValueError, match=r"needs masks, and ImageFolderDataset has none"):
+    with pytest.raises(ValueError, match=r"pictures: images without masks"):
         run(folder, tmp_path / "out", "--train_data", str(images), stages=("end_to_end",))
     with pytest.raises(ValueError, match="eval_data=.* has no masks to compare with"):
         run(folder, tmp_path / "out", "--eval_data", str(images), stages=("encoder",))
@@ -251,7 +251,7 @@ def test_all_stages_are_checked_before_the_first_is_trained(folder, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (40, 30)).save(images / "a.png")
-    with pytest.raises(ValueError, match="needs masks, and ImageFolderDataset has none"):
+    with pytest.raises(ValueError, match="images: images without masks"):
         run(folder, tmp_path / "a", data=("--train_data", "synthetic:1", str(images)))
     (tmp_path / "config.yaml").write_text("end_to_end: {feature_teacher: nowhere}\n")
     with pytest.raises((ValueError, ImportError), match="feature_teacher=nowhere (cannot be loaded|needs timm)"):

@@ -257,7 +257,7 @@ def test_files_that_are_left_out_are_counted(tmp_path):
     assert len(find_images([tmp_path], left_out=left_out)[0]) == 1
     assert left_out == {".txt": 2, ".mov": 1, "": 1, ".cr2": 1}
     assert describe_left_out(left_out) == (
-        "left out 5 files, by suffix no image that can be opened: 1 .cr2 (camera raw: convert it to TIFF), 2 .txt, "
+        "left out 5 files of other formats: 1 .cr2 (camera raw: convert it to TIFF), 2 .txt, "
         "1 without a suffix, 1 .mov."
     )
     assert describe_left_out(Counter()) is None

@@ -101,7 +101,7 @@ def pickled(folder):
 @pytest.mark.parametrize(
     ("spoil", "arguments", "status", "words"),
     [
-        (lambda folder: shutil.rmtree(folder), [], 1, "no checkpoint's folder"),
+        (lambda folder: shutil.rmtree(folder), [], 1, "no such folder"),
         (pickled, [], 1, "Convert it"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), [], 1, "damaged"),
         (lambda folder: (folder / "processor_config.json").unlink(), [], 1, "no processor_config.json"),
@@ -142,7 +142,7 @@ def test_card_of_a_folder(folder, capsys, tmp_path):
     assert (data.license, data.license_name, data.base_model) == ("other", "mine", "facebook/sam-vit-base")
     assert "| max_steps | 7 |" in out and f'"{REPO}"' in out
     status, out, err = run(capsys, "card", tmp_path / "nowhere")
-    assert (status, out) == (1, "") and "no config.json" in err
+    assert (status, out) == (1, "") and "no such folder" in err
     for place, words in ((tmp_path / "none" / "README.md", "no such folder"), (folder, "a folder, not a file")):
         status, out, err = run(capsys, "card", folder, "--out", place)
         assert (status, out) == (1, "") and words in err and ".part" not in err

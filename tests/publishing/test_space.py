@@ -97,6 +97,7 @@ def test_a_dry_run_writes_the_space_and_sends_nothing(hub, model, tmp_path, caps
     captured = capsys.readouterr()
     assert status == 0, captured.err
     assert "the Space org/try was not sent" in captured.out and not hub.requests
+    assert f"SAMLIGHT_MODEL={tmp_path / 'student'} python {tmp_path / 'space' / 'app.py'} runs it" in captured.out
     app = (tmp_path / "space" / "app.py").read_text()
     assert '"org/student"' in app and "REVISION = None" in app and "THRESHOLDS = (0.3, 0.95)" in app
 

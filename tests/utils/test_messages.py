@@ -25,7 +25,7 @@ class Failing:
     [
         (ValueError("a.png: too small.\n  3 images: a reason (a, b)"), "a.png: too small. 3 images: a reason (a, b)"),
         (SampleError(SkipReason.GREY_MASK, "a.png"), f"a.png: {SkipReason.GREY_MASK}"),  # its class takes two arguments
-        (PermissionError(13, "Permission denied", "a.png"), "[Errno 13] Permission denied: 'a.png'"),
+        (PermissionError(13, "Permission denied", "a.png"), "a.png: Permission denied"),
         (MemoryError(), "MemoryError"),
     ],
 )
