@@ -13,7 +13,7 @@ from ..utils.json_files import read_json
 from ..utils.messages import one_line
 from ..utils.processes import is_main_process, leave_process_group, lost_process, one_voice, tell
 from ..utils.termination import explained_end
-from .options import EXAMPLE_CONFIGS
+from .options import EXAMPLE_CONFIGS, missing_package
 
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def run_distill(args: argparse.Namespace) -> int:
     """
     try:
         import accelerate  # noqa: F401  (first, because transformers' own error does not name it)
+        import matplotlib  # noqa: F401  (which draws the curves at the end)
 
         return _distill(args.arguments) if args.arguments else _demonstrate()
     except KeyboardInterrupt:
@@ -48,9 +49,7 @@ def run_distill(args: argparse.Namespace) -> int:
         tell(f"samlight: stopped: the same command{how} goes on from the last checkpoint.", file=sys.stderr)
         return 130
     except ImportError as error:
-        raise argparse.ArgumentTypeError(
-            f"{one_line(error).rstrip('.')}. Install what training needs: pip install 'samlight-hf[train]'"
-        ) from error
+        raise missing_package(error, "training", "train") from error
     except SafetensorError as error:
         raise ValueError(one_line(error)) from error
 

@@ -15,6 +15,7 @@ from .measurements import EVERYTHING, Measurement, load_promptable_model, measur
 from .options import (
     add_grid_options,
     add_tile_options,
+    missing_package,
     not_empty,
     parse_fraction,
     parse_not_negative,
@@ -105,13 +106,18 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Write the report and print its table. An interrupted run that is started again continues where it stopped."""
     try:
         import accelerate  # noqa: F401
+        import pycocotools  # noqa: F401
+
+        if EVERYTHING in args.protocol or args.detections:
+            import faster_coco_eval  # noqa: F401
 
         from ..evaluation.protocols import ProtocolSettings
         from ..evaluation.report import require_matplotlib
+
+        if not args.no_plots:
+            require_matplotlib()
     except ImportError as error:
-        raise argparse.ArgumentTypeError(
-            f"{error}. Install what evaluation needs: pip install 'samlight-hf[eval]'"
-        ) from error
+        raise missing_package(error, "evaluation", "eval") from error
     prompts = tuple(name for name in args.protocol if name != EVERYTHING)
     if args.detections and not args.annotations:
         raise argparse.ArgumentTypeError("--detections needs --annotations and --images: AP is measured against those.")
@@ -122,8 +128,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
             prompts, tuple(args.mask_choice), tuple(args.clicks), not args.no_feedback, args.include_crowd,
             args.boundary_iou, args.max_instances,
         )  # fmt: skip
-    if not args.no_plots:
-        require_matplotlib()
     if bool(args.dataset) == bool(args.annotations) or bool(args.annotations) != bool(args.images):
         raise argparse.ArgumentTypeError(
             "give either --dataset, for SA-1B tars or a folder with images/ and masks/, or --annotations and --images."

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import EXAMPLE_IMAGES, not_empty, parse_positive
+from .options import EXAMPLE_IMAGES, missing_package, not_empty, parse_positive
 
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def run_export(args: argparse.Namespace) -> int:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise argparse.ArgumentTypeError(
-            f"{error}. Install what the export needs: pip install 'samlight-hf[export]'"
-        ) from error
+        raise missing_package(error, "the export", "export") from error
     from ..export import export_onnx
     from ..export.graphs import check_opset
     from ..loading import load_model
@@ -138,9 +136,7 @@ def _dataset(args: argparse.Namespace) -> "ImageDataset":
     try:
         import pycocotools  # noqa: F401
     except ImportError as error:
-        raise argparse.ArgumentTypeError(
-            f"{error}. mIoU of {' and '.join(args.dtype)} needs it: pip install 'samlight-hf[export]'"
-        ) from error
+        raise missing_package(error, f"mIoU of {' and '.join(args.dtype)}", "export") from error
     from ..data import SyntheticScenes, load_dataset
 
     if args.dataset is None and args.annotations is None:

@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from ..utils.messages import one_line
+
 
 # Files of a clone of the repository; an installed package has none of them.
 _CLONE = Path(__file__).resolve().parents[2]
@@ -42,6 +44,14 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     group.add_argument(
         "--dtype", default="float32", help="float32, bfloat16 or float16; on CPUs float32 is fastest (%(default)s)"
     )
+
+
+def missing_package(error: ImportError, what: str, extra: str) -> argparse.ArgumentTypeError:
+    """Return the error for a package of an extra that is not installed; `what` needs it. A fix in it already stays."""
+    message = one_line(error).rstrip(".")
+    if "pip install" not in message:
+        message += f". Install what {what} needs: pip install 'samlight-hf[{extra}]'"
+    return argparse.ArgumentTypeError(message)
 
 
 def make_folder(folder: Path):

@@ -72,7 +72,8 @@ class ResultFolder:
         changed = [f"{name} was {_told(before)} and is {_told(now)}" for name, before, now in pairs if before != now]
         if changed:
             raise argparse.ArgumentTypeError(
-                f"--resume: {self.folder} holds results of another run: {', '.join(changed)}."
+                f"--resume: {self.folder} holds results of another run: {', '.join(changed)}. Give the same options, "
+                "or another --out."
             )
 
     def places(self, images: Sequence[Path], root: Path | None, ending: str) -> list[Place]:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from samlight_hf.commands.options import missing_package
+
 
 @pytest.mark.parametrize(
     ("arguments", "message", "helper"),
@@ -21,3 +23,10 @@ def test_wrong_usage_is_one_line_that_names_the_commands_help(arguments, message
     (line,) = stderr.splitlines()
     assert line.startswith("samlight: error: ") and message in line
     assert line.endswith(f". `{helper} --help` lists what it takes.")
+
+
+def test_the_fix_for_a_missing_package_is_told_once():
+    told = str(missing_package(ImportError('it needs timm: pip install "samlight-hf[timm]".'), "training", "train"))
+    assert told == 'it needs timm: pip install "samlight-hf[timm]"'
+    told = str(missing_package(ImportError("No module named 'x'"), "training", "train"))
+    assert told == "No module named 'x'. Install what training needs: pip install 'samlight-hf[train]'"

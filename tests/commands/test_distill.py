@@ -98,7 +98,7 @@ def test_data_that_are_not_there(options, capsys):
     assert capsys.readouterr()[1].splitlines()[-1].startswith("samlight: error: nowhere.tar: no tar file here")
 
 
-@pytest.mark.parametrize("package", ["accelerate", "datasets"])
+@pytest.mark.parametrize("package", ["accelerate", "datasets", "matplotlib"])
 def test_without_the_extra_it_says_how_to_install_it(options, tmp_path, package):
     """In a process of its own, in which a package of the extra cannot be imported."""
     if package == "datasets":  # which streams need

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -422,6 +423,14 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
     settings = report(tmp_path / "report")["models"][0]["settings"]
     assert sum(count for reason, count in settings["skipped"].items() if reason.startswith("image")) == 2
     assert settings["num_pictures"] == 1
+
+
+@pytest.mark.parametrize("package", ["accelerate", "pycocotools", "faster_coco_eval", "matplotlib"])
+def test_a_package_that_is_missing_is_told_before_anything_is_evaluated(models, tar, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    status, _, errors = run(capsys, "--model", models[0], "--dataset", tar, "--protocol", "everything")
+    (line,) = errors.splitlines()
+    assert status == 2 and package in line and "pip install 'samlight-hf[eval]'" in line
 
 
 @pytest.mark.parametrize(
