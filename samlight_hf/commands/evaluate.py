@@ -103,7 +103,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser):
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Write the report and print its table. An interrupted run that is started again continues where it stopped."""
+    """Write the report and print its table. An interrupted run that is started again continues where it stopped.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+    """
     try:
         import accelerate  # noqa: F401
         import pycocotools  # noqa: F401
@@ -134,9 +138,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )
     if args.out.exists() and not args.out.is_dir():
         raise argparse.ArgumentTypeError(f"--out {args.out} is a file. Choose another.")
-    with explained_end(lambda: "The same command goes on where it stopped."):
-        with process_group(cpu=args.device == "cpu") as state:
-            results, drawers = _evaluate_models(names, settings, args, state)
+    try:
+        with explained_end(lambda: "The same command goes on where it stopped."):
+            with process_group(cpu=args.device == "cpu") as state:
+                results, drawers = _evaluate_models(names, settings, args, state)
+    except KeyboardInterrupt as interrupt:
+        tell("samlight: interrupted: the same command goes on where it stopped.", file=sys.stderr)
+        return getattr(interrupt, "status", 130)
     if state.is_main_process:  # the others do not wait for it
         _tell_report(results, drawers, args)
     return 0

@@ -425,6 +425,20 @@ def test_what_was_skipped_is_told(models, tmp_path, capsys):
     assert settings["num_pictures"] == 1
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(models, tar, tmp_path, capsys, monkeypatch):
+    from samlight_hf.evaluation import evaluator
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    arguments = ("--model", models[0], "--dataset", tar, "--clicks", 1, "--no-plots", "--out", tmp_path / "report")
+    with monkeypatch.context() as context:
+        context.setattr(evaluator, "evaluate", interrupt)
+        status, _, errors = run(capsys, *arguments)
+    assert (status, errors) == (130, "samlight: interrupted: the same command goes on where it stopped.\n")
+    assert run(capsys, *arguments)[0] == 0
+
+
 @pytest.mark.parametrize("package", ["accelerate", "pycocotools", "faster_coco_eval", "matplotlib"])
 def test_a_package_that_is_missing_is_told_before_anything_is_evaluated(models, tar, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
