@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import shlex
 import sys
 import tempfile
@@ -44,7 +45,9 @@ def add_publish_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--tag", metavar="TAG", help="name the commit; the card's examples then load it by this name")
     parser.add_argument("--pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="split the weights, such as 2GB (one file)")
+    parser.add_argument(
+        "--max-shard-size", type=_shard_size, metavar="SIZE", help="split the weights, such as 2GB (one file)"
+    )
     parser.add_argument(
         "--retries", type=parse_not_negative, default=4, metavar="N", help="after failures that may pass (%(default)s)"
     )
@@ -56,6 +59,12 @@ def add_publish_arguments(parser: argparse.ArgumentParser):
     space.add_argument("--space", nargs="?", const="", metavar="SPACE", help="publish one too: org/name (REPO)")
     space.add_argument("--space-out", type=Path, metavar="DIR", help="write its folder here as well, to run it")
     _add_fact_arguments(parser)
+
+
+def _shard_size(text: str) -> str:
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GB.")
+    return text
 
 
 def _add_fact_arguments(parser: argparse.ArgumentParser):

@@ -16,6 +16,7 @@ from ..inference.mask_generation import MaskGenerator
 from ..inference.tiles import TileSettings
 from ..masks.rle import encode_rle, text_rle
 from ..utils.json_files import read_json
+from ..utils.messages import one_line
 from .models import Encoded, PromptableModel
 from .tasks import EvaluationTask
 
@@ -52,8 +53,9 @@ class DetectorBoxes(EvaluationTask):
                     raise ValueError(f"result {number} has bbox {list(box)} and score {score}, which must be finite")
                 by_image[str(result["image_id"])].append((int(result["category_id"]), score, box))
         except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error).rstrip(".")
             raise ValueError(
-                f"{path}: not a COCO results file, a list of image_id, category_id, bbox and score ({error!r})."
+                f"{path}: not a COCO results file, a list of image_id, category_id, bbox and score: {reason}."
             ) from error
         self.image_ids = {str(image_id): image_id for image_id in image_ids}
         self.by_image = {image: boxes for image, boxes in by_image.items() if image in self.image_ids}
