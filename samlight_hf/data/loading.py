@@ -74,6 +74,6 @@ def _image_folder(folder: str, limit: int | None, require_masks: bool) -> ImageF
     if require_masks:
         raise ValueError(
             f"{folder}: a folder with neither *.tar files nor the folders images and masks. For a folder of images, "
-            "give its annotations too, or require_masks=False where no masks are needed."
+            "give annotations= too, or require_masks=False where no masks are needed."
         )
     return ImageFolderDataset(folder, limit)

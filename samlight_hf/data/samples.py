@@ -17,6 +17,10 @@ MAX_EXAMPLES = 5
 _KINDS = {"pictures": "images", "instances": "instances", "parts": "parts"}  # key in saved reports: attribute
 
 
+def _count(number: int, nouns: str) -> str:
+    return f"{number} {nouns if number != 1 else nouns.removesuffix('s')}"
+
+
 class SkipReason(StrEnum):
     """Reasons to skip an image, an instance or a part of an instance. Reports print and save the value."""
 
@@ -189,7 +193,7 @@ class SkipReport:
         >>> report.add_instances(SkipReason.IMAGE_SKIPPED, "139", count=20)
         >>> print(report.summary(total=100))
         Skipped 1 of 100 images (1.0%) and 20 instances:
-          1 images: image damaged or truncated (139)
+          1 image: image damaged or truncated (139)
           20 instances: annotation of a skipped image (139, ...)
     """
 
@@ -250,9 +254,11 @@ class SkipReport:
         """
         if not self:
             return "Nothing was skipped."
-        share = f" of {total} images ({self.num_images / total:.1%})" if total else " images"
+        images = _count(self.num_images, "images")
+        if total:
+            images = f"{self.num_images} of {total} images ({self.num_images / total:.1%})"
         parts = f", and parts of {sum(skipped.count for skipped in self.parts.values())}" if self.parts else ""
-        lines = [f"Skipped {self.num_images}{share} and {self.num_instances} instances{parts}:"]
+        lines = [f"Skipped {images} and {_count(self.num_instances, 'instances')}{parts}:"]
         if total and self.too_many(total):
             lines.insert(
                 0, f"WARNING: more than {MAX_SKIPPED_SHARE:.0%} of the images were skipped. Results leave them out."
@@ -260,7 +266,8 @@ class SkipReport:
         for kind, reasons in self._kinds():
             for reason, skipped in sorted(reasons.items(), key=lambda item: (-item[1].count, item[0])):
                 more = ", ..." if skipped.count > len(skipped.examples) else ""
-                lines.append(f"  {skipped.count} {_KINDS[kind]}: {reason} ({', '.join(skipped.examples)}{more})")
+                number = _count(skipped.count, _KINDS[kind])
+                lines.append(f"  {number}: {reason} ({', '.join(skipped.examples)}{more})")
         return "\n".join(lines)
 
     def to_dict(self) -> dict:

@@ -99,12 +99,12 @@ def test_the_summary_has_counts_reasons_and_examples():
     lines = skipped.summary(100).splitlines()
     assert lines[0].startswith("WARNING") and "5%" in lines[0]
     assert lines[1:] == [
-        "Skipped 6 of 100 images (6.0%) and 1 instances:",
+        "Skipped 6 of 100 images (6.0%) and 1 instance:",
         "  6 images: image damaged or truncated (sa_0, sa_1, sa_2, sa_3, sa_4, ...)",
-        "  1 instances: mask of zero area (sa_9)",
+        "  1 instance: mask of zero area (sa_9)",
     ]
     assert skipped.summary(1000).startswith("Skipped 6 of 1000")
-    assert skipped.summary().startswith("Skipped 6 images and 1 instances")
+    assert skipped.summary().startswith("Skipped 6 images and 1 instance")
     assert SkipReport().summary(5) == "Nothing was skipped."
 
 

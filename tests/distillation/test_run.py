@@ -293,7 +293,7 @@ def test_two_processes_report_once_what_both_left_out_of_the_index(folder, tmp_p
         "--max_skipped", "0.5", "--output_dir", tmp_path / "out", "--use_cpu", "--max_steps", "1",
         "--num_prompts", "2", "--per_device_train_batch_size", "1", "--stages", "end_to_end",
     ]  # fmt: skip
-    assert "Skipped 1 images" in torchrun(ROOT / "examples/distill.py", 2, *arguments)
+    assert "Skipped 1 image " in torchrun(ROOT / "examples/distill.py", 2, *arguments)
     result = json.loads((tmp_path / "out/end_to_end/result.json").read_text())
     assert result["settings"]["world_size"] == 2
     assert {reason: skipped["count"] for reason, skipped in result["skipped"]["pictures"].items()} == {

@@ -98,7 +98,7 @@ def test_two_processes_write_the_tar_that_one_does(tmp_path, backend):
         arguments = (folder, *options, "--device", device)
         printed.append(torchrun(ROOT / "examples/annotate.py", count, *arguments, cuda=backend == "nccl"))
         assert [path.name for path in (tmp_path / str(count)).iterdir()] == ["out.tar"]
-    assert printed[0].replace("/1/out", "/2/out") == printed[1] and "1 images: " in printed[1]
+    assert printed[0].replace("/1/out", "/2/out") == printed[1] and "1 image: " in printed[1]
     one, two = (tmp_path / count / "out.tar" for count in "12")
     with tarfile.open(one) as first, tarfile.open(two) as second:
         assert first.getnames() == second.getnames() and len(first.getnames()) == 8
