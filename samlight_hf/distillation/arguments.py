@@ -13,6 +13,7 @@ An option of the command line overrides the stage's section, which overrides the
 
 import argparse
 import difflib
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -109,8 +110,8 @@ class DistillationArguments(TrainingArguments):
             "num_focus_layers",
             *(f"{loss}_weight" for loss in ("focal", "bce", "dice", "iou", "feature")),
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+            if not 0 <= getattr(self, name) < math.inf:  # nor NaN
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative.")
         for name, why in (
             ("auto_find_batch_size", "the examples of a step follow from the batch size"),
             ("remove_unused_columns", "examples are no table"),

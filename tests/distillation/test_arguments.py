@@ -99,7 +99,8 @@ def test_without_a_file():
         ("layer_weights: linear", "layer_weights='linear' is not known"),
         ("num_prompts: 0", "num_prompts=0 must be at least 1"),
         ("box_share: 1.5", "box_share=1.5 must be from 0 to 1"),
-        ("dice_weight: -1", "dice_weight=-1.0 must not be negative"),
+        ("dice_weight: -1", "dice_weight=-1.0 must be finite and not negative"),
+        ("iou_weight: .nan", "iou_weight=nan must be finite and not negative"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, text, message):

@@ -202,7 +202,7 @@ def test_an_export_is_the_student_that_was_trained(tmp_path):
         (("--teacher_dtype", "int8"), "dtype='int8' is not known"),
         (("--per_device_train_batch_size", "0"), "per_device_train_batch_size=0 must be at least 1"),
         (("--gradient_accumulation_steps", "0"), "gradient_accumulation_steps=0 must be at least 1"),
-        (("--seed", "-1"), "seed=-1 must not be negative"),
+        (("--seed", "-1"), "seed=-1 must be finite and not negative"),
         (("--eval_limit", "0"), "eval_limit=0 must be None or an integer of at least 1"),
     ],
 )
