@@ -187,6 +187,9 @@ def test_a_processor_for_another_size(folder):
 
 
 def test_paths_that_are_not_there(tmp_path):
+    for name in ("nowhere/", "a/b/c", "org/.name"):  # not asked of the Hub
+        with pytest.raises(CheckpointError, match=f"^{name}: no such folder. Give a checkpoint's folder"):
+            load_model(name, "cpu")
     refused(tmp_path / "nowhere", "no such folder")
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
