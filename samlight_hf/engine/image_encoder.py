@@ -232,6 +232,9 @@ class ImageEncoder:
         image_processor: Its image processor.
         decoder: The decoder that will read the embeddings.
         skip_padding: See `make_encoder`.
+
+    Raises:
+        ValueError: If the image processor is something else, and see `make_encoder`.
     """
 
     def __init__(
@@ -241,6 +244,11 @@ class ImageEncoder:
         decoder: Decoder,
         skip_padding: bool = False,
     ):
+        if not all(hasattr(image_processor, name) for name in ("size", "pad_size", "image_mean")):
+            raise ValueError(
+                f"image_processor is a {type(image_processor).__name__}, and must be the model's SamImageProcessor, or "
+                "the processor that holds it."
+            )
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.image_processor, self.decoder = image_processor, decoder
         self.encode, self.copied = make_encoder(model, decoder.cuda_graphs, decoder.graph_memory, skip_padding)

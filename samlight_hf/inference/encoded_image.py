@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from ..kernels.upscaled_masks import Frame
+from ..utils.reprs import ShortRepr
 from ..utils.turns import read_here
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
+@dataclass(frozen=True, eq=False, repr=False)
+class EncodedImage(ShortRepr):
     """An image that `Predictor.encode` has encoded, to be given to `Predictor.predict` as `image`.
 
     It never changes, so any number of threads may prompt it at once. It belongs to the model that encoded it and to

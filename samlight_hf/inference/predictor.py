@@ -19,14 +19,15 @@ from ..images.preprocessing import ImageInput, check_size, image_tensor, resized
 from ..images.reading import ImageError
 from ..kernels import upscaled_masks
 from ..kernels.tokens import MOST_PROMPTS
+from ..utils.reprs import ShortRepr
 from ..utils.turns import turn
 from .encoded_image import EncodedImage
 from .mask_prompts import logits_of_prompt, tensor_of
 from .prompts import Prompt, PromptArrays, check_lists, parse_prompts, prompt_batches, regular_prompts
 
 
-@dataclass(frozen=True)
-class Prediction:
+@dataclass(frozen=True, repr=False)
+class Prediction(ShortRepr):
     """The masks of n prompts on one image of H x W pixels, m masks for each prompt.
 
     Values are numpy arrays, or tensors on the model's device. Tensors come from torch's inference mode: `clone()` one

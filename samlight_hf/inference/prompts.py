@@ -102,12 +102,12 @@ def clip_prompts(
 
 def _clip_box(box: Sequence[float], width: int, height: int) -> list[float]:
     if len(box) != 4:
-        raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
+        raise ValueError(f"box {_text(box)} must be four finite numbers, X1,Y1,X2,Y2.")
     x1, y1, x2, y2 = box
     if 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height:  # as most are: nothing else is asked, nor cut
         return [x1, y1, x2, y2]
     if not all(map(math.isfinite, box)):
-        raise ValueError(f"box {_text(box)} must be four numbers, X1,Y1,X2,Y2.")
+        raise ValueError(f"box {_text(box)} must be four finite numbers, X1,Y1,X2,Y2.")
     check_order(box)
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         raise ValueError(
@@ -127,7 +127,7 @@ def check_order(box_xyxy: Sequence[float]):
 
 def _clip_point(point: Sequence[float], width: int, height: int) -> list[float]:
     if len(point) != 2 or not all(map(math.isfinite, point)):
-        raise ValueError(f"point {_text(point)} must be two numbers, X,Y.")
+        raise ValueError(f"point {_text(point)} must be two finite numbers, X,Y.")
     if not (-1 < point[0] < width + 1 and -1 < point[1] < height + 1):
         raise ValueError(
             f"point {_text(point)} lies outside the image of {width}x{height} pixels: keep X from 0 to {width - 1} and "
@@ -338,6 +338,10 @@ def _boxes(boxes) -> list[list[float]]:
         if not hasattr(box, "__len__"):
             raise ValueError(
                 f"boxes_xyxy holds {box!r} where a box is expected: it is (prompts, 4). Write [box] for one box."
+            )
+        if any(isinstance(number, list | tuple) for number in box):
+            raise ValueError(
+                f"boxes_xyxy holds {box!r} where a box is expected: it is (prompts, 4), without a dimension of images."
             )
     return [_numbers(box) for box in boxes]
 

@@ -5,6 +5,7 @@ from numbers import Integral
 
 import numpy as np
 
+from ..utils.reprs import ShortRepr
 from .rle import RunLengthMasks
 
 
@@ -14,8 +15,8 @@ def _check_part(part):
         raise TypeError(f"[{part}] of masks is not possible: use result.masks[{part}], or a slice such as result[:10].")
 
 
-@dataclass(frozen=True)
-class MaskResult:
+@dataclass(frozen=True, repr=False)
+class MaskResult(ShortRepr):
     """Masks of an image of H x W pixels; all fields keep their shape where the number of masks n is 0.
 
     Attributes:
@@ -37,8 +38,8 @@ class MaskResult:
         return MaskResult(self.masks[part], self.scores[part], self.boxes_xyxy[part])
 
 
-@dataclass(frozen=True)
-class GeneratedMasks:
+@dataclass(frozen=True, repr=False)
+class GeneratedMasks(ShortRepr):
     """Masks of everything in an image, the best first; all fields keep their shape where the number of masks n is 0.
 
     Attributes:

@@ -13,6 +13,8 @@ from typing import overload
 import numpy as np
 import torch
 
+from ..utils.reprs import ShortRepr
+
 
 def mask_changes(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the pixels at which runs begin, on the masks' device; waits for it once.
@@ -61,8 +63,8 @@ def select_changes(
 _RUNS_AT_ONCE = 2**16
 
 
-@dataclass(frozen=True, eq=False)
-class RunLengthMasks(Sequence):
+@dataclass(frozen=True, eq=False, repr=False)
+class RunLengthMasks(ShortRepr, Sequence):
     """A sequence of n masks of one size, stored as run lengths.
 
     An index gives one mask as bool (H, W); a slice or an index array gives `RunLengthMasks`.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
-from samlight_hf import EncodedImage, ImageError, Predictor, SamLighteningModel, optimize
+from samlight_hf import EncodedImage, ImageError, MaskGenerator, Predictor, SamLighteningModel, optimize
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
 from samlight_hf.engine.plain_decoder import PlainMaskDecoder
 from samlight_hf.inference import prompts as prompts_module
@@ -403,11 +403,11 @@ def test_pickled_it_keeps_its_settings_and_images(tiny, image):
         ({"points_xy": np.zeros((2, 2))}, "a list of points is expected"),
         ({"points_xy": [[]]}, "a prompt without points"),
         ({"points_xy": 3}, "points_xy=3 must have one entry for each prompt"),
-        ({"points_xy": [[(3, 4, 5)]]}, "point 3,4,5 must be two numbers"),
+        ({"points_xy": [[(3, 4, 5)]]}, "point 3,4,5 must be two finite numbers"),
         ({"points_xy": [[("a", 4)]]}, "must be numbers"),
         ({"points_xy": [[(51, 3)]]}, "point 51,3 lies outside the image of 50x30"),
         ({"points_xy": [[(3, -1)]]}, "lies outside"),
-        ({"points_xy": [[(float("nan"), 1)]]}, "point nan,1 must be two numbers"),
+        ({"points_xy": [[(float("nan"), 1)]]}, "point nan,1 must be two finite numbers"),
         ({"points_xy": [[(3, 4)]], "labels": [[1, 0]]}, r"labels are \[2\] for each prompt, and its points \[1\]"),
         ({"points_xy": [[(3, 4)]], "labels": [[2]]}, "label 2 must be 1, on the object, or 0"),
         ({"points_xy": [[(3, 4)]], "labels": [[0.9]]}, "label 0.9 must be 1"),
@@ -416,7 +416,8 @@ def test_pickled_it_keeps_its_settings_and_images(tiny, image):
         ({"boxes_xyxy": [(5, 0, 0, 5)]}, "box 5,0,0,5 is reversed"),
         ({"boxes_xyxy": [(5, 0, 5, 5)]}, "has no area"),
         ({"boxes_xyxy": [(50, 0, 51, 5)]}, "box 50,0,51,5 lies outside the image of 50x30"),
-        ({"boxes_xyxy": [(0, 0, float("inf"), 5)]}, "four numbers"),
+        ({"boxes_xyxy": [(0, 0, float("inf"), 5)]}, "four finite numbers"),
+        ({"boxes_xyxy": [[(0, 0, 5, 5)]]}, r"it is \(prompts, 4\), without a dimension of images"),
         ({"boxes_xyxy": (0, 0, 5, 5)}, r"Write \[box\] for one box"),
         ({"boxes_xyxy": [(0, 0, 5, 5)], "points_xy": [[(1, 1)], [(2, 2)]]}, "points_xy has 2, boxes_xyxy has 1"),
         ({"boxes_xyxy": [(0, 0, 5, 5)], "logits": logits_of(1, 16, 16)}, r"\(1, 16, 16\), and must be \(prompts, 32"),
@@ -433,6 +434,10 @@ def test_prompts_that_cannot_be(tiny, image, prompts, words):
 
 def test_uses_that_cannot_be(tiny, image):
     predictor = Predictor(*tiny)
+    for kind in (Predictor, MaskGenerator):
+        for processor, name in ((None, "NoneType"), ("model", "str"), (tiny[0], "SamLighteningModel")):
+            with pytest.raises(ValueError, match=f"image_processor is a {name}, and must be the model's SamImageP"):
+                kind(tiny[0], processor)
     with pytest.raises(ValueError, match="no image yet: call set_image"):
         predictor.predict([[(1, 1)]])
     for images in ([], "x.jpg", image):
@@ -487,9 +492,9 @@ def test_empty_prompts_give_empty_results(tiny, image):
         ((20, 10, 10, 20), "20,10,10,20 is reversed"),
         ((10, 20, 20, 10), "is reversed"),
         ((10, 10, 10, 20), "has no area"),
-        ((10, 10, float("nan"), 20), "four numbers"),
-        ((10, 10, float("inf"), 20), "four numbers"),
-        ((10, 10, 20), "four numbers"),
+        ((10, 10, float("nan"), 20), "four finite numbers"),
+        ((10, 10, float("inf"), 20), "four finite numbers"),
+        ((10, 10, 20), "four finite numbers"),
     ],
 )
 def test_boxes_that_cannot_be(box, words):
