@@ -67,14 +67,18 @@ def clean_masks(result: Result, min_hole_area: int = 0, min_region_area: int = 0
         cleaned = clean_mask(mask, min_hole_area, min_region_area)
         if cleaned is not mask:
             boxes_xyxy[index] = mask_edges(cleaned[None])[0]
-        masks.append(RunLengthMasks.from_masks(cleaned[None]) if isinstance(result, GeneratedMasks) else cleaned)
+        if isinstance(result, MaskResult):
+            masks.append(cleaned)
+        else:  # as run lengths: the pixels of all masks need much memory
+            is_new = cleaned is not mask
+            masks.append(RunLengthMasks.from_masks(cleaned[None]).runs if is_new else result.masks.runs_of(index))
     if not masks:
         return result
-    if isinstance(result, GeneratedMasks):
-        lengths = [len(mask.runs) for mask in masks]
-        runs, offsets = np.concatenate([mask.runs for mask in masks]), np.concatenate([[0], np.cumsum(lengths)])
-        return replace(result, masks=replace(result.masks, runs=runs, offsets=offsets), boxes_xyxy=boxes_xyxy)
-    return replace(result, masks=np.stack(masks), boxes_xyxy=boxes_xyxy)
+    if isinstance(result, MaskResult):
+        return replace(result, masks=np.stack(masks), boxes_xyxy=boxes_xyxy)
+    # Made anew: the masks may know the compressed counts that they had before.
+    run_lengths = RunLengthMasks.from_runs(result.masks.height, result.masks.width, masks)
+    return replace(result, masks=run_lengths, boxes_xyxy=boxes_xyxy)
 
 
 def _chosen(numbers: np.ndarray, is_chosen: np.ndarray) -> np.ndarray:

@@ -117,6 +117,12 @@ class RunLengthMasks(ShortRepr, Sequence):
         return cls.from_changes(height, width, positions.cpu().numpy(), counts.cpu().numpy())
 
     @classmethod
+    def from_runs(cls, height: int, width: int, runs: Sequence[np.ndarray]) -> "RunLengthMasks":
+        """Make masks of the run lengths of each one, int64 (runs,), as `runs_of` returns them."""
+        offsets = np.cumsum([0, *map(len, runs)])
+        return cls(height, width, np.concatenate([np.zeros(0, dtype=np.int64), *runs]), offsets)
+
+    @classmethod
     def joined(cls, parts: Sequence["RunLengthMasks"]) -> "RunLengthMasks":
         """Join masks of one size, all of which know their compressed counts, in order."""
         runs, characters = np.concatenate([part.runs for part in parts]), []

@@ -125,6 +125,4 @@ class SpanMask:
 
 def run_length_masks(masks: Sequence[SpanMask], height: int, width: int) -> RunLengthMasks:
     """Return the masks of an image of height x width pixels as run lengths."""
-    runs = [mask.runs(width) for mask in masks]
-    offsets = np.cumsum([0, *map(len, runs)])
-    return RunLengthMasks(height, width, np.concatenate([np.zeros(0, dtype=np.int64), *runs]), offsets)
+    return RunLengthMasks.from_runs(height, width, [mask.runs(width) for mask in masks])

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from samlight_hf.masks.boxes import mask_edges
+from samlight_hf.masks.device_rle import encode_changes
 from samlight_hf.masks.regions import clean_mask, clean_masks
 from samlight_hf.masks.results import GeneratedMasks, MaskResult
-from samlight_hf.masks.rle import RunLengthMasks
+from samlight_hf.masks.rle import RunLengthMasks, mask_changes
 
 from .test_formats import RING, TOUCHING, mask_of, random_masks
 
@@ -79,11 +81,14 @@ def test_results_keep_their_kind_order_and_scores():
     plain = MaskResult(masks, np.array([0.9, 0.8, 0.7], dtype=np.float32), mask_edges(masks))
     columns = plain.scores, plain.boxes_xyxy, plain.scores, np.zeros((3, 2)), np.zeros((3, 4))
     generated = GeneratedMasks(RunLengthMasks.from_masks(masks), *columns)
-    for result in (plain, generated):
+    known = encode_changes(12, 12, *mask_changes(torch.from_numpy(masks)))  # as from a GPU, with COCO's counts
+    for result in (plain, generated, GeneratedMasks(known, *columns)):
         cleaned = clean_masks(result, 5, 5)
         assert type(cleaned) is type(result) and len(cleaned) == 3
         assert [int(mask.sum()) for mask in cleaned.masks] == [64, 9, 0]
         assert cleaned.boxes_xyxy.tolist() == [[1, 1, 9, 9], [0, 0, 3, 3], [0, 0, 0, 0]]
         assert np.array_equal(cleaned.scores, plain.scores)
+        if isinstance(result, GeneratedMasks):
+            assert cleaned.masks.to_coco() == RunLengthMasks.from_masks(cleaned.masks.to_masks()).to_coco()
         assert len(clean_masks(result[:0], 5, 5)) == 0
     assert plain.masks[0, 4, 4] == 0 and plain.boxes_xyxy[1].tolist() == [0, 0, 11, 11]  # as they were
