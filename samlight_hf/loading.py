@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForMaskGeneration, AutoProcessor, PreTrainedModel, ProcessorMixin
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from . import SamLighteningModel  # noqa: F401  registered with the Auto classes where it is imported
 from .utils import json_files
@@ -32,7 +32,8 @@ _OF_THE_FILE = {
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # org/name
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 LOADING_ERRORS = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError,
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
@@ -60,8 +61,8 @@ def load_model(
 
     Raises:
         CheckpointError: For missing, unexpected, mismatched, unreadable, NaN or infinite weights, for another type of
-            model, for one that needs code of its own, and for a processor that does not fit. A model with random
-            weights is never returned.
+            model, for one that needs code of its own or has an adapter, and for a processor that does not fit. A model
+            with random weights is never returned.
         ValueError: For a device or a dtype that cannot be used here.
     """
     torch_device, torch_dtype = find_device(device), find_dtype(dtype)
@@ -72,6 +73,7 @@ def load_model(
     elif not _HUB_NAME.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder. Give a checkpoint's folder, or a Hub name such as org/name.")
     with quiet_transformers():
+        _check_adapter(source)
         try:
             model, report = AutoModelForMaskGeneration.from_pretrained(
                 source, dtype=torch_dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
@@ -197,6 +199,19 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
         read_json(file, fix)
 
 
+def _check_adapter(source: str):
+    """Raise CheckpointError for an adapter (PEFT): transformers would load it, and report on its weights alone."""
+    try:
+        found = find_adapter_config_file(source)
+    except LOADING_ERRORS:  # the model cannot be found either, and the reason is told then
+        return
+    if found is not None:
+        raise CheckpointError(
+            f"{source}: has an adapter ({Path(found).name}). Merge it into the weights with merge_and_unload of peft, "
+            "and save the model with save_pretrained in a new folder."
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the paths of a checkpoint's safetensors files, all inside its folder.
 
@@ -284,14 +299,17 @@ def _check_processor(source: str, model: PreTrainedModel, processor: ProcessorMi
     if image_processor is None or not hasattr(processor, "post_process_masks"):
         raise CheckpointError(f"{source}: its processor is a {type(processor).__name__}. It needs a SamProcessor.")
     image_size = model.config.vision_config.image_size
-    pad_size = image_processor.pad_size
+    pad_size = image_processor.pad_size or {}
     for name, value in (
         ("size.longest_edge", image_processor.size["longest_edge"]),
-        ("pad_size.height", pad_size["height"]),
-        ("pad_size.width", pad_size["width"]),
+        ("pad_size.height", pad_size.get("height")),
+        ("pad_size.width", pad_size.get("width")),
     ):
         if value != image_size:
             raise CheckpointError(
                 f"{source}: the processor's {name}={value} must equal the model's image_size={image_size}. "
                 "Correct processor_config.json."
             )
+    for step in ("do_resize", "do_pad"):
+        if not getattr(image_processor, step):
+            raise CheckpointError(f"{source}: the processor's {step} must be true. Correct processor_config.json.")

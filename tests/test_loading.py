@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -184,6 +185,51 @@ def test_a_processor_for_another_size(folder):
     processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     edit_config(folder, "processor_config.json", image_processor={**processor, "size": {"longest_edge": 1024}})
     refused(folder, "longest_edge=1024", "image_size=32")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"size": {"height": 32, "width": 32}}, "longest_edge=None"),
+        ({"pad_size": None}, "pad_size.height=None"),
+        ({"do_resize": False}, "do_resize"),
+        ({"do_pad": False}, "do_pad"),
+    ],
+    ids=str,
+)
+def test_a_processor_that_does_not_fit_any_image_to_the_model(folder, setting, words):
+    processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    edit_config(folder, "processor_config.json", image_processor={**processor, **setting})
+    refused(folder, words)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"attn_implementation": "flash_attention_2"},
+    ],
+    ids=str,
+)
+def test_a_config_that_asks_for_a_package_that_is_not_installed(folder, setting):
+    if find_spec("bitsandbytes") or find_spec("flash_attn"):
+        pytest.skip("bitsandbytes or flash_attn is installed")
+    edit_config(folder, **setting)
+    refused(folder, "cannot be loaded", "installed" if "attn_implementation" in setting else "pip install")
+
+
+def test_an_adapter_beside_the_weights(folder, model, tmp_path):
+    """transformers would add it, and say nothing of weights that the model itself lacks and that are random then."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False))
+    adapted.save_pretrained(folder)
+    edit_weights(folder, lambda weights: weights.pop("vision_encoder.pos_embed"))
+    refused(folder, "adapter_config.json", "merge_and_unload")
+    merged = adapted.merge_and_unload()  # as the message says
+    merged.save_pretrained(tmp_path / "merged")
+    loaded, _ = load_model(tmp_path / "merged", "cpu")
+    for name, weight in merged.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
 
 
 def test_paths_that_are_not_there(tmp_path):
