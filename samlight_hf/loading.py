@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -253,7 +254,9 @@ def how_to_convert(pickle: Path) -> str:
             "import samlight_hf; from transformers import AutoModelForMaskGeneration as Auto; "
             f"model = Auto.from_pretrained({str(pickle.parent)!r}, use_safetensors=False)"
         )
-    return f'Convert it: python -c "{load}; model.save_pretrained({str(pickle.parent / "safetensors")!r})"'
+    script = f"{load}; model.save_pretrained({str(pickle.parent / 'safetensors')!r})"
+    quoted = shlex.quote(script) if set(script) & set('"$`\\!') else f'"{script}"'
+    return f"Convert it: python -c {quoted}"
 
 
 def read_json(file: Path, fix: str) -> dict:

@@ -14,7 +14,18 @@ from ..loading import TRAINER_STATE, load_model, weight_files
 from ..utils.atomic_files import check_replaceable, replace_folder
 from ..utils.json_files import read_json
 from .card import render_card
-from .checks import AUTO_MAP, CARD_NAME, CODE, CODE_FOLDER, LICENSE_NAME, LOADED_FILES, FolderError, refuse_pickles
+from .checks import (
+    AUTO_MAP,
+    CARD_NAME,
+    CODE,
+    CODE_FOLDER,
+    INDEX_NAME,
+    LICENSE_NAME,
+    PROCESSOR_NAME,
+    WEIGHTS,
+    FolderError,
+    refuse_pickles,
+)  # fmt: skip
 
 
 def build_folder(
@@ -74,13 +85,19 @@ def _check_destination(source: Path, destination: Path):
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"{destination} is a file. Choose another destination.")
     check_replaceable(destination)
-    if destination.is_dir():
-        known = {*CODE, CARD_NAME, LICENSE_NAME, "config.json"}
-        foreign = [p for p in destination.iterdir() if p.name not in known and not LOADED_FILES.fullmatch(p.name)]
-        if foreign:
-            raise ValueError(
-                f"{destination} holds {foreign[0].name}, which is no part of a checkpoint. Choose another one."
-            )
+    if not destination.is_dir():
+        return
+    names, always = (
+        {path.name for path in destination.iterdir()},
+        {"config.json", PROCESSOR_NAME, CARD_NAME, LICENSE_NAME},
+    )
+    foreign = sorted(name for name in names - always - {*CODE, INDEX_NAME} if not WEIGHTS.fullmatch(name))
+    if foreign:
+        raise ValueError(f"{destination} holds {foreign[0]}, which is no part of a built folder. Choose another one.")
+    if names and (missing := sorted(always - names)):
+        raise ValueError(
+            f"{destination} holds {min(names)} and no {missing[0]}: it was not built here. Choose another one."
+        )
 
 
 def _write_config(source: Path, destination: Path) -> str:

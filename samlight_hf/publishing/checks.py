@@ -26,11 +26,12 @@ CARD_NAME = "README.md"
 LICENSE_NAME = "LICENSE"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-# Files that `from_pretrained` loads: left over from an earlier version, they would be mixed with the new ones.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# Files of a repository that `from_pretrained` loads: left over from an earlier version, they would be mixed with the
+# new ones. With peft installed, adapters are among them.
 LOADED_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|pytorch_model.*\.(bin|bin\.index\.json)"
-    r"|[^/]+\.py|(pre)?processor_config\.json"
+    r"|[^/]+\.py|(pre)?processor_config\.json|adapter_config\.json|adapter_model\.(safetensors|bin)"
 )
 _PROCESSOR_CLASS = SamLighteningImageProcessor
 _PROCESSOR_AUTO_MAP = {
@@ -148,7 +149,7 @@ def _check_names(folder: Path, model_type: str):
         if path.name not in needed | weights | index:
             kind = (
                 "belongs to another set of weights"
-                if _WEIGHTS.fullmatch(path.name)
+                if WEIGHTS.fullmatch(path.name)
                 else "does not belong to a checkpoint"
             )
             raise FolderError(f"{path}: {kind}. Remove it, or make the folder with build_folder.")

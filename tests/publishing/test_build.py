@@ -1,6 +1,7 @@
 """Building, checking and verifying folders; test_publish_and_load.py publishes them to a fake Hub."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -188,13 +189,16 @@ def test_a_folder_that_is_not_there(tmp_path):
             function(tmp_path / "nowhere")
 
 
-def test_pickled_weights_are_converted_as_the_message_says(student, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["source", "it's $HOME"])
+def test_pickled_weights_are_converted_as_the_message_says(student, tmp_path, name):
     """Run the command from the message."""
-    source = Path(shutil.copytree(student, tmp_path / "source"))
+    source = Path(shutil.copytree(student, tmp_path / name))
     pickled(source)
     with pytest.raises(FolderError) as raised:
         build_folder(source, tmp_path / "built")
-    exec(str(raised.value).split('python -c "')[1].rstrip('"'), {})
+    *_, option, script = shlex.split(str(raised.value).split("Convert it: ")[1])  # as a shell does
+    assert option == "-c"
+    exec(script, {})
     weights = load_file(student / "model.safetensors")
     converted = load_model(source / "safetensors", "cpu")[0].state_dict()
     assert all(torch.equal(converted[name], weights[name]) for name in weights)
@@ -218,6 +222,25 @@ def test_destinations_that_hold_something_else_are_left_alone(student, tmp_path,
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
     with pytest.raises(ValueError):
         build_folder(student, tmp_path / "built", max_shard_size="5 bananas")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("train.py", "README.md", "LICENSE"), "holds train.py"),
+        (("config.json", "pytorch_model.bin"), "holds pytorch_model.bin"),
+        (("config.json", "model.safetensors", "processor_config.json", *CODE), "and no LICENSE: it was not built here"),
+    ],
+    ids=["a project", "pickled weights", "another student"],
+)
+def test_a_destination_that_only_looks_like_a_built_folder_is_left_alone(student, tmp_path, names, words):
+    destination = tmp_path / "mine"
+    destination.mkdir()
+    for name in names:
+        (destination / name).write_text("mine")
+    with pytest.raises(ValueError, match=words):
+        build_folder(student, destination)
+    assert {path.name: path.read_text() for path in destination.iterdir()} == dict.fromkeys(names, "mine")
 
 
 # Folders that must not be published.

@@ -193,7 +193,8 @@ def test_what_the_new_folder_has_not_is_gone_and_the_rest_stays(hub, folders, tm
     upload(sharded)
     assert published(hub) == content(sharded)
     theirs = {"images/a.png": b"x", "notes.md": b"y"}
-    for name, data in {**theirs, "old_code.py": b"z"}.items():
+    loaded = {"old_code.py": b"z", "adapter_config.json": b"{}", "adapter_model.safetensors": b"w"}
+    for name, data in {**theirs, **loaded}.items():
         HfApi().upload_file(path_or_fileobj=data, path_in_repo=name, repo_id=REPO)
     upload(folders[0])
     assert published(hub) == content(folders[0]) | theirs
