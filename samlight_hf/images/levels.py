@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 TAIL = 0.005
 
 GDAL_NODATA_TAG = 42113
+_PHOTOMETRIC = 262  # a TIFF's tag; 0 says that low levels are bright, which Pillow obeys for 8 bits alone
 # Signed levels that mean "no data" by convention, if no level of the image is lower.
 SENTINELS = (-2147483648.0, -99999.0, -32768.0, -9999.0)
 _TOO_LARGE = 1e30  # not a measurement: -3.4e38 and 9.97e36 are the fill values of GIS and netCDF
@@ -53,19 +54,20 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, c
     Raises:
         LevelsError: for 16-bit colours in separate planes without compression, which Pillow reads as 8 bits.
     """
-    nodata, deep, is_unsigned = _nodata_value(image), _deep_bytes(image), _is_unsigned_32(image)
+    nodata, deep, dtype = _nodata_value(image), _deep_bytes(image), _stored_dtype(image)
+    white_is_zero = _tiff_tags(image).get(_PHOTOMETRIC) == 0
     notes: list[str] = []
     if deep:  # the image itself is not loaded, which would lose its low bytes
         high, low = map(ImageOps.exif_transpose, deep) if upright else deep
         image = _deep_colours_to_rgb(high, low, nodata, notes)
         log_changes(name, notes)
         return image
-    image.load()
+    _load(image)
     if upright and is_turned(image):
         image = ImageOps.exif_transpose(image)  # which copies any other image
-    if image.mode.startswith(("I", "F")):
+    if dtype or image.mode.startswith(("I", "F")):
         levels = np.asarray(image)
-        levels, note = stretch(levels.view(np.uint32) if is_unsigned else levels, nodata)
+        levels, note = stretch(levels.view(dtype) if dtype else levels, nodata, inverted=white_is_zero)
         notes += [note] if note else []
         image = Image.fromarray(levels).convert("RGB")
     elif "A" in image.mode or "a" in image.mode or "transparency" in image.info:
@@ -90,11 +92,12 @@ def is_turned(image: Image.Image) -> bool:
 
 def has_more_than_8_bits(image: Image.Image) -> bool:
     """Return whether `to_rgb` would stretch the levels of an image; a file must not be loaded yet."""
-    return image.mode.startswith(("I", "F")) or _deep_rawmode(image) is not None
+    is_deep = image.mode.startswith(("I", "F")) or _deep_rawmode(image) is not None
+    return is_deep or _stored_dtype(image) is not None
 
 
 def stretch(
-    levels: np.ndarray, nodata: float | None = None, hidden: np.ndarray | None = None
+    levels: np.ndarray, nodata: float | None = None, hidden: np.ndarray | None = None, inverted: bool = False
 ) -> tuple[np.ndarray, str | None]:
     """Scale levels of any number type linearly to 0 to 255, between robust percentiles of all channels together.
 
@@ -106,6 +109,7 @@ def stretch(
         levels: (H, W) or (H, W, C), integers or floats.
         nodata: a further value that means "no data". A pixel of several channels is black only if all of them have it.
         hidden: bool (H, W), invisible pixels, which do not count for the percentiles.
+        inverted: make low levels bright.
 
     Returns:
         uint8 levels of the same shape, and a sentence that describes the changes, or None without any.
@@ -134,6 +138,8 @@ def stretch(
         part = np.s_[start : start + rows]
         block = np.where(black[part], low, levels[part]).astype(np.float64)
         scaled[part] = np.rint(((block - low) * (255 / (high - low))).clip(0, 255))
+    if inverted:
+        np.subtract(255, scaled, out=scaled)
     scaled[np.broadcast_to(black, levels.shape)] = 0
     notes = []
     if not is_constant and (low, high) != (0, 65535):
@@ -193,11 +199,22 @@ def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
     return getattr(image, "tag_v2", {})
 
 
-def _is_unsigned_32(image: Image.Image) -> bool:
-    """Return whether mode I, which is signed, holds the bits of unsigned levels."""
+def _stored_dtype(image: Image.Image) -> type[np.integer] | None:
+    """Return the dtype of grey levels that Pillow reads bit by bit as another one, else None."""
     tags = _tiff_tags(image)
-    bits, sample_format = tags.get(258), tags.get(339, (1,))
-    return image.mode == "I" and tuple(bits or ()) == (32,) and tuple(sample_format) == (1,)
+    kind = image.mode, tuple(tags.get(258) or ()), tuple(tags.get(339, (1,)))
+    return {("I", (32,), (1,)): np.uint32, ("L", (8,), (2,)): np.int8}.get(kind)
+
+
+def _load(image: Image.Image):
+    """Load an image. Pillow turns a TIFF as it loads it."""
+    name = getattr(image, "filename", "")
+    is_turned_tiff = name and _tiff_tags(image).get(ExifTags.Base.Orientation, 1) != 1
+    if is_turned_tiff:  # Pillow would map the file with the width that the image has once it is turned
+        image.filename = ""
+    image.load()
+    if is_turned_tiff:
+        image.filename = name
 
 
 def _deep_rawmode(image: Image.Image) -> str | None:

@@ -211,6 +211,40 @@ def test_deep_colours_are_turned_upright(tmp_path):
     assert np.array_equal(scaled, np.rot90(stretch(COLOURS)[0], -1))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGBA", "CMYK", "I", "F"])
+def test_a_tiff_without_compression_is_turned_upright(tmp_path, mode, orientation):
+    """Pillow maps such files to memory, and takes the turned width for that of the stored rows."""
+    image = Image.effect_noise((60, 40), 90).convert(mode.replace("I;16", "I"))
+    image = Image.fromarray(np.asarray(image).astype(np.uint16)) if mode == "I;16" else image
+    assert image.mode == mode
+    image.save(tmp_path / "x.tif", tiffinfo={ExifTags.Base.Orientation: orientation})
+    turns = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}[orientation]
+    expected = np.rot90(np.asarray(to_rgb(image)), turns)
+    if orientation in (2, 4, 5, 7):
+        expected = expected[:, ::-1]
+    assert np.array_equal(open_image(tmp_path / "x.tif"), expected)
+    opened = Image.open(tmp_path / "x.tif")
+    assert np.array_equal(image_tensor(opened).permute(1, 2, 0), expected)
+    assert opened.filename  # as it was
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])  # Pillow itself inverts 8 bits
+def test_grey_whose_zero_is_white(tmp_path, dtype):
+    pixels = gradient(1, 30_000, dtype)
+    pixels[0, :5] = 0
+    Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={262: 0, GDAL_NODATA_TAG: "0"})
+    upright, _ = stretch(pixels, nodata=0)
+    assert np.array_equal(grey_levels(open_image(tmp_path / "x.tif")), np.where(pixels > 0, 255 - upright, 0))
+
+
+def test_signed_levels_of_8_bits(tmp_path):
+    pixels = gradient(-100, 100, np.int8)
+    Image.fromarray(pixels.view(np.uint8)).save(tmp_path / "x.tif", tiffinfo={339: 2})
+    assert has_more_than_8_bits(Image.open(tmp_path / "x.tif"))
+    assert np.array_equal(grey_levels(open_image(tmp_path / "x.tif")), stretch(pixels)[0])
+
+
 def test_colours_without_data_are_black_where_all_channels_lack_them(tmp_path):
     pixels = COLOURS.copy()
     pixels[:4] = 65535
