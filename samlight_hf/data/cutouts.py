@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
+from ..images.formats import open_lazily
 from ..masks.boxes import mask_extent
 from .augmentation import Colours, check_strengths, draw_colours, resize, to_cells
 from .lazy import planes
@@ -170,7 +170,7 @@ class Cutouts:
         try:
             with open(self._files[file], "rb") as stream:
                 stream.seek(offset)
-                image = Image.open(io.BytesIO(stream.read(size)))
+                image = open_lazily(io.BytesIO(stream.read(size)))
             if image.has_transparency_data:
                 return planes(image.convert("RGBA"))
         except MemoryError:

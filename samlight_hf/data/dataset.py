@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
+from ..images.formats import open_lazily
 from ..images.levels import is_turned, to_rgb
 from .annotations import parse_instances
 from .lazy import LazySample
@@ -202,7 +203,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None, upright: bool
         SampleError: if the file is no image, is damaged or truncated, or has another size.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_lazily(io.BytesIO(data)) as image:
             rgb = to_rgb(image, upright=upright or bool(size and image.size != size))
     except MemoryError:
         raise
@@ -223,7 +224,7 @@ def open_stored_image(data: bytes, size: tuple[int, int] | None = None, upright:
         SampleError: if the file is no image or has another size.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_lazily(io.BytesIO(data))
     except MemoryError:
         raise
     except UnidentifiedImageError as error:

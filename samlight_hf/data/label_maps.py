@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from ..images.formats import open_lazily
 from .samples import SampleError, SkipReason
 
 
@@ -143,7 +144,7 @@ def read_values(data: bytes) -> tuple[np.ndarray, bool]:
         SampleError: if the file is damaged or has no such numbers.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_lazily(io.BytesIO(data)) as image:
             raw_mode, is_lossy = _raw_mode(image), image.format in _LOSSY
             mode, pixels = image.mode, np.array(image)
     except MemoryError:
@@ -169,7 +170,7 @@ def read_values(data: bytes) -> tuple[np.ndarray, bool]:
 
 def is_named_label_map(file: bytes | Path) -> bool:
     """Return whether a file, or its bytes, say that it is a label map, whatever its numbers look like."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    with open_lazily(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         return image.format == "PNG" and image.info.get("Title") == LABEL_MAP_TITLE
 
 

@@ -1,7 +1,10 @@
 """Image formats that Pillow opens here, and hints for those that it does not."""
 
+import os
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import IO
 
 from PIL import Image, features
 
@@ -21,10 +24,20 @@ _HINTS = {
 }  # fmt: skip
 
 
+def open_lazily(file: str | os.PathLike | IO[bytes], formats: Sequence[str] | None = None) -> Image.Image:
+    """Open a raster image with Pillow, without decoding it.
+
+    Args:
+        file: a path, or a file that is open for reading.
+        formats: Pillow's names of the formats that are tried. Default: all of raster images. Others are not tried,
+            whatever the suffix says: Pillow would start Ghostscript for EPS.
+    """
+    return Image.open(file, formats=_image_formats() if formats is None else formats)
+
+
 def image_suffixes() -> frozenset[str]:
     """Return the suffixes, in lower case, of all raster images that Pillow and its plugins open here."""
-    _register_openers()
-    readable = (Image.OPEN.keys() | _READ_AS_OTHERS) - _NO_IMAGES
+    readable = {*_image_formats(), *_READ_AS_OTHERS}
     if not features.check("jpg_2000"):
         readable -= {"JPEG2000"}
     return frozenset(suffix.lower() for suffix, name in Image.registered_extensions().items() if name in readable)
@@ -50,6 +63,12 @@ def describe_left_out(left_out: Counter[str]) -> str | None:
         parts[_MAX_SUFFIXES:] = [f"{len(parts) - _MAX_SUFFIXES} further kinds"]
     total = left_out.total()
     return f"left out {total:,} file{'s' * (total > 1)} of other formats: {', '.join(parts)}."
+
+
+def _image_formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats of raster images that it and its plugins open here."""
+    _register_openers()
+    return tuple(name for name in Image.OPEN if name not in _NO_IMAGES)
 
 
 @lru_cache(maxsize=1)

@@ -266,7 +266,7 @@ def _read_as(image: ImageFile.ImageFile, mode: str | None) -> Image.Image:
     file = _file_of(image)
     position = file.tell()
     file.seek(0)
-    twin = Image.open(file)
+    twin = Image.open(file, formats=[image.format or ""])
     if image.tell():
         twin.seek(image.tell())
     if mode is not None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from ..utils.messages import one_line
-from .formats import describe_left_out, image_suffixes, opening_hint
+from .formats import describe_left_out, image_suffixes, open_lazily, opening_hint
 from .levels import LevelsError, to_rgb
 
 
@@ -116,17 +116,16 @@ def open_image(
     Args:
         path: of the file, with any suffix.
         max_pixels: the largest width times height. Default: `MAX_PIXELS`.
-        formats: Pillow's names of the formats that are tried. Default: all.
+        formats: Pillow's names of the formats that are tried. Default: all of raster images.
 
     Raises:
         ImageError: for a file that does not exist, is not an image, is damaged, or has more than `max_pixels` pixels.
     """
     path, max_pixels = check_file(path), MAX_PIXELS if max_pixels is None else max_pixels
-    image_suffixes()  # loads plugins for formats that Pillow lacks
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warning of the size, which is checked below
-            with Image.open(path, formats=formats) as image:
+            with open_lazily(path, formats) as image:
                 _check_size(path, *image.size, max_pixels)
                 return to_rgb(image, str(path), upright=True, copies=False)
     except ImageError:

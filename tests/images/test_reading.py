@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import EpsImagePlugin, Image, features
 
+from samlight_hf.data import SampleError, SkipReason
+from samlight_hf.data.dataset import decode_image
+from samlight_hf.data.label_maps import read_values
 from samlight_hf.images import reading
 from samlight_hf.images.formats import describe_left_out, image_suffixes, opening_hint
 from samlight_hf.images.reading import ImageError, common_folder, find_images, open_image, read_ahead
@@ -125,6 +128,19 @@ def test_files_that_are_no_images(tmp_path):
     refused(path, "empty")
     path.write_text("Dear diary")
     refused(path, "not an image")
+
+
+def test_no_program_is_started_for_a_drawing(tmp_path, monkeypatch):
+    """Pillow would read it with Ghostscript, whatever its suffix says."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: pytest.fail("it is started"))
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (4, 4)).save(path, format="EPS")
+    refused(path, "not an image")
+    with pytest.raises(SampleError) as raised:
+        decode_image(path.read_bytes())
+    assert raised.value.reason == SkipReason.UNKNOWN_FORMAT
+    with pytest.raises(SampleError):
+        read_values(path.read_bytes())
 
 
 def test_an_image_with_broken_exif_still_opens(tmp_path):
