@@ -50,7 +50,10 @@ class GeoRaster(Raster):
                 f"{path}: cannot be opened ({one_line(error, 200)}). Copy or download it again."
             ) from error
         file = self._file
-        colours = [file.colorinterp[band] for band in range(file.count)]
+        colours = list(file.colorinterp)
+        if bands is None and (kind := _unreadable_kind(file)):
+            file.close()
+            raise ImageError(f"{path}: is stored as {kind}: only grey and RGB are read in parts. Convert it to RGB.")
         self._palette = _palette(file) if colours[:1] == [ColorInterp.palette] and bands is None else None
         if bands is None and all(c in colours for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)):
             bands = [1 + colours.index(c) for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
@@ -107,10 +110,21 @@ def _reason(error: BaseException) -> str:
     return one_line(error.__cause__ or error, 200)
 
 
+def _unreadable_kind(file) -> str | None:
+    """Return what the levels of a file are where they are neither grey nor RGB and GDAL does not convert them."""
+    structure, colours = file.tags(ns="IMAGE_STRUCTURE"), file.colorinterp
+    if colours[:1] == (ColorInterp.palette,):
+        if file.dtypes[0] == "uint8":
+            return None
+        return "MINISWHITE" if "MINISWHITE" in structure else f"a palette of {file.dtypes[0]}"
+    if ColorInterp.cyan in colours:  # of 16 bits: GDAL converts 8 bits
+        return "CMYK"
+    return "MINISWHITE" if "MINISWHITE" in structure else None
+
+
 def _palette(file) -> np.ndarray:
     """Return the colours of the first band, uint8 (256, 3)."""
     palette = np.zeros((256, 3), dtype=np.uint8)
     for level, colour in file.colormap(1).items():
-        if level < 256:
-            palette[level] = colour[:3]
+        palette[level] = colour[:3]
     return palette

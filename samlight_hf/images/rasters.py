@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 lie be
 PYRAMIDS = (".svs", ".ndpi", ".scn", ".qptiff", ".bif", ".btf", ".ome.tif", ".ome.tiff", ".lsm")
 _GDAL_ONLY = (".vrt", ".img", ".ecw", ".jp2")
 _TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_GEO_KEYS = 34735  # the tag of a GeoTIFF's coordinate system
+_GEO_KEYS, _ORIENTATION = 34735, 274  # tags: a GeoTIFF's coordinate system, and how a TIFF is turned
 _STRIP_PIXELS = 1 << 23  # read at once where the whole file is read
 _NUM_BINS = 1 << 16
 _FINE_BINS = 1024  # between the percentiles, so that rounding to a bin does not show
@@ -248,11 +248,11 @@ def open_raster(path: str | os.PathLike, bands: Sequence[int] | None = None, lev
             raise ImageError(f"{path}: needs tifffile: pip install 'samlight-hf[tiff]'.")
         return _open_tiff(path, bands, level)
     if has_rasterio and (is_tiff or name.endswith(_GDAL_ONLY)):
-        return _open_geo(path, bands, level)
-    if is_tiff and _has_geo_keys(path):
+        return _with_orientation(_open_geo(path, bands, level))
+    if is_tiff and _tiff_tag(path, _GEO_KEYS) is not None:
         raise ImageError(f"{path}: is a GeoTIFF and needs rasterio: pip install 'samlight-hf[geo]'.")
     if is_tiff and has_tifffile:
-        return _open_tiff(path, bands, level)
+        return _with_orientation(_open_tiff(path, bands, level))
     if level:
         fix = "pip install 'samlight-hf[tiff]'" if is_tiff else "use level 0"
         raise ImageError(f"{path}: has no level {level} that can be read: {fix}.")
@@ -282,20 +282,28 @@ def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def _has_geo_keys(path: Path) -> bool:
-    """Return whether a TIFF names a coordinate system; False for a file that cannot be opened."""
+def _with_orientation(raster: Raster) -> Raster:
+    """Note that a raster is not turned as its file says; places on the earth belong to the stored rows."""
+    orientation = _tiff_tag(Path(raster.path), _ORIENTATION)
+    if orientation not in (None, 1) and raster.crs is None:
+        raster.notes.append(f"it is not turned as its orientation ({orientation}) says: its rows are those of the file")
+    return raster
+
+
+def _tiff_tag(path: Path, number: int) -> Any:
+    """Return the value of a tag of a TIFF; None where it has none or cannot be opened."""
     if _is_installed("tifffile"):  # it opens more kinds of levels than Pillow
         import tifffile
 
         try:
             with tifffile.TiffFile(path) as file:
-                return _GEO_KEYS in file.pages[0].tags  # type: ignore[union-attr]
+                return file.pages[0].tags.valueof(number)  # type: ignore[union-attr]
         except Exception:  # tifffile raises nearly anything on damaged files
-            return False
+            return None
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return _GEO_KEYS in getattr(image, "tag_v2", {})
+            return getattr(image, "tag_v2", {}).get(number)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+        return None

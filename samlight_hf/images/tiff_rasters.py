@@ -43,7 +43,7 @@ class TiffRaster(Raster):
                 "channels can be read. Save the plane as a file of its own."
             )
         photometric = tifffile.PHOTOMETRIC(series.keyframe.photometric).name
-        if photometric in ("MINISWHITE", "PALETTE", "SEPARATED"):
+        if photometric not in ("MINISBLACK", "RGB", "YCBCR"):
             raise ImageError(
                 f"{path}: is stored as {photometric}: only grey and RGB are read in parts. Convert it to RGB."
             )

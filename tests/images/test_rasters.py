@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from samlight_hf.images import rasters
 from samlight_hf.images.levels import stretch
 from samlight_hf.images.rasters import ArrayRaster, open_raster
 from samlight_hf.images.reading import ImageError
@@ -118,13 +119,45 @@ def test_a_few_hot_levels_leave_the_others_apart(tmp_path, dtype):
     assert high == pytest.approx(expected_high, rel=0.002)
 
 
-def test_kinds_of_tiff_whose_levels_are_not_brightness_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "photometric", "shape", "words"),
+    [
+        (np.uint8, "miniswhite", (64, 64), None),  # GDAL has a palette of it
+        (np.uint16, "miniswhite", (64, 64), "MINISWHITE"),
+        (np.float32, "miniswhite", (64, 64), "MINISWHITE"),
+        (np.uint16, "palette", (64, 64), "palette of uint16"),
+        (np.uint16, "separated", (64, 64, 4), "CMYK"),
+    ],
+)
+def test_kinds_of_tiff_whose_levels_are_not_brightness_are_refused(tmp_path, dtype, photometric, shape, words):
     tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("rasterio")
     from samlight_hf.images.tiff_rasters import TiffRaster
 
-    tifffile.imwrite(tmp_path / "white.tif", np.zeros((64, 64), np.uint8), photometric="miniswhite")
-    with pytest.raises(ImageError, match="MINISWHITE: only grey and RGB are read in parts"):
-        TiffRaster(tmp_path / "white.tif")
+    levels = np.full(shape, 40, dtype)
+    colours = {"colormap": np.zeros((3, 65536), np.uint16)} if photometric == "palette" else {}
+    tifffile.imwrite(tmp_path / "a.tif", levels, photometric=photometric, **colours)
+    with pytest.raises(ImageError, match=f"{photometric.upper()}: only grey and RGB are read in parts"):
+        TiffRaster(tmp_path / "a.tif")
+    if words is None:
+        assert open_raster(tmp_path / "a.tif").read_levels((0, 0, 1, 1))[0].tolist() == [[[215]]] * 3
+        return
+    with pytest.raises(ImageError, match=f"{words}: only grey and RGB are read in parts"):
+        open_raster(tmp_path / "a.tif")
+    assert open_raster(tmp_path / "a.tif", bands=(1,)).read_levels((0, 0, 1, 1))[0] == 40  # as it was asked for
+
+
+@pytest.mark.parametrize("package", ["rasterio", "tifffile"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_raster_that_is_not_turned_says_so(tmp_path, monkeypatch, package, orientation):
+    pytest.importorskip("tifffile")
+    pytest.importorskip(package)
+    monkeypatch.setattr(rasters, "_is_installed", lambda name: name == package)
+    Image.fromarray(pixels_of((110, 130), np.uint8)).save(tmp_path / "a.tif", tiffinfo={274: orientation})
+    raster = open_raster(tmp_path / "a.tif")
+    assert (raster.height, raster.width) == (110, 130)
+    told = [note for note in raster.notes if "orientation (6)" in note]
+    assert len(told) == (orientation == 6)
 
 
 def test_palettes_alpha_and_masks(tmp_path):
