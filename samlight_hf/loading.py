@@ -91,7 +91,7 @@ def load_model(
             raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error, _MESSAGE_LIMIT)}") from error
     _check_model(source, model, report, model_types)
     if model.config.model_type in MODEL_TYPES:
-        _check_processor(source, model, processor)
+        check_processor(source, model, processor)
     return model.to(torch_device).eval(), processor
 
 
@@ -154,6 +154,34 @@ def computed_settings(settings: dict) -> dict:
         for name, value in settings.items()
         if name not in _OF_THE_FILE
     }
+
+
+def check_processor(source: str, model: PreTrainedModel, processor: ProcessorMixin):
+    """Raise CheckpointError for a processor that does not make images of the model's size.
+
+    Args:
+        source: begins the message.
+        model: a SAM.
+        processor: its processor.
+    """
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None or not hasattr(processor, "post_process_masks"):
+        raise CheckpointError(f"{source}: its processor is a {type(processor).__name__}. It needs a SamProcessor.")
+    image_size = model.config.vision_config.image_size
+    pad_size = image_processor.pad_size or {}
+    for name, value in (
+        ("size.longest_edge", image_processor.size["longest_edge"]),
+        ("pad_size.height", pad_size.get("height")),
+        ("pad_size.width", pad_size.get("width")),
+    ):
+        if value != image_size:
+            raise CheckpointError(
+                f"{source}: the processor's {name}={value} must equal the model's image_size={image_size}. "
+                "Correct processor_config.json."
+            )
+    for step in ("do_resize", "do_pad"):
+        if not getattr(image_processor, step):
+            raise CheckpointError(f"{source}: the processor's {step} must be true. Correct processor_config.json.")
 
 
 @contextmanager
@@ -295,24 +323,3 @@ def _check_model(source: str, model: PreTrainedModel, report: dict, model_types:
             if tensor.dtype == torch.float16:
                 fix = "If it is whole, it is too large for float16: use bfloat16 or float32."
             raise CheckpointError(f"{source}: NaN or infinite values in {name}. {fix}")
-
-
-def _check_processor(source: str, model: PreTrainedModel, processor: ProcessorMixin):
-    image_processor = getattr(processor, "image_processor", None)
-    if image_processor is None or not hasattr(processor, "post_process_masks"):
-        raise CheckpointError(f"{source}: its processor is a {type(processor).__name__}. It needs a SamProcessor.")
-    image_size = model.config.vision_config.image_size
-    pad_size = image_processor.pad_size or {}
-    for name, value in (
-        ("size.longest_edge", image_processor.size["longest_edge"]),
-        ("pad_size.height", pad_size.get("height")),
-        ("pad_size.width", pad_size.get("width")),
-    ):
-        if value != image_size:
-            raise CheckpointError(
-                f"{source}: the processor's {name}={value} must equal the model's image_size={image_size}. "
-                "Correct processor_config.json."
-            )
-    for step in ("do_resize", "do_pad"):
-        if not getattr(image_processor, step):
-            raise CheckpointError(f"{source}: the processor's {step} must be true. Correct processor_config.json.")

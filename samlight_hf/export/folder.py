@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..images.preprocessing import image_tensor, preprocess
+from ..loading import check_processor
 from ..utils.atomic_files import check_replaceable, replace_folder
 from ..utils.json_files import read_json
 from . import precision
@@ -70,8 +71,8 @@ def export_onnx(
         The files, sorted.
 
     Raises:
-        ValueError: for a model that is no SAM or has no values, for an unknown dtype, an opset out of range, and a
-            folder that holds other files or cannot be replaced.
+        ValueError: for a model that is no SAM, has no values or is optimized, for a processor of another size, for an
+            unknown dtype, an opset out of range, and a folder that holds other files or cannot be replaced.
         ImportError: where onnx, onnxscript or onnxruntime is not installed.
     """
     import onnx  # noqa: F401
@@ -80,12 +81,15 @@ def export_onnx(
 
     out = Path(out)
     check_model(model)
+    check_processor(type(processor).__name__, model, processor)
     check_opset(opset)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
     _check_destination(out)
-    if model.training or any(weight.dtype != torch.float32 or weight.is_cuda for weight in model.parameters()):
+    if model.training or any(
+        weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in model.parameters()
+    ):
         model = copy.deepcopy(model).to("cpu", torch.float32).eval()  # the caller's stays as it is
     inputs = None
     if calibration is not None:

@@ -101,9 +101,11 @@ def check_opset(opset: int):
 
 
 def check_model(model: PreTrainedModel):
-    """Raise ValueError for a model that is no SAM, or that has tensors without values."""
+    """Raise ValueError for a model that is no SAM, that is optimized, or that has tensors without values."""
     if not all(hasattr(model, part) for part in ("vision_encoder", "prompt_encoder", "mask_decoder")):
         raise ValueError(f"{type(model).__name__} is no SAM: it needs vision_encoder, prompt_encoder and mask_decoder.")
+    if hasattr(type(model), "optimized_from"):
+        raise ValueError("this model is optimized and cannot be exported: export the model that it was made from.")
     if meta := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise ValueError(
             f"{len(meta)} weights are meta tensors, which hold no values, first {meta[0]}. Load the model with "

@@ -1,5 +1,6 @@
 """Exported folders: the layout of transformers.js, the values of torch, other precisions, and bad input."""
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import torch
 from PIL import Image
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 
-from samlight_hf import SamLighteningModel
+from samlight_hf import SamLighteningModel, optimize
+from samlight_hf.conversion import resize_processor
 from samlight_hf.data import SyntheticScenes, load_dataset
 from samlight_hf.export import OnnxRunner, TorchRunner, check_folder, export_onnx, mean_iou, precision
 from samlight_hf.export.graphs import export_encoder
@@ -263,6 +265,10 @@ def test_bad_input_is_named(exported, tmp_path):
         export_onnx(empty, processor, tmp_path / "out")
     with pytest.raises(ValueError, match="Linear is no SAM"):
         export_onnx(torch.nn.Linear(2, 2), processor, tmp_path / "out")
+    with pytest.raises(ValueError, match="export the model that it was made from"):
+        export_onnx(optimize(copy.deepcopy(model)), processor, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"size\.longest_edge=64 must equal the model's image_size=32"):
+        export_onnx(model, resize_processor(processor, 64, 4), tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"holds thesis\.tex"):
