@@ -186,7 +186,8 @@ class SamLighteningPreTrainedModel(SamPreTrainedModel):
         if any(os.path.isfile(os.path.join(save_directory, name)) for name in names):
             # transformers' own class reads the size of any processor without running code from the folder.
             existing = SamImageProcessor.from_pretrained(save_directory)
-            if existing.size["longest_edge"] == config.image_size:
+            padded = existing.pad_size or {}
+            if existing.size["longest_edge"] == padded.get("height") == padded.get("width") == config.image_size:
                 return
         make_processor(config).save_pretrained(save_directory)
 

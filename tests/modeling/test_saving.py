@@ -60,6 +60,11 @@ def run_without_the_package(script: str, cache: Path, *arguments) -> str:
     return process.stdout
 
 
+def own_image_processor() -> SamImageProcessor:
+    sizes = {"size": {"longest_edge": 32}, "pad_size": {"height": 32, "width": 32}}
+    return SamImageProcessor(**sizes, image_mean=[0.5, 0.5, 0.5])
+
+
 @pytest.fixture
 def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
@@ -118,7 +123,7 @@ def test_checkpoint_without_a_processor_still_finds_one(folder):
 
 
 def test_a_processor_of_ones_own_is_kept(model, tmp_path):
-    processor = SamProcessor(SamImageProcessor(size={"longest_edge": 32}, image_mean=[0.5, 0.5, 0.5]))
+    processor = SamProcessor(own_image_processor())
     processor.save_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "second")
@@ -143,6 +148,14 @@ def test_a_processor_of_another_size_is_replaced(model, tmp_path):
     SamLighteningModel(tiny_config(image_size=64, segment_length=None, dilation_rate=1)).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path).image_processor.size["longest_edge"] == 32
+
+
+@pytest.mark.parametrize("pad_size", [{}, {"pad_size": {"height": 32, "width": 64}}, {"pad_size": None}], ids=str)
+def test_a_processor_that_pads_to_another_size_is_replaced(model, image, tmp_path, pad_size):
+    SamProcessor(SamImageProcessor(size={"longest_edge": 32}, **pad_size)).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert model(**processor(image, return_tensors="pt")).pred_masks.shape[-2:] == (32, 32)
 
 
 @pytest.mark.parametrize("part", ["model", "encoder"])
@@ -213,7 +226,7 @@ def test_pipeline(folder, image):
 def test_loads_with_remote_code_alone_saves_again_and_loads_again(folder, model, pixel_values, image, tmp_path):
     """All ways to load a folder work without the package, and so do those for a folder that this process saves."""
     stock = tmp_path / "stock"  # as an older checkpoint has it: a processor of transformers' own, which needs no trust
-    SamProcessor(SamImageProcessor(size={"longest_edge": 32}, image_mean=[0.5, 0.5, 0.5])).save_pretrained(stock)
+    SamProcessor(own_image_processor()).save_pretrained(stock)
     stock_processor = (stock / "processor_config.json").read_bytes()
     torch.save(pixel_values, tmp_path / "pixels.pt")
     image.save(tmp_path / "image.png")
