@@ -126,7 +126,9 @@ def preprocess(
         ValueError: for an image processor that resizes to more than it pads to.
     """
     if device.type == "cpu" or why_not_on_device(image_processor):
-        inputs = image_processor(list(images), return_tensors="pt", device=device if device.type != "cpu" else None)
+        # By itself it warns of images whose width is 1 or 3 pixels, which could be channels.
+        options = {"input_data_format": "channels_first", "device": None if device.type == "cpu" else device}
+        inputs = image_processor(list(images), return_tensors="pt", **options)
         return inputs["pixel_values"].to(dtype)
     height, width = image_processor.pad_size["height"], image_processor.pad_size["width"]
     levels = normalised_levels(image_processor, dtype, device)

@@ -146,3 +146,16 @@ def test_images_that_are_too_thin():
     check_size(SamImageProcessor(), 1, 2048)
     with pytest.raises(ValueError, match=r"2049x1 pixels is too thin.*2048:1"):
         check_size(SamImageProcessor(), 1, 2049)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (3, 3), (3, 1), (7, 1)])
+def test_columns_of_narrow_images_are_not_taken_for_channels(monkeypatch, size):
+    monkeypatch.setattr("transformers.image_utils.logger.warning", lambda message, *rest: pytest.fail(message))
+    image, processor = random_image(*size), SamImageProcessor()
+    pixel_values = preprocess(processor, [image], torch.device("cpu"))[0]
+    height, width = resized_size(*size, 1024)
+    levels = normalised_levels(processor, torch.float32, torch.device("cpu"))
+    assert pixel_values.shape == (3, 1024, 1024)
+    for row, column in ((0, 0), (-1, -1)):  # at the corners of the image, levels are not mixed
+        corner = pixel_values[:, :height, :width][:, row, column]
+        torch.testing.assert_close(corner, levels.gather(1, image[:, row, column, None].long())[:, 0])
