@@ -1,5 +1,6 @@
 """Checkpoint folders that load anywhere: safetensors, config, processor, code, model card and licence."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -69,7 +70,8 @@ def build_folder(
             weights |= load_file(path)
         save_torch_state_dict(weights, folder, max_shard_size=max_shard_size or "1TB", metadata={"format": "pt"})
         processor.save_pretrained(folder)
-        model_type = _write_config(source, folder)
+        dtype = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
+        model_type = _write_config(source, folder, str(dtype).removeprefix("torch."))
         for name in CODE if model_type == "sam_lightening" else ():
             shutil.copyfile(CODE_FOLDER / name, folder / name)
         (folder / CARD_NAME).write_text(readme, encoding="utf-8")
@@ -100,11 +102,15 @@ def _check_destination(source: Path, destination: Path):
         )
 
 
-def _write_config(source: Path, destination: Path) -> str:
-    """Write the source's config, with the auto_map that trust_remote_code=True needs, and return its model_type."""
+def _write_config(source: Path, destination: Path, dtype: str) -> str:
+    """Write the source's config, with the auto_map that trust_remote_code=True needs, and return its model_type.
+
+    `from_pretrained` loads weights in the dtype that the config names: it is to be that which holds all of them.
+    """
     config = read_json(source / "config.json", dict)
-    config.pop("_name_or_path", None)
-    config.pop("auto_map", None)
+    for name in ("_name_or_path", "auto_map", "torch_dtype"):
+        config.pop(name, None)
+    config["dtype"] = dtype
     if config["model_type"] == "sam_lightening":
         config["auto_map"] = AUTO_MAP
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

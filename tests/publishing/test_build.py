@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
-from transformers import SamConfig, SamModel
+from transformers import AutoModel, SamConfig, SamModel
 
 from samlight_hf import SamLighteningModel, hub
 from samlight_hf.images.reading import ImageError
@@ -92,6 +92,20 @@ def test_weights_keep_their_dtype(tmp_path):
     build_folder(tmp_path / "half", tmp_path / "built")
     assert {weight.dtype for weight in load_file(tmp_path / "built/model.safetensors").values()} == {torch.bfloat16}
     check_folder(tmp_path / "built")
+    assert AutoModel.from_pretrained(tmp_path / "built").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_weights_are_loaded_in_their_dtype_whatever_the_config_said(student, tmp_path, name):
+    source = Path(shutil.copytree(student, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config.pop("dtype")
+    (source / "config.json").write_text(json.dumps(config | {name: "bfloat16"}))
+    assert AutoModel.from_pretrained(source).dtype == torch.bfloat16
+    build_folder(source, tmp_path / "built")
+    loaded = AutoModel.from_pretrained(tmp_path / "built").state_dict()
+    for name, weight in load_file(student / "model.safetensors").items():
+        assert torch.equal(loaded[name], weight), name
 
 
 def test_building_again_gives_the_same_bytes(student, built, tmp_path):
