@@ -245,10 +245,17 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the paths of a checkpoint's safetensors files, all inside its folder.
 
     Raises:
-        CheckpointError: Where a file is missing, the index names a file elsewhere, or the weights are pickled.
+        CheckpointError: Where a file is missing, the index names a file elsewhere, the weights are pickled, or there
+            are two sets of them.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
+        if shards := sorted(file.name for file in folder.iterdir() if _SHARD.fullmatch(file.name)):
+            # save_pretrained leaves an earlier model.safetensors beside the shards that it writes.
+            raise CheckpointError(
+                f"{folder}: has two sets of weights: model.safetensors, which transformers loads, and {shards[0]}. "
+                "Remove the older set."
+            )
         return [folder / "model.safetensors"]
     if index.is_file():
         weight_map = read_json(index, "Copy or download it again.").get("weight_map")

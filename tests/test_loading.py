@@ -153,6 +153,19 @@ def test_a_shard_that_is_not_there(folder):
     refused(folder, "model-00001-of-00002.safetensors")
 
 
+def test_shards_that_were_saved_over_a_whole_file(folder):
+    """transformers would go on to load the whole file, which is older."""
+    torch.manual_seed(1)
+    newer = SamLighteningModel(tiny_config())
+    newer.save_pretrained(folder, max_shard_size="50KB")
+    refused(folder, "two sets of weights", "model-00001-of-")
+    (folder / "model.safetensors").unlink()  # as the message says
+    for name, weight in load_model(folder, "cpu")[0].state_dict().items():
+        assert torch.equal(weight, newer.state_dict()[name]), name
+    newer.save_pretrained(folder)  # here it is the shards that go
+    load_model(folder, "cpu")
+
+
 @pytest.mark.parametrize("model_type", ["bert", "sam_lightening_vision_model", None])
 def test_another_kind_of_model(folder, model_type):
     edit_config(folder, model_type=model_type)

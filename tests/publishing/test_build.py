@@ -292,7 +292,7 @@ def metadata_in_weights(folder):
         (lambda folder: (folder / "notes.txt").write_text("x"), "notes.txt: does not belong"),
         (lambda folder: (folder / ".env").write_text("x"), ".env: does not belong"),
         (lambda folder: (folder / "helper.py").write_text("x"), "helper.py: does not belong"),
-        (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b"x"), "another set of weights"),
+        (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b"x"), "two sets of weights"),
         (lambda folder: (folder / "runs").mkdir(), "runs: a link or a folder"),
         (lambda folder: (folder / "link").symlink_to("/etc/passwd"), "link: a link or a folder"),
         (append("modeling_sam_lightening.py", "\n# changed\n"), "is not the package's own"),
