@@ -59,8 +59,8 @@ def find_images(
     excluded = None if exclude is None else Path(exclude).resolve()
     suffixes = image_suffixes()
     for name in paths:
-        if _is_address(name):
-            problems.append(ImageError(_NO_ADDRESS.format(name)))
+        if not os.fspath(name) or _is_address(name):
+            problems.append(ImageError(_NO_ADDRESS.format(name) if name else "an empty name: give a file or a folder."))
             continue
         path, others = Path(name), Counter[str]()
         if path.is_dir():

@@ -172,6 +172,14 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
     assert find_images([path]) == ([path], [])
 
 
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    save(Image.new("RGB", (4, 4)), tmp_path / "x.png")
+    monkeypatch.chdir(tmp_path)
+    images, (problem,) = find_images([""])
+    assert not images and "an empty name" in str(problem)
+    assert find_images(["."]) == ([Path("x.png")], [])
+
+
 def test_an_empty_folder_is_a_problem(tmp_path):
     images, problems = find_images([tmp_path])
     assert not images
