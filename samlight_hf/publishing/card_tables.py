@@ -245,9 +245,11 @@ def _benchmark_source(benchmark: Mapping) -> str:
 
 def _attention(config: PreTrainedConfig, num_tokens: int) -> str:
     if not isinstance(config, SamLighteningConfig):
-        return f"windows of {config.vision_config.window_size}, with relative positions; global in layers " + _listed(
-            config.vision_config.global_attn_indexes
-        )
+        vision = config.vision_config
+        positions = f"with{'' if vision.use_rel_pos else 'out'} relative positions"
+        if not vision.window_size:
+            return f"the whole image, {positions}"
+        return f"windows of {vision.window_size}, {positions}; global in layers {_listed(vision.global_attn_indexes)}"
     layers: dict[tuple, list[int]] = {}
     for layer, pattern in enumerate(config.vision_config.layer_patterns()):
         layers.setdefault(tuple(pattern), []).append(layer)

@@ -15,6 +15,7 @@ from samlight_hf import SamLighteningModel, __version__
 from samlight_hf.commands import cli
 from samlight_hf.loading import weights_fingerprint
 from samlight_hf.publishing.card import CITATION, SAM_CITATION, TEMPLATE, CardFacts, render_card
+from samlight_hf.publishing.card_tables import architecture_rows
 from samlight_hf.publishing.checks import FolderError
 from tests.conftest import tiny_config
 
@@ -153,6 +154,12 @@ def test_an_original_sam(tmp_path):
     text = render_card(tmp_path, repo_id="org/teacher")
     assert "original [Segment Anything]" in text and "trust_remote_code" not in text
     assert "windows of 3, with relative positions; global in layers 1" in text
+    for changes, attention in (
+        ({"use_rel_pos": False}, "windows of 3, without relative positions; global in layers 1"),
+        ({"window_size": 0}, "the whole image, with relative positions"),
+    ):
+        rows = architecture_rows(SamConfig(vision_config=vision | changes), {}, set(), 0)
+        assert ["attention", attention] in rows
     assert CITATION not in text and SAM_CITATION in text
 
 
