@@ -72,7 +72,8 @@ def export_onnx(
 
     Raises:
         ValueError: for a model that is no SAM, has no values or is optimized, for a processor of another size, for an
-            unknown dtype, an opset out of range, and a folder that holds other files or cannot be replaced.
+            unknown dtype, weights too large for fp16, an opset out of range, and a folder that holds other files or
+            cannot be replaced.
         ImportError: where onnx, onnxscript or onnxruntime is not installed.
     """
     import onnx  # noqa: F401
@@ -86,10 +87,11 @@ def export_onnx(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
+    if "fp16" in dtypes:
+        _check_float16(model)
     _check_destination(out)
-    if model.training or any(
-        weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in model.parameters()
-    ):
+    kinds = {(weight.dtype, weight.device.type) for weight in model.parameters()}
+    if model.training or kinds != {(torch.float32, "cpu")}:
         model = copy.deepcopy(model).to("cpu", torch.float32).eval()  # the caller's stays as it is
     inputs = None
     if calibration is not None:
@@ -133,6 +135,13 @@ def _convert(graph, dtype: str, calibration):
     if dtype == "fp16":
         return precision.to_float16(graph)
     return precision.quantize(graph, dtype, calibration)
+
+
+def _check_float16(model: PreTrainedModel):
+    """Raise ValueError for weights beyond float16's range, which onnxruntime's tools would clip."""
+    for name, weight in model.state_dict().items():
+        if weight.numel() and weight.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError(f"{name} has values that are too large for float16. Leave fp16 out.")
 
 
 def _check_destination(out: Path):

@@ -265,6 +265,10 @@ def test_bad_input_is_named(exported, tmp_path):
         export_onnx(empty, processor, tmp_path / "out")
     with pytest.raises(ValueError, match="Linear is no SAM"):
         export_onnx(torch.nn.Linear(2, 2), processor, tmp_path / "out")
+    large = copy.deepcopy(model)
+    large.mask_decoder.iou_token.weight.data[0, 0] = -1e5
+    with pytest.raises(ValueError, match=r"mask_decoder\.iou_token\.weight has values that are too large for float16"):
+        export_onnx(large, processor, tmp_path / "out", ["fp32", "fp16"])
     with pytest.raises(ValueError, match="export the model that it was made from"):
         export_onnx(optimize(copy.deepcopy(model)), processor, tmp_path / "out")
     with pytest.raises(ValueError, match=r"size\.longest_edge=64 must equal the model's image_size=32"):
