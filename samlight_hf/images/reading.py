@@ -133,8 +133,9 @@ def open_image(
     except LevelsError as error:
         raise ImageError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow has a limit of its own
         raise ImageError(
-            f"{path}: more than {max_pixels:,} pixels, the limit here. Make it smaller, or cut it up; "
+            f"{path}: more than {limit:,} pixels, the limit here. Make it smaller, or cut it up; "
             "a TIFF is segmented as it is by samlight segment --tile."
         ) from error
     except UnidentifiedImageError as error:

@@ -107,6 +107,9 @@ def test_images_above_the_limit(tmp_path, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             refused(path, "100,000,000")
+    path.write_bytes(png_of_size(20_000, 20_000))
+    with pytest.raises(ImageError, match=f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"):  # Pillow's own limit
+        open_image(path, max_pixels=10**9)
     monkeypatch.setattr(reading, "MAX_PIXELS", 10)
     refused(save(Image.new("RGB", (4, 3)), tmp_path / "small.png"), "4x3", "12 pixels")
 
