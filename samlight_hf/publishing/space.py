@@ -77,7 +77,7 @@ if __name__ == "__main__":
 
 _README = """\
 ---
-title: {title}
+title: "{title}"
 emoji: ✂️
 colorFrom: green
 colorTo: indigo

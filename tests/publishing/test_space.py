@@ -55,6 +55,8 @@ def test_the_metadata_name_model_and_sdk(tmp_path):
     app = (tmp_path / "space" / "app.py").read_text()
     assert f"REVISION = '{'0' * 40}'" in app and "THRESHOLDS = (0.5, 0.65)" in app
     compile(app, "app.py", "exec")
+    build_space(tmp_path / "space", SpaceSettings("org/student", "me/2024"))
+    assert metadata_load(tmp_path / "space" / "README.md")["title"] == "2024"  # no number
 
 
 @pytest.mark.parametrize("name", ['org/a"; import os #', "a", "org/a b", "../x", "org/{x}"])
