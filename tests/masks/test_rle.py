@@ -87,6 +87,12 @@ def test_no_masks(nothing):
     assert nothing.areas.tolist() == []
 
 
+def test_views_of_masks_are_encoded_too():
+    masks = np.random.default_rng(0).random((3, 5, 7)) < 0.5
+    for view in (masks[::-1], masks[:, :, ::-1], masks.transpose(0, 2, 1), masks[::2, 1:, ::3], masks[:0, ::-1]):
+        assert RunLengthMasks.from_masks(view).to_coco() == RunLengthMasks.from_masks(view.copy()).to_coco()
+
+
 @pytest.mark.parametrize("masks", [np.zeros((2, 3), dtype=bool), np.zeros((1, 2, 3), dtype=np.uint8)])
 def test_what_is_no_stack_of_masks_is_refused(masks):
     with pytest.raises(ValueError, match="must be bool"):
