@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window as RasterioWindow
 
 from ..utils.messages import one_line
@@ -33,22 +33,27 @@ class GeoRaster(Raster):
 
     def __init__(self, path: Path, bands: Sequence[int] | None = None, level: int = 0):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in `notes`
-                self._file = rasterio.open(path)
-                overviews = self._file.overviews(1) if self._file.count else []
-                # Of the full size: a smaller level of a file without a transform has an arbitrary one.
-                transform, has_gcps, full = self._file.transform, bool(self._file.gcps[0]), self._file.shape
-                if level:
-                    self._file.close()
-                    if level > len(overviews):
-                        raise ImageError(f"{path}: has no level {level}: its last level is {len(overviews)}.")
-                    self._file = rasterio.open(path, overview_level=level - 1)
-                    _ = self._file.transform  # rasterio warns at its first use
-        except RasterioError as error:
+            self._open(path, bands, level)
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # on damaged files rasterio raises GDAL's errors too, which are no RasterioErrors
             raise ImageError(
                 f"{path}: cannot be opened ({one_line(error, 200)}). Copy or download it again."
             ) from error
+
+    def _open(self, path: Path, bands: Sequence[int] | None, level: int):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in `notes`
+            self._file = rasterio.open(path)
+            overviews = self._file.overviews(1) if self._file.count else []
+            # Of the full size: a smaller level of a file without a transform has an arbitrary one.
+            transform, has_gcps, full = self._file.transform, bool(self._file.gcps[0]), self._file.shape
+            if level:
+                self._file.close()
+                if level > len(overviews):
+                    raise ImageError(f"{path}: has no level {level}: its last level is {len(overviews)}.")
+                self._file = rasterio.open(path, overview_level=level - 1)
+                _ = self._file.transform  # rasterio warns at its first use
         file = self._file
         colours = list(file.colorinterp)
         if bands is None and (kind := _unreadable_kind(file)):
@@ -87,7 +92,9 @@ class GeoRaster(Raster):
                 # One by one, because rasterio refuses bands of several dtypes.
                 levels = np.stack([self._file.read(band, window=part).astype(self.dtype) for band in self.bands])
                 valid = self._file.read_masks(list(self.bands), window=part) > 0 if self._has_masks else None
-        except RasterioError as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # as in __init__
             raise ImageError(
                 f"{self.path}: truncated or damaged at {x1},{y1} to {x2},{y2} ({_reason(error)}). Copy or download it "
                 "again."

@@ -147,6 +147,22 @@ def test_kinds_of_tiff_whose_levels_are_not_brightness_are_refused(tmp_path, dty
     assert open_raster(tmp_path / "a.tif", bands=(1,)).read_levels((0, 0, 1, 1))[0] == 40  # as it was asked for
 
 
+def test_errors_of_gdal_are_one_line(tmp_path):
+    """GDAL tells of the wrong unit once it is asked for the kinds of bands, and rasterio raises its error as it is."""
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("rasterio")
+    tifffile.imwrite(tmp_path / "a.tif", pixels_of((110, 130, 3)), photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        place = file.pages[0].tags["ResolutionUnit"].valueoffset
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[place] = 246
+    (tmp_path / "a.tif").write_bytes(content)
+    try:
+        open_raster(tmp_path / "a.tif").read_levels(BOX)  # as other releases of GDAL may do
+    except ImageError as error:
+        assert "ResolutionUnit" in str(error) and "\n" not in str(error)
+
+
 @pytest.mark.parametrize("package", ["rasterio", "tifffile"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_raster_that_is_not_turned_says_so(tmp_path, monkeypatch, package, orientation):
