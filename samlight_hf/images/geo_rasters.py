@@ -11,8 +11,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window as RasterioWindow
 
-from ..utils.messages import one_line
-from .rasters import Raster, Window
+from .rasters import Raster, Window, image_errors
 from .reading import ImageError
 
 
@@ -32,14 +31,8 @@ class GeoRaster(Raster):
     """
 
     def __init__(self, path: Path, bands: Sequence[int] | None = None, level: int = 0):
-        try:
+        with image_errors(path, "cannot be opened"):
             self._open(path, bands, level)
-        except (ImageError, MemoryError):
-            raise
-        except Exception as error:  # on damaged files rasterio raises GDAL's errors too, which are no RasterioErrors
-            raise ImageError(
-                f"{path}: cannot be opened ({one_line(error, 200)}). Copy or download it again."
-            ) from error
 
     def _open(self, path: Path, bands: Sequence[int] | None, level: int):
         with warnings.catch_warnings():
@@ -87,18 +80,10 @@ class GeoRaster(Raster):
     def read_levels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         x1, y1, x2, y2 = window
         part = RasterioWindow(x1, y1, x2 - x1, y2 - y1)
-        try:
-            with _small_cache():
-                # One by one, because rasterio refuses bands of several dtypes.
-                levels = np.stack([self._file.read(band, window=part).astype(self.dtype) for band in self.bands])
-                valid = self._file.read_masks(list(self.bands), window=part) > 0 if self._has_masks else None
-        except MemoryError:
-            raise
-        except Exception as error:  # as in __init__
-            raise ImageError(
-                f"{self.path}: truncated or damaged at {x1},{y1} to {x2},{y2} ({_reason(error)}). Copy or download it "
-                "again."
-            ) from error
+        with image_errors(self.path, f"truncated or damaged at {x1},{y1} to {x2},{y2}"), _small_cache():
+            # One by one, because rasterio refuses bands of several dtypes.
+            levels = np.stack([self._file.read(band, window=part).astype(self.dtype) for band in self.bands])
+            valid = self._file.read_masks(list(self.bands), window=part) > 0 if self._has_masks else None
         if self._palette is not None:
             levels = self._palette[levels[0]].transpose(2, 0, 1)
         return levels, self._measured(levels, valid)
@@ -110,11 +95,6 @@ class GeoRaster(Raster):
 def _small_cache() -> rasterio.Env:
     """Return a context in which GDAL chooses the size of its cache, at its first use; a user's own choice stays."""
     return rasterio.Env() if "GDAL_CACHEMAX" in os.environ else rasterio.Env(GDAL_CACHEMAX=_CACHE_MB)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the message of GDAL, which rasterio has as the cause of its own."""
-    return one_line(error.__cause__ or error, 200)
 
 
 def _unreadable_kind(file) -> str | None:

@@ -7,6 +7,7 @@ GeoTIFF and what else GDAL opens is read by rasterio (extra `geo`), pyramids and
 percentiles of the levels of the whole file, as `levels.stretch` has them.
 """
 
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..utils.messages import one_line
 from .levels import SENTINELS, TAIL
 from .preprocessing import image_tensor
 from .reading import ImageError, check_file, open_image
@@ -33,6 +35,23 @@ _NUM_BINS = 1 << 16
 _FINE_BINS = 1024  # between the percentiles, so that rounding to a bin does not show
 _MAX_PASSES = 4
 _TOO_LARGE = 1e30  # fill values of GIS, see `levels`
+
+
+@contextlib.contextmanager
+def image_errors(path: Path | str, fault: str) -> Iterator[None]:
+    """Raise ImageError in place of what decoders raise on damaged files, which is nearly anything.
+
+    Args:
+        path: the file.
+        fault: what the message says of it, such as "cannot be opened".
+    """
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        reason = one_line(error.__cause__ or error, 200)  # rasterio has the message of GDAL as the cause of its own
+        raise ImageError(f"{path}: {fault} ({reason}). Copy or download it again.") from error
 
 
 class LevelRange(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 
 from ..utils.messages import one_line
-from .rasters import Raster, Window
+from .rasters import Raster, Window, image_errors
 from .reading import ImageError
 
 
@@ -25,13 +25,12 @@ class TiffRaster(Raster):
     """
 
     def __init__(self, path: Path, bands: Sequence[int] | None = None, level: int = 0):
-        try:
-            self._file = tifffile.TiffFile(path)
-            levels = self._file.series[0].levels
-        except Exception as error:  # tifffile raises nearly anything on damaged files
-            raise ImageError(
-                f"{path}: cannot be opened ({one_line(error, 200)}). Copy or download it again."
-            ) from error
+        with image_errors(path, "cannot be opened"):
+            self._open(path, bands, level)
+
+    def _open(self, path: Path, bands: Sequence[int] | None, level: int):
+        self._file = tifffile.TiffFile(path)
+        levels = self._file.series[0].levels
         if level >= len(levels):
             raise ImageError(f"{path}: has no level {level}: its last level is {len(levels) - 1}.")
         series = levels[level]
@@ -64,12 +63,13 @@ class TiffRaster(Raster):
 
     def read_levels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         x1, y1, x2, y2 = window
-        if self._stack is not None:
-            levels = np.array(self._stack[[band - 1 for band in self.bands], y1:y2, x1:x2])
-        elif len(self._pages) == 1:
-            levels = self._read_page(self._pages[0], window)[[band - 1 for band in self.bands]]
-        else:
-            levels = np.concatenate([self._read_page(self._pages[band - 1], window) for band in self.bands])
+        with image_errors(self.path, f"truncated or damaged at {x1},{y1} to {x2},{y2}"):
+            if self._stack is not None:
+                levels = np.array(self._stack[[band - 1 for band in self.bands], y1:y2, x1:x2])
+            elif len(self._pages) == 1:
+                levels = self._read_page(self._pages[0], window)[[band - 1 for band in self.bands]]
+            else:
+                levels = np.concatenate([self._read_page(self._pages[band - 1], window) for band in self.bands])
         return levels, self._measured(levels)
 
     def _read_page(self, page, window: Window) -> np.ndarray:

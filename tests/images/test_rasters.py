@@ -164,6 +164,24 @@ def test_errors_of_gdal_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["rasterio", "tifffile"])
+@pytest.mark.parametrize("kind", ["cut", "no rows in a strip"])
+def test_damaged_files_are_one_line_by_either_package(tmp_path, monkeypatch, package, kind):
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip(package)
+    compression = None if kind == "cut" else "zlib"
+    tifffile.imwrite(tmp_path / "a.tif", pixels_of((110, 130), np.uint8), rowsperstrip=7, compression=compression)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        place = file.pages[0].tags["RowsPerStrip"].valueoffset
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[place : place + 2] = (7 if kind == "cut" else 0).to_bytes(2, "little")
+    (tmp_path / "a.tif").write_bytes(content[: -3000 if kind == "cut" else None])
+    monkeypatch.setattr(rasters, "_is_installed", lambda name: name == package)
+    with pytest.raises(ImageError, match=f"{tmp_path}.* (damaged at|cannot be opened)") as raised:
+        open_raster(tmp_path / "a.tif").read_levels((0, 0, 130, 110))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("package", ["rasterio", "tifffile"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_raster_that_is_not_turned_says_so(tmp_path, monkeypatch, package, orientation):
     pytest.importorskip("tifffile")
