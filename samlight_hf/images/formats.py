@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import IO
 
@@ -24,7 +23,7 @@ _HINTS = {
 }  # fmt: skip
 
 
-def open_lazily(file: str | os.PathLike | IO[bytes], formats: Sequence[str] | None = None) -> Image.Image:
+def open_lazily(file: str | os.PathLike | IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:
     """Open a raster image with Pillow, without decoding it.
 
     Args:

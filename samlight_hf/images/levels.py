@@ -65,9 +65,9 @@ def to_rgb(image: Image.Image, name: str | None = None, upright: bool = False, c
     _load(image)
     if upright and is_turned(image):
         image = ImageOps.exif_transpose(image)  # which copies any other image
-    if dtype or image.mode.startswith(("I", "F")):
+    if dtype is not None or image.mode.startswith(("I", "F")):
         levels = np.asarray(image)
-        levels, note = stretch(levels.view(dtype) if dtype else levels, nodata, inverted=white_is_zero)
+        levels, note = stretch(levels if dtype is None else levels.view(dtype), nodata, inverted=white_is_zero)
         notes += [note] if note else []
         image = Image.fromarray(levels).convert("RGB")
     elif "A" in image.mode or "a" in image.mode or "transparency" in image.info:
@@ -199,22 +199,22 @@ def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
     return getattr(image, "tag_v2", {})
 
 
-def _stored_dtype(image: Image.Image) -> type[np.integer] | None:
+def _stored_dtype(image: Image.Image) -> np.dtype | None:
     """Return the dtype of grey levels that Pillow reads bit by bit as another one, else None."""
     tags = _tiff_tags(image)
     kind = image.mode, tuple(tags.get(258) or ()), tuple(tags.get(339, (1,)))
-    return {("I", (32,), (1,)): np.uint32, ("L", (8,), (2,)): np.int8}.get(kind)
+    name = {("I", (32,), (1,)): "uint32", ("L", (8,), (2,)): "int8"}.get(kind)
+    return None if name is None else np.dtype(name)
 
 
 def _load(image: Image.Image):
     """Load an image. Pillow turns a TIFF as it loads it."""
-    name = getattr(image, "filename", "")
-    is_turned_tiff = name and _tiff_tags(image).get(ExifTags.Base.Orientation, 1) != 1
-    if is_turned_tiff:  # Pillow would map the file with the width that the image has once it is turned
-        image.filename = ""
-    image.load()
-    if is_turned_tiff:
+    if isinstance(image, ImageFile.ImageFile) and _tiff_tags(image).get(ExifTags.Base.Orientation, 1) != 1:
+        name, image.filename = image.filename, ""  # else Pillow maps the file with the width of the turned image
+        image.load()
         image.filename = name
+    else:
+        image.load()
 
 
 def _deep_rawmode(image: Image.Image) -> str | None:
