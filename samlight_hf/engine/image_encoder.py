@@ -234,7 +234,7 @@ class ImageEncoder:
         skip_padding: See `make_encoder`.
 
     Raises:
-        ValueError: If the image processor is something else, and see `make_encoder`.
+        ValueError: If the image processor is something else, does not resize or pad, and see `make_encoder`.
     """
 
     def __init__(
@@ -249,6 +249,9 @@ class ImageEncoder:
                 f"image_processor is a {type(image_processor).__name__}, and must be the model's SamImageProcessor, or "
                 "the processor that holds it."
             )
+        for step in ("do_resize", "do_pad"):
+            if not getattr(image_processor, step):
+                raise ValueError(f"the image processor's {step} must be true: prompts and masks follow from it.")
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.image_processor, self.decoder = image_processor, decoder
         self.encode, self.copied = make_encoder(model, decoder.cuda_graphs, decoder.graph_memory, skip_padding)

@@ -8,7 +8,8 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 
 from ..engine.memory_budget import DEFAULT_MEMORY_MB
-from ..images.levels import has_more_than_8_bits, to_rgb
+from ..images.formats import open_lazily
+from ..images.levels import has_more_than_8_bits, is_turned, to_rgb
 from ..images.preprocessing import image_tensor
 from ..masks.results import GeneratedMasks
 from .mask_generation import MaskGenerationSettings, MaskGenerator
@@ -74,10 +75,11 @@ class FastMaskGenerationPipeline(Pipeline):
         """Segment everything in one image, or in each image of a list.
 
         Args:
-            image: A path, URL or PIL image, or a list of these. *args: See `transformers.Pipeline`. batch_size:
-            Ignored: points are batched, not images. **kwargs: `points_per_batch`, see `MaskGenerator`; `timeout` in
-            seconds for URLs; `output_masks` (default: True),
-                `output_rle_mask` and `output_bboxes_mask` (default: False), see below; and the settings of
+            image: A path, URL or PIL image, or a list of these.
+            *args: See `transformers.Pipeline`.
+            batch_size: Ignored: points are batched, not images.
+            **kwargs: `points_per_batch`, see `MaskGenerator`; `timeout` in seconds for URLs; `output_masks` (default:
+                True), `output_rle_mask` and `output_bboxes_mask` (default: False), see below; and the settings of
                 `MaskGenerationSettings` by name.
 
         Returns:
@@ -117,8 +119,13 @@ class FastMaskGenerationPipeline(Pipeline):
 
 
 def _load(image: str | Image.Image, timeout: float | None) -> Image.Image:
-    """Load an image as transformers does, except for levels of more than 8 bits, which that would clip to white."""
-    opened = Image.open(image) if isinstance(image, str) and os.path.isfile(image) else image
-    if isinstance(opened, Image.Image) and has_more_than_8_bits(opened):
+    """Load an image as transformers does, except for what that would clip to white, or Pillow would scramble.
+
+    These are levels of more than 8 bits, and turned TIFFs. A file that is no raster image is not opened.
+    """
+    opened = open_lazily(image) if isinstance(image, str) and os.path.isfile(image) else image
+    if isinstance(opened, Image.Image) and (
+        has_more_than_8_bits(opened) or (opened.format == "TIFF" and is_turned(opened))
+    ):
         return to_rgb(opened, image if isinstance(image, str) else "the image", upright=True)
     return load_image(opened, timeout=timeout)

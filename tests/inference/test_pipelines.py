@@ -6,11 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import pipeline
 
 import samlight_hf
 from samlight_hf import FastMaskGenerationPipeline, SamLighteningModel
+from samlight_hf.images.preprocessing import image_tensor
 from tests.conftest import tiny_config
 
 
@@ -77,6 +78,17 @@ def test_a_list_gives_a_list_of_paths_too(fast, image, tmp_path):
     results = fast([image, str(tmp_path / "x.png")], **SETTINGS, batch_size=2)
     assert len(results) == 2
     assert all(torch.equal(*pair) for pair in zip(*(result["masks"] for result in results)))
+
+
+def test_turned_tiffs_are_turned_upright_and_drawings_are_not_opened(fast, tmp_path):
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33), dtype=np.uint8))
+    pixels.save(tmp_path / "turned.tif", tiffinfo={ExifTags.Base.Orientation: 6})
+    turned = fast.preprocess(str(tmp_path / "turned.tif"))["image"]
+    assert torch.equal(turned, image_tensor(pixels.rotate(-90, expand=True)))
+    pixels.save(tmp_path / "drawing.eps")
+    (tmp_path / "drawing.eps").rename(tmp_path / "drawing.jpg")
+    with pytest.raises(UnidentifiedImageError):
+        fast(str(tmp_path / "drawing.jpg"))
 
 
 def test_masks_may_be_left_out_and_the_documented_name_works(fast, image):

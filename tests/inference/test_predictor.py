@@ -438,6 +438,11 @@ def test_uses_that_cannot_be(tiny, image):
         for processor, name in ((None, "NoneType"), ("model", "str"), (tiny[0], "SamLighteningModel")):
             with pytest.raises(ValueError, match=f"image_processor is a {name}, and must be the model's SamImageP"):
                 kind(tiny[0], processor)
+        for step in ("do_resize", "do_pad"):
+            other = make_processor(tiny[0].config.vision_config).image_processor
+            setattr(other, step, False)
+            with pytest.raises(ValueError, match=f"the image processor's {step} must be true"):
+                kind(tiny[0], other)
     with pytest.raises(ValueError, match="no image yet: call set_image"):
         predictor.predict([[(1, 1)]])
     for images in ([], "x.jpg", image):
