@@ -60,8 +60,11 @@ class FusedLinear:
         bias: (N,), or None for zeros.
         norm: the LayerNorm before the layer, which is folded into weight and bias; None for none.
         gelu: whether GELU follows.
-        norm_after: the LayerNorm that follows, in layers without `norm` and `gelu`; None for none.
         order: int64 (N,), a permutation of the output features; None keeps their order.
+        norm_after: the LayerNorm that follows, in layers without `norm` and `gelu`; None for none.
+
+    Raises:
+        ValueError: for `norm_after` with `norm` or `gelu`.
     """
 
     @torch.no_grad()
@@ -74,6 +77,8 @@ class FusedLinear:
         order: torch.Tensor | None = None,
         norm_after: nn.LayerNorm | None = None,
     ):
+        if norm_after is not None and (norm is not None or gelu):
+            raise ValueError("norm_after is for layers without norm and gelu.")
         bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
         if norm is not None:
             exact = weight.float()

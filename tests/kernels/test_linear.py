@@ -190,6 +190,23 @@ def test_rounded_weights_of_a_norm_have_zero_sums(features, dtype):
     assert error(products / values.double().std(dim=1, correction=0, keepdim=True), expected) < TOLERANCES[dtype]
 
 
+@torch.no_grad()
+def test_a_norm_after_the_layer_is_the_modules():
+    torch.manual_seed(0)
+    linear, norm = nn.Linear(192, 128), nn.LayerNorm(128, eps=1e-6)
+    norm.weight.normal_(1, 0.3), norm.bias.normal_()
+    rows, layer = torch.randn(256, 192), FusedLinear(linear.weight, linear.bias, norm_after=norm)
+    assert error(layer(RowsWithStatistics(rows)).values, norm(linear(rows)).double()) < 1e-6
+    image, kernel = torch.randn(1, 64, 128), torch.randn(128, 9 * 128) / 34
+    found = fused_linear.convolve(FusedLinear(kernel, None, norm_after=norm), image, (8, 8))
+    weight = kernel.view(128, 3, 3, 128).permute(0, 3, 1, 2)
+    expected = nn.functional.conv2d(image.mT.unflatten(2, (8, 8)), weight, padding=1).flatten(2).mT
+    assert error(found, norm(expected).double()) < 1e-6
+    for others in ({"norm": nn.LayerNorm(192)}, {"gelu": True}):
+        with pytest.raises(ValueError, match="norm_after is for layers without norm and gelu"):
+            FusedLinear(linear.weight, None, norm_after=norm, **others)
+
+
 def test_patches_equal_those_of_the_convolution():
     torch.manual_seed(0)
     convolution, pixel_values = nn.Conv2d(3, 64, 16, 16), torch.randn(2, 3, 64, 96)
