@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskGeneration, AutoProcessor, PreTrainedMo
 from transformers.utils import find_adapter_config_file, logging
 
 from . import SamLighteningModel  # noqa: F401  registered with the Auto classes where it is imported
+from .images.preprocessing import skipped_step
 from .utils import json_files
 from .utils.messages import one_line
 
@@ -179,9 +180,8 @@ def check_processor(source: str, model: PreTrainedModel, processor: ProcessorMix
                 f"{source}: the processor's {name}={value} must equal the model's image_size={image_size}. "
                 "Correct processor_config.json."
             )
-    for step in ("do_resize", "do_pad"):
-        if not getattr(image_processor, step):
-            raise CheckpointError(f"{source}: the processor's {step} must be true. Correct processor_config.json.")
+    if step := skipped_step(image_processor):
+        raise CheckpointError(f"{source}: the processor's {step} must be true. Correct processor_config.json.")
 
 
 @contextmanager

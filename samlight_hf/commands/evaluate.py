@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from ..utils.processes import process_group, tell
-from ..utils.termination import explained_end
+from ..utils.termination import exit_status, explained_end
 from .measurements import EVERYTHING, Measurement, load_promptable_model, measurements_of
 from .options import (
     add_grid_options,
@@ -106,7 +106,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Write the report and print its table. An interrupted run that is started again continues where it stopped.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C.
+        The exit status: 0, or `exit_status` of an interrupt.
     """
     try:
         import accelerate  # noqa: F401
@@ -144,7 +144,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
                 results, drawers = _evaluate_models(names, settings, args, state)
     except KeyboardInterrupt as interrupt:
         tell("samlight: interrupted: the same command goes on where it stopped.", file=sys.stderr)
-        return getattr(interrupt, "status", 130)
+        return exit_status(interrupt)
     if state.is_main_process:  # the others do not wait for it
         _tell_report(results, drawers, args)
     return 0

@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.termination import exit_status
 from .options import (
     add_grid_options,
     add_model_arguments,
@@ -207,7 +208,7 @@ def _segment(
                 "The same command with --resume goes on from there.",
                 file=sys.stderr,
             )
-            return getattr(interrupt, "status", 130)
+            return exit_status(interrupt)
     streams.result = one_json or places[0].output
     failed = {place.output for place in to_do} - {row.output for row in summary.rows}
     documents = [place.output for place in places if place.output not in failed]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, SamImageProcessor
 
-from ..images.preprocessing import preprocess
+from ..images.preprocessing import preprocess, skipped_step
 from ..kernels import linear as fused_linear
 from ..kernels.hopper import attention as hopper_attention
 from ..kernels.linear import FusedLinear, RowsWithStatistics, convolve, embed_patches
@@ -249,9 +249,8 @@ class ImageEncoder:
                 f"image_processor is a {type(image_processor).__name__}, and must be the model's SamImageProcessor, or "
                 "the processor that holds it."
             )
-        for step in ("do_resize", "do_pad"):
-            if not getattr(image_processor, step):
-                raise ValueError(f"the image processor's {step} must be true: prompts and masks follow from it.")
+        if step := skipped_step(image_processor):
+            raise ValueError(f"the image processor's {step} must be true: prompts and masks follow from it.")
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.image_processor, self.decoder = image_processor, decoder
         self.encode, self.copied = make_encoder(model, decoder.cuda_graphs, decoder.graph_memory, skip_padding)

@@ -152,6 +152,11 @@ def _normalised_levels(image_processor, rescale_factor, mean, std, dtype, device
     return levels[:, 0].to(device, dtype)
 
 
+def skipped_step(image_processor: SamImageProcessor) -> str | None:
+    """Return a step that places an image in the model's input, and that the image processor skips, or None."""
+    return next((step for step in ("do_resize", "do_pad") if not getattr(image_processor, step)), None)
+
+
 def why_not_on_device(image_processor: SamImageProcessor) -> str | None:
     """Return why `resize_into` cannot resize images for this processor, or None if it can."""
     if image_processor.resample not in (PILImageResampling.BILINEAR, int(PILImageResampling.BILINEAR)):

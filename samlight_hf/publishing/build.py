@@ -89,10 +89,8 @@ def _check_destination(source: Path, destination: Path):
     check_replaceable(destination)
     if not destination.is_dir():
         return
-    names, always = (
-        {path.name for path in destination.iterdir()},
-        {"config.json", PROCESSOR_NAME, CARD_NAME, LICENSE_NAME},
-    )
+    names = {path.name for path in destination.iterdir()}
+    always = {"config.json", PROCESSOR_NAME, CARD_NAME, LICENSE_NAME}
     foreign = sorted(name for name in names - always - {*CODE, INDEX_NAME} if not WEIGHTS.fullmatch(name))
     if foreign:
         raise ValueError(f"{destination} holds {foreign[0]}, which is no part of a built folder. Choose another one.")

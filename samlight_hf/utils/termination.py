@@ -32,6 +32,11 @@ class Terminated(KeyboardInterrupt):
     status = 128 + signal.SIGTERM
 
 
+def exit_status(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit status of a command that Ctrl-C or SIGTERM ended."""
+    return getattr(interrupt, "status", 128 + signal.SIGINT)
+
+
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM raise `Terminated`, so that files and folders that are half written are removed as after Ctrl-C.
