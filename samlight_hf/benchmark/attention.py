@@ -1,6 +1,7 @@
 """Attention alone: every kernel forward and backward, the overhead of dilation, and ways to project q, k and v."""
 
 import copy
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -86,6 +87,7 @@ def packed_rows(settings: Settings) -> Iterator[dict]:
     """Measure the fused encoder's kinds of layer on packed q, k and v, with and without its own kernel."""
     for batch_size in settings.batch_sizes:
         qkv = random_tensor((batch_size, 4096, NUM_HEADS, 3, HEAD_DIM), settings.device, settings.dtype)
+        qkv[:, :, :, 0] *= hopper_attention.QUERY_FACTOR
         for pattern in ((None, 2, "all"), (None, 2, "per_head"), (512, 1, "all")):
             for kernel in ("CUDA", "dilated_attention"):
                 row = {
@@ -101,11 +103,9 @@ def _measure_packed(kernel: str, qkv: torch.Tensor, pattern: tuple, settings: Se
     if kernel == "CUDA":
         require(hopper_attention.why_not(qkv, *pattern))
         segment_length, dilation_rate, offsets = pattern
-        function = partial(
-            hopper_attention.launch_attention, qkv, segment_length, dilation_rate, offsets, HEAD_DIM**-0.5
-        )
+        function = partial(hopper_attention.launch_attention, qkv, segment_length, dilation_rate, offsets)
     else:
-        function = partial(dilated_attention, *qkv.unbind(3), *pattern)
+        function = partial(dilated_attention, *qkv.unbind(3), *pattern, scaling=math.log(2))
     return {"ms": graph_time_ms(function, settings.device)}
 
 

@@ -8,6 +8,7 @@ a view, so dilation copies nothing.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,13 +119,18 @@ class FastVisionEncoder:
 class _Layer:
     def __init__(self, layer: SamLighteningVisionLayer):
         attention, mlp = layer.attn, layer.mlp
-        self.num_heads, self.scaling = attention.num_attention_heads, attention.scale
+        self.num_heads = attention.num_attention_heads
         self.pattern = attention.segment_length, attention.dilation_rate, attention.dilation_offsets
         self.head_dim = attention.qkv.out_features // (3 * self.num_heads)
         # (q/k/v, head, D) -> (head, q/k/v, D)
         order = torch.arange(attention.qkv.out_features, device=attention.qkv.weight.device)
         order = order.view(3, self.num_heads, self.head_dim).transpose(0, 1).flatten()
-        self.qkv = FusedLinear(attention.qkv.weight, attention.qkv.bias, layer.layer_norm1, order=order)
+        # Queries contain the scale of the scores, for a softmax of powers of two.
+        factors = torch.ones(len(order), device=order.device)
+        factors[: len(order) // 3] = attention.scale / math.log(2)
+        self.qkv = FusedLinear(
+            attention.qkv.weight, attention.qkv.bias, layer.layer_norm1, order=order, factors=factors
+        )
         self.proj = FusedLinear(attention.proj.weight, attention.proj.bias)
         self.lin1 = FusedLinear(mlp.lin1.weight, mlp.lin1.bias, layer.layer_norm2, gelu=True)
         self.lin2 = FusedLinear(mlp.lin2.weight, mlp.lin2.bias)
@@ -135,10 +141,10 @@ class _Layer:
             # Behind queries, keys and values there is room, since an MLP has more features than these.
             room = memory[qkv.numel() :][: qkv.numel() // 3]
             attended = hopper_attention.launch_attention(
-                qkv, *self.pattern, self.scaling, out=room if 3 * room.numel() == qkv.numel() else None
+                qkv, *self.pattern, out=room if 3 * room.numel() == qkv.numel() else None
             )
         else:
-            attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=self.scaling)
+            attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=math.log(2))
         return self.proj(RowsWithStatistics(attended.reshape(rows.values.shape)), rows.values, statistics=True)
 
     def feed_forward(self, rows: RowsWithStatistics, memory: torch.Tensor) -> RowsWithStatistics:

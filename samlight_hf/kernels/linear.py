@@ -61,6 +61,7 @@ class FusedLinear:
         norm: the LayerNorm before the layer, which is folded into weight and bias; None for none.
         gelu: whether GELU follows.
         order: int64 (N,), a permutation of the output features; None keeps their order.
+        factors: float32 (N,), of the output features in their old order, folded like `norm`; None for ones.
         norm_after: the LayerNorm that follows, in layers without `norm` and `gelu`; None for none.
 
     Raises:
@@ -75,15 +76,20 @@ class FusedLinear:
         norm: nn.LayerNorm | None = None,
         gelu: bool = False,
         order: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
         norm_after: nn.LayerNorm | None = None,
     ):
         if norm_after is not None and (norm is not None or gelu):
             raise ValueError("norm_after is for layers without norm and gelu.")
         bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
+        exact, dtype = weight.float(), weight.dtype
+        if factors is not None:
+            exact, bias = exact * factors[:, None], bias * factors
         if norm is not None:
-            exact = weight.float()
             bias = bias + (exact * norm.bias.float()).sum(dim=1)  # a product of matrices would load cuBLAS
-            weight = _with_zero_sums(exact * norm.weight.float(), weight.dtype)
+            weight = _with_zero_sums(exact * norm.weight.float(), dtype)
+        elif factors is not None:
+            weight = exact.to(dtype)
         if order is not None:
             weight, bias = weight[order], bias[order]
         self.weight, self.bias = weight.detach().contiguous(), bias.detach().contiguous()

@@ -191,6 +191,17 @@ def test_rounded_weights_of_a_norm_have_zero_sums(features, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(64)], ids=["plain", "norm"])
+def test_factors_and_another_order_are_folded_into_the_weights(norm):
+    torch.manual_seed(0)
+    linear, order, factors = nn.Linear(64, 96), torch.randperm(96), torch.rand(96)
+    rows = torch.randn(128, 64)
+    found = FusedLinear(linear.weight, linear.bias, norm, order=order, factors=factors)(RowsWithStatistics(rows))
+    expected = linear(rows if norm is None else norm(rows)) * factors
+    assert torch.allclose(found.values, expected[:, order], atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_norm_after_the_layer_is_the_modules():
     torch.manual_seed(0)
     linear, norm = nn.Linear(192, 128), nn.LayerNorm(128, eps=1e-6)

@@ -1,11 +1,13 @@
-// softmax(scale q k^T) v within the groups of dilated attention, on Hopper GPUs: the kernel of attention.py, which defines the
-// names in capitals. q, k and v have 64 features and are side by side in a token's row, head by head; the tokens of a group are
-// DILATION rows apart in a segment. If PER_HEAD, a head attends in one of a segment's groups and is zero in the others.
+// w v / sum(w) with weights w = 2^(q k^T), within the groups of dilated attention, on Hopper GPUs: the kernel of attention.py, which
+// defines the names in capitals. q, k and v have 64 features and are side by side in a token's row, head by head; the tokens of a
+// group are DILATION rows apart in a segment. If PER_HEAD, a head attends in one of a segment's groups and is zero in the others.
 //
 // A thread block has WARPGROUPS * 64 queries of a group, 64 per warpgroup, and reads all keys, KEYS at a time. Sums and the
-// softmax are float32. The tensor cores work while exponentials are computed, of other warpgroups and of the same one. They slow
-// other instructions down, so there are few of these: the tensor cores also add up the weights, as products with ones, and the
-// largest score is looked for only where scores have grown.
+// softmax are float32. The tensor cores work while powers are computed, of other warpgroups and of the same one. They slow other
+// instructions down, so there are few of these: the tensor cores also add up the weights, as products with ones, and bfloat16, whose
+// exponents are those of float32, has room for the weights of usual scores as they are. A second pass over all keys follows if the
+// weights of a query were too large or too small together. It computes them relative to the largest score, as float16 always needs,
+// which is looked for only where scores have grown.
 
 #include "common.cuh"
 
@@ -18,7 +20,10 @@ constexpr int LAG = AHEAD ? 2 : 1;
 constexpr u32 BLOCK_BYTES = KEYS * DIM * 2, QUERY_BYTES = QUERIES * DIM * 2;
 // Columns of products with values: the features, and the sum of weights, eight times.
 constexpr int COLUMNS = DIM + 8;
-// A weight is 2^-MARGIN for a score that equals the softmax's reference, and less than 1 for all scores. Float16 has no weights below
+// The least and largest sum of weights that are not relative. The largest of them is about 2^-92 or more then, and those that are
+// rounded to zero are below 2^-126; and products with values overflow only for values above 2^47.
+constexpr float LARGEST_SUM = 0x1p80f, LEAST_SUM = 0x1p-80f;
+// A relative weight is 2^-MARGIN for a score that equals the reference, and less than 1 for all scores. Float16 has no weights below
 // 2^-25. Beside one large score, thousands of weights that are lost there would be missed, so the margin is small.
 constexpr float MARGIN = BFLOAT16 ? 8 : 2;
 
@@ -55,28 +60,26 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 // Start computing the scores of 64 queries and STEP keys; they are complete after wait_for_products.
 __device__ __forceinline__ void multiply_queries(float (&scores)[STEP / 2], u64 queries, u64 keys) {
-#pragma unroll
-    for (int i = 0; i < STEP / 2; i++) scores[i] = 0;
     compiler_fence(scores);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < DIM / 16; k++) query_key_product(scores, queries + 2 * k, keys + 2 * k);
+    for (int k = 0; k < DIM / 16; k++) query_key_product(scores, queries + 2 * k, keys + 2 * k, k > 0);
     commit_products();
 }
 
-// A thread's state of the softmax of its two queries. Element i of its scores and sums belongs to query i / 2 % 2.
-struct Softmax {
-    float shift[2] = {};  // a score's exponent is scale * score + shift
+// A thread's reference for the weights of its two queries. Element i of its scores and sums belongs to query i / 2 % 2.
+struct Reference {
+    float shift[2] = {};  // to be added to scores
     float factors[2];     // of earlier sums, if there is a new reference
     bool grown;
 
-    // Turn scores into exponents of two, relative to a reference: the largest score so far, or an earlier largest one as long as
-    // all exponents are negative, which their signs tell.
-    __device__ __forceinline__ void prepare(float (&scores)[STEP / 2], float scale, bool first) {
+    // Make scores relative to the largest score so far, or to an earlier largest one as long as all relative scores are negative,
+    // which their signs tell.
+    __device__ __forceinline__ void subtract(float (&scores)[STEP / 2], bool first) {
         u32 signs[2] = {0xFFFFFFFF, 0xFFFFFFFF};
 #pragma unroll
         for (int i = 0; i < STEP / 2; i++) {
-            scores[i] = fmaf(scores[i], scale, shift[i / 2 % 2]);
+            scores[i] += shift[i / 2 % 2];
             signs[i / 2 % 2] &= __float_as_uint(scores[i]);
         }
         grown = __any_sync(0xFFFFFFFF, int(signs[0] & signs[1]) >= 0) || first;
@@ -103,7 +106,7 @@ struct Softmax {
     }
 };
 
-// Replace exponents by powers of two, those of PART keys from number `part` * PART on.
+// Replace scores by powers of two, those of PART keys from number `part` * PART on.
 __device__ __forceinline__ void exponentiate(float (&scores)[STEP / 2], int part) {
 #pragma unroll
     for (int i = 0; i < PART / 2; i++) scores[part * (PART / 2) + i] = power_of_two(scores[part * (PART / 2) + i]);
@@ -116,6 +119,17 @@ __device__ __forceinline__ void pack_weights(u32 (&weights)[STEP / 4], const flo
         int at = part * (PART / 4) + i;
         weights[at] = pack(scores[2 * at], scores[2 * at + 1]);
     }
+}
+
+// Return whether a condition is true in any of the thread block's first `threads` threads, after all of them have arrived.
+__device__ __forceinline__ bool in_any_thread(int threads, bool condition) {
+    u32 found;
+    asm volatile(
+        "{.reg .pred own, any;\n"
+        "setp.ne.b32 own, %2, 0;\n"
+        "barrier.cta.red.or.pred any, 1, %1, own;\n"
+        "selp.b32 %0, 1, 0, any;}" : "=r"(found) : "r"(threads), "r"((u32)condition) : "memory");
+    return __any_sync(0xFFFFFFFF, found);  // one value per warp, as the compiler sees then
 }
 
 // Transpose the words of four threads that share a row, so that each has 16 bytes side by side: word i of a thread becomes word
@@ -135,7 +149,7 @@ __device__ __forceinline__ uint4 transpose(u32 (&words)[4], int lane) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGROUPS) NAME(
-    const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap block_map, uint4* output, float scale) {
+    const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap block_map, uint4* output) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *(Shared*)memory;
     int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARPGROUP, 0);  // one value per warp, as the compiler sees then
@@ -165,8 +179,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
     if (warpgroup >= warpgroups) return;
 
     // A thread has two of 64 queries, `lane / 4` and `lane / 4 + 8` of its warp's 16, and two of every eight columns of them.
-    float sums[COLUMNS / 2] = {};
-    Softmax softmax;
+    float sums[COLUMNS / 2];
     u32 weights[STEP / 4];
     u64 queries = matrix(shared.queries + warpgroup * 64 * DIM * 2);
     wait(&shared.queries_loaded, 0);
@@ -208,61 +221,77 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * WARPGROUPS, 4 - WARPGRO
         if (++stage == STAGES) stage = 0, phase ^= 1;
     };
 
+    bool relative = !BFLOAT16;
+    while (true) {  // one or two passes
+        Reference reference;
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0;
 #if AHEAD
-    float scores[2][STEP / 2];
-    wait(&shared.keys_loaded[0], 0);
-    multiply_queries(scores[0], queries, matrix(shared.keys[0]));
-    wait_for_products<0>();
-    compiler_fence(scores[0]);
-#pragma unroll 1
-    for (int block = 0; block < BLOCKS; block++) {
-        load_ahead(block);
-        bool last = block + 1 == BLOCKS, wraps = stage + 1 == STAGES;
-        int next = last ? stage : wraps ? 0 : stage + 1;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            softmax.prepare(scores[half], scale, block == 0 && half == 0);
-            if (half == 0) {
-                multiply_queries(scores[1], queries, matrix(shared.keys[stage]) + STEP * 8);
-            } else {  // of the next block; after the last block its own keys again, and nothing uses the scores
-                wait(&shared.keys_loaded[next], wraps && !last ? phase ^ 1 : phase);
-                multiply_queries(scores[0], queries, matrix(shared.keys[next]));
-            }
-            exponentiate(scores[half], 0);
-            if (half == 0) wait(&shared.values_loaded[stage], phase);
-            end_products();
-            compiler_fence(scores[1 - half]);
-            if (half == 0 && block > 0) release(stage == 0 ? STAGES - 1 : stage - 1);
-            pack_weights(weights, scores[half], 0);
-            softmax.rescale(sums);
-            multiply_values(half, 0);
-        }
-        advance();
-    }
-    end_products();
-#else
-    float scores[STEP / 2];
-#pragma unroll 1
-    for (int block = 0; block < BLOCKS; block++) {
-        load_ahead(block);
+        float scores[2][STEP / 2];
         wait(&shared.keys_loaded[stage], phase);
-        multiply_queries(scores, queries, matrix(shared.keys[stage]));
+        multiply_queries(scores[0], queries, matrix(shared.keys[stage]));
         wait_for_products<0>();
-        compiler_fence(scores);
-        softmax.prepare(scores, scale, block == 0);
-        softmax.rescale(sums);
-        wait(&shared.values_loaded[stage], phase);
+        compiler_fence(scores[0]);
+#pragma unroll 1
+        for (int block = 0; block < BLOCKS; block++) {
+            load_ahead(block);
+            bool last = block + 1 == BLOCKS, wraps = stage + 1 == STAGES;
+            int next = last ? stage : wraps ? 0 : stage + 1;
 #pragma unroll
-        for (int part = 0; part < KEYS / PART; part++) {
-            exponentiate(scores, part);
-            pack_weights(weights, scores, part);
-            multiply_values(0, part);
+            for (int half = 0; half < 2; half++) {
+                if (relative) reference.subtract(scores[half], block == 0 && half == 0);
+                if (half == 0) {
+                    multiply_queries(scores[1], queries, matrix(shared.keys[stage]) + STEP * 8);
+                } else {  // of the next block; after the last block its own keys again, and nothing uses the scores
+                    wait(&shared.keys_loaded[next], wraps && !last ? phase ^ 1 : phase);
+                    multiply_queries(scores[0], queries, matrix(shared.keys[next]));
+                }
+                exponentiate(scores[half], 0);
+                if (half == 0) wait(&shared.values_loaded[stage], phase);
+                end_products();
+                compiler_fence(scores[1 - half]);
+                if (half == 0 && block > 0) release(stage == 0 ? STAGES - 1 : stage - 1);
+                pack_weights(weights, scores[half], 0);
+                if (relative) reference.rescale(sums);
+                multiply_values(half, 0);
+            }
+            advance();
         }
         end_products();
-        release(stage);
-        advance();
-    }
+        release(stage == 0 ? STAGES - 1 : stage - 1);
+#else
+        float scores[STEP / 2];
+#pragma unroll 1
+        for (int block = 0; block < BLOCKS; block++) {
+            load_ahead(block);
+            wait(&shared.keys_loaded[stage], phase);
+            multiply_queries(scores, queries, matrix(shared.keys[stage]));
+            wait_for_products<0>();
+            compiler_fence(scores);
+            if (relative) {
+                reference.subtract(scores, block == 0);
+                reference.rescale(sums);
+            }
+            wait(&shared.values_loaded[stage], phase);
+#pragma unroll
+            for (int part = 0; part < KEYS / PART; part++) {
+                exponentiate(scores, part);
+                pack_weights(weights, scores, part);
+                multiply_values(0, part);
+            }
+            end_products();
+            release(stage);
+            advance();
+        }
 #endif
+        if (relative) break;
+        float least = fminf(sums[DIM / 2], sums[DIM / 2 + 2]), largest = fmaxf(sums[DIM / 2], sums[DIM / 2 + 2]);
+        if (!in_any_thread(warpgroups * WARPGROUP, !(least > LEAST_SUM && largest < LARGEST_SUM))) break;
+        relative = true;  // all warpgroups have released all blocks
+        for (int block = 0; threadIdx.x == 0 && block < min(STAGES, BLOCKS); block++)
+            group.load_block(shared, &block_map, block, (stage + block) % STAGES);
+        __syncwarp();
+    }
 
 #pragma unroll
     for (int row = 0; row < 2; row++) {

@@ -12,6 +12,7 @@ from samlight_hf.kernels import support as triton_support
 from samlight_hf.kernels.hopper import attention as hopper_attention
 from samlight_hf.kernels.hopper import runtime as hopper
 from samlight_hf.kernels.hopper.attention import (
+    QUERY_FACTOR,
     STAGES,
     attention_of_tokens,
     launch_attention,
@@ -68,6 +69,7 @@ def test_the_kernel_and_its_launch_agree_on_shared_memory(monkeypatch):
 def test_attention_of_tokens_equals_the_reference(pattern):
     qkv, tokens = torch.randn(1, 256, 8, 3, 64), torch.tensor([0, 1, 6, 127, 128, 255])
     expected, _ = dilated_attention_reference(*qkv.unbind(3), *pattern)
+    qkv[:, :, :, 0] *= QUERY_FACTOR
     found = attention_of_tokens(qkv[0], tokens, pattern[1], pattern[2] == "per_head")
     assert torch.allclose(found, expected[0, tokens], atol=1e-5)
 
@@ -109,56 +111,101 @@ PATTERNS = [
 @pytest.mark.parametrize("warpgroups", [1, 2, 3, None])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_on_a_gpu_it_is_the_reference(pattern, warpgroups, dtype, monkeypatch):
-    """Scores grow from key to key, so that the softmax is rescaled; and 3 warpgroups do not divide the groups."""
+    """Scores grow from key to key, so that a relative softmax is rescaled; and 3 warpgroups do not divide groups."""
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(2, 2048, 3 if pattern[2] == "all" else 4, 3, 64, device="cuda", generator=generator)
     qkv[:, :, :, 1] *= torch.linspace(0.1, 4, 2048, device="cuda")[:, None, None]
-    qkv = qkv.to(dtype)
+    qkv = with_factor(qkv, dtype)
     assert why_not(qkv, *pattern) is None
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: tensor.new_full(size, float("nan")))
     with torch.no_grad():
-        expected, _ = dilated_attention_reference(*qkv.double().unbind(3), pattern[0] or 2048, *pattern[1:])
-        found = launch_attention(qkv, *pattern, 0.125, warpgroups).view_as(expected)
+        expected = reference(qkv, pattern)
+        found = launch_attention(qkv, *pattern, warpgroups).view_as(expected)
     assert found.isfinite().all() and (found[expected == 0] == 0).all()  # "per_head": tokens of other heads
     assert (found - expected).norm() < TOLERANCES[dtype] * expected.norm()
+
+
+def with_scores(scores, dtype):
+    """Make q, k and v of 2048 tokens with scores of a kind."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv = torch.randn(1, 2048, 4, 3, 64, device="cuda", generator=generator)
+    query, key, value = qkv.unbind(3)
+    if scores == "low":
+        query.abs_(), key.abs_().mul_(-40)
+    elif scores == "jump":
+        key[:, 1024:] *= 100
+    elif scores == "one query":
+        query[:, 1100] *= 100
+    elif scores == "sink":  # the first key, without value: 12 more than for the others, together a hundredth of it
+        query.mul_(0.5), value.add_(1)
+        query[..., 0], key[..., 0] = 8, 0
+        key[:, 0], value[:, 0] = 0, 0
+        key[:, 0, :, 0] = 12
+    return with_factor(qkv, dtype)
+
+
+EXTREME_PATTERNS = [(None, 1, "all"), (128, 1, "all"), (1024, 2, "all"), (512, 4, "per_head")]
 
 
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("warpgroups", [1, 2, 3])
-@pytest.mark.parametrize("scores", ["low", "jump", "sink"])
-def test_on_a_gpu_scores_may_all_be_low_or_jump_or_one_be_large(scores, warpgroups, dtype):
+@pytest.mark.parametrize("pattern", EXTREME_PATTERNS, ids=str)
+@pytest.mark.parametrize("scores", ["low", "jump", "one query", "sink"])
+def test_on_a_gpu_scores_may_all_be_low_or_jump_or_one_be_large(scores, pattern, warpgroups, dtype):
     """Relative to 0, or to scores of earlier keys, weights would be 0 or infinite; or too small for float16."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    qkv = torch.randn(1, 2048, 2, 3, 64, device="cuda", generator=generator)
-    query, key, value = qkv.unbind(3)
-    if scores == "low":
-        query.abs_(), key.abs_().mul_(-40)
-    elif scores == "jump":
-        key[:, 1024:] *= 100
-    else:  # of the first key, which has no value: 12 more than those of the others, which together weigh a hundredth
-        query.mul_(0.5), value.add_(1)
-        query[..., 0], key[..., 0] = 8, 0
-        key[:, 0], value[:, 0] = 0, 0
-        key[:, 0, :, 0] = 12
-    qkv = qkv.to(dtype)
+    qkv = with_scores(scores, dtype)
     with torch.no_grad():
-        expected, _ = dilated_attention_reference(*qkv.double().unbind(3), 2048, 1, "all")
-        found = launch_attention(qkv, None, 1, "all", 0.125, warpgroups).view_as(expected)
+        expected = reference(qkv, pattern)
+        found = launch_attention(qkv, *pattern, warpgroups).view_as(expected)
     assert found.isfinite().all()
     assert (found - expected).norm() < TOLERANCES[dtype] * expected.norm()
 
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("pattern", EXTREME_PATTERNS, ids=str)
+@torch.no_grad()
+def test_a_second_pass_runs_for_extreme_scores_alone(pattern, warpgroups, monkeypatch):
+    kinds = {kind: with_scores(kind, torch.bfloat16) for kind in ("usual", "sink", "low", "jump", "one query")}
+    both = {kind: launch_attention(qkv, *pattern, warpgroups) for kind, qkv in kinds.items()}
+
+    def first_pass(**constants):
+        source = source_of(**constants)
+        assert source.count("if (relative) break;") == 1
+        return source.replace("if (relative) break;", "break;")
+
+    monkeypatch.setattr(hopper_attention, "source_of", first_pass)
+    hopper_attention._kernel.cache_clear()
+    first = {kind: launch_attention(qkv, *pattern, warpgroups) for kind, qkv in kinds.items()}
+    hopper_attention._kernel.cache_clear()
+    assert [kind for kind in kinds if torch.equal(first[kind], both[kind])] == ["usual", "sink"]
+
+
+def with_factor(qkv, dtype):
+    """Multiply the queries by the kernel's factor, and round."""
+    qkv[:, :, :, 0] *= QUERY_FACTOR
+    return qkv.to(dtype)
+
+
+def reference(qkv, pattern):
+    """Compute the kernel's result in float64."""
+    queries, keys, values = qkv.double().unbind(3)
+    queries = queries / QUERY_FACTOR
+    return dilated_attention_reference(queries, keys, values, pattern[0] or qkv.shape[1], *pattern[1:])[0]
+
+
+@pytest.mark.gpu
+@needs_hopper
 @torch.no_grad()
 def test_the_result_may_lie_behind_queries_keys_and_values():
-    memory = torch.randn(2 * 2048 * 3 * 4 * 64, device="cuda").bfloat16()
+    memory = (torch.randn(2 * 2048 * 3 * 4 * 64, device="cuda") / 2).bfloat16()
     qkv, room = memory[: len(memory) // 4 * 3].view(2, 2048, 3, 3, 64), memory[len(memory) // 4 * 3 :]
     for pattern in ((512, 1, "all"), (None, 2, "all")):
-        expected = launch_attention(qkv, *pattern, 0.125)
-        actual = launch_attention(qkv, *pattern, 0.125, out=room)
+        expected = launch_attention(qkv, *pattern)
+        actual = launch_attention(qkv, *pattern, out=room)
         assert actual.data_ptr() == room.data_ptr() and torch.equal(actual, expected)
 
 
