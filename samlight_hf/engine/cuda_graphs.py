@@ -6,12 +6,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 
 from ..kernels.support import compile_ahead
 from ..utils.autocast import without_autocast
+from ..utils.packing import aligned, packed_bytes, views_like
 
 
 _one_capture = threading.Lock()  # torch allows one capture at a time in a process
@@ -37,7 +37,7 @@ class GraphMemory:
 
     def inputs(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """Return the first bytes of the buffer, uint8 (num_bytes,), for the inputs of a new graph."""
-        self._result_start = _aligned(num_bytes)
+        self._result_start = aligned(num_bytes)
         return self._first(num_bytes, device)[:num_bytes]
 
     def result(self, num_bytes: int, device: torch.device, most: int = 0) -> torch.Tensor | None:
@@ -253,15 +253,15 @@ class StaticInputs:
         from_cpu = [example for example in examples if example.is_cpu]
         others = [example for example in examples if not (example.is_cpu or example is lent)]
         # Not pinned: a copy from pageable memory has read it when it returns, so it may be filled again.
-        self._buffer = torch.empty(num_input_bytes(from_cpu), dtype=torch.uint8)
-        num_bytes = len(self._buffer) + num_input_bytes(others)
+        self._buffer = torch.empty(packed_bytes(from_cpu), dtype=torch.uint8)
+        num_bytes = len(self._buffer) + packed_bytes(others)
         if memory is None:
             inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         else:
             inputs = memory.inputs(num_bytes, device)
         self._device_buffer = inputs[: len(self._buffer)]
-        sources, copies = (iter(_views(buffer, from_cpu)) for buffer in (self._buffer, self._device_buffer))
-        own = iter(_views(inputs[len(self._buffer) :], others))
+        sources, copies = (iter(views_like(from_cpu, memory)) for memory in (self._buffer, self._device_buffer))
+        own = iter(views_like(others, inputs[len(self._buffer) :]))
         self.tensors = [next(copies) if e.is_cpu else e if e is lent else next(own) for e in examples]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]
         self._on_device = [target.is_cuda for target in self._targets]
@@ -274,24 +274,6 @@ class StaticInputs:
                 target.copy_(tensor.detach() if tensor.requires_grad else tensor, non_blocking=on_device)
         if self._has_buffer:
             self._device_buffer.copy_(self._buffer, non_blocking=True)
-
-
-def _views(buffer: torch.Tensor, examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return tensors like `examples` in the bytes of the buffer, one after the other."""
-    starts = accumulate((_aligned(example.nbytes) for example in examples), initial=0)
-    return [
-        buffer[start : start + example.nbytes].view(example.dtype).view(example.shape)
-        for start, example in zip(starts, examples)
-    ]
-
-
-def num_input_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Return how many bytes the inputs of a graph take."""
-    return sum(_aligned(tensor.nbytes) for tensor in tensors)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 256) * 256  # as torch aligns tensors at least
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from ..kernels.linear import FusedLinear, RowsWithStatistics, convolve, embed_pa
 from ..modeling.dilated_attention import dilated_attention
 from ..modeling.modeling_sam_lightening import SamLighteningVisionEncoder, SamLighteningVisionLayer
 from ..utils.autocast import without_autocast
+from ..utils.packing import packed
 from ..utils.turns import takes_turns
 from .cuda_graphs import GraphedFunction, GraphMemory, parts_of
 from .padding import SkippingEncoder, why_not_skip_padding
@@ -72,16 +73,16 @@ class FastVisionEncoder:
     @torch.no_grad()
     def __init__(self, encoder: SamLighteningVisionEncoder):
         self.config = encoder.config
-        # Copies: FusedLinear folds some of them into new weights, and those are freed at the end.
-        projection, neck = copy.deepcopy((encoder.patch_embed.projection, encoder.neck))
+        projection, neck = encoder.patch_embed.projection, encoder.neck
         self.patch_size = projection.kernel_size[0]
         self.patch_embedding = FusedLinear(projection.weight.flatten(1), projection.bias)
-        self.positions = None if encoder.pos_embed is None else encoder.pos_embed.flatten(0, 2).clone()
-        self.layers = [_Layer(copy.deepcopy(layer)) for layer in encoder.layers]
+        self.positions = None if encoder.pos_embed is None else encoder.pos_embed.flatten(0, 2)
+        self.layers = [_Layer(layer) for layer in encoder.layers]
         self.largest_width = max(len(linear.weight) for layer in self.layers for linear in (layer.qkv, layer.lin1))
         self.reduce = FusedLinear(neck.conv1.weight.flatten(1), None, norm_after=neck.layer_norm1)
         kernel = neck.conv2.weight.permute(0, 2, 3, 1).flatten(1)
         self.convolution = FusedLinear(kernel, None, norm_after=neck.layer_norm2)
+        self._copy_weights()
 
     def is_copy_of(self, model: PreTrainedModel) -> bool:
         """Return whether a copy of the model made now would compute the same."""
@@ -89,13 +90,22 @@ class FastVisionEncoder:
             self._weights(), FastVisionEncoder(model.vision_encoder)._weights()
         )
 
-    def _weights(self) -> list[torch.Tensor]:
+    def _copy_weights(self):
+        """Copy all weights, some of which are the encoder's own, into one memory."""
+        copies = iter(packed(self._weights()))
+        self.positions = None if self.positions is None else next(copies)
+        for linear in self._linears():
+            linear.replace(copies)
+        if self.patch_embedding.weight.is_cuda:  # see `FusedLinear`
+            torch.cuda.current_stream(self.patch_embedding.weight.device).synchronize()
+
+    def _linears(self) -> list[FusedLinear]:
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.proj, layer.lin1, layer.lin2)]
-        linears += [self.patch_embedding, self.reduce, self.convolution]
-        tensors = [
-            tensor for linear in linears for tensor in (linear.weight, linear.bias, *(linear.gain_and_shift or ()))
-        ]
-        return tensors if self.positions is None else [*tensors, self.positions]
+        return [*linears, self.patch_embedding, self.reduce, self.convolution]
+
+    def _weights(self) -> list[torch.Tensor]:
+        positions = [] if self.positions is None else [self.positions]
+        return [*positions, *(tensor for linear in self._linears() for tensor in linear.tensors())]
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:

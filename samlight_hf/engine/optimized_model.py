@@ -17,8 +17,9 @@ from transformers.models.sam.modeling_sam import SamImageSegmentationOutput, Sam
 from ..kernels.linear import load_convolution
 from ..kernels.support import compiling_ahead, only_compiling
 from ..kernels.tokens import MOST_PROMPTS
+from ..utils.packing import packed_bytes
 from ..utils.turns import turn
-from .cuda_graphs import GraphedFunction, GraphMemory, num_input_bytes, part_size, parts_of
+from .cuda_graphs import GraphedFunction, GraphMemory, part_size, parts_of
 from .image_encoder import MOST_IMAGES, FastVisionEncoder, make_encoder, why_not_fast_encoder, why_not_kernels
 from .mask_decoder import FastMaskDecoder
 
@@ -211,7 +212,7 @@ class FastPaths:
     def _capture(self, graphs: Sequence["PlannedGraph"], steps: Iterator[str]):
         assert self.memory is not None
         meta = torch.device("meta")
-        needed = (num_input_bytes(graph.make_inputs(meta)) + graph.result_bytes for graph in graphs)
+        needed = (packed_bytes(graph.make_inputs(meta)) + graph.result_bytes for graph in graphs)
         self.memory.reserve(max(needed, default=0), self.device)
         for graph, _ in zip(graphs, steps, strict=True):
             graph.function(*graph.make_inputs(self.device))

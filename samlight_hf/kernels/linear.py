@@ -18,7 +18,7 @@ Products are summed in float32; norm, GELU and residual are computed in float32.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,17 @@ class FusedLinear:
             self.gain_and_shift = norm_after.weight.float().contiguous(), norm_after.bias.float().contiguous()
         if self.weight.is_cuda:  # the weights have just been written
             torch.cuda.current_stream(self.weight.device).synchronize()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all tensors of the layer."""
+        all_tensors = self.weight, self.bias, self.row_sums, *(self.gain_and_shift or ())
+        return [tensor for tensor in all_tensors if tensor is not None]
+
+    def replace(self, copies: Iterator[torch.Tensor]):
+        """Take the next ones of these copies of `tensors` instead of them."""
+        self.weight, self.bias = next(copies), next(copies)
+        self.row_sums = None if self.row_sums is None else next(copies)
+        self.gain_and_shift = None if self.gain_and_shift is None else (next(copies), next(copies))
 
     def __call__(
         self,

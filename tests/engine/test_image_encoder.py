@@ -61,6 +61,18 @@ def test_it_computes_what_the_model_does(vision):
     assert relative_error(model, pixel_values, expected, FastVisionEncoder(model.vision_encoder)) < 1e-5
 
 
+@pytest.mark.parametrize("vision", PATTERNS.values(), ids=PATTERNS)
+def test_its_weights_are_copies_in_one_memory(vision):
+    model = make_model(**vision)
+    encoder = FastVisionEncoder(model.vision_encoder)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in encoder._weights()}) == 1
+    before = [tensor.clone() for tensor in encoder._weights()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert all(map(torch.equal, before, encoder._weights())) and not encoder.is_copy_of(model)
+
+
 def test_other_layers_run_where_rows_come_without_statistics():
     """Rows that no fused layer has written come without statistics."""
     layer = fused_linear.FusedLinear(torch.randn(64, 64), None, nn.LayerNorm(64))

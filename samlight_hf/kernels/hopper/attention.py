@@ -1,8 +1,8 @@
 """Dilated attention of the image encoder on Hopper GPUs, by a CUDA kernel (attention.cu).
 
 It reads queries, keys and values from the projection's output without a copy, and overlaps with the previous and the
-next kernel. Its softmax is one of powers of two, and the scale of the scores is in the queries (`QUERY_FACTOR`): nothing
-is left to do between a score and its power.
+next kernel. Its weights are powers of two, and queries contain the scale of the scores (`QUERY_FACTOR`): nothing is
+left to do between a score and its power.
 """
 
 import math
