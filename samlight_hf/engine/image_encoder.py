@@ -111,14 +111,15 @@ class FastVisionEncoder:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         batch_size, _, height, width = pixel_values.shape
         grid = height // self.patch_size, width // self.patch_size
+        num_rows, width = batch_size * grid[0] * grid[1], self.config.hidden_size
+        new = self.convolution.weight.new_empty
+        new((width + self.largest_width) * num_rows)  # leaves room for all that follows in one segment of the allocator
+        rows = embed_patches(self.patch_embedding, pixel_values, self.positions, memory=new(width * num_rows))
         # The two large intermediate results of a layer share memory: the first is not needed when the second is
         # written.
-        memory = self.convolution.weight.new_empty(self.largest_width * batch_size * grid[0] * grid[1])
-        rows = embed_patches(self.patch_embedding, pixel_values, self.positions)
+        memory = new(self.largest_width * num_rows)
         for layer in self.layers:
-            # Two steps, so that the rows before the first are freed, and the second has room in their memory.
-            rows = layer.attend(rows, batch_size, memory)
-            rows = layer.feed_forward(rows, memory)
+            rows = layer.feed_forward(layer.attend(rows, batch_size, memory), memory)
         del memory  # the neck has room in it
         tokens = self.reduce(rows).values.unflatten(0, (batch_size, -1))
         del rows  # the result, which a graph keeps, has room in it, and leaves the larger memory whole to other graphs
@@ -146,6 +147,7 @@ class _Layer:
         self.lin2 = FusedLinear(mlp.lin2.weight, mlp.lin2.bias)
 
     def attend(self, rows: RowsWithStatistics, batch_size: int, memory: torch.Tensor) -> RowsWithStatistics:
+        """Apply the attention. `memory` is for queries, keys, values and their result; `rows` may be overwritten."""
         qkv = self.qkv(rows, memory=memory).values.view(batch_size, -1, self.num_heads, 3, self.head_dim)
         if hopper_attention.why_not(qkv, *self.pattern) is None:
             # Behind queries, keys and values there is room, since an MLP has more features than these.
@@ -155,10 +157,16 @@ class _Layer:
             )
         else:
             attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=math.log(2))
-        return self.proj(RowsWithStatistics(attended.reshape(rows.values.shape)), rows.values, statistics=True)
+        return _add_to(rows, self.proj, RowsWithStatistics(attended.reshape(rows.values.shape)))
 
     def feed_forward(self, rows: RowsWithStatistics, memory: torch.Tensor) -> RowsWithStatistics:
-        return self.lin2(self.lin1(rows, memory=memory), rows.values, statistics=True)
+        """Apply the MLP. `memory` is for its hidden features, and `rows` may be overwritten."""
+        return _add_to(rows, self.lin2, self.lin1(rows, memory=memory))
+
+
+def _add_to(rows: RowsWithStatistics, layer: FusedLinear, x: RowsWithStatistics) -> RowsWithStatistics:
+    """Return layer(x) + rows with statistics, in the memory of `rows` if a kernel computes it."""
+    return layer(x, rows.values, statistics=True, memory=rows.values.view(-1))
 
 
 class CopiedEncoder:

@@ -127,7 +127,8 @@ class FusedLinear:
             rows: half precision (M, K), on the weight's device. Missing statistics are computed if there is a norm.
             residual: (M, N), or (M / n, N) to be added n times over.
             statistics: whether to compute statistics of the result.
-            memory: 1-D tensor of at least M * N elements; a kernel writes its result to the beginning of it.
+            memory: 1-D tensor of at least M * N elements; a kernel writes its result to the beginning of it. It may be
+                that of a residual (M, N).
 
         Returns:
             Rows (M, N).
@@ -159,24 +160,30 @@ def _with_zero_sums(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rounded
 
 
-def embed_patches(layer: FusedLinear, pixel_values: torch.Tensor, positions: torch.Tensor | None) -> RowsWithStatistics:
+def embed_patches(
+    layer: FusedLinear,
+    pixel_values: torch.Tensor,
+    positions: torch.Tensor | None,
+    memory: torch.Tensor | None = None,
+) -> RowsWithStatistics:
     """Embed the patches of images; the kernel reads the pixels without a copy.
 
     Args:
         layer: of C * p * p input features, for patches of p x p pixels.
         pixel_values: (B, C, S, S).
         positions: (N, channels), added to the N tokens of each image; None for none.
+        memory: as for `FusedLinear.__call__`.
 
     Returns:
         Tokens (B * N, channels) with statistics.
     """
     if why_not_hopper_patches(layer, pixel_values, positions) is None:
-        return launch_hopper(layer, patches_of(pixel_values), None, positions, statistics=True)
+        return launch_hopper(layer, patches_of(pixel_values), None, positions, statistics=True, memory=memory)
     if why_not_patches(layer, pixel_values, positions):
         size = _patch_size(layer.weight.shape[1], pixel_values.shape[1])
         patches = RowsWithStatistics(_split_patches(pixel_values.to(layer.weight.dtype), size))
-        return layer(patches, positions, statistics=True)
-    return launch_patches(layer, pixel_values, positions)
+        return layer(patches, positions, statistics=True, memory=memory)
+    return launch_patches(layer, pixel_values, positions, memory=memory)
 
 
 def _patch_size(in_features: int, channels: int) -> int:
@@ -526,13 +533,14 @@ def launch_patches(
     pixel_values: torch.Tensor,
     positions: torch.Tensor | None = None,
     tile: dict[str, int] | None = None,
+    memory: torch.Tensor | None = None,
 ) -> RowsWithStatistics:
     """Run `embed_patches` in Triton's kernel."""
     batch_size, channels, height, width = pixel_values.shape
     size = _patch_size(layer.weight.shape[1], channels)
     num_rows = batch_size * (height // size) * (width // size)
     tile = tile or patch_tile(len(layer.weight))
-    result = _allocate(layer.weight, num_rows, tile["BLOCK_N"], statistics=True)
+    result = _allocate(layer.weight, num_rows, tile["BLOCK_N"], statistics=True, memory=memory)
     assert result.statistics is not None
     launch_patch_kernel(pixel_values, size, layer.weight, layer.bias, positions, result.values, result.statistics, tile)
     return result

@@ -28,6 +28,7 @@ from samlight_hf.kernels.linear import (
     embed_patches,
     fused_linear_reference,
     launch_hopper,
+    launch_triton,
     why_not_hopper,
     why_not_hopper_patches,
 )
@@ -166,6 +167,29 @@ def test_the_kernel_computes_what_the_modules_do(in_features, case, dtype, tile)
     assert error(found.values, expected) < TOLERANCES[dtype]
     assert (found.statistics is not None) == case[3] and statistics_error(found) < 1e-4
     assert found.values.data_ptr() == memory.data_ptr() and memory[-8:].eq(5).all()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("tile", [*ALL_TILES, "Triton"], ids=str)
+@pytest.mark.parametrize("in_features", [384, 1536])
+@torch.no_grad()
+def test_a_layer_may_overwrite_its_residual(in_features, tile):
+    num_rows = 256 * 129
+    case, sizes = (False, False, num_rows, True, False), {"num_rows": num_rows, "in_features": in_features}
+    layer, rows, residual, _ = make(case, torch.bfloat16, "cuda", **sizes, out_features=384)
+
+    def run(residual, memory):
+        if tile == "Triton":
+            return launch_triton(layer, rows, residual, True, memory=memory)
+        return launch_hopper(layer, rows_of(rows.values), None, residual, True, tile, memory)
+
+    expected = run(residual, None)
+    for _ in range(5):
+        own = residual.clone()
+        found = run(own, own.view(-1))
+        assert found.values.data_ptr() == own.data_ptr() and torch.equal(own, expected.values)
+        assert torch.equal(found.statistics, expected.statistics)
 
 
 @pytest.mark.gpu
