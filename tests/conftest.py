@@ -1,4 +1,6 @@
+import contextlib
 import os
+from collections.abc import Iterator
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need nothing from the Hub
@@ -26,6 +28,17 @@ def own_attention_function():
     """Register the package's attention function again: code loaded with trust_remote_code has registered its copy."""
     yield
     AttentionInterface.register(DILATED_FLASH_ATTENTION, dilated_flash_attention_forward)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors without a dtype in another one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tiny_config(**vision_config) -> SamLighteningConfig:

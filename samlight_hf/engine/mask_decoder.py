@@ -259,7 +259,7 @@ class FastMaskDecoder:
     ) -> Decoded:
         """Decode prompts of any number, see `decode`."""
         if not (prompts[0] if mask_logits is None else mask_logits).shape[0]:
-            nothing = torch.zeros(0, self.num_masks(multimask_output), device=self.device)
+            nothing = torch.zeros(0, self.num_masks(multimask_output), dtype=torch.float32, device=self.device)
             return Decoded(nothing, None, nothing.new_zeros(0, *self.logits_size))
         prompts = [prompt.to(image_tokens.device, non_blocking=True) for prompt in prompts]
         transform = self.transform if repeated else self._transform
@@ -561,7 +561,7 @@ def _image_positions(model: PreTrainedModel) -> torch.Tensor:
     It is computed on the CPU: a product on a GPU would have to load cuBLAS, which nothing else in `optimize` may need.
     """
     embedding, size = model.shared_image_embedding, model.config.prompt_encoder_config.image_embedding_size
-    line = (torch.arange(size) + 0.5) / size
+    line = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     y, x = torch.meshgrid(line, line, indexing="ij")
     positions = copy.deepcopy(embedding).float().cpu()(torch.stack([x, y], dim=-1)[None])
     return positions.flatten(0, 2)

@@ -191,8 +191,8 @@ class FastPaths:
             tokens = decoder.positions
 
             def boxes(device: torch.device, count=count, tokens=tokens) -> list[torch.Tensor]:
-                corners = torch.tensor([[0.0, 0.0, size / 2, size / 2]]).expand(count, -1).contiguous()
-                return [torch.zeros_like(tokens, device=device)[None], corners.to(device)]
+                corners = torch.tensor([[0.0, 0.0, size / 2, size / 2]], dtype=torch.float32, device=device)
+                return [torch.zeros_like(tokens, device=device)[None], corners.expand(count, -1).contiguous()]
 
             def points(device: torch.device, count=count, boxes=boxes) -> list[torch.Tensor]:
                 image, corners = boxes(device)

@@ -8,6 +8,7 @@ computed, stability and boxes are computed directly from the decoder's logits, r
 masks alone, and all steps before them run on the device.
 """
 
+import dataclasses
 import os
 import warnings
 from collections import deque
@@ -414,7 +415,7 @@ class MaskGenerator:
     ):
         """Add the masks that are stable and do not end at the border of their crop to the candidates."""
         frame = prompts.place.frame
-        stability, boxes = measures[:, 0] / measures[:, 1], measures[:, 2:].float()
+        stability, boxes = measures[:, 0].float() / measures[:, 1].float(), measures[:, 2:].float()
         if settings.stability_score_thresh > 0:
             kept = stability > settings.stability_score_thresh
         else:
@@ -468,6 +469,9 @@ def _unread(image: ImageInput) -> tuple[ImageInput, Any, None]:
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:
     if settings is None:
+        names = [field.name for field in dataclasses.fields(MaskGenerationSettings)]
+        if unknown := [name for name in changes if name not in names]:
+            raise TypeError(f"{unknown[0]} is no setting of mask generation. They are {', '.join(names)}.")
         return MaskGenerationSettings(**changes)
     if changes:
         raise ValueError(f"give settings as one object or by name ({', '.join(changes)}), not both.")

@@ -359,7 +359,7 @@ class Predictor:
         parts = [self._decode_batch(images, [prompts[place] for place in batch], multimask_output) for batch in batches]
         if not parts:
             num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if multimask_output else 1
-            empty = torch.zeros(0, num_masks, *self.logits_size, device=self.device)
+            empty = torch.zeros(0, num_masks, *self.logits_size, dtype=torch.float32, device=self.device)
             return empty[..., 0, 0], empty
         scores, logits = map(_cat, zip(*parts))
         order = [place for batch in batches for place in batch]

@@ -25,6 +25,7 @@ from samlight_hf.inference.single_calls import segment_everything
 from samlight_hf.loading import load_model, quiet_transformers
 from samlight_hf.masks.boxes import mask_boxes
 from samlight_hf.masks.results import GeneratedMasks
+from tests.conftest import default_dtype
 
 from .conftest import random_model
 
@@ -374,6 +375,28 @@ def test_arguments_that_cannot_be(tiny):
         segment_everything(*tiny, random_image(9, 9), 0)
     with pytest.raises(ValueError, match="not both"):
         MaskGenerator(*tiny)(random_image(9, 9), MaskGenerationSettings(), pred_iou_thresh=0.1)
+    with pytest.raises(TypeError, match="points_per_side is no setting .* points_per_crop, crops_n_layers"):
+        MaskGenerator(*tiny)(random_image(9, 9), points_per_side=8)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(tiny, default):
+    """Code that builds a model in bfloat16 may leave it as the default."""
+
+    def found() -> list[np.ndarray]:
+        image, predictor = random_image(50, 60), Predictor(*tiny)
+        settings = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.5, "crops_nms_thresh": 1.0}
+        everything = MaskGenerator(*tiny)(image, points_per_crop=4, **settings)
+        assert len(everything.scores) > 2
+        point = predictor.set_image(image).predict(points_xy=[[[20, 30]]])
+        none = predictor.predict(boxes_xyxy=np.zeros((0, 4)))
+        arrays = [everything.scores, everything.stability_scores, everything.boxes_xyxy, everything.points_xy]
+        return [*arrays, point.scores, point.logits, none.scores, none.logits]
+
+    expected = found()
+    with default_dtype(default):
+        for now, before in zip(found(), expected):
+            assert now.dtype == before.dtype and np.array_equal(now, before)
 
 
 def test_the_grid_and_boxes():
