@@ -260,7 +260,7 @@ class StaticInputs:
         else:
             inputs = memory.inputs(num_bytes, device)
         self._device_buffer = inputs[: len(self._buffer)]
-        sources, copies = (iter(views_like(from_cpu, memory)) for memory in (self._buffer, self._device_buffer))
+        sources, copies = (iter(views_like(from_cpu, buffer)) for buffer in (self._buffer, self._device_buffer))
         own = iter(views_like(others, inputs[len(self._buffer) :]))
         self.tensors = [next(copies) if e.is_cpu else e if e is lent else next(own) for e in examples]
         self._targets = [next(sources) if e.is_cpu else tensor for e, tensor in zip(examples, self.tensors)]

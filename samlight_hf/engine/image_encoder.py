@@ -111,13 +111,14 @@ class FastVisionEncoder:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         batch_size, _, height, width = pixel_values.shape
         grid = height // self.patch_size, width // self.patch_size
-        num_rows, width = batch_size * grid[0] * grid[1], self.config.hidden_size
-        new = self.convolution.weight.new_empty
-        new((width + self.largest_width) * num_rows)  # leaves room for all that follows in one segment of the allocator
-        rows = embed_patches(self.patch_embedding, pixel_values, self.positions, memory=new(width * num_rows))
+        new, num_rows = self.convolution.weight.new_empty, batch_size * grid[0] * grid[1]
+        sizes = self.config.hidden_size * num_rows, self.largest_width * num_rows
+        new(sum(sizes))  # allocated and freed at once, so that both find room in one segment of torch's allocator
         # The two large intermediate results of a layer share memory: the first is not needed when the second is
         # written.
-        memory = new(self.largest_width * num_rows)
+        rows_memory, memory = map(new, sizes)
+        rows = embed_patches(self.patch_embedding, pixel_values, self.positions, memory=rows_memory)
+        del rows_memory
         for layer in self.layers:
             rows = layer.feed_forward(layer.attend(rows, batch_size, memory), memory)
         del memory  # the neck has room in it
@@ -137,7 +138,7 @@ class _Layer:
         order = torch.arange(attention.qkv.out_features, device=attention.qkv.weight.device)
         order = order.view(3, self.num_heads, self.head_dim).transpose(0, 1).flatten()
         # Queries contain the scale of the scores, for a softmax of powers of two.
-        factors = torch.ones(len(order), device=order.device)
+        factors = torch.ones(len(order), dtype=torch.float32, device=order.device)
         factors[: len(order) // 3] = attention.scale / math.log(2)
         self.qkv = FusedLinear(
             attention.qkv.weight, attention.qkv.bias, layer.layer_norm1, order=order, factors=factors
@@ -156,6 +157,7 @@ class _Layer:
                 qkv, *self.pattern, out=room if 3 * room.numel() == qkv.numel() else None
             )
         else:
+            # exp(log(2) x) is the power of two.
             attended = dilated_attention(*qkv.unbind(3), *self.pattern, scaling=math.log(2))
         return _add_to(rows, self.proj, RowsWithStatistics(attended.reshape(rows.values.shape)))
 

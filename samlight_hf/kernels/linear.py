@@ -17,6 +17,7 @@ Products are summed in float32; norm, GELU and residual are computed in float32.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class FusedLinear:
         norm: the LayerNorm before the layer, which is folded into weight and bias; None for none.
         gelu: whether GELU follows.
         order: int64 (N,), a permutation of the output features; None keeps their order.
-        factors: float32 (N,), of the output features in their old order, folded like `norm`; None for ones.
+        factors: float32 (N,), by which the output features, in their old order, are multiplied; None for ones.
         norm_after: the LayerNorm that follows, in layers without `norm` and `gelu`; None for none.
 
     Raises:
@@ -81,21 +82,20 @@ class FusedLinear:
     ):
         if norm_after is not None and (norm is not None or gelu):
             raise ValueError("norm_after is for layers without norm and gelu.")
-        bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
-        exact, dtype = weight.float(), weight.dtype
+        dtype, float32 = weight.dtype, torch.float32
+        bias = torch.zeros(len(weight), dtype=float32, device=weight.device) if bias is None else bias.float()
         if factors is not None:
-            exact, bias = exact * factors[:, None], bias * factors
+            weight, bias = weight.float() * factors[:, None], bias * factors
         if norm is not None:
-            bias = bias + (exact * norm.bias.float()).sum(dim=1)  # a product of matrices would load cuBLAS
-            weight = _with_zero_sums(exact * norm.weight.float(), dtype)
-        elif factors is not None:
-            weight = exact.to(dtype)
+            bias = bias + (weight.float() * norm.bias.float()).sum(dim=1)  # a product of matrices would load cuBLAS
+            weight = _with_zero_sums(weight.float() * norm.weight.float(), dtype)
+        weight = weight.to(dtype)
         if order is not None:
             weight, bias = weight[order], bias[order]
         self.weight, self.bias = weight.detach().contiguous(), bias.detach().contiguous()
         # Sums of the rounded weight, which are zero but for a rest that the kernel for Hopper GPUs leaves out.
         self.row_sums = None if norm is None else self.weight.float().sum(dim=1)
-        self.gelu, self.norm_after = gelu, norm_after
+        self.gelu, self.norm_after = gelu, copy.deepcopy(norm_after)
         self.eps = next((given.eps for given in (norm, norm_after) if given is not None), 0.0)
         self.gain_and_shift = None
         if norm_after is not None:
@@ -109,7 +109,7 @@ class FusedLinear:
         return [tensor for tensor in all_tensors if tensor is not None]
 
     def replace(self, copies: Iterator[torch.Tensor]):
-        """Take the next ones of these copies of `tensors` instead of them."""
+        """Replace each of `tensors`, in their order, by the next one of these copies of them."""
         self.weight, self.bias = next(copies), next(copies)
         self.row_sums = None if self.row_sums is None else next(copies)
         self.gain_and_shift = None if self.gain_and_shift is None else (next(copies), next(copies))
@@ -128,7 +128,7 @@ class FusedLinear:
             residual: (M, N), or (M / n, N) to be added n times over.
             statistics: whether to compute statistics of the result.
             memory: 1-D tensor of at least M * N elements; a kernel writes its result to the beginning of it. It may be
-                that of a residual (M, N).
+                the memory of a residual (M, N), from its first element on, but not that of `rows`.
 
         Returns:
             Rows (M, N).
@@ -553,5 +553,5 @@ def _allocate(
     out_features = len(weight)
     size = num_rows * out_features
     output = weight.new_empty(size) if memory is None else memory[:size]
-    parts = torch.empty(out_features // columns, 2, num_rows, device=weight.device) if statistics else None
+    parts = weight.new_empty(out_features // columns, 2, num_rows, dtype=torch.float32) if statistics else None
     return RowsWithStatistics(output.view(num_rows, out_features), parts)

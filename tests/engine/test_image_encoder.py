@@ -8,7 +8,7 @@ from samlight_hf import SamLighteningModel
 from samlight_hf.engine import image_encoder as vision_encoder
 from samlight_hf.engine.image_encoder import FastVisionEncoder, why_not_fast_encoder
 from samlight_hf.kernels import linear as fused_linear
-from tests.conftest import tiny_config
+from tests.conftest import default_dtype, tiny_config
 from tests.kernels.hopper.test_linear import needs_hopper
 
 
@@ -61,16 +61,30 @@ def test_it_computes_what_the_model_does(vision):
     assert relative_error(model, pixel_values, expected, FastVisionEncoder(model.vision_encoder)) < 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("vision", PATTERNS.values(), ids=PATTERNS)
-def test_its_weights_are_copies_in_one_memory(vision):
-    model = make_model(**vision)
-    encoder = FastVisionEncoder(model.vision_encoder)
+def test_its_weights_are_copies_in_one_memory(vision, device):
+    model = make_model(**vision).to(device)
+    encoder, size = FastVisionEncoder(model.vision_encoder), model.config.vision_config.image_size
     assert len({tensor.untyped_storage().data_ptr() for tensor in encoder._weights()}) == 1
-    before = [tensor.clone() for tensor in encoder._weights()]
+    pixel_values = torch.randn(2, 3, size, size, device=device)
+    before = encoder(pixel_values)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    assert all(map(torch.equal, before, encoder._weights())) and not encoder.is_copy_of(model)
+    assert torch.equal(encoder(pixel_values), before) and not encoder.is_copy_of(model)
+    model.double().cpu()
+    assert torch.equal(encoder(pixel_values), before)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torchs_default_dtype_changes_nothing(device, default):
+    model = make_model(**WIDE | LONG).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    pixel_values = torch.randn(2, 3, 512, 512).to(device, model.dtype)
+    expected = FastVisionEncoder(model.vision_encoder)(pixel_values)
+    with default_dtype(default):
+        assert torch.equal(FastVisionEncoder(model.vision_encoder)(pixel_values), expected)
 
 
 def test_other_layers_run_where_rows_come_without_statistics():

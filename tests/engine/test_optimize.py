@@ -377,6 +377,13 @@ def test_on_a_gpu_the_report_counts_no_memory_of_others(on_gpu, monkeypatch, dty
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_a_graph_takes_one_segment_of_memory(on_gpu):
+    """Of 16 MB for one image. Each tensor by itself, of 3 and of 12 MB, would take a segment of 20 and one of 12."""
+    report = optimize(on_gpu, image_batch_sizes=(1,), prompt_counts=(1,)).report
+    assert report.num_graphs == 5 and report.graph_memory_mb < 32
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_graphs_share_their_memory_and_do_not_disturb_each_other(on_gpu):
     """Inputs, results and what lies between are in memory that the next graph overwrites."""
     optimized = optimize(on_gpu, image_batch_sizes=(1, 8, 32), prompt_counts=(1, 16, 64))

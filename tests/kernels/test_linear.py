@@ -293,6 +293,19 @@ def test_the_patch_kernel_on_a_gpu(dtype):
 
 @pytest.mark.gpu
 @torch.no_grad()
+def test_embedded_patches_lie_in_the_given_memory():
+    layer = FusedLinear(torch.randn(384, 768, device="cuda").to(torch.bfloat16) / 28, None)
+    pixel_values = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+    expected = embed_patches(layer, pixel_values, None)
+    for embed in (embed_patches, fused_linear.launch_patches):
+        memory = torch.full((384 * 4096 + 8,), 5, device="cuda", dtype=torch.bfloat16)
+        found = embed(layer, pixel_values, None, memory=memory)
+        assert found.values.data_ptr() == memory.data_ptr() and memory[-8:].eq(5).all()
+        assert error(found.values, expected.values.double()) < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
 def test_patches_wait_for_positions_that_the_previous_kernel_writes():
     """A layer allows the next kernel to start before it has written anything."""
     writer, rows, _, _ = make((False, False, 0, False, False), torch.bfloat16, "cuda", 4096, 1536, 384)

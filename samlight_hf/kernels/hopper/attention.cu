@@ -20,8 +20,8 @@ constexpr int LAG = AHEAD ? 2 : 1;
 constexpr u32 BLOCK_BYTES = KEYS * DIM * 2, QUERY_BYTES = QUERIES * DIM * 2;
 // Columns of products with values: the features, and the sum of weights, eight times.
 constexpr int COLUMNS = DIM + 8;
-// The least and largest sum of weights that are not relative. The largest of them is about 2^-92 or more then, and those that are
-// rounded to zero are below 2^-126; and products with values overflow only for values above 2^47.
+// The least and largest sum of weights that are not relative. If a sum of 4096 weights is more than the least one, the largest weight is
+// more than 2^-92, and those that are rounded to zero are below 2^-126. Products with values overflow only for values above 2^47.
 constexpr float LARGEST_SUM = 0x1p80f, LEAST_SUM = 0x1p-80f;
 // A relative weight is 2^-MARGIN for a score that equals the reference, and less than 1 for all scores. Float16 has no weights below
 // 2^-25. Beside one large score, thousands of weights that are lost there would be missed, so the margin is small.

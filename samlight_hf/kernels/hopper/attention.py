@@ -18,7 +18,7 @@ from . import runtime as hopper
 
 STAGES = {1: 2, 2: 2, 3: 5}  # blocks of keys and values in shared memory, by warpgroups per thread block
 _DIM, _KEYS, _WARPGROUP_QUERIES = 64, 128, 64  # as in attention.cu
-QUERY_FACTOR = _DIM**-0.5 / math.log(2)  # of queries, so that 2^(q k^T) is the usual exp(q k^T / 8)
+QUERY_FACTOR = _DIM**-0.5 / math.log(2)  # 2^(factor q k^T) is the usual exp(q k^T / 8)
 _ONES = 8  # further columns of values, which are 1: the fewest that products can have
 
 
@@ -51,7 +51,7 @@ def _why_not_tried(device: torch.device, **constants: int) -> str | None:
         qkv[:, :, :, 0] *= QUERY_FACTOR
         qkv[1, :, :, :2, 0] = 10  # scores of about 100 are too large for the first pass
         qkv = qkv.to(dtype)
-        some = torch.linspace(0, num_tokens - 1, 64, device=qkv.device).long()  # all tokens would take much memory
+        some = torch.arange(64, device=qkv.device) * (num_tokens - 1) // 63  # all tokens would take much memory
         per_head = bool(constants["PER_HEAD"])
         offsets = "per_head" if per_head else "all"
         output = tried(lambda: launch_attention(qkv, None, rate, offsets, constants["WARPGROUPS"]))

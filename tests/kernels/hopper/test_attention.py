@@ -135,7 +135,9 @@ def with_scores(scores, dtype):
     elif scores == "jump":
         key[:, 1024:] *= 100
     elif scores == "one query":
-        query[:, 1100] *= 100
+        query[:, [1100, 2047]] *= (
+            100  # the last one: in a thread block with fewer queries than warpgroups, if they are 3
+        )
     elif scores == "sink":  # the first key, without value: 12 more than for the others, together a hundredth of it
         query.mul_(0.5), value.add_(1)
         query[..., 0], key[..., 0] = 8, 0
@@ -144,7 +146,8 @@ def with_scores(scores, dtype):
     return with_factor(qkv, dtype)
 
 
-EXTREME_PATTERNS = [(None, 1, "all"), (128, 1, "all"), (1024, 2, "all"), (512, 4, "per_head")]
+# Groups of 16, 1, 2, 4 and 1 blocks of keys.
+EXTREME_PATTERNS = [(None, 1, "all"), (128, 1, "all"), (256, 1, "all"), (1024, 2, "all"), (512, 4, "per_head")]
 
 
 @pytest.mark.gpu
@@ -179,9 +182,44 @@ def test_a_second_pass_runs_for_extreme_scores_alone(pattern, warpgroups, monkey
 
     monkeypatch.setattr(hopper_attention, "source_of", first_pass)
     hopper_attention._kernel.cache_clear()
-    first = {kind: launch_attention(qkv, *pattern, warpgroups) for kind, qkv in kinds.items()}
-    hopper_attention._kernel.cache_clear()
+    try:
+        first = {kind: launch_attention(qkv, *pattern, warpgroups) for kind, qkv in kinds.items()}
+    finally:
+        hopper_attention._kernel.cache_clear()
     assert [kind for kind in kinds if torch.equal(first[kind], both[kind])] == ["usual", "sink"]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("score", [-95, -90, -75, 60, 75, 85])
+@torch.no_grad()
+def test_sums_of_weights_near_the_limits_of_the_first_pass(score, warpgroups):
+    """2048 weights of about 2^score; the limits are 2^-80 and 2^80."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv = torch.randn(1, 2048, 2, 3, 64, device="cuda", generator=generator)
+    qkv[:, :, :, :2] /= 4
+    qkv[:, :, :, 0, 0], qkv[:, :, :, 1, 0] = 8, score / 8
+    qkv = qkv.to(torch.bfloat16)
+    expected = reference(qkv, (None, 1, "all"))
+    found = launch_attention(qkv, None, 1, "all", warpgroups).view_as(expected)
+    assert (found - expected).norm() < TOLERANCES[torch.bfloat16] * expected.norm()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_what_is_not_finite_stays_in_its_group(number, part, warpgroups, dtype):
+    qkv = with_scores("usual", dtype)
+    expected = launch_attention(qkv, 512, 1, "all", warpgroups)
+    qkv[:, 700, :, part] = number
+    found = launch_attention(qkv, 512, 1, "all", warpgroups)
+    others = torch.arange(2048, device="cuda") // 512 != 1
+    assert torch.equal(found[others], expected[others]) and not found[700].isfinite().any()
 
 
 def with_factor(qkv, dtype):
