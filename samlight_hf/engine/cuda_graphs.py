@@ -253,7 +253,7 @@ class StaticInputs:
         from_cpu = [example for example in examples if example.is_cpu]
         others = [example for example in examples if not (example.is_cpu or example is lent)]
         # Not pinned: a copy from pageable memory has read it when it returns, so it may be filled again.
-        self._buffer = torch.empty(packed_bytes(from_cpu), dtype=torch.uint8)
+        self._buffer = torch.empty(packed_bytes(from_cpu), dtype=torch.uint8, device="cpu")
         num_bytes = len(self._buffer) + packed_bytes(others)
         if memory is None:
             inputs = torch.empty(num_bytes, dtype=torch.uint8, device=device)

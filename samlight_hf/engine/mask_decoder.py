@@ -561,7 +561,7 @@ def _image_positions(model: PreTrainedModel) -> torch.Tensor:
     It is computed on the CPU: a product on a GPU would have to load cuBLAS, which nothing else in `optimize` may need.
     """
     embedding, size = model.shared_image_embedding, model.config.prompt_encoder_config.image_embedding_size
-    line = (torch.arange(size, dtype=torch.float32) + 0.5) / size
+    line = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5) / size
     y, x = torch.meshgrid(line, line, indexing="ij")
     positions = copy.deepcopy(embedding).float().cpu()(torch.stack([x, y], dim=-1)[None])
     return positions.flatten(0, 2)

@@ -418,8 +418,9 @@ def _prompts(points, labels, boxes) -> list[torch.Tensor]:
         if points.ndim != 4 or (labels is not None and labels.shape != points.shape[:3]):
             return []
         # In the dtypes that the graphs were captured with. From the CPU this is one copy, and no kernel before it.
-        labels = torch.ones(points.shape[:3], dtype=torch.int32) if labels is None else labels.to(torch.int32)
-        prompts += [points.float(), labels]
+        if labels is None:
+            labels = torch.ones(points.shape[:3], device="cpu")
+        prompts += [points.float(), labels.to(torch.int32)]
     if boxes is not None:
         if boxes.ndim != 3:
             return []

@@ -147,7 +147,7 @@ def normalised_levels(image_processor: SamImageProcessor, dtype: torch.dtype, de
 
 @lru_cache(maxsize=16)  # keyed by all settings that the levels depend on: an image processor is mutable
 def _normalised_levels(image_processor, rescale_factor, mean, std, dtype, device) -> torch.Tensor:
-    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256).contiguous()
+    levels = torch.arange(256, dtype=torch.uint8, device="cpu").expand(3, 1, 256).contiguous()
     levels = image_processor.rescale_and_normalize(levels, True, rescale_factor, True, mean, std)
     return levels[:, 0].to(device, dtype)
 

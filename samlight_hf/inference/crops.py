@@ -110,6 +110,6 @@ def crop_boxes(height: int, width: int, settings: MaskGenerationSettings) -> lis
 def point_grid(points_per_side: int) -> torch.Tensor:
     """Return the centres of equal cells, row by row: float32 (points_per_side^2, 2), x and y from 0 to 1."""
     margin = 1 / (2 * points_per_side)
-    line = torch.linspace(margin, 1 - margin, points_per_side, dtype=torch.float32)
+    line = torch.linspace(margin, 1 - margin, points_per_side, dtype=torch.float32, device="cpu")
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x, y], dim=-1).view(-1, 2)

@@ -90,8 +90,9 @@ class Place(NamedTuple):
             factors.append(factor / tile)
             summands.append([(summand - reach) / tile - 1, (summand + reach) / tile])
         (left, right), (top, bottom) = summands
-        tiles = torch.arange(max(height // tile_height, width // tile_width), dtype=torch.float32)
-        of_boxes = torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32)
+        num_tiles = max(height // tile_height, width // tile_width)
+        tiles = torch.arange(num_tiles, dtype=torch.float32, device="cpu")
+        of_boxes = torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32, device="cpu")
         return cls(frame, of_boxes[0], of_boxes[1], tiles)
 
 

@@ -259,7 +259,7 @@ class _Objects:
         from torchvision.ops import nms
 
         boxes = torch.from_numpy(self._extents.boxes_xyxy).float()
-        kept = nms(boxes, torch.tensor(self._scores, dtype=torch.float32), nms_iou).tolist()
+        kept = nms(boxes, torch.tensor(self._scores, dtype=torch.float32, device="cpu"), nms_iou).tolist()
         if len(self._grid) == 1:  # the image in one pass, whose masks stay as they are
             return sorted(kept)
         worse = self._same_masks(sorted(kept), nms_iou)

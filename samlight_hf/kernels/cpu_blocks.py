@@ -153,7 +153,7 @@ def _interpolation(low: int, padded: int, resized: int, original: int) -> tuple[
         Slices of the image's axis and of the logits', and weights (lines, places), float32.
     """
     with torch.inference_mode(False):
-        weights = torch.eye(low, dtype=torch.float32)[None]  # (1, logits, lines)
+        weights = torch.eye(low, dtype=torch.float32, device="cpu")[None]  # (1, logits, lines)
         for size, cut in ((padded, resized), (original, original)):
             if weights.shape[2] != size:
                 weights = F.interpolate(weights, size, mode="linear", align_corners=False)

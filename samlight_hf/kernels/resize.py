@@ -95,10 +95,10 @@ def _integer_weights(source_length: int, length: int) -> tuple[torch.Tensor, int
     """
     scale = source_length / length
     support = max(scale, 1.0)
-    centre = scale * (torch.arange(length, dtype=torch.float64) + 0.5)
+    centre = scale * (torch.arange(length, dtype=torch.float64, device="cpu") + 0.5)
     first = (centre - support + 0.5).long().clamp(min=0)
     count = (centre + support + 0.5).long().clamp(max=source_length) - first
-    neighbour = torch.arange(math.ceil(support) * 2 + 1)[:, None]
+    neighbour = torch.arange(math.ceil(support) * 2 + 1, device="cpu")[:, None]
     weights = (1 - ((neighbour + first - centre + 0.5) / support).abs()).clamp(min=0)
     weights = torch.where(neighbour < count, weights, 0.0)
     weights = weights / weights.sum(dim=0)

@@ -111,7 +111,7 @@ class RunLengthMasks(ShortRepr, Sequence):
         """
         if isinstance(masks, np.ndarray) and min(masks.strides, default=0) < 0:  # a reversed view, which torch refuses
             masks = masks.copy()
-        masks = torch.as_tensor(masks)
+        masks = torch.from_numpy(masks) if isinstance(masks, np.ndarray) else torch.as_tensor(masks)
         if masks.dtype != torch.bool or masks.ndim != 3:
             raise ValueError(f"masks are {masks.dtype} of shape {tuple(masks.shape)}, and must be bool (n, H, W).")
         positions, counts = mask_changes(masks)

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import pickle
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -379,24 +380,32 @@ def test_arguments_that_cannot_be(tiny):
         MaskGenerator(*tiny)(random_image(9, 9), points_per_side=8)
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_torchs_default_dtype_changes_nothing(tiny, default):
-    """Code that builds a model in bfloat16 may leave it as the default."""
+@pytest.mark.parametrize("default", ["float64", "bfloat16", "meta"])
+def test_torchs_defaults_change_nothing(tiny, default):
+    """Code that builds a model in bfloat16, or on a GPU, may leave these as defaults."""
 
     def found() -> list[np.ndarray]:
+        clear_caches()
         image, predictor = random_image(50, 60), Predictor(*tiny)
         settings = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.5, "crops_nms_thresh": 1.0}
-        everything = MaskGenerator(*tiny)(image, points_per_crop=4, **settings)
+        everything = MaskGenerator(*tiny)(image, points_per_crop=4, crops_n_layers=1, **settings)
         assert len(everything.scores) > 2
-        point = predictor.set_image(image).predict(points_xy=[[[20, 30]]])
-        none = predictor.predict(boxes_xyxy=np.zeros((0, 4)))
+        prompts = {"points_xy": [[[20, 30]], [[1, 2], [3, 4]]]}
+        points, none = (predictor.set_image(image).predict(**p) for p in (prompts, {"boxes_xyxy": np.zeros((0, 4))}))
         arrays = [everything.scores, everything.stability_scores, everything.boxes_xyxy, everything.points_xy]
-        return [*arrays, point.scores, point.logits, none.scores, none.logits]
+        return [*arrays, points.scores, points.logits, none.scores, none.logits]
 
     expected = found()
-    with default_dtype(default):
+    with torch.device("meta") if default == "meta" else default_dtype(getattr(torch, default)):
         for now, before in zip(found(), expected):
             assert now.dtype == before.dtype and np.array_equal(now, before)
+
+
+def clear_caches():
+    """Forget what the package's functions have computed."""
+    for name, module in list(sys.modules.items()):
+        for function in vars(module).values() if name.startswith("samlight_hf") else ():
+            getattr(function, "cache_clear", lambda: None)()
 
 
 def test_the_grid_and_boxes():
