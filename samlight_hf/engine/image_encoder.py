@@ -96,8 +96,6 @@ class FastVisionEncoder:
         self.positions = None if self.positions is None else next(copies)
         for linear in self._linears():
             linear.replace(copies)
-        if self.patch_embedding.weight.is_cuda:  # see `FusedLinear`
-            torch.cuda.current_stream(self.patch_embedding.weight.device).synchronize()
 
     def _linears(self) -> list[FusedLinear]:
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.proj, layer.lin1, layer.lin2)]

@@ -419,7 +419,7 @@ def _prompts(points, labels, boxes) -> list[torch.Tensor]:
             return []
         # In the dtypes that the graphs were captured with. From the CPU this is one copy, and no kernel before it.
         if labels is None:
-            labels = torch.ones(points.shape[:3], device="cpu")
+            labels = torch.ones(points.shape[:3], dtype=torch.int32, device="cpu")
         prompts += [points.float(), labels.to(torch.int32)]
     if boxes is not None:
         if boxes.ndim != 3:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..utils.messages import one_line
+from .formats import open_lazily
 from .levels import SENTINELS, TAIL
 from .preprocessing import image_tensor
 from .reading import ImageError, check_file, open_image
@@ -322,7 +323,7 @@ def _tiff_tag(path: Path, number: int) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with open_lazily(path) as image:
             return getattr(image, "tag_v2", {}).get(number)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

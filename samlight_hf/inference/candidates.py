@@ -130,9 +130,8 @@ class Candidates:
     def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the candidates as float32 (n, 8), see `Table`, and their numbers (n,). Waits for the device."""
         if not self._parts:
-            return torch.zeros(0, 8, dtype=torch.float32, device=self.device), torch.zeros(
-                0, dtype=torch.int64, device=self.device
-            )
+            numbers = torch.zeros(0, dtype=torch.int64, device=self.device)
+            return torch.zeros(0, 8, dtype=torch.float32, device=self.device), numbers
         numbers = torch.cat([part.kept for part in self._parts]).nonzero().squeeze(1)
         return torch.cat([part.columns for part in self._parts])[numbers], numbers
 

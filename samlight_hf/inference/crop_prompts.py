@@ -91,16 +91,16 @@ def _prompts_on_cpu(
     resized = resized_size(*crop.size, longest_edge)
     frame = Frame(padded, resized, crop.size, (crop.box_xyxy[1], crop.box_xyxy[0]), image_size)
     # Products in the stock pipeline's order: coordinates must be equal to the last bit.
-    points = point_grid(points_per_side) * torch.tensor([crop.size[1], crop.size[0]], device="cpu")
+    points = point_grid(points_per_side) * torch.tensor([crop.size[1], crop.size[0]])
     factors = resized[1] / crop.size[1], resized[0] / crop.size[0]
     in_input = torch.stack([points[:, 0] * factors[0], points[:, 1] * factors[1]], dim=1)
-    least = torch.full_like(points[:, :1], -math.inf if min_iou is None else min_iou)
-    rows = torch.cat([in_input, least, points + torch.tensor(crop.box_xyxy[:2], device="cpu")], dim=1)
+    least = torch.full((len(points), 1), -math.inf if min_iou is None else min_iou, dtype=torch.float32)
+    rows = torch.cat([in_input, least, points + torch.tensor(crop.box_xyxy[:2])], dim=1)
     # All batches have one size, so that one CUDA graph serves: the last batch is filled up with its last point.
     batch_size = _even_batch(len(rows), points_per_batch)
     more = rows[-1:].repeat(-len(rows) % batch_size, 1)
     more[:, 2] = math.inf
-    edges = torch.tensor([crop.box_xyxy, (0, 0, image_size[1], image_size[0])], dtype=torch.float32, device="cpu")
+    edges = torch.tensor([crop.box_xyxy, (0, 0, image_size[1], image_size[0])], dtype=torch.float32)
     place, visible = Place.make(frame, logits_side, logits_side), visible_part((logits_side,) * 2, padded, resized)
     return CropPrompts(torch.cat([rows, more]), len(points), min_iou, batch_size, visible, place, edges)
 

@@ -1,7 +1,7 @@
 """Settings of everything mode, crops of the image and the grid of points on each crop, as in the stock pipeline."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from numbers import Integral
 from typing import NamedTuple
@@ -74,6 +74,9 @@ class MaskGenerationSettings:
         return int(self.points_per_crop / self.crop_n_points_downscale_factor**layer)
 
 
+SETTING_NAMES = tuple(field.name for field in fields(MaskGenerationSettings))
+
+
 class Crop(NamedTuple):
     """A part of the image.
 
@@ -110,6 +113,6 @@ def crop_boxes(height: int, width: int, settings: MaskGenerationSettings) -> lis
 def point_grid(points_per_side: int) -> torch.Tensor:
     """Return the centres of equal cells, row by row: float32 (points_per_side^2, 2), x and y from 0 to 1."""
     margin = 1 / (2 * points_per_side)
-    line = torch.linspace(margin, 1 - margin, points_per_side, dtype=torch.float32, device="cpu")
+    line = torch.linspace(margin, 1 - margin, points_per_side, dtype=torch.float32)
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x, y], dim=-1).view(-1, 2)

@@ -8,7 +8,6 @@ computed, stability and boxes are computed directly from the decoder's logits, r
 masks alone, and all steps before them run on the device.
 """
 
-import dataclasses
 import os
 import warnings
 from collections import deque
@@ -34,7 +33,7 @@ from ..utils.autocast import without_autocast
 from .candidates import Candidates
 from .choice import choose
 from .crop_prompts import CropPrompts
-from .crops import Crop, MaskGenerationSettings, crop_boxes
+from .crops import SETTING_NAMES, Crop, MaskGenerationSettings, crop_boxes
 from .encoded_image import EncodedImage
 from .overlapping import Running, attempt, overlapped
 from .tile_merging import generated_masks, merge_tiles
@@ -469,9 +468,8 @@ def _unread(image: ImageInput) -> tuple[ImageInput, Any, None]:
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:
     if settings is None:
-        names = [field.name for field in dataclasses.fields(MaskGenerationSettings)]
-        if unknown := [name for name in changes if name not in names]:
-            raise TypeError(f"{unknown[0]} is no setting of mask generation. They are {', '.join(names)}.")
+        if unknown := [name for name in changes if name not in SETTING_NAMES]:
+            raise TypeError(f"{unknown[0]} is no setting of mask generation. They are {', '.join(SETTING_NAMES)}.")
         return MaskGenerationSettings(**changes)
     if changes:
         raise ValueError(f"give settings as one object or by name ({', '.join(changes)}), not both.")

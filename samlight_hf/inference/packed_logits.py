@@ -90,9 +90,8 @@ class Place(NamedTuple):
             factors.append(factor / tile)
             summands.append([(summand - reach) / tile - 1, (summand + reach) / tile])
         (left, right), (top, bottom) = summands
-        num_tiles = max(height // tile_height, width // tile_width)
-        tiles = torch.arange(num_tiles, dtype=torch.float32, device="cpu")
-        of_boxes = torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32, device="cpu")
+        tiles = torch.arange(max(height // tile_height, width // tile_width), dtype=torch.float32)
+        of_boxes = torch.tensor([factors * 2, [left, top, right, bottom]], dtype=torch.float32)
         return cls(frame, of_boxes[0], of_boxes[1], tiles)
 
 

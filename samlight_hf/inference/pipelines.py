@@ -12,12 +12,12 @@ from ..images.formats import open_lazily
 from ..images.levels import has_more_than_8_bits, is_turned, to_rgb
 from ..images.preprocessing import image_tensor
 from ..masks.results import GeneratedMasks
-from .mask_generation import MaskGenerationSettings, MaskGenerator
+from .crops import SETTING_NAMES, MaskGenerationSettings
+from .mask_generation import MaskGenerator
 
 
 TASK = "fast-mask-generation"
 
-_SETTINGS = tuple(MaskGenerationSettings.__dataclass_fields__)
 _HOLE_FILLING = ("max_hole_area", "max_sprinkle_area")
 
 
@@ -63,7 +63,7 @@ class FastMaskGenerationPipeline(Pipeline):
         for name, value in kwargs.items():
             if name == "timeout":
                 preprocess[name] = value
-            elif name in ("points_per_batch", *_SETTINGS):
+            elif name in ("points_per_batch", *SETTING_NAMES):
                 forward[name] = value
             elif name in ("output_masks", "output_rle_mask", "output_bboxes_mask"):
                 postprocess[name] = value

@@ -87,8 +87,9 @@ class FusedLinear:
         if factors is not None:
             weight, bias = weight.float() * factors[:, None], bias * factors
         if norm is not None:
-            bias = bias + (weight.float() * norm.bias.float()).sum(dim=1)  # a product of matrices would load cuBLAS
-            weight = _with_zero_sums(weight.float() * norm.weight.float(), dtype)
+            exact = weight.float()
+            bias = bias + (exact * norm.bias.float()).sum(dim=1)  # a product of matrices would load cuBLAS
+            weight = _with_zero_sums(exact * norm.weight.float(), dtype)
         weight = weight.to(dtype)
         if order is not None:
             weight, bias = weight[order], bias[order]
@@ -100,7 +101,11 @@ class FusedLinear:
         self.gain_and_shift = None
         if norm_after is not None:
             self.gain_and_shift = norm_after.weight.float().contiguous(), norm_after.bias.float().contiguous()
-        if self.weight.is_cuda:  # the weights have just been written
+        self._wait_until_written()
+
+    def _wait_until_written(self):
+        """Wait for the device, where the weights have just been written: see the class."""
+        if self.weight.is_cuda:
             torch.cuda.current_stream(self.weight.device).synchronize()
 
     def tensors(self) -> list[torch.Tensor]:
@@ -113,6 +118,7 @@ class FusedLinear:
         self.weight, self.bias = next(copies), next(copies)
         self.row_sums = None if self.row_sums is None else next(copies)
         self.gain_and_shift = None if self.gain_and_shift is None else (next(copies), next(copies))
+        self._wait_until_written()
 
     def __call__(
         self,
