@@ -145,7 +145,7 @@ def _compile(device: torch.device | None, kernel: Any, grid: tuple[int, ...], ar
     with contextlib.suppress(Exception), on_device(device):  # the real launch says what is wrong
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if isinstance(future := getattr(compiled, "future", None), Future):
-            future.add_done_callback(partial(_load, device))
+            future.add_done_callback(partial(_build_launcher, device))
 
 
 @lru_cache
@@ -176,10 +176,16 @@ def _import_tools():
             importlib.import_module(name)
 
 
-def _load(device: torch.device | None, compiled: Future):
-    """Load a kernel that has been compiled, in the thread that compiled it: older Tritons compile a launcher in C."""
+def _build_launcher(device: torch.device | None, compiled: Future):
+    """Build a kernel's launcher in the thread that compiled the kernel: Triton up to version 3.6 compiles it from C.
+
+    It is not kept here: Triton takes it from its cache when the kernel is launched. All launchers are Python modules of
+    the same name, and Python has one module object for all modules of a name that are loaded again. So of two threads
+    that load launchers, one may find that of the other in it.
+    """
     with contextlib.suppress(Exception), on_device(device):
-        compiled.result()[(1, 1, 1)]  # a function that would launch it
+        kernel = compiled.result()
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 def _current_device() -> torch.device | None:

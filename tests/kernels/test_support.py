@@ -4,6 +4,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,18 +285,21 @@ def test_without_threads_no_attempt_is_made_for_compiling():
 
 
 @needs_threads
-def test_ahead_a_kernel_is_loaded_in_the_thread_that_compiled_it():
-    """Loading may take as long as compiling, and a failure shows when the kernel is launched."""
+def test_ahead_a_launcher_is_built_and_not_loaded(monkeypatch):
+    """Building may take as long as compiling, and a failure shows when the kernel is launched."""
     from triton.runtime import _async_compile
 
     class Compiled:
         def __init__(self, fails: bool):
-            self.fails, self.loaded = fails, []
+            self.src, self.metadata = fails, self
 
         def __getitem__(self, grid):
-            self.loaded.append(threading.current_thread().name)
-            if self.fails:
-                raise RuntimeError("out of resources")
+            pytest.fail("loaded beside other threads")
+
+    def build(fails: bool, kernel: Compiled):
+        built.append(kernel)
+        if fails:
+            raise RuntimeError("no C compiler")
 
     class Jitted(Kernel):
         def warmup(self, *arguments, grid, **options):
@@ -304,11 +308,14 @@ def test_ahead_a_kernel_is_loaded_in_the_thread_that_compiled_it():
             return _async_compile.active_mode.get().submit(arguments, lambda: kernel, lambda kernel: None)
 
     kernels: list[Compiled] = []
+    built: list[Compiled] = []
+    driver = SimpleNamespace(active=SimpleNamespace(launcher_cls=build))
+    monkeypatch.setattr(triton_support.triton.runtime, "driver", driver)
     jitted = Jitted()
     with compiling_ahead():
         for fails in (False, True):
             compile_ahead(lambda fails=fails: launch(jitted, (1,), fails))
-    assert [len(kernel.loaded) for kernel in kernels] == [1, 1]
+    assert len(kernels) == 2 and sorted(map(id, built)) == sorted(map(id, kernels))
 
 
 def test_a_settled_property_is_kept_only_where_kernels_are_tried():
