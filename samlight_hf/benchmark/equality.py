@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -65,12 +66,19 @@ def equality_rows(settings: Settings) -> Iterator[dict]:
             yield {**compared, **differences, **(setup["report"] if mode == OPTIMIZED else {})}
 
 
-def _load(settings: Settings) -> dict:
+def photographs(settings: Settings) -> list[Path]:
+    """Return the photographs of a comparison on real weights. Raises ValueError without these or those."""
     if settings.checkpoint is None or settings.images is None:
         raise ValueError("there is no checkpoint or no photograph: give --checkpoint and --images.")
     paths = sorted(path for path in Path(settings.images).iterdir() if path.suffix.lower() in PHOTOGRAPH_SUFFIXES)
     if not paths:
         raise ValueError(f"{settings.images} holds no photograph ({', '.join(PHOTOGRAPH_SUFFIXES)}).")
+    return paths
+
+
+def _load(settings: Settings) -> dict:
+    paths = photographs(settings)
+    assert settings.checkpoint is not None  # see `photographs`
     reference, processor = load_model(settings.checkpoint, str(settings.device))
     plain, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
     models = {"float32": reference, EAGER: plain}
@@ -101,29 +109,50 @@ def _to_fp8_and_back(values: torch.Tensor) -> torch.Tensor:
 
 
 def _optimize(settings: Settings):
-    assert settings.checkpoint is not None  # see _load
+    assert settings.checkpoint is not None  # see `photographs`
     model, _ = load_model(settings.checkpoint, str(settings.device))  # as `from_pretrained` returns it
     return optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(POINTS_PER_SIDE**2,))
 
 
-@torch.inference_mode()
-def _predict_all(path: Path, models: dict[str, PreTrainedModel], image_processor: SamImageProcessor) -> dict:
+@dataclass(frozen=True)
+class Prompted:
+    """A photograph, as transformers' image processor prepares it on a CPU, and a grid of points on it.
+
+    Attributes:
+        pixel_values: float32 (1, 3, S, S).
+        points: float32 (points, 2), in pixels of the resized photograph.
+        sizes: (height, width) of the padded, the resized and the original photograph, as `upscale_logits` takes them.
+    """
+
+    pixel_values: torch.Tensor
+    points: torch.Tensor
+    sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def prompt_with_grid(
+    path: Path, image_processor: SamImageProcessor, points_per_side: int, device: torch.device
+) -> Prompted:
+    """Read a photograph, and prepare it and a grid of points on it for a model on this device."""
     image = image_tensor(path)
-    (height, width), device = image.shape[-2:], models[EAGER].device
-    size = (height, width)
+    height, width = image.shape[-2:]
     resized = resized_size(height, width, image_processor.size["longest_edge"])
     pixel_values = preprocess(image_processor, [image], torch.device("cpu")).to(device)
-    places = (torch.arange(POINTS_PER_SIDE, device=device) + 0.5) / POINTS_PER_SIDE
-    columns = (places * resized[1]).repeat(POINTS_PER_SIDE)
-    rows = (places * resized[0]).repeat_interleave(POINTS_PER_SIDE)
-    points = torch.stack([columns, rows], dim=-1)
+    places = (torch.arange(points_per_side, device=device) + 0.5) / points_per_side
+    columns = (places * resized[1]).repeat(points_per_side)
+    rows = (places * resized[0]).repeat_interleave(points_per_side)
     padded = image_processor.pad_size["height"], image_processor.pad_size["width"]
+    return Prompted(pixel_values, torch.stack([columns, rows], dim=-1), (padded, resized, (height, width)))
+
+
+@torch.inference_mode()
+def _predict_all(path: Path, models: dict[str, PreTrainedModel], image_processor: SamImageProcessor) -> dict:
+    prompted = prompt_with_grid(path, image_processor, POINTS_PER_SIDE, models[EAGER].device)
     predictions = {}
     for name, model in models.items():
-        values = pixel_values.to(model.dtype)
+        values = prompted.pixel_values.to(model.dtype)
         embeddings = model.get_image_embeddings(values).clone()  # the next call may overwrite a graph's output
-        outputs = model(pixel_values=values, input_points=points[None, :, None])
-        masks = upscale_logits(outputs.pred_masks.flatten(0, 2), padded, resized, size) > 0
+        outputs = model(pixel_values=values, input_points=prompted.points[None, :, None])
+        masks = upscale_logits(outputs.pred_masks.flatten(0, 2), *prompted.sizes) > 0
         predictions[name] = {
             "embeddings": embeddings, "logits": outputs.pred_masks.clone(), "iou_scores": outputs.iou_scores.clone(),
             "masks": masks,

@@ -21,7 +21,7 @@ from .measure import attempt, peak_memory, time_calls
 from .settings import Settings
 
 
-_THRESHOLDS = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.65}
+THRESHOLDS = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.65}
 
 
 def box_rows(settings: Settings) -> Iterator[dict]:
@@ -59,7 +59,7 @@ def generation_rows(settings: Settings) -> Iterator[dict]:
     known = settings.checkpoint if settings.images is not None else None
     row = {
         "part": "generation", "model": OURS, "dtype": settings.dtype_name, "points_per_side": settings.points_per_side,
-        "weights": known.name if known else "random", **_THRESHOLDS,
+        "weights": known.name if known else "random", **THRESHOLDS,
     }  # fmt: skip
     made = attempt(row, lambda: {"generator": _generator(settings, known)})
     for what, measure in (("one image", _time_image), ("a folder", _time_folder)):
@@ -88,7 +88,7 @@ def _time_image(generator: MaskGenerator, settings: Settings) -> dict:
     image, kept = _image(settings), list[dict]()
 
     def call():
-        result = generator(image, points_per_crop=settings.points_per_side, **_THRESHOLDS)
+        result = generator(image, points_per_crop=settings.points_per_side, **THRESHOLDS)
         kept[:] = result.masks.to_coco()
 
     with peak_memory(settings.device) as memory:
@@ -103,7 +103,7 @@ def _time_folder(generator: MaskGenerator, settings: Settings) -> dict:
         for path in paths:
             image.save(path, quality=95)
         began, num_masks = time.perf_counter(), 0
-        options = MaskGenerationSettings(points_per_crop=settings.points_per_side, **_THRESHOLDS)  # type: ignore[arg-type]
+        options = MaskGenerationSettings(points_per_crop=settings.points_per_side, **THRESHOLDS)  # type: ignore[arg-type]
         for path, result in zip(paths, generator.generate_many(paths, options, errors="raise")):
             masks = result.masks.to_coco()  # type: ignore[union-attr]  # errors are raised
             path.with_suffix(".json").write_text(json.dumps(masks))

@@ -23,6 +23,7 @@ from .attention import attention_rows, projection_rows
 from .clicks import click_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
+from .everything import everything_rows
 from .generation import box_rows, generation_rows
 from .head import head_rows
 from .kernels import profile_rows
@@ -34,12 +35,14 @@ from .peers import peer_rows
 from .report import check_targets, encoders_table, plot_resolution, targets_table
 from .settings import Settings
 from .start import start_rows
+from .sustained import sustained_rows
 from .training import training_rows
 
 
 Part = Callable[[Settings], Iterable[dict]]
 PARTS: dict[str, Part] = {
     "encoder": encoder_rows,
+    "sustained": sustained_rows,
     "peers": peer_rows,
     "decoder": decoder_rows,
     "prompt": prompt_rows,
@@ -47,6 +50,7 @@ PARTS: dict[str, Part] = {
     "attention": attention_rows,
     "training": training_rows,
     "equality": equality_rows,
+    "everything": everything_rows,
     "projection": projection_rows,
     "linear": linear_rows,
     "head": head_rows,
@@ -57,7 +61,7 @@ PARTS: dict[str, Part] = {
     "generation": generation_rows,
 }
 # Those of `samlight benchmark --report`: what people wait for, in a quarter of an hour on a GPU.
-REPORT_PARTS = ("start", "encoder", "boxes", "prompt", "generation", "clicks", "equality")
+REPORT_PARTS = ("start", "encoder", "sustained", "boxes", "prompt", "generation", "clicks", "equality", "everything")
 _OPTIONAL_PACKAGES = ("timm", "triton", "flash-attn-4")
 
 

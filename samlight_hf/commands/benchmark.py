@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _REPORT = "samlight-report.json"
 PART_NAMES = (
-    "encoder", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality", "projection", "linear",
-    "head", "profile", "clicks", "start", "boxes", "generation",
+    "encoder", "sustained", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality",
+    "everything", "projection", "linear", "head", "profile", "clicks", "start", "boxes", "generation",
 )  # fmt: skip
 
 

@@ -7,16 +7,18 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
-from samlight_hf.benchmark import equality, masks, measure, peers, run
+from samlight_hf.benchmark import equality, everything, masks, measure, peers, run, start, sustained
 from samlight_hf.benchmark.encoders import (
     DILATED,
     FULL,
@@ -32,7 +34,6 @@ from samlight_hf.benchmark.linear import CUDA, linear_rows
 from samlight_hf.benchmark.report import check_targets, format_table
 from samlight_hf.benchmark.run import PARTS, REPORT_PARTS, run_benchmark
 from samlight_hf.benchmark.settings import Settings
-from samlight_hf.benchmark.start import start_rows
 from samlight_hf.commands.benchmark import PART_NAMES, add_benchmark_arguments, run_benchmark_command, settings_of
 from samlight_hf.inference.predictor import Predictor
 from tests.conftest import tiny_config
@@ -66,7 +67,9 @@ def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
     settings = tiny_settings(checkpoint=checkpoint, images=ROOT / "examples" / "images")
     out, plot = tmp_path / "results" / "cpu.json", tmp_path / "cpu.png"
     parts = [
-        name for name in PARTS if name not in ("peers", "attention", "projection", "linear", "head", "profile", "start")
+        name
+        for name in PARTS
+        if name not in ("peers", "attention", "projection", "linear", "head", "profile", "start", "sustained")
     ]
     result = run_benchmark(settings, parts, out, plot)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))  # lists for tuples
@@ -74,7 +77,7 @@ def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
         measured = [row for row in result["rows"] if row["part"] == part and "cannot_run" not in row]
         assert measured, [row for row in result["rows"] if row["part"] == part]
         assert all(row["ms"] > 0 and row.get("repeats", 3) >= 3 for row in measured if "ms" in row)
-        assert part == "equality" or any("ms" in row for row in measured)
+        assert part in ("equality", "everything") or any("ms" in row for row in measured)
     assert {row["num_prompts"] for row in result["rows"] if row["part"] == "decoder"} == {1, 3}
     plain = [row for row in result["rows"] if row["part"] == "equality" and row.get("mode") == "eager"]
     assert len(plain) == 4 and all(row["embedding_error"] == 0 and row["mask_iou_min"] == 1 for row in plain)
@@ -158,6 +161,7 @@ def test_a_report_is_one_command_and_one_file(tmp_path, checkpoint, monkeypatch,
     assert [row["mode"] for row in rows["start"]] == ["cold cache", "warm cache", "cold cache, graphs when needed"]
     assert all(row["optimize_seconds"] > 0 and row["first_mask_seconds"] > 0 for row in rows["start"])
     assert [row["num_boxes"] for row in rows["boxes"]] == [4, 9] and all(row["ms"] > 0 for row in rows["boxes"])
+    assert {(row["mode"], row["dtype"]) for row in rows["everything"]} == {("optimize()", "float32")}
     one, folder = rows["generation"]
     assert one["ms"] > 0 and folder["images_per_second"] > 0 and one["weights"] == checkpoint.name
 
@@ -179,6 +183,21 @@ def test_a_file_names_no_folder_of_its_owner(tmp_path, monkeypatch):
         assert "~/weights cannot be read" in text and str(tmp_path) not in text
 
 
+def test_masks_of_everything_mode_are_those_above_the_thresholds_in_float32(tmp_path, checkpoint, monkeypatch):
+    """Default thresholds keep the first mask alone, the low ones also the last, of which half is missing."""
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photograph.jpg")
+    masks = torch.ones(3, 20, 30, dtype=torch.bool)
+    expected = masks, torch.tensor([0.9, 0.9, 0.5]), torch.tensor([0.96, 0.5, 0.99])
+    found = masks.clone(), torch.ones(3), torch.ones(3)
+    found[0][2, :10] = False
+    reference = SamLighteningModel
+    monkeypatch.setattr(everything, "_predict", lambda model, *_, **__: expected if type(model) is reference else found)
+    rows = list(everything.everything_rows(tiny_settings(checkpoint=checkpoint, images=tmp_path, points_per_side=1)))
+    rows = [row for row in rows if row["mode"] == "optimize()"]
+    assert [(row["masks"], row["mask_iou_min"], row["masks_below_0.97"]) for row in rows] == [(1, 1, 0), (2, 0.5, 1)]
+    assert [row["pred_iou_thresh"] for row in rows] == [0.88, 0.3] and rows[0]["dtype"] == "float32"
+
+
 @pytest.mark.parametrize("option", ["--model", "--images"])
 def test_a_folder_that_is_not_there_is_told_at_once(option, tmp_path):
     parser = argparse.ArgumentParser()
@@ -197,8 +216,26 @@ def test_a_report_has_its_own_parts(arguments):
 
 def test_a_process_that_fails_is_recorded(monkeypatch):
     monkeypatch.setattr(sys, "executable", str(ROOT / "no-such-python"))
-    rows = list(start_rows(tiny_settings()))
+    rows = list(start.start_rows(tiny_settings()))
     assert all("no-such-python" in row["cannot_run"] for row in rows) and len(rows) == 3
+
+
+def test_the_median_of_the_processes_with_a_filled_cache_counts(monkeypatch):
+    seconds = iter((8.0, 1.2, 0.8, 0.9, 0.1))
+    monkeypatch.setattr(start, "_start_once", lambda *_: {"optimize_seconds": next(seconds)})
+    rows = list(start.start_rows(tiny_settings()))
+    assert [row["optimize_seconds"] for row in rows] == [8.0, 0.9, 0.1]
+    assert rows[1]["of_processes"] == [0.8, 0.9, 1.2]
+
+
+def test_what_nvidia_smi_says_of_power_is_optional(monkeypatch):
+    says = {"stdout": "698.12, 700.00, 1545\n"}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(sustained.subprocess, "run", lambda *_, **__: SimpleNamespace(**says))
+    assert sustained._power_and_clock() == {"power_w": 698.12, "power_limit_w": 700.0, "clock_mhz": 1545.0}
+    says["stdout"] = "[N/A], 700.00, 1545\n"
+    assert sustained._power_and_clock() == {}
 
 
 def test_rows_are_written_as_they_come(tmp_path):
@@ -456,6 +493,20 @@ def test_linear_layers_and_the_fused_encoder_on_a_gpu():
 
 
 @pytest.mark.gpu
+def test_the_rate_after_a_pause_and_in_continuous_work_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(sustained, "_SECONDS", 0.1)
+    rows = list(sustained.sustained_rows(Settings(torch.device("cuda"), batch_sizes=(1, 8))))
+    assert [(row["dtype"], row["batch_size"], row["work"]) for row in rows] == [
+        (dtype, batch_size, work)
+        for dtype in ("bfloat16", "float16")
+        for batch_size in (1, 8)
+        for work in (sustained.PAUSE, sustained.WORK)
+    ]
+    assert all(0.1 < row["ms"] < 100 for row in rows)
+    assert all(0 < row["power_w"] <= 1.2 * row["power_limit_w"] and row["clock_mhz"] > 0 for row in rows[1::2])
+
+
+@pytest.mark.gpu
 def test_the_end_of_the_decoder_by_every_kernel_on_a_gpu():
     rows = list(head_rows(Settings(torch.device("cuda"), prompt_counts=(2,))))
     assert len(rows) == 2 * 2 * 3 and all(row["difference"] < 3e-3 for row in rows if row["kernel"] != CUDA)
@@ -467,7 +518,7 @@ def test_every_part_of_ours_runs_on_a_gpu(checkpoint):
     settings = tiny_settings(
         torch.device("cuda"), batch_sizes=(1, 2), checkpoint=checkpoint, images=ROOT / "examples" / "images"
     )
-    parts = ["encoder", "decoder", "prompt", "resolution", "training", "equality"]
+    parts = ["encoder", "decoder", "prompt", "resolution", "training", "equality", "everything"]
     rows = run_benchmark(settings, parts)["rows"]
     # The tiny encoder is too narrow to be fused.
     failed = [
