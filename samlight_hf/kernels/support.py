@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,7 +104,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
     variant = kernel, *map(_specialization, arguments), *options.items()
     if threads is not None and variant not in threads.variants:  # asking Triton whether it is compiled takes long
         threads.variants.add(variant)
-        threads.waiting_kernels.append(partial(_compile, _current_device(), kernel, grid, arguments, options))
+        device, began = _current_device(), threads.began
+        threads.waiting_kernels.append(partial(_compile, device, began, kernel, grid, arguments, options))
         if not prepare_compiler().is_alive():  # else they wait for it, and this thread goes on
             threads.compile_waiting()
 
@@ -141,11 +143,13 @@ def launch_again(
         _compiled[variant] = compiled
 
 
-def _compile(device: torch.device | None, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict):
+def _compile(
+    device: torch.device | None, began: float, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict
+):
     with contextlib.suppress(Exception), on_device(device):  # the real launch says what is wrong
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if isinstance(future := getattr(compiled, "future", None), Future):
-            future.add_done_callback(partial(_build_launcher, device))
+            future.add_done_callback(partial(_prepare_launch, device, began))
 
 
 @lru_cache
@@ -176,16 +180,44 @@ def _import_tools():
             importlib.import_module(name)
 
 
-def _build_launcher(device: torch.device | None, compiled: Future):
-    """Build a kernel's launcher in the thread that compiled the kernel: Triton up to version 3.6 compiles it from C.
+class _Launchers:
+    """The launchers of Triton's kernels, which threads build in Triton's cache, or load.
 
-    It is not kept here: Triton takes it from its cache when the kernel is launched. All launchers are Python modules of
-    the same name, and Python has one module object for all modules of a name that are loaded again. So of two threads
-    that load launchers, one may find that of the other in it.
+    Triton up to version 3.6 compiles a launcher from C, which takes as long as compiling some kernels. All launchers
+    are Python modules of the same name, and Python has one module object for all modules of a name that are loaded
+    again. So of two threads that load launchers at the same time, one may find that of the other in it, and keep it.
     """
-    with contextlib.suppress(Exception), on_device(device):
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.building = 0  # threads
+
+    def load(self, kernel: Any):
+        """Load a kernel and its launcher, which is in Triton's cache, unless any launcher is being built."""
+        with self.lock:
+            if not self.building:
+                kernel[(1, 1, 1)]  # a function that would launch it
+
+    def build(self, kernel: Any):
+        """Build a launcher. Triton loads it as well, which is of no use: it loads it again to launch the kernel."""
+        with self.lock:
+            self.building += 1
+        try:
+            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        finally:
+            with self.lock:
+                self.building -= 1
+
+
+_launchers = _Launchers()
+
+
+def _prepare_launch(device: torch.device | None, began: float, compiled: Future):
+    """Build the launcher of a kernel that was compiled since then, in seconds of `time.time`; load any other kernel."""
+    with contextlib.suppress(Exception), on_device(device):  # the real launch says what is wrong
         kernel = compiled.result()
-        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        is_new = max(map(os.path.getmtime, kernel.metadata_group.values())) >= began
+        (_launchers.build if is_new else _launchers.load)(kernel)
 
 
 def _current_device() -> torch.device | None:
@@ -210,6 +242,7 @@ class _CompileThreads(ThreadPoolExecutor):
     """The threads of `compiling_ahead`, and what was given to them.
 
     Attributes:
+        began: When it was made, in seconds of `time.time`.
         variants: Variants of Triton's kernels.
         sources: Sources in CUDA.
         attempts: Keys of attempts, see `why_not_tried`.
@@ -221,6 +254,7 @@ class _CompileThreads(ThreadPoolExecutor):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         super().__init__(min(_COMPILERS, cores), thread_name_prefix="compile")
         self.waiting = ThreadPoolExecutor(min(_COMPILERS, cores), thread_name_prefix="wait")
+        self.began = time.time()
         self.variants: set[tuple] = set()
         self.sources: set[str] = set()
         self.attempts: set[tuple] = set()

@@ -1,9 +1,12 @@
 """Tests of kernel probes: one per device and variant, one warning per reason, and no verdict if memory runs out."""
 
+import os
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -284,38 +287,71 @@ def test_without_threads_no_attempt_is_made_for_compiling():
         assert why_not_tried("tests", CPU, 1, lambda: pytest.fail("an attempt")) is None
 
 
+class Compiled:
+    """A compiled kernel of Triton."""
+
+    def __init__(self, path: Path, name: str = ""):
+        self.metadata_group, self.src, self.metadata, self.loaded = {"kernel.json": str(path)}, name, self, 0
+
+    def __getitem__(self, grid):
+        self.loaded += 1
+
+
 @needs_threads
-def test_ahead_a_launcher_is_built_and_not_loaded(monkeypatch):
+def test_ahead_a_kernel_is_loaded_if_it_is_in_the_cache_and_else_its_launcher_is_built(tmp_path, monkeypatch):
     """Building may take as long as compiling, and a failure shows when the kernel is launched."""
     from triton.runtime import _async_compile
 
-    class Compiled:
-        def __init__(self, fails: bool):
-            self.src, self.metadata = fails, self
-
-        def __getitem__(self, grid):
-            pytest.fail("loaded beside other threads")
-
-    def build(fails: bool, kernel: Compiled):
-        built.append(kernel)
-        if fails:
-            raise RuntimeError("no C compiler")
-
     class Jitted(Kernel):
         def warmup(self, *arguments, grid, **options):
-            kernel = Compiled(fails=arguments[0])
-            kernels.append(kernel)
+            kernel = kernels[arguments[0]]
+            if "new" in kernel.src:
+                os.utime(kernel.metadata_group["kernel.json"], 2 * (time.time() + 1,))
             return _async_compile.active_mode.get().submit(arguments, lambda: kernel, lambda kernel: None)
 
-    kernels: list[Compiled] = []
+    def build(src: str, kernel: Compiled):
+        built.append(kernel)
+        if src == "new, and fails":
+            raise RuntimeError("no C compiler")
+
+    kernels = [Compiled(tmp_path / name, name) for name in ("new", "new, and fails", "old")]
+    for kernel in kernels:
+        path = Path(kernel.metadata_group["kernel.json"])
+        path.touch()
+        os.utime(path, (1e9, 1e9))
     built: list[Compiled] = []
+    use_launcher(monkeypatch, build)
+    jitted = Jitted()
+    for number in (2, 0, 1):
+        compile_ahead(lambda number=number: launch(jitted, (1,), number))
+    assert [kernel.loaded for kernel in kernels] == [0, 0, 1] and built == kernels[:2]
+
+
+def test_no_kernel_is_loaded_while_a_launcher_is_built(tmp_path, monkeypatch):
+    """Python may take one launcher for another then: see `_Launchers`."""
+    begins, ends = threading.Event(), threading.Event()
+
+    def build(src: str, kernel: Compiled):
+        begins.set()
+        assert ends.wait(10)
+
+    use_launcher(monkeypatch, build)
+    launchers, kernel = triton_support._Launchers(), Compiled(tmp_path)
+    with ThreadPoolExecutor() as threads:
+        building = threads.submit(launchers.build, kernel)
+        assert begins.wait(10)
+        launchers.load(kernel)
+        assert kernel.loaded == 0
+        ends.set()
+        building.result()
+    launchers.load(kernel)
+    assert kernel.loaded == 1
+
+
+def use_launcher(monkeypatch, build):
+    """Have Triton build launchers by this function."""
     driver = SimpleNamespace(active=SimpleNamespace(launcher_cls=build))
     monkeypatch.setattr(triton_support.triton.runtime, "driver", driver)
-    jitted = Jitted()
-    with compiling_ahead():
-        for fails in (False, True):
-            compile_ahead(lambda fails=fails: launch(jitted, (1,), fails))
-    assert len(kernels) == 2 and sorted(map(id, built)) == sorted(map(id, kernels))
 
 
 def test_a_settled_property_is_kept_only_where_kernels_are_tried():
