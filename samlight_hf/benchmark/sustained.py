@@ -60,12 +60,13 @@ def _measure(dtype: torch.dtype, batch_size: int, settings: Settings) -> dict[st
 
 
 def _call_times(function: Callable[[], object], calls: int, meanwhile: Callable[[], object] = lambda: None) -> list:
-    """Return the times in ms of calls that follow each other on the device; `meanwhile` is called when it works."""
+    """Return the times in ms of calls, one behind the other on the device; `meanwhile` is called in the second half."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     events[0].record()
     for event in events[1:]:
         function()
         event.record()
+    events[calls // 2].synchronize()
     meanwhile()
     events[-1].synchronize()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
