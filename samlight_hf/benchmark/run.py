@@ -60,7 +60,7 @@ PARTS: dict[str, Part] = {
     "boxes": box_rows,
     "generation": generation_rows,
 }
-# Those of `samlight benchmark --report`: what people wait for, in a quarter of an hour on a GPU.
+# Those of `samlight benchmark --report`: what people wait for.
 REPORT_PARTS = ("start", "encoder", "sustained", "boxes", "prompt", "generation", "clicks", "equality", "everything")
 _OPTIONAL_PACKAGES = ("timm", "triton", "flash-attn-4")
 
