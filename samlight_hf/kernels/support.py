@@ -3,8 +3,8 @@
 import contextlib
 import importlib
 import os
+import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +25,36 @@ try:
     import triton.language as tl
 except ImportError:  # a platform without Triton
     triton = tl = None
+
+
+def _load_modules_one_by_one():
+    """Have Triton load its extension modules one at a time, each as a module object of its own.
+
+    Triton up to version 3.6 compiles a launcher for each kernel, as an extension module that is always called
+    `__triton_launcher`. When CPython loads one again, it writes its functions into the module that has this name in
+    `sys.modules`. That may be the launcher which another thread has just loaded, and not yet read.
+    """
+    from triton.runtime import build
+
+    load, lock = getattr(build, "_load_module_from_path", None), threading.Lock()
+    if load is None:  # another version
+        return
+
+    def load_alone(name: str, path: str):
+        with lock:
+            other = sys.modules.pop(name, None)
+            try:
+                return load(name, path)
+            finally:
+                sys.modules.pop(name, None)
+                if other is not None:
+                    sys.modules[name] = other
+
+    build._load_module_from_path = load_alone
+
+
+if triton is not None:
+    _load_modules_one_by_one()
 
 _COMPILERS = 16  # threads that compile at the same time, at most
 
@@ -104,8 +134,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments, **options):
     variant = kernel, *map(_specialization, arguments), *options.items()
     if threads is not None and variant not in threads.variants:  # asking Triton whether it is compiled takes long
         threads.variants.add(variant)
-        device, began = _current_device(), threads.began
-        threads.waiting_kernels.append(partial(_compile, device, began, kernel, grid, arguments, options))
+        threads.waiting_kernels.append(partial(_compile, _current_device(), kernel, grid, arguments, options))
         if not prepare_compiler().is_alive():  # else they wait for it, and this thread goes on
             threads.compile_waiting()
 
@@ -143,13 +172,11 @@ def launch_again(
         _compiled[variant] = compiled
 
 
-def _compile(
-    device: torch.device | None, began: float, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict
-):
+def _compile(device: torch.device | None, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict):
     with contextlib.suppress(Exception), on_device(device):  # the real launch says what is wrong
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if isinstance(future := getattr(compiled, "future", None), Future):
-            future.add_done_callback(partial(_prepare_launch, device, began))
+            future.add_done_callback(partial(_load, device))
 
 
 @lru_cache
@@ -180,44 +207,15 @@ def _import_tools():
             importlib.import_module(name)
 
 
-class _Launchers:
-    """The launchers of Triton's kernels, which threads build in Triton's cache, or load.
-
-    Triton up to version 3.6 compiles a launcher from C, which takes as long as compiling some kernels. All launchers
-    are Python modules of the same name, and Python has one module object for all modules of a name that are loaded
-    again. So of two threads that load launchers at the same time, one may find that of the other in it, and keep it.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.building = 0  # threads
-
-    def load(self, kernel: Any):
-        """Load a kernel and its launcher, which is in Triton's cache, unless any launcher is being built."""
-        with self.lock:
-            if not self.building:
-                kernel[(1, 1, 1)]  # a function that would launch it
-
-    def build(self, kernel: Any):
-        """Build a launcher. Triton loads it as well, which is of no use: it loads it again to launch the kernel."""
-        with self.lock:
-            self.building += 1
-        try:
-            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
-        finally:
-            with self.lock:
-                self.building -= 1
-
-
-_launchers = _Launchers()
-
-
-def _prepare_launch(device: torch.device | None, began: float, compiled: Future):
-    """Build the launcher of a kernel that was compiled since then, in seconds of `time.time`; load any other kernel."""
+def _load(device: torch.device | None, compiled: Future):
+    """Load a kernel that has been compiled, in the thread that compiled it: older Tritons compile a launcher in C."""
     with contextlib.suppress(Exception), on_device(device):  # the real launch says what is wrong
         kernel = compiled.result()
-        is_new = max(map(os.path.getmtime, kernel.metadata_group.values())) >= began
-        (_launchers.build if is_new else _launchers.load)(kernel)
+        try:
+            kernel[(1, 1, 1)]  # a function that would launch it
+        except Exception:
+            kernel._run = None  # else Triton would take it for loaded, and launch nothing
+            raise
 
 
 def _current_device() -> torch.device | None:
@@ -242,7 +240,6 @@ class _CompileThreads(ThreadPoolExecutor):
     """The threads of `compiling_ahead`, and what was given to them.
 
     Attributes:
-        began: When it was made, in seconds of `time.time`.
         variants: Variants of Triton's kernels.
         sources: Sources in CUDA.
         attempts: Keys of attempts, see `why_not_tried`.
@@ -254,7 +251,6 @@ class _CompileThreads(ThreadPoolExecutor):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         super().__init__(min(_COMPILERS, cores), thread_name_prefix="compile")
         self.waiting = ThreadPoolExecutor(min(_COMPILERS, cores), thread_name_prefix="wait")
-        self.began = time.time()
         self.variants: set[tuple] = set()
         self.sources: set[str] = set()
         self.attempts: set[tuple] = set()

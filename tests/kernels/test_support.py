@@ -1,13 +1,14 @@
 """Tests of kernel probes: one per device and variant, one warning per reason, and no verdict if memory runs out."""
 
-import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,71 +288,66 @@ def test_without_threads_no_attempt_is_made_for_compiling():
         assert why_not_tried("tests", CPU, 1, lambda: pytest.fail("an attempt")) is None
 
 
-class Compiled:
-    """A compiled kernel of Triton."""
-
-    def __init__(self, path: Path, name: str = ""):
-        self.metadata_group, self.src, self.metadata, self.loaded = {"kernel.json": str(path)}, name, self, 0
-
-    def __getitem__(self, grid):
-        self.loaded += 1
-
-
 @needs_threads
-def test_ahead_a_kernel_is_loaded_if_it_is_in_the_cache_and_else_its_launcher_is_built(tmp_path, monkeypatch):
-    """Building may take as long as compiling, and a failure shows when the kernel is launched."""
+def test_ahead_a_kernel_is_loaded_in_the_thread_that_compiled_it():
+    """Loading may take as long as compiling, and a failure shows when the kernel is launched."""
     from triton.runtime import _async_compile
+
+    class Compiled:
+        def __init__(self, fails: bool):
+            self.fails, self.loaded, self._run = fails, [], None
+
+        def __getitem__(self, grid):
+            self.loaded.append(threading.current_thread().name)
+            self._run = "a launcher"  # before Triton loads the kernel itself
+            if self.fails:
+                raise RuntimeError("out of resources")
 
     class Jitted(Kernel):
         def warmup(self, *arguments, grid, **options):
-            kernel = kernels[arguments[0]]
-            if "new" in kernel.src:
-                os.utime(kernel.metadata_group["kernel.json"], 2 * (time.time() + 1,))
+            kernel = Compiled(fails=arguments[0])
+            kernels.append(kernel)
             return _async_compile.active_mode.get().submit(arguments, lambda: kernel, lambda kernel: None)
 
-    def build(src: str, kernel: Compiled):
-        built.append(kernel)
-        if src == "new, and fails":
-            raise RuntimeError("no C compiler")
-
-    kernels = [Compiled(tmp_path / name, name) for name in ("new", "new, and fails", "old")]
-    for kernel in kernels:
-        path = Path(kernel.metadata_group["kernel.json"])
-        path.touch()
-        os.utime(path, (1e9, 1e9))
-    built: list[Compiled] = []
-    use_launcher(monkeypatch, build)
+    kernels: list[Compiled] = []
     jitted = Jitted()
-    for number in (2, 0, 1):
-        compile_ahead(lambda number=number: launch(jitted, (1,), number))
-    assert [kernel.loaded for kernel in kernels] == [0, 0, 1] and built == kernels[:2]
+    with compiling_ahead():
+        for fails in (False, True):
+            compile_ahead(lambda fails=fails: launch(jitted, (1,), fails))
+    assert [len(kernel.loaded) for kernel in kernels] == [1, 1]
+    assert [kernel._run for kernel in kernels] == ["a launcher", None]
 
 
-def test_no_kernel_is_loaded_while_a_launcher_is_built(tmp_path, monkeypatch):
-    """Python may take one launcher for another then: see `_Launchers`."""
-    begins, ends = threading.Event(), threading.Event()
-
-    def build(src: str, kernel: Compiled):
-        begins.set()
-        assert ends.wait(10)
-
-    use_launcher(monkeypatch, build)
-    launchers, kernel = triton_support._Launchers(), Compiled(tmp_path)
-    with ThreadPoolExecutor() as threads:
-        building = threads.submit(launchers.build, kernel)
-        assert begins.wait(10)
-        launchers.load(kernel)
-        assert kernel.loaded == 0
-        ends.set()
-        building.result()
-    launchers.load(kernel)
-    assert kernel.loaded == 1
+EXTENSION = """
+#include <Python.h>
+static PyObject *launch(PyObject *self, PyObject *arguments) { return PyLong_FromLong(NUMBER); }
+static PyMethodDef methods[] = {{"launch", launch, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "__triton_launcher", NULL, -1, methods};
+PyMODINIT_FUNC PyInit___triton_launcher(void) { return PyModule_Create(&module); }
+"""
 
 
-def use_launcher(monkeypatch, build):
-    """Have Triton build launchers by this function."""
-    driver = SimpleNamespace(active=SimpleNamespace(launcher_cls=build))
-    monkeypatch.setattr(triton_support.triton.runtime, "driver", driver)
+@pytest.mark.skipif(triton_support.triton is None, reason="Triton is not installed")
+def test_a_launcher_that_is_loaded_again_replaces_no_other(tmp_path, monkeypatch):
+    """As Triton up to version 3.6 loads launchers, perhaps in several threads."""
+    from triton.runtime import build
+
+    compiler, headers = shutil.which("cc") or shutil.which("gcc"), sysconfig.get_paths()["include"]
+    if compiler is None or not Path(headers, "Python.h").exists():
+        pytest.skip("there is no C compiler, or no header of Python")
+    paths = []
+    for number in range(2):
+        source, path = tmp_path / f"{number}.c", tmp_path / f"{number}.so"
+        source.write_text(EXTENSION)
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", f"-DNUMBER={number}", f"-I{headers}", source, "-o", path], check=True
+        )
+        paths.append(str(path))
+    name, own = "__triton_launcher", object()
+    monkeypatch.setitem(sys.modules, name, own)
+    first, second, again = (build._load_module_from_path(name, paths[number]) for number in (0, 1, 0))
+    assert [module.launch() for module in (first, second, again)] == [0, 1, 0]
+    assert sys.modules[name] is own
 
 
 def test_a_settled_property_is_kept_only_where_kernels_are_tried():
