@@ -66,26 +66,25 @@ def equality_rows(settings: Settings) -> Iterator[dict]:
             yield {**compared, **differences, **(setup["report"] if mode == OPTIMIZED else {})}
 
 
-def photographs(settings: Settings) -> list[Path]:
-    """Return the photographs of a comparison on real weights. Raises ValueError without these or those."""
+def checkpoint_and_photographs(settings: Settings) -> tuple[Path, list[Path]]:
+    """Return what is compared on real weights. Raises ValueError if there is no checkpoint or no photograph."""
     if settings.checkpoint is None or settings.images is None:
         raise ValueError("there is no checkpoint or no photograph: give --checkpoint and --images.")
     paths = sorted(path for path in Path(settings.images).iterdir() if path.suffix.lower() in PHOTOGRAPH_SUFFIXES)
     if not paths:
         raise ValueError(f"{settings.images} holds no photograph ({', '.join(PHOTOGRAPH_SUFFIXES)}).")
-    return paths
+    return settings.checkpoint, paths
 
 
 def _load(settings: Settings) -> dict:
-    paths = photographs(settings)
-    assert settings.checkpoint is not None  # see `photographs`
-    reference, processor = load_model(settings.checkpoint, str(settings.device))
-    plain, _ = load_model(settings.checkpoint, str(settings.device), settings.dtype)
+    checkpoint, paths = checkpoint_and_photographs(settings)
+    reference, processor = load_model(checkpoint, str(settings.device))
+    plain, _ = load_model(checkpoint, str(settings.device), settings.dtype)
     models = {"float32": reference, EAGER: plain}
     for mode, names in FP8.items():
         models[mode] = copy.deepcopy(reference)
         _simulate_fp8(models[mode].vision_encoder, names)
-    attempted = attempt({}, lambda: {"model": _optimize(settings)})
+    attempted = attempt({}, lambda: {"model": _optimize(checkpoint, settings)})
     if "model" in attempted:
         models[OPTIMIZED] = attempted["model"]
     return {
@@ -108,9 +107,8 @@ def _to_fp8_and_back(values: torch.Tensor) -> torch.Tensor:
     return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
 
 
-def _optimize(settings: Settings):
-    assert settings.checkpoint is not None  # see `photographs`
-    model, _ = load_model(settings.checkpoint, str(settings.device))  # as `from_pretrained` returns it
+def _optimize(checkpoint: Path, settings: Settings):
+    model, _ = load_model(checkpoint, str(settings.device))  # as `from_pretrained` returns it
     return optimized(model, settings, image_batch_sizes=(1,), prompt_counts=(POINTS_PER_SIDE**2,))
 
 

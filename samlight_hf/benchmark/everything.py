@@ -11,7 +11,7 @@ from ..inference.crops import MaskGenerationSettings
 from ..loading import load_model
 from ..masks.upscaling import upscale_logits
 from .encoders import EAGER, OPTIMIZED, optimized
-from .equality import mask_iou, photographs, prompt_with_grid
+from .equality import checkpoint_and_photographs, mask_iou, prompt_with_grid
 from .generation import THRESHOLDS
 from .measure import attempt
 from .settings import Settings
@@ -22,11 +22,11 @@ _POINTS = 64  # at once
 
 
 def everything_rows(settings: Settings) -> Iterator[dict]:
-    """Compare masks of all points of a grid, at the photograph's size, with those in float32.
+    """Compare masks of all points of a grid with those of the model itself in float32, at the photograph's size.
 
-    Compared are the masks whose predicted IoU and stability in float32 are above the thresholds: those of everything
-    mode, before duplicates are suppressed. The thresholds are the default ones, and lower ones. On a GPU the dtypes are
-    the benchmark's and float16.
+    They are chosen as everything mode chooses, before it suppresses duplicates: predicted IoU and stability, here in
+    float32, are above thresholds. These are the default ones, and lower ones. On a GPU the dtypes are the benchmark's
+    and float16.
     """
     row = {"part": "everything", "checkpoint": settings.checkpoint and settings.checkpoint.name}
     loaded = attempt(row, lambda: _load(settings))
@@ -40,16 +40,16 @@ def everything_rows(settings: Settings) -> Iterator[dict]:
 
 
 def _load(settings: Settings) -> dict:
-    paths = photographs(settings)
-    assert settings.checkpoint is not None  # see `photographs`
+    """Return photographs, image processor, and models by dtype and mode, that of the reference first."""
+    checkpoint, paths = checkpoint_and_photographs(settings)
     device = str(settings.device)
-    reference, processor = load_model(settings.checkpoint, device)
+    reference, processor = load_model(checkpoint, device)
     models = {("float32", EAGER): reference}
     for dtype in dict.fromkeys((settings.dtype, torch.float16) if settings.on_cuda else (settings.dtype,)):
         name = str(dtype).removeprefix("torch.")
         if dtype != torch.float32:
-            models[name, EAGER] = load_model(settings.checkpoint, device, dtype)[0]
-        model, _ = load_model(settings.checkpoint, device)  # as `from_pretrained` returns it
+            models[name, EAGER] = load_model(checkpoint, device, dtype)[0]
+        model, _ = load_model(checkpoint, device)  # as `from_pretrained` returns it
         models[name, OPTIMIZED] = optimized(
             model, settings, dtype=dtype, image_batch_sizes=(1,), prompt_counts=(_POINTS,)
         )
@@ -64,16 +64,16 @@ def _compare(
 ) -> dict[str, list[dict]]:
     prompted = prompt_with_grid(path, image_processor, settings.points_per_side, settings.device)
     predict = partial(_predict, points=prompted.points, sizes=prompted.sizes)
-    found = {name: predict(model, prompted.pixel_values) for name, model in models.items()}
-    expected, scores, stabilities = found.pop(("float32", EAGER))
+    reference, *others = models.items()
+    expected, scores, stabilities = predict(reference[1], prompted.pixel_values)
     default = MaskGenerationSettings()
     thresholds = (
         {"pred_iou_thresh": default.pred_iou_thresh, "stability_score_thresh": default.stability_score_thresh},
         THRESHOLDS,
     )
     lines = []
-    for (dtype, mode), (masks, *_) in found.items():
-        ious = mask_iou(masks, expected)
+    for (dtype, mode), model in others:
+        ious = mask_iou(predict(model, prompted.pixel_values)[0], expected)
         for limits in thresholds:
             kept = (scores > limits["pred_iou_thresh"]) & (stabilities > limits["stability_score_thresh"])
             lines.append({"mode": mode, "dtype": dtype, **limits, **_summary(ious[kept])})

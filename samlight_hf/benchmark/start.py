@@ -25,8 +25,8 @@ _CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR")
 def start_rows(settings: Settings) -> Iterator[dict]:
     """Measure `optimize` in a new process: its seconds, those of a first image and point, and its graphs' memory.
 
-    Imports and the making of the model are not counted. Later processes find the kernels that the first compiled. Of
-    these there are three, and the row is that of the median time: it differs from process to process.
+    Imports and the making of the model are not counted. Three processes find the kernels that the first one compiled,
+    and the row is that of the median time, which differs from process to process.
     """
     batch_sizes, prompt_counts = settings.batch_sizes, settings.prompt_counts
     row = {"part": "start", "dtype": settings.dtype_name, "batch_sizes": batch_sizes, "prompt_counts": prompt_counts}
@@ -38,7 +38,7 @@ def start_rows(settings: Settings) -> Iterator[dict]:
 def _start(settings: Settings, folder: str, mode: str) -> dict:
     found = [_start_once(settings, folder, mode == WHEN_NEEDED) for _ in range(_WARM_PROCESSES if mode == WARM else 1)]
     found.sort(key=lambda row: row["optimize_seconds"])
-    return {**found[len(found) // 2], "of_processes": [row["optimize_seconds"] for row in found]}
+    return {**found[len(found) // 2], "optimize_seconds_of_each": [row["optimize_seconds"] for row in found]}
 
 
 def _start_once(settings: Settings, folder: str, when_needed: bool) -> dict:

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,15 +16,16 @@ from .settings import Settings
 
 
 PAUSE, WORK = "after a pause", "in continuous work"
-_CALLS = 20  # medians are of as many
+_CALLS = 20  # of a median
 _WARM_UP_CALLS = 3
-_SECONDS = 2.0  # of work, and then so long of a pause
+_SECONDS = 2.0  # of the pause, and of the work
 
 
 def sustained_rows(settings: Settings) -> Iterator[dict]:
     """Measure the fused encoder in a CUDA graph, one batch behind the other without waiting, in half precision.
 
-    `ms` is the median of 20 batches: behind a pause and three batches, or the last ones in two seconds of work.
+    `ms` is the median of 20 batches: the first ones after a pause and three others, or the last ones of two seconds of
+    work.
     """
     if not settings.on_cuda:
         return
@@ -48,8 +50,9 @@ def _measure(dtype: torch.dtype, batch_size: int, settings: Settings) -> dict[st
         time.sleep(_SECONDS)
         first = statistics.median(_call_times(replay, _WARM_UP_CALLS + _CALLS)[_WARM_UP_CALLS:])
         state: dict[str, float] = {}
+        uuid = str(torch.cuda.get_device_properties(settings.device).uuid)
         calls = max(2 * _CALLS, int(1e3 * _SECONDS / first))
-        last = statistics.median(_call_times(replay, calls, lambda: state.update(_power_and_clock()))[-_CALLS:])
+        last = statistics.median(_call_times(replay, calls, lambda: state.update(_power_and_clock(uuid)))[-_CALLS:])
     found = {PAUSE: {"ms": first}, WORK: {"ms": last, **state}}
     return {
         "lines": {
@@ -59,24 +62,28 @@ def _measure(dtype: torch.dtype, batch_size: int, settings: Settings) -> dict[st
     }
 
 
-def _call_times(function: Callable[[], object], calls: int, meanwhile: Callable[[], object] = lambda: None) -> list:
-    """Return the times in ms of calls, one behind the other on the device; `meanwhile` is called in the second half."""
+def _call_times(
+    function: Callable[[], object], calls: int, meanwhile: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Return the times in ms of calls, one behind the other on the device; `meanwhile` runs during the second half."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    thread = threading.Thread(target=meanwhile)
     events[0].record()
-    for event in events[1:]:
+    for number, event in enumerate(events[1:], start=1):
         function()
         event.record()
-    events[calls // 2].synchronize()
-    meanwhile()
+        if number == calls // 2:
+            event.synchronize()
+            thread.start()
     events[-1].synchronize()
+    thread.join()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 
 
-def _power_and_clock() -> dict[str, float]:
-    """Return the current device's power in watts and its clock in MHz, as nvidia-smi says; nothing if it does not."""
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+def _power_and_clock(uuid: str) -> dict[str, float]:
+    """Return a GPU's power in watts and its clock in MHz, as nvidia-smi says; nothing if it does not."""
     fields = "power.draw", "enforced.power.limit", "clocks.sm"
-    options = f"--id=GPU-{device.uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"
+    options = f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"
     try:
         text = subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=10, check=True).stdout
         return dict(zip(("power_w", "power_limit_w", "clock_mhz"), map(float, text.split(",")), strict=True))

@@ -225,17 +225,15 @@ def test_the_median_of_the_processes_with_a_filled_cache_counts(monkeypatch):
     monkeypatch.setattr(start, "_start_once", lambda *_: {"optimize_seconds": next(seconds)})
     rows = list(start.start_rows(tiny_settings()))
     assert [row["optimize_seconds"] for row in rows] == [8.0, 0.9, 0.1]
-    assert rows[1]["of_processes"] == [0.8, 0.9, 1.2]
+    assert rows[1]["optimize_seconds_of_each"] == [0.8, 0.9, 1.2]
 
 
 def test_what_nvidia_smi_says_of_power_is_optional(monkeypatch):
     says = {"stdout": "698.12, 700.00, 1545\n"}
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
     monkeypatch.setattr(sustained.subprocess, "run", lambda *_, **__: SimpleNamespace(**says))
-    assert sustained._power_and_clock() == {"power_w": 698.12, "power_limit_w": 700.0, "clock_mhz": 1545.0}
+    assert sustained._power_and_clock("1-2") == {"power_w": 698.12, "power_limit_w": 700.0, "clock_mhz": 1545.0}
     says["stdout"] = "[N/A], 700.00, 1545\n"
-    assert sustained._power_and_clock() == {}
+    assert sustained._power_and_clock("1-2") == {}
 
 
 def test_rows_are_written_as_they_come(tmp_path):
@@ -503,7 +501,8 @@ def test_the_rate_after_a_pause_and_in_continuous_work_on_a_gpu(monkeypatch):
         for work in (sustained.PAUSE, sustained.WORK)
     ]
     assert all(0.1 < row["ms"] < 100 for row in rows)
-    assert all(0 < row["power_w"] <= 1.2 * row["power_limit_w"] and row["clock_mhz"] > 0 for row in rows[1::2])
+    told = [row for row in rows[1::2] if "power_w" in row]  # where there is nvidia-smi
+    assert all(0 < row["power_w"] <= 1.2 * row["power_limit_w"] and row["clock_mhz"] > 0 for row in told)
 
 
 @pytest.mark.gpu
