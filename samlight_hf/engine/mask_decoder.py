@@ -25,7 +25,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +38,6 @@ from ..kernels.support import compile_ahead, is_out_of_memory, only_compiles, se
 from ..kernels.tokens import TokenKernels, stack_layers
 from ..utils.autocast import without_autocast
 from ..utils.host_copies import HostCopy
-from ..utils.packing import packed_copy
 from ..utils.turns import takes_turns, turn
 from .cuda_graphs import GraphedFunction, GraphMemory
 from .decoded import Decoded, KeptMasks, decoded_at_once, places_above, slots_above
@@ -95,9 +93,10 @@ class FastMaskDecoder:
         if not checked and (reason := why_not_fast(model)):
             raise ValueError(reason)
         self.dtype, self.device = dtype or model.dtype, model.device
-        parts = nn.ModuleList((model.shared_image_embedding, model.prompt_encoder, model.mask_decoder))
-        copied: Any = packed_copy(parts, self.dtype)
-        self.image_embedding, self.prompt_encoder, self.decoder = copied
+        self.image_embedding, self.prompt_encoder, self.decoder = (
+            copy.deepcopy(part).to(self.dtype)
+            for part in (model.shared_image_embedding, model.prompt_encoder, model.mask_decoder)
+        )
         self.cuda_graphs = cuda_graphs
         self.graph_memory = GraphMemory() if cuda_graphs else None
         # The image tokens that a graph returns stay in memory, some hundred MB for each graph: so no more than two.

@@ -1,5 +1,6 @@
 """`optimize`: a whole model for inference, with the calls and outputs of the original."""
 
+import copy
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..kernels.support import only_compiling, prepare_compiler
-from ..utils.packing import packed_copy
 from .build import check_floating_point, decoder_dtype_of
 from .mask_decoder import FastMaskDecoder, why_not_fast
 from .optimized_model import FastPaths, OptimizationReport, OptimizedEncoder, OptimizedModel, optimized_class
@@ -85,7 +85,7 @@ def optimize(
         prepare_compiler()
     dtype = dtype if on_cuda else model.dtype
     decoder_dtype = decoder_dtype_of(model, dtype, decoder_dtype, checked=not reason)
-    optimized = packed_copy(model, dtype).eval().requires_grad_(False)
+    optimized = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     for module in optimized.modules():
         module.register_load_state_dict_pre_hook(_refuse_weights)
     for module, kind in ((optimized.vision_encoder, OptimizedEncoder), (optimized, OptimizedModel)):
