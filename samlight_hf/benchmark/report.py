@@ -7,9 +7,9 @@ from typing import NamedTuple
 from ..inference.crops import MaskGenerationSettings
 from ..utils.messages import text_table
 from .attention import BOTH
+from .candidates import LEAST_IOU
 from .clicks import SEARCH
 from .encoders import DILATED, EAGER, FULL, GRAPH, OPTIMIZED, OURS, SAME_GROUPS
-from .everything import LEAST_IOU
 from .start import COLD, WARM
 from .sustained import PAUSE, WORK
 
@@ -121,7 +121,7 @@ def _equal(key: str, choose: Callable) -> Callable[[Rows], float | None]:
 def _least_iou(rows: Rows) -> float | None:
     """Return the least IoU of all masks of everything mode at its default thresholds, in `optimize`'s default dtype."""
     default = MaskGenerationSettings().pred_iou_thresh
-    wanted = {"part": "everything", "mode": OPTIMIZED, "dtype": "bfloat16", "pred_iou_thresh": default}
+    wanted = {"part": "candidates", "mode": OPTIMIZED, "dtype": "bfloat16", "pred_iou_thresh": default}
     return _least(_values(rows, "mask_iou_min", **wanted))
 
 

@@ -20,10 +20,10 @@ from ..loading import quiet_transformers
 from ..utils.atomic_files import atomic_write
 from ..utils.json_files import read_json
 from .attention import attention_rows, projection_rows
+from .candidates import candidate_rows
 from .clicks import click_rows
 from .encoders import encoder_rows, resolution_rows
 from .equality import equality_rows
-from .everything import everything_rows
 from .generation import box_rows, generation_rows
 from .head import head_rows
 from .kernels import profile_rows
@@ -50,7 +50,7 @@ PARTS: dict[str, Part] = {
     "attention": attention_rows,
     "training": training_rows,
     "equality": equality_rows,
-    "everything": everything_rows,
+    "candidates": candidate_rows,
     "projection": projection_rows,
     "linear": linear_rows,
     "head": head_rows,
@@ -61,7 +61,7 @@ PARTS: dict[str, Part] = {
     "generation": generation_rows,
 }
 # Those of `samlight benchmark --report`: what people wait for.
-REPORT_PARTS = ("start", "encoder", "sustained", "boxes", "prompt", "generation", "clicks", "equality", "everything")
+REPORT_PARTS = ("start", "encoder", "sustained", "boxes", "prompt", "generation", "clicks", "equality", "candidates")
 _OPTIONAL_PACKAGES = ("timm", "triton", "flash-attn-4")
 
 

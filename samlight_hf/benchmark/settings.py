@@ -27,7 +27,7 @@ class Settings:
         resolutions: sides of square images in pixels, for the part "resolution".
         image_sizes: (height, width) of the images in the part "prompt".
         box_counts: numbers of boxes on an image, for the part "boxes".
-        points_per_side: of the grid of everything mode, for the parts "generation" and "everything".
+        points_per_side: of the grid of everything mode, for the parts "generation" and "candidates".
         folder_size: number of images in the folder of the part "generation".
         training_batch_size: number of images in a training step.
         compile: measure under torch.compile too, which takes most of the time.

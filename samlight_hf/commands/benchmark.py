@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _REPORT = "samlight-report.json"
 PART_NAMES = (
     "encoder", "sustained", "peers", "decoder", "prompt", "resolution", "attention", "training", "equality",
-    "everything", "projection", "linear", "head", "profile", "clicks", "start", "boxes", "generation",
+    "candidates", "projection", "linear", "head", "profile", "clicks", "start", "boxes", "generation",
 )  # fmt: skip
 
 

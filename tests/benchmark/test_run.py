@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
-from samlight_hf.benchmark import equality, everything, masks, measure, peers, run, start, sustained
+from samlight_hf.benchmark import candidates, equality, masks, measure, peers, run, start, sustained
 from samlight_hf.benchmark.encoders import (
     DILATED,
     FULL,
@@ -77,7 +77,7 @@ def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
         measured = [row for row in result["rows"] if row["part"] == part and "cannot_run" not in row]
         assert measured, [row for row in result["rows"] if row["part"] == part]
         assert all(row["ms"] > 0 and row.get("repeats", 3) >= 3 for row in measured if "ms" in row)
-        assert part in ("equality", "everything") or any("ms" in row for row in measured)
+        assert part in ("equality", "candidates") or any("ms" in row for row in measured)
     assert {row["num_prompts"] for row in result["rows"] if row["part"] == "decoder"} == {1, 3}
     plain = [row for row in result["rows"] if row["part"] == "equality" and row.get("mode") == "eager"]
     assert len(plain) == 4 and all(row["embedding_error"] == 0 and row["mask_iou_min"] == 1 for row in plain)
@@ -161,7 +161,7 @@ def test_a_report_is_one_command_and_one_file(tmp_path, checkpoint, monkeypatch,
     assert [row["mode"] for row in rows["start"]] == ["cold cache", "warm cache", "cold cache, graphs when needed"]
     assert all(row["optimize_seconds"] > 0 and row["first_mask_seconds"] > 0 for row in rows["start"])
     assert [row["num_boxes"] for row in rows["boxes"]] == [4, 9] and all(row["ms"] > 0 for row in rows["boxes"])
-    assert {(row["mode"], row["dtype"]) for row in rows["everything"]} == {("optimize()", "float32")}
+    assert {(row["mode"], row["dtype"]) for row in rows["candidates"]} == {("optimize()", "float32")}
     one, folder = rows["generation"]
     assert one["ms"] > 0 and folder["images_per_second"] > 0 and one["weights"] == checkpoint.name
 
@@ -191,8 +191,8 @@ def test_masks_of_everything_mode_are_those_above_the_thresholds_in_float32(tmp_
     found = masks.clone(), torch.ones(3), torch.ones(3)
     found[0][2, :10] = False
     reference = SamLighteningModel
-    monkeypatch.setattr(everything, "_predict", lambda model, *_, **__: expected if type(model) is reference else found)
-    rows = list(everything.everything_rows(tiny_settings(checkpoint=checkpoint, images=tmp_path, points_per_side=1)))
+    monkeypatch.setattr(candidates, "_predict", lambda model, *_, **__: expected if type(model) is reference else found)
+    rows = list(candidates.candidate_rows(tiny_settings(checkpoint=checkpoint, images=tmp_path, points_per_side=1)))
     rows = [row for row in rows if row["mode"] == "optimize()"]
     assert [(row["masks"], row["mask_iou_min"], row["masks_below_0.97"]) for row in rows] == [(1, 1, 0), (2, 0.5, 1)]
     assert [row["pred_iou_thresh"] for row in rows] == [0.88, 0.3] and rows[0]["dtype"] == "float32"
@@ -517,7 +517,7 @@ def test_every_part_of_ours_runs_on_a_gpu(checkpoint):
     settings = tiny_settings(
         torch.device("cuda"), batch_sizes=(1, 2), checkpoint=checkpoint, images=ROOT / "examples" / "images"
     )
-    parts = ["encoder", "decoder", "prompt", "resolution", "training", "equality", "everything"]
+    parts = ["encoder", "decoder", "prompt", "resolution", "training", "equality", "candidates"]
     rows = run_benchmark(settings, parts)["rows"]
     # The tiny encoder is too narrow to be fused.
     failed = [

@@ -1,4 +1,4 @@
-"""Equality of everything mode's masks, before duplicates are suppressed, with those of the plain model in float32."""
+"""Equality of everything mode's candidates, before duplicates are suppressed, with the plain model's in float32."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -21,14 +21,14 @@ LEAST_IOU = 0.97  # wanted of every mask
 _POINTS = 64  # at once
 
 
-def everything_rows(settings: Settings) -> Iterator[dict]:
+def candidate_rows(settings: Settings) -> Iterator[dict]:
     """Compare masks of all points of a grid with those of the model itself in float32, at the photograph's size.
 
     They are chosen as everything mode chooses, before it suppresses duplicates: predicted IoU and stability, here in
     float32, are above thresholds. These are the default ones, and lower ones. On a GPU the dtypes are the benchmark's
     and float16.
     """
-    row = {"part": "everything", "checkpoint": settings.checkpoint and settings.checkpoint.name}
+    row = {"part": "candidates", "checkpoint": settings.checkpoint and settings.checkpoint.name}
     loaded = attempt(row, lambda: _load(settings))
     if "cannot_run" in loaded:
         yield loaded
