@@ -1,8 +1,9 @@
-"""Part "evaluation" of run.py: the box protocol of `samlight evaluate`, end to end.
+"""Part "evaluation" of run.py: boxes, and three clicks, of `samlight evaluate`, end to end.
 
 python benchmarks/run.py evaluation --dataset val-000000.tar --out benchmarks/results/evaluation_h100.json
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from samlight_hf.loading import load_model
 
 
 CUDA = torch.cuda.is_available()
+PROMPTS = {"box/single": "box", "3 clicks/single": "clicks"}  # of protocols
 
 
 class Repeated:
@@ -39,17 +41,18 @@ def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36,
     second row repeats the images; from the two follow the time of the start and the rate after it.
     """
     dataset = load_dataset(dataset_path, limit=None if CUDA else 8)
-    work = InstanceProtocols(ProtocolSettings(("box",), ("single",), max_instances=max_instances))
-    for dtype in ("float32", "bfloat16") if CUDA else ("float32",):
+    dtypes = ("float32", "bfloat16") if CUDA else ("float32",)
+    for dtype, (protocol, prompt) in itertools.product(dtypes, PROMPTS.items()):
         loaded = load_model(checkpoint, "auto", dtype)
+        settings = ProtocolSettings((prompt,), ("single",), num_clicks=(3,), max_instances=max_instances)
 
-        def measure(images, loaded=loaded, dtype=dtype) -> dict:
-            model = PromptableModel(*loaded)
+        def measure(images, loaded=loaded, dtype=dtype, protocol=protocol, settings=settings) -> dict:
+            model, work = PromptableModel(*loaded), InstanceProtocols(settings)
             with tempfile.TemporaryDirectory() as folder:
                 journal = Journal(Path(folder), "benchmark", {})
                 records, _, seconds = evaluate(model, images, work, journal, batch_size=8, num_workers=4 if CUDA else 2)
             return {
-                "part": "evaluation", "protocol": "box/single", "dtype": dtype, "pictures": len(images),
+                "part": "evaluation", "protocol": protocol, "dtype": dtype, "pictures": len(images),
                 "instances_per_picture": len(records) / len(images), "pictures_per_second": len(images) / seconds,
                 "seconds_total": seconds, "seconds_model": sum(model.seconds.values()),
             }  # fmt: skip

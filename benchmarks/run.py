@@ -23,8 +23,8 @@ Parts of `samlight benchmark`:
 - "boxes": many boxes on an encoded image;
 - "generation": everything mode, one image and a folder.
 
-Further parts: "everything", everything mode and single prompts; with --dataset, "evaluation", the box protocol of
-`samlight evaluate`, end to end.
+Further parts: "everything", everything mode and single prompts; with --dataset, "evaluation", boxes and three
+clicks of `samlight evaluate`, end to end.
 """
 
 import argparse

@@ -22,7 +22,7 @@ _FEW_NEIGHBOURS = 12  # up to this depth, neighbours are looked at one distance 
 _NS_A_PIXEL, _NS_A_PAIR = 50, 4
 _PAIRS_AT_ONCE = 2**16
 _SAMPLES = 16
-_FEW_PIXELS = 2**8  # so small a box is quicker measured whole
+_FEW_PIXELS = 2**11  # so small a box is quicker measured whole
 _RECTANGLES = (0.92, 0.38), (0.38, 0.92)  # half sides, as shares of a depth
 
 Point = tuple[int, int]

@@ -117,7 +117,7 @@ def test_which_way_is_taken(name, monkeypatch):
     disc = np.hypot(y - 150, x - 150) < 100
     comb = np.zeros((300, 300), bool)
     comb[:, np.arange(300) % 30 > 0] = True  # ten strips, all of whose middle lines are equally deep
-    mask = {"small box": disc[72:88, 72:88], "neighbours": disc ^ (np.hypot(y - 150, x - 150) < 95)}.get(name, disc)
+    mask = {"small box": disc[60:100, 60:100], "neighbours": disc ^ (np.hypot(y - 150, x - 150) < 95)}.get(name, disc)
     mask = comb if name == "all depths" else mask
     taken = []
     for function, title in (("_by_neighbours", "neighbours"), ("_by_boundary", "boundary")):
