@@ -7,6 +7,7 @@
 Parts of `samlight benchmark`:
 
 - "encoder": the image encoder, plain in every attn_implementation, compiled and optimized;
+- "sustained": the same after a pause and in continuous work;
 - "peers": transformers' SAM, SAM 2 and EdgeTAM, and the backbones of light SAMs;
 - "decoder": the mask decoder by the number of prompts;
 - "prompt": from an image to a mask;
@@ -14,6 +15,7 @@ Parts of `samlight benchmark`:
 - "attention": every backend, forward and backward;
 - "training": a training step;
 - "equality": fast results against plain ones;
+- "candidates": each mask of everything mode, before duplicates are suppressed, against float32;
 - "projection": ways to project into the layout in which dilation is free;
 - "linear": the encoder's linear layers by every kernel;
 - "head": the end of the mask decoder by every kernel;
