@@ -15,7 +15,7 @@ Parts of `samlight benchmark`:
 - "attention": every backend, forward and backward;
 - "training": a training step;
 - "equality": fast results against plain ones;
-- "candidates": each mask of everything mode, before duplicates are suppressed, against float32;
+- "candidates": masks of a grid of points, chosen as in everything mode, against float32;
 - "projection": ways to project into the layout in which dilation is free;
 - "linear": the encoder's linear layers by every kernel;
 - "head": the end of the mask decoder by every kernel;

@@ -25,8 +25,8 @@ _CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR")
 def start_rows(settings: Settings) -> Iterator[dict]:
     """Measure `optimize` in a new process: its seconds, those of a first image and point, and its graphs' memory.
 
-    Imports and the making of the model are not counted. Three processes find the kernels that the first one compiled,
-    and the row is that of the median time, which differs from process to process.
+    Imports and the making of the model are not counted. Three processes use the filled cache, because times differ, and
+    the row is that of the median time.
     """
     batch_sizes, prompt_counts = settings.batch_sizes, settings.prompt_counts
     row = {"part": "start", "dtype": settings.dtype_name, "batch_sizes": batch_sizes, "prompt_counts": prompt_counts}

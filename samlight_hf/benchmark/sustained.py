@@ -22,10 +22,9 @@ _SECONDS = 2.0  # of the pause, and of the work
 
 
 def sustained_rows(settings: Settings) -> Iterator[dict]:
-    """Measure the fused encoder in a CUDA graph, one batch behind the other without waiting, in half precision.
+    """Measure the fused encoder in a CUDA graph, one batch behind the other, in half precision.
 
-    `ms` is the median of 20 batches: the first ones after a pause and three others, or the last ones of two seconds of
-    work.
+    `ms` is the median of 20 batches: the fourth to the 23rd after a pause, or the last ones of two seconds of work.
     """
     if not settings.on_cuda:
         return

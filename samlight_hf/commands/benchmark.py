@@ -45,7 +45,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser, names: Sequence[str
         help="for parts that need trained weights",
     )  # fmt: skip
     rows.add_argument(
-        "--images", type=Path, default=_if_there(EXAMPLE_IMAGES), metavar="DIR", help="photographs, for equality"
+        "--images", type=Path, default=_if_there(EXAMPLE_IMAGES), metavar="DIR", help="photographs, beside --model"
     )
 
 

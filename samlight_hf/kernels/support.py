@@ -27,20 +27,25 @@ except ImportError:  # a platform without Triton
     triton = tl = None
 
 
-def _load_modules_one_by_one():
-    """Have Triton load its extension modules one at a time, each as a module object of its own.
+_LAUNCHER = "__triton_launcher"
+
+
+def _load_launchers_one_by_one():
+    """Have Triton load its launchers one at a time, each as a module object of its own.
 
     Triton up to version 3.6 compiles a launcher for each kernel, as an extension module that is always called
-    `__triton_launcher`. When CPython loads one again, it writes its functions into the module that has this name in
+    `_LAUNCHER`. When CPython loads one again, it writes its functions into the module that has this name in
     `sys.modules`. That may be the launcher which another thread has just loaded, and not yet read.
     """
     from triton.runtime import build
 
-    load, lock = getattr(build, "_load_module_from_path", None), threading.Lock()
+    load, lock = getattr(build, "_load_module_from_path", None), threading.RLock()
     if load is None:  # another version
         return
 
     def load_alone(name: str, path: str):
+        if name != _LAUNCHER:
+            return load(name, path)
         with lock:
             other = sys.modules.pop(name, None)
             try:
@@ -54,7 +59,7 @@ def _load_modules_one_by_one():
 
 
 if triton is not None:
-    _load_modules_one_by_one()
+    _load_launchers_one_by_one()
 
 _COMPILERS = 16  # threads that compile at the same time, at most
 
@@ -214,7 +219,8 @@ def _load(device: torch.device | None, compiled: Future):
         try:
             kernel[(1, 1, 1)]  # a function that would launch it
         except Exception:
-            kernel._run = None  # else Triton would take it for loaded, and launch nothing
+            if getattr(kernel, "module", None) is None:
+                kernel._run = None  # else Triton would take it for loaded, though it has no function
             raise
 
 

@@ -342,10 +342,32 @@ def test_targets_say_how_far():
             {"part": "resolution", "image_size": 4096, "mode": "optimize()", "pattern": pattern, "ms": ms}
             for pattern, ms in ((FULL, 40.0), (DILATED, 5.0), (SAME_GROUPS, 4.0))
         ),
-    ]
+        *(
+            {"part": "sustained", "dtype": dtype, "work": work, "images_per_second": rate}
+            for dtype, work, rate in (
+                ("bfloat16", sustained.PAUSE, 4000),
+                ("bfloat16", sustained.WORK, 3600),
+                ("float16", sustained.WORK, 9000),
+            )
+        ),
+        *(
+            {"part": "candidates", "mode": "optimize()", "dtype": dtype, "pred_iou_thresh": limit, "mask_iou_min": iou}
+            for dtype, limit, iou in (("bfloat16", 0.88, 0.98), ("bfloat16", 0.3, 0.8), ("float16", 0.88, 0.9))
+        ),
+        *(
+            {
+                "part": "clicks", "mode": "search by bounds", "picture_height": height,
+                "images_per_second_of_next_clicks": rate,
+            }
+            for height, rate in ((683, 40.0), (2000, 8.0))
+        ),
+    ]  # fmt: skip
     checked = {row["target"]: row for row in check_targets(rows)}
     assert checked["encoder, batch 1"]["says"] == "missed by 51.5%"
-    assert checked["encoder, best batch"]["met"]
+    assert checked["encoder, best batch"]["met"] and checked["encoder, best batch, after a pause"]["met"]
+    assert checked["encoder, best batch, in continuous work"]["value"] == 3600
+    assert checked["masks of everything mode, lowest IoU of any"]["value"] == 0.98
+    assert checked["clicks of 32 instances, 683x1024"]["value"] == 40
     sdpa, eager = (checked[name] for name in checked if name.startswith("SAM ViT-H"))
     assert sdpa["value"] == 80 and sdpa["says"] == "missed by 11.1%" and eager["says"] == "not measured"
     assert checked["image in to mask of one point"]["value"] == 0.9

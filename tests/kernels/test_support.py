@@ -295,7 +295,7 @@ def test_ahead_a_kernel_is_loaded_in_the_thread_that_compiled_it():
 
     class Compiled:
         def __init__(self, fails: bool):
-            self.fails, self.loaded, self._run = fails, [], None
+            self.fails, self.loaded, self._run, self.module = fails, [], None, None
 
         def __getitem__(self, grid):
             self.loaded.append(threading.current_thread().name)
@@ -329,7 +329,7 @@ PyMODINIT_FUNC PyInit___triton_launcher(void) { return PyModule_Create(&module);
 
 @pytest.mark.skipif(triton_support.triton is None, reason="Triton is not installed")
 def test_a_launcher_that_is_loaded_again_replaces_no_other(tmp_path, monkeypatch):
-    """As Triton up to version 3.6 loads launchers, perhaps in several threads."""
+    """In the order in which two threads may load them, with Triton up to version 3.6."""
     from triton.runtime import build
 
     compiler, headers = shutil.which("cc") or shutil.which("gcc"), sysconfig.get_paths()["include"]
@@ -343,7 +343,7 @@ def test_a_launcher_that_is_loaded_again_replaces_no_other(tmp_path, monkeypatch
             [compiler, "-shared", "-fPIC", f"-DNUMBER={number}", f"-I{headers}", source, "-o", path], check=True
         )
         paths.append(str(path))
-    name, own = "__triton_launcher", object()
+    name, own = triton_support._LAUNCHER, object()
     monkeypatch.setitem(sys.modules, name, own)
     first, second, again = (build._load_module_from_path(name, paths[number]) for number in (0, 1, 0))
     assert [module.launch() for module in (first, second, again)] == [0, 1, 0]
