@@ -19,6 +19,7 @@ from samlight_hf.loading import load_model
 
 CUDA = torch.cuda.is_available()
 PROMPTS = {"box/single": "box", "3 clicks/single": "clicks"}  # of protocols
+BATCH_SIZE = 8
 
 
 class Repeated:
@@ -42,19 +43,21 @@ def evaluation_rows(dataset_path: str, checkpoint: str, max_instances: int = 36,
     """
     dataset = load_dataset(dataset_path, limit=None if CUDA else 8)
     dtypes = ("float32", "bfloat16") if CUDA else ("float32",)
-    for dtype, (protocol, prompt) in itertools.product(dtypes, PROMPTS.items()):
+    for dtype, (protocol, prompt), fast in itertools.product(dtypes, PROMPTS.items(), (False, True)):
         loaded = load_model(checkpoint, "auto", dtype)
-        settings = ProtocolSettings((prompt,), ("single",), num_clicks=(3,), max_instances=max_instances)
+        model = PromptableModel.optimized(*loaded, BATCH_SIZE) if fast else PromptableModel(*loaded)
+        work = InstanceProtocols(ProtocolSettings((prompt,), ("single",), num_clicks=(3,), max_instances=max_instances))
+        row = {"part": "evaluation", "protocol": protocol, "dtype": dtype, "optimize": fast}
 
-        def measure(images, loaded=loaded, dtype=dtype, protocol=protocol, settings=settings) -> dict:
-            model, work = PromptableModel(*loaded), InstanceProtocols(settings)
+        def measure(images, model=model, work=work, row=row) -> dict:
+            before = sum(model.seconds.values())
             with tempfile.TemporaryDirectory() as folder:
                 journal = Journal(Path(folder), "benchmark", {})
-                records, _, seconds = evaluate(model, images, work, journal, batch_size=8, num_workers=4 if CUDA else 2)
+                records, _, seconds = evaluate(model, images, work, journal, BATCH_SIZE, num_workers=4 if CUDA else 2)
             return {
-                "part": "evaluation", "protocol": protocol, "dtype": dtype, "pictures": len(images),
+                **row, "pictures": len(images),
                 "instances_per_picture": len(records) / len(images), "pictures_per_second": len(images) / seconds,
-                "seconds_total": seconds, "seconds_model": sum(model.seconds.values()),
+                "seconds_total": seconds, "seconds_model": sum(model.seconds.values()) - before,
             }  # fmt: skip
 
         measure(dataset)  # warm-up

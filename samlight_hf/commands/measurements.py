@@ -130,9 +130,15 @@ def _detection_measurement(dataset: "CocoDataset", args: argparse.Namespace) -> 
 
 
 def load_promptable_model(path: str, args: argparse.Namespace, state: "PartialState") -> "PromptableModel":
-    """Load a model for `--device` and `--dtype`; with `--device auto`, on the device of this process."""
+    """Load a model for `--device`, `--dtype` and `--optimize`; with `--device auto`, on the device of this process."""
     from ..evaluation.models import SUPPORTED, PromptableModel
     from ..loading import load_model
 
     device = str(state.device) if args.device == "auto" else args.device
-    return PromptableModel(*load_model(path, device, args.dtype, tuple(SUPPORTED)))
+    model, processor = load_model(path, device, args.dtype, tuple(SUPPORTED))
+    if not args.optimize:
+        return PromptableModel(model, processor)
+    try:
+        return PromptableModel.optimized(model, processor, args.batch_size)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"--optimize is not for {path}: {error}") from error

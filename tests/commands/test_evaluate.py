@@ -17,6 +17,8 @@ from samlight_hf import SamLighteningModel
 from samlight_hf.commands.cli import main
 from samlight_hf.commands.evaluate import EVERYTHING
 from samlight_hf.data import SkipReason
+from samlight_hf.engine.mask_decoder import FastMaskDecoder
+from samlight_hf.evaluation.models import PromptableModel
 from samlight_hf.loading import load_model, weights_fingerprint
 from tests.conftest import tiny_config
 from tests.data.files import annotation, box_mask, jpeg, png, rle, sa1b_json, write_coco, write_tar
@@ -124,6 +126,43 @@ def test_two_models_side_by_side(models, tar, tmp_path, capsys):
         assert words in page
     with gzip.open(out / "records_model-0.jsonl.gz", "rt") as file:
         assert len(file.readlines()) == 6
+
+
+def test_optimized_models_have_the_same_scores(models, tar, tmp_path, capsys):
+    arguments = "--model", models[0], "--dataset", tar, "--clicks", 1, 3, "--no-plots", "--out"
+    for folder, options in (("plain", ()), ("fast", ("--optimize",))):
+        assert run(capsys, *arguments, tmp_path / folder, *options)[0] == 0
+    plain, fast = (report(tmp_path / folder)["models"][0] for folder in ("plain", "fast"))
+    assert fast["settings"]["weights"] == plain["settings"]["weights"]
+    assert fast["scores"].keys() == plain["scores"].keys()
+    for name, scores in fast["scores"].items():
+        assert scores["iou"]["mean"] == pytest.approx(plain["scores"][name]["iou"]["mean"], abs=1e-3)
+    assert "samlight_hf.optimize" in (tmp_path / "fast" / "report.md").read_text()
+    assert "samlight_hf.optimize" not in (tmp_path / "plain" / "report.md").read_text()
+    status, _, errors = run(capsys, *arguments, tmp_path / "fast")  # not with the records of --optimize
+    assert status == 1 and "fast" in errors
+
+
+def test_optimized_models_decode_in_fewer_operations(models, tar, tmp_path, capsys, monkeypatch):
+    decoded = []
+    decode = FastMaskDecoder.decode
+    monkeypatch.setattr(FastMaskDecoder, "decode", lambda self, *a, **k: decoded.append(1) or decode(self, *a, **k))
+    arguments = "--model", models[0], "--dataset", tar, "--clicks", 2, "--mask-choice", "single", "--no-plots", "--out"
+    assert run(capsys, *arguments, tmp_path / "plain")[0] == 0 and not decoded
+    assert run(capsys, *arguments, tmp_path / "fast", "--optimize")[0] == 0 and decoded
+
+
+def test_what_cannot_be_optimized_is_told_in_one_line(models, tar, tmp_path, capsys, monkeypatch):
+    reason = "it has no mask decoder of SAM's own architecture."
+
+    def refuse(*arguments):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(PromptableModel, "optimized", refuse)
+    status, _, errors = run(
+        capsys, "--model", models[0], "--dataset", tar, "--no-plots", "--out", tmp_path / "report", "--optimize"
+    )
+    assert status != 0 and f"--optimize is not for {models[0]}: {reason}" in errors
 
 
 def test_started_again_it_computes_nothing_and_says_the_same(models, tar, tmp_path, capsys):
