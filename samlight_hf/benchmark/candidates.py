@@ -7,10 +7,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, SamImageProcessor
 
-from ..inference.crops import MaskGenerationSettings
+from ..engine.optimize import optimize
+from ..inference.crops import (
+    DEFAULT_PRED_IOU_THRESH,
+    DEFAULT_STABILITY_SCORE_THRESH,
+    MaskGenerationSettings,
+)
 from ..loading import load_model
 from ..masks.upscaling import upscale_logits
-from .encoders import EAGER, OPTIMIZED, optimized
+from .encoders import EAGER, OPTIMIZED
 from .equality import checkpoint_and_photographs, mask_iou, prompt_with_grid
 from .generation import THRESHOLDS
 from .measure import attempt
@@ -19,6 +24,7 @@ from .settings import Settings
 
 LEAST_IOU = 0.97  # wanted of every mask
 _POINTS = 64  # at once
+_DEFAULTS = {"pred_iou_thresh": DEFAULT_PRED_IOU_THRESH, "stability_score_thresh": DEFAULT_STABILITY_SCORE_THRESH}
 
 
 def candidate_rows(settings: Settings) -> Iterator[dict]:
@@ -50,9 +56,7 @@ def _load(settings: Settings) -> dict:
         if dtype != torch.float32:
             models[name, EAGER] = load_model(checkpoint, device, dtype)[0]
         model, _ = load_model(checkpoint, device)  # as `from_pretrained` returns it
-        models[name, OPTIMIZED] = optimized(
-            model, settings, dtype=dtype, image_batch_sizes=(1,), prompt_counts=(_POINTS,)
-        )
+        models[name, OPTIMIZED] = optimize(model, dtype, image_batch_sizes=(1,), prompt_counts=(_POINTS,))
     return {"paths": paths, "models": models, "image_processor": processor.image_processor}
 
 
@@ -66,15 +70,10 @@ def _compare(
     predict = partial(_predict, points=prompted.points, sizes=prompted.sizes)
     reference, *others = models.items()
     expected, scores, stabilities = predict(reference[1], prompted.pixel_values)
-    default = MaskGenerationSettings()
-    thresholds = (
-        {"pred_iou_thresh": default.pred_iou_thresh, "stability_score_thresh": default.stability_score_thresh},
-        THRESHOLDS,
-    )
     lines = []
     for (dtype, mode), model in others:
         ious = mask_iou(predict(model, prompted.pixel_values)[0], expected)
-        for limits in thresholds:
+        for limits in (_DEFAULTS, THRESHOLDS):
             kept = (scores > limits["pred_iou_thresh"]) & (stabilities > limits["stability_score_thresh"])
             lines.append({"mode": mode, "dtype": dtype, **limits, **_summary(ious[kept])})
     return {"lines": lines}

@@ -40,9 +40,9 @@ def modes(settings: Settings) -> list[str]:
     ]
 
 
-def optimized(model: nn.Module, settings: Settings, **options):
-    """Optimize a model for the shapes that are measured, in the benchmark's dtype unless another is given."""
-    return optimize(model, **{"dtype": settings.dtype, **options})
+def optimized(model: nn.Module, settings: Settings, **shapes):
+    """Optimize a model in the benchmark's dtype, for the shapes that are measured."""
+    return optimize(model, dtype=settings.dtype, **shapes)
 
 
 def report_of(model) -> dict:

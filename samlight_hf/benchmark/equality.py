@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, SamImageProcessor
 
 from ..evaluation.metrics.mask_iou import iou
 from ..images.preprocessing import preprocess, resized_size
+from ..inference.crops import point_grid
 from ..inference.predictor import image_tensor
 from ..loading import load_model
 from ..masks.upscaling import upscale_logits
@@ -135,11 +136,9 @@ def prompt_with_grid(
     height, width = image.shape[-2:]
     resized = resized_size(height, width, image_processor.size["longest_edge"])
     pixel_values = preprocess(image_processor, [image], torch.device("cpu")).to(device)
-    places = (torch.arange(points_per_side, device=device) + 0.5) / points_per_side
-    columns = (places * resized[1]).repeat(points_per_side)
-    rows = (places * resized[0]).repeat_interleave(points_per_side)
+    points = point_grid(points_per_side) * torch.tensor([resized[1], resized[0]])
     padded = image_processor.pad_size["height"], image_processor.pad_size["width"]
-    return Prompted(pixel_values, torch.stack([columns, rows], dim=-1), (padded, resized, (height, width)))
+    return Prompted(pixel_values, points.to(device), (padded, resized, (height, width)))
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..inference.crops import MaskGenerationSettings
+from ..inference.crops import DEFAULT_PRED_IOU_THRESH
 from ..utils.messages import text_table
 from .attention import BOTH
 from .candidates import LEAST_IOU
@@ -120,8 +120,7 @@ def _equal(key: str, choose: Callable) -> Callable[[Rows], float | None]:
 
 def _least_iou(rows: Rows) -> float | None:
     """Return the least IoU of all masks of everything mode at its default thresholds, in `optimize`'s default dtype."""
-    default = MaskGenerationSettings().pred_iou_thresh
-    wanted = {"part": "candidates", "mode": OPTIMIZED, "dtype": "bfloat16", "pred_iou_thresh": default}
+    wanted = {"part": "candidates", "mode": OPTIMIZED, "dtype": "bfloat16", "pred_iou_thresh": DEFAULT_PRED_IOU_THRESH}
     return _least(_values(rows, "mask_iou_min", **wanted))
 
 

@@ -1,5 +1,6 @@
 """A common interface of transformers' promptable SAMs: encode images, then prompt in pixels of the image."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,6 +105,13 @@ class PromptableModel:
         """Time spent in the model's forward calls so far. Waits for running ones."""
         return {part: self.timer.seconds(part) for part in self.count}
 
+    @contextlib.contextmanager
+    def _measured(self, part: str, number: int = 1) -> Iterator[None]:
+        """Time a call of the encoder or decoder, and count it, or its images."""
+        with self.timer.measure(part, self.model.device):
+            yield
+        self.count[part] += number
+
     def latency_ms(self) -> dict[str, float | None]:
         """Return the mean time of the encoder for an image, and of the decoder for a call of up to `prompts_per_batch`
         prompts.
@@ -137,9 +145,8 @@ class PromptableModel:
         """Encode a batch of RGB images of any sizes."""
         inputs = self.preprocess(images)
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        with self.timer.measure("encoder", self.model.device):
+        with self._measured("encoder", len(images)):
             embeddings = self.model.get_image_embeddings(pixel_values)
-        self.count["encoder"] += len(images)
         square = tuple(pixel_values.shape[-2:])
         reshaped = inputs["reshaped_input_sizes"].tolist() if self.keeps_aspect else [square] * len(images)
         return [
@@ -256,11 +263,9 @@ class PromptableModel:
             return self._decode(_expand(embeddings, len(next(iter(prompts.values())))), prompts, multimask_output)
         names = "input_points", "input_labels", "input_boxes", "input_masks"
         inputs = [prompts[name][:, 0] if name in prompts else None for name in names]
-        with self.timer.measure("decoder", self.model.device):
-            decoded = self.decoder.decode(
-                self.decoder.prepare(embeddings["image_embeddings"]), *inputs, multimask_output=multimask_output
-            )
-        self.count["decoder"] += 1
+        with self._measured("decoder"):
+            image = self.decoder.prepare(embeddings["image_embeddings"])
+            decoded = self.decoder.decode(image, *inputs, multimask_output=multimask_output)
         return decoded.logits.unflatten(0, decoded.iou.shape), decoded.iou.float()
 
     def _decode(
@@ -270,9 +275,8 @@ class PromptableModel:
 
         Each prompt is an element of the batch, because SAM feeds back logits for each element.
         """
-        with self.timer.measure("decoder", self.model.device):
+        with self._measured("decoder"):
             outputs = self.model(**embeddings, **prompts, multimask_output=multimask_output)
-        self.count["decoder"] += 1
         return outputs.pred_masks[:, 0], outputs.iou_scores[:, 0].float()
 
     def _upscale(self, logits: torch.Tensor, encoded: Encoded) -> torch.Tensor:

@@ -135,9 +135,8 @@ def with_scores(scores, dtype):
     elif scores == "jump":
         key[:, 1024:] *= 100
     elif scores == "one query":
-        query[:, [1100, 2047]] *= (
-            100  # the last one: in a thread block with fewer queries than warpgroups, if they are 3
-        )
+        # The last query is in a thread block with queries for fewer warpgroups than it has, if these are three.
+        query[:, [1100, 2047]] *= 100
     elif scores == "sink":  # the first key, without value: 12 more than for the others, together a hundredth of it
         query.mul_(0.5), value.add_(1)
         query[..., 0], key[..., 0] = 8, 0
