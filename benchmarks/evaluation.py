@@ -1,6 +1,6 @@
 """Part "evaluation" of run.py: boxes, and three clicks, of `samlight evaluate`, end to end.
 
-python benchmarks/run.py evaluation --dataset val-000000.tar --out benchmarks/results/evaluation_h100.json
+python benchmarks/run.py evaluation --dataset val-000000.tar --out benchmarks/results/evaluation_h200.json
 """
 
 import itertools

@@ -2,7 +2,7 @@
 
     python benchmarks/run.py encoder peers decoder prompt resolution --out benchmarks/results/speed_h200.json
     python benchmarks/run.py everything --out benchmarks/results/everything_h100.json
-    python benchmarks/run.py evaluation --dataset val-000000.tar --out benchmarks/results/evaluation_h100.json
+    python benchmarks/run.py evaluation --dataset val-000000.tar --out benchmarks/results/evaluation_h200.json
 
 Parts of `samlight benchmark`:
 

@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from ..data.clicks import deepest_point, deepest_point_reference
 from ..evaluation.clicks import next_clicks
+from ..kernels.deepest_pixels import why_not_triton
 from .measure import attempt, time_calls
 from .settings import Settings
 
 
 NUM_INSTANCES, NUM_CLICKS = 32, 3
 SEARCH, REFERENCE = "search by bounds", "distance transforms, one by one"
+ON_GPU = "distances on the GPU"  # after first clicks by search
 
 
 def click_rows(settings: Settings) -> Iterator[dict]:
@@ -22,10 +24,11 @@ def click_rows(settings: Settings) -> Iterator[dict]:
 
     The masks are random blobs of sides from a thirtieth of the image to half of it. Worker processes find the first
     clicks; `next_clicks_ms` is what is left to the process of the model, for one choice of the mask. `ms` is both. Each
-    row says whether the clicks are those of the reference.
+    row says whether the clicks are those of the reference. `samlight evaluate` takes the last way.
     """
+    on_gpu = why_not_triton(torch.zeros(1, 1, 1, dtype=torch.bool, device=settings.device)) is None
     for size in settings.image_sizes:
-        for way in (REFERENCE, SEARCH):
+        for way in (REFERENCE, SEARCH, ON_GPU) if on_gpu else (REFERENCE, SEARCH):
             row = {"part": "clicks", "mode": way, "picture_height": size[0], "picture_width": size[1]}
             row.update(num_instances=NUM_INSTANCES, num_clicks=NUM_CLICKS)
             yield attempt(row, partial(_time_clicks, way, size, settings))
@@ -36,7 +39,8 @@ def _time_clicks(way: str, size: tuple[int, int], settings: Settings) -> dict:
     host = targets.cpu().numpy()
     first, following = {
         REFERENCE: (deepest_point_reference, lambda: _next_clicks_reference(predicted, targets)),
-        SEARCH: (deepest_point, lambda: _as_list(*next_clicks(predicted, targets))),
+        SEARCH: (deepest_point, lambda: _as_list(*next_clicks(predicted.cpu(), targets.cpu()))),
+        ON_GPU: (deepest_point, lambda: _as_list(*next_clicks(predicted, targets))),
     }[way]
     times = _times(lambda: [first(mask) for mask in host], following, settings)
     points_agree = [first(mask) for mask in host] == [deepest_point_reference(mask) for mask in host]

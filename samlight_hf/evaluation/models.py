@@ -26,7 +26,7 @@ class Encoded:
     """An encoded image.
 
     Attributes:
-        embeddings: keyword arguments of the model, with a batch of one.
+        embeddings: keyword arguments of the model, with a batch of one; for a fast decoder as it prepares them.
         size: (height, width) of the image.
         reshaped_size: (height, width) of the image within the model's input.
     """
@@ -147,6 +147,8 @@ class PromptableModel:
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         with self._measured("encoder", len(images)):
             embeddings = self.model.get_image_embeddings(pixel_values)
+            if self.decoder is not None:
+                embeddings = self.decoder.prepare(embeddings)
         square = tuple(pixel_values.shape[-2:])
         reshaped = inputs["reshaped_input_sizes"].tolist() if self.keeps_aspect else [square] * len(images)
         return [
@@ -169,7 +171,7 @@ class PromptableModel:
         Args:
             encoded: the encoded image.
             boxes_xyxy: (n, 4).
-            points_xy: (n, k, 2), with `labels`.
+            points_xy: (n, k, 2), with `labels`. Both are on the CPU or on the model's device.
             labels: (n, k), 1 for points of the object and 0 for background.
             logits: (n, 1, h, w) of an earlier prediction, to be refined.
             multimask_output: whether three masks are predicted for each prompt, or one.
@@ -178,7 +180,7 @@ class PromptableModel:
         if boxes_xyxy is not None:
             prompts["input_boxes"] = (boxes_xyxy.float() * encoded.scale.repeat(2))[:, None]  # (n, 1, 4)
         if points_xy is not None:
-            prompts["input_points"] = (points_xy.float() * encoded.scale)[:, None]  # (n, 1, k, 2)
+            prompts["input_points"] = (points_xy.float() * to_device(encoded.scale, points_xy.device))[:, None]
             assert labels is not None
             prompts["input_labels"] = labels[:, None]
         if logits is not None:
@@ -264,8 +266,8 @@ class PromptableModel:
         names = "input_points", "input_labels", "input_boxes", "input_masks"
         inputs = [prompts[name][:, 0] if name in prompts else None for name in names]
         with self._measured("decoder"):
-            image = self.decoder.prepare(embeddings["image_embeddings"])
-            decoded = self.decoder.decode(image, *inputs, multimask_output=multimask_output)
+            tokens = embeddings["image_embeddings"]  # as the decoder prepared them
+            decoded = self.decoder.decode(tokens, *inputs, multimask_output=multimask_output)
         return decoded.logits.unflatten(0, decoded.iou.shape), decoded.iou.float()
 
     def _decode(

@@ -17,7 +17,7 @@ from ..data import Sample
 from ..masks.boxes import xywh_to_xyxy
 from .clicks import next_clicks
 from .metrics.mask_iou.iou import boundary_iou, mask_area, mask_iou
-from .models import Encoded, PromptableModel, PromptedMasks
+from .models import Encoded, PromptableModel, PromptedMasks, to_device
 from .statistics import PLACES
 from .targets import Targets
 from .tasks import EvaluationTask
@@ -125,7 +125,7 @@ class InstanceProtocols(EvaluationTask):
     def batch(
         self, model: PromptableModel, encoded: Sequence[Encoded | None], prepared: Sequence[Targets]
     ) -> list[list[dict]]:
-        """Return the records of each image. Only the clicks, and the records at the end, wait for the device."""
+        """Return the records of each image. On a GPU with Triton only the records, at the end, wait for the device."""
         images = cast(Sequence[Encoded], encoded)
         pieces = [
             (image, piece)
@@ -243,11 +243,11 @@ def _click_protocol(
     """Run the clicks for each choice of the mask separately: the chosen mask decides where the next click goes."""
     targets = piece.masks(model.model.device)
     assert piece.first_clicks is not None
-    first_points = torch.from_numpy(piece.first_clicks)[:, None]  # (n, 1, 2)
+    first_points = to_device(torch.from_numpy(piece.first_clicks), targets.device)[:, None]  # (n, 1, 2)
     first: dict[bool, PromptedMasks] = {}  # the first click is the same for every choice
     for choice in settings.mask_choices:
         multimask = choice != "single"
-        points, labels = first_points, torch.ones(len(piece), 1, dtype=torch.int64)
+        points, labels = first_points, torch.ones(len(piece), 1, dtype=torch.int64, device=targets.device)
         logits = None
         for click in range(1, max(settings.num_clicks) + 1):
             if click > 1 or multimask not in first:

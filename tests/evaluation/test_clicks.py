@@ -8,7 +8,9 @@ from scipy.ndimage import gaussian_filter
 
 from samlight_hf.data import clicks
 from samlight_hf.data.clicks import deepest_of, deepest_point, deepest_point_reference
-from samlight_hf.evaluation.clicks import boxed, gather_boxes, next_click, next_clicks
+from samlight_hf.evaluation import clicks as clicks_module
+from samlight_hf.evaluation.clicks import next_click, next_clicks
+from samlight_hf.kernels.deepest_pixels import deepest_pixels_reference
 
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "examples" / "images"
@@ -171,23 +173,26 @@ def test_clicks_of_all_instances_are_those_of_each(seed):
 def test_no_instances():
     points, labels = next_clicks(torch.zeros(0, 4, 5, dtype=torch.bool), torch.zeros(0, 4, 5, dtype=torch.bool))
     assert points.shape == (0, 2) and labels.shape == (0,)
-    assert gather_boxes(torch.zeros(0, 4, 5), []) == []
 
 
-def test_boxes_are_copied_together():
-    """On a GPU the boxes of all masks are one copy: here the same function on a CPU, against slices."""
-    predicted, targets = (torch.from_numpy(masks) for masks in predictions_and_targets(0))
-    parts = boxed(predicted, targets)
-    boxes = [(x, y, x + own.shape[1] - 1, y + own.shape[0] - 1) for x, y, (own, _) in parts]
-    gathered = gather_boxes(predicted.byte() + 2 * targets.byte(), boxes)
-    for codes, (_, _, (own, target)) in zip(gathered, parts, strict=True):
-        assert np.array_equal(codes, own + 2 * target)
-    assert any(part.shape == (1, 1) for part in gathered)  # two empty masks
+def test_clicks_that_are_computed_at_once(monkeypatch):
+    """On a CPU, with the kernels' reference in their place: small masks, of which one is right."""
+    monkeypatch.setattr(clicks_module, "launch_deepest_pixels", deepest_pixels_reference)
+    predicted, targets = (torch.from_numpy(masks[:, ::7, ::9].copy()) for masks in predictions_and_targets(0))
+    found = clicks_module._next_clicks_at_once(predicted, targets)
+    assert all(torch.equal(*pair) for pair in zip(found, next_clicks(predicted, targets), strict=True))
+    is_right = (predicted == targets).flatten(1).all(dim=1)
+    assert (is_right & targets.flatten(1).any(dim=1)).any() and {0, 1} == set(found[1][~is_right].tolist())
 
 
 @pytest.mark.gpu
-def test_clicks_of_masks_on_a_gpu():
-    predicted, targets = (torch.from_numpy(masks) for masks in predictions_and_targets(1))
+@pytest.mark.parametrize("seed", range(3))
+def test_clicks_of_masks_on_a_gpu(seed, monkeypatch):
+    """By distances on the GPU, and without them: the same clicks."""
+    predicted, targets = (torch.from_numpy(masks) for masks in predictions_and_targets(seed))
     expected = next_clicks(predicted, targets)
-    found = next_clicks(predicted.cuda(), targets.cuda())
-    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    assert clicks_module.why_not_triton(targets.cuda()) is None
+    for _ in range(2):
+        found = next_clicks(predicted.cuda(), targets.cuda())
+        assert all(each.is_cuda and torch.equal(each.cpu(), own) for each, own in zip(found, expected, strict=True))
+        monkeypatch.setattr(clicks_module, "why_not_triton", lambda masks: "no kernel is wanted.")
