@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForMaskGeneration, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForMaskGeneration, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file, logging
 
 from . import SamLighteningModel  # noqa: F401  registered with the Auto classes where it is imported
@@ -74,26 +74,36 @@ def load_model(
         _check_folder(Path(source), model_types)
     elif not _HUB_NAME.fullmatch(source):
         raise CheckpointError(f"{source}: no such folder. Give a checkpoint's folder, or a Hub name such as org/name.")
-    with quiet_transformers():
+    with quiet_transformers(), _explained(source, model_types):
+        # The config first: where the Hub cannot be reached, each file is asked for again and again, for half a minute.
+        AutoConfig.from_pretrained(source, trust_remote_code=_TRUST)
         _check_adapter(source)
-        try:
-            model, report = AutoModelForMaskGeneration.from_pretrained(
-                source, dtype=torch_dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-                trust_remote_code=_TRUST,
-            )  # fmt: skip
-            processor = AutoProcessor.from_pretrained(source, trust_remote_code=_TRUST)
-        except LOADING_ERRORS as error:
-            if "trust_remote_code" in str(error):
-                raise CheckpointError(
-                    f"{source}: needs code of its own, which is never run here. Use a checkpoint whose model and "
-                    f"processor are transformers' SAM or SAM-Lightening (model_type {' or '.join(model_types)})."
-                ) from error
-            where = "" if Path(source).exists() else "no such folder here, and from the Hub it "
-            raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error, _MESSAGE_LIMIT)}") from error
+        model, report = AutoModelForMaskGeneration.from_pretrained(
+            source, dtype=torch_dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            trust_remote_code=_TRUST,
+        )  # fmt: skip
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=_TRUST)
     _check_model(source, model, report, model_types)
     if model.config.model_type in MODEL_TYPES:
         check_processor(source, model, processor)
     return model.to(torch_device).eval(), processor
+
+
+@contextmanager
+def _explained(source: str, model_types: tuple[str, ...]) -> Iterator[None]:
+    """Raise CheckpointError in place of another library's errors."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except LOADING_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{source}: needs code of its own, which is never run here. Use a checkpoint whose model and "
+                f"processor are transformers' SAM or SAM-Lightening (model_type {' or '.join(model_types)})."
+            ) from error
+        where = "" if Path(source).exists() else "no such folder here, and from the Hub it "
+        raise CheckpointError(f"{source}: {where}cannot be loaded: {one_line(error, _MESSAGE_LIMIT)}") from error
 
 
 def find_device(name: str) -> torch.device:
@@ -230,10 +240,7 @@ def _check_folder(folder: Path, model_types: tuple[str, ...]):
 
 def _check_adapter(source: str):
     """Raise CheckpointError for an adapter (PEFT): transformers would load it, and report on its weights alone."""
-    try:
-        found = find_adapter_config_file(source)
-    except LOADING_ERRORS:  # the model cannot be found either, and the reason is told then
-        return
+    found = find_adapter_config_file(source)
     if found is not None:
         raise CheckpointError(
             f"{source}: has an adapter ({Path(found).name}). Merge it into the weights with merge_and_unload of peft, "
