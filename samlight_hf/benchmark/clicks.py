@@ -17,6 +17,7 @@ from .settings import Settings
 NUM_INSTANCES, NUM_CLICKS = 32, 3
 SEARCH, REFERENCE = "search by bounds", "distance transforms, one by one"
 ON_GPU = "distances on the GPU"  # after first clicks by search
+WAYS = ON_GPU, SEARCH  # of `samlight evaluate`, which takes the first one that can run
 
 
 def click_rows(settings: Settings) -> Iterator[dict]:
@@ -24,10 +25,10 @@ def click_rows(settings: Settings) -> Iterator[dict]:
 
     The masks are random blobs of sides from a thirtieth of the image to half of it. Worker processes find the first
     clicks; `next_clicks_ms` is what is left to the process of the model, for one choice of the mask. `ms` is both. Each
-    row says whether the clicks are those of the reference. `samlight evaluate` takes the last way.
+    row says whether the clicks are those of the reference.
     """
-    on_gpu = why_not_triton(torch.zeros(1, 1, 1, dtype=torch.bool, device=settings.device)) is None
     for size in settings.image_sizes:
+        on_gpu = why_not_triton(torch.empty(0, *size, dtype=torch.bool, device=settings.device)) is None
         for way in (REFERENCE, SEARCH, ON_GPU) if on_gpu else (REFERENCE, SEARCH):
             row = {"part": "clicks", "mode": way, "picture_height": size[0], "picture_width": size[1]}
             row.update(num_instances=NUM_INSTANCES, num_clicks=NUM_CLICKS)

@@ -4,16 +4,18 @@ The first click is the deepest point of the mask, where the distance to its outs
 is greatest. Each further click is the deepest point of the larger of two error regions, measured by that depth: the
 missed pixels (a positive click) and the excess pixels (a negative one).
 
-On a GPU `kernels/deepest_pixels.py` computes the deepest points of all instances at once, and nothing waits for it.
-Elsewhere they are searched for one by one, in the tight boxes of the masks.
+On a GPU with Triton `kernels/deepest_pixels.py` computes the deepest points of all instances at once, and nothing waits
+for it. Elsewhere they are searched for one by one, in the tight boxes of the masks.
 """
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from ..data.clicks import Point, deepest_of, deepest_point
 from ..kernels.deepest_pixels import launch_deepest_pixels, why_not_triton
-from ..masks.boxes import mask_extent
+from ..masks.boxes import mask_boxes, mask_extent
 
 
 def next_clicks(predicted: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,12 +31,21 @@ def next_clicks(predicted: torch.Tensor, targets: torch.Tensor) -> tuple[torch.T
     if why_not_triton(targets) is None:
         return _next_clicks_at_once(predicted, targets)
     clicks = []
-    for own, target in zip(predicted.cpu().numpy(), targets.cpu().numpy()):
-        left, top, right, bottom = mask_extent(own | target) or (0, 0, 1, 1)
-        (x, y), label = next_click(own[top:bottom, left:right], target[top:bottom, left:right])
+    for own, target, (left, top, right, bottom) in zip(predicted, targets, _joint_boxes(predicted, targets)):
+        box = slice(top, bottom), slice(left, right)
+        (x, y), label = next_click(own[box].cpu().numpy(), target[box].cpu().numpy())
         clicks.append((x + left, y + top, label))
     numbers = torch.tensor(clicks, dtype=torch.int64, device=targets.device).view(-1, 3)
     return numbers[:, :2], numbers[:, 2]
+
+
+def _joint_boxes(predicted: torch.Tensor, targets: torch.Tensor) -> Iterable[Sequence[int]]:
+    """Return the tight box of each pair of masks together, as `mask_extent` does; that of the first pixel for none."""
+    if predicted.is_cpu:  # one pair after another stays in the caches
+        pairs = zip(predicted.numpy(), targets.numpy())
+        return (mask_extent(own | target) or (0, 0, 1, 1) for own, target in pairs)
+    boxes = mask_boxes(predicted | targets)
+    return (boxes + torch.tensor([0, 0, 1, 1], device=boxes.device)).tolist()
 
 
 def _next_clicks_at_once(predicted: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

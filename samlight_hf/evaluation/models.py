@@ -26,7 +26,7 @@ class Encoded:
     """An encoded image.
 
     Attributes:
-        embeddings: keyword arguments of the model, with a batch of one; for a fast decoder as it prepares them.
+        embeddings: keyword arguments of the model, with a batch of one.
         size: (height, width) of the image.
         reshaped_size: (height, width) of the image within the model's input.
     """
@@ -35,10 +35,10 @@ class Encoded:
     size: tuple[int, int]
     reshaped_size: tuple[int, int]
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """Factors along x and y from pixels of the image to pixels of the model's input, float32 (2,)."""
-        return torch.tensor([self.reshaped_size[1] / self.size[1], self.reshaped_size[0] / self.size[0]])
+    def scale_on(self, device: torch.device) -> torch.Tensor:
+        """Return the factors along x and y from pixels of the image to pixels of the model's input, float32 (2,)."""
+        factors = [self.reshaped_size[1] / self.size[1], self.reshaped_size[0] / self.size[0]]
+        return to_device(torch.tensor(factors, dtype=torch.float32, device="cpu"), device)
 
 
 @dataclass
@@ -147,8 +147,6 @@ class PromptableModel:
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         with self._measured("encoder", len(images)):
             embeddings = self.model.get_image_embeddings(pixel_values)
-            if self.decoder is not None:
-                embeddings = self.decoder.prepare(embeddings)
         square = tuple(pixel_values.shape[-2:])
         reshaped = inputs["reshaped_input_sizes"].tolist() if self.keeps_aspect else [square] * len(images)
         return [
@@ -168,19 +166,21 @@ class PromptableModel:
     ) -> PromptedMasks:
         """Predict masks for n prompts, one object each. Coordinates are pixels of the image.
 
+        Prompts are on the CPU or on the model's device.
+
         Args:
             encoded: the encoded image.
             boxes_xyxy: (n, 4).
-            points_xy: (n, k, 2), with `labels`. Both are on the CPU or on the model's device.
+            points_xy: (n, k, 2), with `labels`.
             labels: (n, k), 1 for points of the object and 0 for background.
             logits: (n, 1, h, w) of an earlier prediction, to be refined.
             multimask_output: whether three masks are predicted for each prompt, or one.
         """
         prompts = {}
         if boxes_xyxy is not None:
-            prompts["input_boxes"] = (boxes_xyxy.float() * encoded.scale.repeat(2))[:, None]  # (n, 1, 4)
+            prompts["input_boxes"] = (boxes_xyxy.float() * encoded.scale_on(boxes_xyxy.device).repeat(2))[:, None]
         if points_xy is not None:
-            prompts["input_points"] = (points_xy.float() * to_device(encoded.scale, points_xy.device))[:, None]
+            prompts["input_points"] = (points_xy.float() * encoded.scale_on(points_xy.device))[:, None]  # (n, 1, k, 2)
             assert labels is not None
             prompts["input_labels"] = labels[:, None]
         if logits is not None:
@@ -222,7 +222,9 @@ class PromptableModel:
         place = {image: index for index, image in enumerate(images)}
         counts = [len(boxes) for boxes in boxes_xyxy]
         places = torch.tensor([place[image] for image in encoded]).repeat_interleave(torch.tensor(counts))
-        boxes = torch.cat([boxes.float() * e.scale.repeat(2) for e, boxes in zip(encoded, boxes_xyxy, strict=True)])
+        boxes = torch.cat(
+            [boxes.float() * e.scale_on(boxes.device).repeat(2) for e, boxes in zip(encoded, boxes_xyxy, strict=True)]
+        )
 
         def decoded():
             for chunk in self._chunks({"places": places, "input_boxes": boxes[:, None]}):
@@ -266,8 +268,8 @@ class PromptableModel:
         names = "input_points", "input_labels", "input_boxes", "input_masks"
         inputs = [prompts[name][:, 0] if name in prompts else None for name in names]
         with self._measured("decoder"):
-            tokens = embeddings["image_embeddings"]  # as the decoder prepared them
-            decoded = self.decoder.decode(tokens, *inputs, multimask_output=multimask_output)
+            image = self.decoder.prepare(embeddings["image_embeddings"])
+            decoded = self.decoder.decode(image, *inputs, multimask_output=multimask_output)
         return decoded.logits.unflatten(0, decoded.iou.shape), decoded.iou.float()
 
     def _decode(

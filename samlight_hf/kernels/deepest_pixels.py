@@ -16,14 +16,14 @@ _LOW_BITS = 2**32 - 1
 
 
 def deepest_pixels_reference(masks: torch.Tensor) -> torch.Tensor:
-    """Compute `launch_deepest_pixels` from the distances of all pairs of pixels: for small masks."""
+    """Compute `launch_deepest_pixels` step by step, with memory for all pairs of pixels in a column."""
     _, height, width = masks.shape
-    y, x = torch.meshgrid(torch.arange(-1, height + 1), torch.arange(-1, width + 1), indexing="ij")
-    places = torch.stack([y, x], dim=-1).to(masks.device)
-    own, around = places[1:-1, 1:-1].flatten(0, 1), places.flatten(0, 1)
-    squared = (own[:, None] - around).square().sum(dim=2)  # (pixels, pixels and those around the mask)
-    outside = ~torch.nn.functional.pad(masks, (1, 1, 1, 1)).flatten(1)
-    depths = squared.masked_fill(~outside[:, None], _LOW_BITS).amin(dim=2)
+    x, y = (torch.arange(length, device=masks.device) for length in (width, height + 2))
+    last = torch.where(masks, -1, x).cummax(dim=2).values
+    following = torch.where(masks, width, x).flip(2).cummin(dim=2).values.flip(2)
+    distances = torch.nn.functional.pad(torch.minimum(x - last, following - x), (0, 0, 1, 1))  # 0 above and below
+    apart = (y[1:-1, None] - y)[:, :, None]
+    depths = (distances[:, None] ** 2 + apart**2).amin(dim=2).flatten(1)
     depth = depths.amax(dim=1)
     place = (depths == depth[:, None]).int().argmax(dim=1)  # the first
     return torch.stack([place % width, place // width, depth], dim=1)
@@ -37,16 +37,21 @@ def why_not_triton(masks: torch.Tensor) -> str | None:
         return f"the masks are on {masks.device}."
     if masks.shape[2] > _MOST_COLUMNS:
         return f"masks of {masks.shape[2]} columns are wider than {_MOST_COLUMNS}."
-    return _why_not_tried(masks.device)
+    return _why_not_tried(masks.device, _row_block(masks.shape[2]))
 
 
-def _why_not_tried(device: torch.device) -> str | None:
+def _row_block(width: int) -> int:
+    """Return the number of columns that the first kernel is compiled for."""
+    return triton.next_power_of_2(max(width, 16))
+
+
+def _why_not_tried(device: torch.device, columns: int) -> str | None:
     def attempt() -> bool:
-        masks = torch.ones(3, 11, 14, dtype=torch.bool, device=device)
-        masks[0, 4, 3:] = masks[1] = False
+        masks = torch.ones(4, 5, columns - 3, dtype=torch.bool, device=device)
+        masks[0, 2, 3:] = masks[1] = masks[2, 1:, ::7] = masks[3, :, -9] = False
         return torch.equal(launch_deepest_pixels(masks), deepest_pixels_reference(masks))
 
-    return why_not_tried("clicks", device, (), attempt, fallback="Searches on the CPU")
+    return why_not_tried("clicks", device, columns, attempt, fallback="Searches on the CPU")
 
 
 def launch_deepest_pixels(masks: torch.Tensor) -> torch.Tensor:
@@ -59,22 +64,21 @@ def launch_deepest_pixels(masks: torch.Tensor) -> torch.Tensor:
         int64 (n, 3): x and y, of several deepest pixels the first in raster order, and the squared depth; zeros for an
         empty mask.
     """
-    masks = masks.contiguous()
     num_masks, height, width = masks.shape
+    if not masks.numel():
+        return torch.zeros(num_masks, 3, dtype=torch.int64, device=masks.device)
+    masks = masks.contiguous()
+    distances = torch.empty_like(masks, dtype=torch.int16)
     # The squared depth, and behind it bits that are larger for pixels that come first.
     keys = torch.full((num_masks,), _LOW_BITS, dtype=torch.int64, device=masks.device)
-    if masks.numel():
-        distances = torch.empty_like(masks, dtype=torch.int16)
-        rows, sizes, columns = num_masks * height, (height, width), triton.next_power_of_2(width)
-        with on_device_of(masks):
-            launch_again(
-                _row_distances_kernel, (rows, 1, 1), (masks, distances), sizes, (columns,),
-                num_warps=min(8, max(1, columns // 256)),
-            )  # fmt: skip
-            grid = rows, triton.cdiv(width, _COLUMNS), 1
-            launch_again(_depths_kernel, grid, (distances, keys), sizes, (_COLUMNS,), num_warps=1)
+    rows, sizes, columns = num_masks * height, (height, width), _row_block(width)
+    with on_device_of(masks):
+        tensors, num_warps = (masks, distances), min(8, max(1, columns // 256))
+        launch_again(_row_distances_kernel, (rows, 1, 1), tensors, sizes, (columns,), num_warps=num_warps)
+        grid = rows, triton.cdiv(width, _COLUMNS), 1
+        launch_again(_depths_kernel, grid, (distances, keys), sizes, (_COLUMNS,), num_warps=1)
     place = _LOW_BITS - (keys & _LOW_BITS)
-    return torch.stack([place % max(1, width), place // max(1, width), keys >> 32], dim=1)
+    return torch.stack([place % width, place // width, keys >> 32], dim=1)
 
 
 if triton is not None:
@@ -121,4 +125,4 @@ if triton is not None:
         if (most > 0) & (most >= known):
             place = y * width + x
             key = (squared.to(tl.int64) << 32) + (0xFFFFFFFF - place)
-            tl.atomic_max(keys + mask, tl.max(tl.where(x < width, key, 0)))
+            tl.atomic_max(keys + mask, tl.max(key))  # beyond the width `squared` is 0

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samlight_hf import SamLighteningConfig, SamLighteningModel
-from samlight_hf.benchmark import candidates, equality, masks, measure, peers, run, start, sustained
+from samlight_hf.benchmark import candidates, clicks, equality, masks, measure, peers, run, start, sustained
 from samlight_hf.benchmark.encoders import (
     DILATED,
     FULL,
@@ -356,10 +356,11 @@ def test_targets_say_how_far():
         ),
         *(
             {
-                "part": "clicks", "mode": "search by bounds", "picture_height": height,
-                "images_per_second_of_next_clicks": rate,
+                "part": "clicks", "mode": mode, "picture_height": height, "images_per_second_of_next_clicks": rate,
             }
-            for height, rate in ((683, 40.0), (2000, 8.0))
+            for mode, height, rate in (
+                (clicks.SEARCH, 683, 90.0), (clicks.ON_GPU, 683, 40.0), (clicks.ON_GPU, 2000, 8.0)
+            )
         ),
     ]  # fmt: skip
     checked = {row["target"]: row for row in check_targets(rows)}

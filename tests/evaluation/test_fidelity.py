@@ -23,6 +23,21 @@ def test_a_model_is_faithful_to_itself(promptable, dataset):
     assert len(record["mask_iou"]["box/single"]) == len(sample.instances)
 
 
+def test_optimized_models_have_the_same_fidelity(promptable, dataset):
+    """Their decoders read embeddings in another layout; their embeddings are compared in the model's own."""
+    torch.manual_seed(1)
+    other = PromptableModel(SamLighteningModel(tiny_config()), promptable.processor)
+    records = []
+    for make in (lambda each: each, lambda each: PromptableModel.optimized(each.model, each.processor)):
+        model, teacher = make(promptable), make(other)
+        (encoded,) = model.encode([dataset[1].image])
+        records += Fidelity(teacher)(model, encoded, dataset[1])
+    plain, optimized = records
+    assert optimized["cosine"] == pytest.approx(plain["cosine"], abs=1e-6) and optimized["cosine"] < 0.9
+    assert optimized["mse"] == pytest.approx(plain["mse"])
+    assert optimized["layers"] == pytest.approx(plain["layers"], abs=1e-5)
+
+
 def test_another_model_is_not(promptable, dataset):
     torch.manual_seed(1)
     other = PromptableModel(
