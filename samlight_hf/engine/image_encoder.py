@@ -280,11 +280,18 @@ class ImageEncoder:
         self.encode, self.copied = make_encoder(model, decoder.cuda_graphs, decoder.graph_memory, skip_padding)
 
     @without_autocast
-    def check_weights(self):
-        """Raise ValueError if a part runs in the model itself and the model has changed since this encoder was made."""
-        if self.copied is not None and not isinstance(self.decoder, PlainMaskDecoder):
+    def check_weights(self, also_copies: bool = False):
+        """Raise ValueError if a part runs in the model itself, and another one is not as in the model any more.
+
+        Args:
+            also_copies: Raise it, too, if both parts are copies that are not as in the model any more.
+        """
+        if self.copied is not None and not isinstance(self.decoder, PlainMaskDecoder) and not also_copies:
             return  # both parts are copies, which do not change
-        if not all(part.is_copy_of(self.model) for part in (self.copied, self.decoder) if part is not None):
+        if self.model.training and not also_copies:
+            raise ValueError("the model is in training mode, and a part of it runs as it is: call model.eval() first.")
+        parts = [part for part in (self.copied, self.decoder) if part is not None]
+        if not all(part.is_copy_of(self.model) for part in parts):
             raise ValueError(
                 "the model has changed since its weights were read: make a new Predictor, MaskGenerator or pipeline."
             )

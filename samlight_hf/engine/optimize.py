@@ -64,8 +64,8 @@ def optimize(
         A model of the same class. Its `report` says how encoder and decoder run, and the time and memory of the graphs.
 
     Raises:
-        ValueError: If the model is no SAM or is optimized already, for sizes below 1, and for a `dtype` or
-            `decoder_dtype` that is not a floating point type.
+        ValueError: If the model is no SAM, is optimized already, or is dispatched by accelerate, for sizes below 1, and
+            for a `dtype` or `decoder_dtype` that is not a floating point type.
 
     Example:
         >>> model = optimize(AutoModel.from_pretrained("org/sam-lightening").cuda())
@@ -80,6 +80,10 @@ def optimize(
     _check_sizes("image_batch_sizes", image_batch_sizes)
     _check_sizes("prompt_counts", prompt_counts)
     check_floating_point("dtype", dtype)
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            "accelerate runs this model, which is on several devices or offloaded: load it on one, without device_map."
+        )
     on_cuda = model.device.type == "cuda"
     if on_cuda:
         prepare_compiler()

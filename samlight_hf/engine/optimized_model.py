@@ -276,7 +276,7 @@ class FastPaths:
             Scores (B, P, M) and logits (B, P, M, 4h, 4w), which belong to the caller.
         """
         assert self.decoder is not None
-        decode = self.decoder.all_masks[multimask_output, masks is not None]
+        decode = self.decoder.all_masks[bool(multimask_output), masks is not None]
         images = embeddings.to(self.decoder.dtype).flatten(2).transpose(1, 2)  # (B, N, C)
         num_images, num_prompts = prompts[0].shape[:2]
         shape = num_images, num_prompts, self.decoder.num_masks(multimask_output)

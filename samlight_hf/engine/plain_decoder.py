@@ -62,7 +62,7 @@ class PlainMaskDecoder:
             if len(embedding) > 1:  # the batch then has one image and one prompt in each element
                 inputs = {k: v if k == "input_masks" else v.transpose(0, 1) for k, v in inputs.items()}
             embeddings = {"image_embeddings": embedding}
-        outputs = self.model(**embeddings, **inputs, multimask_output=multimask_output)
+        outputs = self.model(**embeddings, **inputs, multimask_output=multimask_output, return_dict=True)
         iou, logits = outputs.iou_scores.flatten(0, 1).float()[:num_used], outputs.pred_masks.flatten(0, 2)
         kept = places_above(iou, min_iou)
         return Decoded(iou, kept, logits[kept])

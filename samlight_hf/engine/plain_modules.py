@@ -9,6 +9,7 @@ reason, that part runs as in the model.
 import copy
 import warnings
 from collections.abc import Iterator
+from inspect import isfunction
 from types import CodeType
 from typing import Any
 
@@ -117,8 +118,9 @@ def _why_not_one(module: nn.Module, expected: nn.Module) -> str | None:
 
 
 def _why_hooked(module: nn.Module) -> str | None:
-    if "forward" in vars(module):
-        return "has a forward of its own."
+    for name, value in vars(module).items():
+        if callable(value) and isfunction(getattr(type(module), name, None)):
+            return f"has a {name} of its own."
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     # transformers' own hooks stay once they were needed, and act only in calls that ask for hidden states or
     # attentions.

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, overload
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from transformers import PreTrainedModel, ProcessorMixin, SamImageProcessor
 
 from ..engine.build import decoder_dtype_of, make_decoder
@@ -49,18 +51,20 @@ class MaskGenerator:
     Call it with an image, or with a list of images; `generate_many` takes any number of images and reads ahead.
 
     The weights are copied when the generator is made: later changes of the model have no effect. Where a part runs in
-    the model itself (another image encoder, adapters, hooks, modules that are not those of the config), calls after a
-    change of the model raise ValueError. The copies take the memory of a SAM-Lightening model's weights once more.
+    the model itself (another image encoder, adapters, hooks, modules that are not those of the config), changes have
+    their effect in it. Calls then raise ValueError in training mode, and when a part that was copied, or the mask
+    decoder, has other weights by now. The copies take the memory of a SAM-Lightening model's weights once more.
 
     Threads may share a generator, and each gets the masks that it would get alone. On a CUDA device the steps of their
     images take turns, on any streams; on a CPU they run side by side. `set_budget` changes the generator for all
     threads: call it while no image is being segmented, or use `with_budget`.
 
     A generator can be pickled, as spawned processes need it: model and settings are stored, and kernels and graphs are
-    made anew. This does not hold for a model that `optimize` made.
+    made anew. The model's weights must not have changed, nor may `optimize` have made it.
 
     Args:
-        model: A SAM of transformers, a SAM-HQ model or a `SamLighteningModel`, on its device.
+        model: A SAM of transformers, a SAM-HQ model or a `SamLighteningModel`, on its device. It is put into
+            evaluation mode.
         image_processor: The model's image processor, or the processor that holds it.
         max_memory_mb: The memory that a CUDA device may allocate, the model's weights included, in MB of 2**20 bytes.
             Images of more than about 10 million pixels may need more, and so may lists of images at low thresholds,
@@ -134,6 +138,7 @@ class MaskGenerator:
         return other
 
     def __getstate__(self) -> dict:
+        self.encoder.check_weights(also_copies=True)  # which are made anew
         return {"model": self.model, "image_processor": self.image_processor, **self._settings}
 
     def __setstate__(self, state: dict):
@@ -233,14 +238,14 @@ class MaskGenerator:
     ) -> Iterator[tuple[ImageInput, GeneratedMasks | Exception]]:
         """Yield each image with its masks, or with the error that is in their place."""
         if self.tiles is not None or not self._overlaps:
-            for image, tensor, error in read_ahead(_read if self.tiles is None else _unread, images):
+            for image, tensor, error in read_ahead(_read if self.tiles is None else _unread, map(_own, images)):
                 result = error if error is not None else attempt(partial(self._generate, tensor, settings))
                 yield image, result
             return
         given: deque[ImageInput] = deque()
 
         def starts() -> Iterator[Callable[[], Running]]:
-            for image, tensor, error in read_ahead(_read, images):
+            for image, tensor, error in read_ahead(_read, map(_own, images)):
                 given.append(image)
                 yield partial(self._start_read, tensor, error, settings)
 
@@ -451,6 +456,18 @@ class MaskGenerator:
         if dtype != self.model.dtype:
             advice += f", or decoder_dtype={self.model.dtype}"
         return f"the model's scores are NaN, with a mask decoder in {dtype}{advice}."
+
+
+def _own(image: ImageInput) -> ImageInput:
+    """Copy an image whose pixels may be overwritten by those of the next one, which is taken before this one is read.
+
+    Frames of a video may be in one array, and those of an animation are in one PIL image.
+    """
+    if isinstance(image, torch.Tensor):
+        return image.clone()
+    if isinstance(image, Image):
+        return image.copy() if getattr(image, "is_animated", False) else image
+    return image.copy() if isinstance(image, np.ndarray) else image
 
 
 def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception | None]:

@@ -55,18 +55,19 @@ class Predictor:
     image after another, `set_image` keeps the encoded image, and `predict` uses it if no `image` is given.
 
     The weights are copied when the predictor is made: later changes of the model have no effect. Where a part runs in
-    the model itself (another image encoder, adapters, hooks, modules that are not those of the config), calls after a
-    change of the model raise ValueError. The copies take the memory of a SAM-Lightening model's weights once more.
+    the model itself (another image encoder, adapters, hooks, modules that are not those of the config), changes have
+    their effect in it. Calls then raise ValueError in training mode, and when a part that was copied, or the mask
+    decoder, has other weights by now. The copies take the memory of a SAM-Lightening model's weights once more.
 
     Threads may share a predictor: `encode`, and `predict` and `to_masks` with `image`, may be called at any time. On a
     CUDA device calls take turns, on any streams; on a CPU they run side by side. `set_image`, `set_images` and `reset`
     change the predictor for all threads.
 
     A predictor can be pickled, as spawned processes need it: model, settings and images are stored, and kernels and
-    graphs are made anew. This does not hold for a model that `optimize` made.
+    graphs are made anew. The model's weights must not have changed, nor may `optimize` have made it.
 
     Args:
-        model: A SAM of transformers or a `SamLighteningModel`, on its device.
+        model: A SAM of transformers or a `SamLighteningModel`, on its device. It is put into evaluation mode.
         image_processor: The model's image processor, or the processor that holds it.
         output: "numpy" for arrays, or "torch" for tensors on the model's device.
         max_memory_mb: The memory that a CUDA device may allocate, the model's weights included, in MB of 2**20 bytes.
@@ -117,12 +118,12 @@ class Predictor:
             lean = MemoryBudget(model, max_memory_mb, decoder=self.decoder, use_triton=True)
             self._short_at_once = min(lean.points_per_batch, MOST_PROMPTS)
         self.device, config = model.device, model.config.prompt_encoder_config
-        self._numbers_of_image = config.image_embedding_size**2 * config.hidden_size
         side = 4 * config.image_embedding_size
         self.logits_size = (side, side)
         self.reset()
 
     def __getstate__(self) -> dict:
+        self.encoder.check_weights(also_copies=True)  # copies are made anew, and images are stored
         return {"model": self.model, "image_processor": self.image_processor, **self._settings, "held": self._held}
 
     def __setstate__(self, state: dict):
@@ -299,6 +300,13 @@ class Predictor:
         step = self.budget.masks_per_step(image.size, image.size)
         return upscaled_masks.masks(logits, image.frame, 0.0, step, use_triton=False)
 
+    @property
+    def _embedding_shape(self) -> tuple[int, ...]:
+        """The shape of an image's embedding, without the batch, as the decoder prepares it."""
+        config = self.model.config.prompt_encoder_config
+        side, width = config.image_embedding_size, config.hidden_size
+        return (width, side, side) if isinstance(self.decoder, PlainMaskDecoder) else (side * side, width)
+
     def _images(self, image: EncodedImage | Sequence[EncodedImage] | None) -> tuple[list[EncodedImage], bool]:
         """Return the images to use, given or kept, and whether they are a list."""
         kept, is_list = self._held
@@ -312,9 +320,10 @@ class Predictor:
         for encoded in images:
             if not isinstance(encoded, EncodedImage):
                 raise ValueError(f"image is a {type(encoded).__name__}, and must be what encode returned.")
-            if encoded.embedding.device != self.device or encoded.embedding.numel() != self._numbers_of_image:
+            embedding = encoded.embedding
+            if embedding.device != self.device or embedding.shape[1:] != self._embedding_shape:
                 raise ValueError(
-                    f"the image was encoded by another model, on {encoded.embedding.device}: encode it with this "
+                    f"the image was encoded by another model, on {embedding.device}: encode it with this "
                     f"predictor, on {self.device}."
                 )
         return images, is_list

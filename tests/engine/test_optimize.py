@@ -137,6 +137,13 @@ def test_what_a_processor_gives_takes_the_fast_path(model, prompts, multimask_ou
     assert not [warning for warning in recwarn if "runs as in the model" in str(warning.message)]
 
 
+def test_one_mask_of_a_model_that_is_asked_for_none(model):
+    """None is False to the model itself."""
+    actual, expected, ran = model_card_call(model, optimize(model), PROCESSOR_ARGUMENTS["a box"], multimask_output=None)
+    assert_equal(actual, expected)
+    assert ran == ["eager", "eager"] and actual.iou_scores.shape[-1] == 1
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from samlight_hf.modeling.modeling_sam_lightening import make_processor
 from torch import nn
 from torch.nn.utils import parametrize
@@ -155,6 +156,12 @@ def _own_forward(model):
     linear.forward = lambda values: 2 * nn.functional.linear(values, linear.weight, linear.bias)
 
 
+def _own_embedding(model):
+    encoder = model.prompt_encoder
+    embed = encoder._embed_boxes
+    encoder._embed_boxes = lambda boxes: 2 * embed(boxes)
+
+
 def _double(module, args, output):
     return 2 * output
 
@@ -209,6 +216,7 @@ ALTERED = {
     ),
     "a tensor subclass": (in_place(_wrap), (DECODER,), "Wrapped"),
     "a forward of an instance": (in_place(_own_forward), (DECODER,), "forward of its own"),
+    "another method of an instance": (in_place(_own_embedding), (DECODER,), "_embed_boxes of its own"),
 }  # fmt: skip
 
 
@@ -480,12 +488,39 @@ def test_a_copied_part_does_not_meet_a_changed_one(device, make, change):
     Predictor(model, processor).set_image(IMAGE)
 
 
+@pytest.mark.parametrize("kind", [Predictor, MaskGenerator])
+def test_what_is_stored_is_not_a_changed_model(loud, kind):
+    """Copies would be made of other weights than those that encoded the images of a predictor."""
+    made = kind(loud, make_processor(loud.config.vision_config))
+    copy.deepcopy(made)
+    write_to_data(loud)
+    with pytest.raises(ValueError, match="the model has changed"):
+        copy.deepcopy(made)
+
+
+def test_a_part_in_the_model_does_not_run_in_training_mode(device):
+    model = original_sam(device)
+    predictor = Predictor(model, make_processor(model.config.vision_config))
+    model.train()
+    with pytest.raises(ValueError, match=r"training mode.*model.eval\(\)"):
+        predictor.set_image(IMAGE)
+    model.eval()
+    predictor.set_image(IMAGE)
+
+
 def test_an_adapter_that_comes_later_is_noticed(device):
     model = original_sam(device)
     predictor = Predictor(model, make_processor(model.config.vision_config)).set_image(IMAGE)
     lora("all-linear")(model)
     with pytest.raises(ValueError, match="the model has changed"):
         predictor.set_image(IMAGE)
+
+
+def test_a_model_that_accelerate_runs_is_not_optimized(loud, device):
+    """Its `to` is a function that is bound to the model, also in a copy: the model itself would be changed."""
+    dispatched = dispatch_model(loud, {"": device}, force_hooks=True)
+    with pytest.raises(ValueError, match="accelerate runs this model"):
+        optimize(dispatched)
 
 
 def test_an_optimized_model_keeps_its_weights(loud):

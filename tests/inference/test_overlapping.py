@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from samlight_hf import ImageError, MaskGenerator
 from samlight_hf.commands.options import BUNDLED_CHECKPOINT, EXAMPLE_IMAGES
@@ -45,6 +45,29 @@ def steps_of(generator, monkeypatch) -> list[str]:
         method = getattr(generator, name)
         monkeypatch.setattr(generator, name, lambda *a, m=method, c=letter, **k: (steps.append(c), m(*a, **k))[1])
     return steps
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "animation"])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_frames_that_come_in_one_memory(generator, kind, overlaps, tmp_path):
+    """Images are taken before they are read, and the next one may overwrite them."""
+    frames = [image(seed).quantize(8).convert("RGB") for seed in range(4)]
+    frames[0].save(tmp_path / "frames.png", save_all=True, append_images=frames[1:])
+
+    def taken():
+        if kind == "animation":
+            yield from ImageSequence.Iterator(Image.open(tmp_path / "frames.png"))
+            return
+        arrays = [np.asarray(frame) for frame in frames]
+        memory = np.empty_like(arrays[0])
+        for array in arrays:
+            memory[:] = array
+            yield torch.from_numpy(memory).permute(2, 0, 1) if kind == "tensor" else memory
+
+    generator._overlaps = overlaps
+    expected = [generator(frame, **SETTINGS).masks.to_coco() for frame in frames]
+    assert len({str(masks) for masks in expected}) == 4
+    assert [result.masks.to_coco() for result in generator.generate_many(taken(), **SETTINGS)] == expected
 
 
 def test_the_next_image_begins_before_one_ends(generator, monkeypatch):

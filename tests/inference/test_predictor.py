@@ -1,5 +1,6 @@
 """Prompts in pixels of the images give the masks that the model gives for each prompt alone, in any batches."""
 
+import copy
 import json
 import multiprocessing
 import pickle
@@ -228,6 +229,13 @@ def test_images_that_cannot_be(tiny, image, tmp_path):
     other = SamLighteningModel(tiny_config(image_size=64)).to(tiny[0].device)
     with pytest.raises(ValueError, match="encoded by another model"):
         predictor.predict([[(1, 1)]], image=Predictor(other, make_processor(other.config.vision_config)).encode(image))
+    hooked = copy.deepcopy(tiny[0])
+    hooked.mask_decoder.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="The mask decoder runs as in the model"):
+        plain = Predictor(hooked, tiny[1])  # whose embeddings are in another layout
+    for own, others in ((plain, predictor), (predictor, plain)):
+        with pytest.raises(ValueError, match="encoded by another model"):
+            own.predict([[(1, 1)]], image=others.encode(image))
     with pytest.raises(ValueError, match="encode takes an image, or a list of at least one"):
         predictor.encode([])
     with pytest.raises(ValueError, match="set_image takes one image"):
