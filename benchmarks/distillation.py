@@ -12,7 +12,7 @@ processes as the launcher starts: the loader alone, one batch repeated, and both
 follow after --.
 
     accelerate launch --multi_gpu --num_processes 2 benchmarks/distillation.py \
-        --config examples/configs/bsds_seeds.yaml --steps 60 --out benchmarks/results/loader_2_gpus.json \
+        --config examples/configs/bsds_seeds.yaml --steps 60 --out benchmarks/results/loader_mixed_512_2_gpus.json \
         -- --dataloader-num-workers 14
 """
 

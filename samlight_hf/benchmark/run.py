@@ -107,7 +107,7 @@ def run_benchmark(
         gc.unfreeze()
     result["targets"] = check_targets(result["rows"])
     _write(result, out)
-    _print_summary(result, new)
+    _print_summary(result, new, settings.on_cuda)
     if plot:
         _plot(result, plot)
     return result
@@ -192,14 +192,15 @@ def _write(result: dict, out: Path | None):
         atomic_write(out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
 
 
-def _print_summary(result: dict, new: int):
+def _print_summary(result: dict, new: int, with_targets: bool):
     rows = result["rows"]
     if table := encoders_table(rows):
         print(f"\n{table}")
     failed = [row for row in rows[new:] if "cannot_run" in row]
     print(f"\n{len(rows) - new} rows, {len(failed)} of them cannot run here ({result['device']}, {result['date']}).")
-    print(f"\n{targets_table(result['targets'])}")
-    print("Targets are for one H100 in bfloat16.")
+    if with_targets:
+        print(f"\n{targets_table(result['targets'])}")
+        print("Targets are for one H100 or H200 in bfloat16.")
 
 
 def _plot(result: dict, path: Path):

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from safetensors import SafetensorError
+
 from .. import __version__
 from ..utils.messages import log_to_stderr, make_console_safe, one_line
 from ..utils.processes import one_voice, tell_error
@@ -165,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except argparse.ArgumentTypeError as error:
         return _fail(f"error: {one_line(error)}", EXIT_USAGE)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:  # the last: a full disk, say
         return _fail(f"error: {one_line(error)}", EXIT_FAILED)
     except Exception as error:  # a bug: users get a line that they can report
         message = f"internal error: {type(error).__name__}: {one_line(error)} (SAMLIGHT_DEBUG=1 shows where)"

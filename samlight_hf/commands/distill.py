@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
 from ..utils.json_files import read_json
 from ..utils.messages import one_line
 from ..utils.processes import is_main_process, leave_process_group, lost_process, one_voice, tell
-from ..utils.termination import explained_end
+from ..utils.termination import exit_status, explained_end
 from .options import EXAMPLE_CONFIGS, missing_package
 
 
@@ -33,7 +31,7 @@ def run_distill(args: argparse.Namespace) -> int:
     """Train the student and print the metrics of each stage; without arguments, run the demonstration.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C.
+        The exit status: 0, or `exit_status` of an interrupt.
 
     Raises:
         ArgumentTypeError: for wrong options and settings, and where packages of the `train` extra are missing.
@@ -44,14 +42,12 @@ def run_distill(args: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401  (which draws the curves at the end)
 
         return _distill(args.arguments) if args.arguments else _demonstrate()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         how = " with --resume" if args.arguments else ""  # the demonstration resumes by itself
         tell(f"samlight: stopped: the same command{how} goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        return exit_status(interrupt)
     except ImportError as error:
         raise missing_package(error, "training", "train") from error
-    except SafetensorError as error:
-        raise ValueError(one_line(error)) from error
 
 
 def _distill(arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from ..utils.json_files import read_json
 from ..utils.processes import process_group, tell
 from ..utils.termination import exit_status, explained_end
 from .measurements import EVERYTHING, Measurement, load_promptable_model, measurements_of
@@ -142,6 +143,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )
     if args.out.exists() and not args.out.is_dir():
         raise argparse.ArgumentTypeError(f"--out {args.out} is a file. Choose another.")
+    _check_report(args.out, names, str(args.dataset or args.annotations))
     try:
         with explained_end(lambda: "The same command goes on where it stopped."):
             with process_group(cpu=args.device == "cpu") as state:
@@ -152,6 +154,21 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if state.is_main_process:  # the others do not wait for it
         _tell_report(results, drawers, args)
     return 0
+
+
+def _check_report(out: Path, names: Sequence[str], dataset: str):
+    """Raise ArgumentTypeError where the report of another model or dataset would be overwritten."""
+    path = out / "report.json"
+    if not path.is_file():
+        return
+    try:
+        settings = [model["settings"] for model in read_json(path, dict)["models"]]
+        before = [(each["model"], each["dataset"]) for each in settings]
+    except (ValueError, KeyError, TypeError):  # no report of ours, or of another version
+        before = [("another program", "other data")]
+    for model, data in before:
+        if model not in names or data != dataset:
+            raise argparse.ArgumentTypeError(f"{path} is the report of {model} on {data}. Choose another --out.")
 
 
 def _evaluate_models(

@@ -115,6 +115,10 @@ def _detection_measurement(dataset: "CocoDataset", args: argparse.Namespace) -> 
     sentence = f"{'LVIS' if args.lvis else 'COCO'} mask AP: boxes of {args.detections}, one mask each"
     if task.num_other:
         sentence += f"; {task.num_other} boxes of other images left out"
+    if task.num_empty:
+        left_out = f"{task.num_empty} boxes without width or height left out"
+        sentence += f"; {left_out}"
+        tell(f"samlight: warning: {args.detections}: {left_out}", file=sys.stderr)
     if task.num_unknown:
         left_out = f"{task.num_unknown} boxes of categories that {args.annotations} does not have left out"
         sentence += f"; {left_out}"

@@ -42,7 +42,10 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (%(default)s)")
     group.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16 or float16; on CPUs float32 is fastest (%(default)s)"
+        "--dtype",
+        default="float32",
+        help="float32, bfloat16 or float16; bfloat16 is faster on GPUs, and on CPUs with AVX-512 BF16 or AMX "
+        "(%(default)s)",
     )
 
 

@@ -189,7 +189,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None, upright: bool
     """Decode an image file in the frame of its annotations.
 
     Annotations usually refer to the stored pixels, before EXIF orientation. If the stored size is not `size`, the image
-    is turned upright by its EXIF orientation.
+    is turned upright by its EXIF orientation. A TIFF always is, because Pillow does it.
 
     Args:
         data: the bytes of the file.

@@ -153,6 +153,8 @@ def find_tars(paths_or_glob: str | os.PathLike | Sequence[str | os.PathLike]) ->
             tars = sorted(path.glob("*.tar"))
         else:
             tars = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+        if not tars and not path.exists() and not glob.has_magic(str(path)):
+            raise ValueError(f"{path}: no such file or folder. Check the name.")
         if not tars:
             raise ValueError(f"{path}: no tar file here. Give a tar, a folder of *.tar files or a pattern.")
         for tar in tars:

@@ -115,9 +115,11 @@ class DistillationArguments(TrainingArguments):
         for name, why in (
             ("auto_find_batch_size", "the examples of a step follow from the batch size"),
             ("remove_unused_columns", "examples are no table"),
+            ("do_predict", "samlight evaluate does it"),
+            ("resume_from_checkpoint", "use --resume"),
         ):
-            if getattr(self, name):
-                raise ValueError(f"{name}=true is not possible here: {why}.")
+            if value := getattr(self, name):
+                raise ValueError(f"{name}={'true' if value is True else value} is not possible here: {why}.")
         if self.muon and self.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(f"muon=true goes with optim=adamw_torch, not with optim={self.optim}.")
         if not 0 <= self.box_share <= 1:
@@ -336,6 +338,16 @@ def _read_config(arguments: list[str]) -> tuple[dict, list[str]]:
     return config, options
 
 
+class _StoreOnce(argparse._StoreAction):
+    """Store the values of an option; given twice, argparse would forget the first ones."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.dest in parser.given:
+            raise ValueError(f"{option_string} is given twice. Give all its values after one of them.")
+        parser.given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
 class _Parser(HfArgumentParser):
     """A parser that takes --max-steps and --max_steps, and shows the first in its help and errors."""
 
@@ -345,8 +357,11 @@ class _Parser(HfArgumentParser):
             "option wins over the file. On several GPUs: accelerate launch -m samlight_hf.cli distill ..."
         )
         super().__init__((RunArguments, DistillationArguments), prog=prog, description=description)
+        self.given: set[str] = set()
         for action in self._actions:
             action.option_strings = [option for option in action.option_strings if "_" not in option]
+            if action.dest in ("train_data", "stream_data", "cutouts", "source_weights"):
+                action.__class__ = _StoreOnce
 
     def error(self, message: str):
         raise ValueError(message)  # instead of two pages of usage and an exit

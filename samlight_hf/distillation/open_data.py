@@ -40,6 +40,7 @@ def open_sources(
     images: str | None,
     limit: int | None = None,
     reading: MaskReading | None = None,
+    num_scenes: int = 100_000,
 ) -> list[ImageDataset]:
     """Open datasets: one for each path, then one for the annotation file.
 
@@ -49,6 +50,7 @@ def open_sources(
         images: the folder of its images.
         limit: use only the first images of each dataset.
         reading: how mask files are read.
+        num_scenes: number of generated scenes where there is no `limit`.
 
     Raises:
         ValueError: for a path that is not a dataset.
@@ -60,8 +62,9 @@ def open_sources(
         "ignore_label": reading.ignore_label,
         "binary_masks": reading.binary,
     }
+    scenes = num_scenes if limit is None else limit
     sources = [
-        _synthetic(path, limit) if path.split(":")[0] == "synthetic" else load_dataset(path, **options)
+        _synthetic(path, scenes) if path.split(":")[0] == "synthetic" else load_dataset(path, **options)
         for path in paths
     ]
     if annotations or images:
@@ -89,11 +92,11 @@ def open_train_sources(run: RunArguments) -> list[ImageDataset]:
     return sources
 
 
-def _synthetic(name: str, limit: int | None) -> SyntheticScenes:
+def _synthetic(name: str, num_scenes: int) -> SyntheticScenes:
     seed = name.partition(":")[2] or "0"
     if not seed.isdecimal():
         raise ValueError(f"{name}: must be synthetic:SEED with a number, such as synthetic:1.")
-    return SyntheticScenes(100_000 if limit is None else limit, seed=int(seed))
+    return SyntheticScenes(num_scenes, seed=int(seed))
 
 
 def open_eval_images(run: RunArguments, train_sources: Sequence[ImageDataset]) -> ImageDataset | None:
@@ -106,7 +109,9 @@ def open_eval_images(run: RunArguments, train_sources: Sequence[ImageDataset]) -
     Raises:
         ValueError: for more than one dataset, a dataset without masks or usable images, and one that is trained on too.
     """
-    sources = open_sources(run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit, run.mask_reading())
+    sources = open_sources(
+        run.eval_data, run.eval_annotations, run.eval_images, run.eval_limit, run.mask_reading(), num_scenes=100
+    )
     if len(sources) > 1:
         raise ValueError(
             f"eval_data={run.eval_data} names {len(sources)} datasets. Give one: scores are means over one dataset."

@@ -253,7 +253,7 @@ def train_stage(
         saved = read_json(output_dir / RESULT_NAME, dict)
         settings = run_settings(args, examples, teacher, student, feature_teacher)
         check_same_run(output_dir, saved["settings"], settings, bool(run.stream_data), is_finished=True)
-        tell(f"{output_dir}: finished before, and kept.")
+        tell(f"{output_dir}: finished before, and kept, with the scores of that run.")
         return saved
     callbacks = _mask_images(eval_images)
     processor = make_processor(student.config.vision_config)

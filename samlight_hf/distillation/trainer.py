@@ -400,10 +400,11 @@ class DistillationTrainer(PushingTrainer):
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
                 move_folder(staging / name, output_dir / name, fsync=True)
         except (OSError, RuntimeError, SafetensorError) as error:
+            last = last_checkpoint(output_dir)
+            how = f"The last whole one is {last}: make room, and resume from it." if last else "It is the first one."
             raise CheckpointNotSavedError(
                 f"the checkpoint of step {self.state.global_step} could not be saved in {output_dir} "
-                f"({one_line(error)}). The last whole one is {last_checkpoint(output_dir)}: make room, and resume from "
-                "it."
+                f"({one_line(error)}). {how}"
             ) from error
         finally:
             self._staging = None

@@ -34,7 +34,7 @@ class DetectorBoxes(EvaluationTask):
     Args:
         path: a COCO results file, [{"image_id", "category_id", "bbox": [x, y, width, height], "score"}, ...].
         image_ids: the image ids of the dataset. The file may have them as text. Boxes of other images are left out, and
-            counted in `num_other`.
+            counted in `num_other`, and so are boxes without width or height, in `num_empty`.
         category_ids: the categories that AP is a mean over; None for any. Boxes of others count in no score: they are
             left out, and counted in `num_unknown`.
 
@@ -43,6 +43,7 @@ class DetectorBoxes(EvaluationTask):
     """
 
     def __init__(self, path: str | Path, image_ids, category_ids: Container[int] | None = None):
+        self.num_empty = 0
         try:
             results = read_json(path)
             by_image: dict[str, list[tuple[int, float, tuple[float, ...]]]] = defaultdict(list)
@@ -51,6 +52,9 @@ class DetectorBoxes(EvaluationTask):
                 score = float(result["score"])
                 if not all(map(math.isfinite, (*box, score))):
                     raise ValueError(f"result {number} has bbox {list(box)} and score {score}, which must be finite")
+                if min(box[2:]) <= 0:
+                    self.num_empty += 1
+                    continue
                 by_image[str(result["image_id"])].append((int(result["category_id"]), score, box))
         except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error).rstrip(".")
@@ -59,7 +63,7 @@ class DetectorBoxes(EvaluationTask):
             ) from error
         self.image_ids = {str(image_id): image_id for image_id in image_ids}
         self.by_image = {image: boxes for image, boxes in by_image.items() if image in self.image_ids}
-        self.num_other = len(results) - sum(map(len, self.by_image.values()))
+        self.num_other = len(results) - self.num_empty - sum(map(len, self.by_image.values()))
         if not self.by_image:
             raise ValueError(f"{path}: none of its {len(results)} boxes is of an image of this dataset.")
         self.num_unknown = 0

@@ -85,7 +85,7 @@ def test_every_part_of_ours_runs_on_a_cpu(tmp_path, checkpoint, capsys):
     assert len(rounded) == 4 * len(equality.FP8) and all(1e-3 < row["embedding_error"] < 0.1 for row in rounded)
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "encoder, batch 1" in printed and "not measured" in printed
+    assert "encoder, batch 1" not in printed  # targets are for GPUs
 
 
 def test_what_cannot_run_is_recorded_and_the_rest_goes_on(tmp_path):

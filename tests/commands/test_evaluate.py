@@ -176,6 +176,17 @@ def test_started_again_it_computes_nothing_and_says_the_same(models, tar, tmp_pa
     assert again["settings"]["latency_ms"]["encoder"] is None
 
 
+def test_a_report_of_another_model_or_dataset_is_not_overwritten(models, tar, tmp_path, capsys):
+    options = ("--dataset", tar, "--protocol", "box", "--no-plots", "--out", tmp_path / "report")
+    run(capsys, "--model", models[0], *options)
+    before = (tmp_path / "report" / "report.json").read_bytes()
+    status, _, errors = run(capsys, "--model", models[1], *options)
+    assert status == 2 and f"is the report of model-0 on {tar}. Choose another --out." in errors
+    assert (tmp_path / "report" / "report.json").read_bytes() == before
+    status, _, _ = run(capsys, "--model", models[0], "--model", models[1], *options)
+    assert status == 0 and len(report(tmp_path / "report")["models"]) == 2
+
+
 def test_numbers_of_another_config_with_the_same_weights_are_not_reported_again(models, tar, tmp_path, capsys):
     """Ablations of the attention's pattern change config.json alone."""
     arguments = (

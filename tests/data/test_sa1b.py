@@ -238,7 +238,7 @@ def refused(paths, *words):
 
 
 def test_what_is_no_dataset_is_refused_in_one_line(tmp_path, tar):
-    refused(tmp_path / "nothing.tar", "nothing.tar", "no tar file")
+    refused(tmp_path / "nothing.tar", "nothing.tar", "no such file")
     refused([], "No tar file")
     refused([tar, tmp_path / "*.tgz"], "tgz")
     refused(write_tar(tmp_path / "empty.tar", {}), "empty.tar", "there are none")

@@ -67,6 +67,13 @@ def test_one_value_is_a_list_of_one(tmp_path):
     assert args.learning_rate == 1.0
 
 
+def test_an_option_that_is_given_twice():
+    """argparse would forget the first values."""
+    options = ["--stages", "end_to_end", "--train_data", "a.tar", "--use_cpu"]
+    with pytest.raises(ValueError, match="--train-data is given twice. Give all its values after one"):
+        parse_arguments([*options, "--train-data", "b.tar"])
+
+
 def test_without_a_file():
     run, (args,) = parse_arguments(["--stages", "end_to_end", "--train_data", "a.tar", "b.tar", "--use_cpu"])
     assert run.train_data == ["a.tar", "b.tar"]
@@ -85,6 +92,7 @@ def test_without_a_file():
         ("max_steps: 3.5", "max_steps=3.5 must be an integer"),
         ("stage: decoder", "stage is set by stages"),
         ("auto_find_batch_size: true", "auto_find_batch_size=true is not possible here"),
+        ("resume_from_checkpoint: Last", "resume_from_checkpoint=Last is not possible here: use --resume"),
         ("muon: true\noptim: sgd", "muon=true goes with optim=adamw_torch, not with optim=sgd"),
         ("push_to_hub: true", "push_to_hub=true needs hub_model_id, such as org/name"),
         ("push_to_hub: true\nhub_model_id: name", "must name user or organization too"),

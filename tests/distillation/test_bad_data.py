@@ -20,7 +20,7 @@ def good_samples(num_images: int = 4) -> dict[str, bytes]:
 
 
 BAD_SETS = {
-    "missing": (None, "no tar file here"),
+    "missing": (None, "no such file or folder. Check the name."),
     "cut short": (slice(3000), "the tar is damaged or cut short. Copy or download it again"),
     "cut between members": (slice(2048), "the tar is damaged or cut short"),
     "no tar": (b"<html>not found</html>", "no tar, or "),

@@ -26,6 +26,7 @@ from tests.launcher import ROOT, torchrun
 
 
 def run(folder, out, *options, stages=("encoder", "decoder", "end_to_end"), data=("--train_data", "synthetic:1")):
+    data = () if "--train_data" in options else data
     arguments = [
         "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--output_dir", str(out),
         "--use_cpu", *data, "--eval_data", "synthetic:2", "--eval_limit", "2", "--max_steps", "4",
@@ -189,7 +190,7 @@ def test_an_export_is_the_student_that_was_trained(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--train_data", "nowhere.tar"), "nowhere.tar: no tar file here"),
+        (("--train_data", "nowhere.tar"), "nowhere.tar: no such file"),
         (("--train_data", "synthetic:x"), "must be synthetic:SEED"),
         (("--teacher", "nowhere"), "nowhere: no such folder"),
         (("--student", "enormous"), "enormous: no such folder"),
@@ -321,7 +322,7 @@ def test_the_script_reports_errors_on_one_line(tmp_path):
     ]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert process.returncode == 1
-    assert process.stderr.strip().splitlines()[-1].startswith("samlight: error: nowhere.tar: no tar file here")
+    assert process.stderr.strip().splitlines()[-1].startswith("samlight: error: nowhere.tar: no such file")
     assert "Traceback" not in process.stderr
 
 

@@ -239,10 +239,11 @@ def test_detector_boxes(promptable, tmp_path):
         {"image_id": 1, "category_id": 2, "bbox": [10, 10, 50, 60], "score": 0.8},
         {"image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20], "score": 0.4},
         {"image_id": 77, "category_id": 1, "bbox": [0, 0, 20, 20], "score": 0.4},
+        {"image_id": 2, "category_id": 1, "bbox": [9, 0, -3, 20], "score": 0.4},
     ]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     work = DetectorBoxes(tmp_path / "boxes.json", dataset.ids)
-    assert work.num_other == 1
+    assert work.num_other == work.num_empty == 1
     sample = dataset[0]
     (encoded,) = promptable.encode([sample.image])
     (record,) = work(promptable, encoded, sample)
