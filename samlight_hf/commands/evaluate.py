@@ -167,7 +167,8 @@ def _check_report(out: Path, names: Sequence[str], dataset: str):
     except (ValueError, KeyError, TypeError):  # no report of ours, or of another version
         before = [("another program", "other data")]
     for model, data in before:
-        if model not in names or data != dataset:
+        is_there = any(name == model or name.endswith(f"/{model}") for name in names)
+        if not is_there or os.path.abspath(data) != os.path.abspath(dataset):
             raise argparse.ArgumentTypeError(f"{path} is the report of {model} on {data}. Choose another --out.")
 
 

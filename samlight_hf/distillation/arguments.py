@@ -360,7 +360,7 @@ class _Parser(HfArgumentParser):
         self.given: set[str] = set()
         for action in self._actions:
             action.option_strings = [option for option in action.option_strings if "_" not in option]
-            if action.dest in ("train_data", "stream_data", "cutouts", "source_weights"):
+            if action.dest in ("train_data", "eval_data", "stream_data", "cutouts", "source_weights"):
                 action.__class__ = _StoreOnce
 
     def error(self, message: str):

@@ -288,7 +288,8 @@ class ImageEncoder:
         """
         if self.copied is not None and not isinstance(self.decoder, PlainMaskDecoder) and not also_copies:
             return  # both parts are copies, which do not change
-        if self.model.training and not also_copies:
+        model = self.model
+        if not also_copies and any(part.training for part in (model, model.vision_encoder, model.mask_decoder)):
             raise ValueError("the model is in training mode, and a part of it runs as it is: call model.eval() first.")
         parts = [part for part in (self.copied, self.decoder) if part is not None]
         if not all(part.is_copy_of(self.model) for part in parts):

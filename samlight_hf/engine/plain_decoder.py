@@ -1,6 +1,7 @@
 """The mask decoder as in the model: the reference for the fast one, and the decoder of models that have no fast one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -52,7 +53,9 @@ class PlainMaskDecoder:
     ) -> Decoded:
         """Decode P prompts, see `FastMaskDecoder.decode`; `embedding` is (1 or P, C, h, w), or SAM-HQ's pair."""
         prompts = {"input_points": points, "input_labels": labels, "input_boxes": boxes}
-        inputs = {name: prompt[None].to(self.model.device) for name, prompt in prompts.items() if prompt is not None}
+        inputs: dict[str, Any] = {
+            name: prompt[None].to(self.model.device) for name, prompt in prompts.items() if prompt is not None
+        }
         if isinstance(embedding, tuple):  # SAM-HQ: embeddings of the last layer and of the layers between
             embeddings = {"image_embeddings": embedding[0], "intermediate_embeddings": list(embedding[1])}
         else:
@@ -62,7 +65,9 @@ class PlainMaskDecoder:
             if len(embedding) > 1:  # the batch then has one image and one prompt in each element
                 inputs = {k: v if k == "input_masks" else v.transpose(0, 1) for k, v in inputs.items()}
             embeddings = {"image_embeddings": embedding}
-        outputs = self.model(**embeddings, **inputs, multimask_output=multimask_output, return_dict=True)
+        if not self.model.config.return_dict:
+            inputs["return_dict"] = True
+        outputs = self.model(**embeddings, **inputs, multimask_output=multimask_output)
         iou, logits = outputs.iou_scores.flatten(0, 1).float()[:num_used], outputs.pred_masks.flatten(0, 2)
         kept = places_above(iou, min_iou)
         return Decoded(iou, kept, logits[kept])

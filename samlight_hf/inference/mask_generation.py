@@ -8,12 +8,13 @@ computed, stability and boxes are computed directly from the decoder's logits, r
 masks alone, and all steps before them run on the device.
 """
 
+import contextlib
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ..engine.image_encoder import ImageEncoder
 from ..engine.memory_budget import DEFAULT_MEMORY_MB, MemoryBudget
 from ..engine.plain_decoder import Decoder, PlainMaskDecoder
 from ..images.errors import IMAGE_ERRORS, check_errors, error_of_image
+from ..images.levels import to_rgb
 from ..images.preprocessing import ImageInput, check_size, image_tensor
 from ..images.rasters import ArrayRaster, open_raster
 from ..images.reading import ImageError, read_ahead
@@ -60,7 +62,7 @@ class MaskGenerator:
     threads: call it while no image is being segmented, or use `with_budget`.
 
     A generator can be pickled, as spawned processes need it: model and settings are stored, and kernels and graphs are
-    made anew. The model's weights must not have changed, nor may `optimize` have made it.
+    made anew. What was copied of the model must not have changed, nor may `optimize` have made it.
 
     Args:
         model: A SAM of transformers, a SAM-HQ model or a `SamLighteningModel`, on its device. It is put into
@@ -237,15 +239,19 @@ class MaskGenerator:
         self, images: Iterable[ImageInput], settings: MaskGenerationSettings
     ) -> Iterator[tuple[ImageInput, GeneratedMasks | Exception]]:
         """Yield each image with its masks, or with the error that is in their place."""
-        if self.tiles is not None or not self._overlaps:
-            for image, tensor, error in read_ahead(_read if self.tiles is None else _unread, map(_own, images)):
+        if self.tiles is not None:  # each is read piece by piece, when it is its turn
+            yield from ((image, attempt(partial(self._generate, image, settings))) for image in images)
+            return
+        taken = images if isinstance(images, list | tuple) else map(_own, images)
+        if not self._overlaps:
+            for image, tensor, error in read_ahead(_read, taken):
                 result = error if error is not None else attempt(partial(self._generate, tensor, settings))
                 yield image, result
             return
         given: deque[ImageInput] = deque()
 
         def starts() -> Iterator[Callable[[], Running]]:
-            for image, tensor, error in read_ahead(_read, map(_own, images)):
+            for image, tensor, error in read_ahead(_read, taken):
                 given.append(image)
                 yield partial(self._start_read, tensor, error, settings)
 
@@ -465,9 +471,14 @@ def _own(image: ImageInput) -> ImageInput:
     """
     if isinstance(image, torch.Tensor):
         return image.clone()
-    if isinstance(image, Image):
-        return image.copy() if getattr(image, "is_animated", False) else image
-    return image.copy() if isinstance(image, np.ndarray) else image
+    if isinstance(image, np.ndarray):
+        return image if isinstance(image, np.memmap) else image.copy()
+    if type(image) is Image:  # in memory
+        return image.copy()
+    if getattr(image, "is_animated", False):
+        with contextlib.suppress(*IMAGE_ERRORS):  # which come again in the place of its result
+            return to_rgb(cast(Image, image), "the image", upright=True)
+    return image
 
 
 def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception | None]:
@@ -476,11 +487,6 @@ def _read(image: ImageInput) -> tuple[ImageInput, torch.Tensor | None, Exception
         return image, image_tensor(image), None
     except IMAGE_ERRORS as error:
         return image, None, error
-
-
-def _unread(image: ImageInput) -> tuple[ImageInput, Any, None]:
-    """Return the image as if it were read: in tiles it is read piece by piece."""
-    return image, image, None
 
 
 def _settings(settings: MaskGenerationSettings | None, changes: dict) -> MaskGenerationSettings:

@@ -64,7 +64,7 @@ class Predictor:
     change the predictor for all threads.
 
     A predictor can be pickled, as spawned processes need it: model, settings and images are stored, and kernels and
-    graphs are made anew. The model's weights must not have changed, nor may `optimize` have made it.
+    graphs are made anew. What was copied of the model must not have changed, nor may `optimize` have made it.
 
     Args:
         model: A SAM of transformers or a `SamLighteningModel`, on its device. It is put into evaluation mode.

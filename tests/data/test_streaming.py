@@ -251,7 +251,7 @@ def test_a_compressed_tar_is_read_and_its_end_is_checked(tmp_path):
 
 
 def test_what_cannot_be_opened(tmp_path):
-    for paths, message in ((tmp_path / "no.tar", "no tar file"), ([], "No tar"), (tmp_path, "no tar file")):
+    for paths, message in ((tmp_path / "no.tar", "no such file"), ([], "No tar"), (tmp_path, "no tar file")):
         with pytest.raises(ValueError, match=message):
             streamed(paths)
     empty = write_tar(tmp_path / "empty.tar", {})

@@ -27,9 +27,10 @@ from tests.launcher import ROOT, torchrun
 
 def run(folder, out, *options, stages=("encoder", "decoder", "end_to_end"), data=("--train_data", "synthetic:1")):
     data = () if "--train_data" in options else data
+    eval_data = () if "--eval_data" in options else ("--eval_data", "synthetic:2")
     arguments = [
         "--teacher", str(folder / "teacher"), "--student", str(folder / "student.json"), "--output_dir", str(out),
-        "--use_cpu", *data, "--eval_data", "synthetic:2", "--eval_limit", "2", "--max_steps", "4",
+        "--use_cpu", *data, *eval_data, "--eval_limit", "2", "--max_steps", "4",
         "--per_device_train_batch_size", "2", "--num_prompts", "2", "--num_focus_layers", "2",
         "--teacher_dtype", "float32", "--disable_tqdm", "true", "--save_steps", "2", "--logging_steps", "1",
         "--eval_max_instances", "2", "--stages", *stages,

@@ -488,6 +488,12 @@ def test_a_copied_part_does_not_meet_a_changed_one(device, make, change):
     Predictor(model, processor).set_image(IMAGE)
 
 
+def test_a_method_that_computes_nothing_may_be_replaced(loud):
+    """As in frozen models, whose `train` does nothing."""
+    loud.train = loud.vision_encoder.train = loud.mask_decoder.train = lambda mode=True: loud
+    assert why_not_plain_encoder(loud) is None and why_not_plain_decoder(loud) is None
+
+
 @pytest.mark.parametrize("kind", [Predictor, MaskGenerator])
 def test_what_is_stored_is_not_a_changed_model(loud, kind):
     """Copies would be made of other weights than those that encoded the images of a predictor."""

@@ -70,6 +70,26 @@ def test_frames_that_come_in_one_memory(generator, kind, overlaps, tmp_path):
     assert [result.masks.to_coco() for result in generator.generate_many(taken(), **SETTINGS)] == expected
 
 
+def test_images_with_several_frames_are_read_as_alone(generator, tmp_path):
+    """Their levels and their damage, too, are those of the file; what is taken has no more bits than a screen."""
+    levels = np.random.default_rng(0).integers(0, 4096, (2, 30, 40), dtype=np.uint16)
+    first, second = (Image.fromarray(each) for each in levels)
+    first.save(tmp_path / "deep.tif", save_all=True, append_images=[second])
+    frames = [image(seed) for seed in range(2)]
+    frames[0].save(tmp_path / "whole.png", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(content[: len(content) // 4])
+
+    def opened():
+        return (Image.open(tmp_path / name) for name in ("deep.tif", "half.png", "whole.png"))
+
+    with pytest.warns(UserWarning, match="image 1: "):
+        deep, half, whole = generator.generate_many(opened(), **SETTINGS)
+    assert isinstance(half, ImageError)
+    alone = [generator(tmp_path / name, **SETTINGS) for name in ("deep.tif", "whole.png")]
+    assert [each.masks.to_coco() for each in (deep, whole)] == [each.masks.to_coco() for each in alone]
+
+
 def test_the_next_image_begins_before_one_ends(generator, monkeypatch):
     images = [image(seed) for seed in range(4)]
     alone = [generator(each, **SETTINGS) for each in images]
