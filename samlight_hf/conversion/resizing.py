@@ -19,6 +19,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..engine.plain_modules import why_not_plain_decoder, why_not_plain_encoder
 from ..modeling.configuration_sam_lightening import SamLighteningVisionConfig
 
 
@@ -44,8 +45,8 @@ def resize_model(model: PreTrainedModel, image_size: int, bands: str = "image") 
         The copy, of the same class, dtype, device and mode.
 
     Raises:
-        ValueError: For a size that cannot be, for another kind of model, and for an image encoder with relative
-            positions, whose number depends on the size.
+        ValueError: For a size that cannot be, for another kind of model, for an image encoder with relative positions,
+            whose number depends on the size, and for a model with hooks, adapters or modules of one's own.
 
     Example:
         >>> small = resize_model(model, 512)
@@ -117,6 +118,14 @@ def _check_model(model: PreTrainedModel):
     if model.config.vision_config.use_rel_pos:
         raise ValueError(
             "an image encoder with use_rel_pos=True cannot change its size, on which its relative positions depend."
+        )
+    reason = why_not_plain_decoder(model)
+    if model_type == "sam_lightening":
+        reason = reason or why_not_plain_encoder(model)
+    if reason:  # hooks, adapters and modules of one's own would be lost
+        raise ValueError(
+            f"a model of another size is made from config and weights, and this one has more: {reason} Remove hooks, "
+            "and merge adapters (merge_and_unload of peft)."
         )
 
 

@@ -107,3 +107,13 @@ def test_the_processor_keeps_the_rest(model):
     expected["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
     assert resized.to_dict() == expected
     assert processor.image_processor.size["longest_edge"] == 32
+
+
+@pytest.mark.parametrize("part", ["vision_encoder", "mask_decoder"])
+def test_what_a_config_does_not_have_is_not_lost(model, part):
+    module = getattr(model, part)
+    hook = module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=f"{part} has a forward hook. Remove hooks, and merge adapters"):
+        resize_model(model, 64)
+    hook.remove()
+    resize_model(model, 64)
