@@ -115,14 +115,14 @@ def _detection_measurement(dataset: "CocoDataset", args: argparse.Namespace) -> 
     sentence = f"{'LVIS' if args.lvis else 'COCO'} mask AP: boxes of {args.detections}, one mask each"
     if task.num_other:
         sentence += f"; {task.num_other} boxes of other images left out"
-    if task.num_empty:
-        left_out = f"{task.num_empty} boxes without width or height left out"
-        sentence += f"; {left_out}"
-        tell(f"samlight: warning: {args.detections}: {left_out}", file=sys.stderr)
-    if task.num_unknown:
-        left_out = f"{task.num_unknown} boxes of categories that {args.annotations} does not have left out"
-        sentence += f"; {left_out}"
-        tell(f"samlight: warning: {args.detections}: {left_out}", file=sys.stderr)
+    for count, kind in (
+        (task.num_empty, "without width or height"),
+        (task.num_unknown, f"of categories that {args.annotations} does not have"),
+    ):
+        if count:
+            left_out = f"{count} boxes {kind} left out"
+            sentence += f"; {left_out}"
+            tell(f"samlight: warning: {args.detections}: {left_out}", file=sys.stderr)
 
     def summarize(records: list[dict]) -> dict[str, float]:
         predictions = [prediction for record in records for prediction in record["predictions"]]

@@ -281,10 +281,11 @@ class ImageEncoder:
 
     @without_autocast
     def check_weights(self, also_copies: bool = False):
-        """Raise ValueError if a part runs in the model itself, and another one is not as in the model any more.
+        """Raise ValueError if a part runs in the model itself, and that is in training mode, or a copied part or the
+        mask decoder is not as in the model any more.
 
         Args:
-            also_copies: Raise it, too, if both parts are copies that are not as in the model any more.
+            also_copies: Look at copies alone, too, and not at the mode.
         """
         if self.copied is not None and not isinstance(self.decoder, PlainMaskDecoder) and not also_copies:
             return  # both parts are copies, which do not change

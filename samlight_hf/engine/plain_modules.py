@@ -119,8 +119,9 @@ def _why_not_one(module: nn.Module, expected: nn.Module) -> str | None:
 
 def _why_hooked(module: nn.Module) -> str | None:
     for name, value in vars(module).items():
-        is_computing = name == "forward" or not hasattr(PreTrainedModel, name)  # unlike `train`, `to` and such
-        if is_computing and callable(value) and isfunction(getattr(type(module), name, None)):
+        is_method = callable(value) and isfunction(getattr(type(module), name, None))
+        # Others that every model has, such as `train` and `to`, compute nothing.
+        if name == "forward" or (is_method and not hasattr(PreTrainedModel, name)):
             return f"has a {name} of its own."
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     # transformers' own hooks stay once they were needed, and act only in calls that ask for hidden states or

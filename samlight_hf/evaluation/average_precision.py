@@ -65,7 +65,8 @@ class DetectorBoxes(EvaluationTask):
         self.by_image = {image: boxes for image, boxes in by_image.items() if image in self.image_ids}
         self.num_other = len(results) - self.num_empty - sum(map(len, self.by_image.values()))
         if not self.by_image:
-            raise ValueError(f"{path}: none of its {len(results)} boxes is of an image of this dataset.")
+            empty = f", and {self.num_empty} have no area" if self.num_empty else ""
+            raise ValueError(f"{path}: none of its {len(results)} boxes is of an image of this dataset{empty}.")
         self.num_unknown = 0
         if category_ids is not None:
             self._leave_out_unknown(str(path), category_ids)
